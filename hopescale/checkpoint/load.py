@@ -1,0 +1,111 @@
+"""Reading a checkpoint into given tensors, strictly: same names, same shapes, same dtypes, undamaged files."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+from hopescale.checkpoint.manifest import Manifest, TensorEntry, damaged, file_problems, read_manifest
+from hopescale.checkpoint.save import dtype_name, flatten, ignore_single_process_warning
+from hopescale.common.errors import CheckpointError
+
+_SHOWN = 8
+
+
+def load_into(
+    state: Mapping[str, Any], folder: Path, *, prefix: str = "", group: dist.ProcessGroup | None = None
+) -> Manifest:
+    """Verify a checkpoint, then copy its tensors in place into those of `state`.
+
+    Nothing is written before every file has been compared with its SHA-256 and every name, shape and dtype matches.
+
+    Args:
+        state: Tensors to fill, flat or nested in dicts, on any device.
+        folder: A checkpoint folder.
+        prefix: Loads only tensors whose name starts with it (`model.`); `state` must hold all of those and no others.
+        group: Process group with a CPU backend over all ranks that load together, each its own part. None is for one
+            process, which must hold all of the state.
+
+    Raises:
+        CheckpointError: If files are missing, truncated or changed, or if names, shapes or dtypes differ; every
+            difference is listed, on every rank.
+    """
+    manifest = read_manifest(folder)
+    tensors = flatten(state)
+    _verify_files(folder, manifest, group)
+    _verify_fit(tensors, manifest, folder, prefix, group)
+    with warnings.catch_warnings():
+        ignore_single_process_warning()
+        try:
+            dcp.load(tensors, storage_reader=dcp.FileSystemReader(folder), process_group=group)
+        except (Exception, dcp.CheckpointException) as error:
+            raise CheckpointError(f"cannot read the tensors of {folder}: {_first_line(error)}") from error
+    return manifest
+
+
+def verify(folder: Path) -> Manifest:
+    """Read every byte of a checkpoint and compare it with the manifest.
+
+    Raises:
+        CheckpointError: If a file is missing, truncated or changed.
+    """
+    manifest = read_manifest(folder)
+    _verify_files(folder, manifest, None)
+    return manifest
+
+
+def _verify_files(folder: Path, manifest: Manifest, group: dist.ProcessGroup | None) -> None:
+    names = sorted(manifest.files)
+    if group is not None:
+        names = names[dist.get_rank(group) :: dist.get_world_size(group)]
+    found = file_problems(folder, {name: manifest.files[name] for name in names}, digests=True)
+    problems = [problem for of_rank in _gather(found, group) for problem in of_rank]
+    if problems:
+        raise damaged(folder, problems)
+
+
+def _verify_fit(
+    tensors: Mapping[str, Tensor], manifest: Manifest, folder: Path, prefix: str, group: dist.ProcessGroup | None
+) -> None:
+    wanted = {name: TensorEntry(tuple(t.shape), dtype_name(t.dtype)) for name, t in tensors.items()}
+    wanted = {name: entry for of_rank in _gather(wanted, group) for name, entry in of_rank.items()}
+    saved = {name: entry for name, entry in manifest.tensors.items() if name.startswith(prefix)}
+    groups = {
+        "in the checkpoint, not in this run": sorted(saved.keys() - wanted.keys()),
+        "in this run, not in the checkpoint": sorted(wanted.keys() - saved.keys()),
+        "different": [
+            f"{name} (checkpoint {saved[name]}, run {wanted[name]})"
+            for name in sorted(saved.keys() & wanted.keys())
+            if saved[name] != wanted[name]
+        ],
+    }
+    lines = [f"{title}: {_listed(names)}" for title, names in groups.items() if names]
+    if lines:
+        hint = f"train.precision and the model must be those of the config in {folder / 'manifest.json'}"
+        raise CheckpointError(f"{folder} does not fit this run; " + "; ".join(lines), hint)
+
+
+def _gather(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
+    """Collect a value from every rank; just this one without a group."""
+    if group is None:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(names[:_SHOWN])
+    return f"{shown} and {len(names) - _SHOWN} more" if len(names) > _SHOWN else shown
+
+
+def _first_line(error: BaseException) -> str:
+    if isinstance(error, dcp.CheckpointException):
+        error, _ = error.failures[min(error.failures)]
+    return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -1,0 +1,1 @@
+"""The one config path: dataclass defaults, `base:` chain, recipe, overrides, checks, frozen. Imports no torch."""

@@ -1,0 +1,123 @@
+"""The schema as a tree of dotted keys: types, defaults, docstrings, leaves. Knows nothing of files."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import inspect
+import textwrap
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import cache
+from typing import Any, get_args, get_origin, get_type_hints
+
+from hopescale.config.schema import RunConfig
+from hopescale.config.values import describe_type, format_value, split_optional
+
+ENTRY = "NAME"
+"""Stands for the name of an entry in the dotted keys of `field_docs`."""
+
+
+@dataclass(frozen=True)
+class FieldDoc:
+    """One row of the reference: dotted key, type and default as a recipe's author sees them, docstring."""
+
+    key: str
+    type: str
+    default: str
+    doc: str
+
+
+def child_types(section: Any) -> Mapping[str, Any] | None:
+    """Return the types of a section's fields by name, or None where `section` is no dataclass."""
+    return _type_hints(section) if is_dataclass(section) else None
+
+
+def entry_type(hint: Any) -> Any | None:
+    """Return the type of the entries of a `dict[str, X]`, or None for any other type."""
+    return get_args(hint)[1] if get_origin(hint) is dict else None
+
+
+def leaves(node: Any, prefix: str = "") -> dict[str, Any]:
+    """List the values of a config, or of a nested dict, by dotted key. Lists are one value."""
+    found: dict[str, Any] = {}
+    for name, value in _children(node):
+        if is_dataclass(value) or isinstance(value, dict):
+            found |= leaves(value, f"{prefix}{name}.")
+        else:
+            found[f"{prefix}{name}"] = value
+    return found
+
+
+def map_entries(node: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
+    """Return a copy of a config with `change` applied to every dict of named entries in it."""
+    changed: dict[str, Any] = {}
+    for name, value in _children(node):
+        if isinstance(value, dict):
+            changed[name] = {key: map_entries(entry, change) for key, entry in change(value).items()}
+        elif is_dataclass(value):
+            changed[name] = map_entries(value, change)
+    return replace(node, **changed)
+
+
+def field_docs(section: type = RunConfig, prefix: str = "") -> Iterator[FieldDoc]:
+    """List every field of the schema, in the order of its definition; `NAME` stands for an entry's name."""
+    docs, defaults = docstrings(section), section()
+    for name, hint in _type_hints(section).items():
+        key, default = f"{prefix}{name}", getattr(defaults, name)
+        inner, _ = split_optional(hint)
+        if not is_dataclass(inner) or default is None:
+            yield FieldDoc(key, describe_type(hint), _format_default(default), docs[name])
+        if is_dataclass(inner):
+            yield from field_docs(inner, f"{key}.")
+        elif entry := entry_type(inner):
+            yield from field_docs(split_optional(entry)[0], f"{key}.{ENTRY}.")
+
+
+def docstrings(section: type) -> dict[str, str]:
+    """Read the strings beneath a dataclass's fields from its source, on one line each."""
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(section))).body
+    assert isinstance(definition, ast.ClassDef)
+    found = {}
+    for field_node, doc_node in zip(definition.body, definition.body[1:], strict=False):
+        if isinstance(field_node, ast.AnnAssign) and isinstance(doc_node, ast.Expr):
+            assert isinstance(field_node.target, ast.Name)
+            found[field_node.target.id] = " ".join(ast.literal_eval(doc_node.value).split())
+    return found
+
+
+def suggest(prefix: str, name: str, rest: str, known: list[str]) -> str:
+    """Say what an unknown key may have meant.
+
+    Args:
+        prefix: The known part of the dotted key, empty or with a final dot.
+        name: The first unknown name.
+        rest: What follows it, empty or with a first dot.
+        known: The names allowed in place of `name`.
+    """
+    if "." in name:
+        return "nest the keys in a file; dotted keys are for the command line"
+    close = difflib.get_close_matches(name, known, n=1)
+    if close:
+        return f"did you mean {prefix}{close[0]}{rest}?"
+    key, every = f"{prefix}{name}{rest}", [row.key for row in field_docs()]
+    same_name = [other for other in every if other.rpartition(".")[2] == key.rpartition(".")[2]]
+    similar = same_name or difflib.get_close_matches(key, every, n=1, cutoff=0.75)
+    return f"did you mean {' or '.join(similar[:3])}?" if similar else f"known here: {', '.join(known)}"
+
+
+@cache
+def _type_hints(section: type) -> dict[str, Any]:
+    return get_type_hints(section)
+
+
+def _children(node: Any) -> list[tuple[str, Any]]:
+    if isinstance(node, dict):
+        return list(node.items())
+    return [(field.name, getattr(node, field.name)) for field in fields(node)]
+
+
+def _format_default(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"entries {', '.join(value)}" if value else "{}"
+    return format_value(value)

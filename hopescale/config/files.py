@@ -1,0 +1,96 @@
+"""Recipe files: found by name, read as YAML, chained by `base:`. Knows nothing of the schema."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import MarkedYAMLError, YAMLError
+
+from hopescale.common.errors import ConfigError, Problem
+from hopescale.common.paths import display_path, shipped_recipes
+
+MAX_BASES = 2
+"""Levels of `base:` below a recipe: deeper chains hide where a value comes from."""
+
+
+def find_recipe(recipe: str | Path) -> Path:
+    """Return the file of a recipe: an existing path, else a shipped recipe by name, with or without `.yaml`.
+
+    Raises:
+        ConfigError: If there is no such file; lists the shipped recipes.
+    """
+    shipped = shipped_recipes()
+    for path in (Path(recipe), shipped / recipe, shipped / f"{recipe}.yaml"):
+        if path.is_file():
+            return path
+    names = sorted(path.stem for path in shipped.glob("*.yaml"))
+    close = difflib.get_close_matches(Path(recipe).name.removesuffix(".yaml"), names, n=3)
+    hint = f"did you mean {' or '.join(close)}?" if close else f"shipped recipes: {', '.join(names)}"
+    raise _file_error(str(recipe), "no such recipe file, and no shipped recipe of that name", hint)
+
+
+def read_chain(recipe: Path) -> list[tuple[Path, dict[Any, Any]]]:
+    """Read a recipe and its bases, the deepest base first, without their `base` keys.
+
+    Raises:
+        ConfigError: If a file is missing or is not a YAML mapping, or the chain is circular or too deep.
+    """
+    chain: list[tuple[Path, dict[Any, Any]]] = []
+    path: Path | None = recipe
+    while path is not None:
+        _check_link(path, [file for file, _ in chain])
+        tree = read_yaml(path)
+        chain.append((path, tree))
+        path = _base_path(path, tree)
+    return chain[::-1]
+
+
+def read_yaml(path: Path) -> dict[Any, Any]:
+    """Read a file that holds a YAML mapping; an empty file is an empty mapping.
+
+    Raises:
+        ConfigError: If the file cannot be read or is not a YAML mapping; names the line.
+    """
+    shown = display_path(path)
+    try:
+        tree = OmegaConf.to_container(OmegaConf.load(path))
+    except MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f"{shown}:{mark.line + 1}" if mark else shown
+        raise _file_error(where, error.problem or "not readable as YAML") from None
+    except OSError as error:
+        raise _file_error(shown, (error.strerror or str(error)).lower()) from None
+    except (UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
+        raise _file_error(shown, str(error).splitlines()[0]) from None
+    if not isinstance(tree, dict):
+        raise _file_error(shown, "expected a mapping of keys to values, got a list")
+    return tree
+
+
+def _file_error(where: str, message: str, hint: str | None = None) -> ConfigError:
+    return ConfigError([Problem(where, message, hint=hint)])
+
+
+def _check_link(path: Path, above: list[Path]) -> None:
+    shown = " -> ".join(display_path(file) for file in [*above, path])
+    if path.resolve() in [file.resolve() for file in above]:
+        raise _file_error(display_path(above[-1]), f"circular base: {shown}")
+    if len(above) > MAX_BASES:
+        raise _file_error(display_path(above[-1]), f"more than {MAX_BASES} levels of base: {shown}")
+    if above and not path.is_file():
+        near = sorted(file.name for file in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        hint = f"files there: {', '.join(near)}" if near else "the path is relative to the file that names it"
+        raise _file_error(display_path(above[-1]), f"base {display_path(path)} does not exist", hint)
+
+
+def _base_path(path: Path, tree: dict[Any, Any]) -> Path | None:
+    if "base" not in tree:
+        return None
+    base = tree.pop("base")
+    if not isinstance(base, str):
+        raise _file_error(display_path(path), f"base must be a path, got {base!r}")
+    return path.parent / base

@@ -1,0 +1,174 @@
+"""A recipe and its overrides become one frozen config; every problem of every file is reported at once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from hopescale.common.errors import ConfigError, Problem
+from hopescale.common.paths import display_path
+from hopescale.config.fields import child_types, entry_type, leaves, map_entries, suggest
+from hopescale.config.files import find_recipe, read_chain, read_yaml
+from hopescale.config.schema import RunConfig
+from hopescale.config.values import (
+    ReadError,
+    describe_type,
+    format_value,
+    parse_yaml,
+    read_text,
+    read_value,
+    split_optional,
+)
+
+DEFAULT = "default"
+COMMAND_LINE = "command line"
+
+_ENTRY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A config and where it came from.
+
+    Attributes:
+        config: The resolved config; frozen.
+        origins: For every dotted key the file that set it last, `command line` or `default`.
+        recipe: The recipe's file.
+        files: The files read, bases first.
+    """
+
+    config: RunConfig
+    origins: dict[str, str]
+    recipe: Path
+    files: list[Path]
+
+
+@dataclass(frozen=True)
+class _Layer:
+    origin: str
+    tree: dict[str, Any]
+
+
+class _Text(str):
+    """The value of an override: text that its key's type will read."""
+
+
+def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Loaded:
+    """Resolve defaults, bases, recipe and `key=value` overrides, later ones winning.
+
+    Types are checked here; what the values mean together is checked by `hopescale.config.check`.
+
+    Args:
+        recipe: A path, or the name of a shipped recipe.
+        overrides: `dotted.key=value` texts; `null` as a value removes a named entry.
+
+    Raises:
+        ConfigError: With every unknown key and every misfit of all files and overrides.
+    """
+    problems: list[Problem] = []
+    chain = []
+    try:
+        chain = read_chain(find_recipe(recipe))
+    except ConfigError as error:
+        problems += error.problems
+    layers = [_read_file(file, tree, problems) for file, tree in chain]
+    layers += [_read_override(text, problems) for text in overrides]
+    config = _merge(RunConfig(), layers, problems)
+    files = [file for file, _ in chain]
+    return Loaded(config, _origins(layers, config), files[-1], files)
+
+
+def load_resolved(path: str | Path) -> RunConfig:
+    """Read the `config.yaml` of a run folder, as written by `to_yaml`.
+
+    Named entries are the file's alone: none comes from the defaults.
+
+    Raises:
+        ConfigError: If the file is missing, is not YAML, or does not fit the schema.
+    """
+    problems: list[Problem] = []
+    layer = _read_file(Path(path), read_yaml(Path(path)), problems)
+    return _merge(map_entries(RunConfig(), lambda entries: {}), [layer], problems)
+
+
+def to_yaml(config: RunConfig) -> str:
+    """Write a config with every value, to be read back by `load_resolved`."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def _read_file(path: Path, tree: dict[Any, Any], problems: list[Problem]) -> _Layer:
+    origin = display_path(path)
+    return _Layer(origin, _read_section(tree, RunConfig, "", origin, problems))
+
+
+def _read_override(text: str, problems: list[Problem]) -> _Layer:
+    key, equals, value = text.partition("=")
+    if not equals:
+        problems.append(Problem(text, "not an override", COMMAND_LINE, "write key=value, with a dotted key"))
+        return _Layer(COMMAND_LINE, {})
+    tree: Any = _Text(value)
+    for name in reversed(key.strip().split(".")):
+        tree = {name: tree}
+    return _Layer(COMMAND_LINE, _read_section(tree, RunConfig, "", COMMAND_LINE, problems))
+
+
+def _read_section(tree: Any, section: Any, prefix: str, origin: str, problems: list[Problem]) -> dict[str, Any]:
+    """Read the children of a section or of a dict of entries; report and leave out those that do not fit."""
+    known, entry = child_types(section), entry_type(section)
+    result = {}
+    for name, value in tree.items():
+        if known is not None and name not in known:
+            problems.append(_unknown_key(prefix, str(name), value, list(known), origin))
+            continue
+        key = f"{prefix}{name}"
+        try:
+            if known is None and not (isinstance(name, str) and _ENTRY_NAME.fullmatch(name)):
+                raise ReadError("not a name for an entry", "use letters, digits, _ and -, in quotes if all digits")
+            result[name] = _read_node(value, entry if known is None else known[name], key, origin, problems)
+        except ReadError as error:
+            problems.append(Problem(key, error.message, origin, error.hint))
+    return result
+
+
+def _read_node(value: Any, hint: Any, key: str, origin: str, problems: list[Problem]) -> Any:
+    inner, optional = split_optional(hint)
+    if child_types(inner) is None and entry_type(inner) is None:
+        return read_text(value, hint) if isinstance(value, _Text) else read_value(value, hint)
+    if isinstance(value, _Text):
+        value = parse_yaml(value)
+    if value is None and optional:
+        return None
+    if not isinstance(value, dict):
+        raise ReadError(f"expected {describe_type(hint)}, got {format_value(value)}", f"set {key}.<key>")
+    return _read_section(value, inner, f"{key}.", origin, problems)
+
+
+def _unknown_key(prefix: str, name: str, value: Any, known: list[str], origin: str) -> Problem:
+    rest = ""
+    while isinstance(value, dict) and len(value) == 1:  # as long as the key was written
+        ((inner, value),) = value.items()
+        rest += f".{inner}"
+    return Problem(f"{prefix}{name}{rest}", "unknown key", origin, suggest(prefix, name, rest, known))
+
+
+def _merge(start: RunConfig, layers: list[_Layer], problems: list[Problem]) -> RunConfig:
+    if problems:
+        raise ConfigError(problems)
+    merged = OmegaConf.merge(OmegaConf.structured(start), *(layer.tree for layer in layers))
+    config = OmegaConf.to_object(merged)
+    return map_entries(config, lambda entries: {name: entry for name, entry in entries.items() if entry is not None})
+
+
+def _origins(layers: list[_Layer], config: RunConfig) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for layer in layers:
+        for key, value in leaves(layer.tree).items():
+            if value is None:
+                found = {other: origin for other, origin in found.items() if not other.startswith(f"{key}.")}
+            found[key] = layer.origin
+    return {key: found.get(key, DEFAULT) for key in leaves(config)}

@@ -1,0 +1,118 @@
+"""What the model is. Changing anything here changes the identity of a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class LevelConfig:
+    """One level of the continuum memory system: a gated MLP with its own outer cadence."""
+
+    d_ff: int = 1024
+    """Hidden width of the level's MLP. A positive count."""
+    update_every_steps: int = 1
+    """Outer cadence: optimizer steps between two updates of this level, made with the sum of their gradients."""
+    phase: int = 0
+    """Shift of the cadence: the level is due at steps `s` with `(s + phase) % update_every_steps == 0`."""
+
+
+@dataclass(frozen=True)
+class CmsConfig:
+    """The continuum memory system that follows every mixer (NL Eq. 70-74)."""
+
+    variant: Literal["sequential", "independent"] = "sequential"
+    """`sequential`: a pre-norm residual chain, fast to slow (Eq. 73). `independent`: one input, a learned weighted
+    sum of the levels (Eq. 74)."""
+    levels: dict[str, LevelConfig | None] = field(default_factory=dict)
+    """Levels by name; `null` removes one that a base recipe defines. Sorted by period, never by order of writing."""
+
+
+@dataclass(frozen=True)
+class SelfModifyingConfig:
+    """Self-modifying Titans (NL Eq. 83-91): the mixer of Hope. `docs/concepts.md` explains the words."""
+
+    memory: Literal["mlp", "linear"] = "mlp"
+    """`mlp`: `M(z) = z + W1 silu(W2 z)`. `linear`: `M(z) = W z`."""
+    memory_dim: int | None = None
+    """Hidden width `E` of an MLP memory; null is the head dim. Only with `memory: mlp`."""
+    adaptive: tuple[Literal["k", "v", "eta", "alpha"], ...] = ("k", "v", "eta", "alpha")
+    """Projections that are memories and learn while they read; the others are static maps of the layer's input."""
+    query: Literal["static", "memory"] = "static"
+    """Whether queries come from a static map or from a memory of their own."""
+    targets: Literal["self", "value"] = "self"
+    """`self`: each memory makes its own target from the value, `M(v_t)` (Eq. 85). `value`: the target is `v_t` itself
+    (Titans, TTT). `value` needs `adaptive: []` and `query: static`, since gates have another width than values."""
+    objective: Literal["l2", "dot"] = "l2"
+    """Inner loss: squared error between read and target, or minus their inner product."""
+    inner_rule: Literal["dgd", "gd"] = "dgd"
+    """`dgd`: a write first erases what its key held (Eq. 93). `gd`: plain gradient descent, no erase."""
+    momentum: bool = True
+    """Whether inner writes carry momentum `mu`, a static gate per head."""
+    retention: bool = True
+    """Whether memories forget (`alpha` gate). Off: alpha is 1 and `alpha` must not be in `adaptive`."""
+    read: Literal["prefix", "inclusive", "boundary"] = "prefix"
+    """State that token t reads: before its own write, after it, or at the start of its chunk."""
+    chunk_size: int = 64
+    """Tokens between two boundaries of the main memory: its inner gradients are taken at the last boundary."""
+    projection_chunk_size: int | None = None
+    """The same for the other memories. A multiple of `chunk_size`; null is `chunk_size`."""
+    eta_max: float = 1.0
+    """Upper limit of the inner learning rate, in (0, 2]. Above 1, negative eigenvalues of the transition are allowed."""
+    eta_init: float = 0.1
+    """Inner learning rate of every token at initialisation, as a fraction of `eta_max`, in (0, 1)."""
+    alpha_init: float = 0.995
+    """Retention per token at initialisation, in (0, 1). 0.995 keeps 73 % of a memory after 64 tokens."""
+    mu_init: float = 0.5
+    """Inner momentum at initialisation, in (0, 1). Only with `momentum`."""
+    error_cap: float | None = None
+    """Largest norm of a token's error (read minus target) that may enter a write; null is no limit. Only with
+    `objective: l2`."""
+    conv_width: int | None = 4
+    """Tokens seen by the causal depthwise convolution on the projected inputs; null is no convolution."""
+    gate: bool = False
+    """Whether the output is multiplied by a SiLU gate of the layer's input."""
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Causal softmax attention with rotary positions."""
+
+    rope_theta: float = 10_000.0
+    """Base of the rotary frequencies."""
+    qk_norm: bool = False
+    """Whether queries and keys pass an RMSNorm per head before rotation."""
+    within_documents: bool = False
+    """Whether a token sees only tokens of its own document. Generation treats its context as one document."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A stack of blocks, each a mixer followed by a continuum memory system, between embedding and head."""
+
+    vocab_size: int = 32_000
+    """Entries of the vocabulary. Must equal the tokenizer's. Stored padded to a multiple of 128."""
+    d_model: int = 256
+    """Width of the residual stream."""
+    num_layers: int = 4
+    """Number of blocks."""
+    num_heads: int = 4
+    """Heads of the mixer."""
+    head_dim: int | None = None
+    """Width of a head; null is `d_model / num_heads`."""
+    mixer: Literal["self_modifying", "attention"] = "self_modifying"
+    """Which of the two blocks below mixes tokens; setting a key of the other one is an error."""
+    self_modifying: SelfModifyingConfig = field(default_factory=SelfModifyingConfig)
+    """Settings of the self-modifying mixer."""
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    """Settings of the attention mixer."""
+    cms: CmsConfig = field(default_factory=CmsConfig)
+    """The levels that follow the mixer."""
+    tie_embeddings: bool = True
+    """Whether the head shares the embedding's matrix."""
+    norm_eps: float = 1e-6
+    """Added under the root of every RMSNorm."""
+    init_std: float = 0.02
+    """Standard deviation of the embedding and of an untied head. Other matrices follow their fan-in; see
+    `hopescale.models.init`."""

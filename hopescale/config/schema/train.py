@@ -1,0 +1,64 @@
+"""How a run proceeds: steps, batches, validation, checkpoints, records."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """Loss on held-out text."""
+
+    every: int | None = 100
+    """Steps between two validations; null is never. The last step always validates unless this is null."""
+    tokens: int = 65_536
+    """Tokens read per source and validation, from the start of its held-out split; at least one batch."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When the state of the run is saved and what is kept. The last step and a stop are always saved."""
+
+    every: int | None = 100
+    """Steps between two checkpoints; null saves only at the end and on a stop."""
+    keep_last: int = 2
+    """Newest checkpoints kept, at least 1."""
+    keep_every: int | None = None
+    """Checkpoints at multiples of this step are kept for ever; null keeps none beyond `keep_last`."""
+    async_save: bool = True
+    """Whether files are written in the background while training goes on."""
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What is recorded."""
+
+    every: int = 10
+    """Steps between two records in the console, `metrics.jsonl` and TensorBoard. The last step is always recorded."""
+    tensorboard: bool = True
+    """Whether a TensorBoard view is written to `tb/`."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The training loop."""
+
+    steps: int = 1000
+    """Optimizer steps of the whole run; the learning rate's horizon."""
+    seq_len: int = 1024
+    """Tokens per sequence."""
+    micro_batch_size: int = 1
+    """Sequences per forward pass."""
+    global_batch_tokens: int = 16_384
+    """Tokens per optimizer step; a multiple of `seq_len * micro_batch_size`. Gradient accumulation is derived."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Type of weights and activations. With bf16 the optimizer keeps fp32 master weights; memories are fp32 always."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; `auto` takes CUDA where there is one."""
+    seed: int = 0
+    """Seed of the initial weights and of every generator."""
+    loss_spike: float | None = 3.0
+    """Nats above the mean of the last 32 losses at which the run stops as diverged; null only stops at NaN."""
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    """Held-out loss."""

@@ -1,0 +1,1 @@
+"""Arithmetic on configs: parameters, FLOPs, hardware. Imports no torch."""

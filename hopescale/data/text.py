@@ -1,0 +1,169 @@
+"""Read documents from files, folders and remote addresses: plain text and JSON lines, compressed or not.
+
+Knows nothing of tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import lzma
+import random
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import PurePosixPath
+from typing import IO, NamedTuple
+
+import fsspec
+
+from hopescale.common.errors import DataError
+
+_COMPRESSED = {".gz", ".bz2", ".xz", ".zip", ".zst"}
+_JSON_LINES = {".jsonl", ".ndjson"}
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+class Document(NamedTuple):
+    """One text and the place it came from, as `file` or `file:line`."""
+
+    text: str
+    where: str
+
+
+class TextFile(NamedTuple):
+    """One input file: its file system, its path there, and its name in messages."""
+
+    filesystem: fsspec.AbstractFileSystem
+    path: str
+    name: str
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """Where text lies and how it is cut into documents.
+
+    A `.jsonl` or `.ndjson` file is one document per line; any other file is one document, or several when there is a
+    separator. Both may be compressed (`.gz`, `.bz2`, `.xz`, `.zst`). Documents of white space only are left out.
+
+    Args:
+        inputs: Files, folders (read recursively, without hidden files) or fsspec addresses such as `s3://bucket/x`.
+        text_key: Key of the text in a JSON line.
+        patterns: Shell patterns; a file in a folder is read when its name or its path below the folder matches any.
+            Empty takes every file. Inputs named themselves are always read.
+        separator: Text at which plain files are cut into documents; null keeps a file whole.
+    """
+
+    inputs: tuple[str, ...]
+    text_key: str = "text"
+    patterns: tuple[str, ...] = ()
+    separator: str | None = None
+
+    def files(self) -> list[TextFile]:
+        """List the input files: inputs in the order given, each folder sorted by path.
+
+        Raises:
+            DataError: If an input is missing or a folder has no matching file.
+        """
+        return [file for name in self.inputs for file in _find(name, self.patterns)]
+
+    def documents(self, *, shuffle_seed: int | None = None) -> Iterator[Document]:
+        """Read all documents, one file after the other.
+
+        Args:
+            shuffle_seed: Seed that shuffles the files (not the documents of a file); null keeps their order.
+
+        Raises:
+            DataError: If a file cannot be read, is not UTF-8, or has a bad JSON line.
+        """
+        files = self.files()
+        if shuffle_seed is not None:
+            random.Random(shuffle_seed).shuffle(files)
+        for file in files:
+            yield from self._read(file)
+
+    def _read(self, file: TextFile) -> Iterator[Document]:
+        with _reading(file.name), file.filesystem.open(file.path, "rb", compression="infer") as stream:
+            if _suffix(file.path) in _JSON_LINES:
+                documents = _json_lines(stream, file.name, self.text_key)
+            else:
+                documents = _plain(stream, file.name, self.separator)
+            yield from (document for document in documents if not document.text.isspace() and document.text)
+
+
+def _find(name: str, patterns: tuple[str, ...]) -> list[TextFile]:
+    with _reading(name):
+        filesystem, path = fsspec.url_to_fs(name)
+        if filesystem.isfile(path):
+            return [TextFile(filesystem, path, name)]
+        if not filesystem.exists(path):
+            raise DataError(f"input {name} does not exist", hint="check the path; relative paths start where you are")
+        below = [(found, found[len(path) :].lstrip("/")) for found in sorted(filesystem.find(path))]
+    visible = [(found, rest) for found, rest in below if not any(p.startswith(".") for p in PurePosixPath(rest).parts)]
+    matching = [(found, rest) for found, rest in visible if _matches(rest, patterns)]
+    if not matching:
+        looked = f"{len(visible)} files, none matches {' or '.join(patterns)}" if patterns else "no files"
+        raise DataError(f"nothing to read in folder {name}: {looked}", hint="check the folder and --pattern")
+    return [TextFile(filesystem, found, f"{name.rstrip('/')}/{rest}") for found, rest in matching]
+
+
+def _matches(path: str, patterns: tuple[str, ...]) -> bool:
+    name = PurePosixPath(path).name
+    return not patterns or any(fnmatch(name, pattern) or fnmatch(path, pattern) for pattern in patterns)
+
+
+def _suffix(path: str) -> str:
+    name = PurePosixPath(path.lower())
+    return PurePosixPath(name.stem).suffix if name.suffix in _COMPRESSED else name.suffix
+
+
+def _plain(stream: IO[bytes], name: str, separator: str | None) -> Iterator[Document]:
+    text = _decode(stream.read(), name)
+    for part in text.split(separator) if separator else [text]:
+        yield Document(part, name)
+
+
+def _json_lines(stream: IO[bytes], name: str, text_key: str) -> Iterator[Document]:
+    for number, line in enumerate(stream, start=1):
+        where = f"{name}:{number}"
+        content = _decode(line, where)
+        if not content.isspace():
+            yield Document(_text_of(content, where, text_key), where)
+
+
+def _text_of(line: str, where: str, text_key: str) -> str:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not valid JSON ({error})", hint="each line must be one JSON object") from None
+    if not isinstance(record, dict) or not isinstance(record.get(text_key), str):
+        found = f"the keys {', '.join(map(repr, record))}" if isinstance(record, dict) else f"a {type(record).__name__}"
+        raise DataError(f"{where}: no text under the key {text_key!r}; the line has {found}", hint="name it by --text-key")
+    text = record[text_key]
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where}: half a surrogate pair at character {error.start}", hint="repair the line") from None
+    return text
+
+
+def _decode(data: bytes, where: str) -> str:
+    try:
+        return data.removeprefix(_BYTE_ORDER_MARK).decode()
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{where}: not UTF-8 text (byte 0x{data[error.start]:02x} at offset {error.start})",
+            hint="convert the file to UTF-8, or leave it out with --pattern",
+        ) from None
+
+
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        raise DataError(f"cannot read {name}: {error}", hint="install the package for this kind of address") from error
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise DataError(f"cannot read {name}: {reason}", hint="check the address, the permissions, the file") from error

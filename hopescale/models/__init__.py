@@ -1,0 +1,6 @@
+"""The model: memories, mixers, levels, blocks. Knows tensors and parallel layers, no optimizer and no trainer."""
+
+from hopescale.models.model import Model, level_of
+from hopescale.models.state import LayerState, ModelState
+
+__all__ = ["LayerState", "Model", "ModelState", "level_of"]

@@ -1,0 +1,95 @@
+"""Causal softmax attention with rotary positions, through torch's fused kernels."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hopescale.config.schema import AttentionConfig
+from hopescale.models.norm import RMSNorm
+from hopescale.models.state import LayerState
+from hopescale.ops.rope import rope_tables, rotate
+from hopescale.parallel.layers import ColumnLinear, RowLinear
+from hopescale.parallel.mesh import Mesh
+
+
+class Attention(nn.Module):
+    """Multi-head attention. Its state is the keys and values of all tokens read, so it grows with the context.
+
+    Args:
+        d_model: Width of the residual stream.
+        num_heads: Heads in all; split over tensor-parallel ranks.
+        head_dim: `D`, even.
+        config: Switches.
+        norm_eps: Added under the root of the RMSNorm of queries and keys.
+        out_std: Standard deviation of the out-projection's initial weights.
+        mesh: Where this process stands.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        head_dim: int,
+        config: AttentionConfig,
+        *,
+        norm_eps: float,
+        out_std: float,
+        mesh: Mesh,
+    ):
+        super().__init__()
+        self.config, self.head_dim = config, head_dim
+        self.heads = num_heads // mesh.tp_group.size()
+        self.qkv_proj = ColumnLinear(d_model, num_heads * 3 * head_dim, std=d_model**-0.5, mesh=mesh)
+        self.out_proj = RowLinear(num_heads * head_dim, d_model, std=out_std, mesh=mesh)
+        self.q_norm = RMSNorm(head_dim, eps=norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(head_dim, eps=norm_eps) if config.qk_norm else None
+
+    def initial_state(self, batch: int) -> LayerState:
+        """Return an empty cache for `batch` sequences."""
+        empty = self.qkv_proj.weight.new_zeros(batch, self.heads, 0, self.head_dim)
+        return LayerState(0, {"k": empty, "v": empty})
+
+    def forward(
+        self, x: Tensor, state: LayerState | None = None, document_ids: Tensor | None = None
+    ) -> tuple[Tensor, LayerState]:
+        """Mix tokens `x` `[T, B, N]`.
+
+        Args:
+            state: Keys and values of earlier tokens; None begins without any.
+            document_ids: `[B, T]`; used with `within_documents`, where `None` treats all tokens as one document.
+
+        Returns:
+            Outputs `[T, B, N]` and the state after the last token.
+
+        Raises:
+            ValueError: If document ids are given together with earlier tokens, whose documents are unknown.
+        """
+        tokens, batch = x.shape[:2]
+        state = self.initial_state(batch) if state is None else state
+        mixed = self.qkv_proj(x).view(tokens, batch, self.heads, 3, self.head_dim)
+        q, k, v = mixed.permute(3, 1, 2, 0, 4).unbind()  # [B, H, T, D]
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        tables = rope_tables(state.position, tokens, self.head_dim, self.config.rope_theta, x.device)
+        q, k = rotate(q, tables), rotate(k, tables)
+        if state.position:
+            k, v = torch.cat([state.tensors["k"], k], dim=2), torch.cat([state.tensors["v"], v], dim=2)
+        mask = self._mask(state.position, tokens, document_ids, x.device)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        y = self.out_proj(y.permute(2, 0, 1, 3).flatten(2))
+        return y, LayerState(state.position + tokens, {"k": k, "v": v})
+
+    def _mask(self, position: int, tokens: int, document_ids: Tensor | None, device: torch.device) -> Tensor | None:
+        """True where a token may look; None for plain causal attention from position 0."""
+        separate = self.config.within_documents and document_ids is not None
+        if not position and not separate:
+            return None
+        if position and separate:
+            raise ValueError("document_ids are given, but the documents of the tokens in the state are unknown")
+        rows = torch.arange(position, position + tokens, device=device)
+        mask = rows[:, None] >= torch.arange(position + tokens, device=device)
+        if separate:
+            mask = mask & (document_ids[:, None, :, None] == document_ids[:, None, None, :])  # [B, 1, T, T]
+        return mask

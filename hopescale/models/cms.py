@@ -1,0 +1,92 @@
+"""The continuum memory system (Nested Learning, Eq. 70-74): MLP levels, each with its own outer cadence."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hopescale.config.schema import CmsConfig, LevelConfig
+from hopescale.models.norm import RMSNorm
+from hopescale.parallel.layers import (
+    ColumnLinear,
+    ParameterSpec,
+    RowLinear,
+    new_parameter,
+    reduce_from_ranks,
+    share_with_ranks,
+)
+from hopescale.parallel.mesh import Mesh
+
+
+class Level(nn.Module):
+    """A gated MLP, `down(silu(gate x) * up x)`, hidden width split over tensor-parallel ranks.
+
+    Args:
+        d_model: Width of the residual stream.
+        d_ff: Hidden width.
+        norm_eps: For the RMSNorm in front; None leaves it out (`independent`, where levels share one).
+        out_std: Standard deviation of the last matrix's initial weights.
+        mesh: Where this process stands.
+    """
+
+    def __init__(self, d_model: int, d_ff: int, *, norm_eps: float | None, out_std: float, mesh: Mesh):
+        super().__init__()
+        alone = norm_eps is not None
+        self.norm = RMSNorm(d_model, eps=norm_eps) if alone else None
+        self.gate = ColumnLinear(d_model, d_ff, std=d_model**-0.5, mesh=mesh, reduce_input_grad=alone)
+        self.up = ColumnLinear(d_model, d_ff, std=d_model**-0.5, mesh=mesh, reduce_input_grad=alone)
+        self.down = RowLinear(d_ff, d_model, std=out_std, mesh=mesh)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `[T, B, N]` to `[T, B, N]`, norm included."""
+        x = self.norm(x)
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+    def partial(self, x: Tensor) -> Tensor:
+        """Map to this rank's share of the output, without norm and without communication."""
+        return self.down.partial(F.silu(self.gate(x)) * self.up(x))
+
+
+def by_period(levels: dict[str, LevelConfig]) -> list[tuple[str, LevelConfig]]:
+    """Sort levels fast to slow; names break ties."""
+    return sorted(levels.items(), key=lambda item: (item[1].update_every_steps, item[0]))
+
+
+class ContinuumMemory(nn.Module):
+    """All levels of one block, residual connection included.
+
+    `sequential`: `x <- x + level(norm(x))`, fast to slow (Eq. 73). `independent`: `x + sum_l mix_l level_l(norm(x))`
+    (Eq. 74), one all-reduce for all levels. One level of period 1 is exactly a Transformer's MLP.
+    """
+
+    def __init__(self, d_model: int, config: CmsConfig, *, norm_eps: float, out_scale: float, mesh: Mesh):
+        super().__init__()
+        self.mesh = mesh
+        self.sequential = config.variant == "sequential"
+        levels = by_period(config.levels)
+        self.levels = nn.ModuleDict(
+            {
+                name: Level(
+                    d_model,
+                    level.d_ff,
+                    norm_eps=norm_eps if self.sequential else None,
+                    out_std=out_scale * level.d_ff**-0.5,
+                    mesh=mesh,
+                )
+                for name, level in levels
+            }
+        )
+        if not self.sequential:
+            self.norm = RMSNorm(d_model, eps=norm_eps)
+            self.mix = new_parameter(len(levels), spec=ParameterSpec(mean=len(levels) ** -0.5, keep_fp32=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map the residual stream `[T, B, N]` to itself plus what the levels add."""
+        if self.sequential:
+            for level in self.levels.values():
+                x = x + level(x)
+            return x
+        shared = share_with_ranks(self.norm(x), self.mesh)
+        weights = share_with_ranks(self.mix, self.mesh).to(x.dtype)
+        parts = sum(weight * level.partial(shared) for weight, level in zip(weights, self.levels.values(), strict=True))
+        return x + reduce_from_ranks(parts, self.mesh)

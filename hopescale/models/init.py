@@ -1,0 +1,35 @@
+"""Initial weights: each a function of the seed and the parameter's name, so that no layout changes the model."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor, nn
+
+from hopescale.parallel.layers import ParameterSpec
+from hopescale.parallel.mesh import Mesh
+
+
+def initialize(model: nn.Module, seed: int, mesh: Mesh) -> None:
+    """Fill every parameter as its `ParameterSpec` says; a rank takes its slice of the whole tensor."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(_initial_values(name, parameter, seed, mesh))
+
+
+def _initial_values(name: str, parameter: nn.Parameter, seed: int, mesh: Mesh) -> Tensor:
+    spec: ParameterSpec = parameter.spec
+    shape, ranks, rank = list(parameter.shape), mesh.tp_group.size(), mesh.tp_group.rank()
+    if spec.partition_dim is not None:
+        shape[spec.partition_dim] *= ranks
+    values = torch.full(shape, spec.mean)
+    if spec.std:
+        digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        values += spec.std * torch.randn(shape, generator=generator)
+    if spec.identity:
+        values += torch.eye(shape[-1])
+    if spec.partition_dim is None:
+        return values
+    return values.chunk(ranks, dim=spec.partition_dim)[rank]

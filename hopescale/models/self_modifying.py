@@ -1,0 +1,270 @@
+"""Self-modifying Titans (Nested Learning, arXiv 2512.24695, Eq. 83-91): the mixer of Hope."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hopescale.config.schema import SelfModifyingConfig
+from hopescale.models.memory import BankState, InnerRule, MemoryBank, Weights
+from hopescale.models.norm import RMSNorm
+from hopescale.models.state import LayerState
+from hopescale.ops.delta_rule import chunk_tables
+from hopescale.ops.norm import l2_norm
+from hopescale.ops.short_conv import short_conv
+from hopescale.parallel.layers import ColumnLinear, ParameterSpec, RowLinear, new_parameter
+from hopescale.parallel.mesh import Mesh
+
+
+class Gate(nn.Module):
+    """A number per head and token in (0, 1): a sigmoid around a learned bias.
+
+    Args:
+        num_heads: Heads of this rank.
+        start: Value at initialisation.
+        head_dim: Width of the input of a static gate; None if a memory supplies the logit.
+    """
+
+    def __init__(self, num_heads: int, start: float, head_dim: int | None):
+        super().__init__()
+        shared = {"partition_dim": 0, "keep_fp32": True}
+        spec = ParameterSpec(mean=math.log(start / (1 - start)), **shared)
+        self.bias = new_parameter(num_heads, spec=spec)
+        self.weight = None
+        if head_dim is not None:
+            self.weight = new_parameter(num_heads, head_dim, spec=ParameterSpec(std=0.1 / head_dim**0.5, **shared))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Open the gate: `x` is the logit `[B, H, C]`, or the input `[B, H, C, D]` of a static gate."""
+        logit = x if self.weight is None else (x * self.weight[:, None]).sum(-1)
+        return torch.sigmoid(logit + self.bias[:, None])
+
+
+class Streams(NamedTuple):
+    """Per-head inputs of the recurrence, `[B, H, T, D]`, fp32; None where a memory makes the thing itself."""
+
+    z: Tensor
+    q: Tensor | None
+    k: Tensor | None
+    v: Tensor | None
+
+    def slice(self, start: int, stop: int) -> Streams:
+        """Take tokens `start ... stop - 1`."""
+        return Streams(*(None if stream is None else stream[:, :, start:stop] for stream in self))
+
+
+class Projections(NamedTuple):
+    """What one chunk is written with: `q`, `k`, `v` `[B, H, C, D]`; `eta`, `alpha`, `mu` `[B, H, C]`."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    eta: Tensor
+    alpha: Tensor
+    mu: Tensor | None
+
+    def slice(self, start: int, stop: int) -> Projections:
+        """Take tokens `start ... stop - 1`."""
+        return Projections(*(None if part is None else part[:, :, start:stop] for part in self))
+
+
+class SelfModifying(nn.Module):
+    """In-projection, short convolution, memories per head, RMSNorm per head, out-projection.
+
+    The heads are split over tensor-parallel ranks; the recurrence communicates nothing.
+
+    Args:
+        d_model: Width of the residual stream.
+        num_heads: Heads in all.
+        head_dim: `D`.
+        config: Switches and starting values.
+        norm_eps: Added under the root of the RMSNorm.
+        out_std: Standard deviation of the out-projection's initial weights.
+        mesh: Where this process stands.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        head_dim: int,
+        config: SelfModifyingConfig,
+        *,
+        norm_eps: float,
+        out_std: float,
+        mesh: Mesh,
+    ):
+        super().__init__()
+        self.config, self.head_dim = config, head_dim
+        self.heads = num_heads // mesh.tp_group.size()
+        adaptive = set(config.adaptive)
+        # Convolved streams first, the output gate last.
+        self.streams = ["z"] + ["q"] * (config.query == "static") + [name for name in "kv" if name not in adaptive]
+        slices = len(self.streams) + config.gate
+        self.in_proj = ColumnLinear(d_model, num_heads * head_dim * slices, std=d_model**-0.5, mesh=mesh)
+        self.conv = None
+        if config.conv_width:
+            spec = ParameterSpec(std=config.conv_width**-0.5, partition_dim=0, keep_fp32=True)
+            channels = self.heads * len(self.streams) * head_dim
+            self.conv = nn.ParameterDict({"weight": new_parameter(channels, config.conv_width, spec=spec)})
+        self.gates = nn.ModuleDict(self._gates(adaptive))
+        self.chunks = (config.chunk_size, config.projection_chunk_size or config.chunk_size)
+        self.banks = nn.ModuleDict(self._banks(adaptive))
+        self.norm = RMSNorm(self.heads, head_dim, eps=norm_eps, partition_dim=0)
+        self.out_proj = RowLinear(num_heads * head_dim, d_model, std=out_std, mesh=mesh)
+
+    def _gates(self, adaptive: set[str]) -> dict[str, Gate]:
+        config, dim = self.config, self.head_dim
+        gates = {"eta": Gate(self.heads, config.eta_init, None if "eta" in adaptive else dim)}
+        if config.retention:
+            gates["alpha"] = Gate(self.heads, config.alpha_init, None if "alpha" in adaptive else dim)
+        if config.momentum:
+            gates["mu"] = Gate(self.heads, config.mu_init, dim)
+        return gates
+
+    def _banks(self, adaptive: set[str]) -> dict[str, MemoryBank]:
+        """One bank for all memories, or two if `mem` has boundaries of its own."""
+        config = self.config
+        wide = tuple(name for name in "kv" if name in adaptive) + ("q",) * (config.query == "memory")
+        narrow = tuple(name for name in ("eta", "alpha") if name in adaptive)
+        rule = InnerRule(config.targets, config.objective, config.inner_rule == "dgd", config.error_cap)
+        hidden = (config.memory_dim or self.head_dim) if config.memory == "mlp" else None
+        sizes = {"num_heads": self.heads, "head_dim": self.head_dim, "hidden": hidden, "rule": rule}
+        if self.chunks[0] == self.chunks[1]:
+            return {"memory": MemoryBank(("mem", *wide), narrow, **sizes)}
+        return {"memory": MemoryBank(("mem",), (), **sizes), "projection": MemoryBank(wide, narrow, **sizes)}
+
+    def initial_state(self, batch: int) -> LayerState:
+        """Return the learned initial state for `batch` sequences."""
+        tensors = {}
+        for name, bank in self.banks.items():
+            tensors |= _pack(name, bank.initial_state(batch, self.config.momentum))
+        if self.conv is not None:
+            weight = self.conv["weight"]
+            tensors["conv_tail"] = weight.new_zeros(weight.shape[1] - 1, batch, weight.shape[0]).transpose(0, 1)
+        return LayerState(0, tensors)
+
+    def forward(
+        self, x: Tensor, state: LayerState | None = None, probe: dict[str, Tensor] | None = None
+    ) -> tuple[Tensor, LayerState]:
+        """Mix tokens `x` `[T, B, N]`.
+
+        Args:
+            state: Where an earlier call ended; None begins at the learned initial state.
+            probe: Filled with scalar means of this call (`eta_mean`, `alpha_mean`, `surprise`) if given.
+
+        Returns:
+            Outputs `[T, B, N]` and the state after the last token.
+        """
+        tokens, batch = x.shape[:2]
+        state = self.initial_state(batch) if state is None else state
+        streams, gate, tail = self._project(x, state.tensors.get("conv_tail"))
+        banks = {name: _unpack(name, state.tensors) for name in self.banks}
+        outputs, seen = [], []
+        for start, stop in _pieces(state.position, tokens, self.chunks[1]):
+            y, banks = self._run(streams.slice(start, stop), state.position + start, banks, seen)
+            outputs.append(y)
+        y = torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]  # [B, H, T, D]
+        y = self.norm(y.permute(2, 0, 1, 3)).to(x.dtype)  # [T, B, H, D]
+        if gate is not None:
+            y = y * F.silu(gate)
+        if probe is not None:
+            probe |= _summary(seen)
+        tensors = {} if tail is None else {"conv_tail": tail.transpose(0, 1)}
+        for name, bank in banks.items():
+            tensors |= _pack(name, bank)
+        return self.out_proj(y.flatten(2)), LayerState(state.position + tokens, tensors)
+
+    def _project(self, x: Tensor, tail: Tensor | None) -> tuple[Streams, Tensor | None, Tensor | None]:
+        """Project and convolve; each head's slices lie side by side, so that a rank holds whole heads."""
+        tokens, batch = x.shape[:2]
+        mixed = self.in_proj(x).unflatten(-1, (self.heads, -1, self.head_dim))  # [T, B, H, S, D]
+        count = len(self.streams)
+        gate = mixed[..., count, :] if self.config.gate else None
+        mixed = mixed[..., :count, :].flatten(2)
+        if self.conv is not None:
+            mixed, tail = short_conv(mixed, self.conv["weight"].to(x.dtype), tail.transpose(0, 1))
+        kind = torch.promote_types(x.dtype, torch.float32)
+        parts = mixed.to(kind).view(tokens, batch, self.heads, count, self.head_dim).permute(3, 1, 2, 0, 4).unbind()
+        named = dict(zip(self.streams, parts, strict=True))
+        return Streams(*(named.get(name) for name in Streams._fields)), gate, tail
+
+    def _run(
+        self, streams: Streams, position: int, banks: dict[str, BankState], seen: list
+    ) -> tuple[Tensor, dict[str, BankState]]:
+        """Run one projection chunk, or a part of one: project at its boundary, then move the memories."""
+        main, other = banks["memory"], banks.get("projection")
+        fresh = position % self.chunks[1] == 0
+        if other is None:
+            main = main.at_boundary() if fresh else main
+            made = self._made(self.banks["memory"], main.boundary, streams, skip=1)
+        else:
+            other = other.at_boundary() if fresh else other
+            made = self._made(self.banks["projection"], other.boundary, streams, skip=0)
+        outputs = []
+        for start, stop in _pieces(position, streams.z.shape[2], self.chunks[0]):
+            if (position + start) % self.chunks[0] == 0:
+                main = main.at_boundary()
+            y, main = self._move("memory", main, made.slice(start, stop), seen)
+            outputs.append(y)
+        if other is not None:
+            _, other = self._move("projection", other, made, None)
+        after = {"memory": main} | ({} if other is None else {"projection": other})
+        return torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0], after
+
+    def _made(self, bank: MemoryBank, boundary: Weights, streams: Streams, skip: int) -> Projections:
+        """Make keys, values, queries and gates, by memories where they are adaptive (Eq. 90)."""
+        named = streams._asdict()
+        logits = {}
+        if len(bank.wide) > skip or bank.narrow:
+            wide, narrow = bank.answer(boundary, streams.z, skip)
+            named |= {name: wide[:, :, i] for i, name in enumerate(bank.wide[skip:])}
+            logits = {name: narrow[:, :, i, :, 0] for i, name in enumerate(bank.narrow)}
+        gates = {name: gate(logits.get(name, streams.z)) for name, gate in self.gates.items()}
+        eta = self.config.eta_max * gates["eta"]
+        alpha = gates.get("alpha", torch.ones_like(eta))
+        return Projections(l2_norm(named["q"]), l2_norm(named["k"]), named["v"], eta, alpha, gates.get("mu"))
+
+    def _move(self, name: str, state: BankState, made: Projections, seen: list | None) -> tuple[Tensor | None, BankState]:
+        bank = self.banks[name]
+        tables = chunk_tables(made.eta, made.alpha, made.mu)
+        writes = bank.writes(state.boundary, made.k, made.v)
+        if seen is not None:
+            seen.append((made.eta.detach(), made.alpha.detach(), writes.surprise))
+        return bank.advance(state, writes, tables, made.q if name == "memory" else None, self.config.read)
+
+
+def _pieces(position: int, tokens: int, size: int) -> list[tuple[int, int]]:
+    """Cut `tokens` tokens that follow `position` others at multiples of `size`."""
+    first = min(tokens, size - position % size)
+    starts = [0, *range(first, tokens, size)] if tokens else [0]
+    return list(zip(starts, [*starts[1:], tokens], strict=True))
+
+
+def _summary(seen: list[tuple[Tensor, Tensor, Tensor]]) -> dict[str, Tensor]:
+    eta, alpha, surprise = (torch.cat(parts, dim=2).mean() for parts in zip(*seen, strict=True))
+    return {"eta_mean": eta, "alpha_mean": alpha, "surprise": surprise}
+
+
+def _pack(name: str, state: BankState) -> dict[str, Tensor]:
+    """Name a bank's tensors `bank/kind/layer`."""
+    return {
+        f"{name}/{kind}/{layer}": tensor
+        for kind, weights in state._asdict().items()
+        if weights is not None
+        for layer, tensor in weights._asdict().items()
+        if tensor is not None
+    }
+
+
+def _unpack(name: str, tensors: dict[str, Tensor]) -> BankState:
+    """Undo `_pack`."""
+    kinds = {}
+    for kind in BankState._fields:
+        parts = [tensors.get(f"{name}/{kind}/{layer}") for layer in Weights._fields]
+        kinds[kind] = None if parts[0] is None else Weights(*parts)
+    return BankState(**kinds)

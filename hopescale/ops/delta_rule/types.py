@@ -1,0 +1,63 @@
+"""Result and argument checks shared by the closed form and its naive twin."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, get_args
+
+from torch import Tensor
+
+Read = Literal["prefix", "inclusive", "boundary"]
+
+
+class DeltaRuleOutput(NamedTuple):
+    """What the delta rule returns.
+
+    Attributes:
+        output: Read values `[B, T, H, Do]` in the type of `q`; None without queries.
+        state: Memory after the last token, `[B, H, Do, D]`, in the type of the given state.
+        momentum: Momentum after the last token, like `state`; None without `mu`.
+    """
+
+    output: Tensor | None
+    state: Tensor
+    momentum: Tensor | None
+
+
+def check_arguments(
+    k: Tensor,
+    u: Tensor,
+    eta: Tensor,
+    alpha: Tensor,
+    state: Tensor,
+    q: Tensor | None,
+    mu: Tensor | None,
+    momentum: Tensor | None,
+    read: str,
+    chunk_size: int,
+) -> None:
+    """Check the arguments of `delta_rule` against each other.
+
+    Raises:
+        ValueError: Naming the argument, its shape and the shape it must have.
+    """
+    batch, tokens, heads, dim = k.shape
+    gate = (batch, tokens, heads)
+    memory = (batch, heads, u.shape[-1], dim)
+    expected = {
+        "u": (u, (*gate, u.shape[-1])),
+        "eta": (eta, gate),
+        "alpha": (alpha, gate),
+        "state": (state, memory),
+        "q": (q, tuple(k.shape)),
+        "mu": (mu, gate),
+        "momentum": (momentum, memory),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but k {tuple(k.shape)} asks for {shape}")
+    if read not in get_args(Read):
+        raise ValueError(f"read is {read!r}, not one of {', '.join(get_args(Read))}")
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size is {chunk_size}, but a chunk has at least one token")
+    if momentum is not None and mu is None:
+        raise ValueError("momentum is given without mu, so it would have no effect")

@@ -1,0 +1,1 @@
+"""Update rules, parameter groups, schedules and cadences. Knows no model and no trainer."""

@@ -1,0 +1,1 @@
+"""Processes, and the layers that split over them."""

@@ -1,0 +1,1 @@
+"""The trainer: one loop, its state, its stops."""
