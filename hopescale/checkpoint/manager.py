@@ -132,7 +132,7 @@ class CheckpointManager:
         self._saver.save(step, state, manifest, blocking=blocking or not self.config.async_save)
 
     def poll(self) -> Path | None:
-        """Return the folder of a background save that has completed since the last call; see `Saver.poll`."""
+        """Return the folder of a background save that has completed meanwhile; see `Saver.poll`."""
         return self._saver.poll()
 
     def wait(self) -> Path | None:
@@ -155,10 +155,8 @@ class CheckpointManager:
         """Remove old checkpoints, keeping `current`; what cannot be removed is reported and left."""
         complete = [path for path in checkpoint_folders(self.folder) if step_of(path) <= step_of(current)]
         complete = [path for path in complete if path == current or incomplete_because(path) is None]
-        kept = {current, *complete[-self.config.keep_last :]}
-        for folder in complete:
-            forever = self.config.keep_every is not None and step_of(folder) % self.config.keep_every == 0
-            if folder in kept or forever:
+        for folder in complete[: -self.config.keep_last]:
+            if self.config.keep_every is not None and step_of(folder) % self.config.keep_every == 0:
                 continue
             try:
                 shutil.rmtree(folder.rename(self.folder / f"{TEMPORARY}removed-{folder.name}"))

@@ -130,15 +130,15 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _from_json(body: Any, path: Path) -> Manifest:
-    damaged = CheckpointError(f"{path} is damaged: its content does not match its checksum", _earlier(path.parent))
+    changed = CheckpointError(f"{path} is damaged: its content does not match its checksum", _earlier(path.parent))
     if not isinstance(body, dict):
-        raise damaged
+        raise changed
     checksum = body.pop("checksum", None)
     if body.get("format", FORMAT) != FORMAT:
         message = f"{path} has format {body['format']}, this version of hopescale reads format {FORMAT}"
         raise CheckpointError(message, "use the version of hopescale that wrote it; `versions` in the file names it")
     if checksum != fingerprint(body):
-        raise damaged
+        raise changed
     tensors = {name: TensorEntry(tuple(entry["shape"]), entry["dtype"]) for name, entry in body.pop("tensors").items()}
     files = {name: FileEntry(**entry) for name, entry in body.pop("files").items()}
     return Manifest(**body, tensors=tensors, files=files)

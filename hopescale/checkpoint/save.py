@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import logging
 import os
 import shutil
 import warnings
@@ -42,7 +41,6 @@ from hopescale.common.units import format_bytes
 
 TEMPORARY = ".tmp-"
 REPLACED = ".replaced-"
-logger = logging.getLogger(__name__)
 
 
 def flatten(state: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]:
@@ -145,7 +143,11 @@ class _Writer(dcp.FileSystemWriter):
         return {name: tensor.detach().to("cpu", copy=True) for name, tensor in state_dict.items()}
 
     def write_data(self, plan: Any, planner: Any) -> Any:
-        return super().write_data(plan, planner).then(lambda future: [self._digested(r) for r in future.value()])
+        try:
+            written = super().write_data(plan, planner)
+        except RuntimeError as error:
+            raise _behind(error) from None
+        return written.then(lambda future: [self._digested(result) for result in future.value()])
 
     def _digested(self, result: WriteResult) -> _DigestedResult:
         file = result.storage_data.relative_path
@@ -203,12 +205,13 @@ class Saver:
         Args:
             step: Optimizer steps done.
             state: Tensors, flat or nested in dicts. Without `blocking` a copy in CPU memory is taken before this returns.
-            manifest: Its `progress`, `config` and `identity` are kept.
+            manifest: Its `progress` (whose `step` is the same), `config` and `identity` are kept.
             blocking: Whether to return only when the checkpoint is complete.
 
         Raises:
             CheckpointError: If this save (or the one before it, when that ran in the background) failed.
         """
+        assert manifest.step == step
         self.wait()
         tensors = flatten(state)
         folder = self.root / folder_name(step)
@@ -225,12 +228,12 @@ class Saver:
             if not blocking:
                 return dcp.async_save(tensors, storage_writer=writer, process_group=self._group)
             future.set_result(dcp.save(tensors, storage_writer=writer, process_group=self._group))
-        except (Exception, dcp.CheckpointException) as error:
+        except (OSError, RuntimeError, MemoryError, dcp.CheckpointException) as error:
             future.set_exception(error)
         return future
 
     def poll(self) -> Path | None:
-        """Return the folder of a background save that has completed since the last call, else None.
+        """Return the folder of a background save that has completed and that nothing has waited for, else None.
 
         Raises:
             CheckpointError: If that save failed.
@@ -291,6 +294,14 @@ class Saver:
         full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
         remedy = "free some space or lower checkpoint.keep_last" if full else "remove the cause"
         return CheckpointError(message, f"{remedy}, then repeat the command to continue from the last good one")
+
+
+def _behind(error: BaseException) -> BaseException:
+    """Return the operating system's error that torch.save's own failure hides, or the failure itself."""
+    context: BaseException | None = error
+    while context is not None and not isinstance(context, OSError):
+        context = context.__context__
+    return context or error
 
 
 def _root_cause(error: BaseException) -> BaseException:

@@ -23,11 +23,9 @@ def find_recipe(recipe: str | Path) -> Path:
     Raises:
         ConfigError: If there is no such file; lists the shipped recipes.
     """
-    shipped = shipped_recipes()
-    for path in (Path(recipe), shipped / recipe, shipped / f"{recipe}.yaml"):
-        if path.is_file():
-            return path
-    names = sorted(path.stem for path in shipped.glob("*.yaml"))
+    if path := _locate(recipe, Path()):
+        return path
+    names = sorted(path.stem for path in shipped_recipes().glob("*.yaml"))
     close = difflib.get_close_matches(Path(recipe).name.removesuffix(".yaml"), names, n=3)
     hint = f"did you mean {' or '.join(close)}?" if close else f"shipped recipes: {', '.join(names)}"
     raise _file_error(str(recipe), "no such recipe file, and no shipped recipe of that name", hint)
@@ -36,13 +34,15 @@ def find_recipe(recipe: str | Path) -> Path:
 def read_chain(recipe: Path) -> list[tuple[Path, dict[Any, Any]]]:
     """Read a recipe and its bases, the deepest base first, without their `base` keys.
 
+    A base is a path relative to the file that names it, or the name of a shipped recipe.
+
     Raises:
         ConfigError: If a file is missing or is not a YAML mapping, or the chain is circular or too deep.
     """
     chain: list[tuple[Path, dict[Any, Any]]] = []
     path: Path | None = recipe
     while path is not None:
-        _check_link(path, [file for file, _ in chain])
+        _check_chain([*(file for file, _ in chain), path])
         tree = read_yaml(path)
         chain.append((path, tree))
         path = _base_path(path, tree)
@@ -71,26 +71,33 @@ def read_yaml(path: Path) -> dict[Any, Any]:
     return tree
 
 
+def _locate(recipe: str | Path, folder: Path) -> Path | None:
+    shipped = shipped_recipes()
+    candidates = (folder / recipe, shipped / recipe, shipped / f"{recipe}.yaml")
+    return next((path for path in candidates if path.is_file()), None)
+
+
 def _file_error(where: str, message: str, hint: str | None = None) -> ConfigError:
     return ConfigError([Problem(where, message, hint=hint)])
 
 
-def _check_link(path: Path, above: list[Path]) -> None:
-    shown = " -> ".join(display_path(file) for file in [*above, path])
-    if path.resolve() in [file.resolve() for file in above]:
+def _check_chain(files: list[Path]) -> None:
+    *above, last = files
+    shown = " -> ".join(display_path(file) for file in files)
+    if last.resolve() in [file.resolve() for file in above]:
         raise _file_error(display_path(above[-1]), f"circular base: {shown}")
     if len(above) > MAX_BASES:
         raise _file_error(display_path(above[-1]), f"more than {MAX_BASES} levels of base: {shown}")
-    if above and not path.is_file():
-        near = sorted(file.name for file in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        hint = f"files there: {', '.join(near)}" if near else "the path is relative to the file that names it"
-        raise _file_error(display_path(above[-1]), f"base {display_path(path)} does not exist", hint)
 
 
 def _base_path(path: Path, tree: dict[Any, Any]) -> Path | None:
     if "base" not in tree:
         return None
-    base = tree.pop("base")
+    base, shown = tree.pop("base"), display_path(path)
     if not isinstance(base, str):
-        raise _file_error(display_path(path), f"base must be a path, got {base!r}")
-    return path.parent / base
+        raise _file_error(shown, f"base must be a path, got {base!r}")
+    if found := _locate(base, path.parent):
+        return found
+    near = sorted(file.name for file in (path.parent / base).parent.glob("*.yaml"))
+    hint = f"files there: {', '.join(near)}" if near else "the path is relative to the file that names it"
+    raise _file_error(shown, f"base {display_path(path.parent / base)} does not exist", hint)

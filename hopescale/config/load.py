@@ -138,7 +138,7 @@ def _read_section(tree: Any, section: Any, prefix: str, origin: str, problems: l
 def _read_node(value: Any, hint: Any, key: str, origin: str, problems: list[Problem]) -> Any:
     inner, optional = split_optional(hint)
     if child_types(inner) is None and entry_type(inner) is None:
-        return read_text(value, hint) if isinstance(value, _Text) else read_value(value, hint)
+        return read_text(str(value), hint) if isinstance(value, _Text) else read_value(value, hint)
     if isinstance(value, _Text):
         value = parse_yaml(value)
     if value is None and optional:

@@ -138,8 +138,9 @@ def _text_of(line: str, where: str, text_key: str) -> str:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not valid JSON ({error})", hint="each line must be one JSON object") from None
     if not isinstance(record, dict) or not isinstance(record.get(text_key), str):
-        found = f"the keys {', '.join(map(repr, record))}" if isinstance(record, dict) else f"a {type(record).__name__}"
-        raise DataError(f"{where}: no text under the key {text_key!r}; the line has {found}", hint="name it by --text-key")
+        found = f"the keys {', '.join(map(repr, record))}" if isinstance(record, dict) else "no object"
+        message = f"{where}: no text under the key {text_key!r}; the line has {found}"
+        raise DataError(message, hint="name the key with --text-key")
     text = record[text_key]
     try:
         text.encode()

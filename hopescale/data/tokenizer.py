@@ -10,7 +10,6 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import sentencepiece
 
@@ -51,8 +50,8 @@ class Tokenizer:
             raise DataError(f"{name} has no end-of-text piece, which must follow every document")
         self._model = model
         self._processor = processor
-        self._exact = processor.encode("a", out_type=str) == ["a"] and processor.is_byte(processor.piece_to_id("<0xE2>"))
         self._space_symbol = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_SYMBOL.encode()]
+        self._exact = processor.encode("a", out_type=str) == ["a"] and processor.is_byte(self._space_symbol[0])
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
@@ -155,11 +154,9 @@ def train_tokenizer(
     out: str | Path,
     *,
     vocab_size: int,
-    model_type: Literal["bpe", "unigram"] = "bpe",
     sample_bytes: int = 8_000_000,
-    num_threads: int = 1,
 ) -> TokenizerSummary:
-    """Train a tokenizer on a random sample of the documents and write it to the folder `out`.
+    """Train a BPE tokenizer on a random sample of the documents and write it to the folder `out`.
 
     Text is taken as it is: no normalisation, white space and line ends kept; what the vocabulary lacks is spelled in
     bytes. Ids: 0 unknown (never produced), 1 end of text, no begin of text. The same documents give the same file.
@@ -168,9 +165,7 @@ def train_tokenizer(
         documents: Text to learn from. Reading ends after 50 times the sample.
         out: Folder to create.
         vocab_size: Number of pieces, of which 258 are bytes and marks.
-        model_type: `bpe` merges frequent pairs; `unigram` prunes a large vocabulary by likelihood.
         sample_bytes: Size of the sample in bytes; bounds time and memory.
-        num_threads: Threads of the trainer.
 
     Raises:
         DataError: If there is no text, or not enough of it for the vocabulary, or `out` cannot be written.
@@ -180,20 +175,20 @@ def train_tokenizer(
         chunks, read_bytes = _sample(documents, sample_bytes)
         if not chunks:
             raise DataError("no text to train a tokenizer on", hint="check the inputs; white space does not count")
-        tokenizer = Tokenizer(_train(chunks, vocab_size, model_type, num_threads))
+        tokenizer = Tokenizer(_train(chunks, vocab_size))
         tokenizer.copy_to(folder)
         size = sum(len(chunk.encode()) for chunk in chunks)
-        num_tokens = sum(map(len, tokenizer.encode_batch(chunks, num_threads=num_threads)))
+        num_tokens = sum(map(len, tokenizer.encode_batch(chunks)))
     return TokenizerSummary(tokenizer.vocab_size, read_bytes, size, size / num_tokens)
 
 
-def _train(chunks: list[str], vocab_size: int, model_type: str, num_threads: int) -> bytes:
+def _train(chunks: list[str], vocab_size: int) -> bytes:
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(chunks),
             model_writer=model,
-            model_type=model_type,
+            model_type="bpe",
             vocab_size=vocab_size,
             byte_fallback=True,
             normalization_rule_name="identity",
@@ -206,7 +201,7 @@ def _train(chunks: list[str], vocab_size: int, model_type: str, num_threads: int
             bos_id=-1,
             eos_id=1,
             pad_id=-1,
-            num_threads=num_threads,
+            num_threads=1,  # the model records it, and must not depend on the machine
             minloglevel=2,
         )
     except RuntimeError as error:

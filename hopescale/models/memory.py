@@ -88,7 +88,7 @@ class InitialMemory(nn.Module):
             spec = ParameterSpec(std=output_std, identity=size_out == size_in, **shared)
             self.w = new_parameter(num_heads, size_out, size_in, spec=spec)
         else:
-            self.w2 = new_parameter(num_heads, hidden, size_in, spec=ParameterSpec(std=size_in**-0.5, **shared))
+            self.w2 = new_parameter(num_heads, hidden, size_in, spec=ParameterSpec(std=2 * hidden**-0.5, **shared))
             self.w1 = new_parameter(num_heads, size_out, hidden, spec=ParameterSpec(std=output_std, **shared))
 
 

@@ -191,6 +191,7 @@ class SelfModifying(nn.Module):
         kind = torch.promote_types(x.dtype, torch.float32)
         parts = mixed.to(kind).view(tokens, batch, self.heads, count, self.head_dim).permute(3, 1, 2, 0, 4).unbind()
         named = dict(zip(self.streams, parts, strict=True))
+        named["z"] = l2_norm(named["z"])
         return Streams(*(named.get(name) for name in Streams._fields)), gate, tail
 
     def _run(
@@ -227,7 +228,8 @@ class SelfModifying(nn.Module):
         gates = {name: gate(logits.get(name, streams.z)) for name, gate in self.gates.items()}
         eta = self.config.eta_max * gates["eta"]
         alpha = gates.get("alpha", torch.ones_like(eta))
-        return Projections(l2_norm(named["q"]), l2_norm(named["k"]), named["v"], eta, alpha, gates.get("mu"))
+        v = l2_norm(named["v"]) if self.config.targets == "self" else named["v"]
+        return Projections(l2_norm(named["q"]), l2_norm(named["k"]), v, eta, alpha, gates.get("mu"))
 
     def _move(self, name: str, state: BankState, made: Projections, seen: list | None) -> tuple[Tensor | None, BankState]:
         bank = self.banks[name]

@@ -14,7 +14,7 @@ class SyntheticConfig:
     """`copy`: random symbols, a marker, the same symbols. `recall`: key-value pairs, then keys whose values must be
     named. `markov`: text of a random second-order chain, whose entropy is known."""
     num_symbols: int = 24
-    """Symbols of the task; `model.vocab_size` must be at least this plus two markers."""
+    """Symbols of the task; `model.vocab_size` must be at least this plus two markers. At most 128 for `markov`."""
     num_samples: int = 100_000
     """Training sequences per epoch."""
 
@@ -28,7 +28,8 @@ class SourceConfig:
     synthetic: SyntheticConfig | None = None
     """Settings of a generated data set. Either this or `path`."""
     weight: float = 1.0
-    """Share of the training sequences, relative to the other sources' weights."""
+    """Share of the training sequences, relative to the other sources' weights; exact to within 1/4096 of the whole,
+    which is also the smallest share."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class DataConfig:
     seed: int = 0
     """Seed of the sample order and of synthetic data; independent of the model's seed."""
     max_epochs: int = 1
-    """How often a source may be read at most; a run that needs more is refused before it starts."""
+    """How often a source may be read at most, each time in another order; a run that needs more is refused before it
+    starts."""
     prefetch: int = 2
     """Batches prepared ahead in a background thread; 0 prepares them in the training loop. No effect on order."""

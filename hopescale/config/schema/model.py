@@ -59,7 +59,7 @@ class SelfModifyingConfig:
     projection_chunk_size: int | None = None
     """The same for the other memories. A multiple of `chunk_size`; null is `chunk_size`."""
     eta_max: float = 1.0
-    """Upper limit of the inner learning rate, in (0, 2]. Above 1, negative eigenvalues of the transition are allowed."""
+    """Upper limit of the inner learning rate, in (0, 2]. Above 1 the transition may have negative eigenvalues."""
     eta_init: float = 0.1
     """Inner learning rate of every token at initialisation, as a fraction of `eta_max`, in (0, 1)."""
     alpha_init: float = 0.995

@@ -53,7 +53,10 @@ class OptimConfig:
     """Largest global gradient norm; null is no limit. A level that is due counts with the mean over its period."""
     groups: dict[str, GroupConfig | None] = field(
         default_factory=lambda: {
-            "no_decay": GroupConfig(match=("*norm*.weight", "*.bias", "*.gates.*", "*.conv.*", "*.mix"), weight_decay=0.0),
+            "no_decay": GroupConfig(
+                match=("*norm*.weight", "*.bias", "*.gates.*", "*.conv.*", "*.mix"),
+                weight_decay=0.0,
+            ),
             "decay": GroupConfig(),
         }
     )

@@ -1,0 +1,60 @@
+"""The root of the command line: verbs, exit codes, and errors as one message. Verbs import torch only when they run."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from hopescale import __version__
+from hopescale.cli import config, data
+from hopescale.cli.generate import generate
+from hopescale.cli.train import train
+from hopescale.common.errors import HopescaleError
+
+app = typer.Typer(
+    help="Train Hope language models, from a laptop to a cluster.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(config.app, name="config")
+app.add_typer(data.app, name="data")
+app.command()(train)
+app.command()(generate)
+
+
+def print_version(wanted: bool) -> None:
+    """Print the version and exit, before a verb is asked for."""
+    if wanted:
+        typer.echo(f"hopescale {__version__}")
+        raise typer.Exit
+
+
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show the traceback of errors.")]
+Version = Annotated[
+    bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=print_version)
+]
+
+
+@app.callback()
+def root(context: typer.Context, verbose: Verbose = False, version: Version = False) -> None:
+    """Note for `main` what all verbs share."""
+    context.ensure_object(dict)["verbose"] = verbose
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line and exit with the code of its outcome: the entry point of `hopescale`."""
+    shared: dict[str, bool] = {}
+    try:
+        app(args, obj=shared, prog_name="hopescale")
+    except HopescaleError as error:
+        if shared.get("verbose"):
+            traceback.print_exception(error)
+        else:
+            typer.echo(str(error), err=True)
+        sys.exit(error.exit_code)

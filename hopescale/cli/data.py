@@ -1,0 +1,178 @@
+"""`hopescale data`: from a person's own text to shards a run can read, and a look into them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from hopescale.common.units import format_bytes, parse_count
+
+if TYPE_CHECKING:
+    from hopescale.data.inspect import SplitSummary
+    from hopescale.data.text import TextSource
+
+app = typer.Typer(help="Train a tokenizer, prepare text, look into shards, check them.", no_args_is_help=True)
+
+Inputs = Annotated[list[str], typer.Argument(metavar="INPUT...", help="Files, folders or addresses (s3://, https://).")]
+Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="A prepared data set.")]
+Out = Annotated[Path, typer.Option(metavar="FOLDER", help="Folder to create.")]
+TextKey = Annotated[str, typer.Option(metavar="KEY", help="Key of the text in JSON lines.")]
+Pattern = Annotated[
+    list[str] | None, typer.Option(metavar="GLOB", help="Files of a folder to read, as '*.py'; can be repeated.")
+]
+Separator = Annotated[
+    str | None, typer.Option(metavar="TEXT", help="Where to cut plain files into documents, as '\\n\\n'.")
+]
+
+
+@app.command("tokenizer")
+def train_tokenizer(
+    inputs: Inputs,
+    out: Out,
+    vocab_size: Annotated[str, typer.Option(metavar="COUNT", help="Number of pieces.")] = "32k",
+    sample: Annotated[str, typer.Option(metavar="BYTES", help="Text to learn from, drawn at random.")] = "8M",
+    text_key: TextKey = "text",
+    pattern: Pattern = None,
+    separator: Separator = None,
+) -> None:
+    """Train a tokenizer on a sample of the text."""
+    num_pieces, sample_bytes = _count("--vocab-size", vocab_size), _count("--sample", sample)
+    from hopescale.data import tokenizer
+
+    documents = _source(inputs, text_key, pattern, separator).documents(shuffle_seed=0)
+    with _working("training"):
+        done = tokenizer.train_tokenizer(documents, out, vocab_size=num_pieces, sample_bytes=sample_bytes)
+    typer.echo(
+        f"{out}: {done.vocab_size:,} pieces, {done.bytes_per_token:.2f} bytes per token, "
+        f"learned from {format_bytes(done.sample_bytes)} of {format_bytes(done.read_bytes)} read"
+    )
+
+
+@app.command()
+def prepare(
+    inputs: Inputs,
+    out: Out,
+    tokenizer: Annotated[Path, typer.Option(metavar="PATH", help="Folder or .model file.")],
+    validation: Annotated[float, typer.Option(min=0, max=0.99, help="Fraction of documents to hold out.")] = 0.01,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the shuffle and of the held-out choice.")] = 0,
+    shard_size: Annotated[str, typer.Option(metavar="BYTES", help="Size of a file, about.")] = "256Mi",
+    text_key: TextKey = "text",
+    pattern: Pattern = None,
+    separator: Separator = None,
+) -> None:
+    """Turn text into shuffled shards of tokens."""
+    shard_bytes = _count("--shard-size", shard_size)
+    from hopescale.data import prepare as preparing
+    from hopescale.data.inspect import summarise
+    from hopescale.data.tokenizer import Tokenizer
+
+    documents = _source(inputs, text_key, pattern, separator).documents()
+    with _working("reading") as show:
+        index = preparing.prepare(
+            documents,
+            Tokenizer.load(tokenizer),
+            out,
+            validation=validation,
+            seed=seed,
+            shard_bytes=shard_bytes,
+            num_threads=_num_cores(),
+            progress=lambda documents, size: show(f"{documents:,} documents, {format_bytes(size)}"),
+        )
+    typer.echo(f"{out}:")
+    _echo_splits(summarise(index))
+
+
+@app.command()
+def inspect(
+    folder: Folder,
+    split: Annotated[str, typer.Option(metavar="NAME", help="train or validation.")] = "train",
+    documents: Annotated[int, typer.Option(min=0, help="Documents to show.")] = 2,
+    window: Annotated[int | None, typer.Option(min=0, help="Packed window to show instead.")] = None,
+    seq_len: Annotated[int, typer.Option(min=1, help="Tokens of that window.")] = 1024,
+    characters: Annotated[int, typer.Option(min=1, help="Characters to show of each text.")] = 400,
+) -> None:
+    """Show what a data set holds, with a few of its texts."""
+    from hopescale.data import inspect as look
+    from hopescale.data.dataset import PreparedData
+    from hopescale.data.shards import SPLITS
+
+    if split not in SPLITS:
+        raise typer.BadParameter(f"{split!r} is not one of {', '.join(SPLITS)}", param_hint="--split")
+    data = PreparedData(folder)
+    end = f"end of text is {data.tokenizer.eos_id}"
+    typer.echo(f"{folder}: seed {data.index.seed}, {data.index.validation:g} held out")
+    _echo_splits(look.summarise(data.index))
+    typer.echo(f"  tokenizer   {data.tokenizer.vocab_size:,} pieces, {end}, {data.tokenizer.fingerprint[:12]}")
+    if window is not None:
+        for number, text in enumerate(look.window_texts(data, split, window, seq_len)):
+            _echo_text(f"{split} window {window}, its document {number}", text, characters)
+        return
+    for number, (num_tokens, text) in enumerate(look.first_documents(data, split, documents)):
+        _echo_text(f"{split} document {number}, {num_tokens:,} tokens", text, characters)
+
+
+@app.command()
+def verify(folder: Folder) -> None:
+    """Recompute every checksum and read every block."""
+    from hopescale.data import inspect as look
+
+    with _working("checking") as show:
+        index = look.verify(folder, on_shard=lambda entry: show(entry.file))
+    entries = [entry for split in index.splits.values() for entry in split]
+    size = sum(entry.num_bytes for entry in entries)
+    typer.echo(f"{folder}: {len(entries)} shards, {format_bytes(size)}, all as the index says")
+
+
+def _source(inputs: list[str], text_key: str, pattern: list[str] | None, separator: str | None) -> TextSource:
+    from hopescale.data.text import TextSource
+
+    if separator is not None:
+        separator = separator.replace("\\n", "\n").replace("\\t", "\t")
+    return TextSource(tuple(inputs), text_key, tuple(pattern or ()), separator)
+
+
+def _count(option: str, text: str) -> int:
+    try:
+        value = parse_count(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint=option) from None
+    if value < 1:
+        raise typer.BadParameter(f"{text} is not positive", param_hint=option)
+    return value
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def _working(verb: str) -> Iterator[Callable[[str], None]]:
+    """Show a moving line on standard error; gives a function that changes its text."""
+    columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(verb, total=None)
+        yield lambda text: progress.update(task, description=f"{verb} {text}")
+
+
+def _echo_splits(splits: list[SplitSummary]) -> None:
+    for split in splits:
+        if not split.num_tokens:
+            typer.echo(f"  {split.split:<11} empty")
+            continue
+        typer.echo(
+            f"  {split.split:<11} {split.num_documents:,} documents, {split.num_tokens:,} tokens, "
+            f"{split.bytes_per_token:.2f} bytes per token, shards: {split.num_shards:,}"
+        )
+
+
+def _echo_text(title: str, text: str, characters: int) -> None:
+    rest = len(text) - characters
+    more = f"\n[{rest:,} more characters]" if rest > 0 else ""
+    typer.echo(f"--- {title}\n{text[:characters]}{more}")

@@ -1,0 +1,317 @@
+"""What the values of a config mean together. One rule is one function; all that is wrong is reported at once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+
+from hopescale.common.errors import ConfigError, Problem
+from hopescale.config import plan, ranges
+from hopescale.config.fields import leaves
+from hopescale.config.load import DEFAULT, Loaded
+from hopescale.config.schema import LevelConfig, RunConfig
+
+SYNTHETIC_MARKERS = 2
+"""Symbols of the vocabulary that a synthetic task needs beside its own."""
+
+Origins = Mapping[str, str]
+Rule = Callable[[RunConfig, Origins], Iterator[Problem]]
+
+_FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+def check(config: RunConfig, origins: Origins | None = None) -> list[Problem]:
+    """Return everything wrong with a config, each with the origin of its value.
+
+    Args:
+        config: A config whose types are right, as loading leaves it.
+        origins: Where each key was set, as loading returns it. Keys that are missing count as defaults.
+    """
+    origins = origins or {}
+    problems = [problem for rule in RULES for problem in rule(config, origins)]
+    return [replace(problem, origin=_origin(problem.key, origins)) for problem in problems]
+
+
+def require_valid(loaded: Loaded) -> Loaded:
+    """Return a loaded recipe unchanged.
+
+    Raises:
+        ConfigError: With every rule it breaks.
+    """
+    if problems := check(loaded.config, loaded.origins):
+        raise ConfigError(problems)
+    return loaded
+
+
+def _origin(key: str, origins: Origins) -> str | None:
+    origin = origins.get(key)
+    return None if origin == DEFAULT else origin
+
+
+def _set_keys(origins: Origins, prefix: str) -> list[str]:
+    """List the keys below `prefix`, or that key itself, that a file or an override has set."""
+    return [
+        key for key, origin in origins.items() if origin != DEFAULT and (key == prefix or key.startswith(f"{prefix}."))
+    ]
+
+
+def _leaves_rest(value: int, unit: int) -> bool:
+    """Tell whether `value` is not a multiple of `unit`; a unit out of range is `numbers_in_range`'s to report."""
+    return unit > 0 and value % unit != 0
+
+
+def numbers_in_range(config: RunConfig, origins: Origins) -> Iterator[Problem]:
+    """Every number lies in its interval of `ranges.RANGES`."""
+    for key, value in leaves(config).items():
+        interval = ranges.find_range(key)
+        if interval is None or value is None:
+            continue
+        for number in value if isinstance(value, tuple) else (value,):
+            if not ranges.contains(interval, number):
+                yield Problem(key, f"must be {ranges.describe(interval)}, is {number:g}")
+
+
+def name_is_a_folder(config: RunConfig, origins: Origins) -> Iterator[Problem]:
+    """The run's name can name its folder."""
+    if not _FOLDER_NAME.fullmatch(config.name):
+        yield Problem("name", f"{config.name!r} cannot name a folder", hint="use letters, digits, '.', '_' and '-'")
+
+
+# model
+
+
+def heads_divide_width(config: RunConfig, origins: Origins) -> Iterator[Problem]:
+    """Without a head dim of their own, heads share the width evenly."""
+    model = config.model
+    if model.head_dim is None and _leaves_rest(model.d_model, model.num_heads):
+        message = f"{model.d_model} is not a multiple of num_heads = {model.num_heads}"
+        yield Problem("model.d_model", message, hint="change either, or set model.head_dim")
+
+
+def rotary_head_dim_is_even(config: RunConfig, origins: Origins) -> Iterator[Problem]:
+    """Rotary positions turn pairs of channels."""
+    if config.model.mixer != "attention" or config.model.num_heads < 1:
+        return
+    head_dim = plan.head_dim(config.model)
+    if head_dim % 2:
+        yield Problem("model.head_dim", f"attention needs an even head dim, it is {head_dim}")
+
+
+def only_the_selected_mixer_is_set(config: RunConfig, origins: Origins) -> Iterator[Problem]:
+    """Keys of the mixer that is not selected would do nothing."""
+    other = {"self_modifying": "attention", "attention": "self_modifying"}[config.model.mixer]
+    for key in _set_keys(origins, f"model.{other}"):
+        message = f"has no effect: model.mixer is {config.model.mixer}"
+        yield Problem(key, message, hint=f"leave it out, or set model.mixer={other}")
+
+
+def memory_dim_needs_mlp(config: RunConfig, origins: Origins) -> Iterator[Problem]:
+    """A linear memory has no hidden width."""
+    mixer = config.model.self_modifying
+    if mixer.memory_dim is not None and mixer.memory != "mlp":
+        message = f"{mixer.memory_dim} has no effect: memory is {mixer.memory}"
+        yield Problem("model.self_modifying.memory_dim", message, hint="leave it null, or set memory to mlp")
+
+
+def adaptive_is_a_set(config: RunConfig, origins: Origins) -> Iterator[Problem]:
+    """A projection is a memory or is not."""
+    adaptive = config.model.self_modifying.adaptive
+    for name in sorted({name for name in adaptive if adaptive.count(name) > 1}):
+        yield Problem("model.self_modifying.adaptive", f"{name} is listed {adaptive.count(name)} times")
+
+
+def adaptive_alpha_needs_retention(config: RunConfig, origins: Origins) -> Iterator[Problem]:
+    """Without retention there is no alpha to adapt."""
+    mixer = config.model.self_modifying
+    if "alpha" in mixer.adaptive and not mixer.retention:
+        hint = f"use adaptive: [{', '.join(name for name in mixer.adaptive if name != 'alpha')}]"
+        yield Problem("model.self_modifying.adaptive", "holds alpha, but retention is off", hint=hint)
+
+
+def value_targets_need_static_maps(config: RunConfig, origins: Origins) -> Iterator[Problem]:
+    """The value can be the target only of a memory as wide as the value."""
+    mixer = config.model.self_modifying
+    if mixer.targets == "value" and (mixer.adaptive or mixer.query != "static"):
+        message = f"value needs adaptive: [] and query: static, they are {list(mixer.adaptive)} and {mixer.query}"
+        yield Problem("model.self_modifying.targets", message)
+
+
+def projection_chunks_hold_whole_chunks(config: RunConfig, origins: Origins) -> Iterator[Problem]:
+    """Projection memories move at boundaries of the main memory."""
+    mixer = config.model.self_modifying
+    key, size = "model.self_modifying.projection_chunk_size", mixer.projection_chunk_size
+    if size is None:
+        return
+    if _leaves_rest(size, mixer.chunk_size):
+        yield Problem(key, f"{size} is not a multiple of chunk_size = {mixer.chunk_size}")
+    if not mixer.adaptive and mixer.query == "static":
+        yield Problem(key, f"{size} has no effect: no projection is a memory", hint="leave it null")
+
+
+def gate_starts_need_their_gates(config: RunConfig, origins: Origins) -> Iterator[Problem]:
+    """A gate that is switched off has no first value."""
+    mixer = config.model.self_modifying
+    switches = {"mu_init": ("momentum", mixer.momentum), "alpha_init": ("retention", mixer.retention)}
+    for name, (switch, on) in switches.items():
+        if not on:
+            for key in _set_keys(origins, f"model.self_modifying.{name}"):
+                yield Problem(key, f"has no effect: {switch} is off", hint=f"leave it out, or turn {switch} on")
+
+
+def error_cap_needs_l2(config: RunConfig, origins: Origins) -> Iterator[Problem]:
+    """The inner product has no error to cap."""
+    mixer = config.model.self_modifying
+    if mixer.error_cap is not None and mixer.objective != "l2":
+        message = f"{mixer.error_cap:g} has no effect: objective is {mixer.objective}"
+        yield Problem("model.self_modifying.error_cap", message, hint="leave it null, or set objective to l2")
+
+
+def at_least_one_level(config: RunConfig, origins: Origins) -> Iterator[Problem]:
+    """A block has a level after its mixer."""
+    if not config.model.cms.levels:
+        yield Problem("model.cms.levels", "no level", hint="one level of period 1 is a plain MLP")
+
+
+def phase_lies_in_the_period(config: RunConfig, origins: Origins) -> Iterator[Problem]:
+    """A phase shifts a level within its period."""
+    for name, level in _levels(config):
+        if level.phase >= level.update_every_steps:
+            message = f"{level.phase} is not below update_every_steps = {level.update_every_steps}"
+            yield Problem(f"model.cms.levels.{name}.phase", message)
+
+
+def every_level_updates(config: RunConfig, origins: Origins) -> Iterator[Problem]:
+    """A level's first update, at step `period - phase`, falls into the run."""
+    for name, level in _levels(config):
+        first = level.update_every_steps - level.phase
+        if first > config.train.steps:
+            message = f"first update at step {first}, but train.steps = {config.train.steps}: the level never learns"
+            hint = "shorten the period, or train longer"
+            yield Problem(f"model.cms.levels.{name}.update_every_steps", message, hint=hint)
+
+
+def _levels(config: RunConfig) -> list[tuple[str, LevelConfig]]:
+    return [(name, level) for name, level in config.model.cms.levels.items() if level is not None]
+
+
+# data
+
+
+def at_least_one_source(config: RunConfig, origins: Origins) -> Iterator[Problem]:
+    """A run reads something."""
+    if not config.data.sources:
+        hint = "set data.sources.main.path to a folder written by `hopescale data prepare`"
+        yield Problem("data.sources", "no source", hint=hint)
+
+
+def a_source_is_one_thing(config: RunConfig, origins: Origins) -> Iterator[Problem]:
+    """A source is a folder or synthetic, not both and not neither."""
+    for name, source in config.data.sources.items():
+        key = f"data.sources.{name}"
+        if source.path is not None and source.synthetic is not None:
+            yield Problem(key, "has both path and synthetic", hint=f"set {key}.path=null or {key}.synthetic=null")
+        if source.path is None and source.synthetic is None:
+            yield Problem(key, "has neither path nor synthetic", hint=f"set {key}.path, or remove it: {key}=null")
+        if source.path == "":
+            yield Problem(f"{key}.path", "is empty")
+
+
+def symbols_fit_the_vocabulary(config: RunConfig, origins: Origins) -> Iterator[Problem]:
+    """A synthetic task's symbols and markers are entries of the vocabulary."""
+    for name, source in config.data.sources.items():
+        if source.synthetic is None:
+            continue
+        needed = source.synthetic.num_symbols + SYNTHETIC_MARKERS
+        if needed > config.model.vocab_size:
+            symbols = f"{source.synthetic.num_symbols} symbols and {SYNTHETIC_MARKERS} markers"
+            message = f"{symbols} exceed model.vocab_size = {config.model.vocab_size}"
+            yield Problem(f"data.sources.{name}.synthetic.num_symbols", message)
+
+
+# optim
+
+
+def one_group_takes_the_rest(config: RunConfig, origins: Origins) -> Iterator[Problem]:
+    """Every parameter belongs to a group: exactly one group has no pattern, and takes what is left."""
+    rest = [name for name, group in config.optim.groups.items() if group.match is None]
+    if len(rest) != 1:
+        message = f"{len(rest)} groups have match: null ({', '.join(rest) or 'none'}), exactly one must"
+        yield Problem("optim.groups", message, hint="that group takes all parameters no other group matches")
+
+
+def patterns_are_not_empty(config: RunConfig, origins: Origins) -> Iterator[Problem]:
+    """A group with an empty list of patterns would hold nothing."""
+    for name, group in config.optim.groups.items():
+        if group.match is not None and not all(group.match or [""]):
+            hint = f"remove the group with optim.groups.{name}=null"
+            yield Problem(f"optim.groups.{name}.match", "holds no pattern, or an empty one", hint=hint)
+
+
+def schedule_fits_the_run(config: RunConfig, origins: Origins) -> Iterator[Problem]:
+    """Warm-up, and the decay of `wsd`, fit into the run."""
+    schedule, steps = config.optim.schedule, config.train.steps
+    key, warmup = "optim.schedule.warmup_steps", schedule.warmup_steps
+    if warmup >= steps:
+        yield Problem(key, f"{warmup} is not below train.steps = {steps}")
+    elif schedule.name == "wsd" and warmup + schedule.decay_fraction * steps > steps:
+        decay = f"decay_fraction {schedule.decay_fraction:g} of {steps} steps"
+        yield Problem(key, f"{warmup} and {decay} are more than train.steps = {steps}")
+
+
+def decay_fraction_needs_wsd(config: RunConfig, origins: Origins) -> Iterator[Problem]:
+    """A cosine has no separate decay."""
+    if config.optim.schedule.name != "wsd":
+        for key in _set_keys(origins, "optim.schedule.decay_fraction"):
+            yield Problem(key, f"has no effect: schedule.name is {config.optim.schedule.name}", hint="leave it out")
+
+
+# train, checkpoint
+
+
+def batch_is_whole_micro_batches(config: RunConfig, origins: Origins) -> Iterator[Problem]:
+    """A step is a whole number of forward passes."""
+    train = config.train
+    unit, tokens = train.seq_len * train.micro_batch_size, train.global_batch_tokens
+    if _leaves_rest(tokens, unit):
+        product = f"seq_len * micro_batch_size = {train.seq_len} * {train.micro_batch_size} = {unit}"
+        near = [str(count) for count in (tokens // unit * unit, tokens // unit * unit + unit) if count]
+        hint = f"nearest: {' and '.join(near)}"
+        yield Problem("train.global_batch_tokens", f"{tokens} is not a multiple of {product}", hint=hint)
+
+
+def kept_checkpoints_are_written(config: RunConfig, origins: Origins) -> Iterator[Problem]:
+    """A checkpoint that is kept for ever is one that is written."""
+    key, every, keep = "checkpoint.keep_every", config.checkpoint.every, config.checkpoint.keep_every
+    if keep is not None and every is None:
+        yield Problem(key, f"{keep} has no effect: checkpoint.every is null")
+    elif keep is not None and _leaves_rest(keep, every):
+        yield Problem(key, f"{keep} is not a multiple of checkpoint.every = {every}: no checkpoint is written there")
+
+
+RULES: tuple[Rule, ...] = (
+    numbers_in_range,
+    name_is_a_folder,
+    heads_divide_width,
+    rotary_head_dim_is_even,
+    only_the_selected_mixer_is_set,
+    memory_dim_needs_mlp,
+    adaptive_is_a_set,
+    adaptive_alpha_needs_retention,
+    value_targets_need_static_maps,
+    projection_chunks_hold_whole_chunks,
+    gate_starts_need_their_gates,
+    error_cap_needs_l2,
+    at_least_one_level,
+    phase_lies_in_the_period,
+    every_level_updates,
+    at_least_one_source,
+    a_source_is_one_thing,
+    symbols_fit_the_vocabulary,
+    one_group_takes_the_rest,
+    patterns_are_not_empty,
+    schedule_fits_the_run,
+    decay_fraction_needs_wsd,
+    batch_is_whole_micro_batches,
+    kept_checkpoints_are_written,
+)

@@ -1,0 +1,75 @@
+"""What follows from a config: counts the run needs that nobody sets. Written beside the config, never into it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from hopescale.config.schema import ModelConfig, RunConfig
+
+VOCAB_MULTIPLE = 128
+"""The stored vocabulary is padded to a multiple of this, for fast kernels and even tensor-parallel shards."""
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """Derived values of a run."""
+
+    global_batch_size: int
+    """Sequences per optimizer step."""
+    grad_accumulation: int
+    """Micro batches per optimizer step on one device."""
+    total_tokens: int
+    """Tokens of the whole run."""
+    total_sequences: int
+    """Sequences of the whole run."""
+    head_dim: int
+    """Width of a head of the mixer."""
+    memory_dim: int | None
+    """Hidden width of an MLP memory; None for other memories and other mixers."""
+    projection_chunk_size: int | None
+    """Tokens between two boundaries of the projection memories; None for other mixers."""
+    padded_vocab_size: int
+    """Rows of the embedding."""
+
+    def to_dict(self) -> dict[str, int | None]:
+        """Return the values by name, for `plan.json`."""
+        return asdict(self)
+
+
+def make_plan(config: RunConfig) -> RunPlan:
+    """Derive the plan of a config that has passed its checks."""
+    train, model = config.train, config.model
+    global_batch_size = train.global_batch_tokens // train.seq_len
+    return RunPlan(
+        global_batch_size=global_batch_size,
+        grad_accumulation=global_batch_size // train.micro_batch_size,
+        total_tokens=train.steps * train.global_batch_tokens,
+        total_sequences=train.steps * global_batch_size,
+        head_dim=head_dim(model),
+        memory_dim=memory_dim(model),
+        projection_chunk_size=projection_chunk_size(model),
+        padded_vocab_size=padded_vocab_size(model),
+    )
+
+
+def head_dim(model: ModelConfig) -> int:
+    """Return the width of a head: as set, or an even share of the model's width."""
+    return model.head_dim or model.d_model // model.num_heads
+
+
+def memory_dim(model: ModelConfig) -> int | None:
+    """Return the hidden width of the mixer's MLP memories, or None where it has none."""
+    if model.mixer != "self_modifying" or model.self_modifying.memory != "mlp":
+        return None
+    return model.self_modifying.memory_dim or head_dim(model)
+
+
+def projection_chunk_size(model: ModelConfig) -> int | None:
+    """Return the tokens between two boundaries of the projection memories, or None where there are none."""
+    mixer = model.self_modifying
+    return (mixer.projection_chunk_size or mixer.chunk_size) if model.mixer == "self_modifying" else None
+
+
+def padded_vocab_size(model: ModelConfig) -> int:
+    """Return the rows of the embedding: the vocabulary, padded."""
+    return -(-model.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE

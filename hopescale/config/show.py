@@ -1,0 +1,85 @@
+"""Configs for people: with origins, as a difference, and what a resumed run may not change."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from hopescale.common.errors import Problem
+from hopescale.config.fields import leaves
+from hopescale.config.load import DEFAULT
+from hopescale.config.schema import RunConfig
+from hopescale.config.values import format_value
+
+IDENTITY: tuple[str, ...] = (
+    "model",  # the checkpoint's weights and memories fit this model alone
+    "data.seed",  # fixes the order of the samples: with another one, some come twice and some never
+    "data.sources",  # the same, and the validation losses would be of other text
+    "train.seq_len",  # cuts the text into samples: their order continues only at the same cut
+    "train.global_batch_tokens",  # tokens seen = steps * batch: the place in the data and every curve rest on it
+    "train.seed",  # the weights in the checkpoint were drawn with it
+    "optim.name",  # the checkpoint holds this rule's state
+)
+"""Keys, or sections, that a run keeps for life."""
+
+
+class _Absent:
+    def __repr__(self) -> str:
+        return "(absent)"
+
+
+ABSENT = _Absent()
+"""Stands in a difference for a key that one of the two configs lacks."""
+
+Change = tuple[str, Any, Any]
+
+
+def show(config: RunConfig, origins: Mapping[str, str]) -> str:
+    """Write a config as YAML, with the origin of each value that is not a default as a comment."""
+    return "\n".join(_lines(config, origins, "", 0)) + "\n"
+
+
+def diff(a: RunConfig, b: RunConfig) -> list[Change]:
+    """List the keys at which two configs differ, with both values; `ABSENT` where one has no such key."""
+    old, new = leaves(a), leaves(b)
+    pairs = [(key, old.get(key, ABSENT), new.get(key, ABSENT)) for key in {**old, **new}]
+    return [(key, before, after) for key, before, after in pairs if before != after]
+
+
+def format_diff(changes: list[Change]) -> str:
+    """Write a difference, one key a line: `train.steps: 100 -> 200`."""
+    return "\n".join(f"{key}: {_format(before)} -> {_format(after)}" for key, before, after in changes)
+
+
+def identity_problems(old: RunConfig, new: RunConfig) -> list[Problem]:
+    """List the changes that a resumed run cannot take: those below `IDENTITY`. All others are its user's choice.
+
+    Args:
+        old: The config in the run folder.
+        new: The config that would continue the run.
+    """
+    hint = "set it back, or start a new run in another --run-dir"
+    return [
+        Problem(key, f"is {_format(before)} in the run folder, now {_format(after)}: a run cannot change it", hint=hint)
+        for key, before, after in diff(old, new)
+        if any(key == fixed or key.startswith(f"{fixed}.") for fixed in IDENTITY)
+    ]
+
+
+def _format(value: Any) -> str:
+    return repr(value) if value is ABSENT else format_value(value)
+
+
+def _lines(node: Any, origins: Mapping[str, str], prefix: str, depth: int) -> list[str]:
+    items = node.items() if isinstance(node, dict) else [(f.name, getattr(node, f.name)) for f in fields(node)]
+    lines = []
+    for name, value in items:
+        key, indent = f"{prefix}{name}", "  " * depth
+        if is_dataclass(value) or (isinstance(value, dict) and value):
+            lines += [f"{indent}{format_value(name)}:", *_lines(value, origins, f"{key}.", depth + 1)]
+        else:
+            origin = origins.get(key, DEFAULT)
+            comment = "" if origin == DEFAULT else f"  # {origin}"
+            lines.append(f"{indent}{format_value(name)}: {format_value(value)}{comment}")
+    return lines

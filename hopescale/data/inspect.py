@@ -1,0 +1,117 @@
+"""Look into a prepared data set: sums, sample texts, and a check of every byte."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from hopescale.common.errors import DataError
+from hopescale.data.dataset import PreparedData, TokenStream
+from hopescale.data.samples import PackedSamples
+from hopescale.data.shards import SPLITS, Index, ShardEntry, describe_shard
+
+_SUMMED = ("num_documents", "num_tokens", "num_text_bytes")
+
+
+@dataclass(frozen=True)
+class SplitSummary:
+    """Sums over one split."""
+
+    split: str
+    num_shards: int
+    num_documents: int
+    num_tokens: int
+    num_text_bytes: int
+
+    @property
+    def bytes_per_token(self) -> float | None:
+        """Bytes of UTF-8 text per token, end-of-text tokens counted; null for an empty split."""
+        return self.num_text_bytes / self.num_tokens if self.num_tokens else None
+
+
+def summarise(index: Index) -> list[SplitSummary]:
+    """Add up the shards of every split."""
+    return [
+        SplitSummary(
+            split,
+            len(index.splits[split]),
+            *(sum(getattr(e, field) for e in index.splits[split]) for field in _SUMMED),
+        )
+        for split in SPLITS
+    ]
+
+
+def first_documents(data: PreparedData, split: str, count: int) -> Iterator[tuple[int, str]]:
+    """Decode the first documents of a split: tokens and text of each.
+
+    Raises:
+        DataError: If a shard is damaged.
+    """
+    for tokens in islice(data.splits[split].documents(), count):
+        yield len(tokens), data.tokenizer.decode(tokens)
+
+
+def window_texts(data: PreparedData, split: str, window: int, seq_len: int) -> list[str]:
+    """Decode one packed window, cut where a document ends.
+
+    Raises:
+        DataError: If the split has no such window or a shard is damaged.
+    """
+    samples = PackedSamples(data.splits[split], seq_len)
+    if not 0 <= window < samples.num_samples:
+        raise DataError(f"no window {window} in the {split} split: it has {samples.num_samples} of {seq_len} tokens")
+    rows = samples.read([window])
+    tokens, ids = rows.tokens[0], rows.document_ids[0]
+    return [data.tokenizer.decode(part) for part in np.split(tokens, np.flatnonzero(np.diff(ids)) + 1)]
+
+
+def verify(folder: str | Path, on_shard: Callable[[ShardEntry], None] = lambda entry: None) -> Index:
+    """Recompute every checksum and read every block.
+
+    Args:
+        folder: A prepared data set.
+        on_shard: Called before each shard.
+
+    Raises:
+        DataError: If the index or the tokenizer is wrong, or naming every bad shard.
+    """
+    folder = Path(folder)
+    index = Index.read(folder)
+    tokenizer = index.check_tokenizer(folder)
+    faults = []
+    for split in SPLITS:
+        for entry in index.splits[split]:
+            on_shard(entry)
+            fault = _fault(folder, index, split, entry, tokenizer.eos_id)
+            faults += [f"{entry.file}: {fault}"] if fault else []
+    if faults:
+        listed = "\n    ".join(faults)
+        raise DataError(
+            f"{len(faults)} of {sum(map(len, index.splits.values()))} shards of {folder} are damaged\n    {listed}",
+            hint="copy them from a good copy, or prepare the data set again; the same text gives the same files",
+        )
+    return index
+
+
+def _fault(folder: Path, index: Index, split: str, entry: ShardEntry, eos_id: int) -> str | None:
+    """Say what is wrong with a shard, if anything."""
+    try:
+        found = describe_shard(folder / entry.file)
+    except DataError as error:
+        return error.message
+    if found.sha256 != entry.sha256:
+        return f"SHA-256 {found.sha256[:12]}, the index says {entry.sha256[:12]}"
+    if found != entry:
+        return "its checksum is right, but the index describes other blocks"
+    alone = Index(**{**vars(index), "splits": {split: [entry]}})
+    try:
+        for document in TokenStream(folder, alone, split).documents():
+            if document[-1] != eos_id:
+                return "a document does not end with the end-of-text token"
+    except DataError as error:
+        return error.message
+    return None

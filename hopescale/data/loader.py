@@ -1,0 +1,209 @@
+"""What the trainer reads: batches of tensors by global sample index. The only file here that knows torch.
+
+Holds no position: the same index gives the same sample whenever and on whichever rank it is asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from queue import Empty, Full, Queue
+from threading import Event, Thread
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hopescale.common.errors import ConfigError, Problem
+from hopescale.config.schema import DataConfig
+from hopescale.data.order import Mixture
+from hopescale.data.samples import Rows
+from hopescale.data.sources import Source, open_sources
+from hopescale.data.tokenizer import Tokenizer
+
+
+class Batch(NamedTuple):
+    """Training sequences side by side."""
+
+    tokens: Tensor
+    """Input ids. Shape `[B, T]`, int64."""
+    targets: Tensor
+    """The id after each input; -100 where the loss must not look. Shape `[B, T]`, int64."""
+    document_ids: Tensor
+    """Document of each input, counted from 0 in every row. Shape `[B, T]`, int32."""
+
+
+class Data:
+    """The training mixture and the held-out sets, opened and checked."""
+
+    def __init__(self, config: DataConfig, sources: Mapping[str, Source], *, seq_len: int):
+        """Use `open_data`, which checks first."""
+        self.tokenizer: Tokenizer | None = next((s.tokenizer for s in sources.values() if s.tokenizer), None)
+        self._config = config
+        self._seq_len = seq_len
+        self._sources = sources
+        self._num_samples = {name: source.train.num_samples for name, source in sources.items()}
+        self._mixture = Mixture({name: source.weight for name, source in sources.items()}, seed=config.seed)
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the sequence of samples: the tokenizer, each source's content and weight, the seed, `seq_len`.
+
+        Hexadecimal. Two runs with equal fingerprints read the same tokens at every index.
+        """
+        sources = {name: (source.weight, source.identity) for name, source in self._sources.items()}
+        identity = json.dumps([self._config.seed, self._seq_len, sources], sort_keys=True)
+        return hashlib.sha256(identity.encode()).hexdigest()
+
+    def check_budget(self, num_sequences: int) -> None:
+        """Refuse a run that would read a source more often than `data.max_epochs`.
+
+        Args:
+            num_sequences: Training sequences of the whole run.
+
+        Raises:
+            ConfigError: Naming every such source, the sequences it would give and those it has.
+        """
+        problems = []
+        for name, wanted in self._mixture.counts(num_sequences).items():
+            have = self._num_samples[name]
+            if wanted > have * self._config.max_epochs:
+                problems.append(
+                    Problem(
+                        f"data.sources.{name}",
+                        f"the run reads {wanted:,} sequences of it, {wanted / have:.3g} epochs, but it has {have:,} of "
+                        f"{self._seq_len} tokens and data.max_epochs is {self._config.max_epochs}",
+                        hint=f"set data.max_epochs={-(-wanted // have)}, train fewer steps, or prepare more text",
+                    )
+                )
+        if problems:
+            raise ConfigError(problems)
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """Read the training samples at these global indices, one row each, in this order.
+
+        Raises:
+            DataError: If a shard is damaged.
+        """
+        positions = [self._mixture.locate(index, self._num_samples) for index in indices]
+        rows: list[Rows | None] = [None] * len(positions)
+        for name, source in self._sources.items():
+            places = [place for place, position in enumerate(positions) if position.source == name]
+            if places:
+                read = source.train.read([positions[place].sample for place in places])
+                for row, place in enumerate(places):
+                    rows[place] = Rows(*(part[row] for part in read))
+        return _to_batch(Rows(*(np.stack(parts) for parts in zip(*rows, strict=True))))
+
+    def locate(self, index: int) -> str:
+        """Say in words what a global index reads: source, epoch, window, shard and token range."""
+        source, epoch, sample = self._mixture.locate(index, self._num_samples)
+        return f"source {source}, epoch {epoch}, {self._sources[source].train.describe(sample)}"
+
+    @property
+    def validation_sets(self) -> list[str]:
+        """Names of the sources that have held-out samples."""
+        return [name for name, source in self._sources.items() if source.validation is not None]
+
+    def validation(self, name: str, tokens: int, batch_size: int) -> Iterator[Batch]:
+        """Read held-out samples, always the same ones from the start of the split.
+
+        Args:
+            name: One of `validation_sets`.
+            tokens: How much to read: as many whole sequences as fit, at least `batch_size`, at most the split.
+            batch_size: Sequences per batch; the last may have fewer.
+
+        Raises:
+            DataError: If a shard is damaged.
+        """
+        samples = self._sources[name].validation
+        count = min(samples.num_samples, max(batch_size, tokens // self._seq_len))
+        for start in range(0, count, batch_size):
+            yield _to_batch(samples.read(range(start, min(start + batch_size, count))))
+
+    def bytes_per_token(self, name: str) -> float | None:
+        """Give the bytes of text per token of a held-out split; null for a synthetic one.
+
+        End-of-text tokens count as tokens, so bits per byte is `loss / ln 2 / bytes_per_token`.
+        """
+        return self._sources[name].bytes_per_token
+
+
+def open_data(config: DataConfig, *, seq_len: int, vocab_size: int) -> Data:
+    """Open every source of a config and check that they fit the model and each other.
+
+    Args:
+        config: The `data` part of a recipe.
+        seq_len: Tokens per sequence.
+        vocab_size: The model's; must equal the tokenizer's.
+
+    Raises:
+        ConfigError: If a setting is wrong. Carries all problems, those of files included.
+        DataError: If files are missing or damaged and nothing else is wrong.
+    """
+    return Data(config, open_sources(config, seq_len=seq_len, vocab_size=vocab_size), seq_len=seq_len)
+
+
+def prefetched(data: Data, index_batches: Iterable[Sequence[int]], depth: int) -> Iterator[Batch]:
+    """Read batches ahead in a background thread, in the order given.
+
+    Args:
+        data: Where to read.
+        index_batches: Global indices of each batch; consumed by the thread.
+        depth: Batches held ready; 0 reads each one when it is asked for, without a thread.
+
+    Raises:
+        DataError: What the thread met, at the batch where it met it.
+    """
+    if depth == 0:
+        for indices in index_batches:
+            yield data.batch(indices)
+        return
+    queue: Queue[Batch | Exception | None] = Queue(depth)
+    closed = Event()
+    thread = Thread(target=_fill, args=(queue, closed, data, index_batches), name="data-prefetch", daemon=True)
+    thread.start()
+    try:
+        while (item := queue.get()) is not None:
+            if isinstance(item, Exception):
+                raise item
+            yield item
+    finally:
+        closed.set()
+        _drain(queue)
+        thread.join()
+
+
+def _fill(queue: Queue, closed: Event, data: Data, index_batches: Iterable[Sequence[int]]) -> None:
+    try:
+        for indices in index_batches:
+            if not _put(queue, closed, data.batch(indices)):
+                return
+        _put(queue, closed, None)
+    except Exception as error:
+        _put(queue, closed, error)
+
+
+def _put(queue: Queue, closed: Event, item: Batch | Exception | None) -> bool:
+    """Wait for a place in the queue; give up when the reader has gone."""
+    while not closed.is_set():
+        try:
+            queue.put(item, timeout=0.05)
+            return True
+        except Full:
+            continue
+    return False
+
+
+def _drain(queue: Queue) -> None:
+    try:
+        while True:
+            queue.get_nowait()
+    except Empty:
+        pass
+
+
+def _to_batch(rows: Rows) -> Batch:
+    return Batch(*(torch.from_numpy(np.ascontiguousarray(part)) for part in rows))

@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from hopescale.common.errors import ConfigError
+from hopescale.config.check import RULES, check, require_valid
+from hopescale.config.load import load_recipe
+from hopescale.config.schema import RunConfig
+
+GOOD = """
+name: x
+model:
+  vocab_size: 128
+  d_model: 32
+  num_heads: 4
+  cms: {levels: {fast: {d_ff: 64}, slow: {d_ff: 64, update_every_steps: 8}}}
+data: {sources: {main: {path: data/main}}}
+train: {steps: 100, seq_len: 32, micro_batch_size: 2, global_batch_tokens: 128}
+"""
+ATTENTION = "model.mixer=attention"
+MIXER = "model.self_modifying"
+PROJECTION = f"{MIXER}.projection_chunk_size"
+WARMUP = "optim.schedule.warmup_steps"
+SYNTHETIC = "data.sources.s.synthetic"
+LEVEL = "model.cms.levels.slow"
+
+# overrides that break one rule -> the key that is named, part of its message
+BROKEN = [
+    (["train.steps=0", f"{LEVEL}=null"], "train.steps", "must be at least 1, is 0"),
+    (["model.self_modifying.eta_max=2.5"], f"{MIXER}.eta_max", "in (0, 2]"),
+    (["model.self_modifying.alpha_init=1"], f"{MIXER}.alpha_init", "in (0, 1)"),
+    (["optim.betas=[0.9, 1]"], "optim.betas", "in [0, 1)"),
+    (["optim.groups.no_decay.betas=[0.9, 1]"], "optim.groups.no_decay.betas", "in [0, 1)"),
+    (["data.sources.main.weight=0"], "data.sources.main.weight", "above 0"),
+    (["train.loss_spike=0"], "train.loss_spike", "above 0"),
+    (["checkpoint.keep_last=0"], "checkpoint.keep_last", "at least 1"),
+    (["log.every=0"], "log.every", "at least 1"),
+    (["name=a/b"], "name", "cannot name a folder"),
+    (["name="], "name", "cannot name a folder"),
+    (["model.num_heads=5"], "model.d_model", "32 is not a multiple of num_heads = 5"),
+    ([ATTENTION, "model.head_dim=3"], "model.head_dim", "even head dim"),
+    ([ATTENTION, f"{MIXER}.gate=true"], f"{MIXER}.gate", "no effect: model.mixer is attention"),
+    (["model.attention.qk_norm=true"], "model.attention.qk_norm", "no effect: model.mixer is self_modifying"),
+    ([f"{MIXER}.memory=linear", f"{MIXER}.memory_dim=8"], f"{MIXER}.memory_dim", "memory is linear"),
+    ([f"{MIXER}.adaptive=[k, k]"], f"{MIXER}.adaptive", "k is listed 2 times"),
+    ([f"{MIXER}.retention=false"], f"{MIXER}.adaptive", "retention is off"),
+    ([f"{MIXER}.targets=value"], f"{MIXER}.targets", "needs adaptive: []"),
+    ([f"{MIXER}.targets=value", f"{MIXER}.adaptive=[]", f"{MIXER}.query=memory"], f"{MIXER}.targets", "query: static"),
+    ([f"{PROJECTION}=96"], PROJECTION, "not a multiple of chunk_size = 64"),
+    ([f"{PROJECTION}=64", f"{MIXER}.adaptive=[]"], PROJECTION, "no projection is a memory"),
+    ([f"{MIXER}.momentum=false", f"{MIXER}.mu_init=0.4"], f"{MIXER}.mu_init", "momentum is off"),
+    ([f"{MIXER}={{retention: false, adaptive: [k], alpha_init: 0.4}}"], f"{MIXER}.alpha_init", "retention is off"),
+    ([f"{MIXER}.objective=dot", f"{MIXER}.error_cap=1"], f"{MIXER}.error_cap", "objective is dot"),
+    (["model.cms.levels.fast=null", f"{LEVEL}=null"], "model.cms.levels", "no level"),
+    ([f"{LEVEL}.phase=8"], f"{LEVEL}.phase", "8 is not below update_every_steps = 8"),
+    ([f"{LEVEL}.update_every_steps=101"], f"{LEVEL}.update_every_steps", "first update at step 101"),
+    (["data.sources.main=null"], "data.sources", "no source"),
+    (["data.sources.main.path=null"], "data.sources.main", "neither"),
+    (["data.sources.main.synthetic={}"], "data.sources.main", "both"),
+    (["data.sources.main.path="], "data.sources.main.path", "empty"),
+    ([f"{SYNTHETIC}.num_symbols=127"], f"{SYNTHETIC}.num_symbols", "exceed model.vocab_size = 128"),
+    (["optim.groups.decay=null"], "optim.groups", "0 groups"),
+    (["optim.groups.more={}"], "optim.groups", "2 groups have match: null (decay, more)"),
+    (["optim.groups.no_decay.match=[]"], "optim.groups.no_decay.match", "no pattern"),
+    (["optim.groups.no_decay.match=['']"], "optim.groups.no_decay.match", "empty one"),
+    (["optim.schedule.warmup_steps=100"], "optim.schedule.warmup_steps", "100 is not below train.steps = 100"),
+    (["optim.schedule={name: wsd, warmup_steps: 60, decay_fraction: 0.5}"], WARMUP, "are more than"),
+    (["optim.schedule.decay_fraction=0.1"], "optim.schedule.decay_fraction", "schedule.name is cosine"),
+    (["train.global_batch_tokens=100"], "train.global_batch_tokens", "32 * 2 = 64"),
+    (["checkpoint.every=null", "checkpoint.keep_every=5"], "checkpoint.keep_every", "checkpoint.every is null"),
+    (["checkpoint.every=10", "checkpoint.keep_every=15"], "checkpoint.keep_every", "not a multiple"),
+]  # fmt: skip
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text(GOOD)
+    return path
+
+
+def problems_of(recipe, *overrides):
+    loaded = load_recipe(recipe, overrides)
+    return check(loaded.config, loaded.origins)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        [ATTENTION, "model.attention.qk_norm=true"],
+        ["model.num_heads=5", "model.head_dim=7"],
+        [f"{MIXER}.retention=false", f"{MIXER}.adaptive=[k, v, eta]", f"{MIXER}.momentum=false"],
+        [f"{MIXER}.targets=value", f"{MIXER}.adaptive=[]", f"{MIXER}.error_cap=2"],
+        [f"{MIXER}.chunk_size=16", f"{MIXER}.projection_chunk_size=64"],
+        [f"{LEVEL}.update_every_steps=101", f"{LEVEL}.phase=1"],
+        ["data.sources.main={path: null, synthetic: {num_symbols: 126}}"],
+        ["optim.schedule={name: wsd, warmup_steps: 50, decay_fraction: 0.5}"],
+        ["checkpoint.every=10", "checkpoint.keep_every=30"],
+        ["optim.groups.no_decay=null"],
+    ],
+    ids=str,
+)
+def test_good_configs_pass(recipe, overrides):
+    assert problems_of(recipe, *overrides) == []
+
+
+@pytest.mark.parametrize(("overrides", "key", "message"), BROKEN)
+def test_each_rule_names_its_key(recipe, overrides, key, message):
+    found = [problem for problem in problems_of(recipe, *overrides) if message in problem.message]
+    assert [problem.key for problem in found] == [key]
+
+
+def test_all_rules_speak_at_once_with_origins(recipe):
+    overrides = ["train.steps=0", "model.num_heads=0", "train.seq_len=0", "name=a/b", "data.sources.main=null"]
+    problems = problems_of(recipe, *overrides)
+    keys = {problem.key: problem.origin for problem in problems}
+    assert {"train.steps", "model.num_heads", "train.seq_len", "name", "data.sources"} <= set(keys)
+    assert keys["name"] == "command line" and keys["data.sources"] is None
+
+
+@pytest.mark.parametrize("key", ["model.num_heads", "train.seq_len", f"{MIXER}.chunk_size", "checkpoint.every"])
+@pytest.mark.parametrize("mixer", ["attention", "self_modifying"])
+@pytest.mark.parametrize("value", [0, -3])
+def test_numbers_out_of_range_break_no_rule(recipe, key, mixer, value):
+    overrides = [f"{key}={value}", f"model.mixer={mixer}", "checkpoint.keep_every=3"]
+    assert key in [problem.key for problem in problems_of(recipe, *overrides)]
+
+
+def test_the_nearest_batch_sizes_are_offered(recipe):
+    (problem,) = problems_of(recipe, "train.global_batch_tokens=100")
+    assert problem.hint == "nearest: 64 and 128"
+    (problem,) = problems_of(recipe, "train.global_batch_tokens=10")
+    assert problem.hint == "nearest: 64"
+
+
+def test_require_valid_raises_all(recipe):
+    assert require_valid(load_recipe(recipe)).config.name == "x"
+    with pytest.raises(ConfigError) as caught:
+        require_valid(load_recipe(recipe, ["name=a/b", "train.steps=0"]))
+    assert {"name", "train.steps"} <= {problem.key for problem in caught.value.problems}
+
+
+def test_the_bare_schema_lacks_only_levels_and_data():
+    assert {problem.key for problem in check(RunConfig())} == {"model.cms.levels", "data.sources"}
+
+
+def test_every_rule_is_registered():
+    module = sys.modules[check.__module__]
+    own = {name: value for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__}
+    rules = {value for name, value in own.items() if not name.startswith("_")} - {check, require_valid}
+    assert rules == set(RULES)

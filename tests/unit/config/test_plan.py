@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+import json
+
+from hopescale.config.plan import make_plan
+from hopescale.config.schema import ModelConfig, RunConfig, SelfModifyingConfig, TrainConfig
+
+
+def test_plan_of_a_self_modifying_run():
+    model = ModelConfig(vocab_size=129, d_model=96, num_heads=4)
+    train = TrainConfig(steps=10, seq_len=32, micro_batch_size=2, global_batch_tokens=256)
+    plan = make_plan(RunConfig(model=model, train=train))
+    assert json.loads(json.dumps(plan.to_dict())) == {
+        "global_batch_size": 8,
+        "grad_accumulation": 4,
+        "total_tokens": 2560,
+        "total_sequences": 80,
+        "head_dim": 24,
+        "memory_dim": 24,
+        "projection_chunk_size": 64,
+        "padded_vocab_size": 256,
+    }
+
+
+def test_widths_that_are_set_win():
+    mixer = SelfModifyingConfig(memory_dim=7, chunk_size=4, projection_chunk_size=16)
+    plan = make_plan(RunConfig(model=ModelConfig(vocab_size=128, head_dim=5, self_modifying=mixer)))
+    assert (plan.head_dim, plan.memory_dim, plan.projection_chunk_size, plan.padded_vocab_size) == (5, 7, 16, 128)
+
+
+def test_other_mixers_and_memories_have_no_hidden_width():
+    attention = make_plan(RunConfig(model=ModelConfig(mixer="attention")))
+    assert attention.memory_dim is None and attention.projection_chunk_size is None
+    linear = make_plan(RunConfig(model=ModelConfig(self_modifying=SelfModifyingConfig(memory="linear"))))
+    assert linear.memory_dim is None and linear.projection_chunk_size == 64

@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import bz2
+import gzip
+import json
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from hopescale.common.errors import DataError
+from hopescale.data.text import Document, TextSource
+
+
+def read(*inputs: Path | str, **options) -> list[Document]:
+    return list(TextSource(tuple(map(str, inputs)), **options).documents())
+
+
+def write_lines(path: Path, *records: object) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def test_a_plain_file_is_one_document_byte_for_byte(tmp_path: Path) -> None:
+    path = tmp_path / "a.py"
+    path.write_bytes("def f():\r\n\treturn 'é'\n\n".encode())
+    assert read(path) == [Document("def f():\r\n\treturn 'é'\n\n", str(path))]
+
+
+def test_a_byte_order_mark_is_dropped(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfhello")
+    (tmp_path / "b.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "line"}\n')
+    assert [d.text for d in read(tmp_path)] == ["hello", "line"]
+
+
+def test_a_separator_cuts_plain_files_only(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\n\ntwo\n\n\n\nthree")
+    write_lines(tmp_path / "b.jsonl", {"text": "four\n\nfive"})
+    assert [d.text for d in read(tmp_path, separator="\n\n")] == ["one", "two", "three", "four\n\nfive"]
+
+
+def test_json_lines_give_a_document_each_and_name_their_line(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", {"body": "one"}, {"body": "  "}, {"body": "two"})
+    path.write_text(path.read_text() + "\n")
+    assert read(path, text_key="body") == [Document("one", f"{path}:1"), Document("two", f"{path}:3")]
+
+
+def test_compressed_files_are_read(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "one"}\n{"text": "two"}\n'))
+    (tmp_path / "b.txt.bz2").write_bytes(bz2.compress(b"three"))
+    assert [d.text for d in read(tmp_path)] == ["one", "two", "three"]
+
+
+def test_remote_addresses_are_read() -> None:
+    memory = fsspec.filesystem("memory")
+    with memory.open("/bucket/docs/a.txt", "wb") as file:
+        file.write(b"far")
+    with memory.open("/bucket/docs/b.jsonl.gz", "wb") as file:
+        file.write(gzip.compress(b'{"text": "away"}\n'))
+    assert [d.text for d in read("memory://bucket/docs")] == ["far", "away"]
+    assert [d.text for d in read("memory://bucket/docs/a.txt")] == ["far"]
+
+
+def test_folders_are_read_sorted_and_filtered(tmp_path: Path) -> None:
+    for name in ("z.py", "b/x.md", "b/a.py", ".git/config", "b/.hidden.py", "a.bin"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    assert [d.text for d in read(tmp_path)] == ["a.bin", "b/a.py", "b/x.md", "z.py"]
+    assert [d.text for d in read(tmp_path, patterns=("*.py",))] == ["b/a.py", "z.py"]
+    assert [d.text for d in read(tmp_path, patterns=("b/*", "*.bin"))] == ["a.bin", "b/a.py", "b/x.md"]
+    assert [d.text for d in read(tmp_path / "z.py", tmp_path / "b", patterns=("*.md",))] == ["z.py", "b/x.md"]
+
+
+def test_shuffling_files_is_seeded_and_loses_none(tmp_path: Path) -> None:
+    for number in range(20):
+        (tmp_path / f"{number:02d}.txt").write_text(str(number))
+    source = TextSource((str(tmp_path),))
+    orders = [[d.text for d in source.documents(shuffle_seed=seed)] for seed in (0, 0, 1)]
+    assert orders[0] == orders[1] != orders[2]
+    assert sorted(orders[2], key=int) == [str(number) for number in range(20)]
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ('{"text": "ok"}\n{"text": ', "a.jsonl:2: not valid JSON"),
+        ('{"text": "ok"}\n{"body": "x", "id": 1}', "a.jsonl:2: no text under the key 'text'.*'body', 'id'"),
+        ('{"text": "ok"}\n{"text": 5}', "a.jsonl:2: no text under the key"),
+        ('{"text": "ok"}\n["x"]', "a.jsonl:2: no text under the key 'text'; the line has no object"),
+        ('{"text": "\\ud800"}', "a.jsonl:1: half a surrogate pair"),
+        ("[" * 100_000, "a.jsonl:1: not valid JSON"),
+    ],
+)
+def test_a_bad_json_line_is_named(tmp_path: Path, content: str, expected: str) -> None:
+    (tmp_path / "a.jsonl").write_text(content)
+    with pytest.raises(DataError, match=expected):
+        read(tmp_path)
+
+
+def test_bytes_that_are_no_text_are_named(tmp_path: Path) -> None:
+    (tmp_path / "photo.png").write_bytes(b"ab\xff\xfe")
+    with pytest.raises(DataError, match=r"photo.png: not UTF-8 text \(byte 0xff at offset 2\)") as caught:
+        read(tmp_path)
+    assert "--pattern" in caught.value.hint
+
+
+def test_a_missing_input_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="input .*nowhere.txt does not exist"):
+        read(tmp_path / "nowhere.txt")
+    with pytest.raises(DataError, match="cannot read nosuch://x"):
+        read("nosuch://x")
+
+
+def test_a_folder_without_a_match_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no files"):
+        read(tmp_path)
+    (tmp_path / "a.txt").write_text("x")
+    with pytest.raises(DataError, match=r"1 files, none matches \*.py or \*.md"):
+        read(tmp_path, patterns=("*.py", "*.md"))
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[:-10], lambda data: b"junk", lambda data: data[:20] + b"\xff" * 9]
+)
+def test_a_damaged_archive_is_named(tmp_path: Path, damage) -> None:
+    whole = gzip.compress("".join(f'{{"text": "{number}"}}\n' for number in range(1000)).encode())
+    (tmp_path / "a.jsonl.gz").write_bytes(damage(whole))
+    with pytest.raises(DataError, match="a.jsonl.gz"):
+        read(tmp_path)
