@@ -91,9 +91,29 @@ def load_resolved(path: str | Path) -> RunConfig:
     Raises:
         ConfigError: If the file is missing, is not YAML, or does not fit the schema.
     """
+    return from_dict(read_yaml(Path(path)), display_path(Path(path)))
+
+
+def from_dict(tree: dict[str, Any], origin: str) -> RunConfig:
+    """Read a resolved config from plain values, as `to_dict` gives them.
+
+    Named entries are the tree's alone: none comes from the defaults.
+
+    Args:
+        tree: Plain values by key.
+        origin: Where they come from, for messages.
+
+    Raises:
+        ConfigError: If the tree does not fit the schema.
+    """
     problems: list[Problem] = []
-    layer = _read_file(Path(path), read_yaml(Path(path)), problems)
+    layer = _Layer(origin, _read_section(tree, RunConfig, "", origin, problems))
     return _merge(map_entries(RunConfig(), lambda entries: {}), [layer], problems)
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """Return every value of a config as plain dicts, lists, text and numbers."""
+    return OmegaConf.to_container(OmegaConf.structured(config))
 
 
 def to_yaml(config: RunConfig) -> str:

@@ -54,9 +54,8 @@ def self_modifying_params(model: ModelConfig) -> int:
 
 
 def num_projections(model: ModelConfig) -> int:
-    """Count the slices of the in-projection: z, what of q, k and v is a static map, and the output gate."""
-    mixer = model.self_modifying
-    return 1 + (mixer.query == "static") + ("k" not in mixer.adaptive) + ("v" not in mixer.adaptive) + mixer.gate
+    """Count the slices of the in-projection: streams for keys, values and queries, and the output gate."""
+    return 3 + model.self_modifying.gate
 
 
 def wide_memories(model: ModelConfig) -> int:

@@ -182,7 +182,7 @@ def _fill(queue: Queue, closed: Event, data: Data, index_batches: Iterable[Seque
             if not _put(queue, closed, data.batch(indices)):
                 return
         _put(queue, closed, None)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - the reader raises it again
         _put(queue, closed, error)
 
 

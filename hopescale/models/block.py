@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from hopescale.config.plan import head_dim
 from hopescale.config.schema import ModelConfig
 from hopescale.models.attention import Attention
 from hopescale.models.cms import ContinuumMemory
@@ -18,15 +19,14 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, mesh: Mesh):
         super().__init__()
-        head_dim = config.head_dim or config.d_model // config.num_heads
         # Two additions to the residual stream per block, at least: their variance must not grow with depth.
         out_scale = (2 * config.num_layers) ** -0.5
         shared = {
             "norm_eps": config.norm_eps,
-            "out_std": out_scale * (config.num_heads * head_dim) ** -0.5,
+            "out_std": out_scale * (config.num_heads * head_dim(config)) ** -0.5,
             "mesh": mesh,
         }
-        sizes = (config.d_model, config.num_heads, head_dim)
+        sizes = (config.d_model, config.num_heads, head_dim(config))
         self.norm = RMSNorm(config.d_model, eps=config.norm_eps)
         if config.mixer == "attention":
             self.mixer = Attention(*sizes, config.attention, **shared)

@@ -67,7 +67,7 @@ class Writes(NamedTuple):
         first: Write values of the first layers `[B, H, C, R]`.
         wide: Unit keys `[B, H, Nw, C, E]` and values `[B, H, Nw, C, D]` of wide second layers; None if linear.
         narrow: The same for narrow ones, values `[B, H, Nn, C, 1]`; None if there are none.
-        surprise: Norm of each token's error in the first wide memory `[B, H, C]`.
+        surprise: Norm of each token's error in each wide memory `[B, H, Nw, C]`.
     """
 
     key: Tensor
@@ -139,37 +139,52 @@ class MemoryBank(nn.Module):
         kind = torch.promote_types(x.dtype, torch.float32)
         return x.to(kind).expand(batch, *x.shape)
 
-    def answer(self, weights: Weights, z: Tensor, skip: int = 0) -> tuple[Tensor, Tensor]:
-        """Ask all memories after the first `skip` wide ones: `M(z)` with fixed weights.
+    def ask(self, weights: Weights, inputs: dict[str, Tensor], gate_input: Tensor) -> dict[str, Tensor]:
+        """Ask memories with fixed weights: `M(x)`, each with its own input.
 
         Args:
-            z: Inputs `[B, H, C, D]`.
+            weights: Of all memories of the bank.
+            inputs: Input `[B, H, C, D]` of each wide memory that is asked.
+            gate_input: Input of all narrow memories `[B, H, C, D]`.
 
         Returns:
-            Wide answers `[B, H, N, C, D]` and narrow answers `[B, H, N, C, 1]`.
+            Answers by name: `[B, H, C, D]` of wide memories, `[B, H, C]` of narrow ones.
         """
-        pre = self._split(z @ weights.first[:, :, skip * self.rows :].mT, len(self.wide) - skip)
-        return self._finish(weights, z, pre, skip)
+        answers = {}
+        for name, x in inputs.items():
+            index = self.wide.index(name)
+            pre = x @ weights.first[:, :, index * self.rows : (index + 1) * self.rows].mT
+            answers[name] = pre if self.hidden is None else x + F.silu(pre) @ weights.wide[:, :, index].mT
+        if self.narrow:
+            pre = (gate_input @ weights.first[:, :, len(self.wide) * self.rows :].mT).unflatten(
+                -1, (len(self.narrow), -1)
+            )
+            if self.hidden is not None:
+                pre = (F.silu(pre) * weights.narrow[:, :, None, :, 0]).sum(-1, keepdim=True)
+            answers |= {name: pre[:, :, :, i, 0] for i, name in enumerate(self.narrow)}
+        return answers
 
-    def _finish(self, weights: Weights, z: Tensor, pre: tuple[Tensor, Tensor], skip: int = 0) -> tuple[Tensor, Tensor]:
-        """Turn first-layer results into answers."""
-        if self.hidden is None:
-            return pre
-        wide = z[:, :, None] + F.silu(pre[0]) @ weights.wide[:, :, skip:].mT
-        narrow = F.silu(pre[1]) @ weights.narrow.mT if self.narrow else pre[1][..., :1]
-        return wide, narrow
+    def _answers(self, weights: Weights, z: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Ask all memories with the same `z` `[B, H, C, D]`.
 
-    def _split(self, stacked: Tensor, wide: int) -> tuple[Tensor, Tensor]:
-        """Split first-layer results `[B, H, C, R]` into wide and narrow memories `[B, H, N, C, .]`."""
-        cut = wide * self.rows
+        Returns:
+            First-layer results `[B, H, N, C, E]` and answers `[B, H, N, C, .]`, each of wide and of narrow memories.
+        """
+        stacked, cut = z @ weights.first.mT, len(self.wide) * self.rows
         narrow_rows = 1 if self.hidden is None else self.rows
-        vectors = stacked[..., :cut].unflatten(-1, (wide, self.rows))
-        numbers = stacked[..., cut:].unflatten(-1, (len(self.narrow), narrow_rows))
-        return vectors.transpose(2, 3), numbers.transpose(2, 3)
+        pre = (
+            stacked[..., :cut].unflatten(-1, (len(self.wide), self.rows)).transpose(2, 3),
+            stacked[..., cut:].unflatten(-1, (len(self.narrow), narrow_rows)).transpose(2, 3),
+        )
+        if self.hidden is None:
+            return pre, pre
+        wide = z[:, :, None] + F.silu(pre[0]) @ weights.wide.mT if self.wide else pre[0]
+        narrow = F.silu(pre[1]) @ weights.narrow.mT if self.narrow else pre[1][..., :1]
+        return pre, (wide, narrow)
 
     @staticmethod
     def _join(wide: Tensor, narrow: Tensor) -> Tensor:
-        """Undo `_split`."""
+        """Stack first-layer values of wide and narrow memories again: `[B, H, C, R]`."""
         return torch.cat([part.transpose(2, 3).flatten(3) for part in (wide, narrow)], dim=-1)
 
     def _errors(self, answers: tuple[Tensor, Tensor], targets: tuple[Tensor, Tensor]) -> list[Tensor]:
@@ -184,19 +199,16 @@ class MemoryBank(nn.Module):
 
     def writes(self, boundary: Weights, k: Tensor, v: Tensor) -> Writes:
         """Compute what every memory writes for keys `k` and values `v`, `[B, H, C, D]`, at the boundary weights."""
-        tokens, count = k.shape[2], len(self.wide)
+        tokens = k.shape[2]
         if self.rule.targets == "self":
-            pre = self._split(torch.cat([k, v], dim=2) @ boundary.first.mT, count)
-            answers = self._finish(boundary, torch.cat([k, v], dim=2), pre)
+            pre, answers = self._answers(boundary, torch.cat([k, v], dim=2))
             targets = [part[:, :, :, tokens:] for part in answers]
-            answers = [part[:, :, :, :tokens] for part in answers]
-            pre = [part[:, :, :, :tokens] for part in pre]
+            answers, pre = ([part[:, :, :, :tokens] for part in parts] for parts in (answers, pre))
         else:
-            pre = self._split(k @ boundary.first.mT, count)
-            answers = self._finish(boundary, k, pre)
+            pre, answers = self._answers(boundary, k)
             targets = [v[:, :, None].expand_as(answers[0]), torch.zeros_like(answers[1])]
         errors = self._errors(answers, targets)
-        surprise = errors[0][:, :, 0].detach().norm(dim=-1)
+        surprise = errors[0].detach().norm(dim=-1)
         if self.hidden is None:
             return Writes(k, self._join(*(-e for e in errors)), None, None, surprise)
 
@@ -227,7 +239,9 @@ class MemoryBank(nn.Module):
         pairs = ((writes.key, writes.first), writes.wide, writes.narrow)
         layers = [
             None if pair is None else _Layer.solve(table, *pair, weight, push, self.rule.erase)
-            for table, pair, weight, push in zip((tables, per_memory, per_memory), pairs, state.running, momentum, strict=True)
+            for table, pair, weight, push in zip(
+                (tables, per_memory, per_memory), pairs, state.running, momentum, strict=True
+            )
         ]
         after = [(None, None) if layer is None else layer.after() for layer in layers]
         running, pushed = (Weights(*parts) for parts in zip(*after, strict=True))
@@ -237,7 +251,7 @@ class MemoryBank(nn.Module):
     def _read(self, boundary: Weights, layers: list[_Layer | None], q: Tensor, read: Read) -> Tensor:
         """Read the first wide memory. Two reads in a row make an MLP's."""
         if read == "boundary":
-            return self.answer(boundary, q)[0][:, :, 0]
+            return self.ask(boundary, {self.wide[0]: q}, q)[self.wide[0]]
         first, second, _ = layers
         inner = first.rows(self.rows).read(q, read)
         return inner if second is None else q + second.memory(0).read(F.silu(inner), read)
@@ -270,7 +284,9 @@ class _Layer(NamedTuple):
         """Keep the first `stop` outputs of a stacked layer."""
         held = None if self.held is None else self.held[..., :stop]
         momentum = None if self.momentum is None else self.momentum[..., :stop, :]
-        return self._replace(values=self.values[..., :stop], weight=self.weight[..., :stop, :], held=held, momentum=momentum)
+        return self._replace(
+            values=self.values[..., :stop], weight=self.weight[..., :stop, :], held=held, momentum=momentum
+        )
 
     def memory(self, index: int) -> _Layer:
         """Keep one of the memories of `[B, H, N, ...]`; tables are shared along that dimension."""

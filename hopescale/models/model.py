@@ -7,6 +7,7 @@ import re
 import torch
 from torch import Tensor, nn
 
+from hopescale.config.plan import padded_vocab_size
 from hopescale.config.schema import LevelConfig, ModelConfig
 from hopescale.models.block import Block
 from hopescale.models.cms import by_period
@@ -16,7 +17,6 @@ from hopescale.models.state import ModelState
 from hopescale.parallel.layers import ColumnLinear, Embedding
 from hopescale.parallel.mesh import Mesh
 
-VOCAB_MULTIPLE = 128
 INITIAL_LOGIT_STD = 0.25
 _LEVEL = re.compile(r"blocks\.\d+\.cms\.levels\.(?P<name>[^.]+)\.")
 
@@ -34,7 +34,7 @@ class Model(nn.Module):
         super().__init__()
         mesh = mesh or Mesh.alone()
         self.config = config
-        padded = -(-config.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+        padded = padded_vocab_size(config)
         self.embedding = Embedding(padded, config.d_model, std=config.init_std, mesh=mesh)
         self.blocks = nn.ModuleList(Block(config, mesh) for _ in range(config.num_layers))
         # Logits of a fresh model stay near zero at any width, so that its loss starts at ln(vocabulary).
@@ -56,6 +56,7 @@ class Model(nn.Module):
         *,
         document_ids: Tensor | None = None,
         probe: dict[str, Tensor] | None = None,
+        last_only: bool = False,
     ) -> tuple[Tensor, ModelState]:
         """Read tokens and predict the next one after each.
 
@@ -64,9 +65,10 @@ class Model(nn.Module):
             state: What an earlier call returned; None begins anew.
             document_ids: `[B, T]`, for attention `within_documents`.
             probe: Filled with `memory/<layer>/<statistic>` scalars if given.
+            last_only: Whether to predict after the last token alone, as generation needs.
 
         Returns:
-            Logits `[B, T, V]` (entries of the padding are `-inf`) and the state after the last token.
+            Logits `[B, T, V]`, or `[B, 1, V]` if `last_only` (entries of the padding are `-inf`) and the state after the last token.
         """
         x = self.embedding(tokens).transpose(0, 1)  # [T, B, N]
         states = []
@@ -76,6 +78,7 @@ class Model(nn.Module):
             states.append(layer)
             if probe is not None:
                 probe |= {f"memory/{index}/{name}": value for name, value in seen.items()}
+        x = x[-1:] if last_only else x
         return self._logits(self.norm(x)).transpose(0, 1), ModelState(tuple(states))
 
     def _logits(self, x: Tensor) -> Tensor:

@@ -44,17 +44,7 @@ class Gate(nn.Module):
         return torch.sigmoid(logit + self.bias[:, None])
 
 
-class Streams(NamedTuple):
-    """Per-head inputs of the recurrence, `[B, H, T, D]`, fp32; None where a memory makes the thing itself."""
-
-    z: Tensor
-    q: Tensor | None
-    k: Tensor | None
-    v: Tensor | None
-
-    def slice(self, start: int, stop: int) -> Streams:
-        """Take tokens `start ... stop - 1`."""
-        return Streams(*(None if stream is None else stream[:, :, start:stop] for stream in self))
+STREAMS = ("k", "v", "q")
 
 
 class Projections(NamedTuple):
@@ -102,14 +92,12 @@ class SelfModifying(nn.Module):
         self.config, self.head_dim = config, head_dim
         self.heads = num_heads // mesh.tp_group.size()
         adaptive = set(config.adaptive)
-        # Convolved streams first, the output gate last.
-        self.streams = ["z"] + ["q"] * (config.query == "static") + [name for name in "kv" if name not in adaptive]
-        slices = len(self.streams) + config.gate
+        slices = len(STREAMS) + config.gate  # the output gate last
         self.in_proj = ColumnLinear(d_model, num_heads * head_dim * slices, std=d_model**-0.5, mesh=mesh)
         self.conv = None
         if config.conv_width:
             spec = ParameterSpec(std=config.conv_width**-0.5, partition_dim=0, keep_fp32=True)
-            channels = self.heads * len(self.streams) * head_dim
+            channels = self.heads * len(STREAMS) * head_dim
             self.conv = nn.ParameterDict({"weight": new_parameter(channels, config.conv_width, spec=spec)})
         self.gates = nn.ModuleDict(self._gates(adaptive))
         self.chunks = (config.chunk_size, config.projection_chunk_size or config.chunk_size)
@@ -166,7 +154,8 @@ class SelfModifying(nn.Module):
         banks = {name: _unpack(name, state.tensors) for name in self.banks}
         outputs, seen = [], []
         for start, stop in _pieces(state.position, tokens, self.chunks[1]):
-            y, banks = self._run(streams.slice(start, stop), state.position + start, banks, seen)
+            part = {name: stream[:, :, start:stop] for name, stream in streams.items()}
+            y, banks = self._run(part, state.position + start, banks, seen)
             outputs.append(y)
         y = torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]  # [B, H, T, D]
         y = self.norm(y.permute(2, 0, 1, 3)).to(x.dtype)  # [T, B, H, D]
@@ -179,35 +168,35 @@ class SelfModifying(nn.Module):
             tensors |= _pack(name, bank)
         return self.out_proj(y.flatten(2)), LayerState(state.position + tokens, tensors)
 
-    def _project(self, x: Tensor, tail: Tensor | None) -> tuple[Streams, Tensor | None, Tensor | None]:
-        """Project and convolve; each head's slices lie side by side, so that a rank holds whole heads."""
+    def _project(self, x: Tensor, tail: Tensor | None) -> tuple[dict[str, Tensor], Tensor | None, Tensor | None]:
+        """Project and convolve: streams `[B, H, T, D]` in fp32, the output gate `[T, B, H, D]`, the convolution's tail.
+
+        Each head's slices lie side by side in the in-projection, so that a rank holds whole heads.
+        """
         tokens, batch = x.shape[:2]
         mixed = self.in_proj(x).unflatten(-1, (self.heads, -1, self.head_dim))  # [T, B, H, S, D]
-        count = len(self.streams)
-        gate = mixed[..., count, :] if self.config.gate else None
-        mixed = mixed[..., :count, :].flatten(2)
+        gate = mixed[..., len(STREAMS), :] if self.config.gate else None
+        mixed = mixed[..., : len(STREAMS), :].flatten(2)
         if self.conv is not None:
             mixed, tail = short_conv(mixed, self.conv["weight"].to(x.dtype), tail.transpose(0, 1))
         kind = torch.promote_types(x.dtype, torch.float32)
-        parts = mixed.to(kind).view(tokens, batch, self.heads, count, self.head_dim).permute(3, 1, 2, 0, 4).unbind()
-        named = dict(zip(self.streams, parts, strict=True))
-        named["z"] = l2_norm(named["z"])
-        return Streams(*(named.get(name) for name in Streams._fields)), gate, tail
+        parts = mixed.to(kind).view(tokens, batch, self.heads, len(STREAMS), self.head_dim).permute(3, 1, 2, 0, 4)
+        return dict(zip(STREAMS, parts.unbind(), strict=True)), gate, tail
 
     def _run(
-        self, streams: Streams, position: int, banks: dict[str, BankState], seen: list
+        self, streams: dict[str, Tensor], position: int, banks: dict[str, BankState], seen: list
     ) -> tuple[Tensor, dict[str, BankState]]:
         """Run one projection chunk, or a part of one: project at its boundary, then move the memories."""
         main, other = banks["memory"], banks.get("projection")
         fresh = position % self.chunks[1] == 0
         if other is None:
             main = main.at_boundary() if fresh else main
-            made = self._made(self.banks["memory"], main.boundary, streams, skip=1)
+            made = self._made(self.banks["memory"], main.boundary, streams)
         else:
             other = other.at_boundary() if fresh else other
-            made = self._made(self.banks["projection"], other.boundary, streams, skip=0)
+            made = self._made(self.banks["projection"], other.boundary, streams)
         outputs = []
-        for start, stop in _pieces(position, streams.z.shape[2], self.chunks[0]):
+        for start, stop in _pieces(position, made.k.shape[2], self.chunks[0]):
             if (position + start) % self.chunks[0] == 0:
                 main = main.at_boundary()
             y, main = self._move("memory", main, made.slice(start, stop), seen)
@@ -217,26 +206,30 @@ class SelfModifying(nn.Module):
         after = {"memory": main} | ({} if other is None else {"projection": other})
         return torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0], after
 
-    def _made(self, bank: MemoryBank, boundary: Weights, streams: Streams, skip: int) -> Projections:
-        """Make keys, values, queries and gates, by memories where they are adaptive (Eq. 90)."""
-        named = streams._asdict()
-        logits = {}
-        if len(bank.wide) > skip or bank.narrow:
-            wide, narrow = bank.answer(boundary, streams.z, skip)
-            named |= {name: wide[:, :, i] for i, name in enumerate(bank.wide[skip:])}
-            logits = {name: narrow[:, :, i, :, 0] for i, name in enumerate(bank.narrow)}
-        gates = {name: gate(logits.get(name, streams.z)) for name, gate in self.gates.items()}
+    def _made(self, bank: MemoryBank, boundary: Weights, streams: dict[str, Tensor]) -> Projections:
+        """Make keys, values, queries and gates, by memories where they are adaptive (Eq. 90).
+
+        Memories are asked at unit inputs only: streams, keys and values of any other length would let a memory that
+        reads its own answers grow without bound.
+        """
+        unit = {name: l2_norm(stream) for name, stream in streams.items()}
+        answers = bank.ask(boundary, {name: unit[name] for name in bank.wide if name in unit}, unit["k"])
+        gates = {name: gate(answers.get(name, unit["k"])) for name, gate in self.gates.items()}
         eta = self.config.eta_max * gates["eta"]
         alpha = gates.get("alpha", torch.ones_like(eta))
-        v = l2_norm(named["v"]) if self.config.targets == "self" else named["v"]
-        return Projections(l2_norm(named["q"]), l2_norm(named["k"]), v, eta, alpha, gates.get("mu"))
+        q, k = (l2_norm(answers[name]) if name in answers else unit[name] for name in ("q", "k"))
+        v = answers.get("v", streams["v"])
+        v = l2_norm(v) if self.config.targets == "self" else v
+        return Projections(q, k, v, eta, alpha, gates.get("mu"))
 
-    def _move(self, name: str, state: BankState, made: Projections, seen: list | None) -> tuple[Tensor | None, BankState]:
+    def _move(
+        self, name: str, state: BankState, made: Projections, seen: list | None
+    ) -> tuple[Tensor | None, BankState]:
         bank = self.banks[name]
         tables = chunk_tables(made.eta, made.alpha, made.mu)
         writes = bank.writes(state.boundary, made.k, made.v)
         if seen is not None:
-            seen.append((made.eta.detach(), made.alpha.detach(), writes.surprise))
+            seen.append((made.eta.detach(), made.alpha.detach(), writes.surprise[:, :, 0]))
         return bank.advance(state, writes, tables, made.q if name == "memory" else None, self.config.read)
 
 

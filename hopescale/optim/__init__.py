@@ -1,1 +1,6 @@
 """Update rules, parameter groups, schedules and cadences. Knows no model and no trainer."""
+
+from hopescale.optim.cadence import Cadence
+from hopescale.optim.outer import OuterOptimizer
+
+__all__ = ["Cadence", "OuterOptimizer"]

@@ -120,9 +120,7 @@ class Embedding(VocabParallelEmbedding):
     """Token embedding with the vocabulary split over ranks."""
 
     def __init__(self, entries: int, size: int, *, std: float, mesh: Mesh):
-        super().__init__(
-            entries, size, init_method=_never_called, config=_megatron_config(), tp_group=mesh.tp_group
-        )
+        super().__init__(entries, size, init_method=_never_called, config=_megatron_config(), tp_group=mesh.tp_group)
         attach(self.weight, ParameterSpec(std=std, partition_dim=0))
 
 

@@ -70,7 +70,10 @@ def test_split_sequence_equals_one_pass(cut: int):
     whole = delta_rule(**inputs, chunk_size=16)
     per_token = {n: t for n, t in inputs.items() if n not in ("state", "momentum")}
     first = delta_rule(
-        **{n: t[:, :cut] for n, t in per_token.items()}, state=inputs["state"], momentum=inputs["momentum"], chunk_size=16
+        **{n: t[:, :cut] for n, t in per_token.items()},
+        state=inputs["state"],
+        momentum=inputs["momentum"],
+        chunk_size=16,
     )
     second = delta_rule(
         **{n: t[:, cut:] for n, t in per_token.items()}, state=first.state, momentum=first.momentum, chunk_size=16

@@ -1,0 +1,50 @@
+"""A model and its tokenizer from a checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from hopescale.checkpoint.load import load_into
+from hopescale.checkpoint.manager import find_checkpoint
+from hopescale.checkpoint.manifest import Manifest, read_manifest
+from hopescale.config.load import from_dict
+from hopescale.config.schema import RunConfig
+from hopescale.data.tokenizer import Tokenizer
+from hopescale.models import Model
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a checkpoint holds for inference."""
+
+    model: Model
+    tokenizer: Tokenizer | None
+    config: RunConfig
+    manifest: Manifest
+    folder: Path
+
+
+def load_model(path: Path, device: torch.device) -> Loaded:
+    """Load the weights of a checkpoint in the precision they were trained in.
+
+    Args:
+        path: A checkpoint folder, or a run folder, whose latest checkpoint is taken.
+        device: Where to put them.
+
+    Raises:
+        CheckpointError: If there is no checkpoint, or it is damaged.
+    """
+    folder = find_checkpoint(path)
+    manifest = read_manifest(folder)
+    config = from_dict(manifest.config, str(folder))
+    model = Model(config.model)
+    names = {name: f"model.{name}" for name, _ in model.named_parameters()}
+    if any(manifest.tensors[name].dtype == "bfloat16" for name in names.values() if name in manifest.tensors):
+        model.to_precision(torch.bfloat16)
+    load_into({names[name]: p.detach() for name, p in model.named_parameters()}, folder, prefix="model.")
+    file = folder / "tokenizer.model"
+    tokenizer = Tokenizer.load(file) if file.exists() else None
+    return Loaded(model.to(device).eval(), tokenizer, config, manifest, folder)

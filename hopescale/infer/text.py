@@ -1,0 +1,49 @@
+"""Prompts and answers as text: the only file of inference that knows a tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from hopescale.common.errors import ConfigError
+from hopescale.data.tokenizer import Tokenizer
+
+
+def encode_prompt(prompt: str, tokenizer: Tokenizer | None, vocab_size: int) -> list[int]:
+    """Turn a prompt into token ids.
+
+    With a tokenizer the ids begin with its end-of-text token, as every document does in training. A model of synthetic
+    data has no tokenizer: its prompt is ids in decimal, parted by spaces.
+
+    Raises:
+        ConfigError: If ids are expected and something else is given, or an id is not in the vocabulary.
+    """
+    if tokenizer is not None:
+        return [tokenizer.eos_id, *tokenizer.encode(prompt)]
+    try:
+        ids = [int(word) for word in prompt.split()]
+    except ValueError:
+        ids = []
+    if not ids or not all(0 <= i < vocab_size for i in ids):
+        raise ConfigError(
+            f"--prompt is {prompt!r}, but this model was trained on synthetic symbols and has no tokenizer",
+            f"give symbols as numbers from 0 to {vocab_size - 1}, parted by spaces",
+        )
+    return ids
+
+
+def decode_stream(ids: Iterable[int], tokenizer: Tokenizer | None) -> Iterator[str]:
+    """Yield the text of ids as they come; a character of several byte tokens is held back until it is whole."""
+    seen: list[int] = []
+    shown = ""
+    for token in ids:
+        if tokenizer is None:
+            yield f"{token} "
+            continue
+        seen.append(token)
+        text = tokenizer.decode(seen)
+        if text.endswith("\N{REPLACEMENT CHARACTER}"):
+            continue
+        yield text[len(shown) :]
+        shown = text
+    if tokenizer is not None and seen:
+        yield tokenizer.decode(seen)[len(shown) :]

@@ -1,0 +1,69 @@
+"""When a parameter is updated, and the gradients it gathers until then."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Cadence:
+    """Outer cadence of a parameter: one update every `period` steps (Nested Learning, Eq. 71).
+
+    Attributes:
+        period: Optimizer steps between two updates.
+        phase: Shift; the update falls on steps `s` (counted from 1) with `(s + phase) % period == 0`.
+    """
+
+    period: int = 1
+    phase: int = 0
+
+    def is_due(self, step: int) -> bool:
+        """Tell whether step `step` updates the parameter."""
+        return (step + self.phase) % self.period == 0
+
+    def updates(self, step: int) -> int:
+        """Count the updates of steps 1 to `step`."""
+        return (step + self.phase) // self.period - self.phase // self.period
+
+
+class Accumulator:
+    """Sum of a parameter's gradients since its last update, in float32.
+
+    Between updates of a slow level the sum is state of the run: it is saved and restored.
+
+    Args:
+        parameter: Whose gradient is gathered.
+        cadence: When it is used.
+    """
+
+    def __init__(self, parameter: Tensor, cadence: Cadence):
+        self.parameter, self.cadence = parameter, cadence
+        self.kept = cadence.period > 1
+        self.total: Tensor | None = torch.zeros_like(parameter, dtype=torch.float32) if self.kept else None
+
+    def take(self) -> None:
+        """Add the parameter's gradient to the sum and clear it."""
+        gradient = self.parameter.grad
+        if gradient is None:
+            return
+        self.parameter.grad = None
+        if self.total is None:
+            self.total = gradient.float()
+        else:
+            self.total.add_(gradient)
+
+    def mean(self) -> Tensor:
+        """Return the mean gradient per step: what the clip norm looks at, whatever the period."""
+        if self.total is None:
+            self.total = torch.zeros_like(self.parameter, dtype=torch.float32)
+        return self.total / self.cadence.period if self.kept else self.total
+
+    def clear(self) -> None:
+        """Begin a new period."""
+        if self.kept:
+            self.total.zero_()
+        else:
+            self.total = None

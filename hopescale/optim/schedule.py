@@ -1,0 +1,27 @@
+"""The learning rate as a pure function of the step: nothing to save, nothing to restore."""
+
+from __future__ import annotations
+
+import math
+
+from hopescale.config.schema import ScheduleConfig
+
+
+def learning_rate(step: int, peak: float, total_steps: int, schedule: ScheduleConfig) -> float:
+    """Return the learning rate of optimizer step `step`, counted from 1.
+
+    Args:
+        step: The step that is about to be taken.
+        peak: Learning rate after warm-up.
+        total_steps: The horizon, `train.steps`; later steps keep the last rate.
+        schedule: Shape of the curve. `wsd` is warm-up, stable, linear decay (MiniCPM, arXiv 2404.06395).
+    """
+    if step <= schedule.warmup_steps:
+        return peak * step / schedule.warmup_steps
+    if schedule.name == "cosine":
+        begin, shape = schedule.warmup_steps, lambda x: 0.5 * (1 + math.cos(math.pi * x))
+    else:
+        decay_steps = round(schedule.decay_fraction * total_steps)
+        begin, shape = max(schedule.warmup_steps, total_steps - decay_steps), lambda x: 1 - x
+    progress = min(1.0, max(0, step - begin) / max(1, total_steps - begin))
+    return peak * (schedule.min_lr_ratio + (1 - schedule.min_lr_ratio) * shape(progress))
