@@ -21,12 +21,14 @@ class Gradients:
     Attributes:
         loss: Mean cross-entropy in nats over the step's targets.
         grad_norm: Global norm over the due parameters, before clipping.
-        level_norms: The same per due level.
+        waiting_norm: The same over the others, which gather on; only looked at to be finite.
+        level_norms: Of each due level.
         probe: Statistics of the memories, if asked for.
     """
 
     loss: float
     grad_norm: Tensor
+    waiting_norm: Tensor
     level_norms: dict[str, Tensor]
     probe: dict[str, Tensor]
 
@@ -61,13 +63,10 @@ class Engine:
             self.optimizer.take()
             total += loss.detach()
         due = self.optimizer.due(step)
-        members = {level: set(names) for level, names in self.levels.items()}
-        level_norms = {
-            level: self.optimizer.grad_norm(names)
-            for level, names in self.levels.items()
-            if members[level].intersection(due)
-        }
-        return Gradients(total.item(), self.optimizer.grad_norm(due), level_norms, seen or {})
+        waiting = [name for name in self.optimizer.parameters if name not in set(due)]
+        norm = self.optimizer.grad_norm
+        level_norms = {level: norm(names) for level, names in self.levels.items() if not set(due).isdisjoint(names)}
+        return Gradients(total.item(), norm(due), norm(waiting), level_norms, seen or {})
 
     def _loss_sum(self, batch: Batch, probe: dict[str, Tensor] | None = None) -> Tensor:
         tokens, targets = batch.tokens.to(self.device), batch.targets.to(self.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -28,8 +29,8 @@ class Sampling:
     top_p: float | None = None
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ConfigError(f"--temperature is {self.temperature}, but must be 0 (greedy) or more")
+        if not 0 <= self.temperature < math.inf:
+            raise ConfigError(f"--temperature is {self.temperature}, but must be 0 (greedy) or a number above")
         if self.top_k is not None and self.top_k < 1:
             raise ConfigError(f"--top-k is {self.top_k}, but must be at least 1")
         if self.top_p is not None and not 0 < self.top_p <= 1:

@@ -41,7 +41,10 @@ class Block(nn.Module):
         document_ids: Tensor | None = None,
         probe: dict[str, Tensor] | None = None,
     ) -> tuple[Tensor, LayerState]:
-        """Map `[T, B, N]` to `[T, B, N]` and the mixer's state. `document_ids`: attention only; `probe`: memories only."""
+        """Map `[T, B, N]` to `[T, B, N]` and the mixer's state.
+
+        `document_ids` reach attention only, `probe` memories only.
+        """
         extra = {"document_ids": document_ids} if isinstance(self.mixer, Attention) else {"probe": probe}
         y, state = self.mixer(self.norm(x), state, **extra)
         return self.cms(x + y), state

@@ -68,7 +68,8 @@ class Model(nn.Module):
             last_only: Whether to predict after the last token alone, as generation needs.
 
         Returns:
-            Logits `[B, T, V]`, or `[B, 1, V]` if `last_only` (entries of the padding are `-inf`) and the state after the last token.
+            Logits `[B, T, V]`, or `[B, 1, V]` if `last_only`, with `-inf` for the entries of the padding; and the state
+            after the last token.
         """
         x = self.embedding(tokens).transpose(0, 1)  # [T, B, N]
         states = []

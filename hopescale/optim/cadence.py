@@ -55,11 +55,11 @@ class Accumulator:
         else:
             self.total.add_(gradient)
 
-    def mean(self) -> Tensor:
-        """Return the mean gradient per step: what the clip norm looks at, whatever the period."""
+    def gathered(self) -> Tensor:
+        """Return the sum so far: zeros if there was no gradient."""
         if self.total is None:
             self.total = torch.zeros_like(self.parameter, dtype=torch.float32)
-        return self.total / self.cadence.period if self.kept else self.total
+        return self.total
 
     def clear(self) -> None:
         """Begin a new period."""

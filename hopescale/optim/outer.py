@@ -78,11 +78,12 @@ class OuterOptimizer:
         return [name for name, accumulator in self.accumulators.items() if accumulator.cadence.is_due(step)]
 
     def grad_norm(self, names: Iterable[str]) -> Tensor:
-        """Return the global norm of the gathered gradients of `names`, a slow level's counted per step."""
-        means = [self.accumulators[name].mean() for name in names]
-        if not means:
+        """Return the global norm of the gathered gradients of `names`, of each the mean per step of its period."""
+        chosen = [self.accumulators[name] for name in names]
+        if not chosen:
             return torch.zeros(())
-        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(means)))
+        norms = torch.stack(torch._foreach_norm([accumulator.gathered() for accumulator in chosen]))
+        return torch.linalg.vector_norm(norms / norms.new_tensor([a.cadence.period for a in chosen]))
 
     @torch.no_grad()
     def step(self, step: int, grad_norm: Tensor) -> None:
@@ -95,7 +96,7 @@ class OuterOptimizer:
         clip, names = self.config.grad_clip, self.due(step)
         scale = 1.0 if clip is None else (clip / (grad_norm + 1e-6)).clamp_max(1.0)
         for name in names:
-            self.masters[name].grad = self.accumulators[name].total * scale
+            self.masters[name].grad = self.accumulators[name].gathered() * scale
         rates = self.rates(step)
         for group in self.rule.param_groups:
             group["lr"] = rates[group["name"]]

@@ -125,7 +125,7 @@ class Embedding(VocabParallelEmbedding):
 
 
 def share_with_ranks(x: Tensor, mesh: Mesh) -> Tensor:
-    """Return `x`; its gradient is summed over tensor-parallel ranks. Before several `reduce_input_grad=False` layers."""
+    """Return `x`, its gradient summed over tensor-parallel ranks: before several `reduce_input_grad=False` layers."""
     return copy_to_tensor_model_parallel_region(x, group=mesh.tp_group)
 
 

@@ -77,7 +77,9 @@ class RunFolder:
         }
         try:
             for name, text in files.items():
-                (self.path / name).write_text(text, encoding="utf-8")
+                written = self.path / f".tmp-{name}"
+                written.write_text(text, encoding="utf-8")
+                written.replace(self.path / name)
         except OSError as error:
             raise self._failure(error) from error
 

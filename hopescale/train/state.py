@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hopescale.checkpoint.load import load_into
-from hopescale.checkpoint.manifest import Manifest, fingerprint
+from hopescale.checkpoint.manifest import Manifest, fingerprint, read_manifest
 from hopescale.config.load import to_dict
 from hopescale.config.schema import RunConfig
 from hopescale.data.loader import Data
@@ -37,10 +37,15 @@ class TrainState:
         """Training tokens read so far."""
         return self.step * self.config.train.global_batch_tokens
 
+    @property
+    def on_cuda(self) -> bool:
+        """Whether the model is on a CUDA device."""
+        return next(self.model.parameters()).is_cuda
+
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Return the state's tensors; loading copies into them."""
         generators = {"cpu": torch.get_rng_state()}
-        if torch.cuda.is_available():
+        if self.on_cuda:
             generators["cuda"] = torch.cuda.get_rng_state()
         return {
             "model": {name: parameter.detach() for name, parameter in self.model.named_parameters()},
@@ -63,9 +68,17 @@ class TrainState:
     def restore(self, folder: Path) -> None:
         """Continue from a checkpoint whose identity has been compared."""
         tensors = self.tensors()
-        manifest = load_into(tensors, folder)
-        torch.set_rng_state(tensors["generators"]["cpu"])
-        if "cuda" in tensors["generators"]:
-            torch.cuda.set_rng_state(tensors["generators"]["cuda"])
+        # The other kind of device has another set of generators; a run may move between them.
+        generators = _generators_of(read_manifest(folder))
+        manifest = load_into(tensors | {"generators": generators}, folder)
+        torch.set_rng_state(generators["cpu"])
+        if self.on_cuda and "cuda" in generators:
+            torch.cuda.set_rng_state(generators["cuda"])
         self.step = manifest.step
         self.watch.load_state_dict(manifest.progress["watch"])
+
+
+def _generators_of(manifest: Manifest) -> dict[str, Tensor]:
+    """Return room for the states of the generators that a checkpoint holds."""
+    entries = {name: entry for name, entry in manifest.tensors.items() if name.startswith("generators.")}
+    return {name.partition(".")[2]: torch.empty(entry.shape, dtype=torch.uint8) for name, entry in entries.items()}

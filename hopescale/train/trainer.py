@@ -10,7 +10,7 @@ from itertools import islice
 import torch
 
 from hopescale.checkpoint.manager import CheckpointManager
-from hopescale.common.errors import DivergedError
+from hopescale.common.errors import CheckpointError, DataError, HopescaleError
 from hopescale.config.plan import make_plan
 from hopescale.data.loader import Batch, prefetched
 from hopescale.engine import Engine, Gradients
@@ -65,6 +65,7 @@ class Trainer:
 
         Raises:
             DivergedError: If a loss or gradient must not reach the weights; nothing is saved then.
+            DataError: If a batch cannot be read; what was trained until then is saved.
             CheckpointError: If the state could not be saved.
         """
         batches = self._batches(last_step)
@@ -76,14 +77,12 @@ class Trainer:
                 if self.checkpoints.due(self.state.step, self.config.train.steps):
                     self._save()
                 self.checkpoints.poll()
-            if self.saved != self.state.step:
-                self._save()
-        except DivergedError:
-            self.checkpoints.wait()
+            self._finish()
+        except HopescaleError as error:
+            self._finish_after(error)
             raise
         finally:
             batches.close()
-        self.checkpoints.wait()
         return stop.reason if self.state.step < last_step else None
 
     def _batches(self, last_step: int) -> Iterator[Batch]:
@@ -101,7 +100,10 @@ class Trainer:
         waited = time.perf_counter() - begin
         logged = step % self.config.log.every == 0 or step == self.config.train.steps
         gradients = self.engine.gradients(step, micro, probe=logged)
-        self.state.watch.check(step, gradients.loss, gradients.grad_norm.item(), lambda: self._where(step))
+        norm, waiting = gradients.grad_norm.item(), gradients.waiting_norm.item()
+        # A bad gradient that a slow level gathers would be saved with it, and only be seen when the level is due.
+        worst = norm if math.isfinite(waiting) else waiting
+        self.state.watch.check(step, gradients.loss, worst, lambda: self._where(step))
         changes = self.engine.update(step, gradients, measure=logged)
         self.state.step = step
         self.throughput.add(self.config.train.global_batch_tokens, time.perf_counter() - begin, waited)
@@ -163,6 +165,20 @@ class Trainer:
     def _record(self, values: dict[str, float]) -> None:
         if values:
             self.record.log(self.state.step, self.state.tokens_seen, values)
+
+    def _finish(self) -> None:
+        if self.saved != self.state.step:
+            self._save()
+        self.checkpoints.wait()
+
+    def _finish_after(self, error: HopescaleError) -> None:
+        """Let the save in flight complete; a failure of its own must not hide the first one."""
+        try:
+            if isinstance(error, DataError):
+                self._finish()
+            self.checkpoints.wait()
+        except CheckpointError as second:
+            self.report(str(second))
 
     def _save(self) -> None:
         self.checkpoints.save(self.state.step, self.state.tensors(), self.state.manifest())

@@ -55,6 +55,8 @@ def train(
         state = build_state(config, device)
         if checkpoint is not None:
             restore(state, checkpoint, report)
+        if state.step > last_step:
+            raise ConfigError(f"--stop-at is {stop_at}, but {checkpoint} is already at step {state.step}")
         sizes = {name: parameter.numel() for name, parameter in state.model.named_parameters()}
         folder.describe(loaded, overrides, group_table(state.optimizer.groups, sizes))
         checkpoints = open_checkpoints(folder, config, state.data)
@@ -64,7 +66,9 @@ def train(
             reason = trainer.run(last_step, stop)
     where = f"step {state.step} of {config.train.steps}"
     if reason is not None:
-        raise StoppedEarly(f"{reason} at {where}; the state is saved", "the same command continues the run")
+        saved = "the state is saved" if state.step else "there was nothing to save yet"
+        again = "" if resume in ("auto", "must") else " with --resume auto"
+        raise StoppedEarly(f"{reason} at {where}; {saved}", f"the same command{again} continues the run")
     report(f"done: {where}" if state.step == config.train.steps else f"stopped at {where}, as --stop-at asked")
 
 

@@ -1,0 +1,81 @@
+"""Attention against the equation written out, and its carried state."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from hopescale.config.schema import AttentionConfig
+from hopescale.models.attention import Attention
+from hopescale.models.init import initialize
+from hopescale.parallel.mesh import Mesh
+
+WIDTH, HEADS, DIM, BATCH = 12, 3, 4, 2
+
+
+def make_attention(**switches) -> Attention:
+    attention = Attention(
+        WIDTH, HEADS, DIM, AttentionConfig(**switches), norm_eps=1e-6, out_std=0.3, mesh=Mesh.alone()
+    )
+    initialize(attention, 0, Mesh.alone())
+    return attention.double()
+
+
+def make_input(tokens: int) -> Tensor:
+    return torch.randn(tokens, BATCH, WIDTH, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def turn(x: Tensor, position: int, theta: float) -> Tensor:
+    """Rotate the pair (i, i + D/2) by `position * theta^(-2i/D)`, as complex numbers."""
+    half = DIM // 2
+    angles = torch.tensor([position * theta ** (-2 * i / DIM) for i in range(half)], dtype=torch.float64)
+    turned = torch.complex(x[:half], x[half:]) * torch.polar(torch.ones_like(angles), angles)
+    return torch.cat([turned.real, turned.imag])
+
+
+def naive_attention(attention: Attention, x: Tensor, documents: Tensor | None) -> Tensor:
+    tokens = x.shape[0]
+    mixed = (x @ attention.qkv_proj.weight.T).view(tokens, BATCH, HEADS, 3, DIM)
+    y = torch.zeros(tokens, BATCH, HEADS, DIM, dtype=x.dtype)
+
+    def normed(vector: Tensor, norm) -> Tensor:
+        return vector if norm is None else vector / torch.sqrt((vector**2).mean() + 1e-6) * norm.weight
+
+    for b in range(BATCH):
+        for h in range(HEADS):
+            q = [turn(normed(mixed[t, b, h, 0], attention.q_norm), t, attention.config.rope_theta) for t in range(tokens)]
+            k = [turn(normed(mixed[t, b, h, 1], attention.k_norm), t, attention.config.rope_theta) for t in range(tokens)]
+            for t in range(tokens):
+                seen = [s for s in range(t + 1) if documents is None or documents[b, s] == documents[b, t]]
+                scores = torch.stack([q[t] @ k[s] / DIM**0.5 for s in seen]).softmax(0)
+                y[t, b, h] = sum(score * mixed[s, b, h, 2] for score, s in zip(scores, seen, strict=True))
+    return y.flatten(2) @ attention.out_proj.weight.T
+
+
+@pytest.mark.parametrize("switches", [{}, {"qk_norm": True}, {"rope_theta": 50.0}, {"within_documents": True}])
+@pytest.mark.parametrize("tokens", [1, 13])
+def test_attention_equals_its_equation(switches: dict, tokens: int):
+    attention, x = make_attention(**switches), make_input(tokens)
+    documents = torch.tensor([[0] * 5 + [1] * 8, [0] * 12 + [1]])[:, :tokens]
+    expected = naive_attention(attention, x, documents if "within_documents" in switches else None)
+    # Rotary tables are float32, as in training.
+    torch.testing.assert_close(attention(x, document_ids=documents)[0], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("cuts", [[1], [5, 6], [12]])
+def test_split_sequence_equals_one_pass(cuts: list[int]):
+    attention, x = make_attention(), make_input(13)
+    state, parts = attention.initial_state(BATCH), []
+    for part in torch.tensor_split(x, cuts):
+        y, state = attention(part, state)
+        parts.append(y)
+    torch.testing.assert_close(torch.cat(parts), attention(x)[0], rtol=1e-9, atol=1e-10)
+    assert state.position == 13
+
+
+def test_documents_of_earlier_tokens_are_unknown():
+    attention, x = make_attention(within_documents=True), make_input(4)
+    _, state = attention(x)
+    with pytest.raises(ValueError, match="document_ids are given"):
+        attention(x, state, document_ids=torch.zeros(BATCH, 4, dtype=torch.int32))
