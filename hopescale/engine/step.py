@@ -62,10 +62,10 @@ class Engine:
             loss.backward()
             self.optimizer.take()
             total += loss.detach()
-        due = self.optimizer.due(step)
-        waiting = [name for name in self.optimizer.parameters if name not in set(due)]
+        due = dict.fromkeys(self.optimizer.due(step))
+        waiting = [name for name in self.optimizer.parameters if name not in due]
         norm = self.optimizer.grad_norm
-        level_norms = {level: norm(names) for level, names in self.levels.items() if not set(due).isdisjoint(names)}
+        level_norms = {level: norm(names) for level, names in self.levels.items() if names[0] in due}
         return Gradients(total.item(), norm(due), norm(waiting), level_norms, seen or {})
 
     def _loss_sum(self, batch: Batch, probe: dict[str, Tensor] | None = None) -> Tensor:
