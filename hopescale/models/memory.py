@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hopescale.ops.activation import times_silu_slope
 from hopescale.ops.delta_rule import ChunkTables, Read, predict, read_chunk, write_chunk
 from hopescale.parallel.layers import ParameterSpec, new_parameter
 
@@ -116,7 +117,7 @@ class MemoryBank(nn.Module):
     ):
         super().__init__()
         self.wide, self.narrow = wide, narrow
-        self.head_dim, self.hidden, self.rule = head_dim, hidden, rule
+        self.hidden, self.rule = hidden, rule
         self.rows = hidden or head_dim
         for name in wide + narrow:
             self.add_module(name, InitialMemory(num_heads, head_dim, head_dim if name in wide else 1, hidden))
@@ -150,81 +151,81 @@ class MemoryBank(nn.Module):
         Returns:
             Answers by name: `[B, H, C, D]` of wide memories, `[B, H, C]` of narrow ones.
         """
+        sizes = [self.rows] * len(self.wide) + [weights.first.shape[2] - self.rows * len(self.wide)]
+        *first, narrow = weights.first.split(sizes, dim=2)
+        second = [None] * len(first) if weights.wide is None else weights.wide.unbind(2)
         answers = {}
-        for name, x in inputs.items():
-            index = self.wide.index(name)
-            pre = x @ weights.first[:, :, index * self.rows : (index + 1) * self.rows].mT
-            answers[name] = pre if self.hidden is None else x + F.silu(pre) @ weights.wide[:, :, index].mT
+        for name, w2, w1 in zip(self.wide, first, second, strict=True):
+            if name in inputs:
+                pre = inputs[name] @ w2.mT
+                answers[name] = pre if w1 is None else inputs[name] + F.silu(pre) @ w1.mT
         if self.narrow:
-            pre = (gate_input @ weights.first[:, :, len(self.wide) * self.rows :].mT).unflatten(
-                -1, (len(self.narrow), -1)
-            )
+            logits = (gate_input @ narrow.mT).unflatten(-1, (len(self.narrow), -1))  # [B, H, C, N, .]
             if self.hidden is not None:
-                pre = (F.silu(pre) * weights.narrow[:, :, None, :, 0]).sum(-1, keepdim=True)
-            answers |= {name: pre[:, :, :, i, 0] for i, name in enumerate(self.narrow)}
+                logits = (F.silu(logits) * weights.narrow[:, :, None, :, 0]).sum(-1, keepdim=True)
+            answers |= dict(zip(self.narrow, logits[..., 0].unbind(-1), strict=True))
         return answers
 
-    def _answers(self, weights: Weights, z: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Ask all memories with the same `z` `[B, H, C, D]`.
-
-        Returns:
-            First-layer results `[B, H, N, C, E]` and answers `[B, H, N, C, .]`, each of wide and of narrow memories.
-        """
-        stacked, cut = z @ weights.first.mT, len(self.wide) * self.rows
+    def _split(self, stacked: Tensor) -> tuple[Tensor, Tensor]:
+        """Split first-layer results `[B, H, C, R]` into wide and narrow memories `[B, H, N, C, .]`."""
+        cut = len(self.wide) * self.rows
+        wide, narrow = stacked.split([cut, stacked.shape[-1] - cut], dim=-1)
         narrow_rows = 1 if self.hidden is None else self.rows
-        pre = (
-            stacked[..., :cut].unflatten(-1, (len(self.wide), self.rows)).transpose(2, 3),
-            stacked[..., cut:].unflatten(-1, (len(self.narrow), narrow_rows)).transpose(2, 3),
+        return (
+            wide.unflatten(-1, (len(self.wide), self.rows)).transpose(2, 3),
+            narrow.unflatten(-1, (len(self.narrow), narrow_rows)).transpose(2, 3),
         )
-        if self.hidden is None:
-            return pre, pre
-        wide = z[:, :, None] + F.silu(pre[0]) @ weights.wide.mT if self.wide else pre[0]
-        narrow = F.silu(pre[1]) @ weights.narrow.mT if self.narrow else pre[1][..., :1]
-        return pre, (wide, narrow)
 
-    @staticmethod
-    def _join(wide: Tensor, narrow: Tensor) -> Tensor:
-        """Stack first-layer values of wide and narrow memories again: `[B, H, C, R]`."""
-        return torch.cat([part.transpose(2, 3).flatten(3) for part in (wide, narrow)], dim=-1)
-
-    def _errors(self, answers: tuple[Tensor, Tensor], targets: tuple[Tensor, Tensor]) -> list[Tensor]:
-        """Gradient of the inner loss with respect to the answers, wide and narrow."""
+    def _error(self, answer: Tensor, target: Tensor) -> Tensor:
+        """Gradient of the inner loss with respect to the answers."""
         if self.rule.objective == "dot":
-            return [-target for target in targets]
-        errors = [answer - target for answer, target in zip(answers, targets, strict=True)]
-        if self.rule.error_cap is not None:
-            cap = self.rule.error_cap
-            errors = [e * (cap * torch.rsqrt(e.square().sum(-1, keepdim=True) + 1e-12)).clamp_max(1.0) for e in errors]
-        return errors
+            return -target
+        error = answer - target
+        if self.rule.error_cap is None:
+            return error
+        scale = self.rule.error_cap * torch.rsqrt(error.square().sum(-1, keepdim=True) + 1e-12)
+        return error * scale.clamp_max(1.0)
 
     def writes(self, boundary: Weights, k: Tensor, v: Tensor) -> Writes:
         """Compute what every memory writes for keys `k` and values `v`, `[B, H, C, D]`, at the boundary weights."""
-        tokens = k.shape[2]
-        if self.rule.targets == "self":
-            pre, answers = self._answers(boundary, torch.cat([k, v], dim=2))
-            targets = [part[:, :, :, tokens:] for part in answers]
-            answers, pre = ([part[:, :, :, :tokens] for part in parts] for parts in (answers, pre))
+        asked = torch.cat([k, v], dim=2) if self.rule.targets == "self" else k
+        wide, narrow = self._split(asked @ boundary.first.mT)
+        first, wide_pair, error = self._errors(wide, boundary.wide, asked[:, :, None], v)
+        narrow_pair = None
+        if self.narrow:
+            of_narrow, narrow_pair, _ = self._errors(narrow, boundary.narrow, 0.0, v)
+            first = torch.cat([part.transpose(2, 3).flatten(3) for part in (first, of_narrow)], dim=-1)
         else:
-            pre, answers = self._answers(boundary, k)
-            targets = [v[:, :, None].expand_as(answers[0]), torch.zeros_like(answers[1])]
-        errors = self._errors(answers, targets)
-        surprise = errors[0].detach().norm(dim=-1)
-        if self.hidden is None:
-            return Writes(k, self._join(*(-e for e in errors)), None, None, surprise)
+            first = first.transpose(2, 3).flatten(3)
+        return Writes(k, first, wide_pair, narrow_pair, error.detach().norm(dim=-1))
 
-        second = [boundary.wide, boundary.narrow]
-        deltas, pairs = [], []
-        for a, e, w1 in zip(pre, errors, second, strict=True):
-            if w1 is None:
-                deltas.append(torch.zeros_like(a))
-                pairs.append(None)
-                continue
-            gate = torch.sigmoid(a)
-            deltas.append((e @ w1) * (gate * (1 + a * (1 - gate))))
-            s = a * gate
-            norm = torch.sqrt(s.square().sum(-1, keepdim=True) + 1e-12)
-            pairs.append((s / norm, -norm * e))
-        return Writes(k, self._join(*(-d for d in deltas)), pairs[0], pairs[1], surprise)
+    def _errors(
+        self, pre: Tensor, w1: Tensor | None, residual: Tensor | float, v: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None, Tensor]:
+        """Compute the write values of wide or of narrow memories from their first-layer results.
+
+        Args:
+            pre: First-layer results for keys, and for values after them if targets are the memories' own.
+            w1: Second layers; None for linear memories.
+            residual: What an MLP adds to its second layer.
+            v: The targets if they are not the memories' own.
+
+        Returns:
+            Write values of the first layers `[B, H, N, C, E]`, keys and write values of the second, and the errors.
+        """
+        tokens = v.shape[2]
+        hidden = pre if w1 is None else F.silu(pre)
+        answers = pre if w1 is None else residual + hidden @ w1.mT
+        target = v[:, :, None]
+        if self.rule.targets == "self":
+            answers, target = answers.split(tokens, dim=3)
+            pre, hidden = pre.split(tokens, dim=3)[0], hidden.split(tokens, dim=3)[0]
+        error = self._error(answers, target)
+        if w1 is None:
+            return -error, None, error
+        norm = torch.sqrt(hidden.square().sum(-1, keepdim=True) + 1e-12)
+        delta = times_silu_slope(error @ w1, pre)
+        return -delta, (hidden / norm, -norm * error), error
 
     def advance(
         self, state: BankState, writes: Writes, tables: ChunkTables, q: Tensor | None, read: Read
@@ -235,7 +236,7 @@ class MemoryBank(nn.Module):
             The answers to `q`, `[B, H, C, D]` (None without `q`), and the state after the chunk.
         """
         momentum = state.momentum or Weights(None, None, None)
-        per_memory = tables.unsqueeze(2)
+        per_memory = tables.map(lambda table: table.unsqueeze(2))
         pairs = ((writes.key, writes.first), writes.wide, writes.narrow)
         layers = [
             None if pair is None else _Layer.solve(table, *pair, weight, push, self.rule.erase)
@@ -290,5 +291,5 @@ class _Layer(NamedTuple):
 
     def memory(self, index: int) -> _Layer:
         """Keep one of the memories of `[B, H, N, ...]`; tables are shared along that dimension."""
-        tables = ChunkTables(*(None if table is None else table[:, :, 0] for table in self.tables))
+        tables = self.tables.map(lambda table: table[:, :, 0])
         return _Layer(tables, *(None if part is None else part[:, :, index] for part in self[1:]))

@@ -6,6 +6,7 @@ broadcast over leading dimensions, so that memories which share keys and gates s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -14,30 +15,44 @@ from torch import Tensor
 from hopescale.ops.delta_rule.types import DeltaRuleOutput, Read, check_arguments
 
 
-class ChunkTables(NamedTuple):
-    """Weights of one chunk, in the type of the state. Rows are reading tokens, columns writing tokens.
+class Weighting(NamedTuple):
+    """What a state at each token of a chunk is made of. Rows are reading tokens, columns writing tokens.
 
     Attributes:
-        eta: Inner learning rates `[..., C]`.
-        decay: Retention between a write and a token, `a_t / a_s` for `s <= t`, else 0. `[..., C, C]`.
-        carry: Weight of the chunk's first state in `S_t`, `a_t`. `[..., C]`.
-        write: Weight of write `s` in `S_t`; equals `decay` without momentum. `[..., C, C]`.
-        drive: Weight of the chunk's first momentum in `S_t`. `[..., C]`; None without momentum.
-        last_momentum: Weight of write `s` in the last momentum. `[..., C]`; None without momentum.
-        momentum_carry: Weight of the first momentum in the last one. `[...]`; None without momentum.
+        start: Weight of the chunk's first state `[..., C]`.
+        push: Weight of the chunk's first momentum `[..., C]`; None without momentum.
+        write: Weight of each write value, its `eta` included `[..., C, C]`.
+        erase: Weight of what each write erased, its `eta` included; equals `write` without momentum.
     """
 
-    eta: Tensor
-    decay: Tensor
-    carry: Tensor
+    start: Tensor
+    push: Tensor | None
     write: Tensor
-    drive: Tensor | None
-    last_momentum: Tensor | None
-    momentum_carry: Tensor | None
+    erase: Tensor
 
-    def unsqueeze(self, dim: int) -> ChunkTables:
-        """Insert a dimension (counted from the front) to broadcast over memories that share the gates."""
-        return ChunkTables(*(None if table is None else table.unsqueeze(dim) for table in self))
+
+class ChunkTables(NamedTuple):
+    """Weights of one chunk, in the type of the state.
+
+    Attributes:
+        before: Of the state before each token's own write, `S_{t-1}`.
+        after: Of the state after it, `S_t`.
+        last_push: Weight of each write value in the last momentum, its `eta` included `[..., C]`; None without momentum.
+        push_kept: Weight of the first momentum in the last one `[...]`; None without momentum.
+    """
+
+    before: Weighting
+    after: Weighting
+    last_push: Tensor | None
+    push_kept: Tensor | None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> ChunkTables:
+        """Apply a function to every table."""
+
+        def apply(part: Tensor | Weighting | None) -> Tensor | Weighting | None:
+            return Weighting(*map(apply, part)) if isinstance(part, Weighting) else None if part is None else function(part)
+
+        return ChunkTables(*map(apply, self))
 
 
 def _log(gate: Tensor) -> Tensor:
@@ -55,27 +70,41 @@ def _ratios(log_gate: Tensor) -> Tensor:
     return steps.cumsum(-2).exp().masked_fill(~lower, 0.0)
 
 
+def _shift(table: Tensor, first: float, dim: int) -> Tensor:
+    """Move the rows down by one, so that row t describes the state before token t's own write."""
+    head = table.narrow(dim, 0, 1)
+    return torch.cat([torch.full_like(head, first), table.narrow(dim, 0, table.shape[dim] - 1)], dim=dim)
+
+
 def chunk_tables(eta: Tensor, alpha: Tensor, mu: Tensor | None) -> ChunkTables:
-    """Compute the decay tables of one chunk from its gates, each `[..., C]` with values in `[0, 1]` (`eta`: any)."""
+    """Compute the tables of one chunk from its gates, each `[..., C]`; `alpha` and `mu` in `[0, 1]`."""
     log_alpha = _log(alpha)
-    decay, carry = _ratios(log_alpha), log_alpha.cumsum(-1).exp()
+    decay, start = _ratios(log_alpha), log_alpha.cumsum(-1).exp()
+    erase = decay * eta[..., None, :]
+    push = last_push = push_kept = None
     if mu is None:
-        return ChunkTables(eta, decay, carry, decay, None, None, None)
-    log_mu = _log(mu)
-    chain, momentum_carry = _ratios(log_mu), log_mu.cumsum(-1).exp()
-    drive = (decay @ momentum_carry[..., None])[..., 0]
-    return ChunkTables(eta, decay, carry, decay @ chain, drive, chain[..., -1, :], momentum_carry[..., -1])
+        write = erase
+    else:
+        log_mu = _log(mu)
+        chain = _ratios(log_mu) * eta[..., None, :]
+        from_start = log_mu.cumsum(-1).exp()
+        write, push = decay @ chain, (decay @ from_start[..., None])[..., 0]
+        last_push, push_kept = chain[..., -1, :], from_start[..., -1]
+    after = Weighting(start, push, write, erase)
+    shifted = _shift(erase, 0.0, -2)
+    before = Weighting(
+        _shift(start, 1.0, -1),
+        None if push is None else _shift(push, 0.0, -1),
+        shifted if write is erase else _shift(write, 0.0, -2),
+        shifted,
+    )
+    return ChunkTables(before, after, last_push, push_kept)
 
 
-def _before(table: Tensor, first: float = 0.0) -> Tensor:
-    """Shift the rows down by one, so that row t describes the state before token t's own write."""
-    if table.shape[-1] != table.shape[-2]:
-        raise ValueError(f"expected a square table, got {tuple(table.shape)}")
-    return torch.cat([torch.full_like(table[..., :1, :], first), table[..., :-1, :]], dim=-2)
-
-
-def _before_column(column: Tensor, first: float) -> Tensor:
-    return torch.cat([torch.full_like(column[..., :1], first), column[..., :-1]], dim=-1)
+def _carried(weighting: Weighting, x: Tensor, state: Tensor, momentum: Tensor | None) -> Tensor:
+    """What `x` `[..., C, D]` reads of the chunk's first state and momentum: `[..., C, Do]`."""
+    read = weighting.start[..., None] * (x @ state.mT)
+    return read if momentum is None else torch.addcmul(read, weighting.push[..., None], x @ momentum.mT)
 
 
 def predict(tables: ChunkTables, k: Tensor, u: Tensor, state: Tensor, momentum: Tensor | None) -> Tensor:
@@ -91,14 +120,12 @@ def predict(tables: ChunkTables, k: Tensor, u: Tensor, state: Tensor, momentum: 
     Returns:
         `P`, shape `[..., C, Do]`.
     """
+    before = tables.before
     similar = k @ k.mT  # [..., C, C]
-    erase = _before(tables.decay) * similar
-    right = _before_column(tables.carry, 1.0)[..., None] * (k @ state.mT)
-    right = right + (_before(tables.write) * similar * tables.eta[..., None, :]) @ u
-    if momentum is not None:
-        right = right + _before_column(tables.drive, 0.0)[..., None] * (k @ momentum.mT)
-    unit_lower = erase * tables.eta[..., None, :] + torch.eye(k.shape[-2], dtype=k.dtype, device=k.device)
-    return torch.linalg.solve_triangular(unit_lower, right, upper=False, unitriangular=True)
+    erase = before.erase * similar
+    write = erase if before.write is before.erase else before.write * similar
+    right = _carried(before, k, state, momentum) + write @ u
+    return torch.linalg.solve_triangular(erase, right, upper=False, unitriangular=True)
 
 
 def read_chunk(
@@ -120,33 +147,30 @@ def read_chunk(
     Returns:
         Read values `[..., C, Do]`.
     """
-    prefix = read == "prefix"
-    carry = _before_column(tables.carry, 1.0) if prefix else tables.carry
-    write = _before(tables.write) if prefix else tables.write
-    similar = (q @ k.mT) * tables.eta[..., None, :]
-    output = carry[..., None] * (q @ state.mT) + (write * similar) @ u
-    if held is not None:
-        decay = _before(tables.decay) if prefix else tables.decay
-        output = output - (decay * similar) @ held
-    if momentum is not None:
-        drive = _before_column(tables.drive, 0.0) if prefix else tables.drive
-        output = output + drive[..., None] * (q @ momentum.mT)
-    return output
+    weighting = tables.before if read == "prefix" else tables.after
+    similar = q @ k.mT
+    output = _carried(weighting, q, state, momentum)
+    if held is None:
+        return output + (weighting.write * similar) @ u
+    if weighting.write is weighting.erase:
+        return output + (weighting.erase * similar) @ (u - held)
+    return output + (weighting.write * similar) @ u - (weighting.erase * similar) @ held
 
 
 def write_chunk(
     tables: ChunkTables, k: Tensor, u: Tensor, held: Tensor | None, state: Tensor, momentum: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """Return memory and momentum after the chunk's last token. Shapes as in `predict` and `read_chunk`."""
-    values = (tables.write[..., -1, :] * tables.eta)[..., None] * u  # [..., C, Do]
+    last = tables.after
+    values = last.write[..., -1, :, None] * u  # [..., C, Do]
     if held is not None:
-        values = values - (tables.decay[..., -1, :] * tables.eta)[..., None] * held
-    after = tables.carry[..., -1, None, None] * state + values.mT @ k
+        values = values - last.erase[..., -1, :, None] * held
+    after = torch.addcmul(values.mT @ k, last.start[..., -1, None, None], state)
     if momentum is None:
         return after, None
-    after = after + tables.drive[..., -1, None, None] * momentum
-    pushes = (tables.last_momentum * tables.eta)[..., None] * u
-    return after, tables.momentum_carry[..., None, None] * momentum + pushes.mT @ k
+    after = torch.addcmul(after, last.push[..., -1, None, None], momentum)
+    pushes = (tables.last_push[..., None] * u).mT @ k
+    return after, torch.addcmul(pushes, tables.push_kept[..., None, None], momentum)
 
 
 def delta_rule(

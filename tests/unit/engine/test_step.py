@@ -1,0 +1,200 @@
+"""One step of a tiny model against a plain computation of loss and gradient."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hopescale.config.schema import LevelConfig, ModelConfig, OptimConfig, ScheduleConfig, SelfModifyingConfig
+from hopescale.config.schema.model import CmsConfig
+from hopescale.data.loader import Batch
+from hopescale.engine import Engine
+from hopescale.models import Model, level_of
+from hopescale.optim import Cadence, OuterOptimizer
+
+VOCAB, SEQ_LEN, ROWS = 32, 16, 4
+LEVELS = {
+    "fast": LevelConfig(d_ff=8),
+    "mid": LevelConfig(d_ff=8, update_every_steps=2),
+    "slow": LevelConfig(d_ff=8, update_every_steps=4, phase=1),
+}
+
+
+def make_engine(dtype: torch.dtype = torch.float32, **optim) -> Engine:
+    config = ModelConfig(
+        vocab_size=VOCAB,
+        d_model=16,
+        num_layers=1,
+        num_heads=2,
+        self_modifying=SelfModifyingConfig(chunk_size=8),
+        cms=CmsConfig(levels=LEVELS),
+    )
+    model = Model(config).to_precision(dtype)
+    levels: dict[str, list[str]] = {name: [] for name, _ in model.levels()}
+    cadences = {}
+    for name, _ in model.named_parameters():
+        if (level := level_of(name)) is not None:
+            levels[level].append(name)
+            cadences[name] = Cadence(LEVELS[level].update_every_steps, LEVELS[level].phase)
+    settings = OptimConfig(**{"lr": 0.01, "schedule": ScheduleConfig(min_lr_ratio=1.0)} | optim)
+    optimizer = OuterOptimizer(dict(model.named_parameters()), settings, 100, cadences)
+    return Engine(model, optimizer, levels, torch.device("cpu"))
+
+
+def make_batch(seed: int = 0) -> Batch:
+    """Rows of which the first has no target at all, the second one, the others many."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens, targets = torch.randint(VOCAB, (2, ROWS, SEQ_LEN), generator=generator)
+    targets[0] = -100
+    targets[1, 1:] = -100
+    targets[2, ::3] = -100
+    return Batch(tokens, targets, torch.zeros(ROWS, SEQ_LEN, dtype=torch.int32))
+
+
+def split(batch: Batch, size: int) -> list[Batch]:
+    return [Batch(*parts) for parts in zip(*(part.split(size) for part in batch), strict=True)]
+
+
+def plain(engine: Engine, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    """Mean loss over the targets that count, and its gradients, without the engine."""
+    logits, _ = engine.model(batch.tokens)
+    counted = batch.targets != -100
+    loss = -F.log_softmax(logits.float(), -1)[counted].gather(-1, batch.targets[counted][:, None]).mean()
+    parameters = dict(engine.model.named_parameters())
+    return loss.detach(), dict(zip(parameters, torch.autograd.grad(loss, parameters.values()), strict=True))
+
+
+def gathered(engine: Engine) -> dict[str, Tensor]:
+    return {name: accumulator.gathered() for name, accumulator in engine.optimizer.accumulators.items()}
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_loss_and_gradients_are_those_of_one_batch(rows: int):
+    engine, batch = make_engine(), make_batch()
+    loss, expected = plain(engine, batch)
+    found = engine.gradients(1, split(batch, rows))
+    assert found.loss == pytest.approx(loss.item(), rel=1e-6)
+    for name, gradient in gathered(engine).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_a_fresh_model_knows_nothing():
+    assert make_engine().gradients(1, [make_batch()]).loss == pytest.approx(math.log(VOCAB), abs=0.1)
+
+
+def test_ignored_targets_weigh_nothing():
+    """Rows without targets change neither loss nor gradient, even as a micro batch of their own."""
+    batch = make_batch()
+    rest = Batch(*(part[1:] for part in batch))
+    whole, less = make_engine(), make_engine()
+    assert whole.gradients(1, split(batch, 1)).loss == pytest.approx(less.gradients(1, [rest]).loss, rel=1e-6)
+    for name, gradient in gathered(whole).items():
+        torch.testing.assert_close(gradient, gathered(less)[name], rtol=1e-4, atol=1e-7)
+
+
+def test_a_batch_without_any_target_is_no_error():
+    batch = make_batch()
+    found = make_engine().gradients(1, [batch._replace(targets=torch.full_like(batch.targets, -100))])
+    assert found.loss == 0 and found.grad_norm == 0
+
+
+def test_norms_are_those_of_the_due_parameters():
+    """Step 3 updates `fast` and, for its phase of 1, `slow`, whose sum of three gradients counts as a mean over 4."""
+    engine = make_engine()
+    sums: dict[str, Tensor] = {}
+    for step in (1, 2, 3):
+        _, gradients = plain(engine, make_batch(step))
+        found = engine.gradients(step, [make_batch(step)])
+        sums = {n: g + (sums[n] if n in sums else 0) for n, g in gradients.items()}
+        if step < 3:
+            engine.update(step, found)
+            sums = {n: g for n, g in sums.items() if level_of(n) == "slow"}
+    due = {n: g / 4 if level_of(n) == "slow" else g for n, g in sums.items() if level_of(n) != "mid"}
+    assert found.grad_norm.item() == pytest.approx(norm(due), rel=1e-4)
+    assert found.waiting_norm.item() == pytest.approx(
+        norm({n: g for n, g in sums.items() if n not in due}) / 2, rel=1e-4
+    )
+    assert found.level_norms.keys() == {"fast", "slow"}
+    for level, value in found.level_norms.items():
+        assert value.item() == pytest.approx(norm({n: g for n, g in due.items() if level_of(n) == level}), rel=1e-4)
+
+
+def norm(gradients: dict[str, Tensor]) -> float:
+    return torch.cat([gradient.flatten() for gradient in gradients.values()]).norm().item()
+
+
+def test_levels_are_named_only_when_due():
+    engine = make_engine()
+    seen = []
+    for step in range(1, 5):
+        found = engine.gradients(step, [make_batch(step)])
+        engine.update(step, found)
+        seen.append(set(found.level_norms))
+    assert seen == [{"fast"}, {"fast", "mid"}, {"fast", "slow"}, {"fast", "mid"}]
+
+
+def test_an_update_changes_exactly_what_is_due_and_measures_it():
+    engine = make_engine()
+    weights = dict(engine.model.named_parameters())
+    for step in range(1, 5):
+        before = {name: parameter.detach().clone() for name, parameter in weights.items()}
+        found = engine.gradients(step, [make_batch(step)])
+        changes = engine.update(step, found, measure=step > 2)
+        due = set(engine.optimizer.due(step))
+        assert {name for name in weights if not torch.equal(weights[name], before[name])} == due
+        assert changes.keys() == (set(found.level_norms) if step > 2 else set(found.level_norms) - {"fast"})
+        for level, change in changes.items():
+            moved = torch.cat([(weights[n].detach() - before[n]).flatten() for n in engine.levels[level]])
+            assert change == pytest.approx(moved.square().mean().sqrt().item(), rel=1e-4)
+
+
+def test_gradients_alone_change_no_weight():
+    """So that a bad step can be refused."""
+    engine = make_engine()
+    before = {name: parameter.detach().clone() for name, parameter in engine.model.named_parameters()}
+    engine.gradients(4, [make_batch()])
+    assert all(torch.equal(parameter, before[name]) for name, parameter in engine.model.named_parameters())
+
+
+@pytest.mark.parametrize("level", ["fast", "slow"])
+def test_a_gradient_that_is_not_finite_is_seen_at_once_even_of_a_level_that_waits(level: str):
+    engine = make_engine()
+    weight = dict(engine.model.named_parameters())[f"blocks.0.cms.levels.{level}.down.weight"]
+    weight.register_hook(lambda gradient: gradient * math.nan)
+    found = engine.gradients(1, [make_batch()])
+    assert math.isfinite(found.loss)
+    norms = {"fast": found.grad_norm.item(), "slow": found.waiting_norm.item()}
+    assert math.isnan(norms.pop(level)) and all(map(math.isfinite, norms.values()))
+
+
+def test_low_precision_gathers_micro_batches_in_float32():
+    """The sum over many micro batches in bfloat16 stays near that of float32, which a bfloat16 sum would not."""
+    batch = make_batch()
+    repeated = Batch(*(part.repeat(16, 1) for part in batch))
+    low, high = make_engine(torch.bfloat16), make_engine()
+    found, expected = low.gradients(1, split(repeated, 1)), high.gradients(1, [repeated])
+    assert found.loss == pytest.approx(expected.loss, rel=0.01)
+    assert all(gradient.dtype == torch.float32 for gradient in gathered(low).values())
+    for name, gradient in gathered(low).items():
+        assert (gradient - gathered(high)[name]).norm() < 0.05 * gathered(high)[name].norm(), name
+
+
+def test_probes_come_on_request_and_change_nothing():
+    quiet, asked = make_engine(), make_engine()
+    without, found = quiet.gradients(1, split(make_batch(), 2)), asked.gradients(1, split(make_batch(), 2), probe=True)
+    assert without.probe == {}
+    assert found.probe.keys() == {f"memory/0/{name}" for name in ("eta_mean", "alpha_mean", "surprise")}
+    assert not any(value.requires_grad for value in found.probe.values())
+    assert found.loss == without.loss and torch.equal(found.grad_norm, without.grad_norm)
+
+
+def test_evaluation_is_the_mean_over_all_targets_and_leaves_no_gradient():
+    engine, batch = make_engine(), make_batch()
+    loss, _ = plain(engine, batch)
+    assert engine.evaluate(split(batch, 3)) == pytest.approx(loss.item(), rel=1e-6)
+    assert all(parameter.grad is None for parameter in engine.model.parameters())
+    assert engine.evaluate([]) == 0

@@ -1,0 +1,61 @@
+"""Activation, convolution, norms and rotation against their definitions."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from hopescale.ops.activation import times_silu_slope
+from hopescale.ops.norm import l2_norm, rms_norm
+from hopescale.ops.rope import rope_tables, rotate
+from hopescale.ops.short_conv import short_conv
+
+
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_silu_slope_and_its_gradient():
+    x, a = randn(4, 5).requires_grad_(), (3 * randn(4, 5, seed=1)).requires_grad_()
+    gate = torch.sigmoid(a)
+    torch.testing.assert_close(times_silu_slope(x, a), x * gate * (1 + a * (1 - gate)))
+    assert torch.autograd.gradcheck(times_silu_slope, (x, a))
+
+
+def test_short_conv_equals_a_grouped_convolution_and_carries_its_tail():
+    x, weight = randn(11, 2, 6), randn(6, 4, seed=1)
+    padded = F.pad(x.permute(1, 2, 0), (3, 0))
+    expected = F.silu(F.conv1d(padded, weight[:, None], groups=6)).permute(2, 0, 1)
+    zeros = torch.zeros(3, 2, 6, dtype=x.dtype)
+    whole, tail = short_conv(x, weight, zeros)
+    torch.testing.assert_close(whole, expected)
+    assert torch.equal(tail, x[-3:])
+    for cut in (1, 2, 7):
+        first, middle = short_conv(x[:cut], weight, zeros)
+        second, last = short_conv(x[cut:], weight, middle)
+        torch.testing.assert_close(torch.cat([first, second]), expected)
+        assert torch.equal(last, tail)
+
+
+def test_norms():
+    x, weight = randn(3, 8), randn(8, seed=1)
+    torch.testing.assert_close(l2_norm(x).norm(dim=-1), torch.ones(3, dtype=x.dtype), rtol=1e-5, atol=0)
+    assert torch.isfinite(l2_norm(torch.zeros(2, 4))).all()
+    expected = x / x.square().mean(-1, keepdim=True).sqrt() * weight
+    torch.testing.assert_close(rms_norm(x, weight, 0.0), expected)
+    low = x.bfloat16()
+    assert rms_norm(low, weight.float(), 1e-6).dtype == torch.bfloat16
+
+
+def test_rotation_keeps_lengths_and_scores_depend_on_distance_only():
+    q, k = randn(6), randn(6, seed=1)
+
+    def score(i: int, j: int) -> torch.Tensor:
+        at = [rope_tables(p, 1, 6, 100.0, torch.device("cpu")) for p in (i, j)]
+        return rotate(q[None], at[0])[0] @ rotate(k[None], at[1])[0]
+
+    torch.testing.assert_close(score(9, 4), score(25, 20), rtol=1e-5, atol=1e-6)
+    assert not torch.isclose(score(9, 4), score(9, 5))
+    tables = rope_tables(0, 5, 6, 100.0, torch.device("cpu"))
+    x = randn(5, 6)
+    torch.testing.assert_close(rotate(x, tables).norm(dim=-1), x.norm(dim=-1), rtol=1e-6, atol=0)

@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import pytest
+
+from hopescale.common.errors import ConfigError
+from hopescale.config.schema import GroupConfig, LevelConfig, ModelConfig, OptimConfig
+from hopescale.config.schema.model import CmsConfig
+from hopescale.models import Model
+from hopescale.optim.groups import assign_groups, group_table
+
+GROUPS = {
+    "still": GroupConfig(match=("*norm.weight", "*.bias")),
+    "deep": GroupConfig(match=("blocks.*.w",)),
+    "rest": GroupConfig(),
+}
+
+
+def test_every_parameter_is_in_exactly_one_group():
+    names = ["embedding.weight", "blocks.0.w", "blocks.1.w", "blocks.0.norm.weight", "head.bias"]
+    assert assign_groups(names, GROUPS) == dict(zip(names, ["rest", "deep", "deep", "still", "still"], strict=True))
+
+
+def test_case_matters():
+    assert assign_groups(["Blocks.0.w"], GROUPS) == {"Blocks.0.w": "rest"}
+
+
+def test_errors_name_each_parameter_and_its_groups():
+    groups = {"a": GroupConfig(match=("x*",)), "b": GroupConfig(match=("*y",))}
+    with pytest.raises(ConfigError) as caught:
+        assign_groups(["x1", "xy", "z", "1y"], groups)
+    assert [str(problem) for problem in caught.value.problems] == [
+        "  optim.groups: parameter xy matches a and b",
+        "  optim.groups: parameter z matches no group",
+    ]
+    assert caught.value.exit_code == 2
+
+
+def test_the_group_of_the_rest_takes_no_matched_parameter():
+    assert assign_groups(["x1"], {"rest": GroupConfig(), "a": GroupConfig(match=("x*",))}) == {"x1": "a"}
+
+
+@pytest.mark.parametrize("variant", ["sequential", "independent"])
+@pytest.mark.parametrize("mixer", ["self_modifying", "attention"])
+def test_the_default_groups_keep_vectors_from_decay(mixer: str, variant: str):
+    """Norms, gates, convolutions and mixing weights are not decayed; matrices are, whatever a level is called."""
+    levels = {"fast": LevelConfig(d_ff=8), "slow": LevelConfig(d_ff=8, update_every_steps=2)}
+    config = ModelConfig(
+        vocab_size=32, d_model=16, num_layers=1, num_heads=2, mixer=mixer, cms=CmsConfig(variant=variant, levels=levels)
+    )
+    names = [name for name, _ in Model(config).named_parameters()]
+    still = {name for name, group in assign_groups(names, OptimConfig().groups).items() if group == "no_decay"}
+    expected = {n for n in names if any(part in n for part in ("norm.", ".gates.", ".conv.", "cms.mix"))}
+    assert still == expected and len(still) >= 3
+
+
+def test_the_table_has_a_line_per_parameter():
+    table = group_table({"a.weight": "decay", "norm.weight": "no_decay"}, {"a.weight": 12_345, "norm.weight": 7})
+    assert table.splitlines() == ["decay           12,345  a.weight", "no_decay             7  norm.weight"]
