@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from itertools import repeat
 from typing import NamedTuple
 
 import torch
@@ -57,9 +59,10 @@ class Projections(NamedTuple):
     alpha: Tensor
     mu: Tensor | None
 
-    def slice(self, start: int, stop: int) -> Projections:
-        """Take tokens `start ... stop - 1`."""
-        return Projections(*(None if part is None else part[:, :, start:stop] for part in self))
+    def split(self, sizes: list[int]) -> Iterator[Projections]:
+        """Cut the tokens into parts of these sizes."""
+        parts = (repeat(None) if x is None else x.split(sizes, dim=2) for x in self)
+        return (Projections(*part) for _, *part in zip(sizes, *parts, strict=False))
 
 
 class SelfModifying(nn.Module):
@@ -153,10 +156,12 @@ class SelfModifying(nn.Module):
         streams, gate, tail = self._project(x, state.tensors.get("conv_tail"))
         banks = {name: _unpack(name, state.tensors) for name in self.banks}
         outputs, seen = [], []
-        for start, stop in _pieces(state.position, tokens, self.chunks[1]):
-            part = {name: stream[:, :, start:stop] for name, stream in streams.items()}
-            y, banks = self._run(part, state.position + start, banks, seen)
+        position = state.position
+        sizes = _pieces(position, tokens, self.chunks[1])
+        for parts in zip(*(stream.split(sizes, dim=2) for stream in streams.values()), strict=True):
+            y, banks = self._run(dict(zip(streams, parts, strict=True)), position, banks, seen)
             outputs.append(y)
+            position += parts[0].shape[2]
         y = torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]  # [B, H, T, D]
         y = self.norm(y.permute(2, 0, 1, 3)).to(x.dtype)  # [T, B, H, D]
         if gate is not None:
@@ -166,7 +171,7 @@ class SelfModifying(nn.Module):
         tensors = {} if tail is None else {"conv_tail": tail.transpose(0, 1)}
         for name, bank in banks.items():
             tensors |= _pack(name, bank)
-        return self.out_proj(y.flatten(2)), LayerState(state.position + tokens, tensors)
+        return self.out_proj(y.flatten(2)), LayerState(position, tensors)
 
     def _project(self, x: Tensor, tail: Tensor | None) -> tuple[dict[str, Tensor], Tensor | None, Tensor | None]:
         """Project and convolve: streams `[B, H, T, D]` in fp32, the output gate `[T, B, H, D]`, the convolution's tail.
@@ -196,11 +201,12 @@ class SelfModifying(nn.Module):
             other = other.at_boundary() if fresh else other
             made = self._made(self.banks["projection"], other.boundary, streams)
         outputs = []
-        for start, stop in _pieces(position, made.k.shape[2], self.chunks[0]):
-            if (position + start) % self.chunks[0] == 0:
+        for part in made.split(_pieces(position, made.k.shape[2], self.chunks[0])):
+            if position % self.chunks[0] == 0:
                 main = main.at_boundary()
-            y, main = self._move("memory", main, made.slice(start, stop), seen)
+            y, main = self._move("memory", main, part, seen)
             outputs.append(y)
+            position += part.k.shape[2]
         if other is not None:
             _, other = self._move("projection", other, made, None)
         after = {"memory": main} | ({} if other is None else {"projection": other})
@@ -233,11 +239,11 @@ class SelfModifying(nn.Module):
         return bank.advance(state, writes, tables, made.q if name == "memory" else None, self.config.read)
 
 
-def _pieces(position: int, tokens: int, size: int) -> list[tuple[int, int]]:
-    """Cut `tokens` tokens that follow `position` others at multiples of `size`."""
+def _pieces(position: int, tokens: int, size: int) -> list[int]:
+    """Cut `tokens` tokens that follow `position` others at multiples of `size`; return the sizes of the parts."""
     first = min(tokens, size - position % size)
-    starts = [0, *range(first, tokens, size)] if tokens else [0]
-    return list(zip(starts, [*starts[1:], tokens], strict=True))
+    rest = tokens - first
+    return [first, *[size] * (rest // size), *[rest % size] * (rest % size > 0)]
 
 
 def _summary(seen: list[tuple[Tensor, Tensor, Tensor]]) -> dict[str, Tensor]:

@@ -18,7 +18,6 @@ def short_conv(x: Tensor, weight: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]
     Returns:
         Outputs `[T, B, N]` and the tail for the next call.
     """
-    tokens, width = x.shape[0], weight.shape[1]
     padded = torch.cat([tail.to(x.dtype), x])  # [W - 1 + T, B, N]
-    mixed = sum(padded[i : i + tokens] * weight[:, i] for i in range(width))
-    return F.silu(mixed), padded[tokens:]
+    mixed = F.conv1d(padded.permute(1, 2, 0), weight[:, None], groups=weight.shape[0])  # [B, N, T]
+    return F.silu(mixed).permute(2, 0, 1), padded[x.shape[0] :]

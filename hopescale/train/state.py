@@ -31,6 +31,7 @@ class TrainState:
     def __init__(self, config: RunConfig, model: Model, optimizer: OuterOptimizer, data: Data, watch: LossWatch):
         self.config, self.model, self.optimizer, self.data, self.watch = config, model, optimizer, data, watch
         self.step = 0
+        self._config_tree = to_dict(config)
 
     @property
     def tokens_seen(self) -> int:
@@ -57,13 +58,13 @@ class TrainState:
         """Return the state's numbers."""
         return Manifest(
             progress={"step": self.step, "tokens_seen": self.tokens_seen, "watch": self.watch.state_dict()},
-            config=to_dict(self.config),
+            config=self._config_tree,
             identity=self.identity(),
         )
 
     def identity(self) -> dict[str, str]:
         """Return fingerprints of what a run keeps for life."""
-        return {"model": fingerprint(to_dict(self.config)["model"]), "data": self.data.fingerprint}
+        return {"model": fingerprint(self._config_tree["model"]), "data": self.data.fingerprint}
 
     def restore(self, folder: Path) -> None:
         """Continue from a checkpoint whose identity has been compared."""

@@ -252,8 +252,8 @@ def test_a_run_can_begin_with_the_checkpoint_of_another(train: Train, whole, tmp
     run = tmp_path / "run"
     assert train("--resume", whole() / "checkpoints" / "step-00000008").code == 0
     assert checkpoints_of(run) == [10] and checkpoints_of(whole()) == [4, 8, 10]
-    for name, tensor in tensors_of(run / "checkpoints" / "step-00000010").items():
-        assert torch.equal(tensor, tensors_of(whole() / "checkpoints" / "step-00000010")[name]), name
+    found, expected = (tensors_of(folder / "checkpoints" / "step-00000010") for folder in (run, whole()))
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def test_tensorboard_hides_what_was_given_up(train: Train, tmp_path: Path):

@@ -7,6 +7,7 @@ broadcast over leading dimensions, so that memories which share keys and gates s
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import repeat
 from typing import NamedTuple
 
 import torch
@@ -215,20 +216,19 @@ def delta_rule(
     if mu is not None and momentum is None:
         momentum = torch.zeros_like(state)
 
-    def heads_first(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.to(kind).transpose(1, 2)  # [B, H, T, ...]
+    def heads_first(x: Tensor) -> Tensor:
+        return x.to(kind).transpose(1, 2)  # [B, H, T, ...]
 
-    k, u, q, eta, alpha, mu = map(heads_first, (k, u, q, eta, alpha, mu))
+    u = heads_first(u)
+    parts = [repeat(None) if x is None else heads_first(x).split(chunk_size, dim=2) for x in (k, q, eta, alpha, mu)]
     outputs = []
-    for start in range(0, tokens, chunk_size):
-        part = slice(start, start + chunk_size)
-        keys, values = k[:, :, part], u[:, :, part]
-        tables = chunk_tables(eta[:, :, part], alpha[:, :, part], None if mu is None else mu[:, :, part])
+    for values, keys, queries, *gates in zip(u.split(chunk_size, dim=2) if tokens else (), *parts, strict=False):
+        tables = chunk_tables(*gates)
         held = predict(tables, keys, values, state, momentum) if erase else None
         if q is not None and read == "boundary":
-            outputs.append(q[:, :, part] @ state.mT)
+            outputs.append(queries @ state.mT)
         elif q is not None:
-            outputs.append(read_chunk(tables, keys, q[:, :, part], values, held, state, momentum, read))
+            outputs.append(read_chunk(tables, keys, queries, values, held, state, momentum, read))
         state, momentum = write_chunk(tables, keys, values, held, state, momentum)
 
     output = None

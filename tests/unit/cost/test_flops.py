@@ -25,7 +25,7 @@ def test_self_modifying_by_hand():
         "linear", adaptive=(), targets="value", inner_rule="gd", momentum=False, read="boundary"
     )
     model = replace(MODEL, num_layers=1, num_heads=1, self_modifying=replace(mixer, conv_width=None))
-    maps = 2 * 64 * 64 * (4 + 1)
+    maps = 2 * 64 * 64 * (3 + 1)
     memory = (2 + 1) * 2 * 64 * 64  # read, inner forward, write
     assert flops_per_token(model, 512) == 3 * (2 * 256 * 64 + 6 * 64 * 128 + maps + memory)
 

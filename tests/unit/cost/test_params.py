@@ -39,7 +39,7 @@ def mixer(**changes) -> int:
 
 
 def test_hope_by_hand():
-    maps, conv, norm = 8 * 8 * (2 + 1), 2 * 8 * 4, 8
+    maps, conv, norm = 8 * 8 * (3 + 1), 3 * 8 * 4, 8
     memories = 2 * (3 * 2 * 4 * 4 + 2 * (4 * 4 + 4))
     gates = 2 * (1 + 1 + (4 + 1))
     assert mixer() == maps + conv + memories + gates + norm
@@ -51,12 +51,12 @@ def test_hope_by_hand():
         ({"memory": "linear"}, -2 * (3 * 4 * 4 + 2 * 4 * 4)),
         ({"memory_dim": 5}, 2 * (3 * 2 * 4 + 2 * (4 + 1))),
         ({"gate": True}, 8 * 8),
-        ({"conv_width": None}, -2 * 8 * 4),
+        ({"conv_width": None}, -3 * 8 * 4),
         ({"momentum": False}, -2 * 5),
         ({"adaptive": ("k", "v", "eta")}, -2 * (4 * 4 + 4) + 2 * 4),
         ({"adaptive": ("k", "v", "eta"), "retention": False}, -2 * (4 * 4 + 4) - 2),
-        ({"adaptive": ("v", "eta", "alpha")}, -2 * 2 * 4 * 4 + 8 * 8 + 8 * 4),
-        ({"query": "memory"}, 2 * 2 * 4 * 4 - 8 * 8 - 8 * 4),
+        ({"adaptive": ("v", "eta", "alpha")}, -2 * 2 * 4 * 4),
+        ({"query": "memory"}, 2 * 2 * 4 * 4),
     ],
 )
 def test_what_each_switch_adds(changes, added):
