@@ -19,8 +19,10 @@ GROUPS = {"no_decay": GroupConfig(match=("norm*",), weight_decay=0.0), "decay": 
 
 
 def make_config(**settings) -> OptimConfig:
+    """With an `eps` so large that the scale of a gradient matters."""
     schedule = ScheduleConfig(warmup_steps=3)
-    return OptimConfig(**{"lr": 0.05, "weight_decay": 0.1, "groups": GROUPS, "schedule": schedule} | settings)
+    defaults = {"lr": 0.05, "eps": 0.1, "weight_decay": 0.1, "groups": GROUPS, "schedule": schedule}
+    return OptimConfig(**defaults | settings)
 
 
 def make_parameters(dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, nn.Parameter]:
@@ -184,7 +186,7 @@ def test_groups_have_their_own_decay_rate_and_moments():
         "own": GroupConfig(match=("a*",), weight_decay=0.5, lr_scale=2.0, betas=(0.0, 0.0)),
         "rest": GroupConfig(),
     }
-    config = make_config(groups=groups, schedule=ScheduleConfig(min_lr_ratio=1.0), grad_clip=None)
+    config = make_config(groups=groups, schedule=ScheduleConfig(min_lr_ratio=1.0), grad_clip=None, eps=1e-8)
     parameters = make_parameters()
     optimizer = make_optimizer(parameters, config)
     assert optimizer.rates(7) == pytest.approx({"still": 0.0, "own": 0.1, "rest": 0.05})
@@ -205,9 +207,10 @@ def test_a_parameter_of_two_groups_is_refused():
 
 
 def test_low_precision_weights_follow_float32_masters():
-    """Updates far below the precision of bfloat16 must add up. Gradients are exact in both precisions."""
-    config = make_config(lr=1e-4, weight_decay=0.0, schedule=ScheduleConfig(min_lr_ratio=1.0))
+    """Updates too small for bfloat16 must add up. Gradients are exact in both precisions."""
+    config = make_config(lr=2e-3, weight_decay=0.0, schedule=ScheduleConfig(min_lr_ratio=1.0))
     low = make_parameters(torch.bfloat16)
+    start = values(low)
     high = {name: nn.Parameter(parameter.detach().float()) for name, parameter in low.items()}
     optimizer, reference = make_optimizer(low, config, a=Cadence(2)), make_optimizer(high, config, a=Cadence(2))
     for step in range(1, TOTAL + 1):
@@ -221,6 +224,7 @@ def test_low_precision_weights_follow_float32_masters():
         assert torch.equal(optimizer.masters[name], high[name])
         assert torch.equal(parameter, high[name].bfloat16())
         assert not torch.equal(optimizer.masters[name], parameter.float())
+        assert not torch.equal(parameter, start[name])
 
 
 def test_float32_weights_are_their_own_masters():

@@ -1,0 +1,33 @@
+"""The README's walk-through, extracted and run as a reader would type it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+BLOCK = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.timeout(600)
+def test_walk_through_of_the_readme_runs_as_printed(tmp_path: Path):
+    for name in ("README.md", "docs"):
+        source, target = ROOT / name, tmp_path / name
+        shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target)
+    blocks = BLOCK.findall((ROOT / "README.md").read_text())
+    assert len(blocks) >= 5
+    script = "set -euo pipefail\n" + "\n".join(blocks)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    result = subprocess.run(
+        ["bash", "-c", script], cwd=tmp_path, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "stopped at step 16 of 32" in result.stdout
+    assert "resumed from runs/mine/checkpoints/step-00000016 at step 16" in result.stdout
+    assert "A memory" in result.stdout.partition("done: step 32 of 32")[2]
