@@ -22,7 +22,9 @@ def main() -> None:
         sys.exit(f"no step after {arguments.after} was recorded by both {arguments.runs[0]} and {arguments.runs[1]}")
     for step in steps:
         if first[step] != second[step]:
-            sys.exit(f"step {step} differs: {first[step]} in {arguments.runs[0]}, {second[step]} in {arguments.runs[1]}")
+            sys.exit(
+                f"step {step} differs: {first[step]} in {arguments.runs[0]}, {second[step]} in {arguments.runs[1]}"
+            )
     print(f"equal bit for bit in {' and '.join(NUMBERS)} at {len(steps)} steps, {steps[0]} to {steps[-1]}")
 
 

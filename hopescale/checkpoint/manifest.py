@@ -1,4 +1,4 @@
-"""What a checkpoint folder is called, what it holds, and what `manifest.json` says about it. Files and JSON, no torch."""
+"""What a checkpoint folder is called, what it holds, and what `manifest.json` says. Files and JSON, no torch."""
 
 from __future__ import annotations
 

@@ -204,7 +204,7 @@ class Saver:
 
         Args:
             step: Optimizer steps done.
-            state: Tensors, flat or nested in dicts. Without `blocking` a copy in CPU memory is taken before this returns.
+            state: Tensors, flat or nested in dicts. Without `blocking` they are copied before this returns.
             manifest: Its `progress` (whose `step` is the same), `config` and `identity` are kept.
             blocking: Whether to return only when the checkpoint is complete.
 

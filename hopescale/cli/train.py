@@ -11,6 +11,7 @@ from hopescale.config.check import require_valid
 from hopescale.config.load import load_recipe
 from hopescale.config.plan import make_plan
 from hopescale.cost.params import count_params
+from hopescale.train.stop import StopRequest
 
 
 def train(
@@ -34,7 +35,8 @@ def train(
             typer.echo(f"parameters/{part}: {count:,}")
         return
 
-    from hopescale.train.worker import train as run
-
     which = resume if resume in ("auto", "never", "must") else Path(resume)
-    run(loaded, overrides or (), folder, resume=which, stop_at=stop_at, report=typer.echo)
+    with StopRequest() as stop:
+        from hopescale.train.worker import train as run
+
+        run(loaded, overrides or (), folder, stop=stop, resume=which, stop_at=stop_at, report=typer.echo)

@@ -49,10 +49,18 @@ def _origin(key: str, origins: Origins) -> str | None:
     return None if origin == DEFAULT else origin
 
 
-def _set_keys(origins: Origins, prefix: str) -> list[str]:
-    """List the keys below `prefix`, or that key itself, that a file or an override has set."""
+def _set_keys(config: RunConfig, origins: Origins, prefix: str) -> list[str]:
+    """List the keys below `prefix`, or that key itself, that a file or an override has set to other than the default.
+
+    A key set to its default changes nothing, and the resolved config of a run sets every key.
+    """
+    values, defaults = leaves(config), leaves(RunConfig())
     return [
-        key for key, origin in origins.items() if origin != DEFAULT and (key == prefix or key.startswith(f"{prefix}."))
+        key
+        for key, origin in origins.items()
+        if origin != DEFAULT
+        and (key == prefix or key.startswith(f"{prefix}."))
+        and (key not in defaults or values.get(key) != defaults[key])
     ]
 
 
@@ -101,7 +109,7 @@ def rotary_head_dim_is_even(config: RunConfig, origins: Origins) -> Iterator[Pro
 def only_the_selected_mixer_is_set(config: RunConfig, origins: Origins) -> Iterator[Problem]:
     """Keys of the mixer that is not selected would do nothing."""
     other = {"self_modifying": "attention", "attention": "self_modifying"}[config.model.mixer]
-    for key in _set_keys(origins, f"model.{other}"):
+    for key in _set_keys(config, origins, f"model.{other}"):
         message = f"has no effect: model.mixer is {config.model.mixer}"
         yield Problem(key, message, hint=f"leave it out, or set model.mixer={other}")
 
@@ -155,7 +163,7 @@ def gate_starts_need_their_gates(config: RunConfig, origins: Origins) -> Iterato
     switches = {"mu_init": ("momentum", mixer.momentum), "alpha_init": ("retention", mixer.retention)}
     for name, (switch, on) in switches.items():
         if not on:
-            for key in _set_keys(origins, f"model.self_modifying.{name}"):
+            for key in _set_keys(config, origins, f"model.self_modifying.{name}"):
                 yield Problem(key, f"has no effect: {switch} is off", hint=f"leave it out, or turn {switch} on")
 
 
@@ -262,7 +270,7 @@ def schedule_fits_the_run(config: RunConfig, origins: Origins) -> Iterator[Probl
 def decay_fraction_needs_wsd(config: RunConfig, origins: Origins) -> Iterator[Problem]:
     """A cosine has no separate decay."""
     if config.optim.schedule.name != "wsd":
-        for key in _set_keys(origins, "optim.schedule.decay_fraction"):
+        for key in _set_keys(config, origins, "optim.schedule.decay_fraction"):
             yield Problem(key, f"has no effect: schedule.name is {config.optim.schedule.name}", hint="leave it out")
 
 

@@ -52,11 +52,11 @@ def generate(
         generator: Source of randomness.
         end: Token that ends a single sequence; it is not yielded. None never ends.
     """
-    logits, state = prefill(model, tokens)
+    state = None
     for _ in range(max_tokens):
+        logits, state = prefill(model, tokens, state)
         token = sample(logits, sampling, generator)
         if end is not None and bool((token == end).all()):
             return
         yield Step(token, state)
-        logits, state = model(token[:, None], state, last_only=True)
-        logits = logits[:, -1]
+        tokens = token[:, None]

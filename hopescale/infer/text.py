@@ -33,17 +33,16 @@ def encode_prompt(prompt: str, tokenizer: Tokenizer | None, vocab_size: int) -> 
 
 def decode_stream(ids: Iterable[int], tokenizer: Tokenizer | None) -> Iterator[str]:
     """Yield the text of ids as they come; a character of several byte tokens is held back until it is whole."""
-    seen: list[int] = []
-    shown = ""
+    if tokenizer is None:
+        yield from (f"{token} " for token in ids)
+        return
+    shown: list[int] = []  # the last ids whose text is out: a tokenizer may decode the first id of a list differently
+    held: list[int] = []
     for token in ids:
-        if tokenizer is None:
-            yield f"{token} "
-            continue
-        seen.append(token)
-        text = tokenizer.decode(seen)
-        if text.endswith("\N{REPLACEMENT CHARACTER}"):
-            continue
-        yield text[len(shown) :]
-        shown = text
-    if tokenizer is not None and seen:
-        yield tokenizer.decode(seen)[len(shown) :]
+        held.append(token)
+        text = tokenizer.decode([*shown, *held])
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            yield text[len(tokenizer.decode(shown)) :]
+            shown, held = held, []
+    if held:
+        yield tokenizer.decode([*shown, *held])[len(tokenizer.decode(shown)) :]

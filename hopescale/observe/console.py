@@ -51,7 +51,7 @@ def format_step(
 def format_validation(
     step: int, total_steps: int, name: str, *, loss: float, bits_per_byte: float | None = None
 ) -> str:
-    """Write the line of a validation on the data set `name`: `step 100/300  val/text  loss 3.2101  1.4430 bits/byte`."""
+    """Write the line of a validation: `step 100/300  val/text  loss 3.2101  1.4430 bits/byte`."""
     line = f"step {step}/{total_steps}  val/{name}  loss {loss:.4f}"
     return line if bits_per_byte is None else f"{line}  {bits_per_byte:.4f} bits/byte"
 

@@ -17,7 +17,7 @@ def assign_groups(names: Iterable[str], groups: Mapping[str, GroupConfig]) -> di
         groups: Group settings; the one whose `match` is null takes what no pattern matches.
 
     Raises:
-        ConfigError: Naming each parameter that two groups claim, or none.
+        ConfigError: Naming each parameter that two groups claim, or none, and each group whose patterns match nothing.
     """
     names = list(names)
     rest = next((name for name, group in groups.items() if group.match is None), None)
@@ -29,6 +29,11 @@ def assign_groups(names: Iterable[str], groups: Mapping[str, GroupConfig]) -> di
         elif claims[0] is None:
             problems.append(Problem("optim.groups", f"parameter {parameter} matches no group"))
         assigned[parameter] = claims[0]
+    for name in groups.keys() - assigned.values():
+        if groups[name].match is not None:
+            problems.append(
+                Problem(f"optim.groups.{name}.match", f"no parameter matches {', '.join(groups[name].match)}")
+            )
     if problems:
         raise ConfigError(problems)
     return assigned

@@ -27,6 +27,7 @@ def train(
     overrides: Sequence[str],
     run_dir: Path,
     *,
+    stop: StopRequest,
     resume: Resume = "auto",
     stop_at: int | None = None,
     report: Report,
@@ -37,6 +38,7 @@ def train(
         loaded: A recipe that has passed its checks.
         overrides: As given on the command line, for the record.
         run_dir: The run folder.
+        stop: Read between steps; its handlers are installed by the caller, before the slow imports.
         resume: See `choose_checkpoint`.
         stop_at: Step to save and stop at, without changing the learning rate's horizon; None is `train.steps`.
         report: Takes each line meant for a person.
@@ -49,7 +51,7 @@ def train(
     last_step = config.train.steps if stop_at is None else stop_at
     if not 0 < last_step <= config.train.steps:
         raise ConfigError(f"--stop-at is {stop_at}, but the run has steps 1 to {config.train.steps} (train.steps)")
-    with StopRequest() as stop, RunFolder(run_dir) as folder:
+    with RunFolder(run_dir) as folder:
         device = choose_device(config.train.device, "train.device")
         checkpoint = choose_checkpoint(folder, resume)
         state = build_state(config, device)

@@ -54,7 +54,7 @@ class OptimConfig:
     groups: dict[str, GroupConfig | None] = field(
         default_factory=lambda: {
             "no_decay": GroupConfig(
-                match=("*norm*.weight", "*.bias", "*.gates.*", "*.conv.*", "*.mix"),
+                match=("*norm.weight", "*.mixer.gates.*", "*.mixer.conv.*", "*.cms.mix"),
                 weight_decay=0.0,
             ),
             "decay": GroupConfig(),

@@ -35,7 +35,8 @@ class LogConfig:
     """What is recorded."""
 
     every: int = 10
-    """Steps between two records in the console, `metrics.jsonl` and TensorBoard. The last step is always recorded."""
+    """Steps between two console lines and full records in `metrics.jsonl` and TensorBoard. The last step is always
+    recorded, and so are validations and the steps that update a slow level."""
     tensorboard: bool = True
     """Whether a TensorBoard view is written to `tb/`."""
 

@@ -38,8 +38,8 @@ class ChunkTables(NamedTuple):
     Attributes:
         before: Of the state before each token's own write, `S_{t-1}`.
         after: Of the state after it, `S_t`.
-        last_push: Weight of each write value in the last momentum, its `eta` included `[..., C]`; None without momentum.
-        push_kept: Weight of the first momentum in the last one `[...]`; None without momentum.
+        last_push: Weight of each write value in the last momentum, its `eta` included `[..., C]`; None without.
+        push_kept: Weight of the first momentum in the last one `[...]`; None without.
     """
 
     before: Weighting
@@ -51,7 +51,13 @@ class ChunkTables(NamedTuple):
         """Apply a function to every table."""
 
         def apply(part: Tensor | Weighting | None) -> Tensor | Weighting | None:
-            return Weighting(*map(apply, part)) if isinstance(part, Weighting) else None if part is None else function(part)
+            return (
+                Weighting(*map(apply, part))
+                if isinstance(part, Weighting)
+                else None
+                if part is None
+                else function(part)
+            )
 
         return ChunkTables(*map(apply, self))
 

@@ -124,7 +124,7 @@ def test_a_full_disk_loses_nothing(make_manager, monkeypatch, background: bool, 
     manager.wait()
     with monkeypatch.context() as patch:
         fail_writes(patch, errno.ENOSPC, after)
-        with pytest.raises(CheckpointError) as raised:
+        with pytest.raises(CheckpointError) as raised:  # noqa: PT012 - where a background save fails is not fixed
             manager.save(2, make_state(), make_manifest(2))
             manager.wait()
     message = str(raised.value)

@@ -34,7 +34,7 @@ def test_check_prints_the_plan():
     assert out.startswith("ok: ")
     rows = dict(line.split(maxsplit=1) for line in out.splitlines()[1:])
     assert rows["grad_accumulation"] == "8" and rows["total_tokens"] == "16,384,000"
-    assert "total 4M" in rows["parameters"]
+    assert "total 3.97M" in rows["parameters"]
 
 
 def test_check_raises_every_problem():

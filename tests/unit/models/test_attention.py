@@ -15,9 +15,7 @@ WIDTH, HEADS, DIM, BATCH = 12, 3, 4, 2
 
 
 def make_attention(**switches) -> Attention:
-    attention = Attention(
-        WIDTH, HEADS, DIM, AttentionConfig(**switches), norm_eps=1e-6, out_std=0.3, mesh=Mesh.alone()
-    )
+    attention = Attention(WIDTH, HEADS, DIM, AttentionConfig(**switches), norm_eps=1e-6, out_std=0.3, mesh=Mesh.alone())
     initialize(attention, 0, Mesh.alone())
     return attention.double()
 
@@ -44,8 +42,12 @@ def naive_attention(attention: Attention, x: Tensor, documents: Tensor | None) -
 
     for b in range(BATCH):
         for h in range(HEADS):
-            q = [turn(normed(mixed[t, b, h, 0], attention.q_norm), t, attention.config.rope_theta) for t in range(tokens)]
-            k = [turn(normed(mixed[t, b, h, 1], attention.k_norm), t, attention.config.rope_theta) for t in range(tokens)]
+            q = [
+                turn(normed(mixed[t, b, h, 0], attention.q_norm), t, attention.config.rope_theta) for t in range(tokens)
+            ]
+            k = [
+                turn(normed(mixed[t, b, h, 1], attention.k_norm), t, attention.config.rope_theta) for t in range(tokens)
+            ]
             for t in range(tokens):
                 seen = [s for s in range(t + 1) if documents is None or documents[b, s] == documents[b, t]]
                 scores = torch.stack([q[t] @ k[s] / DIM**0.5 for s in seen]).softmax(0)

@@ -21,7 +21,14 @@ def test_every_parameter_is_in_exactly_one_group():
 
 
 def test_case_matters():
-    assert assign_groups(["Blocks.0.w"], GROUPS) == {"Blocks.0.w": "rest"}
+    groups = {"deep": GroupConfig(match=("blocks.*.w",)), "rest": GroupConfig()}
+    assert assign_groups(["Blocks.0.w", "blocks.0.w"], groups) == {"Blocks.0.w": "rest", "blocks.0.w": "deep"}
+
+
+def test_a_group_that_takes_nothing_is_an_error():
+    groups = {"lost": GroupConfig(match=("nothing*", "?")), "rest": GroupConfig()}
+    with pytest.raises(ConfigError, match=r"optim.groups.lost.match: no parameter matches nothing\*, \?"):
+        assign_groups(["blocks.0.w"], groups)
 
 
 def test_errors_name_each_parameter_and_its_groups():
