@@ -72,7 +72,7 @@ class Engine:
         tokens, targets = batch.tokens.to(self.device), batch.targets.to(self.device)
         documents = batch.document_ids.to(self.device)
         logits, _ = self.model(tokens, document_ids=documents, probe=probe)
-        return cross_entropy_sum(logits, targets)
+        return cross_entropy_sum(logits, targets, self.model.mesh)
 
     def update(self, step: int, gradients: Gradients, *, measure: bool = False) -> dict[str, float]:
         """Apply the gradients of step `step`.

@@ -43,8 +43,8 @@ class Attention(nn.Module):
         self.heads = num_heads // mesh.tp_group.size()
         self.qkv_proj = ColumnLinear(d_model, num_heads * 3 * head_dim, std=d_model**-0.5, mesh=mesh)
         self.out_proj = RowLinear(num_heads * head_dim, d_model, std=out_std, mesh=mesh)
-        self.q_norm = RMSNorm(head_dim, eps=norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(head_dim, eps=norm_eps) if config.qk_norm else None
+        self.q_norm = RMSNorm(head_dim, eps=norm_eps, shared_over=mesh) if config.qk_norm else None
+        self.k_norm = RMSNorm(head_dim, eps=norm_eps, shared_over=mesh) if config.qk_norm else None
 
     def initial_state(self, batch: int) -> LayerState:
         """Return an empty cache for `batch` sequences."""

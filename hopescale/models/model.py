@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hopescale.config.plan import padded_vocab_size
@@ -14,7 +15,7 @@ from hopescale.models.cms import by_period
 from hopescale.models.init import initialize
 from hopescale.models.norm import RMSNorm
 from hopescale.models.state import ModelState
-from hopescale.parallel.layers import ColumnLinear, Embedding
+from hopescale.parallel.layers import ColumnLinear, Embedding, share_with_ranks
 from hopescale.parallel.mesh import Mesh
 
 INITIAL_LOGIT_STD = 0.25
@@ -33,7 +34,7 @@ class Model(nn.Module):
     def __init__(self, config: ModelConfig, *, seed: int = 0, mesh: Mesh | None = None):
         super().__init__()
         mesh = mesh or Mesh.alone()
-        self.config = config
+        self.config, self.mesh = config, mesh
         padded = padded_vocab_size(config)
         self.embedding = Embedding(padded, config.d_model, std=config.init_std, mesh=mesh)
         self.blocks = nn.ModuleList(Block(config, mesh) for _ in range(config.num_layers))
@@ -68,8 +69,8 @@ class Model(nn.Module):
             last_only: Whether to predict after the last token alone, as generation needs.
 
         Returns:
-            Logits `[B, T, V]`, or `[B, 1, V]` if `last_only`, with `-inf` for the entries of the padding; and the state
-            after the last token.
+            This rank's share of the logits, `[B, T, V / tp]` or `[B, 1, V / tp]` if `last_only`, with `-inf` for the
+            entries of the padding; and the state after the last token.
         """
         x = self.embedding(tokens).transpose(0, 1)  # [T, B, N]
         states = []
@@ -83,10 +84,14 @@ class Model(nn.Module):
         return self._logits(self.norm(x)).transpose(0, 1), ModelState(tuple(states))
 
     def _logits(self, x: Tensor) -> Tensor:
-        logits = self.head(x) if self.head is not None else torch.nn.functional.linear(x, self.embedding.weight)
-        if logits.shape[-1] == self.config.vocab_size:
+        if self.head is not None:
+            logits = self.head(x)
+        else:
+            logits = F.linear(share_with_ranks(x, self.mesh), self.embedding.weight)
+        if padded_vocab_size(self.config) == self.config.vocab_size:
             return logits
-        padding = torch.arange(logits.shape[-1], device=logits.device) >= self.config.vocab_size
+        first = self.mesh.tp_group.rank() * logits.shape[-1]
+        padding = torch.arange(first, first + logits.shape[-1], device=logits.device) >= self.config.vocab_size
         return logits.masked_fill(padding, float("-inf"))
 
     def to_precision(self, dtype: torch.dtype) -> Model:

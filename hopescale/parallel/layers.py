@@ -5,26 +5,26 @@ Residual activations are `[T, B, N]`, tokens first, as Megatron's sequence paral
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 import torch.nn.functional as F
+from megatron.core.model_parallel_config import ModelParallelConfig
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    vocab_parallel_cross_entropy,
+)
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
 from torch import Tensor, nn
 
 from hopescale.parallel.mesh import Mesh
-
-with warnings.catch_warnings():
-    # Transformer Engine and Apex are optional; Megatron announces each missing one at import.
-    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
-    from megatron.core.model_parallel_config import ModelParallelConfig
-    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
-    from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
-    from megatron.core.tensor_parallel.mappings import (
-        copy_to_tensor_model_parallel_region,
-        reduce_from_tensor_model_parallel_region,
-    )
 
 IGNORED_TARGET = -100
 
@@ -134,12 +134,18 @@ def reduce_from_ranks(x: Tensor, mesh: Mesh) -> Tensor:
     return reduce_from_tensor_model_parallel_region(x, group=mesh.tp_group)
 
 
-def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
+def cross_entropy_sum(logits: Tensor, targets: Tensor, mesh: Mesh) -> Tensor:
     """Sum the cross-entropy in nats over all targets that are not `IGNORED_TARGET`.
 
     Args:
-        logits: `[..., V]`, any type; computed in float32.
-        targets: Indices `[...]`, int64.
+        logits: This rank's share `[..., V / tp]`, any type; computed in float32.
+        targets: Indices into the whole vocabulary `[...]`, int64.
+        mesh: Ranks that share the vocabulary.
     """
-    flat = logits.float().reshape(-1, logits.shape[-1])
-    return F.cross_entropy(flat, targets.reshape(-1), ignore_index=IGNORED_TARGET, reduction="sum")
+    flat, targets = logits.float().reshape(-1, logits.shape[-1]), targets.reshape(-1)
+    if mesh.tp_group.size() == 1:
+        return F.cross_entropy(flat, targets, ignore_index=IGNORED_TARGET, reduction="sum")
+    counted = targets != IGNORED_TARGET
+    # Megatron's kernel overwrites float32 logits.
+    losses = vocab_parallel_cross_entropy(flat.clone(), targets.masked_fill(~counted, 0))
+    return (losses * counted).sum()

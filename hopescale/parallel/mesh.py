@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch.distributed as dist
+from megatron.core import parallel_state
 
 from hopescale.parallel.process import start_alone
 
@@ -18,6 +19,15 @@ class Mesh:
     """
 
     tp_group: dist.ProcessGroup
+
+    @classmethod
+    def over_all(cls, *, tp: int) -> Mesh:
+        """Split the running processes into groups of `tp` neighbours that share each layer. Called once per process.
+
+        Megatron keeps these groups in its own global state, where its vocabulary-parallel loss looks for them.
+        """
+        parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp)
+        return cls(parallel_state.get_tensor_model_parallel_group())
 
     @classmethod
     def alone(cls) -> Mesh:

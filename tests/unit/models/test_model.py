@@ -46,7 +46,7 @@ def make_tokens(batch: int, tokens: int, vocab: int = 200) -> torch.Tensor:
 def test_loss_reaches_every_parameter(variant: str):
     model = Model(make_config(variant))
     tokens = make_tokens(2, 50)
-    cross_entropy_sum(model(tokens[:, :-1])[0], tokens[:, 1:]).backward()
+    cross_entropy_sum(model(tokens[:, :-1])[0], tokens[:, 1:], model.mesh).backward()
     unreached = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
     assert not unreached
 
@@ -78,8 +78,9 @@ def test_sequence_split_anywhere_equals_one_pass(variant: str):
 def test_loss_starts_at_the_logarithm_of_the_vocabulary(mixer: str, width: int, std: float, tie: bool):
     config = replace(BASE, mixer=mixer, vocab_size=1000, d_model=width, tie_embeddings=tie, init_std=std)
     tokens = make_tokens(2, 200, 1000)
+    model = Model(config)
     with torch.no_grad():
-        loss = cross_entropy_sum(Model(config)(tokens)[0], tokens.roll(-1, 1)) / tokens.numel()
+        loss = cross_entropy_sum(model(tokens)[0], tokens.roll(-1, 1), model.mesh) / tokens.numel()
     assert abs(loss - math.log(1000)) < 0.1
 
 

@@ -1,0 +1,70 @@
+"""Runs a function on several ranks of one machine; a hang or a failure of any rank fails the test with its stack."""
+
+from __future__ import annotations
+
+import faulthandler
+import multiprocessing
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+LIMIT_S = 120
+
+
+def run_ranks(function: Callable[..., None], world_size: int, folder: Path, *arguments: Any) -> None:
+    """Call `function(rank, *arguments)` on `world_size` processes joined by gloo.
+
+    The processes are forked from a server that has imported the slow modules and has never run a thread of torch.
+
+    Args:
+        function: At the top of a module.
+        world_size: Number of ranks.
+        folder: Scratch folder for the rendezvous file and the ranks' reports.
+        arguments: Passed on; must pickle.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["hopescale.models", "hopescale.parallel.layers"])
+    ranks = [
+        context.Process(target=_run, args=(function, rank, world_size, folder, arguments), daemon=True)
+        for rank in range(world_size)
+    ]
+    for process in ranks:
+        process.start()
+    deadline = time.monotonic() + LIMIT_S
+    while any(process.is_alive() for process in ranks) and time.monotonic() < deadline:
+        if any(process.exitcode not in (None, 0) for process in ranks):
+            deadline = min(deadline, time.monotonic() + 5)
+        time.sleep(0.02)
+    late = [rank for rank, process in enumerate(ranks) if process.is_alive()]
+    for process in ranks:
+        process.kill()
+        process.join()
+    reports = [
+        f"rank {rank}:\n{path.read_text()}" for rank in range(world_size) if (path := _report(folder, rank)).exists()
+    ]
+    failed = [rank for rank, process in enumerate(ranks) if process.exitcode != 0]
+    assert not failed, f"ranks {failed} failed, of which {late} were still running\n" + "\n".join(reports)
+
+
+def _report(folder: Path, rank: int) -> Path:
+    return folder / f"rank_{rank}.txt"
+
+
+def _run(function: Callable[..., None], rank: int, world_size: int, folder: Path, arguments: tuple) -> None:
+    import torch.distributed as dist
+
+    with _report(folder, rank).open("w") as report:
+        faulthandler.dump_traceback_later(LIMIT_S - 10, file=report)
+        try:
+            store = dist.FileStore(str(folder / "rendezvous"), world_size)
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+            function(rank, *arguments)
+            dist.barrier()
+            dist.destroy_process_group()
+        except BaseException:
+            traceback.print_exc(file=report)
+            raise
+        finally:
+            faulthandler.cancel_dump_traceback_later()
