@@ -52,7 +52,7 @@ class Manifest:
     config: dict[str, Any]
     """The resolved config."""
     identity: dict[str, str]
-    """Fingerprints by name (`model`, `data`, `tokenizer`) of what may not change within a run."""
+    """Fingerprints by name (`model`, `data`) of what may not change within a run."""
     format: int = FORMAT
     versions: dict[str, str] = field(default_factory=dict)
     tensors: dict[str, TensorEntry] = field(default_factory=dict)

@@ -16,7 +16,7 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
     top_k: Annotated[int | None, typer.Option(help="Choose among so many likeliest tokens.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Choose among tokens that reach this probability.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the choice.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the choice.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
     """Continue a prompt, token by token, from the state a model carries."""

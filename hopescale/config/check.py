@@ -11,6 +11,7 @@ from hopescale.config import plan, ranges
 from hopescale.config.fields import leaves
 from hopescale.config.load import DEFAULT, Loaded
 from hopescale.config.schema import LevelConfig, RunConfig
+from hopescale.config.values import format_value
 
 SYNTHETIC_MARKERS = 2
 """Symbols of the vocabulary that a synthetic task needs beside its own."""
@@ -110,8 +111,9 @@ def only_the_selected_mixer_is_set(config: RunConfig, origins: Origins) -> Itera
     """Keys of the mixer that is not selected would do nothing."""
     other = {"self_modifying": "attention", "attention": "self_modifying"}[config.model.mixer]
     for key in _set_keys(config, origins, f"model.{other}"):
+        default = format_value(leaves(RunConfig())[key])
         message = f"has no effect: model.mixer is {config.model.mixer}"
-        yield Problem(key, message, hint=f"leave it out, or set model.mixer={other}")
+        yield Problem(key, message, hint=f"set it back to its default with {key}={default}, or set model.mixer={other}")
 
 
 def memory_dim_needs_mlp(config: RunConfig, origins: Origins) -> Iterator[Problem]:
@@ -189,16 +191,6 @@ def phase_lies_in_the_period(config: RunConfig, origins: Origins) -> Iterator[Pr
             yield Problem(f"model.cms.levels.{name}.phase", message)
 
 
-def every_level_updates(config: RunConfig, origins: Origins) -> Iterator[Problem]:
-    """A level's first update, at step `period - phase`, falls into the run."""
-    for name, level in _levels(config):
-        first = level.update_every_steps - level.phase
-        if first > config.train.steps:
-            message = f"first update at step {first}, but train.steps = {config.train.steps}: the level never learns"
-            hint = "shorten the period, or train longer"
-            yield Problem(f"model.cms.levels.{name}.update_every_steps", message, hint=hint)
-
-
 def _levels(config: RunConfig) -> list[tuple[str, LevelConfig]]:
     return [(name, level) for name, level in config.model.cms.levels.items() if level is not None]
 
@@ -256,17 +248,6 @@ def patterns_are_not_empty(config: RunConfig, origins: Origins) -> Iterator[Prob
             yield Problem(f"optim.groups.{name}.match", "holds no pattern, or an empty one", hint=hint)
 
 
-def schedule_fits_the_run(config: RunConfig, origins: Origins) -> Iterator[Problem]:
-    """Warm-up, and the decay of `wsd`, fit into the run."""
-    schedule, steps = config.optim.schedule, config.train.steps
-    key, warmup = "optim.schedule.warmup_steps", schedule.warmup_steps
-    if warmup >= steps:
-        yield Problem(key, f"{warmup} is not below train.steps = {steps}")
-    elif schedule.name == "wsd" and warmup + schedule.decay_fraction * steps > steps:
-        decay = f"decay_fraction {schedule.decay_fraction:g} of {steps} steps"
-        yield Problem(key, f"{warmup} and {decay} are more than train.steps = {steps}")
-
-
 def decay_fraction_needs_wsd(config: RunConfig, origins: Origins) -> Iterator[Problem]:
     """A cosine has no separate decay."""
     if config.optim.schedule.name != "wsd":
@@ -312,13 +293,11 @@ RULES: tuple[Rule, ...] = (
     error_cap_needs_l2,
     at_least_one_level,
     phase_lies_in_the_period,
-    every_level_updates,
     at_least_one_source,
     a_source_is_one_thing,
     symbols_fit_the_vocabulary,
     one_group_takes_the_rest,
     patterns_are_not_empty,
-    schedule_fits_the_run,
     decay_fraction_needs_wsd,
     batch_is_whole_micro_batches,
     kept_checkpoints_are_written,

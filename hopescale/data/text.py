@@ -20,7 +20,8 @@ import fsspec
 
 from hopescale.common.errors import DataError
 
-_COMPRESSED = {".gz", ".bz2", ".xz", ".zip", ".zst"}
+_COMPRESSED = {".gz", ".bz2", ".xz", ".zst"}
+_ARCHIVES = {".zip", ".tar", ".tgz", ".7z", ".rar"}
 _JSON_LINES = {".jsonl", ".ndjson"}
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -75,12 +76,13 @@ class TextSource:
             shuffle_seed: Seed that shuffles the files (not the documents of a file); null keeps their order.
 
         Raises:
-            DataError: If a file cannot be read, is not UTF-8, or has a bad JSON line.
+            DataError: If a file cannot be read, is an archive, is not UTF-8, or has a bad JSON line.
         """
         files = self.files()
         if shuffle_seed is not None:
             random.Random(shuffle_seed).shuffle(files)
         for file in files:
+            _refuse_archive(file.path)
             yield from self._read(file)
 
     def _read(self, file: TextFile) -> Iterator[Document]:
@@ -113,6 +115,16 @@ def _matches(path: str, patterns: tuple[str, ...]) -> bool:
     return not patterns or any(fnmatch(name, pattern) or fnmatch(path, pattern) for pattern in patterns)
 
 
+def _refuse_archive(path: str) -> None:
+    """Refuse a file of files: only its first member would be read.
+
+    Raises:
+        DataError: Naming it.
+    """
+    if PurePosixPath(path.lower()).suffix in _ARCHIVES or path.lower().endswith((".tar.gz", ".tar.bz2", ".tar.xz")):
+        raise DataError(f"{path}: an archive of several files, not a text", hint="unpack it and name the folder")
+
+
 def _suffix(path: str) -> str:
     name = PurePosixPath(path.lower())
     return PurePosixPath(name.stem).suffix if name.suffix in _COMPRESSED else name.suffix
@@ -139,6 +151,8 @@ def _text_of(line: str, where: str, text_key: str) -> str:
         raise DataError(f"{where}: not valid JSON ({error})", hint="each line must be one JSON object") from None
     if not isinstance(record, dict) or not isinstance(record.get(text_key), str):
         found = f"the keys {', '.join(map(repr, record))}" if isinstance(record, dict) else "no object"
+        if isinstance(record, dict) and text_key in record:
+            found = f"{json.dumps(record[text_key])[:40]} there"
         message = f"{where}: no text under the key {text_key!r}; the line has {found}"
         raise DataError(message, hint="name the key with --text-key")
     text = record[text_key]

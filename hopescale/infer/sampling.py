@@ -52,7 +52,8 @@ def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Te
     """
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    scaled = logits.float().cpu() / sampling.temperature
+    scores = logits.double().cpu()
+    scaled = (scores - scores.amax(-1, keepdim=True)) / sampling.temperature
     if sampling.top_k is not None and sampling.top_k < scaled.shape[-1]:
         smallest = scaled.topk(sampling.top_k).values[:, -1:]
         scaled = scaled.masked_fill(scaled < smallest, float("-inf"))

@@ -18,6 +18,9 @@ from hopescale.ops.delta_rule import ChunkTables, Read, predict, read_chunk, wri
 from hopescale.parallel.layers import ParameterSpec, new_parameter
 
 INITIAL_OUTPUT_STD = 0.1
+KEY_EPS = 1e-2
+"""Added to the squared length of a hidden activation before it is divided by its length: a memory that has been erased
+answers with almost nothing, and its direction must not turn into a large gradient."""
 
 
 @dataclass(frozen=True)
@@ -61,12 +64,13 @@ class BankState(NamedTuple):
 
 
 class Writes(NamedTuple):
-    """Keys and write values of one chunk (`hope.md` section 2; DGD layer by layer, NL section 4.5).
+    """Keys and write values of one chunk (DGD layer by layer; Nested Learning, section 4.5 and Eq. 93).
 
     Attributes:
         key: Key of the first layers `[B, H, C, D]`.
         first: Write values of the first layers `[B, H, C, R]`.
-        wide: Unit keys `[B, H, Nw, C, E]` and values `[B, H, Nw, C, D]` of wide second layers; None if linear.
+        wide: Keys of unit length or less `[B, H, Nw, C, E]` and values `[B, H, Nw, C, D]` of wide second layers; None
+            for linear memories.
         narrow: The same for narrow ones, values `[B, H, Nn, C, 1]`; None if there are none.
         surprise: Norm of each token's error in each wide memory `[B, H, Nw, C]`.
     """
@@ -186,21 +190,27 @@ class MemoryBank(nn.Module):
         scale = self.rule.error_cap * torch.rsqrt(error.square().sum(-1, keepdim=True) + 1e-12)
         return error * scale.clamp_max(1.0)
 
-    def writes(self, boundary: Weights, k: Tensor, v: Tensor) -> Writes:
-        """Compute what every memory writes for keys `k` and values `v`, `[B, H, C, D]`, at the boundary weights."""
+    def writes(self, boundary: Weights, k: Tensor, v: Tensor, mu: Tensor | None) -> Writes:
+        """Compute what every memory writes for keys `k` and values `v`, `[B, H, C, D]`, at the boundary weights.
+
+        With momentum `mu` `[B, H, C]` a write enters by `1 - mu` of its size, so that all it pushes adds up to one
+        write. Gradients of a chunk are taken at its boundary: were they amplified by `1 / (1 - mu)`, a key that comes
+        back in every chunk would overshoot its target further each time.
+        """
+        fresh = None if mu is None else (1 - mu)[:, :, None, :, None]
         asked = torch.cat([k, v], dim=2) if self.rule.targets == "self" else k
         wide, narrow = self._split(asked @ boundary.first.mT)
-        first, wide_pair, error = self._errors(wide, boundary.wide, asked[:, :, None], v)
+        first, wide_pair, error = self._errors(wide, boundary.wide, asked[:, :, None], v, fresh)
         narrow_pair = None
         if self.narrow:
-            of_narrow, narrow_pair, _ = self._errors(narrow, boundary.narrow, 0.0, v)
+            of_narrow, narrow_pair, _ = self._errors(narrow, boundary.narrow, 0.0, v, fresh)
             first = torch.cat([part.transpose(2, 3).flatten(3) for part in (first, of_narrow)], dim=-1)
         else:
             first = first.transpose(2, 3).flatten(3)
         return Writes(k, first, wide_pair, narrow_pair, error.detach().norm(dim=-1))
 
     def _errors(
-        self, pre: Tensor, w1: Tensor | None, residual: Tensor | float, v: Tensor
+        self, pre: Tensor, w1: Tensor | None, residual: Tensor | float, v: Tensor, fresh: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor] | None, Tensor]:
         """Compute the write values of wide or of narrow memories from their first-layer results.
 
@@ -209,6 +219,7 @@ class MemoryBank(nn.Module):
             w1: Second layers; None for linear memories.
             residual: What an MLP adds to its second layer.
             v: The targets if they are not the memories' own.
+            fresh: Factor on every write; None is 1.
 
         Returns:
             Write values of the first layers `[B, H, N, C, E]`, keys and write values of the second, and the errors.
@@ -221,11 +232,12 @@ class MemoryBank(nn.Module):
             answers, target = answers.split(tokens, dim=3)
             pre, hidden = pre.split(tokens, dim=3)[0], hidden.split(tokens, dim=3)[0]
         error = self._error(answers, target)
+        push = error if fresh is None else error * fresh
         if w1 is None:
-            return -error, None, error
-        norm = torch.sqrt(hidden.square().sum(-1, keepdim=True) + 1e-12)
-        delta = times_silu_slope(error @ w1, pre)
-        return -delta, (hidden / norm, -norm * error), error
+            return -push, None, error
+        norm = torch.sqrt(hidden.square().sum(-1, keepdim=True) + KEY_EPS)
+        delta = times_silu_slope(push @ w1, pre)
+        return -delta, (hidden / norm, -norm * push), error
 
     def advance(
         self, state: BankState, writes: Writes, tables: ChunkTables, q: Tensor | None, read: Read

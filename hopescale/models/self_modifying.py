@@ -233,7 +233,7 @@ class SelfModifying(nn.Module):
     ) -> tuple[Tensor | None, BankState]:
         bank = self.banks[name]
         tables = chunk_tables(made.eta, made.alpha, made.mu)
-        writes = bank.writes(state.boundary, made.k, made.v)
+        writes = bank.writes(state.boundary, made.k, made.v, made.mu)
         if seen is not None:
             seen.append((made.eta.detach(), made.alpha.detach(), writes.surprise[:, :, 0]))
         return bank.advance(state, writes, tables, made.q if name == "memory" else None, self.config.read)

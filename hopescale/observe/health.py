@@ -10,8 +10,8 @@ from typing import Any
 from hopescale.common.errors import DivergedError
 
 _HINT = (
-    "this step has changed no weight and the last good checkpoint is untouched; continue from an earlier checkpoint "
-    "(--resume CHECKPOINT) with a lower optim.lr or optim.grad_clip"
+    "this step has changed no weight, and checkpoints are untouched; continue from an earlier one "
+    "(--resume CHECKPOINT), or begin anew, with a lower optim.lr or optim.grad_clip"
 )
 
 

@@ -40,7 +40,9 @@ METRICS: dict[str, Metric] = {
     "level/<name>/update_rms": Metric("1", "Root mean square of the change of a level's weights at its last update."),
     "memory/<layer>/eta_mean": Metric("1", "Mean inner learning rate of a layer's memories over the last batch."),
     "memory/<layer>/alpha_mean": Metric("1", "Mean retention per token of a layer's memories over the last batch."),
-    "memory/<layer>/surprise": Metric("1", "Mean norm of read minus target of a layer's memories over the last batch."),
+    "memory/<layer>/surprise": Metric(
+        "1", "Mean norm of the main memory's inner error (read minus target) over a micro batch."
+    ),
 }
 """Every name a record may hold; `<word>` stands for one part without a slash."""
 

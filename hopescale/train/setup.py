@@ -20,6 +20,7 @@ from hopescale.models import Model, level_of
 from hopescale.observe.health import LossWatch
 from hopescale.optim import Cadence, OuterOptimizer
 from hopescale.train.folder import RunFolder
+from hopescale.train.memory import check_memory
 from hopescale.train.state import TrainState
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -32,9 +33,10 @@ def build_state(config: RunConfig, device: torch.device) -> TrainState:
     """Build model, data and optimizer at step 0.
 
     Raises:
-        ConfigError: If the data does not fit the config or does not last for the run.
+        ConfigError: If the model cannot fit the device's memory, or the data does not fit the config or does not last.
         DataError: If files are missing or damaged.
     """
+    check_memory(config, device)
     torch.manual_seed(config.train.seed)
     data = open_data(config.data, seq_len=config.train.seq_len, vocab_size=config.model.vocab_size)
     data.check_budget(make_plan(config).total_sequences)

@@ -16,6 +16,7 @@ from hopescale.observe.throughput import Throughput
 from hopescale.optim.groups import group_table
 from hopescale.parallel.device import choose_device
 from hopescale.train.folder import RunFolder
+from hopescale.train.memory import memory_errors_explained
 from hopescale.train.record import Record
 from hopescale.train.setup import Report, Resume, build_state, choose_checkpoint, open_checkpoints, restore
 from hopescale.train.stop import StopRequest
@@ -51,10 +52,11 @@ def train(
     last_step = config.train.steps if stop_at is None else stop_at
     if not 0 < last_step <= config.train.steps:
         raise ConfigError(f"--stop-at is {stop_at}, but the run has steps 1 to {config.train.steps} (train.steps)")
-    with RunFolder(run_dir) as folder:
-        device = choose_device(config.train.device, "train.device")
-        checkpoint = choose_checkpoint(folder, resume)
+    device = choose_device(config.train.device, "train.device")
+    with memory_errors_explained(config):
         state = build_state(config, device)
+    with RunFolder(run_dir) as folder, memory_errors_explained(config):
+        checkpoint = choose_checkpoint(folder, resume)
         if checkpoint is not None:
             restore(state, checkpoint, report)
         if state.step > last_step:
@@ -63,6 +65,8 @@ def train(
         folder.describe(loaded, overrides, group_table(state.optimizer.groups, sizes))
         checkpoints = open_checkpoints(folder, config, state.data)
         report(f"{config.name}: {sum(sizes.values()):,} parameters on {device}, run folder {run_dir}")
+        for level in sorted(state.levels_never_due()):
+            report(f"note: level {level} is due at no step up to train.steps={config.train.steps}; its weights stay")
         with Record(folder, config.log, resume_step=None if checkpoint is None else state.step) as record:
             trainer = Trainer(state, checkpoints, record, _throughput(config, device), device, report)
             reason = trainer.run(last_step, stop)

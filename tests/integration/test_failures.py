@@ -49,7 +49,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run(train, run: Run, whole, monke
     assert done.code == 6
     message, hint = re.fullmatch(r"diverged\n  (.*)\n    hint: (.*)\n", done.err).groups()
     assert message.startswith("step 6: the loss is nan; batch: samples 20 to 23, from source markov, epoch 0, ")
-    assert "last good checkpoint is untouched" in hint
+    assert "checkpoints are untouched" in hint
     assert run.steps() == [5] and verify(run.checkpoint(5)).step == 5
     assert [record["step"] for record in run.values()][-1] == 5
     assert train().code == 0

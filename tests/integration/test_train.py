@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 def test_the_debug_recipe_leaves_a_run_folder(hopescale, run: Run):
     """The recipe as it is, but short."""
-    args = ("train.steps=6", "optim.schedule.warmup_steps=2", "log.every=3", "checkpoint.every=4")
+    args = ("train.steps=6", "log.every=3", "checkpoint.every=4")
     done = hopescale("train", "debug", *args, "--run-dir", run.path)
     assert (done.code, done.err) == (0, "")
     lines = done.out.splitlines()

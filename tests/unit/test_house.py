@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted(path for folder in ("hopescale", "tools") for path in (ROOT / folder).rglob("*.py"))
-DRAWERS = {"utils", "util", "helpers", "misc", "common_"}
+DRAWERS = {"utils", "util", "helpers", "misc"}
 
 
 def name_of(path: Path) -> str:

@@ -49,7 +49,8 @@ class SelfModifyingConfig:
     inner_rule: Literal["dgd", "gd"] = "dgd"
     """`dgd`: a write first erases what its key held (Eq. 93). `gd`: plain gradient descent, no erase."""
     momentum: bool = True
-    """Whether inner writes carry momentum `mu`, a static gate per head."""
+    """Whether inner writes carry momentum `mu`, a static gate per head. A write enters by `1 - mu` of its size, so that
+    momentum spreads it over time without making it larger."""
     retention: bool = True
     """Whether memories forget (`alpha` gate). Off: alpha is 1 and `alpha` must not be in `adaptive`."""
     read: Literal["prefix", "inclusive", "boundary"] = "prefix"

@@ -13,7 +13,7 @@ class ScheduleConfig:
     name: Literal["cosine", "wsd"] = "cosine"
     """`cosine`: warm-up, then half a cosine. `wsd`: warm-up, stable, then a linear decay."""
     warmup_steps: int = 0
-    """Steps of linear warm-up from 0."""
+    """Steps of linear warm-up from 0. A run that is shorter ends within it."""
     min_lr_ratio: float = 0.1
     """Last learning rate as a fraction of the peak."""
     decay_fraction: float = 0.2

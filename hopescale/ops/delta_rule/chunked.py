@@ -86,8 +86,8 @@ def _shift(table: Tensor, first: float, dim: int) -> Tensor:
 def chunk_tables(eta: Tensor, alpha: Tensor, mu: Tensor | None) -> ChunkTables:
     """Compute the tables of one chunk from its gates, each `[..., C]`; `alpha` and `mu` in `[0, 1]`."""
     log_alpha = _log(alpha)
-    decay, start = _ratios(log_alpha), log_alpha.cumsum(-1).exp()
-    erase = decay * eta[..., None, :]
+    kept, start = _ratios(log_alpha), log_alpha.cumsum(-1).exp()
+    erase = kept * eta[..., None, :]
     push = last_push = push_kept = None
     if mu is None:
         write = erase
@@ -95,7 +95,7 @@ def chunk_tables(eta: Tensor, alpha: Tensor, mu: Tensor | None) -> ChunkTables:
         log_mu = _log(mu)
         chain = _ratios(log_mu) * eta[..., None, :]
         from_start = log_mu.cumsum(-1).exp()
-        write, push = decay @ chain, (decay @ from_start[..., None])[..., 0]
+        write, push = kept @ chain, (kept @ from_start[..., None])[..., 0]
         last_push, push_kept = chain[..., -1, :], from_start[..., -1]
     after = Weighting(start, push, write, erase)
     shifted = _shift(erase, 0.0, -2)

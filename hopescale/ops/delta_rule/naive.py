@@ -36,14 +36,14 @@ def delta_rule_naive(
         if t % chunk_size == 0:
             boundary = state
         before = state
-        key, rate = k[:, t], eta[:, t, :, None, None]  # [B, H, D], [B, H, 1, 1]
-        write = rate * u[:, t, :, :, None] * key[:, :, None, :]  # [B, H, Do, D]
+        key, eta_t = k[:, t], eta[:, t, :, None, None]  # [B, H, D], [B, H, 1, 1]
+        write = eta_t * u[:, t, :, :, None] * key[:, :, None, :]  # [B, H, Do, D]
         if mu is not None:
             write = momentum = mu[:, t, :, None, None].to(kind) * momentum + write
         state = alpha[:, t, :, None, None] * before + write
         if erase:
             held = torch.einsum("bhod,bhd->bho", before, key)
-            state = state - rate * held[..., None] * key[:, :, None, :]
+            state = state - eta_t * held[..., None] * key[:, :, None, :]
         if q is not None:
             source = {"prefix": before, "inclusive": state, "boundary": boundary}[read]
             outputs.append(torch.einsum("bhod,bhd->bho", source, q[:, t].to(kind)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple, get_args
 
+import torch
 from torch import Tensor
 
 Read = Literal["prefix", "inclusive", "boundary"]
@@ -38,8 +39,12 @@ def check_arguments(
     """Check the arguments of `delta_rule` against each other.
 
     Raises:
-        ValueError: Naming the argument, its shape and the shape it must have.
+        ValueError: Naming the argument, what it is and what it must be.
     """
+    if k.dim() != 4 or u.dim() != 4:
+        raise ValueError(f"k and u have the shape [B, T, H, D], but theirs are {tuple(k.shape)} and {tuple(u.shape)}")
+    if state.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"state is {state.dtype}, but memories are kept in float32 (float64 in tests)")
     batch, tokens, heads, dim = k.shape
     gate = (batch, tokens, heads)
     memory = (batch, heads, u.shape[-1], dim)

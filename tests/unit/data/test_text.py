@@ -127,3 +127,11 @@ def test_a_damaged_archive_is_named(tmp_path: Path, damage) -> None:
     (tmp_path / "a.jsonl.gz").write_bytes(damage(whole))
     with pytest.raises(DataError, match="a.jsonl.gz"):
         read(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["texts.zip", "texts.tar.gz", "texts.TAR"])
+def test_an_archive_is_refused_rather_than_read_in_part(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(b"PK")
+    with pytest.raises(DataError, match=f"{name}: an archive of several files"):
+        read(path)

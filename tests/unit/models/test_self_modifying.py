@@ -34,6 +34,16 @@ SWITCHES = {
     "query memory": {"query": "memory"},
     "value targets": {"adaptive": (), "targets": "value"},
     "linear value targets": {"adaptive": (), "targets": "value", "memory": "linear"},
+    "TTT-Linear": {
+        "adaptive": (),
+        "targets": "value",
+        "memory": "linear",
+        "inner_rule": "gd",
+        "momentum": False,
+        "retention": False,
+    },
+    "TTT-MLP": {"adaptive": (), "targets": "value", "inner_rule": "gd", "momentum": False, "retention": False},
+    "Titans": {"adaptive": (), "targets": "value", "inner_rule": "gd"},
     "error cap": {"error_cap": 0.3},
     "hidden width": {"memory_dim": 10},
     "large eta": {"eta_max": 2.0, "eta_init": 0.4},
@@ -98,9 +108,9 @@ class Memory:
         hidden = torch.nn.functional.silu(self.boundary["w2"] @ k) if "w2" in inner else None
         after = {}
         for name, gradient in zip(inner, gradients, strict=True):
-            key = hidden / torch.sqrt((hidden * hidden).sum() + 1e-12) if name == "w1" else k
+            key = hidden / torch.sqrt((hidden * hidden).sum() + 1e-2) if name == "w1" else k
             erase = eta * torch.outer(key, key) if config.inner_rule == "dgd" else 0.0
-            self.momentum[name] = mu * self.momentum[name] - eta * gradient
+            self.momentum[name] = mu * self.momentum[name] - (1 - mu) * eta * gradient
             keep = alpha * torch.eye(len(key), dtype=key.dtype) - erase
             after[name] = self.weights[name] @ keep + self.momentum[name]
         self.weights = after
@@ -243,3 +253,18 @@ def test_state_stays_bounded_over_a_long_repetitive_sequence(switch: str):
     with torch.no_grad():
         _, state = mixer(torch.randn(1, 1, WIDTH, generator=torch.Generator().manual_seed(4)).repeat(2000, 1, 1))
     assert max(float(tensor.abs().max()) for tensor in state.tensors.values()) < 50
+
+
+@pytest.mark.parametrize("switch", ["default", "linear", "two chunk sizes"])
+def test_a_key_that_comes_back_in_every_chunk_lets_no_gradient_explode(switch: str):
+    """Inner gradients of a chunk are taken at its boundary; an overshoot would grow from chunk to chunk."""
+    config = replace(SelfModifyingConfig(chunk_size=16, eta_init=0.5), **SWITCHES[switch])
+    config = replace(config, chunk_size=16, projection_chunk_size=32 if config.projection_chunk_size else None)
+    mixer = fresh_mixer(config, 16)
+    sizes = {}
+    for chunks in (4, 40):
+        x = torch.randn(1, 1, WIDTH, generator=torch.Generator().manual_seed(4)).repeat(16 * chunks, 1, 1)
+        y, _ = mixer(x.requires_grad_())
+        (gradient,) = torch.autograd.grad(y[-16:].square().sum(), x)
+        sizes[chunks] = float(gradient.norm())
+    assert sizes[40] < 3 * sizes[4]

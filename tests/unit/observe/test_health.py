@@ -34,7 +34,7 @@ def test_what_is_not_finite_stops_the_run(loss: float, grad_norm: float | None, 
     with pytest.raises(DivergedError, match=f"step 7: {message}") as raised:
         watch.check(7, loss, grad_norm, lambda: "source text, samples 16 to 31")
     assert raised.value.message.endswith("batch: source text, samples 16 to 31")
-    assert "last good checkpoint is untouched" in raised.value.hint
+    assert "checkpoints are untouched" in raised.value.hint
     assert raised.value.exit_code == 6
     assert watch.state_dict() == {"losses": []}
 

@@ -1,0 +1,35 @@
+"""Sizes that no machine can hold end in one message, not in a traceback."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from hopescale.common.errors import ConfigError
+from hopescale.config.load import load_recipe
+from hopescale.train.memory import check_memory, memory_errors_explained
+from hopescale.train.setup import build_state
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("overrides", [["model.d_model=1M", "model.vocab_size=100M"], ["model.num_layers=100M"]])
+def test_a_model_larger_than_the_memory_is_refused_before_it_is_built(overrides: list[str]):
+    config = load_recipe("debug", overrides).config
+    with pytest.raises(ConfigError, match=r"weights and optimizer state take .*TiB, but cpu has .*GiB"):
+        build_state(config, CPU)
+
+
+def test_a_model_that_fits_passes():
+    check_memory(load_recipe("debug").config, CPU)
+
+
+def test_a_failed_allocation_names_the_sizes_that_decide_it():
+    config = load_recipe("debug").config
+    config = replace(config, train=replace(config.train, seq_len=77))
+    with pytest.raises(ConfigError, match="train.seq_len=77"), memory_errors_explained(config):
+        torch.empty(2**60)
+    with pytest.raises(RuntimeError, match="size"), memory_errors_explained(config):
+        torch.ones(2) @ torch.ones(3)
