@@ -36,6 +36,7 @@ from hopescale.checkpoint.manifest import (
     read_pointer,
     to_json,
 )
+from hopescale.common.disk import sync, write_synced
 from hopescale.common.errors import CheckpointError
 from hopescale.common.units import format_bytes
 
@@ -69,23 +70,6 @@ def dtype_name(dtype: torch.dtype) -> str:
 def ignore_single_process_warning() -> None:
     """Silence DCP's remark that without a process group it works in a single process; nothing else."""
     warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames inside a folder survive a loss of power."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_synced(path: Path, content: bytes) -> None:
-    """Write a file and wait until it is on the disk."""
-    with path.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
 
 
 class _DigestingStream:
@@ -264,7 +248,7 @@ class Saver:
         versions = {"hopescale": hopescale.__version__, "torch": torch.__version__}
         manifest = replace(manifest, versions=versions, tensors=tensors, files=files)
         write_synced(temporary / MANIFEST, to_json(manifest).encode())
-        sync_folder(temporary)
+        sync(temporary)
         self._publish(temporary, folder)
         if self._on_commit:
             self._on_commit(folder)
@@ -274,10 +258,10 @@ class Saver:
         if folder.exists():
             folder.rename(replaced)
         temporary.rename(folder)
-        sync_folder(self.root)
+        sync(self.root)
         write_synced(self.root / f"{TEMPORARY}{POINTER}", f"{folder.name}\n".encode())
         (self.root / f"{TEMPORARY}{POINTER}").rename(self.root / POINTER)
-        sync_folder(self.root)
+        sync(self.root)
         shutil.rmtree(replaced, ignore_errors=True)
 
     def _failure(self, flight: _Flight, cause: BaseException) -> CheckpointError:

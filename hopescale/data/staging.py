@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from hopescale.common.disk import sync
 from hopescale.common.errors import DataError
 
 
@@ -30,21 +31,13 @@ def staged_folder(out: Path) -> Iterator[Path]:
     try:
         partial.mkdir(parents=True)
         yield partial
-        _sync(partial)
+        for path in [*partial.iterdir(), partial]:
+            sync(path)
         partial.rename(out)
     except OSError as error:
         raise _write_error(out, error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _sync(folder: Path) -> None:
-    for path in [*folder.iterdir(), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _write_error(out: Path, error: OSError) -> DataError:

@@ -91,13 +91,14 @@ def _environment() -> str:
 
 
 def _git_revision() -> str:
-    """Return the revision of the source tree, marked if it differs; `none` outside of a git checkout."""
-    git = ["git", "-C", str(Path(__file__).parent)]
+    """Return the revision of the source tree, marked if it differs; `none` where git does not track this package."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
     try:
-        revision = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10)
-        changed = subprocess.run(
-            [*git, "status", "--porcelain"], capture_output=True, text=True, check=True, timeout=10
-        )
+        git("ls-files", "--error-unmatch", Path(__file__).name)
+        return git("rev-parse", "HEAD") + (" with local changes" if git("status", "--porcelain") else "")
     except (OSError, subprocess.SubprocessError):
         return "none"
-    return revision.stdout.strip() + (" with local changes" if changed.stdout.strip() else "")

@@ -115,5 +115,5 @@ class ModelConfig:
     norm_eps: float = 1e-6
     """Added under the root of every RMSNorm."""
     init_std: float = 0.02
-    """Standard deviation of the embedding and of an untied head. Other matrices follow their fan-in; see
-    `hopescale.models.init`."""
+    """Standard deviation of the embedding and of an untied head. Other matrices follow their fan-in, as the
+    `ParameterSpec` beside each says."""
