@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
@@ -40,13 +42,24 @@ def load_into(
     tensors = flatten(state)
     _verify_files(folder, manifest, group)
     _verify_fit(tensors, manifest, folder, prefix, group)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _one_thread():
         ignore_single_process_warning()
         try:
             dcp.load(tensors, storage_reader=dcp.FileSystemReader(folder), process_group=group)
         except (Exception, dcp.CheckpointException) as error:
             raise CheckpointError(f"cannot read the tensors of {folder}: {_first_line(error)}") from error
     return manifest
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Keep DCP's reading threads from making teams of OpenMP threads of their own, which slow all later work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def verify(folder: Path) -> Manifest:

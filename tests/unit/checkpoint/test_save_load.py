@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hopescale.checkpoint import save
+from hopescale.checkpoint import load, save
 from hopescale.checkpoint.load import load_into, verify
 from hopescale.checkpoint.manifest import read_manifest
 from hopescale.checkpoint.save import flatten
@@ -276,7 +276,7 @@ KILLED = """
 import sys, time
 from pathlib import Path
 import torch
-from hopescale.checkpoint import save
+from hopescale.checkpoint import load, save
 from hopescale.checkpoint.manager import CheckpointManager
 from hopescale.checkpoint.manifest import Manifest
 from hopescale.config.schema.train import CheckpointConfig
@@ -312,3 +312,30 @@ def test_a_kill_in_the_middle_of_a_save_leaves_the_one_before(root: Path, make_m
     loaded = {"w": torch.zeros(1000)}
     assert load_into(loaded, manager.latest()).step == 1
     assert torch.equal(loaded["w"], torch.full((1000,), 1.0))
+
+
+def test_neither_saving_nor_loading_makes_teams_of_threads(make_manager, monkeypatch, make_state, make_manifest):
+    """A second OpenMP team on a full machine slows every later step; the training's own team must stay as it was."""
+    seen = []
+    write, read = save._Writer.write_data, load.dcp.load
+
+    def write_data(writer, *arguments):
+        seen.append(torch.get_num_threads())
+        return write(writer, *arguments)
+
+    def reading(*arguments, **options):
+        seen.append(torch.get_num_threads())
+        return read(*arguments, **options)
+
+    monkeypatch.setattr(save._Writer, "write_data", write_data)
+    monkeypatch.setattr(load.dcp, "load", reading)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        manager = make_manager(async_save=True)
+        manager.save(1, make_state(), make_manifest(1))
+        load.load_into(make_state(), manager.wait())
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
+    assert seen == [1, 1]
