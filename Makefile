@@ -8,7 +8,7 @@ demo: .venv/.base
 	$(BIN)/python tools/demo.py demo
 
 test: .venv/.all
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(TESTS)
 
 check: lint
 	$(BIN)/lint-imports --no-cache
