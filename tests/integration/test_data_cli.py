@@ -41,8 +41,8 @@ def notes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def tokenizer(notes: Path) -> Path:
-    folder = notes.parent / "tok"
+def tokenizer(notes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer") / "tok"
     said = succeed("tokenizer", notes, "--out", folder, "--vocab-size", "512", "--sample", "1M")
     assert re.search(r"tok: 512 pieces, \d\.\d\d bytes per token, learned from", said)
     return folder
