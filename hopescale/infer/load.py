@@ -9,7 +9,7 @@ import torch
 
 from hopescale.checkpoint.load import load_into
 from hopescale.checkpoint.manager import find_checkpoint
-from hopescale.checkpoint.manifest import Manifest, read_manifest
+from hopescale.checkpoint.manifest import TOKENIZER, Manifest, read_manifest
 from hopescale.config.load import from_dict
 from hopescale.config.schema import RunConfig
 from hopescale.data.tokenizer import Tokenizer
@@ -42,9 +42,9 @@ def load_model(path: Path, device: torch.device) -> Loaded:
     config = from_dict(manifest.config, str(folder))
     model = Model(config.model)
     names = {name: f"model.{name}" for name, _ in model.named_parameters()}
-    if any(manifest.tensors[name].dtype == "bfloat16" for name in names.values() if name in manifest.tensors):
+    if config.train.precision == "bf16":
         model.to_precision(torch.bfloat16)
     load_into({names[name]: p.detach() for name, p in model.named_parameters()}, folder, prefix="model.")
-    file = folder / "tokenizer.model"
+    file = folder / TOKENIZER
     tokenizer = Tokenizer.load(file) if file.exists() else None
     return Loaded(model.to(device).eval(), tokenizer, config, manifest, folder)

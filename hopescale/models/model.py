@@ -101,6 +101,14 @@ class Model(nn.Module):
                 parameter.data = parameter.data.to(dtype)
         return self
 
+    def level_parameters(self) -> dict[str, list[str]]:
+        """Return the parameter names of each level, fast to slow."""
+        members: dict[str, list[str]] = {name: [] for name, _ in self.levels()}
+        for name, _ in self.named_parameters():
+            if (level := level_of(name)) is not None:
+                members[level].append(name)
+        return members
+
     def levels(self) -> list[tuple[str, LevelConfig]]:
         """Return the levels of the continuum memory system, fast to slow."""
         return by_period(self.config.cms.levels)

@@ -192,25 +192,21 @@ class SelfModifying(nn.Module):
         self, streams: dict[str, Tensor], position: int, banks: dict[str, BankState], seen: list
     ) -> tuple[Tensor, dict[str, BankState]]:
         """Run one projection chunk, or a part of one: project at its boundary, then move the memories."""
-        main, other = banks["memory"], banks.get("projection")
-        fresh = position % self.chunks[1] == 0
-        if other is None:
-            main = main.at_boundary() if fresh else main
-            made = self._made(self.banks["memory"], main.boundary, streams)
-        else:
-            other = other.at_boundary() if fresh else other
-            made = self._made(self.banks["projection"], other.boundary, streams)
-        outputs = []
+        source = "projection" if "projection" in banks else "memory"
+        if position % self.chunks[1] == 0:
+            banks = banks | {source: banks[source].at_boundary()}
+        made = self._made(self.banks[source], banks[source].boundary, streams)
+        main, outputs = banks["memory"], []
         for part in made.split(_pieces(position, made.k.shape[2], self.chunks[0])):
             if position % self.chunks[0] == 0:
                 main = main.at_boundary()
             y, main = self._move("memory", main, part, seen)
             outputs.append(y)
             position += part.k.shape[2]
-        if other is not None:
-            _, other = self._move("projection", other, made, None)
-        after = {"memory": main} | ({} if other is None else {"projection": other})
-        return torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0], after
+        banks = banks | {"memory": main}
+        if source == "projection":
+            banks[source] = self._move(source, banks[source], made, None)[1]
+        return torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0], banks
 
     def _made(self, bank: MemoryBank, boundary: Weights, streams: dict[str, Tensor]) -> Projections:
         """Make keys, values, queries and gates, by memories where they are adaptive (Eq. 90).

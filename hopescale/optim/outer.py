@@ -16,8 +16,8 @@ from hopescale.optim.schedule import learning_rate
 class OuterOptimizer:
     """AdamW (torch's, decoupled weight decay, arXiv 1711.05101) over named parameters.
 
-    A step is: `take()` after every backward pass, `grad_norm(step)`, then `step(step)`. A parameter that is not due
-    keeps gathering. Low-precision parameters have a float32 master that alone is updated.
+    A step is: `take()` after every backward pass, `grad_norm(due(step))`, `step(step, norm)`. A parameter that is not
+    due keeps gathering. Low-precision parameters have a float32 master that alone is updated.
 
     Args:
         parameters: Parameters by name.
@@ -26,7 +26,7 @@ class OuterOptimizer:
         cadences: Cadence of every parameter that is not updated at each step, by name.
 
     Raises:
-        ConfigError: If a parameter is in no group or in two.
+        ConfigError: If a parameter is in no group or in two, or a group takes none.
     """
 
     def __init__(

@@ -16,7 +16,7 @@ from hopescale.config.plan import make_plan
 from hopescale.config.schema import RunConfig
 from hopescale.config.show import diff, format_diff, identity_problems
 from hopescale.data.loader import Data, open_data
-from hopescale.models import Model, level_of
+from hopescale.models import Model
 from hopescale.observe.health import LossWatch
 from hopescale.optim import Cadence, OuterOptimizer
 from hopescale.train.folder import RunFolder
@@ -44,8 +44,8 @@ def build_state(config: RunConfig, device: torch.device) -> TrainState:
     levels = dict(model.levels())
     cadences = {
         name: Cadence(levels[level].update_every_steps, levels[level].phase)
-        for name, _ in model.named_parameters()
-        if (level := level_of(name)) is not None
+        for level, names in model.level_parameters().items()
+        for name in names
     }
     optimizer = OuterOptimizer(dict(model.named_parameters()), config.optim, config.train.steps, cadences)
     return TrainState(config, model, optimizer, data, LossWatch(config.train.loss_spike))

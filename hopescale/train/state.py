@@ -12,7 +12,7 @@ from hopescale.checkpoint.manifest import Manifest, fingerprint, read_manifest
 from hopescale.config.load import to_dict
 from hopescale.config.schema import RunConfig
 from hopescale.data.loader import Data
-from hopescale.models import Model, level_of
+from hopescale.models import Model
 from hopescale.observe.health import LossWatch
 from hopescale.optim import OuterOptimizer
 
@@ -45,9 +45,9 @@ class TrainState:
 
     def levels_never_due(self) -> set[str]:
         """Return the levels that no step of the run updates."""
-        steps = self.config.train.steps
-        accumulators = self.optimizer.accumulators.items()
-        return {level_of(name) for name, a in accumulators if level_of(name) and not a.cadence.updates(steps)}
+        steps, accumulators = self.config.train.steps, self.optimizer.accumulators
+        members = self.model.level_parameters().items()
+        return {level for level, names in members if not accumulators[names[0]].cadence.updates(steps)}
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Return the state's tensors; loading copies into them."""

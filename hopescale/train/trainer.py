@@ -14,7 +14,6 @@ from hopescale.common.errors import CheckpointError, DataError, HopescaleError
 from hopescale.config.plan import make_plan
 from hopescale.data.loader import Batch, prefetched
 from hopescale.engine import Engine, Gradients
-from hopescale.models import level_of
 from hopescale.observe.console import format_step, format_validation
 from hopescale.observe.throughput import Throughput, peak_memory_gib
 from hopescale.train.record import Record
@@ -46,10 +45,7 @@ class Trainer:
         self.state, self.config, self.plan = state, state.config, make_plan(state.config)
         self.checkpoints, self.record, self.throughput = checkpoints, record, throughput
         self.device, self.report = device, report
-        self.levels: dict[str, list[str]] = {name: [] for name, _ in state.model.levels()}
-        for name, _ in state.model.named_parameters():
-            if (level := level_of(name)) is not None:
-                self.levels[level].append(name)
+        self.levels = state.model.level_parameters()
         self.engine = Engine(state.model, state.optimizer, self.levels, device)
         self.saved = state.step
 
