@@ -106,10 +106,7 @@ class CheckpointManager:
         self.folder = folder
         self.config = config
         self._saver = Saver(folder, tokenizer=tokenizer, group=group, on_commit=self._retain)
-        if group is None or dist.get_rank(group) == 0:
-            self._prepare()
-        if group is not None:
-            dist.barrier(group)
+        self._prepare_once(group)
 
     def latest(self) -> Path | None:
         """Return the checkpoint to continue from, or None in a new run; see `latest_checkpoint`."""
@@ -138,6 +135,19 @@ class CheckpointManager:
     def wait(self) -> Path | None:
         """Wait for the save in flight, to be called before the process ends; see `Saver.wait`."""
         return self._saver.wait()
+
+    def _prepare_once(self, group: dist.ProcessGroup | None) -> None:
+        """Prepare the folder on the first rank; the others wait, and fail if it does."""
+        failure: list[CheckpointError | None] = [None]
+        if group is None or dist.get_rank(group) == 0:
+            try:
+                self._prepare()
+            except CheckpointError as error:
+                failure = [error]
+        if group is not None:
+            dist.broadcast_object_list(failure, src=0, group=group)
+        if failure[0] is not None:
+            raise failure[0]
 
     def _prepare(self) -> None:
         try:

@@ -23,6 +23,8 @@ from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 import hopescale
 from hopescale.checkpoint.manifest import (
@@ -125,7 +127,7 @@ class _Writer(dcp.FileSystemWriter):
     def stage(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         # A fresh tensor each: torch's own stager hands back 0-dim DTensors uncopied and fails on views with an offset.
         self.per_thread_copy_ahead = 0
-        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in state_dict.items()}
+        return {name: _on_cpu(tensor.detach()) for name, tensor in state_dict.items()}
 
     def set_up_storage_writer(self, *arguments: Any, **options: Any) -> None:
         if threading.current_thread() is not threading.main_thread():
@@ -286,6 +288,14 @@ class Saver:
         full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
         remedy = "free some space or lower checkpoint.keep_last" if full else "remove the cause"
         return CheckpointError(message, f"{remedy}, then repeat the command to continue from the last good one")
+
+
+def _on_cpu(tensor: Tensor) -> Tensor:
+    """Copy a tensor, or this rank's part of a distributed one, to the CPU."""
+    if not isinstance(tensor, DTensor):
+        return tensor.to("cpu", copy=True)
+    ranks = DeviceMesh.from_group(tensor.device_mesh.get_group(), "cpu")
+    return DTensor.from_local(tensor.to_local().to("cpu", copy=True), ranks, tensor.placements, run_check=False)
 
 
 def _behind(error: BaseException) -> BaseException:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -13,7 +13,7 @@ from hopescale import __version__
 from hopescale.cli import config, data
 from hopescale.cli.generate import generate
 from hopescale.cli.train import train
-from hopescale.common.errors import HopescaleError
+from hopescale.common.errors import HopescaleError, StoppedEarly
 
 app = typer.Typer(
     help="Train Hope language models, from a laptop to a cluster.",
@@ -43,18 +43,25 @@ Version = Annotated[
 
 @app.callback()
 def root(context: typer.Context, verbose: Verbose = False, version: Version = False) -> None:
-    """Note for `main` what all verbs share."""
+    """Note for `main` what all verbs share, and for verbs what `main` knows."""
     context.ensure_object(dict)["verbose"] = verbose
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run the command line and exit with the code of its outcome: the entry point of `hopescale`."""
-    shared: dict[str, bool] = {}
+    """Run the command line and exit with the code of its outcome: the entry point of `hopescale`.
+
+    On several ranks, what all of them know is told by rank 0, and what one alone has met by that one.
+    """
+    args = sys.argv[1:] if args is None else args
+    shared: dict[str, Any] = {"args": list(args), "rank": 0}
     try:
         app(args, obj=shared, prog_name="hopescale")
     except HopescaleError as error:
+        rank = shared["rank"]
         if shared.get("verbose"):
             traceback.print_exception(error)
-        else:
+        elif rank == 0:
             typer.echo(str(error), err=True)
+        elif not error.repeated and not isinstance(error, StoppedEarly):
+            typer.echo("\n".join(f"[rank {rank}] {line}" for line in str(error).splitlines()), err=True)
         sys.exit(error.exit_code)

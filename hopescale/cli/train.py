@@ -2,41 +2,100 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from hopescale.config.check import require_valid
-from hopescale.config.load import load_recipe
+from hopescale.common.errors import ConfigError
+from hopescale.config.check import check_layout, require_valid
+from hopescale.config.layout import Layout, make_layout
+from hopescale.config.load import Loaded, load_recipe
 from hopescale.config.plan import make_plan
 from hopescale.cost.params import count_params
+from hopescale.launch.environment import find_place
+from hopescale.launch.local import run_local
 from hopescale.train.stop import StopRequest
 
 
 def train(
+    context: typer.Context,
     recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to it.")] = None,
     run_dir: Annotated[Path | None, typer.Option(help="Run folder.", show_default="runs/<name>")] = None,
+    nproc: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes to start here. Not with torchrun or srun.", show_default="1"),
+    ] = None,
     resume: Annotated[str, typer.Option(help="auto, never, must, or a checkpoint's path.")] = "auto",
     stop_at: Annotated[int | None, typer.Option(help="Save and stop after this step; the schedule stays.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and show the plan; train nothing.")] = False,
 ) -> None:
     """Train a recipe, or continue its run.
 
-    Exit codes: 0 done, 2 config, 3 data, 4 checkpoint, 5 run folder, 6 diverged, 75 stopped early and resumable.
+    Exit codes: 0 done, 2 config, 3 data, 4 checkpoint, 5 run folder or launch, 6 diverged, 75 stopped early and
+    resumable.
     """
+    place = find_place(os.environ)
+    if place is not None:
+        context.obj["rank"] = place.rank
+        if nproc is not None:
+            message = f"--nproc {nproc}, but this is already rank {place.rank} of {place.world_size}"
+            raise ConfigError(message, "leave --nproc out under torchrun and srun")
     loaded = require_valid(load_recipe(recipe, overrides or ()))
+    layout = make_layout(loaded.config, place.world_size if place else nproc or 1)
+    check_layout(loaded.config, layout, loaded.origins)
+    steps = loaded.config.train.steps
+    if stop_at is not None and not 0 < stop_at <= steps:
+        raise ConfigError(f"--stop-at is {stop_at}, but the run has steps 1 to {steps} (train.steps)")
     folder = run_dir or Path("runs") / loaded.config.name
+    speaks = place is None or place.rank == 0
     if dry_run:
-        for name, value in {"run_dir": folder, **make_plan(loaded.config).to_dict()}.items():
-            typer.echo(f"{name}: {value}")
-        for part, count in count_params(loaded.config.model).items():
-            typer.echo(f"parameters/{part}: {count:,}")
+        if speaks:
+            _show_plan(loaded, layout, folder)
         return
+    if place is None and layout.num_ranks > 1:
+        command = [sys.executable, "-m", "hopescale", *_without_nproc(context.obj["args"])]
+        say = partial(typer.echo, err=True)
+        raise typer.Exit(run_local(command, layout.num_ranks, environ=os.environ, report=say, relay=say))
 
     which = resume if resume in ("auto", "never", "must") else Path(resume)
+    report = typer.echo if speaks else lambda line: None
     with StopRequest() as stop:
         from hopescale.train.worker import train as run
 
-        run(loaded, overrides or (), folder, stop=stop, resume=which, stop_at=stop_at, report=typer.echo)
+        run(
+            loaded,
+            overrides or (),
+            folder,
+            place=place,
+            layout=layout,
+            stop=stop,
+            resume=which,
+            stop_at=stop_at,
+            report=report,
+        )
+
+
+def _show_plan(loaded: Loaded, layout: Layout, folder: Path) -> None:
+    for name, value in {"run_dir": folder, **make_plan(loaded.config, layout).to_dict()}.items():
+        typer.echo(f"{name}: {value}")
+    for part, count in count_params(loaded.config.model).items():
+        typer.echo(f"parameters/{part}: {count:,}")
+
+
+def _without_nproc(args: Sequence[str]) -> list[str]:
+    """Return arguments of `hopescale` without the option `--nproc` and its value."""
+    kept, rest = [], iter(args)
+    for arg in rest:
+        if arg == "--":
+            return [*kept, arg, *rest]
+        if arg == "--nproc":
+            next(rest)
+        elif not arg.startswith("--nproc="):
+            kept.append(arg)
+    return kept

@@ -11,10 +11,14 @@ class HopescaleError(Exception):
     Args:
         message: What is wrong, with both values and where each came from. Lower case, no final full stop.
         hint: What to do about it.
+
+    Attributes:
+        repeated: Whether another rank of the same job says it, or says more.
     """
 
     exit_code = 1
     kind = "error"
+    repeated = False
 
     def __init__(self, message: str, hint: str | None = None):
         super().__init__(message)

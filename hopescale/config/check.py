@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 
 from hopescale.common.errors import ConfigError, Problem
-from hopescale.config import plan, ranges
+from hopescale.config import check_parallel, plan, ranges
 from hopescale.config.fields import leaves
+from hopescale.config.layout import Layout
 from hopescale.config.load import DEFAULT, Loaded
-from hopescale.config.schema import LevelConfig, RunConfig
+from hopescale.config.rules import Origins, Rule, leaves_rest, levels_of, set_keys
+from hopescale.config.schema import RunConfig
 from hopescale.config.values import format_value
 
 SYNTHETIC_MARKERS = 2
 """Symbols of the vocabulary that a synthetic task needs beside its own."""
-
-Origins = Mapping[str, str]
-Rule = Callable[[RunConfig, Origins], Iterator[Problem]]
 
 _FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -45,29 +44,25 @@ def require_valid(loaded: Loaded) -> Loaded:
     return loaded
 
 
+def check_layout(config: RunConfig, layout: Layout, origins: Origins | None = None) -> None:
+    """Check a config again, now that the number of ranks has decided the degree it left open.
+
+    Args:
+        config: A config that has passed its checks.
+        layout: The degrees of its axes.
+        origins: As for `check`.
+
+    Raises:
+        ConfigError: With everything that does not split as the layout says.
+    """
+    decided = replace(config.parallel, **asdict(layout))
+    if problems := check(replace(config, parallel=decided), origins):
+        raise ConfigError(problems)
+
+
 def _origin(key: str, origins: Origins) -> str | None:
     origin = origins.get(key)
     return None if origin == DEFAULT else origin
-
-
-def _set_keys(config: RunConfig, origins: Origins, prefix: str) -> list[str]:
-    """List the keys below `prefix`, or that key itself, that a file or an override has set to other than the default.
-
-    A key set to its default changes nothing, and the resolved config of a run sets every key.
-    """
-    values, defaults = leaves(config), leaves(RunConfig())
-    return [
-        key
-        for key, origin in origins.items()
-        if origin != DEFAULT
-        and (key == prefix or key.startswith(f"{prefix}."))
-        and (key not in defaults or values.get(key) != defaults[key])
-    ]
-
-
-def _leaves_rest(value: int, unit: int) -> bool:
-    """Tell whether `value` is not a multiple of `unit`; a unit out of range is `numbers_in_range`'s to report."""
-    return unit > 0 and value % unit != 0
 
 
 def numbers_in_range(config: RunConfig, origins: Origins) -> Iterator[Problem]:
@@ -93,7 +88,7 @@ def name_is_a_folder(config: RunConfig, origins: Origins) -> Iterator[Problem]:
 def heads_divide_width(config: RunConfig, origins: Origins) -> Iterator[Problem]:
     """Without a head dim of their own, heads share the width evenly."""
     model = config.model
-    if model.head_dim is None and _leaves_rest(model.d_model, model.num_heads):
+    if model.head_dim is None and leaves_rest(model.d_model, model.num_heads):
         message = f"{model.d_model} is not a multiple of num_heads = {model.num_heads}"
         yield Problem("model.d_model", message, hint="change either, or set model.head_dim")
 
@@ -110,7 +105,7 @@ def rotary_head_dim_is_even(config: RunConfig, origins: Origins) -> Iterator[Pro
 def only_the_selected_mixer_is_set(config: RunConfig, origins: Origins) -> Iterator[Problem]:
     """Keys of the mixer that is not selected would do nothing."""
     other = {"self_modifying": "attention", "attention": "self_modifying"}[config.model.mixer]
-    for key in _set_keys(config, origins, f"model.{other}"):
+    for key in set_keys(config, origins, f"model.{other}"):
         default = format_value(leaves(RunConfig())[key])
         message = f"has no effect: model.mixer is {config.model.mixer}"
         yield Problem(key, message, hint=f"set it back to its default with {key}={default}, or set model.mixer={other}")
@@ -153,7 +148,7 @@ def projection_chunks_hold_whole_chunks(config: RunConfig, origins: Origins) -> 
     key, size = "model.self_modifying.projection_chunk_size", mixer.projection_chunk_size
     if size is None:
         return
-    if _leaves_rest(size, mixer.chunk_size):
+    if leaves_rest(size, mixer.chunk_size):
         yield Problem(key, f"{size} is not a multiple of chunk_size = {mixer.chunk_size}")
     if not mixer.adaptive and mixer.query == "static":
         yield Problem(key, f"{size} has no effect: no projection is a memory", hint="leave it null")
@@ -165,7 +160,7 @@ def gate_starts_need_their_gates(config: RunConfig, origins: Origins) -> Iterato
     switches = {"mu_init": ("momentum", mixer.momentum), "alpha_init": ("retention", mixer.retention)}
     for name, (switch, on) in switches.items():
         if not on:
-            for key in _set_keys(config, origins, f"model.self_modifying.{name}"):
+            for key in set_keys(config, origins, f"model.self_modifying.{name}"):
                 yield Problem(key, f"has no effect: {switch} is off", hint=f"leave it out, or turn {switch} on")
 
 
@@ -185,14 +180,10 @@ def at_least_one_level(config: RunConfig, origins: Origins) -> Iterator[Problem]
 
 def phase_lies_in_the_period(config: RunConfig, origins: Origins) -> Iterator[Problem]:
     """A phase shifts a level within its period."""
-    for name, level in _levels(config):
+    for name, level in levels_of(config):
         if level.phase >= level.update_every_steps:
             message = f"{level.phase} is not below update_every_steps = {level.update_every_steps}"
             yield Problem(f"model.cms.levels.{name}.phase", message)
-
-
-def _levels(config: RunConfig) -> list[tuple[str, LevelConfig]]:
-    return [(name, level) for name, level in config.model.cms.levels.items() if level is not None]
 
 
 # data
@@ -251,19 +242,30 @@ def patterns_are_not_empty(config: RunConfig, origins: Origins) -> Iterator[Prob
 def decay_fraction_needs_wsd(config: RunConfig, origins: Origins) -> Iterator[Problem]:
     """A cosine has no separate decay."""
     if config.optim.schedule.name != "wsd":
-        for key in _set_keys(config, origins, "optim.schedule.decay_fraction"):
+        for key in set_keys(config, origins, "optim.schedule.decay_fraction"):
             yield Problem(key, f"has no effect: schedule.name is {config.optim.schedule.name}", hint="leave it out")
+
+
+def mean_needs_a_slow_level(config: RunConfig, origins: Origins) -> Iterator[Problem]:
+    """Over one step, sum and mean are the same."""
+    if all(level.update_every_steps <= 1 for _, level in levels_of(config)):
+        for key in set_keys(config, origins, "optim.accumulate"):
+            message = f"{config.optim.accumulate} has no effect: no level has update_every_steps above 1"
+            yield Problem(key, message, hint="leave it out")
 
 
 # train, checkpoint
 
 
 def batch_is_whole_micro_batches(config: RunConfig, origins: Origins) -> Iterator[Problem]:
-    """A step is a whole number of forward passes."""
-    train = config.train
-    unit, tokens = train.seq_len * train.micro_batch_size, train.global_batch_tokens
-    if _leaves_rest(tokens, unit):
+    """A step is a whole number of forward passes on every data-parallel replica."""
+    train, dp = config.train, config.parallel.dp or 1
+    unit, tokens = train.seq_len * train.micro_batch_size * dp, train.global_batch_tokens
+    if leaves_rest(tokens, unit):
         product = f"seq_len * micro_batch_size = {train.seq_len} * {train.micro_batch_size} = {unit}"
+        if dp > 1:
+            factors = f"{train.seq_len} * {train.micro_batch_size} * {dp}"
+            product = f"seq_len * micro_batch_size * parallel.dp = {factors} = {unit}"
         near = [str(count) for count in (tokens // unit * unit, tokens // unit * unit + unit) if count]
         hint = f"nearest: {' and '.join(near)}"
         yield Problem("train.global_batch_tokens", f"{tokens} is not a multiple of {product}", hint=hint)
@@ -274,7 +276,7 @@ def kept_checkpoints_are_written(config: RunConfig, origins: Origins) -> Iterato
     key, every, keep = "checkpoint.keep_every", config.checkpoint.every, config.checkpoint.keep_every
     if keep is not None and every is None:
         yield Problem(key, f"{keep} has no effect: checkpoint.every is null")
-    elif keep is not None and _leaves_rest(keep, every):
+    elif keep is not None and leaves_rest(keep, every):
         yield Problem(key, f"{keep} is not a multiple of checkpoint.every = {every}: no checkpoint is written there")
 
 
@@ -299,6 +301,8 @@ RULES: tuple[Rule, ...] = (
     one_group_takes_the_rest,
     patterns_are_not_empty,
     decay_fraction_needs_wsd,
+    mean_needs_a_slow_level,
     batch_is_whole_micro_batches,
     kept_checkpoints_are_written,
+    *check_parallel.RULES,
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+from hopescale.config.layout import Layout, smallest_layout
 from hopescale.config.schema import ModelConfig, RunConfig
 
 VOCAB_MULTIPLE = 128
@@ -14,10 +15,16 @@ VOCAB_MULTIPLE = 128
 class RunPlan:
     """Derived values of a run."""
 
+    dp: int
+    """Replicas that read different sequences of a step."""
+    tp: int
+    """Ranks that share each layer."""
+    pp: int
+    """Stages of the pipeline."""
     global_batch_size: int
     """Sequences per optimizer step."""
     grad_accumulation: int
-    """Micro batches per optimizer step on one device."""
+    """Micro batches per optimizer step on each replica."""
     total_tokens: int
     """Tokens of the whole run."""
     total_sequences: int
@@ -36,13 +43,22 @@ class RunPlan:
         return asdict(self)
 
 
-def make_plan(config: RunConfig) -> RunPlan:
-    """Derive the plan of a config that has passed its checks."""
+def make_plan(config: RunConfig, layout: Layout | None = None) -> RunPlan:
+    """Derive the plan of a config that has passed its checks.
+
+    Args:
+        config: The config.
+        layout: How ranks are shared out; None is the fewest ranks that run the config, one unless it sets degrees.
+    """
+    layout = layout or smallest_layout(config)
     train, model = config.train, config.model
     global_batch_size = train.global_batch_tokens // train.seq_len
     return RunPlan(
+        dp=layout.dp,
+        tp=layout.tp,
+        pp=layout.pp,
         global_batch_size=global_batch_size,
-        grad_accumulation=global_batch_size // train.micro_batch_size,
+        grad_accumulation=global_batch_size // (train.micro_batch_size * layout.dp),
         total_tokens=train.steps * train.global_batch_tokens,
         total_sequences=train.steps * global_batch_size,
         head_dim=head_dim(model),

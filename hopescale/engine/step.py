@@ -2,77 +2,112 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from hopescale.data.loader import Batch
-from hopescale.models import Model
+from hopescale.engine.schedule import Passes
 from hopescale.optim import OuterOptimizer
-from hopescale.parallel.layers import IGNORED_TARGET, cross_entropy_sum
+from hopescale.parallel.layers import IGNORED_TARGET
+from hopescale.parallel.mesh import Mesh
+from hopescale.parallel.traffic import Traffic
 
 
 @dataclass(frozen=True)
 class Gradients:
-    """What forward and backward found, before anything is changed.
+    """What forward and backward found, before anything is changed; equal on all ranks but for the last two.
 
     Attributes:
         loss: Mean cross-entropy in nats over the step's targets.
         grad_norm: Global norm over the due parameters, before clipping.
-        waiting_norm: The same over the others, which gather on; only looked at to be finite.
+        waiting_norm: Finite if the gradients of the others are, which gather on.
         level_norms: Of each due level.
-        probe: Statistics of the memories, if asked for.
+        level_bytes: What this rank handed over to sum the gradients of each due level over replicas.
+        probe: Statistics of the memories on this rank, if asked for.
     """
 
     loss: float
-    grad_norm: Tensor
-    waiting_norm: Tensor
-    level_norms: dict[str, Tensor]
+    grad_norm: float
+    waiting_norm: float
+    level_norms: dict[str, float]
+    level_bytes: dict[str, int]
     probe: dict[str, Tensor]
 
 
 class Engine:
     """Computes gradients and applies them; two calls, so that a bad step can be refused in between.
 
+    Every rank calls the same methods in the same order, each with the micro batches of its replica.
+
     Args:
-        model: Its parameters are trained in place.
-        optimizer: Over the model's parameters.
-        levels: Parameter names of each level of the continuum memory system.
-        device: Where batches are moved.
+        passes: Runs the model.
+        optimizer: Over this rank's parameters.
+        levels: This rank's parameter names of each level of the continuum memory system; the levels of all ranks.
+        traffic: Counts what is sent.
+        device: Of the parameters.
     """
 
-    def __init__(self, model: Model, optimizer: OuterOptimizer, levels: dict[str, list[str]], device: torch.device):
-        self.model, self.optimizer, self.levels, self.device = model, optimizer, levels, device
+    def __init__(
+        self,
+        passes: Passes,
+        optimizer: OuterOptimizer,
+        levels: Mapping[str, Sequence[str]],
+        traffic: Traffic,
+        device: torch.device,
+    ):
+        self.passes, self.optimizer, self.levels = passes, optimizer, levels
+        self.traffic, self.device = traffic, device
+        self.mesh: Mesh = optimizer.mesh
 
     def gradients(self, step: int, batches: Sequence[Batch], *, probe: bool = False) -> Gradients:
         """Run forward and backward over all micro batches of step `step`, counted from 1.
 
         Args:
             step: Decides which levels are due.
-            batches: Micro batches; each target weighs the same, wherever it lies.
+            batches: Micro batches of this replica; each target of the step weighs the same, wherever it lies.
             probe: Whether to gather statistics of the memories, from the first micro batch.
         """
-        count = max(1, sum(int((batch.targets != IGNORED_TARGET).sum()) for batch in batches))
-        seen: dict[str, Tensor] | None = {} if probe else None
-        total = torch.zeros((), device=self.device)
-        for index, batch in enumerate(batches):
-            loss = self._loss_sum(batch, seen if index == 0 else None) / count
-            loss.backward()
-            self.optimizer.take()
-            total += loss.detach()
-        due = dict.fromkeys(self.optimizer.due(step))
-        waiting = [name for name in self.optimizer.parameters if name not in due]
-        norm = self.optimizer.grad_norm
-        level_norms = {level: norm(names) for level, names in self.levels.items() if names[0] in due}
-        return Gradients(total.item(), norm(due), norm(waiting), level_norms, seen or {})
+        seen: dict[str, Tensor] = {}
+        count = self._over(self.mesh.dp_group, torch.tensor(_num_targets(batches), device=self.device))
+        loss = self.passes.train(batches, max(1, int(count)), seen if probe else None)
+        due = self.optimizer.due(step)
+        level_bytes = self._reduce(due)
+        waiting = sorted(self.optimizer.parameters.keys() - due)
+        sets = {"due": due, "waiting": waiting}
+        sets |= {f"level {level}": self.levels[level] for level in level_bytes}
+        norms = self.optimizer.grad_norms(sets)
+        values = torch.stack([self._once(loss), *norms.values()]).tolist()
+        grad_norm, waiting_norm, *level_norms = values[1:]
+        return Gradients(
+            values[0], grad_norm, waiting_norm, dict(zip(level_bytes, level_norms, strict=True)), level_bytes, seen
+        )
 
-    def _loss_sum(self, batch: Batch, probe: dict[str, Tensor] | None = None) -> Tensor:
-        tokens, targets = batch.tokens.to(self.device), batch.targets.to(self.device)
-        documents = batch.document_ids.to(self.device)
-        logits, _ = self.model(tokens, document_ids=documents, probe=probe)
-        return cross_entropy_sum(logits, targets, self.model.mesh)
+    def _reduce(self, due: Sequence[str]) -> dict[str, int]:
+        """Sum gradients over replicas, level by level; return the bytes handed over for each due level."""
+        chosen = {level: [name for name in names if name in set(due)] for level, names in self.levels.items()}
+        chosen = {level: names for level, names in chosen.items() if names}
+        in_levels = {name for names in chosen.values() for name in names}
+        self.optimizer.reduce([name for name in due if name not in in_levels])
+        sent = {}
+        for level, names in chosen.items():
+            before = self.traffic.bytes["dp"]
+            self.optimizer.reduce(names)
+            sent[level] = self.traffic.bytes["dp"] - before
+        return sent
+
+    def _once(self, value: Tensor) -> Tensor:
+        """Sum a value of the last stage over replicas; tensor-parallel ranks hold the same."""
+        counted = self.mesh.is_last_stage and self.mesh.tp_group.rank() == 0
+        return self._over(self.mesh.world_group, value * float(counted))
+
+    def _over(self, group: dist.ProcessGroup, value: Tensor) -> Tensor:
+        if group.size() > 1:
+            dist.all_reduce(value, group=group)
+        return value
 
     def update(self, step: int, gradients: Gradients, *, measure: bool = False) -> dict[str, float]:
         """Apply the gradients of step `step`.
@@ -84,24 +119,38 @@ class Engine:
             Root mean square of the change of each due level's weights that was measured.
         """
         chosen = {
-            level: [self.optimizer.masters[name] for name in self.levels[level]]
+            level: self.levels[level]
             for level in gradients.level_norms
-            if measure or self.optimizer.accumulators[self.levels[level][0]].kept
+            if measure or self.optimizer.cadences[self.levels[level][0]].period > 1
         }
-        before = {level: [master.detach().clone() for master in masters] for level, masters in chosen.items()}
-        self.optimizer.step(step, gradients.grad_norm)
-        return {level: _change(before[level], masters) for level, masters in chosen.items()}
+        before = {level: self.optimizer.masters(names) for level, names in chosen.items()}
+        self.optimizer.step(step, torch.tensor(gradients.grad_norm, device=self.device))
+        return self.optimizer.change(chosen, before)
 
-    @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> float:
-        """Return the mean cross-entropy in nats over the targets of `batches`, without training."""
-        total, count = 0.0, 0
-        for batch in batches:
-            total += self._loss_sum(batch).item()
-            count += int((batch.targets != IGNORED_TARGET).sum())
-        return total / max(1, count)
+        """Return the mean cross-entropy in nats over the targets of `batches`, without training.
+
+        Args:
+            batches: The same on every rank, which shares them out; the last may have fewer rows.
+        """
+        batches = list(batches)
+        count = max(1, _num_targets(batches))
+        return float(self._once(self.passes.evaluate(self._share(batches)))) / count
+
+    def _share(self, batches: list[Batch]) -> list[Batch]:
+        """Return this replica's batches, as many as every other's, all of one size: nothing is counted in the rest."""
+        if self.mesh.dp_group.size() == self.mesh.pp_group.size() == 1:
+            return batches
+        unit = self.mesh.dp_group.size() * (self.mesh.pp_group.size() if self.mesh.virtual_stages > 1 else 1)
+        empty = batches[0]._replace(targets=torch.full_like(batches[0].targets, IGNORED_TARGET))
+        full = [_filled(batch, empty) for batch in batches] + [empty] * (-len(batches) % unit)
+        return full[self.mesh.dp_group.rank() :: self.mesh.dp_group.size()]
 
 
-def _change(before: list[Tensor], after: list[Tensor]) -> float:
-    square = sum(float((b - a.detach()).square().sum()) for b, a in zip(before, after, strict=True))
-    return (square / sum(tensor.numel() for tensor in before)) ** 0.5
+def _num_targets(batches: Iterable[Batch]) -> int:
+    return sum(int((batch.targets != IGNORED_TARGET).sum()) for batch in batches)
+
+
+def _filled(batch: Batch, empty: Batch) -> Batch:
+    rows = len(batch.tokens)
+    return Batch(*(torch.cat([part, rest[rows:]]) for part, rest in zip(batch, empty, strict=True)))

@@ -54,21 +54,21 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, state: LayerState | None = None, document_ids: Tensor | None = None
     ) -> tuple[Tensor, LayerState]:
-        """Mix tokens `x` `[T, B, N]`.
+        """Mix tokens `x`, residual activations.
 
         Args:
             state: Keys and values of earlier tokens; None begins without any.
             document_ids: `[B, T]`; used with `within_documents`, where `None` treats all tokens as one document.
 
         Returns:
-            Outputs `[T, B, N]` and the state after the last token.
+            Residual activations and the state after the last token.
 
         Raises:
             ValueError: If document ids are given together with earlier tokens, whose documents are unknown.
         """
-        tokens, batch = x.shape[:2]
-        state = self.initial_state(batch) if state is None else state
-        mixed = self.qkv_proj(x).view(tokens, batch, self.heads, 3, self.head_dim)
+        state = self.initial_state(x.shape[1]) if state is None else state
+        mixed = self.qkv_proj(x).unflatten(-1, (self.heads, 3, self.head_dim))
+        tokens = mixed.shape[0]
         q, k, v = mixed.permute(3, 1, 2, 0, 4).unbind()  # [B, H, T, D]
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)

@@ -8,17 +8,25 @@ from hopescale.config.plan import head_dim
 from hopescale.config.schema import ModelConfig
 from hopescale.models.attention import Attention
 from hopescale.models.cms import ContinuumMemory
-from hopescale.models.norm import RMSNorm
+from hopescale.models.norm import stream_norm
+from hopescale.models.recompute import Recompute, recomputed
 from hopescale.models.self_modifying import SelfModifying
 from hopescale.models.state import LayerState
 from hopescale.parallel.mesh import Mesh
 
 
 class Block(nn.Module):
-    """`x <- x + mixer(norm(x))`, then `x <- cms(x)`."""
+    """`x <- x + mixer(norm(x))`, then `x <- cms(x)`.
 
-    def __init__(self, config: ModelConfig, mesh: Mesh):
+    Args:
+        config: Sizes and switches.
+        mesh: Where this process stands.
+        recompute: What is computed again in the backward pass instead of kept: the `block`, or its mixer (`memory`).
+    """
+
+    def __init__(self, config: ModelConfig, mesh: Mesh, recompute: Recompute = "none"):
         super().__init__()
+        self.recompute = recompute
         # Two additions to the residual stream per block, at least: their variance must not grow with depth.
         out_scale = (2 * config.num_layers) ** -0.5
         shared = {
@@ -27,7 +35,7 @@ class Block(nn.Module):
             "mesh": mesh,
         }
         sizes = (config.d_model, config.num_heads, head_dim(config))
-        self.norm = RMSNorm(config.d_model, eps=config.norm_eps)
+        self.norm = stream_norm(config.d_model, eps=config.norm_eps, mesh=mesh)
         if config.mixer == "attention":
             self.mixer = Attention(*sizes, config.attention, **shared)
         else:
@@ -41,10 +49,26 @@ class Block(nn.Module):
         document_ids: Tensor | None = None,
         probe: dict[str, Tensor] | None = None,
     ) -> tuple[Tensor, LayerState]:
-        """Map `[T, B, N]` to `[T, B, N]` and the mixer's state.
+        """Map the residual stream to itself, and return the mixer's state.
 
         `document_ids` reach attention only, `probe` memories only.
         """
-        extra = {"document_ids": document_ids} if isinstance(self.mixer, Attention) else {"probe": probe}
-        y, state = self.mixer(self.norm(x), state, **extra)
+        if self.recompute == "block":
+            return recomputed(self._forward, x, state, document_ids, probe=probe)
+        return self._forward(x, state, document_ids, probe)
+
+    def _forward(
+        self, x: Tensor, state: LayerState | None, document_ids: Tensor | None, probe: dict[str, Tensor] | None
+    ) -> tuple[Tensor, LayerState]:
+        if self.recompute == "memory":
+            y, state = recomputed(self._mix, self.norm(x), state, document_ids, probe=probe)
+        else:
+            y, state = self._mix(self.norm(x), state, document_ids, probe)
         return self.cms(x + y), state
+
+    def _mix(
+        self, x: Tensor, state: LayerState | None, document_ids: Tensor | None, probe: dict[str, Tensor] | None
+    ) -> tuple[Tensor, LayerState]:
+        if isinstance(self.mixer, Attention):
+            return self.mixer(x, state, document_ids=document_ids)
+        return self.mixer(x, state, probe=probe)

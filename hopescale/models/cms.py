@@ -6,16 +6,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hopescale.config.schema import CmsConfig, LevelConfig
-from hopescale.models.norm import RMSNorm
-from hopescale.parallel.layers import (
-    ColumnLinear,
-    ParameterSpec,
-    RowLinear,
-    new_parameter,
-    reduce_from_ranks,
-    share_with_ranks,
-)
+from hopescale.models.norm import stream_norm
+from hopescale.parallel.layers import ColumnLinear, ParameterSpec, RowLinear, new_parameter
 from hopescale.parallel.mesh import Mesh
+from hopescale.parallel.regions import gather_tokens, reduce_from_ranks, share_with_ranks
 
 
 class Level(nn.Module):
@@ -32,19 +26,20 @@ class Level(nn.Module):
     def __init__(self, d_model: int, d_ff: int, *, norm_eps: float | None, out_std: float, mesh: Mesh):
         super().__init__()
         alone = norm_eps is not None
-        self.norm = RMSNorm(d_model, eps=norm_eps) if alone else None
-        self.gate = ColumnLinear(d_model, d_ff, std=d_model**-0.5, mesh=mesh, reduce_input_grad=alone)
-        self.up = ColumnLinear(d_model, d_ff, std=d_model**-0.5, mesh=mesh, reduce_input_grad=alone)
-        self.down = RowLinear(d_ff, d_model, std=out_std, mesh=mesh)
+        self.mesh = mesh
+        self.norm = stream_norm(d_model, eps=norm_eps, mesh=mesh) if alone else None
+        self.gate = ColumnLinear(d_model, d_ff, std=d_model**-0.5, mesh=mesh, shared_input=True)
+        self.up = ColumnLinear(d_model, d_ff, std=d_model**-0.5, mesh=mesh, shared_input=True)
+        self.down = RowLinear(d_ff, d_model, std=out_std, mesh=mesh, partial=not alone)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map `[T, B, N]` to `[T, B, N]`, norm included."""
-        x = self.norm(x)
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        """Map the residual stream to what the level adds to it, norm included.
 
-    def partial(self, x: Tensor) -> Tensor:
-        """Map to this rank's share of the output, without norm and without communication."""
-        return self.down.partial(F.silu(self.gate(x)) * self.up(x))
+        A level without a norm maps all tokens `[T, B, N]` to this rank's share of a sum `[T, B, N]`.
+        """
+        if self.norm is not None:
+            x = gather_tokens(self.norm(x), self.mesh)
+        return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
 def by_period(levels: dict[str, LevelConfig]) -> list[tuple[str, LevelConfig]]:
@@ -56,7 +51,7 @@ class ContinuumMemory(nn.Module):
     """All levels of one block, residual connection included.
 
     `sequential`: `x <- x + level(norm(x))`, fast to slow (Eq. 73). `independent`: `x + sum_l mix_l level_l(norm(x))`
-    (Eq. 74), one all-reduce for all levels. One level of period 1 is exactly a Transformer's MLP.
+    (Eq. 74), communicating once for all levels. One level of period 1 is exactly a Transformer's MLP.
     """
 
     def __init__(self, d_model: int, config: CmsConfig, *, norm_eps: float, out_scale: float, mesh: Mesh):
@@ -77,16 +72,16 @@ class ContinuumMemory(nn.Module):
             }
         )
         if not self.sequential:
-            self.norm = RMSNorm(d_model, eps=norm_eps)
+            self.norm = stream_norm(d_model, eps=norm_eps, mesh=mesh)
             self.mix = new_parameter(len(levels), spec=ParameterSpec(mean=len(levels) ** -0.5, keep_fp32=True))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map the residual stream `[T, B, N]` to itself plus what the levels add."""
+        """Map the residual stream to itself plus what the levels add."""
         if self.sequential:
             for level in self.levels.values():
                 x = x + level(x)
             return x
-        shared = share_with_ranks(self.norm(x), self.mesh)
+        shared = gather_tokens(self.norm(x), self.mesh)
         weights = share_with_ranks(self.mix, self.mesh).to(x.dtype)
-        parts = sum(weight * level.partial(shared) for weight, level in zip(weights, self.levels.values(), strict=True))
+        parts = sum(weight * level(shared) for weight, level in zip(weights, self.levels.values(), strict=True))
         return x + reduce_from_ranks(parts, self.mesh)

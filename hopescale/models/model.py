@@ -13,48 +13,77 @@ from hopescale.config.schema import LevelConfig, ModelConfig
 from hopescale.models.block import Block
 from hopescale.models.cms import by_period
 from hopescale.models.init import initialize
-from hopescale.models.norm import RMSNorm
+from hopescale.models.norm import stream_norm
+from hopescale.models.recompute import Recompute
 from hopescale.models.state import ModelState
-from hopescale.parallel.layers import ColumnLinear, Embedding, share_with_ranks
+from hopescale.parallel.layers import ColumnLinear, Embedding
 from hopescale.parallel.mesh import Mesh
+from hopescale.parallel.regions import gather_tokens
 
 INITIAL_LOGIT_STD = 0.25
 _LEVEL = re.compile(r"blocks\.\d+\.cms\.levels\.(?P<name>[^.]+)\.")
 
 
 class Model(nn.Module):
-    """Hope, Hope-Attention or a Transformer, as the config says; weights float32 and initialised.
+    """Hope, Hope-Attention or a Transformer, as the config says, or a slice of it; weights float32 and initialised.
+
+    A slice holds consecutive blocks under the names they have in the whole model. The one that begins the model holds
+    the embedding, the one that ends it the final norm and the head, which if tied is a copy of the embedding.
 
     Args:
         config: Sizes and switches, checked by `hopescale.config.check`.
         seed: Of the initial weights; each depends only on the seed and the parameter's name.
         mesh: Where this process stands; None is a process of its own.
+        blocks: Numbers of the blocks to hold, from 0; None is all.
+        recompute: Activations computed again in the backward pass instead of kept; as `train.recompute`.
+
+    Attributes:
+        is_first: Whether this slice begins the model.
+        is_last: Whether this slice ends the model.
+
+    Raises:
+        ValueError: If `blocks` are not consecutive blocks of the model.
     """
 
-    def __init__(self, config: ModelConfig, *, seed: int = 0, mesh: Mesh | None = None):
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        seed: int = 0,
+        mesh: Mesh | None = None,
+        blocks: range | None = None,
+        recompute: Recompute = "none",
+    ):
         super().__init__()
         mesh = mesh or Mesh.alone()
+        blocks = range(config.num_layers) if blocks is None else blocks
+        if not blocks or blocks.step != 1 or blocks.start < 0 or blocks.stop > config.num_layers:
+            raise ValueError(f"{blocks} are not consecutive blocks of a model of {config.num_layers}")
         self.config, self.mesh = config, mesh
+        self.is_first, self.is_last = blocks.start == 0, blocks.stop == config.num_layers
         padded = padded_vocab_size(config)
-        self.embedding = Embedding(padded, config.d_model, std=config.init_std, mesh=mesh)
-        self.blocks = nn.ModuleList(Block(config, mesh) for _ in range(config.num_layers))
-        # Logits of a fresh model stay near zero at any width, so that its loss starts at ln(vocabulary).
-        scale = min(1.0, INITIAL_LOGIT_STD / (config.init_std * config.d_model**0.5))
-        self.norm = RMSNorm(config.d_model, eps=config.norm_eps, scale=scale)
-        self.head = None
-        if not config.tie_embeddings:
-            self.head = ColumnLinear(config.d_model, padded, std=config.init_std, mesh=mesh)
+        self.embedding = self.norm = self.head = None
+        if self.is_first or (self.is_last and config.tie_embeddings):
+            self.embedding = Embedding(padded, config.d_model, std=config.init_std, mesh=mesh)
+        self.blocks = nn.ModuleDict({str(number): Block(config, mesh, recompute) for number in blocks})
+        if self.is_last:
+            # Logits of a fresh model stay near zero at any width, so that its loss starts at ln(vocabulary).
+            scale = min(1.0, INITIAL_LOGIT_STD / (config.init_std * config.d_model**0.5))
+            self.norm = stream_norm(config.d_model, eps=config.norm_eps, mesh=mesh, scale=scale)
+            if not config.tie_embeddings:
+                self.head = ColumnLinear(config.d_model, padded, std=config.init_std, mesh=mesh, shared_input=True)
         initialize(self, seed, mesh)
 
     def initial_state(self, batch: int) -> ModelState:
         """Return the state before the first token, for `batch` sequences."""
-        return ModelState(tuple(block.mixer.initial_state(batch) for block in self.blocks))
+        return ModelState(tuple(block.mixer.initial_state(batch) for block in self.blocks.values()))
 
     def forward(
         self,
-        tokens: Tensor,
+        tokens: Tensor | None,
         state: ModelState | None = None,
         *,
+        hidden: Tensor | None = None,
         document_ids: Tensor | None = None,
         probe: dict[str, Tensor] | None = None,
         last_only: bool = False,
@@ -62,37 +91,63 @@ class Model(nn.Module):
         """Read tokens and predict the next one after each.
 
         Args:
-            tokens: `[B, T]`, int64.
+            tokens: `[B, T]`, int64; read by the slice that begins the model only.
             state: What an earlier call returned; None begins anew.
+            hidden: What the slice before returned, `[T, B, N]`; None for the slice that begins the model.
             document_ids: `[B, T]`, for attention `within_documents`.
             probe: Filled with `memory/<layer>/<statistic>` scalars if given.
             last_only: Whether to predict after the last token alone, as generation needs.
 
         Returns:
             This rank's share of the logits, `[B, T, V / tp]` or `[B, 1, V / tp]` if `last_only`, with `-inf` for the
-            entries of the padding; and the state after the last token.
+            entries of the padding; from a slice that does not end the model, `hidden` for the next. And the state after
+            the last token, of these blocks. Under sequence parallelism `hidden` is this rank's `[T / tp, B, N]`.
+
+        Raises:
+            ValueError: If `hidden` is given where tokens are read, or the reverse; if tokens cannot be split evenly
+                (sequence parallel).
         """
-        x = self.embedding(tokens).transpose(0, 1)  # [T, B, N]
+        x = self._enter(tokens, hidden)
         states = []
-        for index, block in enumerate(self.blocks):
+        for index, (number, block) in enumerate(self.blocks.items()):
             seen: dict[str, Tensor] | None = None if probe is None else {}
             x, layer = block(x, None if state is None else state.layers[index], document_ids, seen)
             states.append(layer)
             if probe is not None:
-                probe |= {f"memory/{index}/{name}": value for name, value in seen.items()}
-        x = x[-1:] if last_only else x
-        return self._logits(self.norm(x)).transpose(0, 1), ModelState(tuple(states))
+                probe |= {f"memory/{number}/{name}": value for name, value in seen.items()}
+        # What goes to another rank must be contiguous.
+        output = self._logits(x, last_only).transpose(0, 1) if self.is_last else x.contiguous()
+        return output, ModelState(tuple(states))
 
-    def _logits(self, x: Tensor) -> Tensor:
-        if self.head is not None:
-            logits = self.head(x)
-        else:
-            logits = F.linear(share_with_ranks(x, self.mesh), self.embedding.weight)
+    def _enter(self, tokens: Tensor | None, hidden: Tensor | None) -> Tensor:
+        """Return the residual stream before the first block held here."""
+        if not self.is_first:
+            if hidden is None:
+                raise ValueError("hidden is missing: this slice does not begin the model")
+            return hidden
+        if tokens is None or hidden is not None:
+            raise ValueError("the slice that begins the model reads tokens, and no hidden")
+        ranks = self.mesh.tp_group.size()
+        if self.mesh.sequence_parallel and tokens.shape[1] % ranks:
+            raise ValueError(f"sequence parallel: {tokens.shape[1]} tokens cannot be split evenly over {ranks} ranks")
+        return self.embedding(tokens)
+
+    def _logits(self, x: Tensor, last_only: bool) -> Tensor:
+        x = gather_tokens(self.norm(x), self.mesh)
+        x = x[-1:] if last_only else x
+        logits = F.linear(x, self.embedding.weight) if self.head is None else self.head(x)
         if padded_vocab_size(self.config) == self.config.vocab_size:
             return logits
         first = self.mesh.tp_group.rank() * logits.shape[-1]
         padding = torch.arange(first, first + logits.shape[-1], device=logits.device) >= self.config.vocab_size
         return logits.masked_fill(padding, float("-inf"))
+
+    def duplicates(self) -> set[str]:
+        """Return the names of parameters that are copies of another slice's: a tied embedding, held here as the head.
+
+        The other slice's counts. Gradients of the two are to be added, and norms to take one of them.
+        """
+        return {"embedding.weight"} if self.embedding is not None and not self.is_first else set()
 
     def to_precision(self, dtype: torch.dtype) -> Model:
         """Cast weights to `dtype`, all but gates, norms and memories, which stay float32. In place; returns self."""

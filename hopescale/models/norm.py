@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from hopescale.ops.norm import rms_norm
-from hopescale.parallel.layers import ParameterSpec, new_parameter, share_with_ranks
+from hopescale.parallel.layers import ParameterSpec, new_parameter
 from hopescale.parallel.mesh import Mesh
+from hopescale.parallel.regions import share_with_ranks
 
 
 class RMSNorm(nn.Module):
@@ -17,8 +18,8 @@ class RMSNorm(nn.Module):
         eps: Added under the root.
         scale: Initial weight.
         partition_dim: Dimension of the weight that is split over tensor-parallel ranks.
-        shared_over: Given if the weight is whole on every rank but applied to that rank's heads alone: its gradient is
-            then summed over the ranks of this mesh.
+        shared_over: Given if the weight is whole on every rank but applied to that rank's heads or tokens alone: its
+            gradient is then summed over the tensor-parallel ranks of this mesh.
     """
 
     def __init__(
@@ -38,3 +39,8 @@ class RMSNorm(nn.Module):
         """Normalise `[..., *shape]`."""
         weight = self.weight if self.shared_over is None else share_with_ranks(self.weight, self.shared_over)
         return rms_norm(x, weight, self.eps)
+
+
+def stream_norm(width: int, *, eps: float, mesh: Mesh, scale: float = 1.0) -> RMSNorm:
+    """Make an RMSNorm of the residual stream, of which a rank holds all tokens or, sequence parallel, its share."""
+    return RMSNorm(width, eps=eps, scale=scale, shared_over=mesh if mesh.sequence_parallel else None)

@@ -142,22 +142,21 @@ class SelfModifying(nn.Module):
     def forward(
         self, x: Tensor, state: LayerState | None = None, probe: dict[str, Tensor] | None = None
     ) -> tuple[Tensor, LayerState]:
-        """Mix tokens `x` `[T, B, N]`.
+        """Mix tokens `x`, residual activations.
 
         Args:
             state: Where an earlier call ended; None begins at the learned initial state.
             probe: Filled with scalar means of this call (`eta_mean`, `alpha_mean`, `surprise`) if given.
 
         Returns:
-            Outputs `[T, B, N]` and the state after the last token.
+            Residual activations and the state after the last token.
         """
-        tokens, batch = x.shape[:2]
-        state = self.initial_state(batch) if state is None else state
+        state = self.initial_state(x.shape[1]) if state is None else state
         streams, gate, tail = self._project(x, state.tensors.get("conv_tail"))
         banks = {name: _unpack(name, state.tensors) for name in self.banks}
         outputs, seen = [], []
         position = state.position
-        sizes = _pieces(position, tokens, self.chunks[1])
+        sizes = _pieces(position, streams["k"].shape[2], self.chunks[1])
         for parts in zip(*(stream.split(sizes, dim=2) for stream in streams.values()), strict=True):
             y, banks = self._run(dict(zip(streams, parts, strict=True)), position, banks, seen)
             outputs.append(y)
@@ -178,14 +177,13 @@ class SelfModifying(nn.Module):
 
         Each head's slices lie side by side in the in-projection, so that a rank holds whole heads.
         """
-        tokens, batch = x.shape[:2]
         mixed = self.in_proj(x).unflatten(-1, (self.heads, -1, self.head_dim))  # [T, B, H, S, D]
         gate = mixed[..., len(STREAMS), :] if self.config.gate else None
         mixed = mixed[..., : len(STREAMS), :].flatten(2)
         if self.conv is not None:
             mixed, tail = short_conv(mixed, self.conv["weight"].to(x.dtype), tail.transpose(0, 1))
         kind = torch.promote_types(x.dtype, torch.float32)
-        parts = mixed.to(kind).view(tokens, batch, self.heads, len(STREAMS), self.head_dim).permute(3, 1, 2, 0, 4)
+        parts = mixed.to(kind).unflatten(-1, (self.heads, len(STREAMS), self.head_dim)).permute(3, 1, 2, 0, 4)
         return dict(zip(STREAMS, parts.unbind(), strict=True)), gate, tail
 
     def _run(

@@ -2,5 +2,6 @@
 
 from hopescale.optim.cadence import Cadence
 from hopescale.optim.outer import OuterOptimizer
+from hopescale.optim.updater import RuleGroup, Updater
 
-__all__ = ["Cadence", "OuterOptimizer"]
+__all__ = ["Cadence", "OuterOptimizer", "RuleGroup", "Updater"]

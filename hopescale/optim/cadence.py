@@ -44,8 +44,8 @@ class Accumulator:
         self.kept = cadence.period > 1
         self.total: Tensor | None = torch.zeros_like(parameter, dtype=torch.float32) if self.kept else None
 
-    def take(self) -> None:
-        """Add the parameter's gradient to the sum and clear it."""
+    def take(self, _: Tensor | None = None) -> None:
+        """Add the parameter's gradient to the sum and clear it: a hook for after each backward pass."""
         gradient = self.parameter.grad
         if gradient is None:
             return

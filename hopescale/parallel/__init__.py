@@ -1,8 +1,17 @@
 """Processes, and the layers that split over them."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-with warnings.catch_warnings():
-    # Transformer Engine and Apex are optional; Megatron announces each missing one at import.
-    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+
+@contextmanager
+def quiet_imports() -> Iterator[None]:
+    """Silence what Megatron announces at import: that Transformer Engine and Apex, which are optional, are missing."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+        yield
+
+
+with quiet_imports():
     import megatron.core  # noqa: F401 - imported here first, quietly

@@ -1,6 +1,7 @@
 """Layers that split over tensor-parallel ranks, on Megatron-core. Every parameter carries a `ParameterSpec`.
 
-Residual activations are `[T, B, N]`, tokens first, as Megatron's sequence parallelism splits dimension 0.
+Residual activations are `[T, B, N]`, tokens first, as Megatron's sequence parallelism splits dimension 0: under it a
+rank holds `[T / tp, B, N]`, and a layer gathers the tokens on its way in and shares them out again on its way out.
 """
 
 from __future__ import annotations
@@ -18,10 +19,6 @@ from megatron.core.tensor_parallel import (
     vocab_parallel_cross_entropy,
 )
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
-from megatron.core.tensor_parallel.mappings import (
-    copy_to_tensor_model_parallel_region,
-    reduce_from_tensor_model_parallel_region,
-)
 from torch import Tensor, nn
 
 from hopescale.parallel.mesh import Mesh
@@ -63,8 +60,13 @@ def new_parameter(*shape: int, spec: ParameterSpec) -> nn.Parameter:
 
 
 @cache
-def _megatron_config() -> ModelParallelConfig:
-    return ModelParallelConfig(use_cpu_initialization=True, perform_initialization=False)
+def _megatron_config(tp: int, sequence_parallel: bool) -> ModelParallelConfig:
+    return ModelParallelConfig(
+        tensor_model_parallel_size=tp,
+        sequence_parallel=sequence_parallel,
+        use_cpu_initialization=True,
+        perform_initialization=False,
+    )
 
 
 def _never_called(weight: Tensor) -> None:
@@ -72,66 +74,81 @@ def _never_called(weight: Tensor) -> None:
 
 
 class ColumnLinear(ColumnParallelLinear):
-    """`y = x W^T` with the outputs split over ranks; input whole, output `[..., out / tp]`. No bias."""
+    """`y = x W^T` with the outputs split over ranks; input whole, output `[..., out / tp]`. No bias.
 
-    def __init__(self, size_in: int, size_out: int, *, std: float, mesh: Mesh, reduce_input_grad: bool = True):
+    Args:
+        size_in: Width of the input.
+        size_out: Width of the output over all ranks.
+        std: Standard deviation of the initial weights.
+        mesh: Where this process stands.
+        shared_input: Whether the input comes from `gather_tokens`, which communicates once for all layers it feeds.
+    """
+
+    def __init__(self, size_in: int, size_out: int, *, std: float, mesh: Mesh, shared_input: bool = False):
         super().__init__(
             size_in,
             size_out,
-            config=_megatron_config(),
+            config=_megatron_config(mesh.tp_group.size(), mesh.sequence_parallel and not shared_input),
             init_method=_never_called,
             bias=False,
             tp_group=mesh.tp_group,
-            disable_grad_reduce=not reduce_input_grad,
+            disable_grad_reduce=shared_input,
         )
         attach(self.weight, ParameterSpec(std=std, partition_dim=0))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map `[..., in]` to this rank's `[..., out / tp]`."""
+        """Map residual activations, or all tokens if `shared_input`, to this rank's `[T, B, out / tp]`."""
         return super().forward(x)[0]
 
 
 class RowLinear(RowParallelLinear):
-    """`y = x W^T` with the inputs split over ranks; input `[..., in / tp]`, output whole. No bias."""
+    """`y = x W^T` with the inputs split over ranks; input `[T, B, in / tp]`, output whole. No bias.
 
-    def __init__(self, size_in: int, size_out: int, *, std: float, mesh: Mesh):
+    Args:
+        size_in: Width of the input over all ranks.
+        size_out: Width of the output.
+        std: Standard deviation of the initial weights.
+        mesh: Where this process stands.
+        partial: Whether the output is this rank's share of the sum only; `reduce_from_ranks` completes it.
+    """
+
+    def __init__(self, size_in: int, size_out: int, *, std: float, mesh: Mesh, partial: bool = False):
         super().__init__(
             size_in,
             size_out,
-            config=_megatron_config(),
+            config=_megatron_config(mesh.tp_group.size(), mesh.sequence_parallel),
             init_method=_never_called,
             bias=False,
             input_is_parallel=True,
             skip_bias_add=False,
             tp_group=mesh.tp_group,
         )
+        self.partial = partial
         attach(self.weight, ParameterSpec(std=std, partition_dim=1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map this rank's `[..., in / tp]` to the sum over ranks, `[..., out]`."""
-        return super().forward(x)[0]
-
-    def partial(self, x: Tensor) -> Tensor:
-        """Map to this rank's share of the sum only; `reduce_from_ranks` completes it."""
-        return F.linear(x, self.weight)
+        """Map this rank's `[T, B, in / tp]` to residual activations, or to its share `[T, B, out]` if `partial`."""
+        return F.linear(x, self.weight) if self.partial else super().forward(x)[0]
 
 
 class Embedding(VocabParallelEmbedding):
     """Token embedding with the vocabulary split over ranks."""
 
     def __init__(self, entries: int, size: int, *, std: float, mesh: Mesh):
-        super().__init__(entries, size, init_method=_never_called, config=_megatron_config(), tp_group=mesh.tp_group)
+        super().__init__(
+            entries,
+            size,
+            init_method=_never_called,
+            reduce_scatter_embeddings=mesh.sequence_parallel,
+            config=_megatron_config(mesh.tp_group.size(), mesh.sequence_parallel),
+            tp_group=mesh.tp_group,
+        )
         attach(self.weight, ParameterSpec(std=std, partition_dim=0))
 
-
-def share_with_ranks(x: Tensor, mesh: Mesh) -> Tensor:
-    """Return `x`, its gradient summed over tensor-parallel ranks: before several `reduce_input_grad=False` layers."""
-    return copy_to_tensor_model_parallel_region(x, group=mesh.tp_group)
-
-
-def reduce_from_ranks(x: Tensor, mesh: Mesh) -> Tensor:
-    """Sum `x` over tensor-parallel ranks; its gradient passes unchanged."""
-    return reduce_from_tensor_model_parallel_region(x, group=mesh.tp_group)
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Map tokens `[B, T]` to residual activations."""
+        x = super().forward(tokens)
+        return x if self.reduce_scatter_embeddings else x.transpose(0, 1)
 
 
 def cross_entropy_sum(logits: Tensor, targets: Tensor, mesh: Mesh) -> Tensor:

@@ -1,38 +1,105 @@
-"""The axes a model is split over, as an object that is passed down."""
+"""The axes a run is split over, as an object that is passed down."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from hopescale.config.layout import Layout
+from hopescale.parallel.cpu import let_megatron_use_the_cpu
 from hopescale.parallel.process import start_alone
+
+CHECKPOINT_TIMEOUT = timedelta(hours=2)
+"""How long ranks wait for the slowest disk."""
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """Where this process stands on each axis.
+    """Where this process stands on each axis. Ranks count tensor-parallel neighbours first, pipeline stages last.
 
     Attributes:
         tp_group: Ranks that share each layer (tensor parallel).
+        dp_group: Ranks that hold the same part of the model and read other data (data parallel).
+        pp_group: Ranks that hold the stages of one replica (pipeline parallel), in order.
+        embedding_group: First and last stage, which both hold a tied embedding; of this process alone elsewhere.
+        world_group: All ranks.
+        control_group: All ranks, on the CPU, for decisions (`Control`).
+        checkpoint_group: All ranks, on the CPU, for saves in the background alone.
+        sequence_parallel: Whether activations between layers are split over `tp_group` along the tokens.
+        virtual_stages: Slices of the model each rank of `pp_group` holds (interleaved pipeline).
     """
 
     tp_group: dist.ProcessGroup
+    dp_group: dist.ProcessGroup
+    pp_group: dist.ProcessGroup
+    embedding_group: dist.ProcessGroup
+    world_group: dist.ProcessGroup
+    control_group: dist.ProcessGroup
+    checkpoint_group: dist.ProcessGroup
+    sequence_parallel: bool = False
+    virtual_stages: int = 1
 
     @classmethod
-    def over_all(cls, *, tp: int) -> Mesh:
-        """Split the running processes into groups of `tp` neighbours that share each layer. Called once per process.
+    def over_all(cls, layout: Layout) -> Mesh:
+        """Split the running processes as `layout` says. Called once per process.
 
-        Megatron keeps these groups in its own global state, where its vocabulary-parallel loss looks for them.
+        Megatron keeps these groups in its own global state, where its schedules and its loss look for them.
         """
-        parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp)
-        return cls(parallel_state.get_tensor_model_parallel_group())
+        let_megatron_use_the_cpu()
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=layout.tp,
+            pipeline_model_parallel_size=layout.pp,
+            virtual_pipeline_model_parallel_size=layout.virtual_stages if layout.virtual_stages > 1 else None,
+            create_gloo_process_groups=False,
+        )
+        own = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+        ends = parallel_state.get_embedding_group(check_initialized=False)
+        return cls(
+            tp_group=parallel_state.get_tensor_model_parallel_group(),
+            dp_group=parallel_state.get_data_parallel_group(),
+            pp_group=parallel_state.get_pipeline_model_parallel_group(),
+            embedding_group=own if ends is None or layout.pp == 1 else ends,
+            world_group=dist.group.WORLD,
+            control_group=dist.new_group(backend="gloo"),
+            checkpoint_group=dist.new_group(backend="gloo", timeout=CHECKPOINT_TIMEOUT),
+            sequence_parallel=layout.sequence_parallel,
+            virtual_stages=layout.virtual_stages,
+        )
 
     @classmethod
     def alone(cls) -> Mesh:
         """Return the mesh of a process that shares its model with no other."""
         start_alone()
         if dist.get_world_size() == 1:
-            return cls(dist.group.WORLD)
-        return cls(dist.new_group([dist.get_rank()], use_local_synchronization=True))
+            own = dist.group.WORLD
+        else:
+            own = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+        return cls(own, own, own, own, own, own, own)
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this process is on the first stage of the pipeline."""
+        return self.pp_group.rank() == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this process is on the last stage of the pipeline."""
+        return self.pp_group.rank() == self.pp_group.size() - 1
+
+    def axes(self) -> dict[str, dist.ProcessGroup]:
+        """Return the groups that move tensors of the model, by the name of their axis."""
+        return {
+            "tp": self.tp_group,
+            "dp": self.dp_group,
+            "pp": self.pp_group,
+            "embedding": self.embedding_group,
+            "world": self.world_group,
+        }
+
+    def set_timeout(self, timeout: timedelta) -> None:
+        """Change how long an exchange may wait for the other ranks before it fails."""
+        for group in {*self.axes().values(), self.control_group}:
+            group.set_timeout(timeout)

@@ -2,7 +2,34 @@
 
 from __future__ import annotations
 
+import warnings
+from datetime import timedelta
+
+import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
+
+from hopescale.common.place import Place
+
+
+def start(place: Place, device: torch.device, timeout: timedelta) -> None:
+    """Join the group of all ranks: NCCL for tensors on CUDA, gloo for those on the CPU.
+
+    Args:
+        place: Which rank this is and where the ranks meet.
+        device: Where this rank computes; made the current one if it is a CUDA device.
+        timeout: How long an exchange may wait for the other ranks.
+    """
+    # Megatron calls collectives by names that newer versions of torch call deprecated.
+    warnings.filterwarnings("ignore", category=FutureWarning, message=r"`torch\.distributed\..* is deprecated")
+    if device.type != "cuda":
+        warnings.filterwarnings("ignore", message=".*CUDA_DEVICE_MAX_CONNECTIONS")
+    backend = "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    store = dist.TCPStore(place.address, place.port, place.world_size, is_master=place.rank == 0, timeout=timeout)
+    dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size, timeout=timeout)
 
 
 def start_alone() -> None:
@@ -12,6 +39,7 @@ def start_alone() -> None:
 
 
 def stop() -> None:
-    """End the group of this process, if one is running."""
+    """End the groups of this process, if there are any."""
+    parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()

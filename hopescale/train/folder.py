@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO
 
 from hopescale.common.errors import LaunchError
+from hopescale.config.layout import Layout
 from hopescale.config.load import Loaded, to_yaml
 from hopescale.config.plan import make_plan
 
@@ -61,7 +62,7 @@ class RunFolder:
         """The record of the run."""
         return self.path / "metrics.jsonl"
 
-    def describe(self, loaded: Loaded, overrides: Sequence[str], groups: str) -> None:
+    def describe(self, loaded: Loaded, layout: Layout, overrides: Sequence[str], groups: str) -> None:
         """Write what the run is: resolved config, overrides, origins, plan, parameter groups, environment.
 
         Raises:
@@ -71,7 +72,7 @@ class RunFolder:
             "config.yaml": to_yaml(loaded.config),
             "overrides.txt": "".join(f"{override}\n" for override in overrides),
             "origins.json": json.dumps(loaded.origins, indent=2) + "\n",
-            "plan.json": json.dumps(make_plan(loaded.config).to_dict(), indent=2) + "\n",
+            "plan.json": json.dumps(make_plan(loaded.config, layout).to_dict(), indent=2) + "\n",
             "groups.txt": groups,
             "env.txt": _environment(),
         }

@@ -10,6 +10,7 @@ import torch
 
 from hopescale.common.errors import ConfigError
 from hopescale.common.units import format_bytes, format_count
+from hopescale.config.layout import Layout
 from hopescale.config.schema import RunConfig
 from hopescale.cost.params import count_params
 
@@ -19,22 +20,24 @@ _BYTES_PER_PARAMETER = {"fp32": 4 + 4 + 8, "bf16": 2 + 4 + 4 + 8}
 _SIGNS = ("can't allocate memory", "out of memory", "Storage size calculation overflowed")
 
 
-def check_memory(config: RunConfig, device: torch.device) -> None:
-    """Refuse a model whose weights and optimizer state alone exceed the device's memory.
+def check_memory(config: RunConfig, layout: Layout, device: torch.device) -> None:
+    """Refuse a model whose weights and optimizer state alone exceed the device's memory, split over ranks evenly.
 
     Raises:
         ConfigError: With both sizes.
     """
     count = count_params(config.model)["total"]
-    need = count * _BYTES_PER_PARAMETER[config.train.precision]
+    ranks = layout.tp * layout.pp * (layout.dp if config.parallel.zero == 3 else 1)
+    need = count * _BYTES_PER_PARAMETER[config.train.precision] // ranks
     if device.type == "cuda":
         have = torch.cuda.get_device_properties(device).total_memory
     else:
         have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if need > have:
+        share = f" on each of {layout.num_ranks} ranks" if layout.num_ranks > 1 else ""
         raise ConfigError(
             f"the model has {format_count(count)} parameters, whose weights and optimizer state take "
-            f"{format_bytes(need)}, but {device} has {format_bytes(have)}",
+            f"{format_bytes(need)}{share}, but {device} has {format_bytes(have)}",
             "lower model.d_model, model.num_layers, model.vocab_size or the levels' d_ff",
         )
 

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import nn
 
 from hopescale.checkpoint.manager import CheckpointManager, find_checkpoint, latest_checkpoint
 from hopescale.checkpoint.manifest import read_manifest
 from hopescale.common.errors import CheckpointError, ConfigError
+from hopescale.config.layout import Layout
 from hopescale.config.load import from_dict
 from hopescale.config.plan import make_plan
 from hopescale.config.schema import RunConfig
-from hopescale.config.show import diff, format_diff, identity_problems
+from hopescale.config.show import Change, diff, format_diff, identity_problems
+from hopescale.cost.stages import slices_of_rank
 from hopescale.data.loader import Data, open_data
 from hopescale.models import Model
 from hopescale.observe.health import LossWatch
-from hopescale.optim import Cadence, OuterOptimizer
+from hopescale.optim import Cadence, OuterOptimizer, Updater
+from hopescale.optim.groups import assign_groups
+from hopescale.optim.replicated import ReplicatedUpdater
+from hopescale.parallel.control import Control
+from hopescale.parallel.mesh import Mesh
 from hopescale.train.folder import RunFolder
 from hopescale.train.memory import check_memory
 from hopescale.train.state import TrainState
@@ -29,26 +37,70 @@ Resume = Literal["auto", "never", "must"] | Path
 Report = Callable[[str], None]
 
 
-def build_state(config: RunConfig, device: torch.device) -> TrainState:
-    """Build model, data and optimizer at step 0.
+def build_state(config: RunConfig, layout: Layout, mesh: Mesh, device: torch.device) -> TrainState:
+    """Build this rank's part of model and optimizer, and the data, at step 0. Called by all ranks.
 
     Raises:
         ConfigError: If the model cannot fit the device's memory, or the data does not fit the config or does not last.
         DataError: If files are missing or damaged.
     """
-    check_memory(config, device)
     torch.manual_seed(config.train.seed)
-    data = open_data(config.data, seq_len=config.train.seq_len, vocab_size=config.model.vocab_size)
-    data.check_budget(make_plan(config).total_sequences)
-    model = Model(config.model, seed=config.train.seed).to(device).to_precision(PRECISIONS[config.train.precision])
-    levels = dict(model.levels())
+    data = Control(mesh).together(lambda: _open_data(config, layout, device))
+    slices = _build_slices(config, mesh, device)
+    parameters = {name: p for model in slices for name, p in model.named_parameters()}
+    sizes = _whole_sizes(parameters, mesh)
+    levels = dict(slices[0].levels())
     cadences = {
         name: Cadence(levels[level].update_every_steps, levels[level].phase)
+        for model in slices
         for level, names in model.level_parameters().items()
         for name in names
     }
-    optimizer = OuterOptimizer(dict(model.named_parameters()), config.optim, config.train.steps, cadences)
-    return TrainState(config, model, optimizer, data, LossWatch(config.train.loss_spike))
+    optimizer = OuterOptimizer(
+        parameters,
+        config.optim,
+        config.train.steps,
+        cadences,
+        groups=Control(mesh).together(lambda: assign_groups(sizes, config.optim.groups)),
+        mesh=mesh,
+        tied=["embedding.weight"] if config.model.tie_embeddings and layout.pp > 1 else [],
+        updater=_updater(config.parallel.zero, slices),
+    )
+    return TrainState(config, slices, optimizer, data, LossWatch(config.train.loss_spike), sizes)
+
+
+def _open_data(config: RunConfig, layout: Layout, device: torch.device) -> Data:
+    """Open the data, after a look at the device's memory: all that can be wrong before anything is built."""
+    check_memory(config, layout, device)
+    data = open_data(config.data, seq_len=config.train.seq_len, vocab_size=config.model.vocab_size)
+    data.check_budget(make_plan(config).total_sequences)
+    return data
+
+
+def _build_slices(config: RunConfig, mesh: Mesh, device: torch.device) -> list[Model]:
+    """Build the slices of the model that belong on this rank of the pipeline."""
+    train, stages = config.train, (mesh.pp_group.size(), mesh.virtual_stages, mesh.pp_group.rank())
+    slices = []
+    for blocks in slices_of_rank(config.model, train.seq_len, *stages):
+        model = Model(config.model, seed=train.seed, mesh=mesh, blocks=blocks, recompute=train.recompute)
+        slices.append(model.to(device).to_precision(PRECISIONS[train.precision]))
+    return slices
+
+
+def _updater(zero: int, slices: Sequence[Model]) -> Callable[..., Updater]:
+    if zero == 0:
+        return ReplicatedUpdater
+    from hopescale.engine.zero import ZeroUpdater
+
+    levels = [[name for model in slices for name in model.level_parameters()[level]] for level, _ in slices[0].levels()]
+    return partial(ZeroUpdater, stage=zero, model=slices[0], levels=levels)
+
+
+def _whole_sizes(parameters: Mapping[str, nn.Parameter], mesh: Mesh) -> dict[str, int]:
+    """Return the entries of every parameter of the whole model, by name, in the order of the stages."""
+    tp = mesh.tp_group.size()
+    own = {name: p.numel() * (1 if p.spec.partition_dim is None else tp) for name, p in parameters.items()}
+    return {name: size for of_rank in Control(mesh).gather(own) for name, size in of_rank.items()}
 
 
 def choose_checkpoint(folder: RunFolder, resume: Resume) -> Path | None:
@@ -72,13 +124,22 @@ def choose_checkpoint(folder: RunFolder, resume: Resume) -> Path | None:
     return latest
 
 
-def restore(state: TrainState, checkpoint: Path, report: Report) -> None:
-    """Continue `state` from a checkpoint, after comparing what a run keeps for life.
+def restore(state: TrainState, checkpoint: Path, last_step: int, control: Control, report: Report) -> None:
+    """Continue `state` from a checkpoint, after comparing what a run keeps for life. Called by all ranks.
 
     Raises:
-        ConfigError: If the config changes the run's identity.
+        ConfigError: If the config changes the run's identity, or the checkpoint is beyond `last_step`.
         CheckpointError: If the data under the same path is other data, or the checkpoint is damaged.
     """
+    changes = control.together(lambda: _compare(state, checkpoint, last_step))
+    if changes:
+        report("changed since the checkpoint:\n" + format_diff(changes))
+    state.restore(checkpoint)
+    report(f"resumed from {checkpoint} at step {state.step}")
+
+
+def _compare(state: TrainState, checkpoint: Path, last_step: int) -> list[Change]:
+    """Return what the config changes, if it may."""
     manifest = read_manifest(checkpoint)
     old = from_dict(manifest.config, str(checkpoint))
     if problems := identity_problems(old, state.config):
@@ -86,22 +147,23 @@ def restore(state: TrainState, checkpoint: Path, report: Report) -> None:
     if manifest.identity["data"] != state.data.fingerprint:
         hint = "prepare new text into a new folder, and begin a new run with it"
         raise CheckpointError(f"the data is not what {checkpoint} was trained on, though its path is the same", hint)
-    if changes := diff(old, state.config):
-        report("changed since the checkpoint:\n" + format_diff(changes))
-    state.restore(checkpoint)
-    if state.step > state.config.train.steps:
+    if manifest.step > state.config.train.steps:
         hint = "set train.steps higher"
-        raise ConfigError(f"{checkpoint} is at step {state.step}, beyond train.steps={state.config.train.steps}", hint)
-    report(f"resumed from {checkpoint} at step {state.step}")
+        steps = state.config.train.steps
+        raise ConfigError(f"{checkpoint} is at step {manifest.step}, beyond train.steps={steps}", hint)
+    if manifest.step > last_step:
+        raise ConfigError(f"--stop-at is {last_step}, but {checkpoint} is already at step {manifest.step}")
+    return diff(old, state.config)
 
 
-def open_checkpoints(folder: RunFolder, config: RunConfig, data: Data) -> CheckpointManager:
-    """Open the run's checkpoints for writing, each with a copy of the tokenizer.
+def open_checkpoints(folder: RunFolder, config: RunConfig, data: Data, mesh: Mesh) -> CheckpointManager:
+    """Open the run's checkpoints for writing, each with a copy of the tokenizer. Called by all ranks.
 
     Raises:
         CheckpointError: If the folder cannot be prepared.
     """
+    group = mesh.checkpoint_group if mesh.checkpoint_group.size() > 1 else None
     tokenizer = None
-    if data.tokenizer is not None:
+    if data.tokenizer is not None and mesh.control_group.rank() == 0:
         tokenizer = data.tokenizer.copy_to(folder.path)
-    return CheckpointManager(folder.checkpoints, config.checkpoint, tokenizer=tokenizer)
+    return CheckpointManager(folder.checkpoints, config.checkpoint, tokenizer=tokenizer, group=group)

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from hopescale.checkpoint.load import load_into
-from hopescale.checkpoint.manifest import Manifest, fingerprint, read_manifest
+from hopescale.checkpoint.manifest import Manifest, TensorEntry, fingerprint, read_manifest
 from hopescale.config.load import to_dict
 from hopescale.config.schema import RunConfig
 from hopescale.data.loader import Data
 from hopescale.models import Model
 from hopescale.observe.health import LossWatch
 from hopescale.optim import OuterOptimizer
+from hopescale.parallel.mesh import Mesh
+from hopescale.parallel.shards import as_whole
+
+MAX_SUMS = 8
+"""Up to so many replicas, each one's running sums of slow levels are saved apart, so that a resume is bit-equal. More
+are added up first: a checkpoint must not grow with the number of replicas."""
 
 
 class TrainState:
@@ -22,16 +30,31 @@ class TrainState:
 
     Args:
         config: The resolved config, kept in every manifest.
-        model: Weights, under `model.`.
-        optimizer: Masters, moments and the levels' gradient sums, under `optimizer.`.
+        slices: This rank's slices of the model; weights under `model.`.
+        optimizer: Masters and moments, and the levels' gradient sums, under `optimizer.`.
         data: Identity of the data; its position follows from the step.
         watch: Losses seen lately.
+        sizes: Entries of every parameter of the whole model, by name.
     """
 
-    def __init__(self, config: RunConfig, model: Model, optimizer: OuterOptimizer, data: Data, watch: LossWatch):
-        self.config, self.model, self.optimizer, self.data, self.watch = config, model, optimizer, data, watch
+    def __init__(
+        self,
+        config: RunConfig,
+        slices: Sequence[Model],
+        optimizer: OuterOptimizer,
+        data: Data,
+        watch: LossWatch,
+        sizes: Mapping[str, int],
+    ):
+        self.config, self.slices, self.optimizer = config, list(slices), optimizer
+        self.data, self.watch, self.sizes = data, watch, dict(sizes)
         self.step = 0
         self._config_tree = to_dict(config)
+
+    @property
+    def mesh(self) -> Mesh:
+        """Where this process stands."""
+        return self.optimizer.mesh
 
     @property
     def tokens_seen(self) -> int:
@@ -39,26 +62,80 @@ class TrainState:
         return self.step * self.config.train.global_batch_tokens
 
     @property
-    def on_cuda(self) -> bool:
-        """Whether the model is on a CUDA device."""
-        return next(self.model.parameters()).is_cuda
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """This rank's parameters by name."""
+        return self.optimizer.parameters
+
+    @property
+    def levels(self) -> dict[str, list[str]]:
+        """This rank's parameter names of each level, fast to slow."""
+        result: dict[str, list[str]] = {}
+        for model in self.slices:
+            for level, names in model.level_parameters().items():
+                result.setdefault(level, []).extend(names)
+        return result
 
     def levels_never_due(self) -> set[str]:
         """Return the levels that no step of the run updates."""
-        steps, accumulators = self.config.train.steps, self.optimizer.accumulators
-        members = self.model.level_parameters().items()
-        return {level for level, names in members if not accumulators[names[0]].cadence.updates(steps)}
+        steps, cadences = self.config.train.steps, self.optimizer.cadences
+        return {level for level, names in self.levels.items() if not cadences[names[0]].updates(steps)}
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Return the state's tensors; loading copies into them."""
-        generators = {"cpu": torch.get_rng_state()}
-        if self.on_cuda:
-            generators["cuda"] = torch.cuda.get_rng_state()
-        return {
-            "model": {name: parameter.detach() for name, parameter in self.model.named_parameters()},
-            "optimizer": self.optimizer.state_dict(),
-            "generators": generators,
+        """Return this rank's part of what is saved. Called by all ranks."""
+        mesh = self.mesh
+        elsewhere = set() if mesh.is_first_stage else set(self.optimizer.tied)
+        parts = {
+            "model": self.optimizer.weights(),
+            "optimizer": self.optimizer.state_dict() | self._sums(),
         }
+        return {
+            kind: self._whole(
+                {name: part for name, part in tensors.items() if parameter_of(name, kind) not in elsewhere}
+            )
+            for kind, tensors in parts.items()
+        } | {"generators": self._generators() if mesh.control_group.rank() == 0 else {}}
+
+    def _whole(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Make parts of parameters, and of what has a parameter's shape, parts of the whole."""
+        specs = {name: parameter.spec for name, parameter in self.parameters.items()}
+        return {
+            name: as_whole(part, specs.get(name) or specs[parameter_of(name, "optimizer")], self.mesh)
+            if part.dim()
+            else part
+            for name, part in parts.items()
+        }
+
+    def _sums(self) -> dict[str, Tensor]:
+        """Return the running sums of slow levels, `<parameter>.accumulator.<replica>`."""
+        group, sums = self.mesh.dp_group, self.optimizer.sums()
+        replica = group.rank()
+        if group.size() > MAX_SUMS and self.config.parallel.zero < 2:
+            for total in sums.values():
+                dist.all_reduce(total, group=group)
+                if replica:
+                    total.zero_()
+            if replica:
+                return {}
+        return {f"{name}.accumulator.{replica}": total for name, total in sums.items()}
+
+    def _room_for_sums(self, saved: Mapping[str, TensorEntry]) -> dict[str, Tensor]:
+        """Return tensors for the saved sums that this rank takes over: those of replicas with its remainder."""
+        group, room = self.mesh.dp_group, {}
+        for name, entry in sorted(saved.items()):
+            name = name.removeprefix("optimizer.")
+            parameter, _, replica = name.rpartition(".accumulator.")
+            if parameter in self.parameters and int(replica) % group.size() == group.rank():
+                shape, split = list(entry.shape), self.parameters[parameter].spec.partition_dim
+                if split is not None:
+                    shape[split] //= self.mesh.tp_group.size()
+                room[name] = torch.zeros(shape, device=self.parameters[parameter].device)
+        return room
+
+    def _generators(self) -> dict[str, Tensor]:
+        generators = {"cpu": torch.get_rng_state()}
+        if next(iter(self.parameters.values())).is_cuda:
+            generators["cuda"] = torch.cuda.get_rng_state()
+        return generators
 
     def manifest(self) -> Manifest:
         """Return the state's numbers."""
@@ -73,19 +150,44 @@ class TrainState:
         return {"model": fingerprint(self._config_tree["model"]), "data": self.data.fingerprint}
 
     def restore(self, folder: Path) -> None:
-        """Continue from a checkpoint whose identity has been compared."""
-        tensors = self.tensors()
+        """Continue from a checkpoint of any layout, whose identity has been compared. Called by all ranks."""
+        saved = read_manifest(folder).tensors
+        weights, state, sums = self.optimizer.weights(), self.optimizer.state_dict(), self._room_for_sums(saved)
         # The other kind of device has another set of generators; a run may move between them.
-        generators = _generators_of(read_manifest(folder))
-        manifest = load_into(tensors | {"generators": generators}, folder)
+        generators = {
+            name.partition(".")[2]: torch.empty(entry.shape, dtype=torch.uint8)
+            for name, entry in saved.items()
+            if name.startswith("generators.")
+        }
+        tensors = {
+            "model": self._whole(weights),
+            "optimizer": self._whole(state | sums),
+            "generators": generators,
+        }
+        alone = self.mesh.checkpoint_group.size() == 1
+        manifest = load_into(tensors, folder, group=None if alone else self.mesh.checkpoint_group)
+        self.optimizer.load_weights(weights)
+        self.optimizer.load_state_dict(state)
+        totals: dict[str, Tensor] = {}
+        for name, part in sums.items():
+            parameter = parameter_of(name, "optimizer")
+            totals[parameter] = totals[parameter] + part if parameter in totals else part
+        self.optimizer.load_sums(totals)
         torch.set_rng_state(generators["cpu"])
-        if self.on_cuda and "cuda" in generators:
+        if "cuda" in generators and next(iter(self.parameters.values())).is_cuda:
             torch.cuda.set_rng_state(generators["cuda"])
         self.step = manifest.step
         self.watch.load_state_dict(manifest.progress["watch"])
 
 
-def _generators_of(manifest: Manifest) -> dict[str, Tensor]:
-    """Return room for the states of the generators that a checkpoint holds."""
-    entries = {name: entry for name, entry in manifest.tensors.items() if name.startswith("generators.")}
-    return {name.partition(".")[2]: torch.empty(entry.shape, dtype=torch.uint8) for name, entry in entries.items()}
+def parameter_of(name: str, kind: str) -> str:
+    """Return the parameter that a saved tensor belongs to.
+
+    Args:
+        name: Of the tensor: `<parameter>`, `<parameter>.exp_avg` or `<parameter>.accumulator.0`.
+        kind: `model` or `optimizer`.
+    """
+    if kind == "model":
+        return name
+    parameter, _, last = name.rpartition(".")
+    return parameter.removesuffix(".accumulator") if last.isdigit() else parameter

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import faulthandler
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 
-from hopescale.common.errors import ConfigError, StoppedEarly
+from hopescale.common.errors import StoppedEarly
+from hopescale.common.place import Place
+from hopescale.config.layout import Layout
 from hopescale.config.load import Loaded
 from hopescale.config.schema import RunConfig
 from hopescale.cost.flops import flops_per_token
 from hopescale.cost.hardware import peak_bf16_flops
 from hopescale.observe.throughput import Throughput
 from hopescale.optim.groups import group_table
+from hopescale.parallel import process
+from hopescale.parallel.control import Control
 from hopescale.parallel.device import choose_device
+from hopescale.parallel.mesh import Mesh
+from hopescale.parallel.traffic import Traffic
 from hopescale.train.folder import RunFolder
 from hopescale.train.memory import memory_errors_explained
 from hopescale.train.record import Record
 from hopescale.train.setup import Report, Resume, build_state, choose_checkpoint, open_checkpoints, restore
+from hopescale.train.state import TrainState
 from hopescale.train.stop import StopRequest
 from hopescale.train.trainer import Trainer
 
@@ -28,21 +38,26 @@ def train(
     overrides: Sequence[str],
     run_dir: Path,
     *,
+    place: Place | None = None,
+    layout: Layout,
     stop: StopRequest,
     resume: Resume = "auto",
     stop_at: int | None = None,
     report: Report,
 ) -> None:
-    """Train a run, or continue it, until its last step.
+    """Meet the other ranks, then train a run, or continue it, until its last step. Called by every rank.
 
     Args:
         loaded: A recipe that has passed its checks.
         overrides: As given on the command line, for the record.
         run_dir: The run folder.
+        place: Which rank this process is; None is the only one.
+        layout: How the ranks are shared out.
         stop: Read between steps; its handlers are installed by the caller, before the slow imports.
         resume: See `choose_checkpoint`.
-        stop_at: Step to save and stop at, without changing the learning rate's horizon; None is `train.steps`.
-        report: Takes each line meant for a person.
+        stop_at: Step to save and stop at, at most `train.steps`, without changing the learning rate's horizon; None is
+            `train.steps`.
+        report: Takes each line meant for a person; every rank has the same ones.
 
     Raises:
         StoppedEarly: If a signal ended the run before its time; it has been saved.
@@ -50,35 +65,108 @@ def train(
     """
     config = loaded.config
     last_step = config.train.steps if stop_at is None else stop_at
-    if not 0 < last_step <= config.train.steps:
-        raise ConfigError(f"--stop-at is {stop_at}, but the run has steps 1 to {config.train.steps} (train.steps)")
-    device = choose_device(config.train.device, "train.device")
-    with memory_errors_explained(config):
-        state = build_state(config, device)
-    with RunFolder(run_dir) as folder, memory_errors_explained(config):
-        checkpoint = choose_checkpoint(folder, resume)
-        if checkpoint is not None:
-            restore(state, checkpoint, report)
-        if state.step > last_step:
-            raise ConfigError(f"--stop-at is {stop_at}, but {checkpoint} is already at step {state.step}")
-        sizes = {name: parameter.numel() for name, parameter in state.model.named_parameters()}
-        folder.describe(loaded, overrides, group_table(state.optimizer.groups, sizes))
-        checkpoints = open_checkpoints(folder, config, state.data)
-        report(f"{config.name}: {sum(sizes.values()):,} parameters on {device}, run folder {run_dir}")
-        for level in sorted(state.levels_never_due()):
-            report(f"note: level {level} is due at no step up to train.steps={config.train.steps}; its weights stay")
-        with Record(folder, config.log, resume_step=None if checkpoint is None else state.step) as record:
-            trainer = Trainer(state, checkpoints, record, _throughput(config, device), device, report)
-            reason = trainer.run(last_step, stop)
-    where = f"step {state.step} of {config.train.steps}"
+    mesh, device = _join(place, layout, config)
+    step, reason = train_on(
+        mesh,
+        device,
+        loaded,
+        overrides,
+        run_dir,
+        layout=layout,
+        stop=stop,
+        resume=resume,
+        last_step=last_step,
+        report=report,
+    )
+    if place is not None:
+        process.stop()
+    where = f"step {step} of {config.train.steps}"
     if reason is not None:
-        saved = "the state is saved" if state.step else "there was nothing to save yet"
+        saved = "the state is saved" if step else "there was nothing to save yet"
         again = "" if resume in ("auto", "must") else " with --resume auto"
         raise StoppedEarly(f"{reason} at {where}; {saved}", f"the same command{again} continues the run")
-    report(f"done: {where}" if state.step == config.train.steps else f"stopped at {where}, as --stop-at asked")
+    report(f"done: {where}" if step == config.train.steps else f"stopped at {where}, as --stop-at asked")
 
 
-def _throughput(config: RunConfig, device: torch.device) -> Throughput:
+def train_on(
+    mesh: Mesh,
+    device: torch.device,
+    loaded: Loaded,
+    overrides: Sequence[str],
+    run_dir: Path,
+    *,
+    layout: Layout,
+    stop: StopRequest,
+    resume: Resume,
+    last_step: int,
+    report: Report,
+) -> tuple[int, str | None]:
+    """Train on ranks that have met; arguments as of `train`.
+
+    Returns:
+        The last step done, and the name of the signal that ended the run before its time or None.
+    """
+    config, control = loaded.config, Control(mesh)
+    with memory_errors_explained(config):
+        state = build_state(config, layout, mesh, device)
+    folder = RunFolder(run_dir)
+    with ExitStack() as stack, memory_errors_explained(config):
+        control.on_first(_opening(stack, folder))
+        checkpoint = control.on_first(lambda: choose_checkpoint(folder, resume))
+        if checkpoint is not None:
+            restore(state, checkpoint, last_step, control, report)
+        table = group_table(state.optimizer.groups, state.sizes)
+        control.on_first(lambda: folder.describe(loaded, layout, overrides, table))
+        checkpoints = open_checkpoints(folder, config, state.data, mesh)
+        for line in _introduction(state, layout, device, run_dir):
+            report(line)
+        record = None
+        if control.is_first:
+            resume_step = None if checkpoint is None else state.step
+            record = stack.enter_context(Record(folder, config.log, resume_step=resume_step))
+        trainer = Trainer(
+            state,
+            checkpoints,
+            record,
+            _throughput(config, layout, device),
+            stack.enter_context(Traffic(mesh)),
+            control,
+            device,
+            report,
+        )
+        reason = trainer.run(last_step, stop)
+    return state.step, reason
+
+
+def _introduction(state: TrainState, layout: Layout, device: torch.device, run_dir: Path) -> Iterator[str]:
+    """Say what is trained, and what of it never changes."""
+    config, ranks = state.config, f", {layout.num_ranks} ranks (dp {layout.dp}, tp {layout.tp}, pp {layout.pp})"
+    where = f"{device.type}{ranks if layout.num_ranks > 1 else ''}"
+    yield f"{config.name}: {sum(state.sizes.values()):,} parameters on {where}, run folder {run_dir}"
+    for level in sorted(state.levels_never_due()):
+        yield f"note: level {level} is due at no step up to train.steps={config.train.steps}; its weights stay"
+
+
+def _join(place: Place | None, layout: Layout, config: RunConfig) -> tuple[Mesh, torch.device]:
+    """Meet the other ranks; return the mesh and this rank's device."""
+    device = choose_device(config.train.device, "train.device")
+    if place is None or place.world_size == 1:
+        return Mesh.alone(), device
+    faulthandler.enable()
+    if device.type == "cuda":
+        device = torch.device("cuda", place.local_rank % torch.cuda.device_count())
+    process.start(place, device, timedelta(seconds=config.parallel.first_step_timeout_s))
+    return Mesh.over_all(layout), device
+
+
+def _opening(stack: ExitStack, folder: RunFolder) -> Callable[[], None]:
+    def open_folder() -> None:
+        stack.enter_context(folder)
+
+    return open_folder
+
+
+def _throughput(config: RunConfig, layout: Layout, device: torch.device) -> Throughput:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     flops = flops_per_token(config.model, config.train.seq_len)
-    return Throughput(flops_per_token=flops, peak_flops=peak_bf16_flops(name))
+    return Throughput(num_devices=layout.num_ranks, flops_per_token=flops, peak_flops=peak_bf16_flops(name))

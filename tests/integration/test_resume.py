@@ -29,7 +29,7 @@ def test_ten_steps_are_five_and_five(train, run: Run, whole, precision: str):
     assert first.code == 0 and first.out.endswith("stopped at step 5 of 10, as --stop-at asked\n")
     waiting = run.tensors(5)
     for level in ("mid", "slow"):
-        gathered = waiting[f"optimizer.blocks.0.cms.levels.{level}.up.weight.accumulator"]
+        gathered = waiting[f"optimizer.blocks.0.cms.levels.{level}.up.weight.accumulator.0"]
         assert gathered.dtype == torch.float32 and gathered.abs().sum() > 0
     dtypes = {tensor.dtype for name, tensor in waiting.items() if name.startswith("model.")}
     assert dtypes == {torch.float32} | ({torch.bfloat16} if precision == "bf16" else set())

@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 LIMIT_S = 120
 
@@ -24,10 +25,11 @@ def run_ranks(function: Callable[..., None], world_size: int, folder: Path, *arg
         folder: Scratch folder for the rendezvous file and the ranks' reports.
         arguments: Passed on; must pickle.
     """
+    rendezvous = folder / f"rendezvous-{uuid4().hex}"
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["hopescale.models", "hopescale.parallel.layers"])
+    context.set_forkserver_preload(["hopescale.train.worker", "hopescale.engine.pipeline"])
     ranks = [
-        context.Process(target=_run, args=(function, rank, world_size, folder, arguments), daemon=True)
+        context.Process(target=_run, args=(function, rank, world_size, folder, rendezvous, arguments), daemon=True)
         for rank in range(world_size)
     ]
     for process in ranks:
@@ -52,13 +54,15 @@ def _report(folder: Path, rank: int) -> Path:
     return folder / f"rank_{rank}.txt"
 
 
-def _run(function: Callable[..., None], rank: int, world_size: int, folder: Path, arguments: tuple) -> None:
+def _run(
+    function: Callable[..., None], rank: int, world_size: int, folder: Path, rendezvous: Path, arguments: tuple
+) -> None:
     import torch.distributed as dist
 
     with _report(folder, rank).open("w") as report:
         faulthandler.dump_traceback_later(LIMIT_S - 10, file=report)
         try:
-            store = dist.FileStore(str(folder / "rendezvous"), world_size)
+            store = dist.FileStore(str(rendezvous), world_size)
             dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
             function(rank, *arguments)
             dist.barrier()

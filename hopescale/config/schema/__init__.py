@@ -9,6 +9,7 @@ from hopescale.config.schema.model import (
     SelfModifyingConfig,
 )
 from hopescale.config.schema.optim import GroupConfig, OptimConfig, ScheduleConfig
+from hopescale.config.schema.parallel import ParallelConfig
 from hopescale.config.schema.run import RunConfig
 from hopescale.config.schema.train import CheckpointConfig, LogConfig, TrainConfig, ValidationConfig
 
@@ -22,6 +23,7 @@ __all__ = [
     "LogConfig",
     "ModelConfig",
     "OptimConfig",
+    "ParallelConfig",
     "RunConfig",
     "ScheduleConfig",
     "SelfModifyingConfig",

@@ -51,6 +51,9 @@ class OptimConfig:
     """Decoupled weight decay per unit of learning rate."""
     grad_clip: float | None = 1.0
     """Largest global gradient norm; null is no limit. A level that is due counts with the mean over its period."""
+    accumulate: Literal["sum", "mean"] = "sum"
+    """What a level is updated with at the end of its period: the sum of the gradients since the last update, or their
+    mean per step."""
     groups: dict[str, GroupConfig | None] = field(
         default_factory=lambda: {
             "no_decay": GroupConfig(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from hopescale.config.schema.data import DataConfig
 from hopescale.config.schema.model import ModelConfig
 from hopescale.config.schema.optim import OptimConfig
+from hopescale.config.schema.parallel import ParallelConfig
 from hopescale.config.schema.train import CheckpointConfig, LogConfig, TrainConfig
 
 
@@ -24,6 +25,8 @@ class RunConfig:
     """The optimizer."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """The loop."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """How it is split over ranks."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """The checkpoints."""
     log: LogConfig = field(default_factory=LogConfig)

@@ -57,6 +57,12 @@ class TrainConfig:
     """Type of weights and activations. With bf16 the optimizer keeps fp32 master weights; memories are fp32 always."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; `auto` takes CUDA where there is one."""
+    recompute: Literal["none", "block", "memory"] = "none"
+    """Activations computed again in the backward pass instead of kept: `block` those of whole blocks, `memory` those of
+    the mixers alone. The result is the same."""
+    replica_check_every: int | None = 100
+    """Steps between two comparisons of the weights over data-parallel ranks, which must be bit-equal; null is never.
+    With `parallel.zero` of 3 there is nothing to compare."""
     seed: int = 0
     """Seed of the initial weights and of every generator."""
     loss_spike: float | None = 3.0

@@ -5,7 +5,8 @@ import sys
 import pytest
 
 from hopescale.common.errors import ConfigError
-from hopescale.config.check import RULES, check, require_valid
+from hopescale.config import check_parallel
+from hopescale.config.check import RULES, check, check_layout, require_valid
 from hopescale.config.load import load_recipe
 from hopescale.config.schema import RunConfig
 
@@ -64,6 +65,7 @@ BROKEN = [
     (["optim.groups.no_decay.match=[]"], "optim.groups.no_decay.match", "no pattern"),
     (["optim.groups.no_decay.match=['']"], "optim.groups.no_decay.match", "empty one"),
     (["optim.schedule.decay_fraction=0.1"], "optim.schedule.decay_fraction", "schedule.name is cosine"),
+    (["optim.accumulate=mean", f"{LEVEL}=null"], "optim.accumulate", "no level has update_every_steps above 1"),
     (["train.global_batch_tokens=100"], "train.global_batch_tokens", "32 * 2 = 64"),
     (["checkpoint.every=null", "checkpoint.keep_every=5"], "checkpoint.keep_every", "checkpoint.every is null"),
     (["checkpoint.every=10", "checkpoint.keep_every=15"], "checkpoint.keep_every", "not a multiple"),
@@ -96,6 +98,8 @@ def problems_of(recipe, *overrides):
         ["optim.schedule={name: wsd, warmup_steps: 50, decay_fraction: 0.5}"],
         ["checkpoint.every=10", "checkpoint.keep_every=30"],
         ["optim.groups.no_decay=null"],
+        ["optim.accumulate=mean"],
+        [ATTENTION, "train.recompute=memory", "parallel.zero=3"],
     ],
     ids=str,
 )
@@ -143,8 +147,8 @@ def test_the_bare_schema_lacks_only_levels_and_data():
     assert {problem.key for problem in check(RunConfig())} == {"model.cms.levels", "data.sources"}
 
 
-def test_every_rule_is_registered():
-    module = sys.modules[check.__module__]
+@pytest.mark.parametrize("module", [sys.modules[check.__module__], check_parallel])
+def test_every_rule_is_registered(module):
     own = {name: value for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__}
-    rules = {value for name, value in own.items() if not name.startswith("_")} - {check, require_valid}
-    assert rules == set(RULES)
+    rules = {value for name, value in own.items() if not name.startswith("_")} - {check, check_layout, require_valid}
+    assert rules <= set(module.RULES) <= set(RULES)

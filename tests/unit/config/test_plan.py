@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import json
 
+from hopescale.config.layout import Layout
 from hopescale.config.plan import make_plan
-from hopescale.config.schema import ModelConfig, RunConfig, SelfModifyingConfig, TrainConfig
+from hopescale.config.schema import ModelConfig, ParallelConfig, RunConfig, SelfModifyingConfig, TrainConfig
 
 
 def test_plan_of_a_self_modifying_run():
@@ -11,6 +12,9 @@ def test_plan_of_a_self_modifying_run():
     train = TrainConfig(steps=10, seq_len=32, micro_batch_size=2, global_batch_tokens=256)
     plan = make_plan(RunConfig(model=model, train=train))
     assert json.loads(json.dumps(plan.to_dict())) == {
+        "dp": 1,
+        "tp": 1,
+        "pp": 1,
         "global_batch_size": 8,
         "grad_accumulation": 4,
         "total_tokens": 2560,
@@ -33,3 +37,16 @@ def test_other_mixers_and_memories_have_no_hidden_width():
     assert attention.memory_dim is None and attention.projection_chunk_size is None
     linear = make_plan(RunConfig(model=ModelConfig(self_modifying=SelfModifyingConfig(memory="linear"))))
     assert linear.memory_dim is None and linear.projection_chunk_size == 64
+
+
+def test_accumulation_is_that_of_a_replica():
+    train = TrainConfig(seq_len=32, micro_batch_size=2, global_batch_tokens=512)
+    plan = make_plan(RunConfig(train=train), Layout(dp=4, tp=2, pp=3))
+    assert (plan.dp, plan.tp, plan.pp) == (4, 2, 3)
+    assert (plan.global_batch_size, plan.grad_accumulation) == (16, 2)
+
+
+def test_without_a_layout_the_plan_is_for_the_fewest_ranks():
+    train = TrainConfig(seq_len=32, micro_batch_size=2, global_batch_tokens=512)
+    plan = make_plan(RunConfig(train=train, parallel=ParallelConfig(dp=2, tp=None, pp=2)))
+    assert (plan.dp, plan.tp, plan.pp, plan.grad_accumulation) == (2, 1, 2, 4)

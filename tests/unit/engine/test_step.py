@@ -12,9 +12,10 @@ from torch import Tensor
 from hopescale.config.schema import LevelConfig, ModelConfig, OptimConfig, ScheduleConfig, SelfModifyingConfig
 from hopescale.config.schema.model import CmsConfig
 from hopescale.data.loader import Batch
-from hopescale.engine import Engine
+from hopescale.engine import Engine, make_passes
 from hopescale.models import Model, level_of
 from hopescale.optim import Cadence, OuterOptimizer
+from hopescale.parallel.traffic import Traffic
 
 VOCAB, SEQ_LEN, ROWS = 32, 16, 4
 LEVELS = {
@@ -42,7 +43,9 @@ def make_engine(dtype: torch.dtype = torch.float32, **optim) -> Engine:
             cadences[name] = Cadence(LEVELS[level].update_every_steps, LEVELS[level].phase)
     settings = OptimConfig(**{"lr": 0.01, "schedule": ScheduleConfig(min_lr_ratio=1.0)} | optim)
     optimizer = OuterOptimizer(dict(model.named_parameters()), settings, 100, cadences)
-    return Engine(model, optimizer, levels, torch.device("cpu"))
+    device = torch.device("cpu")
+    passes = make_passes([model], optimizer.backward, SEQ_LEN, device)
+    return Engine(passes, optimizer, levels, Traffic(model.mesh), device)
 
 
 def make_batch(seed: int = 0) -> Batch:
@@ -61,15 +64,15 @@ def split(batch: Batch, size: int) -> list[Batch]:
 
 def plain(engine: Engine, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     """Mean loss over the targets that count, and its gradients, without the engine."""
-    logits, _ = engine.model(batch.tokens)
+    logits, _ = engine.passes.model(batch.tokens)
     counted = batch.targets != -100
     loss = -F.log_softmax(logits.float(), -1)[counted].gather(-1, batch.targets[counted][:, None]).mean()
-    parameters = dict(engine.model.named_parameters())
+    parameters = dict(engine.passes.model.named_parameters())
     return loss.detach(), dict(zip(parameters, torch.autograd.grad(loss, parameters.values()), strict=True))
 
 
 def gathered(engine: Engine) -> dict[str, Tensor]:
-    return {name: accumulator.gathered() for name, accumulator in engine.optimizer.accumulators.items()}
+    return {name: engine.optimizer.updater.gathered(name) for name in engine.optimizer.parameters}
 
 
 @pytest.mark.parametrize("rows", [1, 2, 4])
@@ -114,13 +117,11 @@ def test_norms_are_those_of_the_due_parameters():
             engine.update(step, found)
             sums = {n: g for n, g in sums.items() if level_of(n) == "slow"}
     due = {n: g / 4 if level_of(n) == "slow" else g for n, g in sums.items() if level_of(n) != "mid"}
-    assert found.grad_norm.item() == pytest.approx(norm(due), rel=1e-4)
-    assert found.waiting_norm.item() == pytest.approx(
-        norm({n: g for n, g in sums.items() if n not in due}) / 2, rel=1e-4
-    )
+    assert found.grad_norm == pytest.approx(norm(due), rel=1e-4)
+    assert found.waiting_norm == pytest.approx(norm({n: g for n, g in sums.items() if n not in due}) / 2, rel=1e-4)
     assert found.level_norms.keys() == {"fast", "slow"}
     for level, value in found.level_norms.items():
-        assert value.item() == pytest.approx(norm({n: g for n, g in due.items() if level_of(n) == level}), rel=1e-4)
+        assert value == pytest.approx(norm({n: g for n, g in due.items() if level_of(n) == level}), rel=1e-4)
 
 
 def norm(gradients: dict[str, Tensor]) -> float:
@@ -139,7 +140,7 @@ def test_levels_are_named_only_when_due():
 
 def test_an_update_changes_exactly_what_is_due_and_measures_it():
     engine = make_engine()
-    weights = dict(engine.model.named_parameters())
+    weights = dict(engine.passes.model.named_parameters())
     for step in range(1, 5):
         before = {name: parameter.detach().clone() for name, parameter in weights.items()}
         found = engine.gradients(step, [make_batch(step)])
@@ -155,37 +156,31 @@ def test_an_update_changes_exactly_what_is_due_and_measures_it():
 def test_gradients_alone_change_no_weight():
     """So that a bad step can be refused."""
     engine = make_engine()
-    before = {name: parameter.detach().clone() for name, parameter in engine.model.named_parameters()}
+    before = {name: parameter.detach().clone() for name, parameter in engine.passes.model.named_parameters()}
     engine.gradients(4, [make_batch()])
-    assert all(torch.equal(parameter, before[name]) for name, parameter in engine.model.named_parameters())
+    assert all(torch.equal(parameter, before[name]) for name, parameter in engine.passes.model.named_parameters())
 
 
 @pytest.mark.parametrize("level", ["fast", "slow"])
 def test_a_gradient_that_is_not_finite_is_seen_at_once_even_of_a_level_that_waits(level: str):
     engine = make_engine()
-    weight = dict(engine.model.named_parameters())[f"blocks.0.cms.levels.{level}.down.weight"]
+    weight = dict(engine.passes.model.named_parameters())[f"blocks.0.cms.levels.{level}.down.weight"]
     weight.register_hook(lambda gradient: gradient * math.nan)
     found = engine.gradients(1, [make_batch()])
     assert math.isfinite(found.loss)
-    norms = {"fast": found.grad_norm.item(), "slow": found.waiting_norm.item()}
+    norms = {"fast": found.grad_norm, "slow": found.waiting_norm}
     assert math.isnan(norms.pop(level)) and all(map(math.isfinite, norms.values()))
 
 
-def test_low_precision_gathers_micro_batches_in_float32(monkeypatch: pytest.MonkeyPatch):
+def test_low_precision_gathers_micro_batches_in_float32():
     """Fifteen times a bfloat16 number is seldom one."""
-    engine, batch = make_engine(torch.bfloat16), make_batch()
-    take, seen = engine.optimizer.take, []
-
-    def watched() -> None:
-        seen.append({name: p.grad.float().clone() for name, p in engine.optimizer.parameters.items()})
-        take()
-
-    monkeypatch.setattr(engine.optimizer, "take", watched)
-    engine.gradients(1, [batch] * 15)
-    assert len(seen) == 15
-    for name, gradient in gathered(engine).items():
+    once, often, batch = make_engine(torch.bfloat16), make_engine(torch.bfloat16), make_batch()
+    once.passes.train([batch], 1000, None)
+    often.passes.train([batch] * 15, 1000, None)
+    single = gathered(once)
+    for name, gradient in gathered(often).items():
         assert gradient.dtype == torch.float32
-        torch.testing.assert_close(gradient, 15 * seen[0][name], rtol=1e-5, atol=0, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(gradient, 15 * single[name], rtol=1e-5, atol=0, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_probes_come_on_request_and_change_nothing():
@@ -194,7 +189,7 @@ def test_probes_come_on_request_and_change_nothing():
     assert without.probe == {}
     assert found.probe.keys() == {f"memory/0/{name}" for name in ("eta_mean", "alpha_mean", "surprise")}
     assert not any(value.requires_grad for value in found.probe.values())
-    assert found.loss == without.loss and torch.equal(found.grad_norm, without.grad_norm)
+    assert found.loss == without.loss and found.grad_norm == without.grad_norm
     first = make_engine().gradients(1, split(make_batch(), 2)[:1], probe=True)
     assert found.probe == first.probe
 
@@ -203,5 +198,5 @@ def test_evaluation_is_the_mean_over_all_targets_and_leaves_no_gradient():
     engine, batch = make_engine(), make_batch()
     loss, _ = plain(engine, batch)
     assert engine.evaluate(split(batch, 3)) == pytest.approx(loss.item(), rel=1e-6)
-    assert all(parameter.grad is None for parameter in engine.model.parameters())
+    assert all(parameter.grad is None for parameter in engine.passes.model.parameters())
     assert engine.evaluate([]) == 0

@@ -105,8 +105,8 @@ def test_initial_weights_depend_on_seed_and_name_only():
     weights = dict(small.named_parameters())
     for name, parameter in again.named_parameters():
         assert torch.equal(parameter, weights[name])
-    assert torch.equal(deep.blocks[1].mixer.in_proj.weight, small.blocks[1].mixer.in_proj.weight)
-    assert not torch.equal(small.blocks[0].mixer.in_proj.weight, small.blocks[1].mixer.in_proj.weight)
+    assert torch.equal(deep.blocks["1"].mixer.in_proj.weight, small.blocks["1"].mixer.in_proj.weight)
+    assert not torch.equal(small.blocks["0"].mixer.in_proj.weight, small.blocks["1"].mixer.in_proj.weight)
     assert not torch.equal(other.embedding.weight, small.embedding.weight)
 
 

@@ -12,6 +12,7 @@ from hopescale.common.errors import ConfigError
 from hopescale.config.schema import GroupConfig, OptimConfig, ScheduleConfig
 from hopescale.optim import Cadence, OuterOptimizer
 from hopescale.optim.schedule import learning_rate
+from hopescale.parallel.layers import ParameterSpec, attach
 
 TOTAL = 20
 SHAPES = {"a.weight": (3, 4), "b.weight": (5,), "norm.weight": (4,)}
@@ -27,7 +28,8 @@ def make_config(**settings) -> OptimConfig:
 
 def make_parameters(dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, nn.Parameter]:
     generator = torch.Generator().manual_seed(seed)
-    return {name: nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for name, shape in SHAPES.items()}
+    values = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in SHAPES.items()}
+    return {name: attach(nn.Parameter(value), ParameterSpec()) for name, value in values.items()}
 
 
 def make_optimizer(parameters: dict[str, nn.Parameter], config: OptimConfig, **cadences: Cadence) -> OuterOptimizer:
@@ -40,11 +42,20 @@ def gradient(name: str, step: int, micro: int = 0) -> Tensor:
     return torch.randn(SHAPES[name], generator=generator)
 
 
+def feed(optimizer: OuterOptimizer, gradients: dict[str, Tensor]) -> None:
+    """Let a backward pass end with these gradients."""
+    for name, value in gradients.items():
+        parameter = optimizer.parameters[name]
+        parameter.backward(value.to(parameter.dtype))
+
+
+def norm_of(optimizer: OuterOptimizer, names: list[str]) -> Tensor:
+    return optimizer.grad_norms({"": names})[""]
+
+
 def take_step(optimizer: OuterOptimizer, step: int, *, scale: float = 1.0) -> Tensor:
-    for name, parameter in optimizer.parameters.items():
-        parameter.grad = (scale * gradient(name, step)).to(parameter.dtype)
-    optimizer.take()
-    norm = optimizer.grad_norm(optimizer.due(step))
+    feed(optimizer, {name: scale * gradient(name, step) for name in optimizer.parameters})
+    norm = norm_of(optimizer, optimizer.due(step))
     optimizer.step(step, norm)
     return norm
 
@@ -93,15 +104,11 @@ def test_micro_batches_add_up_to_one_gradient():
     config = make_config()
     whole, parts = make_parameters(), make_parameters()
     one, many = make_optimizer(whole, config), make_optimizer(parts, config)
-    for name, parameter in whole.items():
-        parameter.grad = sum(gradient(name, 1, micro) for micro in range(3))
-    one.take()
+    feed(one, {name: sum(gradient(name, 1, micro) for micro in range(3)) for name in whole})
     for micro in range(3):
-        for name, parameter in parts.items():
-            parameter.grad = gradient(name, 1, micro)
-        many.take()
+        feed(many, {name: gradient(name, 1, micro) for name in parts})
     for optimizer in (one, many):
-        optimizer.step(1, optimizer.grad_norm(optimizer.due(1)))
+        optimizer.step(1, norm_of(optimizer, optimizer.due(1)))
     assert_close(values(whole), values(parts))
 
 
@@ -133,7 +140,7 @@ def test_a_slow_level_takes_one_step_per_period_with_the_sum(period: int, phase:
         set_rate(rule, step, config)
         rule.step()
         assert_close(values(ours), values(theirs))
-    assert optimizer.rule.state[ours["a.weight"]]["step"] == cadence.updates(12)
+    assert optimizer.updater.rule.state[ours["a.weight"]]["step"] == cadence.updates(12)
 
 
 def test_a_constant_gradient_has_the_same_norm_at_every_period():
@@ -143,11 +150,9 @@ def test_a_constant_gradient_has_the_same_norm_at_every_period():
         parameters = make_parameters()
         optimizer = make_optimizer(parameters, config, a=Cadence(period))
         for step in range(1, 5):
-            for name, parameter in parameters.items():
-                parameter.grad = gradient(name, 1)
-            optimizer.take()
-            norm = optimizer.grad_norm(["a.weight"])
-            optimizer.step(step, optimizer.grad_norm(optimizer.due(step)))
+            feed(optimizer, {name: gradient(name, 1) for name in parameters})
+            norm = norm_of(optimizer, ["a.weight"])
+            optimizer.step(step, norm_of(optimizer, optimizer.due(step)))
         norms.append(norm)
     torch.testing.assert_close(norms[0], norms[1])
 
@@ -175,7 +180,7 @@ def test_a_parameter_without_gradient_only_decays():
     parameters = make_parameters()
     optimizer = make_optimizer(parameters, make_config(schedule=ScheduleConfig(min_lr_ratio=1.0)))
     before = values(parameters)
-    optimizer.step(1, optimizer.grad_norm(optimizer.due(1)))
+    optimizer.step(1, norm_of(optimizer, optimizer.due(1)))
     torch.testing.assert_close(parameters["a.weight"].detach(), before["a.weight"] * (1 - 0.05 * 0.1))
     assert torch.equal(parameters["norm.weight"], before["norm.weight"])
 
@@ -211,26 +216,26 @@ def test_low_precision_weights_follow_float32_masters():
     config = make_config(lr=2e-3, weight_decay=0.0, schedule=ScheduleConfig(min_lr_ratio=1.0))
     low = make_parameters(torch.bfloat16)
     start = values(low)
-    high = {name: nn.Parameter(parameter.detach().float()) for name, parameter in low.items()}
+    high = {name: attach(nn.Parameter(p.detach().float()), ParameterSpec()) for name, p in low.items()}
     optimizer, reference = make_optimizer(low, config, a=Cadence(2)), make_optimizer(high, config, a=Cadence(2))
     for step in range(1, TOTAL + 1):
         for o in (optimizer, reference):
-            for name, parameter in o.parameters.items():
-                parameter.grad = gradient(name, step).bfloat16().to(parameter.dtype)
-            o.take()
-            o.step(step, o.grad_norm(o.due(step)))
+            feed(o, {name: gradient(name, step).bfloat16() for name in o.parameters})
+            o.step(step, norm_of(o, o.due(step)))
     for name, parameter in low.items():
         assert parameter.dtype == torch.bfloat16
-        assert torch.equal(optimizer.masters[name], high[name])
+        (master,) = optimizer.masters([name])
+        assert torch.equal(master, high[name])
         assert torch.equal(parameter, high[name].bfloat16())
-        assert not torch.equal(optimizer.masters[name], parameter.float())
+        assert not torch.equal(master, parameter.float())
         assert not torch.equal(parameter, start[name])
 
 
 def test_float32_weights_are_their_own_masters():
     parameters = make_parameters()
     optimizer = make_optimizer(parameters, make_config())
-    assert all(optimizer.masters[name] is parameter for name, parameter in parameters.items())
+    masters = optimizer.updater.masters(list(parameters))
+    assert all(m.data_ptr() == p.data_ptr() for m, p in zip(masters, parameters.values(), strict=True))
     assert not any(name.endswith(".master") for name in optimizer.state_dict())
 
 
@@ -246,17 +251,17 @@ def test_a_state_restored_in_mid_period_continues_bit_for_bit(dtype: torch.dtype
         take_step(whole, step)
     for step in range(1, 6):
         take_step(first, step)
-    saved = {name: tensor.clone() for name, tensor in first.state_dict().items()}
-    assert saved["a.weight.accumulator"].abs().sum() > 0
+    saved = {name: tensor.clone() for name, tensor in (first.state_dict() | first.sums()).items()}
+    assert saved["a.weight"].abs().sum() > 0
     weights = values(first.parameters)
     with torch.no_grad():
-        for name, tensor in second.state_dict().items():
+        for name, tensor in (second.state_dict() | second.sums()).items():
             tensor.copy_(saved[name])
         for name, parameter in second.parameters.items():
             parameter.copy_(weights[name])
     for step in range(6, 11):
         take_step(second, step)
-    ended, expected = second.state_dict(), whole.state_dict()
+    ended, expected = second.state_dict() | second.sums(), whole.state_dict() | whole.sums()
     assert ended.keys() == expected.keys()
     assert all(torch.equal(ended[name], expected[name]) for name in expected)
     assert all(torch.equal(second.parameters[name], whole.parameters[name]) for name in SHAPES)
@@ -265,10 +270,26 @@ def test_a_state_restored_in_mid_period_continues_bit_for_bit(dtype: torch.dtype
 def test_the_state_has_the_same_tensors_before_and_after_the_first_step():
     """Loading copies into the tensors of a fresh optimizer."""
     optimizer = make_optimizer(make_parameters(torch.bfloat16), make_config(), a=Cadence(2))
-    before = optimizer.state_dict()
+    before = optimizer.state_dict() | optimizer.sums()
     take_step(optimizer, 1)
-    after = optimizer.state_dict()
+    after = optimizer.state_dict() | optimizer.sums()
     assert {name: tensor.data_ptr() for name, tensor in before.items()} == {n: t.data_ptr() for n, t in after.items()}
     keys = {"master", "step", "exp_avg", "exp_avg_sq"}
-    expected = {f"{name}.{key}" for name in SHAPES for key in keys} | {"a.weight.accumulator"}
+    expected = {f"{name}.{key}" for name in SHAPES for key in keys} | {"a.weight"}
     assert after.keys() == expected
+
+
+@pytest.mark.parametrize("period", [1, 4])
+def test_a_mean_is_the_sum_over_the_period(period: int):
+    """Without a clip, an update with the mean is one with the sum of gradients that are smaller by the period."""
+    results = []
+    for accumulate, scale in (("mean", 1.0), ("sum", 1.0 / period)):
+        parameters = make_parameters()
+        config = make_config(accumulate=accumulate, grad_clip=None)
+        optimizer = make_optimizer(parameters, config, a=Cadence(period))
+        for step in range(1, 5):
+            gradients = {name: gradient(name, step) for name in parameters}
+            feed(optimizer, gradients | {"a.weight": gradients["a.weight"] * scale})
+            optimizer.step(step, norm_of(optimizer, optimizer.due(step)))
+        results.append(values(parameters))
+    assert_close(*results)

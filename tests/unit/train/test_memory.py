@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from hopescale.common.errors import ConfigError
+from hopescale.config.layout import Layout
 from hopescale.config.load import load_recipe
+from hopescale.parallel.mesh import Mesh
 from hopescale.train.memory import check_memory, memory_errors_explained
 from hopescale.train.setup import build_state
 
@@ -19,11 +21,20 @@ CPU = torch.device("cpu")
 def test_a_model_larger_than_the_memory_is_refused_before_it_is_built(overrides: list[str]):
     config = load_recipe("debug", overrides).config
     with pytest.raises(ConfigError, match=r"weights and optimizer state take .*TiB, but cpu has .*GiB"):
-        build_state(config, CPU)
+        build_state(config, Layout(), Mesh.alone(), CPU)
 
 
 def test_a_model_that_fits_passes():
-    check_memory(load_recipe("debug").config, CPU)
+    check_memory(load_recipe("debug").config, Layout(), CPU)
+
+
+def test_a_model_too_large_for_one_rank_may_fit_on_many():
+    config = load_recipe("debug", ["model.d_model=4096", "model.num_layers=1000"]).config
+    with pytest.raises(ConfigError):
+        check_memory(config, Layout(dp=64), CPU)
+    with pytest.raises(ConfigError, match="on each of 16 ranks"):
+        check_memory(config, Layout(tp=4, pp=4), CPU)
+    check_memory(config, Layout(tp=64, pp=100), CPU)
 
 
 def test_a_failed_allocation_names_the_sizes_that_decide_it():

@@ -1,0 +1,84 @@
+"""The degrees of a run's axes, once the number of ranks is known."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from hopescale.common.errors import ConfigError, Problem
+from hopescale.config.schema import RunConfig
+
+AXES = ("dp", "pp", "tp")
+"""The axes, from the one whose neighbours are furthest apart."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How ranks are shared out.
+
+    Attributes:
+        dp: Data-parallel replicas.
+        tp: Ranks per layer.
+        pp: Pipeline stages.
+        virtual_stages: Slices of the model per pipeline rank.
+        sequence_parallel: Whether activations between layers are split over the `tp` ranks along the tokens.
+    """
+
+    dp: int = 1
+    tp: int = 1
+    pp: int = 1
+    virtual_stages: int = 1
+    sequence_parallel: bool = False
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes in all."""
+        return self.dp * self.tp * self.pp
+
+
+def make_layout(config: RunConfig, num_ranks: int) -> Layout:
+    """Share out the ranks of a job as a config asks; a degree that is null takes what remains.
+
+    Whether the model and the batch split that way is checked by `hopescale.config.check.check_layout`.
+
+    Args:
+        config: A config that has passed its checks.
+        num_ranks: Processes of the job.
+
+    Raises:
+        ConfigError: If the degrees do not multiply to the number of ranks.
+    """
+    degrees = _degrees(config)
+    unset = [axis for axis in AXES if degrees[axis] is None]
+    assert len(unset) < 2, f"{unset} are null in a config that has passed its checks"
+    fixed = {axis: degree for axis, degree in degrees.items() if degree is not None}
+    product, job = math.prod(fixed.values()), f"{num_ranks} rank{'s' if num_ranks > 1 else ''}"
+    written = f"{'*'.join(fixed)} = {'*'.join(map(str, fixed.values()))} = {product}"
+    if unset:
+        if num_ranks % product:
+            message = f"{unset[0]} is what remains of {job}, but {written} does not divide {num_ranks}"
+            keys = " or ".join(f"parallel.{axis}" for axis, degree in fixed.items() if degree > 1)
+            hint = f"start {product} ranks or a multiple, as with --nproc {product}, or change {keys}"
+            raise ConfigError([Problem("parallel", message, hint=hint)])
+        degrees[unset[0]] = num_ranks // product
+    elif product != num_ranks:
+        model_ranks = product // fixed["dp"]
+        hint = f"start {product} ranks, or change a degree"
+        if num_ranks % model_ranks == 0:
+            hint = f'set parallel.dp={num_ranks // model_ranks}, or leave it out for "what remains"'
+        raise ConfigError([Problem("parallel", f"{written}, but the job has {job}", hint=hint)])
+    return _layout(config, degrees)
+
+
+def smallest_layout(config: RunConfig) -> Layout:
+    """Return the layout with the fewest ranks that a config allows: 1 for a degree that is null."""
+    return _layout(config, {axis: degree or 1 for axis, degree in _degrees(config).items()})
+
+
+def _degrees(config: RunConfig) -> dict[str, int | None]:
+    return {axis: getattr(config.parallel, axis) for axis in AXES}
+
+
+def _layout(config: RunConfig, degrees: dict[str, int]) -> Layout:
+    parallel = config.parallel
+    return Layout(**degrees, virtual_stages=parallel.virtual_stages, sequence_parallel=parallel.sequence_parallel)

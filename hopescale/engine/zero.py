@@ -1,0 +1,270 @@
+"""The update rule with its state sharded over replicas by DeepSpeed (ZeRO, arXiv 1910.02054)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from hopescale.common.errors import CheckpointError
+from hopescale.engine.zero_deepspeed import FlatShards, start_deepspeed
+from hopescale.engine.zero_partitioned import PartitionedModel, PartitionedShards
+from hopescale.models.block import Block
+from hopescale.optim import Cadence, RuleGroup
+from hopescale.optim.cadence import Accumulator
+from hopescale.parallel.mesh import Mesh
+
+Shards = FlatShards | PartitionedShards
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class ZeroUpdater:
+    """AdamW, an `Updater` that shards masters and moments over replicas, and from stage 2 on gradients too.
+
+    Parameters of one level and one type are one set of shards: what is not due is not touched. At stage 1 gradients
+    gather whole on every replica and are sent when they are due, so that a slow level sends nothing in between. From
+    stage 2 on they are sent in every backward pass, and what gathers is a replica's shard of the sum. Stage 3 shards
+    weights as well, which are whole only while a module runs.
+
+    Args:
+        parameters: Parameters by name, on the device they stay on.
+        groups: Which share settings, every parameter in one.
+        eps: Added to the root of the second moment.
+        cadences: Of every parameter.
+        mesh: Where this process stands.
+        stage: 1, 2 or 3.
+        model: Whose parameters these are, all of them; stage 3 partitions it.
+        levels: Names of parameters that are reduced together and apart from the others.
+        whole: Kinds of modules whose parameters stage 3 gathers at once.
+    """
+
+    share = 1.0
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        groups: Sequence[RuleGroup],
+        *,
+        eps: float,
+        cadences: Mapping[str, Cadence],
+        mesh: Mesh,
+        stage: int,
+        model: nn.Module | None = None,
+        levels: Collection[Collection[str]] = (),
+        whole: Collection[type[nn.Module]] = (Block,),
+    ):
+        self.parameters, self.cadences, self.stage = dict(parameters), dict(cadences), stage
+        self.dp_group, self._device = mesh.dp_group, next(iter(self.parameters.values())).device
+        self._shapes = {name: parameter.shape for name, parameter in self.parameters.items()}
+        self.accumulators: dict[str, Accumulator] = {}
+        self._reduced: set[str] = set()
+        self._owners = _owners(self.parameters, self.dp_group.size())
+        start_deepspeed(self._device)
+        if stage == 3:
+            partitioned = PartitionedModel(model, self.parameters, whole, self.dp_group)
+            make = partial(PartitionedShards, partitioned)
+        else:
+            make = partial(FlatShards, stage=stage, dp_group=self.dp_group)
+        self._sets = [
+            make({name: self.parameters[name] for name in names}, _within(groups, names), eps=eps)
+            for names in _updated_together(self.parameters, self.cadences, levels)
+        ]
+        self._set_of = {name: shards for shards in self._sets for name in shards.parameters}
+        if stage == 1:
+            self.accumulators = {name: Accumulator(p, cadences[name]) for name, p in self.parameters.items()}
+            for name, p in self.parameters.items():
+                p.register_post_accumulate_grad_hook(self.accumulators[name].take)
+
+    def backward(self, loss: Tensor) -> None:
+        """Run the backward pass of a micro batch."""
+        loss.backward()
+        if self.stage > 1:
+            for shards in self._sets:
+                shards.end_backward()
+
+    def gathered(self, name: str) -> Tensor:
+        """Return the sum of a parameter's gradients since its last update (stage 1)."""
+        return self.accumulators[name].gathered()
+
+    def reduce(self, names: Sequence[str]) -> None:
+        """Sum gathered gradients over replicas, each part to the replica that has its master."""
+        self._reduced.update(names)
+        if self.stage > 1:
+            return
+        for shards in self._due(names):
+            shards.reduce({name: self.gathered(name) for name in shards.parameters})
+            for name in shards.parameters:
+                self.accumulators[name].clear()
+
+    def _due(self, names: Sequence[str]) -> list[Shards]:
+        due = set(names)
+        sets = [shards for shards in self._sets if not due.isdisjoint(shards.parameters)]
+        assert all(due.issuperset(shards.parameters) for shards in sets), "a set of shards is due as a whole"
+        return sets
+
+    def square_norms(self, names: Sequence[str]) -> Tensor:
+        """Return the squared norm of the part of each gathered gradient that is here, `[len(names)]`."""
+        if not names:
+            return torch.zeros(0)
+        parts = [
+            self.gathered(name)
+            if self.stage == 1 and name not in self._reduced
+            else self._set_of[name].part(name, "gradient")
+            for name in names
+        ]
+        return torch.stack(torch._foreach_norm(parts)).square()
+
+    @torch.no_grad()
+    def update(self, names: Sequence[str], scales: Mapping[str, Tensor | float], rates: Mapping[str, float]) -> None:
+        """Take one step of AdamW with the parts that are due, and gather their weights."""
+        for name in names:
+            self._set_of[name].part(name, "gradient").mul_(scales[name])
+        for shards in self._due(names):
+            shards.step(rates)
+        self._reduced = set()
+
+    def masters(self, names: Sequence[str]) -> list[Tensor]:
+        """Return the parts of float32 masters that are here, one-dimensional, maybe empty."""
+        return [self._set_of[name].part(name, "master") for name in names]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return masters of low-precision parameters and AdamW's state, whole, of the parameters this rank owns.
+
+        Each is gathered to one replica, on the CPU, so that any number of replicas can load it. All replicas call.
+        """
+        result = {}
+        for name, shards in self._set_of.items():
+            for key in self._keys(name):
+                whole = self._gather(name, shards.part(name, key))
+                if whole is not None:
+                    result[f"{name}.{key}"] = whole
+            if self._owns(name):
+                result[f"{name}.step"] = shards.step_of(name).clone()
+        return result
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Hand every replica its part. All replicas call, each with what its own `state_dict` had.
+
+        Raises:
+            CheckpointError: If parameters that are now updated together were not.
+        """
+        steps = torch.zeros(len(self._set_of), device=self._device)
+        for index, (name, shards) in enumerate(self._set_of.items()):
+            for key in self._keys(name):
+                self._scatter(name, state.get(f"{name}.{key}"), shards.part(name, key))
+            if self._owns(name):
+                steps[index] = state[f"{name}.step"]
+        dist.all_reduce(steps, group=self.dp_group)
+        self._load_steps(dict(zip(self._set_of, steps.tolist(), strict=True)))
+
+    def _load_steps(self, steps: Mapping[str, float]) -> None:
+        seen: dict[int, str] = {}
+        for name, shards in self._set_of.items():
+            shared = shards.step_of(name)
+            first = seen.setdefault(id(shared), name)
+            if steps[first] != steps[name]:
+                raise CheckpointError(
+                    f"{first} and {name} share one ZeRO shard, but the checkpoint has updated them"
+                    f" {steps[first]:.0f} and {steps[name]:.0f} times",
+                    hint="resume with the cadences and groups of the run that saved it, or with parallel.zero=0",
+                )
+            shared.fill_(steps[name])
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return the weights, to be read or written in place; at stage 3 of the parameters this rank owns, copied."""
+        if self.stage < 3:
+            return {name: parameter.detach() for name, parameter in self.parameters.items()}
+        wholes = {name: self._gather(name, shards.part(name, "weight")) for name, shards in self._set_of.items()}
+        return {name: whole for name, whole in wholes.items() if whole is not None}
+
+    @torch.no_grad()
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Take over what `weights` returned, after its tensors have been filled. Masters are set to the weights."""
+        for name, shards in self._set_of.items():
+            if self.stage == 3:
+                self._scatter(name, weights.get(name), shards.part(name, "weight"))
+            else:
+                self.parameters[name].copy_(weights[name])
+            shards.take_weights(name)
+
+    def sums(self) -> dict[str, Tensor]:
+        """Return what adds up, over replicas, to the running sums of slow parameters."""
+        if self.stage == 1:
+            return {name: accumulator.total for name, accumulator in self.accumulators.items() if accumulator.kept}
+        wholes = {name: self._gather(name, self._set_of[name].part(name, "gradient")) for name in self._slow()}
+        return {name: whole for name, whole in wholes.items() if whole is not None}
+
+    @torch.no_grad()
+    def load_sums(self, sums: Mapping[str, Tensor]) -> None:
+        """Take over running sums, given in parts that add up over replicas; what is missing is zero."""
+        for name in self._slow():
+            if self.stage == 1:
+                total = self.accumulators[name].gathered()
+                if name not in sums:
+                    total.zero_()
+                elif sums[name] is not total:
+                    total.copy_(sums[name])
+                continue
+            whole = torch.zeros(self._shapes[name].numel(), device=self._device)
+            if name in sums:
+                whole.copy_(sums[name].flatten())
+            dist.all_reduce(whole, group=self.dp_group)
+            part, start = self._set_of[name].part(name, "gradient"), self._set_of[name].start_of(name)
+            part.copy_(whole[start : start + part.numel()])
+
+    def _slow(self) -> list[str]:
+        return [name for name in self._set_of if self.cadences[name].period > 1]
+
+    def _keys(self, name: str) -> tuple[str, ...]:
+        return ("master", *MOMENTS) if self._set_of[name].is_low_precision else MOMENTS
+
+    def _owns(self, name: str) -> bool:
+        return self._owners[name] == self.dp_group.rank()
+
+    def _gather(self, name: str, part: Tensor) -> Tensor | None:
+        """Return the whole of which every replica has a part, on the CPU, on the owner of the parameter alone."""
+        start = self._set_of[name].start_of(name)
+        whole = part.new_zeros(self._shapes[name].numel())
+        whole[start : start + part.numel()] = part
+        dist.reduce(whole, dist.get_global_rank(self.dp_group, self._owners[name]), group=self.dp_group)
+        return whole.cpu().view(self._shapes[name]) if self._owns(name) else None
+
+    def _scatter(self, name: str, whole: Tensor | None, part: Tensor) -> None:
+        """Fill every replica's part from the whole, which the owner of the parameter has."""
+        flat = part.new_empty(self._shapes[name].numel())
+        if whole is not None:
+            flat.copy_(whole.flatten())
+        dist.broadcast(flat, dist.get_global_rank(self.dp_group, self._owners[name]), group=self.dp_group)
+        start = self._set_of[name].start_of(name)
+        part.copy_(flat[start : start + part.numel()])
+
+
+def _updated_together(
+    parameters: Mapping[str, nn.Parameter], cadences: Mapping[str, Cadence], levels: Collection[Collection[str]]
+) -> list[list[str]]:
+    level_of = {name: index for index, names in enumerate(levels) for name in names}
+    sets: dict[tuple, list[str]] = {}
+    for name, parameter in parameters.items():
+        sets.setdefault((level_of.get(name), cadences[name], parameter.dtype), []).append(name)
+    return list(sets.values())
+
+
+def _within(groups: Sequence[RuleGroup], names: Sequence[str]) -> list[RuleGroup]:
+    chosen = set(names)
+    parts = [
+        RuleGroup(g.name, tuple(name for name in g.members if name in chosen), g.weight_decay, g.betas) for g in groups
+    ]
+    return [part for part in parts if part.members]
+
+
+def _owners(parameters: Mapping[str, nn.Parameter], replicas: int) -> dict[str, int]:
+    """Give each parameter to a replica, so that all hold about as many entries."""
+    held, owners = [0] * replicas, {}
+    for name, parameter in sorted(parameters.items(), key=lambda item: -item[1].numel()):
+        owners[name] = held.index(min(held))
+        held[owners[name]] += parameter.numel()
+    return owners

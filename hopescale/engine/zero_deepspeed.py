@@ -1,0 +1,214 @@
+"""DeepSpeed's ZeRO optimizers, stages 1 and 2, over parameters that are updated together. Where DeepSpeed is met."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from hopescale.optim import RuleGroup
+
+BUCKET_ELEMENTS = 1 << 24
+"""Gradients are reduced in packs of at most this many entries (64 MiB in float32), or one tensor."""
+
+
+@contextmanager
+def environment(**variables: str) -> Iterator[None]:
+    """Set environment variables that a library reads, and undo it: they are nobody else's business."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
+
+
+def start_deepspeed(device: torch.device) -> None:
+    """Import DeepSpeed for a device and let it use the process groups that are running. May be called again."""
+    with environment(DS_ACCELERATOR=device.type):
+        import deepspeed
+        from deepspeed.accelerator import get_accelerator
+
+        get_accelerator()
+    # It warns of what it is used for here on purpose, and calls names that torch will drop some day.
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    # Else a C++ extension for inference is compiled at the start of a run, about a minute, and never called.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
+
+
+class FlatShards:
+    """Parameters of one type that are updated together, their masters and state in flat shards over replicas.
+
+    Each rule group is one flat tensor of which every replica has an equal part, cut wherever it falls. DeepSpeed sums
+    gradients to the replica that has their part, steps AdamW there, and gathers the new weights.
+
+    Args:
+        parameters: By name, on one device; their storage becomes part of a flat tensor.
+        groups: Which share settings, every parameter in one.
+        eps: Of AdamW.
+        stage: 1 reduces whole gradients when asked to; 2 reduces each as soon as it is complete in a backward pass.
+        dp_group: The replicas.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        groups: Sequence[RuleGroup],
+        *,
+        eps: float,
+        stage: int,
+        dp_group: dist.ProcessGroup,
+    ):
+        self.parameters = dict(parameters)
+        self.is_low_precision = next(iter(self.parameters.values())).dtype != torch.float32
+        self._group_of = {name: index for index, group in enumerate(groups) for name in group.members}
+        self._zero = _zero_optimizer(self.parameters, groups, eps, stage, dp_group)
+        self._flat: list[Tensor] = self._zero.single_partition_of_fp32_groups
+        self._gradients: list[Tensor | None] = [None] * len(groups)
+        for hook in self._zero._grad_acc_hooks:
+            hook.remove()
+        if stage == 2:
+            for name, parameter in self.parameters.items():
+                parameter.register_post_accumulate_grad_hook(self._reduction(self._group_of[name]))
+        for flat in self._flat:
+            # What torch would make at the first step; made now so that a checkpoint always has the same tensors.
+            self._zero.optimizer.state[flat] = {
+                "step": torch.tensor(0.0),
+                "exp_avg": torch.zeros_like(flat, requires_grad=False),
+                "exp_avg_sq": torch.zeros_like(flat, requires_grad=False),
+            }
+
+    def _reduction(self, group: int):
+        return lambda parameter: self._zero.process_gradients(parameter, group)
+
+    def reduce(self, totals: Mapping[str, Tensor]) -> None:
+        """Sum gradients over replicas, float32, of all parameters (stage 1); the tensors may be overwritten."""
+        for name, parameter in self.parameters.items():
+            # DeepSpeed points what it is given at storage of its own.
+            gradient = totals[name].detach()
+            if self.is_low_precision:
+                parameter.grad_accum = gradient
+            else:
+                parameter.grad = gradient
+        self._zero.reduce_gradients(pipeline_parallel=True)
+        for parameter in self.parameters.values():
+            parameter.grad_accum = None
+        self._collect()
+
+    def end_backward(self) -> None:
+        """Reduce what a backward pass has left over, and add all of it to the gradients here (stage 2)."""
+        self._zero.overlapping_partition_gradients_reduce_epilogue()
+        self._collect()
+
+    def _collect(self) -> None:
+        for index, parts in self._zero.averaged_gradients.items():
+            flat = torch.cat([part.flatten() for part in parts])
+            gathered = self._gradients[index]
+            self._gradients[index] = flat if gathered is None else gathered.add_(flat)
+            self._zero.averaged_gradients[index] = None
+
+    def step(self, rates: Mapping[str, float]) -> None:
+        """Update with the gradients here, and gather the weights; the gradients are gone afterwards.
+
+        Args:
+            rates: Learning rate of each group by its name.
+        """
+        for group in self._zero.optimizer.param_groups:
+            group["lr"] = rates[group["name"]]
+        for index in range(len(self._flat)):
+            self._zero.averaged_gradients[index] = [self._gradient(index)]
+            self._gradients[index] = None
+        self._zero.step()
+
+    def start_of(self, name: str) -> int:
+        """Return where this replica's part of a parameter begins, in entries of the flattened parameter."""
+        here = self.parameters[name]._hp_mapping
+        return 0 if here is None else here.lp_fragment_address.start
+
+    def part(self, name: str, key: str) -> Tensor:
+        """Return this replica's part of `master`, `gradient`, `exp_avg` or `exp_avg_sq`: a view, maybe empty.
+
+        Args:
+            name: Of the parameter.
+            key: Of its tensor.
+        """
+        index, here = self._group_of[name], self.parameters[name]._hp_mapping
+        if key == "master":
+            flat = self._flat[index].detach()
+        else:
+            flat = self._gradient(index) if key == "gradient" else self._state(name)[key]
+        if here is None:
+            return flat[:0]
+        return flat.narrow(0, here.hp_fragment_address.start, here.hp_fragment_address.numel)
+
+    def step_of(self, name: str) -> Tensor:
+        """Return the number of updates of a parameter, a view shared by all of its group."""
+        return self._state(name)["step"]
+
+    @torch.no_grad()
+    def take_weights(self, name: str) -> None:
+        """Set this replica's part of a parameter's master to the parameter."""
+        part, start = self.part(name, "master"), self.start_of(name)
+        part.copy_(self.parameters[name].detach().flatten()[start : start + part.numel()])
+
+    def _state(self, name: str) -> dict[str, Tensor]:
+        return self._zero.optimizer.state[self._flat[self._group_of[name]]]
+
+    def _gradient(self, index: int) -> Tensor:
+        if self._gradients[index] is None:
+            self._gradients[index] = torch.zeros_like(self._flat[index], requires_grad=False)
+        return self._gradients[index]
+
+
+def _zero_optimizer(
+    parameters: Mapping[str, nn.Parameter],
+    groups: Sequence[RuleGroup],
+    eps: float,
+    stage: int,
+    dp_group: dist.ProcessGroup,
+):
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+    from deepspeed.utils.timer import NoopTimer
+
+    rule = torch.optim.AdamW(
+        [
+            {
+                "params": [parameters[name] for name in group.members],
+                "weight_decay": group.weight_decay,
+                "betas": group.betas,
+                "name": group.name,
+            }
+            for group in groups
+        ],
+        eps=eps,
+        foreach=True,
+    )
+    return DeepSpeedZeroOptimizer(
+        rule,
+        {parameter: name for name, parameter in parameters.items()},
+        timers=NoopTimer(),
+        optimizer_params=None,
+        dp_process_group=dp_group,
+        partition_grads=stage == 2,
+        reduce_bucket_size=min(BUCKET_ELEMENTS, sum(parameter.numel() for parameter in parameters.values())),
+        # A bucket lies in one shard or two: sent to these alone, not to all.
+        use_multi_rank_bucket_allreduce=False,
+        gradient_average=False,
+        gradient_accumulation_dtype=torch.float32,
+        communication_data_type=torch.float32,
+        # Norms and clipping are the outer optimizer's.
+        clip_grad=0.0,
+        check_grad_overflow=False,
+        compute_grad_norm=False,
+    )

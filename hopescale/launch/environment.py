@@ -1,0 +1,131 @@
+"""The environment variables by which a launcher tells a process its place. The only place that reads or makes them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from hopescale.common.errors import LaunchError
+from hopescale.common.place import Place
+
+_FIRST_PORT, _NUM_PORTS = 15_000, 10_000
+"""Ports that jobs of Slurm are spread over by their number."""
+
+_FIRST_SPECIAL_STEP = -16
+"""Steps of Slurm from this number on, of 32 bits, launch no ranks: the batch script, an interactive shell."""
+
+_SIGNS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "SLURM_PROCID")
+"""Variables that show that a launcher is at work."""
+
+
+def find_place(environ: Mapping[str, str]) -> Place | None:
+    """Return this process's place as torchrun or, after that, srun states it; None for a process started alone.
+
+    A batch script and an interactive allocation hold Slurm's variables too, but start one process: they count as alone.
+
+    Args:
+        environ: Environment variables by name.
+
+    Raises:
+        LaunchError: If the variables of a launcher are incomplete or make no sense.
+    """
+    if "RANK" in environ or "LOCAL_RANK" in environ:
+        return _torchrun_place(environ)
+    if _is_task_of_a_step(environ):
+        return _srun_place(environ)
+    if environ.get("WORLD_SIZE", "1") != "1":
+        return _torchrun_place(environ)
+    return None
+
+
+def child_environ(environ: Mapping[str, str], place: Place, num_threads: int) -> dict[str, str]:
+    """Return the environment of a process that is to find `place` in it.
+
+    Args:
+        environ: What it inherits. A number of threads set there stays.
+        place: Its place.
+        num_threads: Threads of its operations on the CPU.
+    """
+    return {
+        "OMP_NUM_THREADS": str(num_threads),
+        **environ,
+        "RANK": str(place.rank),
+        "WORLD_SIZE": str(place.world_size),
+        "LOCAL_RANK": str(place.local_rank),
+        "MASTER_ADDR": place.address,
+        "MASTER_PORT": str(place.port),
+    }
+
+
+def _torchrun_place(environ: Mapping[str, str]) -> Place:
+    world_size = _number(environ, "WORLD_SIZE", 1)
+    return Place(
+        rank=_number(environ, "RANK", 0, world_size),
+        world_size=world_size,
+        local_rank=_number(environ, "LOCAL_RANK", 0, world_size),
+        address=_text(environ, "MASTER_ADDR"),
+        port=_port(environ),
+    )
+
+
+def _is_task_of_a_step(environ: Mapping[str, str]) -> bool:
+    if "SLURM_STEP_ID" not in environ or _tasks_name(environ) not in environ:
+        return False
+    step = _number(environ, "SLURM_STEP_ID", _FIRST_SPECIAL_STEP)
+    return 0 <= step < 2**32 + _FIRST_SPECIAL_STEP and _number(environ, _tasks_name(environ), 1) > 1
+
+
+def _tasks_name(environ: Mapping[str, str]) -> str:
+    """Return the variable that counts the ranks.
+
+    A batch script submitted from within a step inherits that step's variables; Slurm sets only those of the job anew.
+    """
+    return "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environ else "SLURM_NTASKS"
+
+
+def _srun_place(environ: Mapping[str, str]) -> Place:
+    world_size = _number(environ, _tasks_name(environ), 1)
+    nodes = "SLURM_STEP_NODELIST" if "SLURM_STEP_NODELIST" in environ else "SLURM_JOB_NODELIST"
+    if "MASTER_PORT" in environ:
+        port = _port(environ)
+    else:
+        port = _FIRST_PORT + _number(environ, "SLURM_JOB_ID", 0) % _NUM_PORTS
+    return Place(
+        rank=_number(environ, "SLURM_PROCID", 0, world_size),
+        world_size=world_size,
+        local_rank=_number(environ, "SLURM_LOCALID", 0, world_size),
+        address=environ.get("MASTER_ADDR") or _first_host(_text(environ, nodes), nodes),
+        port=port,
+    )
+
+
+def _first_host(hosts: str, name: str) -> str:
+    """Return the first host of a list as Slurm writes it: `node01` of `node[01-03,07],gpu5`."""
+    first = re.match(r"(?:[^,\[\]]|\[[^\[\]]+\])+(?=,|$)", hosts)
+    host = re.sub(r"\[(\w+)[^\]]*\]", r"\1", first[0]) if first else ""
+    if not re.fullmatch(r"[\w.-]+", host):
+        raise LaunchError(f"{name} is {hosts!r}, which names no host", "set MASTER_ADDR to the host of rank 0")
+    return host
+
+
+def _port(environ: Mapping[str, str]) -> int:
+    return _number(environ, "MASTER_PORT", 1, 2**16)
+
+
+def _text(environ: Mapping[str, str], name: str) -> str:
+    if not environ.get(name):
+        found = "is empty" if name in environ else "is not set"
+        beside = ", ".join(f"{other} is {environ[other]!r}" for other in _SIGNS if environ.get(other))
+        message = f"{name} {found}, but a launcher has started this process: {beside}"
+        raise LaunchError(message, "start all ranks with --nproc, torchrun or srun; to run alone, unset the others")
+    return environ[name]
+
+
+def _number(environ: Mapping[str, str], name: str, low: int, end: int | None = None) -> int:
+    text = _text(environ, name)
+    number = int(text) if re.fullmatch(r"-?\d+", text, re.ASCII) else None
+    if number is None or number < low or (end is not None and number >= end):
+        bounds = f"at least {low}" if end is None else f"from {low} to {end - 1}"
+        hint = "the launcher sets it, or an export in the script that starts it"
+        raise LaunchError(f"{name} is {text!r}, must be a number {bounds}", hint)
+    return number

@@ -1,0 +1,245 @@
+"""Several processes of one command on this machine: started together, signalled together, ended together."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from threading import Thread
+from typing import IO
+
+from hopescale.common.errors import HopescaleError, LaunchError, StoppedEarly
+from hopescale.common.place import Place
+from hopescale.launch.environment import child_environ
+
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+"""Signals that are passed on to every process."""
+
+ORDERLY = (0, StoppedEarly.exit_code)
+"""Exit codes after which the other processes may take their time, perhaps to finish a checkpoint."""
+
+EXPLAINED = frozenset(error.exit_code for error in HopescaleError.__subclasses__())
+"""Exit codes of a process that has said why it ended."""
+
+SAME_TIME_S = 2.0
+"""Failures no further apart than this have one cause; an explained one tells more of it."""
+
+_ADDRESS = "127.0.0.1"
+_POLL_S = 0.05
+_DRAIN_S = 2.0
+_PR_SET_PDEATHSIG = 1
+
+Say = Callable[[str], None]
+
+
+def run_local(
+    command: Sequence[str],
+    nproc: int,
+    *,
+    environ: Mapping[str, str],
+    report: Say,
+    relay: Say,
+    grace_s: float = 15.0,
+) -> int:
+    """Run `nproc` processes of a command until all have ended; call it from the main thread.
+
+    Each finds its place in the variables torchrun would set. SIGTERM, SIGINT and SIGUSR1 are passed on. Processes stand
+    in sessions of their own, so a Ctrl-C reaches each once; on Linux they get SIGTERM when this process dies. When one
+    fails, the others have `grace_s` to end themselves; then SIGTERM is sent, and SIGKILL after as long again. A second
+    SIGINT sets the same clock running.
+
+    Standard output is this process's, and so is standard error of rank 0.
+
+    Args:
+        command: Program and arguments.
+        nproc: Number of processes.
+        environ: Their environment variables, to which their place and a number of threads are added.
+        report: Takes each line about a process that failed.
+        relay: Takes each line of standard error of the ranks above 0, marked `[rank N]`.
+        grace_s: Seconds before each stronger signal.
+
+    Returns:
+        0 if all succeeded; else the exit code of the first that failed by itself, 128 + n for signal n. Of failures
+        within two seconds an explained one counts. Being stopped early, 75, counts only where nothing went wrong.
+
+    Raises:
+        LaunchError: If a process cannot be started.
+    """
+    received: list[int] = []
+    children: list[_Child] = []
+    with _reserved_port() as port, _noted_signals(received):
+        try:
+            for rank in range(nproc):
+                place = Place(rank, nproc, rank, _ADDRESS, port)
+                children.append(_Child(rank, _start(command, place, environ)))
+            readers = [_reader(child, relay) for child in children if child.process.stderr is not None]
+            _wait(children, received, report, grace_s)
+        finally:
+            for child in children:
+                child.kill()
+        for reader in readers:
+            reader.join(_DRAIN_S)
+    return _outcome(children)
+
+
+@dataclass
+class _Child:
+    """One process of the job.
+
+    Attributes:
+        rank: Its rank.
+        process: It.
+        ended_s: When it was found to have ended, by the monotonic clock.
+        stopped: Whether it was ended from here, because of another one.
+    """
+
+    rank: int
+    process: subprocess.Popen[bytes]
+    ended_s: float | None = None
+    stopped: bool = False
+
+    def running(self) -> bool:
+        """Look whether the process runs."""
+        if self.ended_s is None and self.process.poll() is not None:
+            self.ended_s = time.monotonic()
+        return self.ended_s is None
+
+    @property
+    def code(self) -> int:
+        """Exit code as a shell gives it."""
+        code = self.process.returncode
+        return code if code >= 0 else 128 - code
+
+    def kill(self) -> None:
+        """End the process with all it has started, if it still runs."""
+        if self.running():
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+    def __str__(self) -> str:
+        text, code = f"rank {self.rank} (pid {self.process.pid})", self.process.returncode
+        if code is None:
+            return text
+        return f"{text} died with {_signal_name(-code)}" if code < 0 else f"{text} ended with exit code {code}"
+
+
+def _start(command: Sequence[str], place: Place, environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.PIPE if place.rank else None,
+            env=child_environ(environ, place, max(1, cores // place.world_size)),
+            start_new_session=True,
+            preexec_fn=_follow_parent(),
+        )
+    except OSError as error:
+        raise LaunchError(f"cannot start rank {place.rank}, {command[0]}: {error.strerror}") from error
+
+
+def _follow_parent() -> Callable[[], int] | None:
+    """Return what a new process calls so as to get SIGTERM when its parent dies; None where there is no such call."""
+    return partial(ctypes.CDLL(None).prctl, _PR_SET_PDEATHSIG, signal.SIGTERM) if sys.platform == "linux" else None
+
+
+def _reader(child: _Child, relay: Say) -> Thread:
+    """Start a thread that passes on the lines of standard error until it is closed."""
+    thread = Thread(target=_pass_on, args=(child.process.stderr, child.rank, relay), daemon=True)
+    thread.start()
+    return thread
+
+
+def _pass_on(stream: IO[bytes], rank: int, relay: Say) -> None:
+    prefix, prefix_of_torch = f"[rank {rank}] ", f"[rank{rank}]: "
+    for line in stream:
+        text = line.decode(errors="replace").rstrip("\n")
+        _tell(relay, text if text.startswith((prefix, prefix_of_torch)) else prefix + text)
+
+
+def _tell(listener: Say, line: str) -> None:
+    """Say a line to whoever still listens: a terminal that is gone must not hold up or end the processes."""
+    with suppress(OSError):
+        listener(line)
+
+
+def _wait(children: list[_Child], received: list[int], report: Say, grace_s: float) -> None:
+    """Wait until all have ended: pass signals on, and stop what is left over by a failure."""
+    interrupts, cause, deadline = 0, None, None
+    stronger = [signal.SIGTERM, signal.SIGKILL]
+    while running := [child for child in children if child.running()]:
+        for number in [received.pop(0) for _ in range(len(received))]:
+            interrupts += number == signal.SIGINT
+            for child in running:
+                child.process.send_signal(number)
+        if cause is None:
+            failed = [child for child in children if child.ended_s is not None and child.code not in ORDERLY]
+            cause = str(failed[0]) if failed else "the second interrupt" if interrupts > 1 else None
+            if cause is not None:
+                deadline = time.monotonic() + grace_s
+            if failed and failed[0].code not in EXPLAINED:
+                _tell(report, f"{cause}; stopping the others")
+        elif stronger and time.monotonic() > deadline:
+            number = stronger.pop(0)
+            ranks = ", ".join(str(child.rank) for child in running)
+            _tell(report, f"still running after {cause}: rank {ranks}; sending {_signal_name(number)}")
+            _stop(running, number)
+            deadline = time.monotonic() + grace_s
+        time.sleep(_POLL_S)
+
+
+def _stop(running: list[_Child], number: int) -> None:
+    for child in running:
+        child.stopped = True
+        if number == signal.SIGKILL:
+            child.kill()
+        else:
+            child.process.send_signal(number)
+
+
+def _outcome(children: list[_Child]) -> int:
+    failed = sorted((child for child in children if child.code and not child.stopped), key=lambda child: child.ended_s)
+    wrong = [child for child in failed if child.code not in ORDERLY]
+    if not wrong:
+        if failed:
+            return failed[0].code
+        return 128 + signal.SIGINT if any(child.stopped for child in children) else 0
+    near = [child.code for child in failed if abs(child.ended_s - wrong[0].ended_s) <= SAME_TIME_S]
+    explained = [code for code in near if code in EXPLAINED]
+    return min(explained, key=lambda code: code in ORDERLY, default=wrong[0].code)
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+@contextmanager
+def _reserved_port() -> Iterator[int]:
+    """Hold a free port that no other process is given, and that a process which asks for it by number can listen on."""
+    with socket.socket() as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind((_ADDRESS, 0))
+        yield held.getsockname()[1]
+
+
+@contextmanager
+def _noted_signals(received: list[int]) -> Iterator[None]:
+    """Note signals that are to be passed on, instead of dying of them."""
+    previous = {number: signal.signal(number, lambda number, _: received.append(number)) for number in FORWARDED}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,82 @@
+"""What the outer optimizer asks of whoever keeps masters and state of some parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RuleGroup:
+    """Parameters that share the settings of the update rule.
+
+    Attributes:
+        name: Of the group in `optim.groups`.
+        members: Parameter names.
+        weight_decay: Decoupled, per unit of learning rate.
+        betas: Decay rates of the two moments.
+    """
+
+    name: str
+    members: tuple[str, ...]
+    weight_decay: float
+    betas: tuple[float, float]
+
+
+class Updater(Protocol):
+    """Gathers the gradients of its parameters, keeps float32 masters and rule state, whole or sharded over replicas.
+
+    A step is: backward passes, `reduce(due)`, `square_norms(...)`, `update(due, ...)`. What is not due gathers on.
+    Calls that communicate are made by all data-parallel ranks with the same names in the same order.
+
+    Attributes:
+        share: Weight of this rank's part in sums over all replicas: 1 if parts are disjoint, or 1 on one replica and 0
+            on the others if each holds the whole.
+    """
+
+    share: float
+
+    def backward(self, loss: Tensor) -> None:
+        """Run the backward pass of a micro batch; gradients are gathered as they become complete."""
+
+    def gathered(self, name: str) -> Tensor:
+        """Return the sum of this rank's gradients of a parameter since its last update, to be changed in place."""
+
+    def reduce(self, names: Sequence[str]) -> None:
+        """Sum the gathered gradients of parameters that are due over the data-parallel ranks."""
+
+    def square_norms(self, names: Sequence[str]) -> Tensor:
+        """Return the squared norm of the part of each gathered gradient that is here, `[len(names)]` float32."""
+
+    def update(self, names: Sequence[str], scales: Mapping[str, Tensor | float], rates: Mapping[str, float]) -> None:
+        """Update parameters with their gathered gradients, and begin a new period.
+
+        Args:
+            names: All that is due.
+            scales: Factor on each one's gradient.
+            rates: Learning rate of each group.
+        """
+
+    def masters(self, names: Sequence[str]) -> list[Tensor]:
+        """Return the parts of float32 masters that are here."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return this rank's part of the masters and the rule's state, by name; nothing of it may be a view."""
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what `state_dict` returned, after its tensors have been filled."""
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return the weights that a checkpoint takes from this rank, by parameter name."""
+
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Take over what `weights` returned, after its tensors have been filled; before `load_state_dict`."""
+
+    def sums(self) -> dict[str, Tensor]:
+        """Return the running sums of slow parameters, by parameter name, in parts that add up over replicas."""
+
+    def load_sums(self, sums: Mapping[str, Tensor]) -> None:
+        """Take over running sums, given in parts that add up over replicas in any way; what is missing is zero."""

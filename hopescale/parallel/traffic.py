@@ -1,0 +1,74 @@
+"""What a process hands to its collectives, counted as it happens."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from hopescale.parallel.mesh import Mesh
+
+_FIRST = ("allreduce", "allreduce_coalesced", "reduce", "broadcast", "send")
+_SECOND = (
+    ("allgather", "_allgather_base", "all_gather_single", "allgather_coalesced")
+    + ("allgather_into_tensor_coalesced", "all_gather_single_coalesced")
+    + ("reduce_scatter", "_reduce_scatter_base", "reduce_scatter_single")
+    + ("reduce_scatter_tensor_coalesced", "reduce_scatter_single_coalesced")
+    + ("alltoall", "alltoall_base", "all_to_all_single")
+)
+_SENT = dict.fromkeys(_FIRST, 0) | dict.fromkeys(_SECOND, 1)
+"""Position of the tensors a rank contributes, among the arguments of each method of a process group. Versions of torch
+know some of them by different names."""
+
+
+class Traffic:
+    """Counts the bytes of tensors this rank hands to collectives and sends, by axis; a context manager.
+
+    An all-reduce and a broadcast count their tensor, a reduce-scatter its whole input, an all-gather this rank's part,
+    a send its tensor; what an algorithm makes of them on the wire is not looked at. Groups of one rank do not count.
+    Whoever communicates - Megatron, DeepSpeed, this package - ends in the counted methods of `ProcessGroup`.
+
+    Args:
+        mesh: Its axes are counted; decisions and checkpoints are not.
+    """
+
+    def __init__(self, mesh: Mesh):
+        self.bytes: Counter[str] = Counter()
+        self._axes = {group.group_name: axis for axis, group in mesh.axes().items() if group.size() > 1}
+        self._originals: dict[str, Any] = {}
+
+    def __enter__(self) -> Traffic:
+        for name, position in _SENT.items():
+            if name in vars(dist.ProcessGroup):
+                # The class's own entry: what `getattr` returns would not bind to an instance when it is put back.
+                self._originals[name] = vars(dist.ProcessGroup)[name]
+                counting = self._counting(name, getattr(dist.ProcessGroup, name), position)
+                setattr(dist.ProcessGroup, name, counting)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for name, original in self._originals.items():
+            setattr(dist.ProcessGroup, name, original)
+
+    def _counting(self, name: str, original: Any, position: int) -> Any:
+        def counted(group: dist.ProcessGroup, *arguments: Any, **options: Any) -> Any:
+            axis = self._axes.get(group.group_name)
+            if axis is not None and len(arguments) > position:
+                # With two stages Megatron sends one way over the group of all ranks.
+                axis = "pp" if name == "send" else axis
+                self.bytes[axis] += _num_bytes(arguments[position])
+            return original(group, *arguments, **options)
+
+        return counted
+
+    def total(self) -> int:
+        """Return the bytes of all axes since the beginning."""
+        return self.bytes.total()
+
+
+def _num_bytes(tensors: Any) -> int:
+    if isinstance(tensors, Tensor):
+        return tensors.nbytes
+    return sum(_num_bytes(tensor) for tensor in tensors)

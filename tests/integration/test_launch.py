@@ -1,0 +1,64 @@
+"""Several processes started by one command, as a person starts them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_STEP_ID")
+
+
+@pytest.fixture
+def command(tiny, tmp_path: Path) -> list[str]:
+    run = ("--run-dir", str(tmp_path / "run"))
+    return [sys.executable, "-m", "hopescale", "train", "debug", "--nproc", "2", *tiny, *run]
+
+
+@pytest.fixture
+def options(tmp_path: Path) -> dict:
+    environ = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
+    path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [environ.get("PYTHONPATH")])])
+    return {"text": True, "cwd": tmp_path, "env": {**environ, "PYTHONPATH": path}}
+
+
+def finish(command: list[str], options: dict, *args: str) -> tuple[int, str, str]:
+    done = subprocess.run([*command, *args], capture_output=True, timeout=200, check=False, **options)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_what_does_not_split_touches_nothing(command, options, tmp_path: Path):
+    code, out, err = finish(command, options, "parallel.tp=2", "train.micro_batch_size=8")
+    assert (code, out) == (2, "")
+    assert "64 is not a multiple of seq_len * micro_batch_size = 16 * 8 = 128" in err
+    code, out, err = finish(command, options, "train.micro_batch_size=4")
+    assert (code, out) == (2, "")
+    assert "64 is not a multiple of seq_len * micro_batch_size * parallel.dp = 16 * 4 * 2 = 128" in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_rank_tells_of_its_failure_and_the_code_is_theirs(command, options):
+    source = ("data.sources.markov=null", "data.sources.main.path=nowhere")
+    code, out, err = finish(command, options, *source)
+    assert (code, out) == (3, "")
+    lines = err.splitlines()
+    assert "data error" in lines and "[rank 1] data error" in lines
+    assert "Traceback" not in err
+
+
+def test_two_ranks_train_and_stop_on_a_signal_to_the_launcher(command, options):
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    launcher = subprocess.Popen([*command, "train.steps=20000"], **pipes, **options)
+    try:
+        while "step 3/" not in (line := launcher.stdout.readline()):
+            assert line, launcher.stderr.read()
+        launcher.send_signal(signal.SIGTERM)
+        out, err = launcher.communicate(timeout=100)
+    finally:
+        launcher.kill()
+    assert launcher.returncode == 75
+    assert err.count("stopped\n  SIGTERM at step ") == 1 and "[rank 1]" not in err

@@ -1,0 +1,84 @@
+"""Activations computed again change no bit of the result, and are not kept."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from hopescale.models import Model, ModelState
+from hopescale.parallel.layers import cross_entropy_sum
+from tests.support.split import BASE, VARIANTS
+
+TOKENS = torch.randint(0, 200, (2, 49), generator=torch.Generator().manual_seed(1))
+DOCUMENT_IDS = (torch.arange(48) > 9).long().expand(2, -1)
+
+
+def forward(model: Model, state: ModelState | None = None, probe: dict | None = None) -> Tensor:
+    logits, after = model(TOKENS[:, :-1], state, document_ids=None if state else DOCUMENT_IDS, probe=probe)
+    loss = cross_entropy_sum(logits, TOKENS[:, 1:], model.mesh)
+    return loss + sum(layer.square().sum() for part in after.layers for layer in part.tensors.values())
+
+
+def kept_bytes(model: Model) -> int:
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = forward(model)
+    loss.backward()
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("carried", [False, True])
+@pytest.mark.parametrize("recompute", ["block", "memory"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_losses_gradients_and_probes_are_the_same_bits(variant: str, recompute: str, carried: bool):
+    config = replace(BASE, **VARIANTS[variant])
+    results = []
+    for mode in ("none", recompute):
+        model, probe = Model(config, seed=2, recompute=mode), {}
+        state = model(TOKENS[:, :11])[1] if carried else None
+        loss = forward(model, state, probe)
+        before = {name: (id(value), float(value)) for name, value in probe.items()}
+        loss.backward()
+        assert {name: (id(value), float(value)) for name, value in probe.items()} == before
+        results.append((loss, before.keys(), {name: p.grad for name, p in model.named_parameters()}))
+    (loss, probed, gradients), (again, probed_again, gradients_again) = results
+    assert torch.equal(loss, again)
+    assert probed == probed_again
+    assert len(probed) == (0 if variant == "attention" else 6)
+    for name, gradient in gradients.items():
+        assert torch.equal(gradient, gradients_again[name]), name
+
+
+def test_less_is_kept():
+    kept = {mode: kept_bytes(Model(BASE, recompute=mode)) for mode in ("none", "memory", "block")}
+    assert kept["memory"] < kept["none"] / 4
+    assert kept["block"] < kept["memory"] / 1.5
+
+
+def test_the_memories_are_not_probed_again(monkeypatch: pytest.MonkeyPatch):
+    from hopescale.models import self_modifying
+
+    calls = []
+    summary = self_modifying._summary
+    monkeypatch.setattr(self_modifying, "_summary", lambda seen: calls.append(1) or summary(seen))
+    loss = forward(Model(BASE, recompute="block"), probe={})
+    assert len(calls) == BASE.num_layers
+    loss.backward()
+    assert len(calls) == BASE.num_layers
+
+
+def test_nothing_is_kept_to_recompute_without_gradients(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("hopescale.models.recompute.checkpoint", lambda *a, **k: pytest.fail("recomputing"))
+    with torch.no_grad():
+        forward(Model(BASE, recompute="block"))
