@@ -41,21 +41,45 @@ def test_what_does_not_split_touches_nothing(command, options, tmp_path: Path):
     assert not list(tmp_path.iterdir())
 
 
-def test_every_rank_tells_of_its_failure_and_the_code_is_theirs(command, options):
+def test_a_failure_of_all_ranks_is_told_once_and_the_code_is_theirs(command, options):
     source = ("data.sources.markov=null", "data.sources.main.path=nowhere")
     code, out, err = finish(command, options, *source)
     assert (code, out) == (3, "")
-    lines = err.splitlines()
-    assert "data error" in lines and "[rank 1] data error" in lines
+    assert err.count("data error") == 1 and "[rank 1] data error" not in err
     assert "Traceback" not in err
 
 
-def test_two_ranks_train_and_stop_on_a_signal_to_the_launcher(command, options):
+def start(command: list[str], options: dict) -> subprocess.Popen:
+    """Start a long run and wait until it trains."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     launcher = subprocess.Popen([*command, "train.steps=20000"], **pipes, **options)
+    while "step 3/" not in (line := launcher.stdout.readline()):
+        assert line, launcher.stderr.read()
+    return launcher
+
+
+def children(launcher: subprocess.Popen) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the ranks in /proc")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, 137), (signal.SIGSEGV, 139)])
+def test_a_rank_that_dies_ends_the_job(command, options, number: signal.Signals, code: int):
+    launcher = start(command, options)
     try:
-        while "step 3/" not in (line := launcher.stdout.readline()):
-            assert line, launcher.stderr.read()
+        os.kill(children(launcher)[1], number)
+        _, err = launcher.communicate(timeout=60)
+    finally:
+        launcher.kill()
+    assert launcher.returncode == code
+    assert "rank 1 (pid" in err and f"died with {number.name}" in err
+    if number == signal.SIGSEGV:
+        assert "[rank 1] Fatal Python error: Segmentation fault" in err and "trainer.py" in err
+
+
+def test_two_ranks_train_and_stop_on_a_signal_to_the_launcher(command, options):
+    launcher = start(command, options)
+    try:
         launcher.send_signal(signal.SIGTERM)
         out, err = launcher.communicate(timeout=100)
     finally:
