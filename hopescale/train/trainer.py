@@ -60,7 +60,8 @@ class Trainer:
         self.levels = state.levels
         passes = make_passes(state.slices, state.optimizer.backward, self.config.train.seq_len, device)
         self.engine = Engine(passes, state.optimizer, self.levels, traffic, device)
-        self.micro_batches = self.plan.grad_accumulation // self.mesh.dp_group.size()
+        sequences = self.config.train.micro_batch_size * self.mesh.dp_group.size()
+        self.micro_batches = self.plan.global_batch_size // sequences
         self.saved = state.step
         self.sent, self.counted = traffic.bytes.copy(), state.step
         self.warm, self.failure = False, None

@@ -19,7 +19,7 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "pp2": (2, ("parallel.pp=2",)),
     "pp2 interleaved": (2, ("parallel.pp=2", "parallel.virtual_stages=2")),
     "pp2 untied, block recomputed": (2, ("parallel.pp=2", "model.tie_embeddings=false", "train.recompute=block")),
-    "dp2": (2, ()),
+    "dp2": (2, ("parallel.dp=2",)),
     "dp2 zero 1": (2, ("parallel.zero=1",)),
     "dp2 zero 2": (2, ("parallel.zero=2",)),
     "dp2 zero 3": (2, ("parallel.zero=3",)),

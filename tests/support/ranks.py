@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import faulthandler
+import fcntl
 import multiprocessing
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -25,6 +27,13 @@ def run_ranks(function: Callable[..., None], world_size: int, folder: Path, *arg
         folder: Scratch folder for the rendezvous file and the ranks' reports.
         arguments: Passed on; must pickle.
     """
+    with (Path(tempfile.gettempdir()) / "hopescale-test-ranks.lock").open("w") as lock:
+        # Ranks of two tests at a time would wait for cores rather than for each other.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _run_ranks(function, world_size, folder, arguments)
+
+
+def _run_ranks(function: Callable[..., None], world_size: int, folder: Path, arguments: tuple) -> None:
     rendezvous = folder / f"rendezvous-{uuid4().hex}"
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["hopescale.train.worker", "hopescale.engine.pipeline"])
