@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from hopescale.common.errors import ConfigError
+from hopescale.common.errors import ConfigError, HopescaleError
 from hopescale.config.check import check_layout, require_valid
 from hopescale.config.layout import Layout, make_layout
 from hopescale.config.load import Loaded, load_recipe
@@ -46,12 +46,11 @@ def train(
         if nproc is not None:
             message = f"--nproc {nproc}, but this is already rank {place.rank} of {place.world_size}"
             raise ConfigError(message, "leave --nproc out under torchrun and srun")
-    loaded = require_valid(load_recipe(recipe, overrides or ()))
-    layout = make_layout(loaded.config, place.world_size if place else nproc or 1)
-    check_layout(loaded.config, layout, loaded.origins)
-    steps = loaded.config.train.steps
-    if stop_at is not None and not 0 < stop_at <= steps:
-        raise ConfigError(f"--stop-at is {stop_at}, but the run has steps 1 to {steps} (train.steps)")
+    try:
+        loaded, layout = _checked(recipe, overrides or (), place.world_size if place else nproc or 1, stop_at)
+    except HopescaleError as error:
+        error.repeated = place is not None and place.rank > 0
+        raise
     folder = run_dir or Path("runs") / loaded.config.name
     speaks = place is None or place.rank == 0
     if dry_run:
@@ -79,6 +78,17 @@ def train(
             stop_at=stop_at,
             report=report,
         )
+
+
+def _checked(recipe: str, overrides: Sequence[str], num_ranks: int, stop_at: int | None) -> tuple[Loaded, Layout]:
+    """Load a recipe and find out whether so many ranks can train it."""
+    loaded = require_valid(load_recipe(recipe, overrides))
+    layout = make_layout(loaded.config, num_ranks)
+    check_layout(loaded.config, layout, loaded.origins)
+    steps = loaded.config.train.steps
+    if stop_at is not None and not 0 < stop_at <= steps:
+        raise ConfigError(f"--stop-at is {stop_at}, but the run has steps 1 to {steps} (train.steps)")
+    return loaded, layout
 
 
 def _show_plan(loaded: Loaded, layout: Layout, folder: Path) -> None:

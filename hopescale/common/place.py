@@ -15,6 +15,7 @@ class Place:
         local_rank: Counted on this node; chooses the CUDA device.
         address: Host of rank 0, where all ranks meet.
         port: Its TCP port.
+        bound: Whether a scheduler may have shown this process its own device alone.
     """
 
     rank: int
@@ -22,3 +23,4 @@ class Place:
     local_rank: int
     address: str
     port: int
+    bound: bool = False

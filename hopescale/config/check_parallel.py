@@ -57,7 +57,7 @@ def tensor_parallel_ranks_share_evenly(config: RunConfig, origins: Origins) -> I
 def every_stage_has_a_block(config: RunConfig, origins: Origins) -> Iterator[Problem]:
     """A stage, and each slice of one, holds at least one block."""
     pp, slices, layers = config.parallel.pp or 1, config.parallel.virtual_stages, config.model.num_layers
-    if layers < pp * slices:
+    if 0 < layers < pp * slices:
         product = f"parallel.pp * parallel.virtual_stages = {pp} * {slices} = {pp * slices}"
         yield Problem("model.num_layers", f"{layers} is fewer than {product}", hint="a stage holds one block or more")
 

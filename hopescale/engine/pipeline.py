@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from hopescale.config.schema import ModelConfig
 from hopescale.data.loader import Batch
 from hopescale.models import Model
 from hopescale.parallel import quiet_imports
@@ -53,7 +55,17 @@ class Pipeline:
     def __init__(self, slices: Sequence[Model], seq_len: int, dtype: torch.dtype, device: torch.device):
         self.mesh, self.seq_len, self.device = slices[0].mesh, seq_len, device
         model = slices[0].config
-        config = TransformerConfig(
+        with warnings.catch_warnings():
+            # Of settings that concern Megatron's own layers.
+            warnings.simplefilter("ignore", UserWarning)
+            config = self._config(model, dtype)
+        self.stages = [_Stage(model, config) for model in slices]
+        self.run = get_forward_backward_func(
+            config.pipeline_model_parallel_size, config.virtual_pipeline_model_parallel_size
+        )
+
+    def _config(self, model: ModelConfig, dtype: torch.dtype) -> TransformerConfig:
+        return TransformerConfig(
             num_layers=self.mesh.pp_group.size() * self.mesh.virtual_stages,  # the cut is ours
             hidden_size=model.d_model,
             num_attention_heads=model.num_heads,
@@ -68,10 +80,6 @@ class Pipeline:
             deallocate_pipeline_outputs=False,
             batch_p2p_comm=False,
             use_cpu_initialization=True,
-        )
-        self.stages = [_Stage(model, config) for model in slices]
-        self.run = get_forward_backward_func(
-            config.pipeline_model_parallel_size, config.virtual_pipeline_model_parallel_size
         )
 
     def train(self, batches: Sequence[Batch], count: int, probe: Probe | None) -> Tensor:

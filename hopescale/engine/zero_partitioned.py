@@ -16,9 +16,6 @@ from torch import Tensor, nn
 from hopescale.engine.zero_deepspeed import BUCKET_ELEMENTS
 from hopescale.optim import RuleGroup
 
-PREFETCHED_ELEMENTS = 1 << 26
-"""Weights gathered ahead of their use, in entries."""
-
 
 class PartitionedModel:
     """Weights in equal parts over replicas, whole only while they are used; gradients summed to the same parts.
@@ -200,10 +197,13 @@ def _partition(model: nn.Module, whole: Collection[type[nn.Module]], dp_group: d
     from deepspeed.utils.timer import NoopTimer
 
     inside: set[nn.Parameter] = set()
+    largest = 0
     for module in model.modules():
         if isinstance(module, tuple(whole)):
             set_z3_leaf_module(module, True)
             inside.update(module.parameters())
+            largest = max(largest, sum(parameter.numel() for parameter in module.parameters()))
+    outside = sum(parameter.numel() for parameter in model.parameters() if parameter not in inside)
     parameter = next(model.parameters())
     # Launchers set it; DeepSpeed looks here for the device, now and in forward passes.
     os.environ["LOCAL_RANK"] = str(parameter.device.index or 0)
@@ -214,7 +214,9 @@ def _partition(model: nn.Module, whole: Collection[type[nn.Module]], dp_group: d
         timers=NoopTimer(),
         ds_config=None,
         overlap_comm=parameter.device.type == "cuda",
-        prefetch_bucket_size=PREFETCHED_ELEMENTS,
+        # The module that runs and the next one are whole, and what belongs to none.
+        prefetch_bucket_size=largest,
+        max_live_parameters=2 * largest + outside,
         # Weights are freed after each use, however soon the next is.
         max_reuse_distance=0,
         param_persistence_threshold=0,

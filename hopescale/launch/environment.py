@@ -96,6 +96,7 @@ def _srun_place(environ: Mapping[str, str]) -> Place:
         local_rank=_number(environ, "SLURM_LOCALID", 0, world_size),
         address=environ.get("MASTER_ADDR") or _first_host(_text(environ, nodes), nodes),
         port=port,
+        bound=True,
     )
 
 

@@ -142,13 +142,6 @@ class Model(nn.Module):
         padding = torch.arange(first, first + logits.shape[-1], device=logits.device) >= self.config.vocab_size
         return logits.masked_fill(padding, float("-inf"))
 
-    def duplicates(self) -> set[str]:
-        """Return the names of parameters that are copies of another slice's: a tied embedding, held here as the head.
-
-        The other slice's counts. Gradients of the two are to be added, and norms to take one of them.
-        """
-        return {"embedding.weight"} if self.embedding is not None and not self.is_first else set()
-
     def to_precision(self, dtype: torch.dtype) -> Model:
         """Cast weights to `dtype`, all but gates, norms and memories, which stay float32. In place; returns self."""
         for parameter in self.parameters():

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 def quiet_imports() -> Iterator[None]:
     """Silence what Megatron announces at import: that Transformer Engine and Apex, which are optional, are missing."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+        warnings.filterwarnings("ignore", message="(Transformer Engine and )?Apex (is|are) not installed")
         yield
 
 

@@ -29,11 +29,15 @@ class Control:
 
     Args:
         mesh: Its `control_group` is used.
+
+    Attributes:
+        verdict: Exit code of the failure that `agree` has met, the highest of all ranks'; 0 is none.
     """
 
     def __init__(self, mesh: Mesh):
         self._group = mesh.control_group
         self.rank, self.num_ranks = self._group.rank(), self._group.size()
+        self.verdict = 0
 
     @property
     def is_first(self) -> bool:
@@ -92,16 +96,18 @@ class Control:
         """
         if self.num_ranks == 1:
             if error is not None:
+                self.verdict = error.exit_code
                 raise error
             return stop
         failure = 0 if error is None else error.exit_code * _MAX_RANKS + self.rank
         seen = torch.tensor([signal.Signals[stop].value if stop else 0, failure])
         dist.all_reduce(seen, op=dist.ReduceOp.MAX, group=self._group)
+        number, failure = seen.tolist()
+        self.verdict, rank = divmod(failure, _MAX_RANKS)
         if error is not None:
             raise error
-        number, failure = seen.tolist()
         if failure:
-            raise self._failure(*divmod(failure, _MAX_RANKS))
+            raise self._failure(self.verdict, rank)
         return signal.Signals(number).name if number else None
 
     def gather(self, value: T) -> list[T]:

@@ -1,4 +1,4 @@
-"""Megatron-core where there is no CUDA: what it asks of a CUDA device, the CPU does. A no-op where CUDA exists."""
+"""Megatron-core on the CPU: what it asks of a CUDA device, the CPU does. Not used by runs on CUDA."""
 
 from __future__ import annotations
 
@@ -39,12 +39,10 @@ class _CudaOnCpu(types.ModuleType):
 
 
 def let_megatron_use_the_cpu() -> None:
-    """Let Megatron's mappings and pipeline schedules run on CPU tensors, if this machine has no CUDA device.
+    """Let Megatron's mappings and pipeline schedules run on CPU tensors, in this process, for good.
 
     They place buffers on the current CUDA device by name. Only these modules see the replacement.
     """
-    if torch.cuda.is_available():
-        return
     from megatron.core import utils
 
     with quiet_imports():

@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
 from hopescale.config.layout import Layout
 from hopescale.parallel.cpu import let_megatron_use_the_cpu
 from hopescale.parallel.process import start_alone
+
+CPU = torch.device("cpu")
 
 CHECKPOINT_TIMEOUT = timedelta(hours=2)
 """How long ranks wait for the slowest disk."""
@@ -43,12 +46,18 @@ class Mesh:
     virtual_stages: int = 1
 
     @classmethod
-    def over_all(cls, layout: Layout) -> Mesh:
+    def over_all(cls, layout: Layout, *, device: torch.device = CPU, timeout: timedelta | None = None) -> Mesh:
         """Split the running processes as `layout` says. Called once per process.
 
         Megatron keeps these groups in its own global state, where its schedules and its loss look for them.
+
+        Args:
+            layout: Its degrees multiply to the number of processes.
+            device: Where this process computes.
+            timeout: How long an exchange may wait for the other ranks; None is torch's default.
         """
-        let_megatron_use_the_cpu()
+        if device.type != "cuda":
+            let_megatron_use_the_cpu()
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=layout.tp,
             pipeline_model_parallel_size=layout.pp,
@@ -57,7 +66,7 @@ class Mesh:
         )
         own = dist.new_group([dist.get_rank()], use_local_synchronization=True)
         ends = parallel_state.get_embedding_group(check_initialized=False)
-        return cls(
+        mesh = cls(
             tp_group=parallel_state.get_tensor_model_parallel_group(),
             dp_group=parallel_state.get_data_parallel_group(),
             pp_group=parallel_state.get_pipeline_model_parallel_group(),
@@ -68,6 +77,9 @@ class Mesh:
             sequence_parallel=layout.sequence_parallel,
             virtual_stages=layout.virtual_stages,
         )
+        if timeout is not None:
+            mesh.set_timeout(timeout)
+        return mesh
 
     @classmethod
     def alone(cls) -> Mesh:

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from hopescale.common.errors import LaunchError
 from hopescale.common.place import Place
 
 
@@ -19,6 +20,9 @@ def start(place: Place, device: torch.device, timeout: timedelta) -> None:
         place: Which rank this is and where the ranks meet.
         device: Where this rank computes; made the current one if it is a CUDA device.
         timeout: How long an exchange may wait for the other ranks.
+
+    Raises:
+        LaunchError: If the ranks do not meet.
     """
     # Megatron calls collectives by names that newer versions of torch call deprecated.
     warnings.filterwarnings("ignore", category=FutureWarning, message=r"`torch\.distributed\..* is deprecated")
@@ -28,8 +32,15 @@ def start(place: Place, device: torch.device, timeout: timedelta) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
-    store = dist.TCPStore(place.address, place.port, place.world_size, is_master=place.rank == 0, timeout=timeout)
-    dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size, timeout=timeout)
+    host, port, ranks = place.address, place.port, place.world_size
+    try:
+        store = dist.TCPStore(host, port, ranks, is_master=place.rank == 0, timeout=timeout)
+        dist.init_process_group(backend, store=store, rank=place.rank, world_size=ranks, timeout=timeout)
+    except dist.DistError as error:
+        reason = str(error).splitlines()[0]
+        hint = "MASTER_ADDR must be the host of rank 0, MASTER_PORT free there, and all ranks must have been started"
+        message = f"rank {place.rank} of {ranks} could not meet the others at {host}:{port}: {reason}"
+        raise LaunchError(message, hint) from error
 
 
 def start_alone() -> None:

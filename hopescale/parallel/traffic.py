@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
@@ -31,13 +33,14 @@ class Traffic:
     Whoever communicates - Megatron, DeepSpeed, this package - ends in the counted methods of `ProcessGroup`.
 
     Args:
-        mesh: Its axes are counted; decisions and checkpoints are not.
+        mesh: Its axes are counted; decisions are not.
     """
 
     def __init__(self, mesh: Mesh):
         self.bytes: Counter[str] = Counter()
         self._axes = {group.group_name: axis for axis, group in mesh.axes().items() if group.size() > 1}
         self._originals: dict[str, Any] = {}
+        self._counts = True
 
     def __enter__(self) -> Traffic:
         for name, position in _SENT.items():
@@ -55,13 +58,22 @@ class Traffic:
     def _counting(self, name: str, original: Any, position: int) -> Any:
         def counted(group: dist.ProcessGroup, *arguments: Any, **options: Any) -> Any:
             axis = self._axes.get(group.group_name)
-            if axis is not None and len(arguments) > position:
+            if self._counts and axis is not None and len(arguments) > position:
                 # With two stages Megatron sends one way over the group of all ranks.
                 axis = "pp" if name == "send" else axis
                 self.bytes[axis] += _num_bytes(arguments[position])
             return original(group, *arguments, **options)
 
         return counted
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out what belongs to no training step."""
+        self._counts = False
+        try:
+            yield
+        finally:
+            self._counts = True
 
     def total(self) -> int:
         """Return the bytes of all axes since the beginning."""

@@ -16,6 +16,7 @@ from hopescale.common.errors import LaunchError
 from hopescale.config.layout import Layout
 from hopescale.config.load import Loaded, to_yaml
 from hopescale.config.plan import make_plan
+from hopescale.data.tokenizer import Tokenizer
 
 _PACKAGES = ("hopescale", "torch", "megatron-core", "deepspeed", "numpy", "sentencepiece", "webdataset", "omegaconf")
 
@@ -61,6 +62,19 @@ class RunFolder:
     def metrics(self) -> Path:
         """The record of the run."""
         return self.path / "metrics.jsonl"
+
+    def keep_tokenizer(self, tokenizer: Tokenizer | None) -> Path | None:
+        """Copy the tokenizer into the folder, if there is one, and return its path.
+
+        Raises:
+            LaunchError: If the folder cannot be written.
+        """
+        if tokenizer is None:
+            return None
+        try:
+            return tokenizer.copy_to(self.path)
+        except OSError as error:
+            raise self._failure(error) from error
 
     def describe(self, loaded: Loaded, layout: Layout, overrides: Sequence[str], groups: str) -> None:
         """Write what the run is: resolved config, overrides, origins, plan, parameter groups, environment.

@@ -14,8 +14,8 @@ from hopescale.config.layout import Layout
 from hopescale.config.schema import RunConfig
 from hopescale.cost.params import count_params
 
-_BYTES_PER_PARAMETER = {"fp32": 4 + 4 + 8, "bf16": 2 + 4 + 4 + 8}
-"""Weight, master if there is one, gradient sum, two moments; activations come on top."""
+_BYTES = {"fp32": (4, 4, 8), "bf16": (2, 4, 12)}
+"""Per parameter: weight; gradient sum; two moments, with a master if there is one. Activations come on top."""
 
 _SIGNS = ("can't allocate memory", "out of memory", "Storage size calculation overflowed")
 
@@ -27,8 +27,10 @@ def check_memory(config: RunConfig, layout: Layout, device: torch.device) -> Non
         ConfigError: With both sizes.
     """
     count = count_params(config.model)["total"]
-    ranks = layout.tp * layout.pp * (layout.dp if config.parallel.zero == 3 else 1)
-    need = count * _BYTES_PER_PARAMETER[config.train.precision] // ranks
+    weight, gradient, state = _BYTES[config.train.precision]
+    zero, dp = config.parallel.zero, layout.dp
+    each = weight / (dp if zero == 3 else 1) + gradient / (dp if zero > 1 else 1) + state / (dp if zero else 1)
+    need = int(count * each / (layout.tp * layout.pp))
     if device.type == "cuda":
         have = torch.cuda.get_device_properties(device).total_memory
     else:

@@ -161,9 +161,8 @@ def open_checkpoints(folder: RunFolder, config: RunConfig, data: Data, mesh: Mes
 
     Raises:
         CheckpointError: If the folder cannot be prepared.
+        LaunchError: If the tokenizer cannot be copied into the run folder.
     """
     group = mesh.checkpoint_group if mesh.checkpoint_group.size() > 1 else None
-    tokenizer = None
-    if data.tokenizer is not None and mesh.control_group.rank() == 0:
-        tokenizer = data.tokenizer.copy_to(folder.path)
+    tokenizer = Control(mesh).on_first(lambda: folder.keep_tokenizer(data.tokenizer))
     return CheckpointManager(folder.checkpoints, config.checkpoint, tokenizer=tokenizer, group=group)

@@ -158,9 +158,11 @@ class Trainer:
     def _check_replicas(self) -> None:
         """Compare the weights of the replicas, now and then."""
         every = self.config.train.replica_check_every
-        if every is None or self.state.step % every or self.config.parallel.zero == 3:
+        copies = self.mesh.dp_group.size() > 1 and self.config.parallel.zero < 3
+        if every is None or self.state.step % every or not copies:
             return
-        bad = differing(self.state.parameters, self.mesh.dp_group)
+        with self.traffic.paused():
+            bad = differing(self.state.parameters, self.mesh.dp_group)
         names = sorted({name for of_rank in self.control.gather(bad) for name in of_rank})
         if names:
             shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
@@ -174,7 +176,7 @@ class Trainer:
         for level, norm in gradients.level_norms.items():
             values[f"level/{level}/grad_norm"] = norm
             values[f"level/{level}/updates"] = optimizer.cadences[self.levels[level][0]].updates(step)
-            if self.mesh.dp_group.size() > 1:
+            if self.mesh.dp_group.size() > 1 and self.config.parallel.zero < 2:
                 values[f"level/{level}/bytes"] = gradients.level_bytes[level]
         return values | {f"level/{level}/update_rms": change for level, change in changes.items()}
 
@@ -221,7 +223,8 @@ class Trainer:
         validation, data, values = self.config.train.validation, self.state.data, {}
         for name in data.validation_sets if validation.every is not None else ():
             batches = data.validation(name, validation.tokens, self.config.train.micro_batch_size)
-            loss = values[f"val/{name}/loss"] = self.engine.evaluate(batches)
+            with self.traffic.paused():
+                loss = values[f"val/{name}/loss"] = self.engine.evaluate(batches)
             ratio, bits = data.bytes_per_token(name), None
             if ratio is not None:
                 bits = values[f"val/{name}/bits_per_byte"] = loss / math.log(2) / ratio
@@ -242,12 +245,13 @@ class Trainer:
     def _finish_after(self, error: HopescaleError) -> None:
         """Let the save in flight complete; a failure of its own must not hide the first one."""
         try:
-            if isinstance(error, DataError):
+            if self.control.verdict == DataError.exit_code:
                 self._finish()
             self.checkpoints.wait()
         except CheckpointError as second:
             self.report(str(second))
 
     def _save(self) -> None:
-        self.checkpoints.save(self.state.step, self.state.tensors(), self.state.manifest())
+        with self.traffic.paused():
+            self.checkpoints.save(self.state.step, self.state.tensors(), self.state.manifest())
         self.saved = self.state.step

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import faulthandler
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 
-from hopescale.common.errors import StoppedEarly
+from hopescale.common.errors import CheckpointError, LaunchError, StoppedEarly
 from hopescale.common.place import Place
 from hopescale.config.layout import Layout
 from hopescale.config.load import Loaded
@@ -110,7 +110,7 @@ def train_on(
     with memory_errors_explained(config):
         state = build_state(config, layout, mesh, device)
     folder = RunFolder(run_dir)
-    with ExitStack() as stack, memory_errors_explained(config):
+    with ExitStack() as stack, memory_errors_explained(config), _told_once(control):
         control.on_first(_opening(stack, folder))
         checkpoint = control.on_first(lambda: choose_checkpoint(folder, resume))
         if checkpoint is not None:
@@ -120,14 +120,12 @@ def train_on(
         checkpoints = open_checkpoints(folder, config, state.data, mesh)
         for line in _introduction(state, layout, device, run_dir):
             report(line)
-        record = None
-        if control.is_first:
-            resume_step = None if checkpoint is None else state.step
-            record = stack.enter_context(Record(folder, config.log, resume_step=resume_step))
+        opened: list[Record] = []
+        control.on_first(_recording(stack, folder, state, checkpoint is not None, opened))
         trainer = Trainer(
             state,
             checkpoints,
-            record,
+            opened[0] if opened else None,
             _throughput(config, layout, device),
             stack.enter_context(Traffic(mesh)),
             control,
@@ -136,6 +134,16 @@ def train_on(
         )
         reason = trainer.run(last_step, stop)
     return state.step, reason
+
+
+@contextmanager
+def _told_once(control: Control) -> Iterator[None]:
+    """Mark what all ranks meet together: torch reports the failure of one rank's part of a checkpoint on every rank."""
+    try:
+        yield
+    except CheckpointError as error:
+        error.repeated = not control.is_first
+        raise
 
 
 def _introduction(state: TrainState, layout: Layout, device: torch.device, run_dir: Path) -> Iterator[str]:
@@ -154,9 +162,21 @@ def _join(place: Place | None, layout: Layout, config: RunConfig) -> tuple[Mesh,
         return Mesh.alone(), device
     faulthandler.enable()
     if device.type == "cuda":
-        device = torch.device("cuda", place.local_rank % torch.cuda.device_count())
-    process.start(place, device, timedelta(seconds=config.parallel.first_step_timeout_s))
-    return Mesh.over_all(layout), device
+        device = _own_device(place)
+    timeout = timedelta(seconds=config.parallel.first_step_timeout_s)
+    process.start(place, device, timeout)
+    return Mesh.over_all(layout, device=device, timeout=timeout), device
+
+
+def _own_device(place: Place) -> torch.device:
+    """Return the CUDA device of a rank: by its number on the node, or the only one it is shown."""
+    count = torch.cuda.device_count()
+    if count == 1 and place.bound:
+        return torch.device("cuda", 0)
+    if place.local_rank >= count:
+        message = f"rank {place.rank} is number {place.local_rank} of its node, which has {count} CUDA devices"
+        raise LaunchError(message, "start one rank per device, or set train.device=cpu")
+    return torch.device("cuda", place.local_rank)
 
 
 def _opening(stack: ExitStack, folder: RunFolder) -> Callable[[], None]:
@@ -164,6 +184,16 @@ def _opening(stack: ExitStack, folder: RunFolder) -> Callable[[], None]:
         stack.enter_context(folder)
 
     return open_folder
+
+
+def _recording(
+    stack: ExitStack, folder: RunFolder, state: TrainState, resumed: bool, opened: list[Record]
+) -> Callable[[], None]:
+    def open_record() -> None:
+        record = Record(folder, state.config.log, resume_step=state.step if resumed else None)
+        opened.append(stack.enter_context(record))
+
+    return open_record
 
 
 def _throughput(config: RunConfig, layout: Layout, device: torch.device) -> Throughput:

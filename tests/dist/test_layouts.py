@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from hopescale.train import state
 from tests.support.layouts import fork, saved, train_run, values, weights, worst
 from tests.support.ranks import run_ranks
 
@@ -79,6 +80,18 @@ def test_every_layout_trains_the_same_model(single: Callable[..., Path], name: s
     assert values(run) == values(parts), "resumed in mid-period"
     ended = saved(parts)
     assert all(torch.equal(tensor, ended[key]) for key, tensor in saved(run).items())
+
+
+def train_twice_adding_up(rank: int, num_ranks: int, folder: Path, settings: tuple[str, ...]) -> None:
+    state.MAX_SUMS = 1
+    train_twice(rank, num_ranks, folder, settings)
+
+
+def test_sums_of_many_replicas_are_added_up_when_they_are_saved(single: Callable[..., Path], tmp_path: Path):
+    run_ranks(train_twice_adding_up, 2, tmp_path, 2, tmp_path, ("train.precision=fp32",))
+    assert not any(name.endswith(".accumulator.1") for name in saved(tmp_path / "whole", 3))
+    assert values(tmp_path / "whole") == values(tmp_path / "parts")
+    assert worst(weights(tmp_path / "parts"), weights(single("train.precision=fp32")))[0] <= 1e-5
 
 
 TARGETS = {

@@ -59,28 +59,31 @@ def test_the_smallest_difference_counts(tmp_path: Path):
     run_ranks(check_differing, 2, tmp_path)
 
 
-def hang(rank: int, folder: Path) -> None:
+def hang(rank: int, folder: Path, first: int) -> None:
     gradients = Engine.gradients
 
     def waiting(engine: Engine, step: int, *arguments, **options):
-        if rank == 1 and step == 2:
+        if rank == 1 and step == first:
             time.sleep(15)
         return gradients(engine, step, *arguments, **options)
 
     Engine.gradients = waiting
     begin = time.monotonic()
     with pytest.raises(RuntimeError, match=r"(?i)timed out|closed"):
-        train_run(folder, 2, "parallel.timeout_s=3", "parallel.first_step_timeout_s=60")
+        timeouts = {"parallel.timeout_s": 3, "parallel.first_step_timeout_s": 3 if first == 1 else 60}
+        train_run(folder, 2, *(f"{key}={seconds}" for key, seconds in timeouts.items()))
     assert rank == 1 or time.monotonic() - begin < 14
     # Groups whose peers have given up cannot be left in good order.
     (folder.parent / f"caught-{rank}").touch()
     raise SystemExit(0)
 
 
-def test_a_hang_ends_by_the_timeout_of_later_steps(tmp_path: Path):
-    run_ranks(hang, 2, tmp_path, tmp_path / "run")
+@pytest.mark.parametrize("first", [1, 2])
+def test_a_hang_ends_by_the_timeout(first: int, tmp_path: Path):
+    """The first step has a time-out of its own."""
+    run_ranks(hang, 2, tmp_path, tmp_path / "run", first)
     assert (tmp_path / "caught-0").exists()
-    assert list(values(tmp_path / "run")) == [1]
+    assert list(values(tmp_path / "run")) == list(range(1, first))
 
 
 def unreadable(rank: int, folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ TINY = (
     "model.d_model=32",
     "model.num_layers=4",
     "model.num_heads=4",
-    "model.self_modifying={chunk_size: 16, mu_init: 0.6}",
+    "model.self_modifying={chunk_size: 8, mu_init: 0.6}",
     "model.cms.levels.fast.d_ff=32",
     "model.cms.levels.mid={d_ff: 32, update_every_steps: 2}",
     "model.cms.levels.slow={d_ff: 32, update_every_steps: 4, phase: 1}",
@@ -49,7 +50,8 @@ def train_run(folder: Path, num_ranks: int, *overrides: str, last_step: int = 6)
     loaded = require_valid(load_recipe("debug", [*TINY, *overrides]))
     layout = make_layout(loaded.config, num_ranks)
     check_layout(loaded.config, layout, loaded.origins)
-    mesh = Mesh.alone() if num_ranks == 1 else Mesh.over_all(layout)
+    timeout = timedelta(seconds=loaded.config.parallel.first_step_timeout_s)
+    mesh = Mesh.alone() if num_ranks == 1 else Mesh.over_all(layout, timeout=timeout)
     try:
         train_on(
             mesh,

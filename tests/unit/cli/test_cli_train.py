@@ -133,7 +133,7 @@ def test_one_process_trains_here(capsys, launches, worker, nproc):
 
 @pytest.mark.parametrize(
     ("environ", "place"),
-    [(RANK_1, Place(1, 2, 1, "node1", 29500)), (SRUN, Place(1, 2, 0, "node3", 15007))],
+    [(RANK_1, Place(1, 2, 1, "node1", 29500)), (SRUN, Place(1, 2, 0, "node3", 15007, bound=True))],
     ids=["torchrun", "srun"],
 )
 def test_a_launcher_s_process_takes_its_place_and_is_silent(capsys, worker, set_environ, environ, place):

@@ -38,14 +38,14 @@ def test_torchrun_states_the_place():
 
 
 def test_srun_states_the_place():
-    assert find_place(SRUN) == Place(5, 8, 1, "node02", 15000 + 4567)
+    assert find_place(SRUN) == Place(5, 8, 1, "node02", 15000 + 4567, bound=True)
     older = without(SRUN, "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_TASKS")
-    assert find_place(older) == Place(5, 8, 1, "node01", 15000 + 4567)
+    assert find_place(older) == Place(5, 8, 1, "node01", 15000 + 4567, bound=True)
 
 
 def test_a_job_script_may_say_where_ranks_meet():
     script = {"MASTER_ADDR": "head", "MASTER_PORT": "4242", "WORLD_SIZE": "8"}
-    assert find_place(SRUN | script) == Place(5, 8, 1, "head", 4242)
+    assert find_place(SRUN | script) == Place(5, 8, 1, "head", 4242, bound=True)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import torch
 from hopescale.common.errors import ConfigError
 from hopescale.config.layout import Layout
 from hopescale.config.load import load_recipe
+from hopescale.cost.params import count_params
 from hopescale.parallel.mesh import Mesh
 from hopescale.train.memory import check_memory, memory_errors_explained
 from hopescale.train.setup import build_state
@@ -35,6 +36,15 @@ def test_a_model_too_large_for_one_rank_may_fit_on_many():
     with pytest.raises(ConfigError, match="on each of 16 ranks"):
         check_memory(config, Layout(tp=4, pp=4), CPU)
     check_memory(config, Layout(tp=64, pp=100), CPU)
+
+
+@pytest.mark.parametrize(("zero", "each"), [(0, 18), (1, 6 + 12 / 8), (2, 2 + 16 / 8), (3, 18 / 8)])
+def test_what_zero_shards_counts_once_over_all_replicas(zero: int, each: float):
+    overrides = ["model.d_model=1M", "model.vocab_size=1M", "train.precision=bf16", f"parallel.zero={zero}"]
+    config = load_recipe("debug", overrides).config
+    need = count_params(config.model)["total"] * each / 2**40
+    with pytest.raises(ConfigError, match=f"take {need:.1f}TiB on each of 8 ranks"):
+        check_memory(config, Layout(dp=8), CPU)
 
 
 def test_a_failed_allocation_names_the_sizes_that_decide_it():
