@@ -1,0 +1,120 @@
+"""Delta Momentum: a momentum that forgets what it holds along the present gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from hopescale.optim.muon import StackedOptimizer, settings
+
+
+def delta_momentum_update(
+    weight: Tensor,
+    grad: Tensor,
+    momentum_buffer: Tensor,
+    step: int,
+    *,
+    second_moment: Tensor | None = None,
+    lr: float,
+    momentum: float = 0.9,
+    delta: float = 0.1,
+    form: Literal["unit", "paper"] = "unit",
+    beta2: float | None = None,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+) -> None:
+    """Take one step of Delta Momentum (Nested Learning, Eq. 48 and 49) with matrices `[..., R, C]`, in place.
+
+        m <- m (alpha I - delta g^T g / |g|^2) - lr P g
+        W <- (1 - lr wd) W + m
+
+    `|g|` is the Frobenius norm of the matrix, so the erase is between 0 and `delta` along any direction, and the scale
+    of a gradient does not decide what is forgotten. `paper` leaves the division out: as printed with `delta` 1, and
+    unstable as soon as the largest singular value of `g` exceeds `sqrt(1 + alpha)`. `delta` 0 is plain momentum.
+
+    Args:
+        weight: Changed.
+        grad: `g`.
+        momentum_buffer: `m`, changed; it carries the learning rate and the sign of a step.
+        step: Number of this update, counted from 1.
+        second_moment: `V <- beta2 V + (1 - beta2) g^2`, changed; then `P g` is `g / (sqrt(V) + eps)`, with `V`
+            corrected for its start at zero. None makes `P` the identity.
+        lr: Learning rate.
+        momentum: `alpha`.
+        delta: Strength of the erase.
+        form: Whether the erase divides by `|g|^2`.
+        beta2: Decay rate of `V`; None without it.
+        eps: Added to the root of `V`.
+        weight_decay: Decoupled, per unit of learning rate.
+    """
+    wide = grad.shape[-2] <= grad.shape[-1]  # decides which product in the middle is smaller, [R, R] or [C, C]
+    held = (momentum_buffer @ grad.mT) @ grad if wide else momentum_buffer @ (grad.mT @ grad)
+    if form == "unit":
+        square = grad.square().sum(dim=(-2, -1), keepdim=True)
+        held.div_(square.clamp_min(torch.finfo(square.dtype).tiny))
+    value = grad
+    if second_moment is not None:
+        second_moment.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        value = grad / second_moment.sqrt().div_((1 - beta2**step) ** 0.5).add_(eps)
+    momentum_buffer.mul_(momentum).sub_(held, alpha=delta).sub_(value, alpha=lr)
+    weight.mul_(1 - lr * weight_decay).add_(momentum_buffer)
+
+
+class DeltaMomentum(StackedOptimizer):
+    """Delta Momentum (Nested Learning, section 4.4).
+
+    State per parameter: `step`, `momentum_buffer` and, with `beta2`, `second_moment`, both in its shape. The learning
+    rate is part of the momentum, as printed: when it changes, steps follow with the momentum's delay.
+
+    Args:
+        params: Parameters `[..., R, C]`.
+        lr: Learning rate.
+        momentum: Decay rate of the momentum per update (`alpha`).
+        weight_decay: Decoupled, per unit of learning rate.
+        delta: Strength of the erase along the gradient; 0 is plain momentum.
+        form: `unit` divides the erase by the gradient's squared norm; `paper` does not (Eq. 49 is `delta` 1).
+        beta2: Decay rate of a second moment that preconditions what is written; None writes the gradient.
+        eps: Added to the root of the second moment.
+
+    Raises:
+        ValueError: If a parameter is no matrix, or there is no such form.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        *,
+        delta: float = 0.1,
+        form: Literal["unit", "paper"] = "unit",
+        beta2: float | None = None,
+        eps: float = 1e-8,
+    ):
+        if form not in ("unit", "paper"):
+            raise ValueError(f"form is {form!r}; it can be unit or paper")
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "delta": delta,
+            "form": form,
+            "beta2": beta2,
+            "eps": eps,
+        }
+        super().__init__(params, defaults)
+
+    def init_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        """Return moments of zeros."""
+        names = ["momentum_buffer"] if group["beta2"] is None else ["momentum_buffer", "second_moment"]
+        return {"step": torch.tensor(0.0)} | {name: torch.zeros_like(p) for name in names}
+
+    def update(
+        self, group: dict[str, Any], weight: Tensor, grad: Tensor, state: dict[str, Tensor], step: int | None
+    ) -> None:
+        """Update a stack in place."""
+        delta_momentum_update(weight, grad, step=step, **state, **settings(group))

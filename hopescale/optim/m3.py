@@ -1,0 +1,212 @@
+"""M3, multi-scale momentum Muon: a fast and a slow momentum, both orthogonalised, over a second moment."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from hopescale.ops.newton_schulz import COEFFICIENTS, newton_schulz
+from hopescale.optim.muon import StackedOptimizer, adjusted_lr, scale_to_rms, settings
+
+UPDATE_RMS = 0.2
+"""Root mean square of an update before the learning rate; AdamW's updates are about as large (arXiv 2502.16982)."""
+
+
+def m3_update(
+    weight: Tensor,
+    grad: Tensor,
+    step: int,
+    *,
+    fast_momentum: Tensor,
+    slow_momentum: Tensor | None = None,
+    slow_direction: Tensor | None = None,
+    second_moment: Tensor | None = None,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    beta3: float,
+    alpha_slow: float,
+    frequency: int,
+    form: Literal["ema", "paper"] = "ema",
+    nesterov: bool = False,
+    update_rms: float | None = None,
+    adjust_lr_fn: str | None = None,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    ns_steps: int = 5,
+    ns_coefficients: tuple[float, float, float] = COEFFICIENTS,
+    ns_dtype: torch.dtype | None = None,
+) -> None:
+    """Take one step of M3 (Nested Learning, Algorithm 1) with matrices `[..., R, C]`, in place.
+
+        paper:  M1 <- M1 + b1 g            V <- V + b2 g^2            each f steps  M2 <- M2 + b3 sum(last f g)
+        ema:    M1 <- b1 M1 + (1 - b1) g   V <- b2 V + (1 - b2) g^2   each f steps  M2 <- b3 M2 + (1 - b3) sum(...) / f
+        both:   O = (NS(M1) + alpha_slow NS(M2)) / (sqrt(V) + eps)    W <- (1 - lr wd) W - lr c O
+
+    The slow memory takes in the gradients of `f` steps when they are over; the `f` steps that follow use it. Until then
+    they are added to `slow_momentum` one by one, while `slow_direction` holds the `NS(M2)` in use. With `ema`, `V` is
+    corrected for its start at zero; momenta need no correction, as Newton-Schulz ignores their scale.
+
+    Args:
+        weight: Changed.
+        grad: Gradient.
+        step: Number of this update, counted from 1.
+        fast_momentum: `M1`, changed.
+        slow_momentum: `M2` with the gradients that wait, changed; None leaves the slow memory out.
+        slow_direction: `NS(M2)`, changed; None with `slow_momentum`.
+        second_moment: `V`, changed; None divides by nothing.
+        lr: Learning rate.
+        beta1, beta2, beta3: `b1`, `b2`, `b3`.
+        alpha_slow: Weight of the slow memory's direction.
+        frequency: `f`, in updates of this parameter.
+        form: Moments as exponential averages, or the sums of Algorithm 1 to the letter, which only grow.
+        nesterov: With `ema`, use `(1 - b1) g + b1 M1` for `M1` in `O`.
+        update_rms: `c` scales each matrix to this root mean square; None does not.
+        adjust_lr_fn: `c` is Muon's factor of the shape (`adjusted_lr`), in place of `update_rms`.
+        eps: Added to the root of `V`.
+        weight_decay: Decoupled, per unit of learning rate.
+        ns_steps, ns_coefficients, ns_dtype: See `newton_schulz`.
+    """
+
+    def orthogonal(x: Tensor) -> Tensor:
+        return newton_schulz(x, ns_steps, coefficients=ns_coefficients, dtype=ns_dtype)
+
+    if form == "ema":
+        fast_momentum.lerp_(grad, 1 - beta1)
+    else:
+        fast_momentum.add_(grad, alpha=beta1)
+    update = orthogonal(grad.lerp(fast_momentum, beta1) if nesterov else fast_momentum)
+    if slow_momentum is not None:
+        update.add_(slow_direction, alpha=alpha_slow)
+        _write_slowly(slow_momentum, grad, step, beta3, frequency, form)
+        if step % frequency == 0:
+            slow_direction.copy_(orthogonal(slow_momentum))
+    if second_moment is not None:
+        update.div_(_root(second_moment, grad, step, beta2, form).add_(eps))
+    rate = lr if adjust_lr_fn is None else adjusted_lr(lr, adjust_lr_fn, weight.shape)
+    if update_rms is not None:
+        scale_to_rms(update, update_rms)
+    weight.mul_(1 - lr * weight_decay).add_(update, alpha=-rate)
+
+
+def _write_slowly(slow_momentum: Tensor, grad: Tensor, step: int, beta3: float, frequency: int, form: str) -> None:
+    """Add a gradient to the slow momentum, which fades at the first of each period."""
+    if form == "paper":
+        slow_momentum.add_(grad, alpha=beta3)
+        return
+    if (step - 1) % frequency == 0:
+        slow_momentum.mul_(beta3)
+    slow_momentum.add_(grad, alpha=(1 - beta3) / frequency)
+
+
+def _root(second_moment: Tensor, grad: Tensor, step: int, beta2: float, form: str) -> Tensor:
+    """Add a gradient to the second moment and return the root of what it is then."""
+    if form == "paper":
+        return second_moment.addcmul_(grad, grad, value=beta2).sqrt()
+    second_moment.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    return second_moment.sqrt().div_((1 - beta2**step) ** 0.5)
+
+
+class M3(StackedOptimizer):
+    """M3 (Nested Learning, section 7.2).
+
+    State per parameter: `step`, and in its shape `fast_momentum`, `slow_momentum` and `slow_direction` (unless
+    `alpha_slow` is 0), `second_moment` (if there is one). A period of the slow memory counts the updates of the
+    parameter itself.
+
+    Newton-Schulz has made directions equal before the second moment divides: entries with small gradients get large
+    updates. Noise evens it out; with gradients free of noise progress is slow, and without the second moment it is not.
+
+    Args:
+        params: Parameters `[..., R, C]`.
+        lr: Learning rate.
+        beta1: Decay rate of the fast momentum per update; with `form="paper"` the weight of a gradient.
+        beta2: The same of the second moment.
+        beta3: The same of the slow momentum, per period: it looks back over `frequency / (1 - beta3)` updates.
+        alpha_slow: Weight of the slow momentum's direction; 0 leaves the slow momentum out.
+        frequency: Updates in a period of the slow momentum.
+        ns_steps: Iterations of Newton-Schulz.
+        form: `ema`, or Algorithm 1 to the letter (`paper`): sums without decay, no scaling.
+        second_moment: Whether to divide by the root of the second moment.
+        eps: Added to that root.
+        weight_decay: Decoupled, per unit of learning rate.
+        nesterov: Whether the fast momentum looks ahead; `ema` only.
+        update_rms: Root mean square of an update before `lr`; `ema` only, where None is 0.2, or no such scaling with
+            `adjust_lr_fn`.
+        adjust_lr_fn: Muon's factor of the shape (`adjusted_lr`) in place of `update_rms`; `ema` only.
+        ns_coefficients: Of Newton-Schulz.
+        ns_dtype: In which Newton-Schulz runs; None is bfloat16 on CUDA and the parameter's precision elsewhere.
+
+    Raises:
+        ValueError: If a parameter is no matrix, or settings contradict each other.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        *,
+        beta1: float = 0.95,
+        beta2: float = 0.95,
+        beta3: float = 0.5,
+        alpha_slow: float = 0.5,
+        frequency: int = 4,
+        ns_steps: int = 5,
+        form: Literal["ema", "paper"] = "ema",
+        second_moment: bool = True,
+        eps: float = 1e-8,
+        weight_decay: float = 0.1,
+        nesterov: bool = False,
+        update_rms: float | None = None,
+        adjust_lr_fn: str | None = None,
+        ns_coefficients: tuple[float, float, float] = COEFFICIENTS,
+        ns_dtype: torch.dtype | None = None,
+    ):
+        if form not in ("ema", "paper"):
+            raise ValueError(f"form is {form!r}; it can be ema or paper")
+        if form == "paper" and (nesterov or update_rms is not None or adjust_lr_fn is not None):
+            raise ValueError("nesterov, update_rms and adjust_lr_fn belong to form='ema'; Algorithm 1 has none of them")
+        if update_rms is not None and adjust_lr_fn is not None:
+            raise ValueError(f"update_rms={update_rms} and adjust_lr_fn={adjust_lr_fn!r} both set the scale; give one")
+        if frequency < 1:
+            raise ValueError(f"frequency is {frequency}; a period is at least one update")
+        adjusted_lr(lr, adjust_lr_fn, (1, 1))
+        if form == "ema" and update_rms is None and adjust_lr_fn is None:
+            update_rms = UPDATE_RMS
+        defaults = {
+            "lr": lr,
+            "beta1": beta1,
+            "beta2": beta2,
+            "beta3": beta3,
+            "alpha_slow": alpha_slow,
+            "frequency": frequency,
+            "ns_steps": ns_steps,
+            "form": form,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "update_rms": update_rms,
+            "adjust_lr_fn": adjust_lr_fn,
+            "ns_coefficients": ns_coefficients,
+            "ns_dtype": ns_dtype,
+        }
+        self._has_second_moment = second_moment
+        super().__init__(params, defaults)
+
+    def init_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        """Return moments of zeros."""
+        names = ["fast_momentum"]
+        if group["alpha_slow"]:
+            names += ["slow_momentum", "slow_direction"]
+        if self._has_second_moment:
+            names.append("second_moment")
+        return {"step": torch.tensor(0.0)} | {name: torch.zeros_like(p) for name in names}
+
+    def update(
+        self, group: dict[str, Any], weight: Tensor, grad: Tensor, state: dict[str, Tensor], step: int | None
+    ) -> None:
+        """Update a stack in place."""
+        m3_update(weight, grad, step, **state, **settings(group))

@@ -1,0 +1,109 @@
+"""Delta gradient descent against Eq. 57, against the minimum it is, and with Gram matrices from real layers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hopescale.optim.dgd import DGD, InputGram, dgd_update
+
+
+def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+@pytest.mark.parametrize("lr", [1e-3, 0.1, 100.0])
+def test_a_single_token_gives_the_printed_update(lr: float):
+    w, x, slope = randn(3, 4, seed=0), randn(4, seed=1), randn(3, seed=2)
+    expected, rate = [[0.0] * 4 for _ in range(3)], lr / (1 + lr * sum(v * v for v in x.tolist()))
+    for i in range(3):
+        along = sum(w[i, k].item() * x[k].item() for k in range(4))
+        for j in range(4):
+            expected[i][j] = (w[i, j] - rate * along * x[j] - rate * slope[i] * x[j]).item()
+    dgd_update(w, torch.outer(slope, x), torch.outer(x, x), lr=lr)
+    torch.testing.assert_close(w, torch.tensor(expected, dtype=torch.float64), rtol=1e-10, atol=1e-12)
+
+
+def test_a_batch_gives_the_minimum_of_the_objective():
+    start, x, slopes, lr = randn(3, 4, seed=0), randn(10, 4, seed=1), randn(10, 3, seed=2), 0.3
+    w = start.clone()
+    dgd_update(w, slopes.T @ x / 10, x.T @ x / 10, lr=lr)
+    w.requires_grad_()
+    fit = sum(0.5 * (w @ x_t + slope_t).square().sum() for x_t, slope_t in zip(x, slopes, strict=True)) / 10
+    (fit + (w - start).square().sum() / (2 * lr)).backward()
+    torch.testing.assert_close(w.grad, torch.zeros_like(w), rtol=0, atol=1e-12)
+
+
+def test_batches_of_matrices_and_low_precision():
+    w, g, x = randn(2, 3, 4, seed=0), randn(2, 3, 4, seed=1), randn(2, 9, 4, seed=2)
+    batched, low = w.clone(), w.bfloat16()
+    dgd_update(batched, g, x.mT @ x, lr=0.1, weight_decay=0.5)
+    dgd_update(low, g.bfloat16(), x.mT @ x, lr=0.1, weight_decay=0.5)
+    for i in range(2):
+        alone = w[i].clone()
+        dgd_update(alone, g[i], x[i].T @ x[i], lr=0.1, weight_decay=0.5)
+        torch.testing.assert_close(batched[i], alone)
+    torch.testing.assert_close(low.double(), batched, rtol=0.02, atol=0.02)
+
+
+def test_a_layer_is_trained_with_the_inputs_of_all_its_passes():
+    layer = nn.Linear(4, 3, bias=False)
+    gram = InputGram(layer)
+    rule = DGD([layer.weight], 0.2, 0.1, grams={layer.weight: gram})
+    expected = layer.weight.detach().clone().double()
+    for step in range(3):
+        inputs = [randn(2, 5, 4, seed=10 * step + micro, dtype=torch.float32) for micro in range(2)]
+        for x in inputs:
+            (layer(x).square().mean() / 2).backward()
+        flat = torch.cat(inputs).flatten(0, 1).double()
+        g, s = layer.weight.grad.double(), sum(torch.outer(x, x) for x in flat) / len(flat)
+        expected = (expected * (1 - 0.2 * 0.1) - 0.2 * g) @ torch.linalg.inv(torch.eye(4).double() + 0.2 * s)
+        rule.step()
+        layer.weight.grad = None
+        torch.testing.assert_close(layer.weight.detach().double(), expected, rtol=1e-5, atol=1e-6)
+        assert gram.tokens == 0 and not gram.total.any()
+    assert not rule.state[layer.weight]
+
+
+def test_what_a_gram_matrix_sees():
+    layer, x = nn.Linear(4, 3), randn(7, 4, seed=0, dtype=torch.float32)
+    gram, unit = InputGram(layer), InputGram(layer, unit=True)
+    with torch.no_grad():
+        layer(x)
+    layer.eval()
+    layer(x)
+    assert gram.tokens == 0
+    torch.testing.assert_close(gram.mean(), torch.zeros(4, 4))
+    layer.train()
+    layer(x.bfloat16().float())
+    layer(torch.zeros(1, 4))
+    assert gram.tokens == 8
+    torch.testing.assert_close(unit.mean().trace(), torch.tensor(7 / 8))
+    gram.remove()
+    layer(x)
+    assert gram.tokens == 8 and unit.tokens == 15
+
+
+def test_parts_over_ranks():
+    """Tokens that are split add up; columns that are split are gathered first."""
+    x = randn(6, 4, seed=0, dtype=torch.float32)
+    whole, rows = nn.Linear(4, 3), [nn.Linear(4, 3) for _ in range(2)]
+    expected, parts = InputGram(whole), [InputGram(layer) for layer in rows]
+    whole(x)
+    for layer, part in zip(rows, x.split(3), strict=True):
+        layer(part)
+    torch.testing.assert_close(sum(part.total for part in parts), expected.total)
+    assert sum(part.tokens for part in parts) == expected.tokens
+    narrow = nn.Linear(2, 3)
+    gathered = InputGram(narrow, columns=4, gather=lambda own: torch.cat([own, x[:, 2:]], dim=-1))
+    narrow(x[:, :2])
+    torch.testing.assert_close(gathered.mean(), expected.mean())
+
+
+def test_a_weight_without_its_gram_matrix_is_refused():
+    layer, other = nn.Linear(4, 3), nn.Linear(5, 3)
+    with pytest.raises(ValueError, match="has none"):
+        DGD([layer.weight], grams={})
+    with pytest.raises(ValueError, match="one of width 5"):
+        DGD([layer.weight], grams={layer.weight: InputGram(other)})
