@@ -21,6 +21,7 @@ from hopescale.checkpoint.load import verify
 from hopescale.common.errors import DataError
 from hopescale.data.loader import Data
 from hopescale.engine import Engine
+from hopescale.engine.schedule import Loop
 from hopescale.observe.health import LossWatch
 from hopescale.observe.metrics import MetricsLog
 from hopescale.optim.cadence import Accumulator
@@ -31,12 +32,12 @@ if TYPE_CHECKING:
 
 def spoil(monkeypatch: pytest.MonkeyPatch, at: int, change: Callable[[Tensor], Tensor]) -> None:
     """Change the loss of the micro batches of one step."""
-    gradients, loss_sum = Engine.gradients, Engine._loss_sum
+    gradients, loss_of = Engine.gradients, Loop._loss
 
     def spoiled(engine: Engine, step: int, *args, **options):
         with monkeypatch.context() as patch:
             if step == at:
-                patch.setattr(Engine, "_loss_sum", lambda *inner: change(loss_sum(*inner)))
+                patch.setattr(Loop, "_loss", lambda *inner: change(loss_of(*inner)))
             return gradients(engine, step, *args, **options)
 
     monkeypatch.setattr(Engine, "gradients", spoiled)
@@ -60,7 +61,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_at_its_batch(train, run: Ru
     """In a level that is not due: its sum must not reach a checkpoint."""
     original, calls = Accumulator.take, []
 
-    def spoiled(accumulator: Accumulator) -> None:
+    def spoiled(accumulator: Accumulator, _: Tensor) -> None:
         if accumulator.cadence.period == 4:
             calls.append(accumulator)
             if len(calls) > 9 * 4:  # four weights, two micro batches: the fifth step
