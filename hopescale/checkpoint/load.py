@@ -21,7 +21,11 @@ _SHOWN = 8
 
 
 def load_into(
-    state: Mapping[str, Any], folder: Path, *, prefix: str = "", group: dist.ProcessGroup | None = None
+    state: Mapping[str, Any],
+    folder: Path,
+    *,
+    prefix: str | tuple[str, ...] = "",
+    group: dist.ProcessGroup | None = None,
 ) -> Manifest:
     """Verify a checkpoint, then copy its tensors in place into those of `state`.
 
@@ -30,7 +34,8 @@ def load_into(
     Args:
         state: Tensors to fill, flat or nested in dicts, on any device.
         folder: A checkpoint folder.
-        prefix: Loads only tensors whose name starts with it (`model.`); `state` must hold all of those and no others.
+        prefix: Loads only tensors whose name starts with it (`model.`), or with one of several; `state` must hold all
+            of those and no others.
         group: Process group with a CPU backend over all ranks that load together, each its own part. None is for one
             process, which must hold all of the state.
 
@@ -84,7 +89,11 @@ def _verify_files(folder: Path, manifest: Manifest, group: dist.ProcessGroup | N
 
 
 def _verify_fit(
-    tensors: Mapping[str, Tensor], manifest: Manifest, folder: Path, prefix: str, group: dist.ProcessGroup | None
+    tensors: Mapping[str, Tensor],
+    manifest: Manifest,
+    folder: Path,
+    prefix: str | tuple[str, ...],
+    group: dist.ProcessGroup | None,
 ) -> None:
     wanted = {name: TensorEntry(tuple(t.shape), dtype_name(t.dtype)) for name, t in tensors.items()}
     wanted = {name: entry for of_rank in _gather(wanted, group) for name, entry in of_rank.items()}

@@ -32,6 +32,9 @@ def train(
         typer.Option(min=1, help="Processes to start here. Not with torchrun or srun.", show_default="1"),
     ] = None,
     resume: Annotated[str, typer.Option(help="auto, never, must, or a checkpoint's path.")] = "auto",
+    reset_optimizer: Annotated[
+        bool, typer.Option("--reset-optimizer", help="Continue with the weights and a new optimizer, this once.")
+    ] = False,
     stop_at: Annotated[int | None, typer.Option(help="Save and stop after this step; the schedule stays.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and show the plan; train nothing.")] = False,
 ) -> None:
@@ -75,6 +78,7 @@ def train(
             layout=layout,
             stop=stop,
             resume=which,
+            reset_optimizer=reset_optimizer,
             stop_at=stop_at,
             report=report,
         )

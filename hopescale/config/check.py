@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 
 from hopescale.common.errors import ConfigError, Problem
-from hopescale.config import check_parallel, plan, ranges
+from hopescale.config import check_optim, check_parallel, plan, ranges
 from hopescale.config.fields import leaves
 from hopescale.config.layout import Layout
 from hopescale.config.load import DEFAULT, Loaded
@@ -304,5 +304,6 @@ RULES: tuple[Rule, ...] = (
     mean_needs_a_slow_level,
     batch_is_whole_micro_batches,
     kept_checkpoints_are_written,
+    *check_optim.RULES,
     *check_parallel.RULES,
 )

@@ -19,7 +19,6 @@ IDENTITY: tuple[str, ...] = (
     "train.seq_len",  # cuts the text into samples: their order continues only at the same cut
     "train.global_batch_tokens",  # tokens seen = steps * batch: the place in the data and every curve rest on it
     "train.seed",  # the weights in the checkpoint were drawn with it
-    "optim.name",  # the checkpoint holds this rule's state
 )
 """Keys, or sections, that a run keeps for life."""
 

@@ -41,8 +41,6 @@ class ZeroUpdater:
         whole: Kinds of modules whose parameters stage 3 gathers at once.
     """
 
-    share = 1.0
-
     def __init__(
         self,
         parameters: Mapping[str, nn.Parameter],
@@ -77,6 +75,14 @@ class ZeroUpdater:
             self.accumulators = {name: Accumulator(p, cadences[name]) for name, p in self.parameters.items()}
             for name, p in self.parameters.items():
                 p.register_post_accumulate_grad_hook(self.accumulators[name].take)
+
+    def share(self, name: str) -> float:
+        """Return 1: parts are disjoint."""
+        return 1.0
+
+    def holds_whole(self, name: str) -> bool:
+        """Tell whether state of a parameter is of more than this rank's slice: it never is."""
+        return False
 
     def backward(self, loss: Tensor) -> None:
         """Run the backward pass of a micro batch."""
@@ -190,6 +196,9 @@ class ZeroUpdater:
             else:
                 self.parameters[name].copy_(weights[name])
             shards.take_weights(name)
+
+    def reset_masters(self) -> None:
+        """Set masters to the weights, as `load_weights` has done already."""
 
     def sums(self) -> dict[str, Tensor]:
         """Return what adds up, over replicas, to the running sums of slow parameters."""

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from hopescale.common.errors import ConfigError, Problem
 from hopescale.config.schema import GroupConfig
 
 
-def assign_groups(names: Iterable[str], groups: Mapping[str, GroupConfig]) -> dict[str, str]:
+def assign_groups(
+    shapes: Mapping[str, Sequence[int]], groups: Mapping[str, GroupConfig], tied: Collection[str] = ()
+) -> dict[str, str]:
     """Return the group of every parameter.
 
     Args:
-        names: Parameter names.
+        shapes: Of the parameters, by name.
         groups: Group settings; the one whose `match` is null takes what no pattern matches.
+        tied: Parameters that several pipeline stages hold.
 
     Raises:
-        ConfigError: Naming each parameter that two groups claim, or none, and each group whose patterns match nothing.
+        ConfigError: Naming each parameter that two groups claim, or none, or whose group has a rule that cannot update
+            it, and each group whose patterns match nothing.
     """
-    names = list(names)
+    names = list(shapes)
     rest = next((name for name, group in groups.items() if group.match is None), None)
     problems, assigned = [], {}
     for parameter in names:
@@ -34,9 +38,28 @@ def assign_groups(names: Iterable[str], groups: Mapping[str, GroupConfig]) -> di
             problems.append(
                 Problem(f"optim.groups.{name}.match", f"no parameter matches {', '.join(groups[name].match)}")
             )
+    problems += _misfits(assigned, shapes, groups, tied)
     if problems:
         raise ConfigError(problems)
     return assigned
+
+
+def _misfits(
+    assigned: Mapping[str, str | None],
+    shapes: Mapping[str, Sequence[int]],
+    groups: Mapping[str, GroupConfig],
+    tied: Collection[str],
+) -> Iterator[Problem]:
+    """Find what a rule for matrices cannot update."""
+    for parameter, name in assigned.items():
+        if name is None or groups[name].rule == "adamw":
+            continue
+        key, rule, shape = f"optim.groups.{name}.rule", groups[name].rule, list(shapes[parameter])
+        hint = "give it to a group with rule: adamw"
+        if len(shape) < 2:
+            yield Problem(key, f"{rule} updates matrices, but {parameter} has shape {shape}", hint=hint)
+        elif parameter in tied:
+            yield Problem(key, f"{rule} cannot update {parameter}, which two pipeline stages hold", hint=hint)
 
 
 def _matches(parameter: str, group: GroupConfig) -> bool:

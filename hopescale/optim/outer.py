@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -10,9 +11,11 @@ from torch import Tensor, nn
 
 from hopescale.config.schema import OptimConfig
 from hopescale.optim.cadence import Cadence
+from hopescale.optim.composite import CompositeUpdater
 from hopescale.optim.groups import assign_groups
 from hopescale.optim.replicated import ReplicatedUpdater
 from hopescale.optim.schedule import learning_rate
+from hopescale.optim.sharded import LayerwiseUpdater
 from hopescale.optim.updater import RuleGroup, Updater
 from hopescale.parallel.mesh import Mesh
 
@@ -32,10 +35,10 @@ class OuterOptimizer:
             assigns the parameters given.
         mesh: Where this process stands; None is a process of its own.
         tied: Parameters that the first and the last pipeline stage both hold.
-        updater: Makes the keeper of masters and state.
+        updater: Makes the keeper of masters and state of the groups with AdamW; the others have a `LayerwiseUpdater`.
 
     Raises:
-        ConfigError: If a parameter is in no group or in two, or a group takes none.
+        ConfigError: If a parameter is in no group or in two, or a group takes none, or a rule that cannot update it.
     """
 
     def __init__(
@@ -52,16 +55,25 @@ class OuterOptimizer:
     ):
         self.config, self.total_steps, self.mesh = config, total_steps, mesh or Mesh.alone()
         self.parameters, self.tied = dict(parameters), [name for name in tied if name in parameters]
-        self.groups = dict(groups or assign_groups(self.parameters, config.groups))
+        shapes = {name: tuple(parameter.shape) for name, parameter in self.parameters.items()}
+        self.groups = dict(groups or assign_groups(shapes, config.groups))
         self.cadences = {name: cadences.get(name, Cadence()) for name in self.parameters}
-        self.updater = updater(
-            self.parameters,
-            self._rule_groups(),
-            eps=config.eps,
-            cadences=self.cadences,
-            mesh=self.mesh,
+        self.updater = self._make_updater(updater)
+        self._weights = {name: self.updater.share(name) * self._is_counted(name) for name in self.parameters}
+
+    def _make_updater(self, elementwise: Callable[..., Updater]) -> Updater:
+        groups = self._rule_groups()
+        kinds = (
+            ([group for group in groups if group.rule == "adamw"], partial(elementwise, eps=self.config.eps)),
+            ([group for group in groups if group.rule != "adamw"], partial(LayerwiseUpdater, config=self.config)),
         )
-        self._weights = {name: self.updater.share * self._is_counted(name) for name in self.parameters}
+        made = []
+        for chosen, make in kinds:
+            names = {name for group in chosen for name in group.members}
+            members = {name: parameter for name, parameter in self.parameters.items() if name in names}
+            if members:
+                made.append((make(members, chosen, cadences=self.cadences, mesh=self.mesh), list(members)))
+        return made[0][0] if len(made) == 1 else CompositeUpdater(made)
 
     def _rule_groups(self) -> list[RuleGroup]:
         result = []
@@ -69,7 +81,7 @@ class OuterOptimizer:
             members = tuple(parameter for parameter in self.parameters if self.groups[parameter] == name)
             decay = self.config.weight_decay if group.weight_decay is None else group.weight_decay
             if members:
-                result.append(RuleGroup(name, members, decay, group.betas or self.config.betas))
+                result.append(RuleGroup(name, members, decay, group.betas or self.config.betas, group.rule))
         return result
 
     def _is_counted(self, name: str) -> bool:
@@ -173,6 +185,10 @@ class OuterOptimizer:
         """Take over what `state_dict` returned, after its tensors have been filled."""
         self.updater.load_state_dict(state)
 
+    def holds_whole(self, name: str) -> bool:
+        """Tell whether state of a parameter is of the whole parameter, not of this rank's tensor-parallel slice."""
+        return self.updater.holds_whole(name)
+
     def weights(self) -> dict[str, Tensor]:
         """Return the weights that a checkpoint takes from this rank, by parameter name."""
         return self.updater.weights()
@@ -180,6 +196,10 @@ class OuterOptimizer:
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Take over what `weights` returned, after its tensors have been filled; before `load_state_dict`."""
         self.updater.load_weights(weights)
+
+    def reset_masters(self) -> None:
+        """Set masters to the weights, as in a new run: in place of `load_state_dict`."""
+        self.updater.reset_masters()
 
     def sums(self) -> dict[str, Tensor]:
         """Return the running sums of slow parameters, in parts that add up over replicas."""

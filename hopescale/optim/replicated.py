@@ -37,7 +37,6 @@ class ReplicatedUpdater:
         mesh: Mesh,
     ):
         self.parameters, self.dp_group = dict(parameters), mesh.dp_group
-        self.share = float(self.dp_group.rank() == 0)
         self.accumulators = {name: Accumulator(p, cadences[name]) for name, p in self.parameters.items()}
         for name, p in self.parameters.items():
             p.register_post_accumulate_grad_hook(self.accumulators[name].take)
@@ -57,6 +56,14 @@ class ReplicatedUpdater:
     def _torch_group(self, group: RuleGroup) -> dict:
         members = [self._masters[name] for name in group.members]
         return {"params": members, "weight_decay": group.weight_decay, "betas": group.betas, "name": group.name}
+
+    def share(self, name: str) -> float:
+        """Return 1 on one replica and 0 on the others: each holds the whole."""
+        return float(self.dp_group.rank() == 0)
+
+    def holds_whole(self, name: str) -> bool:
+        """Tell whether state of a parameter is of more than this rank's slice: it never is."""
+        return False
 
     def backward(self, loss: Tensor) -> None:
         """Run the backward pass of a micro batch."""
@@ -125,6 +132,12 @@ class ReplicatedUpdater:
         """Copy what is not already in place; masters of low-precision parameters are part of the state."""
         for name, parameter in self.parameters.items():
             parameter.copy_(weights[name])
+
+    @torch.no_grad()
+    def reset_masters(self) -> None:
+        """Set masters to the weights."""
+        for name, parameter in self.parameters.items():
+            self._masters[name].copy_(parameter)
 
     def sums(self) -> dict[str, Tensor]:
         """Return the running sums of slow parameters."""

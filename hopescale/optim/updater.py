@@ -17,13 +17,15 @@ class RuleGroup:
         name: Of the group in `optim.groups`.
         members: Parameter names.
         weight_decay: Decoupled, per unit of learning rate.
-        betas: Decay rates of the two moments.
+        betas: Decay rates of the two moments, for AdamW.
+        rule: Name of the update rule.
     """
 
     name: str
     members: tuple[str, ...]
     weight_decay: float
     betas: tuple[float, float]
+    rule: str = "adamw"
 
 
 class Updater(Protocol):
@@ -31,13 +33,16 @@ class Updater(Protocol):
 
     A step is: backward passes, `reduce(due)`, `square_norms(...)`, `update(due, ...)`. What is not due gathers on.
     Calls that communicate are made by all data-parallel ranks with the same names in the same order.
-
-    Attributes:
-        share: Weight of this rank's part in sums over all replicas: 1 if parts are disjoint, or 1 on one replica and 0
-            on the others if each holds the whole.
     """
 
-    share: float
+    def share(self, name: str) -> float:
+        """Return the weight of this rank's part of a parameter in sums over all replicas.
+
+        It is 1 if parts are disjoint, or 1 on one replica and 0 on the others if each holds the whole.
+        """
+
+    def holds_whole(self, name: str) -> bool:
+        """Tell whether state of a parameter is of the whole parameter, not of this rank's tensor-parallel slice."""
 
     def backward(self, loss: Tensor) -> None:
         """Run the backward pass of a micro batch; gradients are gathered as they become complete."""
@@ -74,6 +79,9 @@ class Updater(Protocol):
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Take over what `weights` returned, after its tensors have been filled; before `load_state_dict`."""
+
+    def reset_masters(self) -> None:
+        """Set masters to the weights, as in a new run: in place of `load_state_dict`."""
 
     def sums(self) -> dict[str, Tensor]:
         """Return the running sums of slow parameters, by parameter name, in parts that add up over replicas."""

@@ -12,7 +12,7 @@ from torch import nn
 
 from hopescale.checkpoint.manager import CheckpointManager, find_checkpoint, latest_checkpoint
 from hopescale.checkpoint.manifest import read_manifest
-from hopescale.common.errors import CheckpointError, ConfigError
+from hopescale.common.errors import CheckpointError, ConfigError, Problem
 from hopescale.config.layout import Layout
 from hopescale.config.load import from_dict
 from hopescale.config.plan import make_plan
@@ -48,7 +48,8 @@ def build_state(config: RunConfig, layout: Layout, mesh: Mesh, device: torch.dev
     data = Control(mesh).together(lambda: _open_data(config, layout, device))
     slices = _build_slices(config, mesh, device)
     parameters = {name: p for model in slices for name, p in model.named_parameters()}
-    sizes = _whole_sizes(parameters, mesh)
+    shapes = _whole_shapes(parameters, mesh)
+    tied = ["embedding.weight"] if config.model.tie_embeddings and layout.pp > 1 else []
     levels = dict(slices[0].levels())
     cadences = {
         name: Cadence(levels[level].update_every_steps, levels[level].phase)
@@ -61,12 +62,12 @@ def build_state(config: RunConfig, layout: Layout, mesh: Mesh, device: torch.dev
         config.optim,
         config.train.steps,
         cadences,
-        groups=Control(mesh).together(lambda: assign_groups(sizes, config.optim.groups)),
+        groups=Control(mesh).together(lambda: assign_groups(shapes, config.optim.groups, tied)),
         mesh=mesh,
-        tied=["embedding.weight"] if config.model.tie_embeddings and layout.pp > 1 else [],
+        tied=tied,
         updater=_updater(config.parallel.zero, slices),
     )
-    return TrainState(config, slices, optimizer, data, LossWatch(config.train.loss_spike), sizes)
+    return TrainState(config, slices, optimizer, data, LossWatch(config.train.loss_spike), shapes)
 
 
 def _open_data(config: RunConfig, layout: Layout, device: torch.device) -> Data:
@@ -96,19 +97,24 @@ def _updater(zero: int, slices: Sequence[Model]) -> Callable[..., Updater]:
     return partial(ZeroUpdater, stage=zero, model=slices[0], levels=levels)
 
 
-def _whole_sizes(parameters: Mapping[str, nn.Parameter], mesh: Mesh) -> dict[str, int]:
-    """Return the entries of every parameter of the whole model, by name, in the order of the stages."""
+def _whole_shapes(parameters: Mapping[str, nn.Parameter], mesh: Mesh) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every parameter of the whole model, by name, in the order of the stages."""
     tp = mesh.tp_group.size()
-    own = {name: p.numel() * (1 if p.spec.partition_dim is None else tp) for name, p in parameters.items()}
-    return {name: size for of_rank in Control(mesh).gather(own) for name, size in of_rank.items()}
+    own = {
+        name: tuple(size * tp if dim == p.spec.partition_dim else size for dim, size in enumerate(p.shape))
+        for name, p in parameters.items()
+    }
+    return {name: shape for of_rank in Control(mesh).gather(own) for name, shape in of_rank.items()}
 
 
-def choose_checkpoint(folder: RunFolder, resume: Resume) -> Path | None:
+def choose_checkpoint(folder: RunFolder, resume: Resume, *, reset_optimizer: bool = False) -> Path | None:
     """Return the checkpoint to continue from, or None for a new run.
 
     Args:
+        folder: Of the run.
         resume: `auto` continues if there is a checkpoint, `never` refuses to, `must` refuses to begin anew; a path
             continues from that checkpoint.
+        reset_optimizer: Whether the optimizer begins anew, which takes a checkpoint to continue from.
 
     Raises:
         CheckpointError: If the folder does not hold what `resume` asks for.
@@ -121,28 +127,42 @@ def choose_checkpoint(folder: RunFolder, resume: Resume) -> Path | None:
         raise CheckpointError(f"--resume never, but {folder.path} already holds {latest.name}", hint)
     if resume == "must" and latest is None:
         raise CheckpointError(f"--resume must, but {folder.checkpoints} holds no checkpoint", "check --run-dir")
+    if reset_optimizer and latest is None:
+        hint = "a new run has a new optimizer; leave the option out, or check --run-dir"
+        raise CheckpointError(f"--reset-optimizer, but {folder.checkpoints} holds no checkpoint", hint)
     return latest
 
 
-def restore(state: TrainState, checkpoint: Path, last_step: int, control: Control, report: Report) -> None:
+def restore(
+    state: TrainState,
+    checkpoint: Path,
+    last_step: int,
+    control: Control,
+    report: Report,
+    *,
+    reset_optimizer: bool = False,
+) -> None:
     """Continue `state` from a checkpoint, after comparing what a run keeps for life. Called by all ranks.
 
     Raises:
-        ConfigError: If the config changes the run's identity, or the checkpoint is beyond `last_step`.
+        ConfigError: If the config changes the run's identity, or the rule of a parameter without `reset_optimizer`, or
+            the checkpoint is beyond `last_step`.
         CheckpointError: If the data under the same path is other data, or the checkpoint is damaged.
     """
-    changes = control.together(lambda: _compare(state, checkpoint, last_step))
+    changes = control.together(lambda: _compare(state, checkpoint, last_step, reset_optimizer))
     if changes:
         report("changed since the checkpoint:\n" + format_diff(changes))
-    state.restore(checkpoint)
-    report(f"resumed from {checkpoint} at step {state.step}")
+    state.restore(checkpoint, reset_optimizer=reset_optimizer)
+    how = " with a new optimizer" if reset_optimizer else ""
+    report(f"resumed from {checkpoint} at step {state.step}{how}")
 
 
-def _compare(state: TrainState, checkpoint: Path, last_step: int) -> list[Change]:
+def _compare(state: TrainState, checkpoint: Path, last_step: int, reset_optimizer: bool) -> list[Change]:
     """Return what the config changes, if it may."""
     manifest = read_manifest(checkpoint)
     old = from_dict(manifest.config, str(checkpoint))
-    if problems := identity_problems(old, state.config):
+    problems = identity_problems(old, state.config)
+    if problems or (not reset_optimizer and (problems := _changed_rules(old, state))):
         raise ConfigError(problems)
     if manifest.identity["data"] != state.data.fingerprint:
         hint = "prepare new text into a new folder, and begin a new run with it"
@@ -154,6 +174,19 @@ def _compare(state: TrainState, checkpoint: Path, last_step: int) -> list[Change
     if manifest.step > last_step:
         raise ConfigError(f"--stop-at is {last_step}, but {checkpoint} is already at step {manifest.step}")
     return diff(old, state.config)
+
+
+def _changed_rules(old: RunConfig, state: TrainState) -> list[Problem]:
+    """List the groups with a parameter whose state in the checkpoint is that of another rule."""
+    groups, before = state.config.optim.groups, assign_groups(state.shapes, old.optim.groups)
+    hint = "set it back, or continue with the weights alone: --reset-optimizer, once"
+    problems: dict[tuple[str, str], Problem] = {}
+    for parameter, group in state.optimizer.groups.items():
+        rule, old_rule = groups[group].rule, old.optim.groups[before[parameter]].rule
+        if rule != old_rule:
+            message = f"is {rule}, but {parameter} was updated by {old_rule}, whose state the checkpoint holds"
+            problems.setdefault((group, old_rule), Problem(f"optim.groups.{group}.rule", message, hint=hint))
+    return list(problems.values())
 
 
 def open_checkpoints(folder: RunFolder, config: RunConfig, data: Data, mesh: Mesh) -> CheckpointManager:

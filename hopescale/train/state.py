@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -34,7 +35,7 @@ class TrainState:
         optimizer: Masters and moments, and the levels' gradient sums, under `optimizer.`.
         data: Identity of the data; its position follows from the step.
         watch: Losses seen lately.
-        sizes: Entries of every parameter of the whole model, by name.
+        shapes: Of every parameter of the whole model, by name.
     """
 
     def __init__(
@@ -44,10 +45,10 @@ class TrainState:
         optimizer: OuterOptimizer,
         data: Data,
         watch: LossWatch,
-        sizes: Mapping[str, int],
+        shapes: Mapping[str, Sequence[int]],
     ):
         self.config, self.slices, self.optimizer = config, list(slices), optimizer
-        self.data, self.watch, self.sizes = data, watch, dict(sizes)
+        self.data, self.watch, self.shapes = data, watch, dict(shapes)
         self.step = 0
         self._config_tree = to_dict(config)
 
@@ -60,6 +61,11 @@ class TrainState:
     def tokens_seen(self) -> int:
         """Training tokens read so far."""
         return self.step * self.config.train.global_batch_tokens
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Entries of every parameter of the whole model, by name."""
+        return {name: math.prod(shape) for name, shape in self.shapes.items()}
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -96,14 +102,14 @@ class TrainState:
         } | {"generators": self._generators() if mesh.control_group.rank() == 0 else {}}
 
     def _whole(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Make parts of parameters, and of what has a parameter's shape, parts of the whole."""
-        specs = {name: parameter.spec for name, parameter in self.parameters.items()}
-        return {
-            name: as_whole(part, specs.get(name) or specs[parameter_of(name, "optimizer")], self.mesh)
-            if part.dim()
-            else part
-            for name, part in parts.items()
-        }
+        """Make slices of parameters, and of what is split like them, parts of the whole."""
+        result = {}
+        for name, part in parts.items():
+            parameter = name if name in self.parameters else parameter_of(name, "optimizer")
+            is_state = parameter != name and ".accumulator." not in name
+            whole = part.dim() == 0 or (is_state and self.optimizer.holds_whole(parameter))
+            result[name] = part if whole else as_whole(part, self.parameters[parameter].spec, self.mesh)
+        return result
 
     def _sums(self) -> dict[str, Tensor]:
         """Return the running sums of slow levels, `<parameter>.accumulator.<replica>`."""
@@ -149,10 +155,17 @@ class TrainState:
         """Return fingerprints of what a run keeps for life."""
         return {"model": fingerprint(self._config_tree["model"]), "data": self.data.fingerprint}
 
-    def restore(self, folder: Path) -> None:
-        """Continue from a checkpoint of any layout, whose identity has been compared. Called by all ranks."""
-        saved = read_manifest(folder).tensors
-        weights, state, sums = self.optimizer.weights(), self.optimizer.state_dict(), self._room_for_sums(saved)
+    def restore(self, folder: Path, *, reset_optimizer: bool = False) -> None:
+        """Continue from a checkpoint of any layout, whose identity has been compared. Called by all ranks.
+
+        Args:
+            folder: The checkpoint.
+            reset_optimizer: Whether to leave moments, masters and running sums as they begin, from the saved weights.
+        """
+        saved, weights = read_manifest(folder).tensors, self.optimizer.weights()
+        state, sums = {}, {}
+        if not reset_optimizer:
+            state, sums = self.optimizer.state_dict(), self._room_for_sums(saved)
         # The other kind of device has another set of generators; a run may move between them.
         generators = {
             name.partition(".")[2]: torch.empty(entry.shape, dtype=torch.uint8)
@@ -165,9 +178,17 @@ class TrainState:
             "generators": generators,
         }
         alone = self.mesh.checkpoint_group.size() == 1
-        manifest = load_into(tensors, folder, group=None if alone else self.mesh.checkpoint_group)
+        manifest = load_into(
+            tensors,
+            folder,
+            prefix=("model.", "generators.") if reset_optimizer else "",
+            group=None if alone else self.mesh.checkpoint_group,
+        )
         self.optimizer.load_weights(weights)
-        self.optimizer.load_state_dict(state)
+        if reset_optimizer:
+            self.optimizer.reset_masters()
+        else:
+            self.optimizer.load_state_dict(state)
         totals: dict[str, Tensor] = {}
         for name, part in sums.items():
             parameter = parameter_of(name, "optimizer")

@@ -42,6 +42,7 @@ def train(
     layout: Layout,
     stop: StopRequest,
     resume: Resume = "auto",
+    reset_optimizer: bool = False,
     stop_at: int | None = None,
     report: Report,
 ) -> None:
@@ -55,6 +56,7 @@ def train(
         layout: How the ranks are shared out.
         stop: Read between steps; its handlers are installed by the caller, before the slow imports.
         resume: See `choose_checkpoint`.
+        reset_optimizer: Whether to continue with the weights of a checkpoint and a new optimizer.
         stop_at: Step to save and stop at, at most `train.steps`, without changing the learning rate's horizon; None is
             `train.steps`.
         report: Takes each line meant for a person; every rank has the same ones.
@@ -75,6 +77,7 @@ def train(
         layout=layout,
         stop=stop,
         resume=resume,
+        reset_optimizer=reset_optimizer,
         last_step=last_step,
         report=report,
     )
@@ -98,6 +101,7 @@ def train_on(
     layout: Layout,
     stop: StopRequest,
     resume: Resume,
+    reset_optimizer: bool = False,
     last_step: int,
     report: Report,
 ) -> tuple[int, str | None]:
@@ -112,9 +116,9 @@ def train_on(
     folder = RunFolder(run_dir)
     with ExitStack() as stack, memory_errors_explained(config), _told_once(control):
         control.on_first(_opening(stack, folder))
-        checkpoint = control.on_first(lambda: choose_checkpoint(folder, resume))
+        checkpoint = control.on_first(lambda: choose_checkpoint(folder, resume, reset_optimizer=reset_optimizer))
         if checkpoint is not None:
-            restore(state, checkpoint, last_step, control, report)
+            restore(state, checkpoint, last_step, control, report, reset_optimizer=reset_optimizer)
         table = group_table(state.optimizer.groups, state.sizes)
         control.on_first(lambda: folder.describe(loaded, layout, overrides, table))
         checkpoints = open_checkpoints(folder, config, state.data, mesh)

@@ -8,7 +8,15 @@ from hopescale.config.schema.model import (
     ModelConfig,
     SelfModifyingConfig,
 )
-from hopescale.config.schema.optim import GroupConfig, OptimConfig, ScheduleConfig
+from hopescale.config.schema.optim import (
+    DeepMomentumConfig,
+    DeltaMomentumConfig,
+    GroupConfig,
+    M3Config,
+    MuonConfig,
+    OptimConfig,
+    ScheduleConfig,
+)
 from hopescale.config.schema.parallel import ParallelConfig
 from hopescale.config.schema.run import RunConfig
 from hopescale.config.schema.train import CheckpointConfig, LogConfig, TrainConfig, ValidationConfig
@@ -18,10 +26,14 @@ __all__ = [
     "CheckpointConfig",
     "CmsConfig",
     "DataConfig",
+    "DeepMomentumConfig",
+    "DeltaMomentumConfig",
     "GroupConfig",
     "LevelConfig",
     "LogConfig",
+    "M3Config",
     "ModelConfig",
+    "MuonConfig",
     "OptimConfig",
     "ParallelConfig",
     "RunConfig",

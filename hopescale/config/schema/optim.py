@@ -20,9 +20,17 @@ class ScheduleConfig:
     """Fraction of `train.steps` spent in the final decay. Only with `name: wsd`."""
 
 
+Rule = Literal["adamw", "muon", "m3", "delta_momentum", "deep_momentum"]
+"""Names of the update rules; all but AdamW's update matrices."""
+
+
 @dataclass(frozen=True)
 class GroupConfig:
     """Parameters that share settings. Every parameter belongs to exactly one group."""
+
+    rule: Rule = "adamw"
+    """The update rule. All but `adamw` take matrices: parameters of two and more dimensions, of which the last two are
+    a matrix. Embedding and head are better left to `adamw`."""
 
     match: tuple[str, ...] | None = None
     """Shell patterns of parameter names (`*.norm.weight`). Null takes all that no other group matches; exactly one
@@ -32,21 +40,106 @@ class GroupConfig:
     weight_decay: float | None = None
     """Decoupled weight decay per unit of learning rate; null is `optim.weight_decay`."""
     betas: tuple[float, float] | None = None
-    """Decay rates of the two moments; null is `optim.betas`."""
+    """Decay rates of AdamW's two moments; null is `optim.betas`. Only with `rule: adamw`."""
+
+
+@dataclass(frozen=True)
+class MuonConfig:
+    """Muon: an orthogonalised momentum. One momentum per matrix."""
+
+    momentum: float = 0.95
+    """Decay rate of the momentum, per update."""
+    nesterov: bool = True
+    """Whether to look ahead along the newest gradient."""
+    ns_steps: int = 5
+    """Newton-Schulz iterations."""
+    ns_dtype: Literal["bf16", "fp32"] | None = None
+    """Precision of Newton-Schulz; null is `bf16` on CUDA and `fp32` elsewhere."""
+    eps: float = 1e-7
+    """Least Frobenius norm that a matrix is divided by."""
+    adjust_lr_fn: Literal["original", "match_rms_adamw"] = "original"
+    """Factor on the learning rate by shape: `original` is `sqrt(max(1, rows / columns))`, `match_rms_adamw` is
+    `0.2 sqrt(max(rows, columns))`, with which the learning rates of AdamW fit."""
+
+
+@dataclass(frozen=True)
+class M3Config:
+    """M3: a fast and a slow momentum, both orthogonalised, over a second moment. Up to four moments per matrix."""
+
+    beta1: float = 0.95
+    """Decay rate of the fast momentum per update; with `form: paper` the weight of a gradient in it."""
+    beta2: float = 0.95
+    """The same of the second moment."""
+    beta3: float = 0.5
+    """The same of the slow momentum, per period."""
+    alpha_slow: float = 0.5
+    """Weight of the slow momentum's direction; 0 leaves the slow momentum out."""
+    frequency: int = 4
+    """Period of the slow momentum, in updates of the parameter itself."""
+    ns_steps: int = 5
+    """Newton-Schulz iterations."""
+    ns_dtype: Literal["bf16", "fp32"] | None = None
+    """Precision of Newton-Schulz; null is `bf16` on CUDA and `fp32` elsewhere."""
+    form: Literal["ema", "paper"] = "ema"
+    """`ema`: moments are exponential averages. `paper`: Algorithm 1 to the letter, whose sums only grow."""
+    second_moment: bool = True
+    """Whether to divide by the root of the second moment."""
+    eps: float = 1e-8
+    """Added to that root."""
+    nesterov: bool = False
+    """Whether the fast momentum looks ahead. Only with `form: ema`."""
+    update_rms: float | None = None
+    """Root mean square of an update before the learning rate; null is 0.2, or no such scaling with `adjust_lr_fn`. Only
+    with `form: ema`."""
+    adjust_lr_fn: Literal["original", "match_rms_adamw"] | None = None
+    """Muon's factor by shape in place of `update_rms`. Only with `form: ema`."""
+
+
+@dataclass(frozen=True)
+class DeltaMomentumConfig:
+    """Delta Momentum: a momentum that forgets along the present gradient. One momentum per matrix, and with `beta2` a
+    second moment."""
+
+    momentum: float = 0.9
+    """Decay rate of the momentum, per update."""
+    delta: float = 0.1
+    """Strength of the erase along the gradient; 0 is plain momentum."""
+    form: Literal["unit", "paper"] = "unit"
+    """Whether the erase is divided by the gradient's squared norm (`unit`) or not (`paper`)."""
+    beta2: float | None = None
+    """Decay rate of a second moment that preconditions what is written; null writes the gradient."""
+    eps: float = 1e-8
+    """Added to the root of the second moment. Only with `beta2`."""
+
+
+@dataclass(frozen=True)
+class DeepMomentumConfig:
+    """Deep momentum: a memory per matrix that learns the gradient's rows."""
+
+    alpha: float = 0.9
+    """Retention of the memory, per update."""
+    inner_lr: float = 0.01
+    """Inner learning rate, for a loss that is summed over rows."""
+    objective: Literal["dot", "l2"] = "dot"
+    """Inner loss: inner product or squared error."""
+    memory: Literal["mlp", "linear"] = "mlp"
+    """What the memory is: two layers and a residual, or one matrix."""
+    memory_dim: int | None = None
+    """Hidden width of an MLP memory; null is 32. Only with `memory: mlp`."""
+    update_rms: float | None = None
+    """Root mean square of an update before the learning rate; null keeps the length of the gradient's rows."""
 
 
 @dataclass(frozen=True)
 class OptimConfig:
     """The outer optimizer."""
 
-    name: Literal["adamw"] = "adamw"
-    """The update rule."""
     lr: float = 4e-4
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """Decay rates of the first and second moment."""
+    """Decay rates of AdamW's first and second moment."""
     eps: float = 1e-8
-    """Added to the root of the second moment."""
+    """Added to the root of AdamW's second moment."""
     weight_decay: float = 0.1
     """Decoupled weight decay per unit of learning rate."""
     grad_clip: float | None = 1.0
@@ -64,5 +157,16 @@ class OptimConfig:
         }
     )
     """Parameter groups by name; `null` removes one. A parameter matched twice or not at all is an error."""
+    muon: MuonConfig = field(default_factory=MuonConfig)
+    """Settings of groups with `rule: muon`."""
+    m3: M3Config = field(default_factory=M3Config)
+    """Settings of groups with `rule: m3`."""
+    delta_momentum: DeltaMomentumConfig = field(default_factory=DeltaMomentumConfig)
+    """Settings of groups with `rule: delta_momentum`."""
+    deep_momentum: DeepMomentumConfig = field(default_factory=DeepMomentumConfig)
+    """Settings of groups with `rule: deep_momentum`."""
+    tp_mode: Literal["shard", "gather"] = "shard"
+    """What a rule for matrices takes for a matrix under tensor parallelism: `shard` each rank's slice, `gather` the
+    whole, which is updated on one of the ranks as it would be without them. Needs `parallel.tp` of 2 or more."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     """The learning rate over the run."""

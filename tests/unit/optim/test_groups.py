@@ -15,26 +15,32 @@ GROUPS = {
 }
 
 
+def matrices(*names: str) -> dict[str, tuple[int, ...]]:
+    return dict.fromkeys(names, (4, 4))
+
+
 def test_every_parameter_is_in_exactly_one_group():
     names = ["embedding.weight", "blocks.0.w", "blocks.1.w", "blocks.0.norm.weight", "head.bias"]
-    assert assign_groups(names, GROUPS) == dict(zip(names, ["rest", "deep", "deep", "still", "still"], strict=True))
+    assert assign_groups(matrices(*names), GROUPS) == dict(
+        zip(names, ["rest", "deep", "deep", "still", "still"], strict=True)
+    )
 
 
 def test_case_matters():
     groups = {"deep": GroupConfig(match=("blocks.*.w",)), "rest": GroupConfig()}
-    assert assign_groups(["Blocks.0.w", "blocks.0.w"], groups) == {"Blocks.0.w": "rest", "blocks.0.w": "deep"}
+    assert assign_groups(matrices("Blocks.0.w", "blocks.0.w"), groups) == {"Blocks.0.w": "rest", "blocks.0.w": "deep"}
 
 
 def test_a_group_that_takes_nothing_is_an_error():
     groups = {"lost": GroupConfig(match=("nothing*", "?")), "rest": GroupConfig()}
     with pytest.raises(ConfigError, match=r"optim.groups.lost.match: no parameter matches nothing\*, \?"):
-        assign_groups(["blocks.0.w"], groups)
+        assign_groups(matrices("blocks.0.w"), groups)
 
 
 def test_errors_name_each_parameter_and_its_groups():
     groups = {"a": GroupConfig(match=("x*",)), "b": GroupConfig(match=("*y",))}
     with pytest.raises(ConfigError) as caught:
-        assign_groups(["x1", "xy", "z", "1y"], groups)
+        assign_groups(matrices("x1", "xy", "z", "1y"), groups)
     assert [str(problem) for problem in caught.value.problems] == [
         "  optim.groups: parameter xy matches a and b",
         "  optim.groups: parameter z matches no group",
@@ -42,8 +48,20 @@ def test_errors_name_each_parameter_and_its_groups():
     assert caught.value.exit_code == 2
 
 
+def test_a_rule_for_matrices_takes_no_vector_and_nothing_that_stages_share():
+    groups = {"m": GroupConfig(match=("blocks.*", "embedding"), rule="m3"), "rest": GroupConfig()}
+    shapes = {"blocks.w": (4, 4), "blocks.heads": (2, 4, 4), "blocks.bias": (4,), "embedding": (8, 4), "norm": (4,)}
+    with pytest.raises(ConfigError) as caught:
+        assign_groups(shapes, groups, tied=["embedding"])
+    assert [(problem.key, problem.message) for problem in caught.value.problems] == [
+        ("optim.groups.m.rule", "m3 updates matrices, but blocks.bias has shape [4]"),
+        ("optim.groups.m.rule", "m3 cannot update embedding, which two pipeline stages hold"),
+    ]
+    assert assign_groups({name: shapes[name] for name in shapes if name != "blocks.bias"}, groups)["embedding"] == "m"
+
+
 def test_the_group_of_the_rest_takes_no_matched_parameter():
-    assert assign_groups(["x1"], {"rest": GroupConfig(), "a": GroupConfig(match=("x*",))}) == {"x1": "a"}
+    assert assign_groups(matrices("x1"), {"rest": GroupConfig(), "a": GroupConfig(match=("x*",))}) == {"x1": "a"}
 
 
 @pytest.mark.parametrize("variant", ["sequential", "independent"])
@@ -54,7 +72,7 @@ def test_the_default_groups_keep_vectors_from_decay(mixer: str, variant: str):
     config = ModelConfig(
         vocab_size=32, d_model=16, num_layers=1, num_heads=2, mixer=mixer, cms=CmsConfig(variant=variant, levels=levels)
     )
-    names = [name for name, _ in Model(config).named_parameters()]
+    names = {name: parameter.shape for name, parameter in Model(config).named_parameters()}
     still = {name for name, group in assign_groups(names, OptimConfig().groups).items() if group == "no_decay"}
     expected = {n for n in names if any(part in n for part in ("norm.", ".gates.", ".conv.", "cms.mix"))}
     assert still == expected and len(still) >= 3

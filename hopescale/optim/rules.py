@@ -1,0 +1,65 @@
+"""The update rules for matrices by name: their settings from the config, and what an update costs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from hopescale.config.schema import OptimConfig
+from hopescale.optim.deep_momentum import DeepMomentum
+from hopescale.optim.delta_momentum import DeltaMomentum
+from hopescale.optim.m3 import M3
+from hopescale.optim.muon import Muon, StackedOptimizer
+
+RULES: dict[str, type[StackedOptimizer]] = {
+    "muon": Muon,
+    "m3": M3,
+    "delta_momentum": DeltaMomentum,
+    "deep_momentum": DeepMomentum,
+}
+ENTRY_COST = 64
+"""FLOPs that take as long as reading and writing an entry of weight, gradient and state: its part of an update that no
+matrix product is part of."""
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def make_rule(name: str, groups: Iterable[dict[str, Any]], config: OptimConfig) -> StackedOptimizer:
+    """Return a rule over torch's parameter groups, with its settings.
+
+    Args:
+        name: One of `RULES`.
+        groups: At least one; learning rate and weight decay are theirs.
+        config: Settings of all rules.
+    """
+    settings = asdict(getattr(config, name))
+    if settings.get("ns_dtype") is not None:
+        settings["ns_dtype"] = _DTYPES[settings["ns_dtype"]]
+    return RULES[name](groups, **settings)
+
+
+def update_cost(name: str, shape: Sequence[int], config: OptimConfig) -> float:
+    """Return what an update of a parameter `[..., R, C]` costs, in FLOPs.
+
+    Args:
+        name: One of `RULES`.
+        shape: Of the parameter.
+        config: Settings of all rules.
+    """
+    *heads, rows, columns = shape
+    matrices, entries = math.prod(heads), math.prod(shape)
+    if name == "delta_momentum":
+        flops = 4 * rows * columns * columns
+    elif name == "deep_momentum":
+        dim = config.deep_momentum.memory_dim or 32
+        flops = 6 * rows * columns * columns if config.deep_momentum.memory == "linear" else 14 * rows * columns * dim
+    else:
+        short = min(rows, columns)
+        flops = config.muon.ns_steps if name == "muon" else config.m3.ns_steps
+        flops *= short * short * (4 * max(rows, columns) + 2 * short)
+        if name == "m3" and config.m3.alpha_slow:
+            flops *= 1 + 1 / config.m3.frequency
+    return matrices * flops + ENTRY_COST * entries

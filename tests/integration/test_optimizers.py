@@ -1,0 +1,70 @@
+"""A run with another rule for matrices: it resumes bit for bit, keeps its rules, and begins anew only when asked to."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+if TYPE_CHECKING:
+    from conftest import Run
+
+PATTERNS = "['*_proj.weight', '*.gate.weight', '*.up.weight', '*.down.weight', '*.banks.*']"
+STATES = {
+    "muon": {"momentum_buffer"},
+    "m3": {"step", "fast_momentum", "slow_momentum", "slow_direction", "second_moment"},
+    "delta_momentum": {"step", "momentum_buffer"},
+    "deep_momentum": {"memory_w1", "memory_w2"},
+}
+
+
+def using(rule: str) -> str:
+    return f"optim.groups.matrices={{rule: {rule}, match: {PATTERNS}}}"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("rule", STATES)
+def test_a_run_in_two_parts_equals_itself(train, run: Run, rule: str, precision: str, tmp_path):
+    overrides = (using(rule), f"train.precision={precision}")
+    assert train(*overrides).code == 0
+    whole, name = run.tensors(10), "optimizer.blocks.0.cms.levels.slow.up.weight."
+    states = {key.removeprefix(name) for key in whole if key.startswith(name)} - {"accumulator.0"}
+    assert states == STATES[rule] | ({"master"} if precision == "bf16" else set())
+    run.path.rename(tmp_path / "whole")
+    assert train(*overrides, "--stop-at", 5).code == 0
+    assert train(*overrides).code == 0
+    parts = run.tensors(10)
+    assert parts.keys() == whole.keys() and all(torch.equal(parts[key], whole[key]) for key in whole)
+
+
+def test_a_rule_stays_unless_the_optimizer_begins_anew(train, run: Run):
+    bf16 = "train.precision=bf16"
+    assert train(using("m3"), bf16, "--stop-at", 5).code == 0
+    before = run.tensors(5)
+    refused = train(using("muon"), bf16)
+    assert refused.code == 2 and "--reset-optimizer" in refused.err
+    assert "optim.groups.matrices.rule: is muon, but blocks.0.mixer.in_proj.weight was updated by m3" in refused.err
+    refused = train(bf16)
+    assert refused.code == 2 and "optim.groups.decay.rule: is adamw, but" in refused.err
+    again = train(using("muon"), bf16, "--reset-optimizer", "optim.lr=1e-30", "--stop-at", 6)
+    assert again.code == 0 and "at step 5 with a new optimizer" in again.out
+    after = run.tensors(6)
+    name = "blocks.0.cms.levels.fast.up.weight"
+    assert torch.equal(after[f"model.{name}"], before[f"model.{name}"])
+    assert f"optimizer.{name}.momentum_buffer" in after and f"optimizer.{name}.fast_momentum" not in after
+    assert after["optimizer.embedding.weight.step"] == 1
+    for weight in ("blocks.0.cms.levels.fast.up.weight", "embedding.weight"):
+        assert torch.equal(after[f"optimizer.{weight}.master"], before[f"model.{weight}"].float())
+    assert train(using("muon"), bf16).code == 0
+
+
+def test_a_new_run_has_no_optimizer_to_begin_anew(train):
+    outcome = train("--reset-optimizer")
+    assert outcome.code == 4 and "--reset-optimizer, but" in outcome.err
+
+
+def test_a_vector_is_refused_by_a_rule_for_matrices(train):
+    outcome = train("optim.groups.no_decay.rule=m3")
+    assert outcome.code == 2
+    assert "optim.groups.no_decay.rule: m3 updates matrices, but blocks.0.norm.weight has shape [16]" in outcome.err

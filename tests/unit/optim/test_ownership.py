@@ -1,0 +1,71 @@
+"""Shares of the work are of about equal cost, whatever is shared out."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import pytest
+
+from hopescale.config.schema import DeepMomentumConfig, M3Config, OptimConfig
+from hopescale.optim.ownership import Work, buckets, share_out
+from hopescale.optim.rules import RULES, update_cost
+
+
+@pytest.mark.parametrize("owners", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("seed", range(5))
+def test_no_owner_has_more_than_the_mean_and_one_update(owners: int, seed: int):
+    draw = random.Random(seed)
+    shapes = {(draw.randint(1, 9), draw.randint(1, 9)): 10 ** draw.uniform(0, 3) for _ in range(5)}
+    work = [
+        Work(f"{due}.{i}", shapes[shape], shape, due)
+        for due in ("fast", "slow")
+        for i, shape in enumerate(draw.choices(list(shapes), k=draw.randint(1, 60)))
+    ]
+    result = share_out(work, owners)
+    assert result.keys() == {each.name for each in work} and set(result.values()) <= set(range(owners))
+    for due in ("fast", "slow"):
+        members = [each for each in work if each.due == due]
+        load = Counter()
+        for each in members:
+            load[result[each.name]] += each.cost
+        mean = sum(each.cost for each in members) / owners
+        assert max(load.values()) <= mean + max(each.cost for each in members) * (1 + 1e-9)
+    assert share_out(work, owners) == result
+
+
+def test_equal_shapes_are_shared_evenly_and_in_runs():
+    work = [Work(f"a{i}", 5.0, "a") for i in range(8)] + [Work(f"b{i}", 1.0, "b") for i in range(8)]
+    result = share_out(work, 4)
+    assert {Counter(result[f"{shape}{i}"] for i in range(8))[owner] for shape in "ab" for owner in range(4)} == {2}
+    assert [result[f"a{i}"] for i in range(8)] == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_what_is_due_apart_begins_with_the_owner_that_has_least():
+    result = share_out([Work("fast", 1.0, "a", 1), Work("slow", 1.0, "a", 2)], 2)
+    assert result == {"fast": 0, "slow": 1}
+
+
+def test_buckets_hold_all_in_order_and_no_part_exceeds_the_room():
+    owners = {name: index % 3 for index, name in enumerate("abcdefghij")}
+    sizes = dict(zip("abcdefghij", [4, 1, 9, 3, 2, 2, 8, 1, 1, 5], strict=True))
+    cut = buckets("abcdefghij", owners, sizes, 7)
+    assert sorted("".join(name for bucket in cut for name in bucket)) == list("abcdefghij")
+    for bucket in cut:
+        for owner in range(3):
+            part = [name for name in bucket if owners[name] == owner]
+            assert len(part) == 1 or sum(sizes[name] for name in part) <= 7
+    assert buckets("abcdefghij", owners, sizes, 1000) == [list("abcdefghij")]
+    assert buckets([], owners, sizes, 7) == []
+
+
+def test_costs_follow_shape_and_settings():
+    config = OptimConfig()
+    for rule in RULES:
+        single = update_cost(rule, (8, 16), config)
+        assert update_cost(rule, (3, 8, 16), config) == pytest.approx(3 * single)
+        assert update_cost(rule, (16, 16), config) > single > 0
+    assert update_cost("muon", (8, 16), config) == update_cost("muon", (16, 8), config)
+    assert update_cost("m3", (8, 16), config) > update_cost("m3", (8, 16), OptimConfig(m3=M3Config(alpha_slow=0.0)))
+    small = OptimConfig(deep_momentum=DeepMomentumConfig(memory_dim=4))
+    assert update_cost("deep_momentum", (8, 16), small) < update_cost("deep_momentum", (8, 16), config)
