@@ -119,6 +119,15 @@ def memory_dim_needs_mlp(config: RunConfig, origins: Origins) -> Iterator[Proble
         yield Problem("model.self_modifying.memory_dim", message, hint="leave it null, or set memory to mlp")
 
 
+def compile_needs_a_chunk_loop(config: RunConfig, origins: Origins) -> Iterator[Problem]:
+    """Only the chunk loop of memories is compiled."""
+    model = config.model
+    if not config.train.compile or (model.mixer == "self_modifying" and plan.has_chunk_loop(model.self_modifying)):
+        return
+    why = "stores static values" if model.mixer == "self_modifying" else f"is {model.mixer}"
+    yield Problem("train.compile", f"true has no effect: the mixer {why}, without a chunk loop", hint="leave it false")
+
+
 def adaptive_is_a_set(config: RunConfig, origins: Origins) -> Iterator[Problem]:
     """A projection is a memory or is not."""
     adaptive = config.model.self_modifying.adaptive
@@ -287,6 +296,7 @@ RULES: tuple[Rule, ...] = (
     rotary_head_dim_is_even,
     only_the_selected_mixer_is_set,
     memory_dim_needs_mlp,
+    compile_needs_a_chunk_loop,
     adaptive_is_a_set,
     adaptive_alpha_needs_retention,
     value_targets_need_static_maps,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from hopescale.config.layout import Layout, smallest_layout
-from hopescale.config.schema import ModelConfig, RunConfig
+from hopescale.config.schema import ModelConfig, RunConfig, SelfModifyingConfig
 
 VOCAB_MULTIPLE = 128
 """The stored vocabulary is padded to a multiple of this, for fast kernels and even tensor-parallel shards."""
@@ -89,3 +89,10 @@ def projection_chunk_size(model: ModelConfig) -> int | None:
 def padded_vocab_size(model: ModelConfig) -> int:
     """Return the rows of the embedding: the vocabulary, padded."""
     return -(-model.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+def has_chunk_loop(mixer: SelfModifyingConfig) -> bool:
+    """Tell whether what a mixer writes depends on what its memories hold, so that chunks follow one another."""
+    static = not mixer.adaptive and mixer.query == "static"
+    stores_values = mixer.memory == "linear" and mixer.objective == "dot" and mixer.read != "boundary"
+    return not (static and stores_values)

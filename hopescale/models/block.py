@@ -21,10 +21,12 @@ class Block(nn.Module):
     Args:
         config: Sizes and switches.
         mesh: Where this process stands.
-        recompute: What is computed again in the backward pass instead of kept: the `block`, or its mixer (`memory`).
+        recompute: What is computed again in the backward pass instead of kept: the `block`, its mixer (`memory`), or
+            the `chunks` of its memories, from the states they start with. The first two do the third as well.
+        compiled: Whether a chunk of the memories is compiled.
     """
 
-    def __init__(self, config: ModelConfig, mesh: Mesh, recompute: Recompute = "none"):
+    def __init__(self, config: ModelConfig, mesh: Mesh, recompute: Recompute = "none", compiled: bool = False):
         super().__init__()
         self.recompute = recompute
         # Two additions to the residual stream per block, at least: their variance must not grow with depth.
@@ -39,7 +41,8 @@ class Block(nn.Module):
         if config.mixer == "attention":
             self.mixer = Attention(*sizes, config.attention, **shared)
         else:
-            self.mixer = SelfModifying(*sizes, config.self_modifying, **shared)
+            loop = {"recompute": recompute != "none", "compiled": compiled}
+            self.mixer = SelfModifying(*sizes, config.self_modifying, **shared, **loop)
         self.cms = ContinuumMemory(config.d_model, config.cms, norm_eps=config.norm_eps, out_scale=out_scale, mesh=mesh)
 
     def forward(

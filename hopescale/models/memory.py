@@ -13,8 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hopescale.ops.activation import times_silu_slope
-from hopescale.ops.delta_rule import ChunkTables, Read, predict, read_chunk, write_chunk
+from hopescale.ops.delta_rule import (
+    Chunk,
+    ChunkTables,
+    Read,
+    chunk_values,
+    move,
+    open_chunk,
+    read_chunk,
+    transition,
+    write_chunk,
+)
+from hopescale.ops.inner_gradient import InnerLoss, capped, mlp_writes
 from hopescale.parallel.layers import ParameterSpec, new_parameter
 
 INITIAL_OUTPUT_STD = 0.1
@@ -34,12 +44,12 @@ class InnerRule:
 
 
 class Weights(NamedTuple):
-    """Weights (or momenta) of the memories of a bank, one set per sequence.
+    """Weights (or momenta) of the memories of a bank, one set per sequence. They act from the right: `x @ first`.
 
     Attributes:
-        first: `[B, H, R, D]`, the matrices that read keys, stacked: wide memories, then narrow ones.
-        wide: Second layers of wide MLP memories `[B, H, Nw, D, E]`; None for linear memories.
-        narrow: Second layers of narrow MLP memories `[B, H, Nn, 1, E]`; None if there are none.
+        first: `[B, H, D, R]`, the matrices that read keys, side by side: wide memories, then narrow ones.
+        wide: Second layers of wide MLP memories `[B, H, Nw, E, D]`; None for linear memories.
+        narrow: Second layers of narrow MLP memories `[B, H, Nn, E, 1]`; None if there are none.
     """
 
     first: Tensor
@@ -72,14 +82,14 @@ class Writes(NamedTuple):
         wide: Keys of unit length or less `[B, H, Nw, C, E]` and values `[B, H, Nw, C, D]` of wide second layers; None
             for linear memories.
         narrow: The same for narrow ones, values `[B, H, Nn, C, 1]`; None if there are none.
-        surprise: Norm of each token's error in each wide memory `[B, H, Nw, C]`.
+        surprise: Norm of each token's error in each wide memory `[B, H, Nw, C]`; None if there are none.
     """
 
     key: Tensor
     first: Tensor
     wide: tuple[Tensor, Tensor] | None
     narrow: tuple[Tensor, Tensor] | None
-    surprise: Tensor
+    surprise: Tensor | None
 
 
 class InitialMemory(nn.Module):
@@ -142,7 +152,7 @@ class MemoryBank(nn.Module):
     @staticmethod
     def _expand(x: Tensor, batch: int) -> Tensor:
         kind = torch.promote_types(x.dtype, torch.float32)
-        return x.to(kind).expand(batch, *x.shape)
+        return x.mT.to(kind).expand(batch, *x.shape[:-2], *x.mT.shape[-2:]).contiguous()
 
     def ask(self, weights: Weights, inputs: dict[str, Tensor], gate_input: Tensor) -> dict[str, Tensor]:
         """Ask memories with fixed weights: `M(x)`, each with its own input.
@@ -155,40 +165,21 @@ class MemoryBank(nn.Module):
         Returns:
             Answers by name: `[B, H, C, D]` of wide memories, `[B, H, C]` of narrow ones.
         """
-        sizes = [self.rows] * len(self.wide) + [weights.first.shape[2] - self.rows * len(self.wide)]
-        *first, narrow = weights.first.split(sizes, dim=2)
-        second = [None] * len(first) if weights.wide is None else weights.wide.unbind(2)
         answers = {}
-        for name, w2, w1 in zip(self.wide, first, second, strict=True):
+        for index, name in enumerate(self.wide):
             if name in inputs:
-                pre = inputs[name] @ w2.mT
-                answers[name] = pre if w1 is None else inputs[name] + F.silu(pre) @ w1.mT
+                pre = inputs[name] @ weights.first[..., index * self.rows : (index + 1) * self.rows]
+                if self.hidden is not None:
+                    pre = inputs[name] + F.silu(pre) @ weights.wide[:, :, index]
+                answers[name] = pre
         if self.narrow:
-            logits = (gate_input @ narrow.mT).unflatten(-1, (len(self.narrow), -1))  # [B, H, C, N, .]
+            logits = (gate_input @ weights.first[..., len(self.wide) * self.rows :]).unflatten(
+                -1, (len(self.narrow), -1)
+            )
             if self.hidden is not None:
-                logits = (F.silu(logits) * weights.narrow[:, :, None, :, 0]).sum(-1, keepdim=True)
+                logits = (F.silu(logits) * weights.narrow[:, :, None, ..., 0]).sum(-1, keepdim=True)
             answers |= dict(zip(self.narrow, logits[..., 0].unbind(-1), strict=True))
         return answers
-
-    def _split(self, stacked: Tensor) -> tuple[Tensor, Tensor]:
-        """Split first-layer results `[B, H, C, R]` into wide and narrow memories `[B, H, N, C, .]`."""
-        cut = len(self.wide) * self.rows
-        wide, narrow = stacked.split([cut, stacked.shape[-1] - cut], dim=-1)
-        narrow_rows = 1 if self.hidden is None else self.rows
-        return (
-            wide.unflatten(-1, (len(self.wide), self.rows)).transpose(2, 3),
-            narrow.unflatten(-1, (len(self.narrow), narrow_rows)).transpose(2, 3),
-        )
-
-    def _error(self, answer: Tensor, target: Tensor) -> Tensor:
-        """Gradient of the inner loss with respect to the answers."""
-        if self.rule.objective == "dot":
-            return -target
-        error = answer - target
-        if self.rule.error_cap is None:
-            return error
-        scale = self.rule.error_cap * torch.rsqrt(error.square().sum(-1, keepdim=True) + 1e-12)
-        return error * scale.clamp_max(1.0)
 
     def writes(self, boundary: Weights, k: Tensor, v: Tensor, mu: Tensor | None) -> Writes:
         """Compute what every memory writes for keys `k` and values `v`, `[B, H, C, D]`, at the boundary weights.
@@ -197,47 +188,35 @@ class MemoryBank(nn.Module):
         write. Gradients of a chunk are taken at its boundary: were they amplified by `1 / (1 - mu)`, a key that comes
         back in every chunk would overshoot its target further each time.
         """
-        fresh = None if mu is None else (1 - mu)[:, :, None, :, None]
+        fresh = None if mu is None else 1 - mu
         asked = torch.cat([k, v], dim=2) if self.rule.targets == "self" else k
-        wide, narrow = self._split(asked @ boundary.first.mT)
-        first, wide_pair, error = self._errors(wide, boundary.wide, asked[:, :, None], v, fresh)
-        narrow_pair = None
-        if self.narrow:
-            of_narrow, narrow_pair, _ = self._errors(narrow, boundary.narrow, 0.0, v, fresh)
-            first = torch.cat([part.transpose(2, 3).flatten(3) for part in (first, of_narrow)], dim=-1)
-        else:
-            first = first.transpose(2, 3).flatten(3)
-        return Writes(k, first, wide_pair, narrow_pair, error.detach().norm(dim=-1))
+        pre = asked @ boundary.first
+        if self.hidden is None:
+            return self._linear_writes(pre, k, v, fresh)
+        loss = InnerLoss(self.rule.objective, self.rule.targets == "self", self.rule.error_cap, KEY_EPS)
+        parts = pre.split([len(names) * self.rows for names in (self.wide, self.narrow)], dim=-1)
+        groups = zip(parts, (boundary.wide, boundary.narrow), ((k, v), None), strict=True)
+        wide, narrow = (
+            None if w1 is None else mlp_writes(part, w1, residual=residual, fresh=fresh, loss=loss)
+            for part, w1, residual in groups
+        )
+        first = [made.first for made in (wide, narrow) if made is not None]
+        pairs = (None if made is None else (made.keys, made.values) for made in (wide, narrow))
+        surprise = None if wide is None else wide.surprise
+        return Writes(k, first[0] if len(first) == 1 else torch.cat(first, dim=-1), *pairs, surprise)
 
-    def _errors(
-        self, pre: Tensor, w1: Tensor | None, residual: Tensor | float, v: Tensor, fresh: Tensor | None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None, Tensor]:
-        """Compute the write values of wide or of narrow memories from their first-layer results.
-
-        Args:
-            pre: First-layer results for keys, and for values after them if targets are the memories' own.
-            w1: Second layers; None for linear memories.
-            residual: What an MLP adds to its second layer.
-            v: The targets if they are not the memories' own.
-            fresh: Factor on every write; None is 1.
-
-        Returns:
-            Write values of the first layers `[B, H, N, C, E]`, keys and write values of the second, and the errors.
-        """
-        tokens = v.shape[2]
-        hidden = pre if w1 is None else F.silu(pre)
-        answers = pre if w1 is None else residual + hidden @ w1.mT
-        target = v[:, :, None]
-        if self.rule.targets == "self":
-            answers, target = answers.split(tokens, dim=3)
-            pre, hidden = pre.split(tokens, dim=3)[0], hidden.split(tokens, dim=3)[0]
-        error = self._error(answers, target)
-        push = error if fresh is None else error * fresh
-        if w1 is None:
-            return -push, None, error
-        norm = torch.sqrt(hidden.square().sum(-1, keepdim=True) + KEY_EPS)
-        delta = times_silu_slope(push @ w1, pre)
-        return -delta, (hidden / norm, -norm * push), error
+    def _linear_writes(self, answers: Tensor, k: Tensor, v: Tensor, fresh: Tensor | None) -> Writes:
+        """Do the same for linear memories, from their answers to keys and, if these are the targets, to values."""
+        tokens, cut = k.shape[2], len(self.wide) * self.rows
+        target = answers[..., tokens:, :] if self.rule.targets == "self" else v.repeat(1, 1, 1, len(self.wide))
+        error = answers[..., :tokens, :] - target if self.rule.objective == "l2" else -target
+        if self.rule.error_cap is not None:
+            wide = capped(error[..., :cut].unflatten(-1, (len(self.wide), self.rows)), self.rule.error_cap).flatten(-2)
+            error = torch.cat([wide, capped(error[..., cut:, None], self.rule.error_cap)[..., 0]], dim=-1)
+        surprise = None
+        if self.wide:
+            surprise = error.detach()[..., :cut].unflatten(-1, (-1, self.rows)).norm(dim=-1).transpose(2, 3)
+        return Writes(k, -error if fresh is None else error * -fresh[..., None], None, None, surprise)
 
     def advance(
         self, state: BankState, writes: Writes, tables: ChunkTables, q: Tensor | None, read: Read
@@ -251,7 +230,7 @@ class MemoryBank(nn.Module):
         per_memory = tables.map(lambda table: table.unsqueeze(2))
         pairs = ((writes.key, writes.first), writes.wide, writes.narrow)
         layers = [
-            None if pair is None else _Layer.solve(table, *pair, weight, push, self.rule.erase)
+            None if pair is None else _Layer.open(table, *pair, weight, push, self.rule.erase)
             for table, pair, weight, push in zip(
                 (tables, per_memory, per_memory), pairs, state.running, momentum, strict=True
             )
@@ -266,42 +245,41 @@ class MemoryBank(nn.Module):
         if read == "boundary":
             return self.ask(boundary, {self.wide[0]: q}, q)[self.wide[0]]
         first, second, _ = layers
-        inner = first.rows(self.rows).read(q, read)
+        inner = first.columns(self.rows).read(q, read)
         return inner if second is None else q + second.memory(0).read(F.silu(inner), read)
 
 
 class _Layer(NamedTuple):
-    """One linear layer during one chunk: what it is written with and what it held."""
+    """One linear layer during one chunk: its keys, and what is written."""
 
-    tables: ChunkTables
-    keys: Tensor
+    chunk: Chunk
     values: Tensor
     weight: Tensor
     momentum: Tensor | None
-    held: Tensor | None
 
     @classmethod
-    def solve(
+    def open(
         cls, tables: ChunkTables, keys: Tensor, values: Tensor, weight: Tensor, momentum: Tensor | None, erase: bool
     ) -> _Layer:
-        held = predict(tables, keys, values, weight, momentum) if erase else None
-        return cls(tables, keys, values, weight, momentum, held)
+        return cls(open_chunk(tables, keys, erase=erase), values, weight, momentum)
 
     def after(self) -> tuple[Tensor, Tensor | None]:
-        return write_chunk(self.tables, self.keys, self.values, self.held, self.weight, self.momentum)
+        if self.values.shape[-1] > self.chunk.k.shape[-1]:
+            return move(self.chunk, transition(self.chunk), self.values, self.weight, self.momentum)
+        values = chunk_values(self.chunk, self.values, self.weight, self.momentum)
+        return write_chunk(self.chunk, values, self.weight, self.momentum)
 
     def read(self, q: Tensor, read: Read) -> Tensor:
-        return read_chunk(self.tables, self.keys, q, self.values, self.held, self.weight, self.momentum, read)
+        values = chunk_values(self.chunk, self.values, self.weight, self.momentum)
+        return read_chunk(self.chunk, q, values, self.weight, self.momentum, read)
 
-    def rows(self, stop: int) -> _Layer:
-        """Keep the first `stop` outputs of a stacked layer."""
-        held = None if self.held is None else self.held[..., :stop]
-        momentum = None if self.momentum is None else self.momentum[..., :stop, :]
-        return self._replace(
-            values=self.values[..., :stop], weight=self.weight[..., :stop, :], held=held, momentum=momentum
-        )
+    def columns(self, stop: int) -> _Layer:
+        """Keep the first `stop` outputs of layers side by side."""
+        momentum = None if self.momentum is None else self.momentum[..., :stop]
+        return self._replace(values=self.values[..., :stop], weight=self.weight[..., :stop], momentum=momentum)
 
     def memory(self, index: int) -> _Layer:
         """Keep one of the memories of `[B, H, N, ...]`; tables are shared along that dimension."""
-        tables = self.tables.map(lambda table: table[:, :, 0])
-        return _Layer(tables, *(None if part is None else part[:, :, index] for part in self[1:]))
+        tables = self.chunk.tables.map(lambda table: table[:, :, 0])
+        chunk = Chunk(tables, *(None if part is None else part[:, :, index] for part in self.chunk[1:]))
+        return _Layer(chunk, *(None if part is None else part[:, :, index] for part in self[1:]))

@@ -36,6 +36,7 @@ class Model(nn.Module):
         mesh: Where this process stands; None is a process of its own.
         blocks: Numbers of the blocks to hold, from 0; None is all.
         recompute: Activations computed again in the backward pass instead of kept; as `train.recompute`.
+        compiled: Whether the chunk loop of memories is compiled; as `train.compile`.
 
     Attributes:
         is_first: Whether this slice begins the model.
@@ -53,6 +54,7 @@ class Model(nn.Module):
         mesh: Mesh | None = None,
         blocks: range | None = None,
         recompute: Recompute = "none",
+        compiled: bool = False,
     ):
         super().__init__()
         mesh = mesh or Mesh.alone()
@@ -65,7 +67,7 @@ class Model(nn.Module):
         self.embedding = self.norm = self.head = None
         if self.is_first or (self.is_last and config.tie_embeddings):
             self.embedding = Embedding(padded, config.d_model, std=config.init_std, mesh=mesh)
-        self.blocks = nn.ModuleDict({str(number): Block(config, mesh, recompute) for number in blocks})
+        self.blocks = nn.ModuleDict({str(number): Block(config, mesh, recompute, compiled) for number in blocks})
         if self.is_last:
             # Logits of a fresh model stay near zero at any width, so that its loss starts at ln(vocabulary).
             scale = min(1.0, INITIAL_LOGIT_STD / (config.init_std * config.d_model**0.5))

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from itertools import repeat
+from itertools import accumulate, repeat
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hopescale.config.plan import has_chunk_loop
 from hopescale.config.schema import SelfModifyingConfig
 from hopescale.models.memory import BankState, InnerRule, MemoryBank, Weights
 from hopescale.models.norm import RMSNorm
 from hopescale.models.state import LayerState
-from hopescale.ops.delta_rule import chunk_tables
+from hopescale.ops.delta_rule import chunk_tables, delta_rule
 from hopescale.ops.norm import l2_norm
+from hopescale.ops.scan import scan
 from hopescale.ops.short_conv import short_conv
 from hopescale.parallel.layers import ColumnLinear, ParameterSpec, RowLinear, new_parameter
 from hopescale.parallel.mesh import Mesh
@@ -28,7 +30,7 @@ class Gate(nn.Module):
     Args:
         num_heads: Heads of this rank.
         start: Value at initialisation.
-        head_dim: Width of the input of a static gate; None if a memory supplies the logit.
+        head_dim: Width of the input of a static gate; None if a memory adds its answer to the bias.
     """
 
     def __init__(self, num_heads: int, start: float, head_dim: int | None):
@@ -41,9 +43,9 @@ class Gate(nn.Module):
             self.weight = new_parameter(num_heads, head_dim, spec=ParameterSpec(std=0.1 / head_dim**0.5, **shared))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Open the gate: `x` is the logit `[B, H, C]`, or the input `[B, H, C, D]` of a static gate."""
-        logit = x if self.weight is None else (x * self.weight[:, None]).sum(-1)
-        return torch.sigmoid(logit + self.bias[:, None])
+        """Map inputs `[B, H, T, D]` to the gate's logits `[B, H, T]`, without what a memory adds."""
+        bias = self.bias[:, None].expand(x.shape[:-1])
+        return bias if self.weight is None else bias + (x * self.weight[:, None]).sum(-1)
 
 
 STREAMS = ("k", "v", "q")
@@ -78,6 +80,8 @@ class SelfModifying(nn.Module):
         norm_eps: Added under the root of the RMSNorm.
         out_std: Standard deviation of the out-projection's initial weights.
         mesh: Where this process stands.
+        recompute: Whether the backward pass computes every chunk again from the state it started with.
+        compiled: Whether a chunk is compiled (`torch.compile`), once for every number of tokens that is met.
     """
 
     def __init__(
@@ -90,8 +94,12 @@ class SelfModifying(nn.Module):
         norm_eps: float,
         out_std: float,
         mesh: Mesh,
+        recompute: bool = False,
+        compiled: bool = False,
     ):
         super().__init__()
+        self.recompute, self.has_loop = recompute, has_chunk_loop(config)
+        self._step = torch.compile(self._advance, fullgraph=True, dynamic=False) if compiled else self._advance
         self.config, self.head_dim = config, head_dim
         self.heads = num_heads // mesh.tp_group.size()
         adaptive = set(config.adaptive)
@@ -153,29 +161,25 @@ class SelfModifying(nn.Module):
         """
         state = self.initial_state(x.shape[1]) if state is None else state
         streams, gate, tail = self._project(x, state.tensors.get("conv_tail"))
-        banks = {name: _unpack(name, state.tensors) for name in self.banks}
-        outputs, seen = [], []
-        position = state.position
-        sizes = _pieces(position, streams["k"].shape[2], self.chunks[1])
-        for parts in zip(*(stream.split(sizes, dim=2) for stream in streams.values()), strict=True):
-            y, banks = self._run(dict(zip(streams, parts, strict=True)), position, banks, seen)
-            outputs.append(y)
-            position += parts[0].shape[2]
-        y = torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]  # [B, H, T, D]
+        carried = {name: tensor for name, tensor in state.tensors.items() if name != "conv_tail"}
+        run = self._in_chunks if self.has_loop else self._whole_sequence
+        y, seen, carried = run(state.position, streams, carried)
         y = self.norm(y.permute(2, 0, 1, 3)).to(x.dtype)  # [T, B, H, D]
         if gate is not None:
             y = y * F.silu(gate)
         if probe is not None:
-            probe |= _summary(seen)
-        tensors = {} if tail is None else {"conv_tail": tail.transpose(0, 1)}
-        for name, bank in banks.items():
-            tensors |= _pack(name, bank)
-        return self.out_proj(y.flatten(2)), LayerState(position, tensors)
+            probe |= dict(zip(("eta_mean", "alpha_mean", "surprise"), seen.detach().mean((0, 1, 2)), strict=True))
+        if tail is not None:
+            carried = carried | {"conv_tail": tail.transpose(0, 1)}
+        return self.out_proj(y.flatten(2)), LayerState(state.position + x.shape[0], carried)
 
     def _project(self, x: Tensor, tail: Tensor | None) -> tuple[dict[str, Tensor], Tensor | None, Tensor | None]:
-        """Project and convolve: streams `[B, H, T, D]` in fp32, the output gate `[T, B, H, D]`, the convolution's tail.
+        """Project and convolve: streams in fp32, the output gate `[T, B, H, D]`, the convolution's tail.
 
-        Each head's slices lie side by side in the in-projection, so that a rank holds whole heads.
+        Streams are `k`, `v`, `q` `[B, H, T, D]` and the logits of the gates `[B, H, T]`, as far as they are known
+        before any memory is asked. Memories are asked at unit inputs only: inputs of any other length would let one
+        that reads its own answers grow without bound. Each head's slices lie side by side in the in-projection, so
+        that a rank holds whole heads.
         """
         mixed = self.in_proj(x).unflatten(-1, (self.heads, -1, self.head_dim))  # [T, B, H, S, D]
         gate = mixed[..., len(STREAMS), :] if self.config.gate else None
@@ -183,54 +187,100 @@ class SelfModifying(nn.Module):
         if self.conv is not None:
             mixed, tail = short_conv(mixed, self.conv["weight"].to(x.dtype), tail.transpose(0, 1))
         kind = torch.promote_types(x.dtype, torch.float32)
-        parts = mixed.to(kind).unflatten(-1, (self.heads, len(STREAMS), self.head_dim)).permute(3, 1, 2, 0, 4)
-        return dict(zip(STREAMS, parts.unbind(), strict=True)), gate, tail
+        mixed = mixed.to(kind).unflatten(-1, (self.heads, len(STREAMS), self.head_dim))
+        unit = l2_norm(mixed)
+        streams = dict(zip(STREAMS, unit.permute(3, 1, 2, 0, 4).contiguous(), strict=True))
+        if self.config.targets == "value":
+            streams["v"] = mixed[..., STREAMS.index("v"), :].permute(1, 2, 0, 3)
+        return streams | {name: module(streams["k"]) for name, module in self.gates.items()}, gate, tail
 
-    def _run(
-        self, streams: dict[str, Tensor], position: int, banks: dict[str, BankState], seen: list
-    ) -> tuple[Tensor, dict[str, BankState]]:
-        """Run one projection chunk, or a part of one: project at its boundary, then move the memories."""
-        source = "projection" if "projection" in banks else "memory"
-        if position % self.chunks[1] == 0:
-            banks = banks | {source: banks[source].at_boundary()}
+    def _whole_sequence(
+        self, position: int, streams: dict[str, Tensor], carried: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Do what `_in_chunks` does for a linear memory that stores static values."""
+        state = _unpack("memory", carried)
+        made = self._made(self.banks["memory"], state.boundary, streams)
+        u = made.v if made.mu is None else made.v * (1 - made.mu)[..., None]
+        tokens_first = (None if x is None else x.transpose(1, 2) for x in (made.k, u, made.eta, made.alpha))
+        result = delta_rule(
+            *tokens_first,
+            state.running.first.mT,
+            q=made.q.transpose(1, 2),
+            mu=None if made.mu is None else made.mu.transpose(1, 2),
+            momentum=None if state.momentum is None else state.momentum.first.mT,
+            erase=self.config.inner_rule == "dgd",
+            read=self.config.read,
+            chunk_size=self.chunks[0],
+        )
+        running = Weights(result.state.mT, None, None)
+        momentum = None if result.momentum is None else Weights(result.momentum.mT, None, None)
+        seen = torch.stack([made.eta, made.alpha, made.v.norm(dim=-1)], dim=-1)
+        return result.output.transpose(1, 2), seen, _pack("memory", BankState(running, momentum, running))
+
+    def _in_chunks(
+        self, position: int, streams: dict[str, Tensor], carried: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Run the memories over the sequence: outputs `[B, H, T, D]`, what is probed, and what is carried on.
+
+        Probed are eta, alpha and the norm of the main memory's error, `[B, H, T, 3]`.
+        """
+        sizes = _pieces(position, streams["k"].shape[2], self.chunks[1])
+        offsets = [(position + end - size) % self.chunks[1] for end, size in zip(accumulate(sizes), sizes, strict=True)]
+
+        def step(index: int, into: list[Tensor], parts: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+            banks = dict(zip(carried, into, strict=True))
+            *outputs, banks = self._step(offsets[index], dict(zip(streams, parts, strict=True)), banks)
+            return outputs, [banks[name] for name in carried]
+
+        (y, seen), after = scan(step, sizes, list(streams.values()), list(carried.values()), recompute=self.recompute)
+        return y, seen, dict(zip(carried, after, strict=True))
+
+    def _advance(
+        self, offset: int, streams: dict[str, Tensor], carried: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Do what `_in_chunks` does over a projection chunk, or a part of one that begins `offset` tokens into it."""
+        source = "projection" if "projection" in self.banks else "memory"
+        banks = {name: _unpack(name, carried) for name in self.banks}
+        if offset == 0:
+            banks[source] = banks[source].at_boundary()
         made = self._made(self.banks[source], banks[source].boundary, streams)
-        main, outputs = banks["memory"], []
-        for part in made.split(_pieces(position, made.k.shape[2], self.chunks[0])):
-            if position % self.chunks[0] == 0:
-                main = main.at_boundary()
-            y, main = self._move("memory", main, part, seen)
+        outputs, surprises = [], []
+        for part in made.split(_pieces(offset, made.k.shape[2], self.chunks[0])):
+            if offset % self.chunks[0] == 0:
+                banks["memory"] = banks["memory"].at_boundary()
+            y, surprise, banks["memory"] = self._move("memory", banks["memory"], part)
             outputs.append(y)
-            position += part.k.shape[2]
-        banks = banks | {"memory": main}
+            surprises.append(surprise[:, :, 0])
+            offset += part.k.shape[2]
         if source == "projection":
-            banks[source] = self._move(source, banks[source], made, None)[1]
-        return torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0], banks
+            _, _, banks[source] = self._move(source, banks[source], made)
+        y, surprise = (torch.cat(x, dim=2) if len(x) > 1 else x[0] for x in (outputs, surprises))
+        seen = torch.stack([made.eta, made.alpha, surprise], dim=-1).detach()
+        after: dict[str, Tensor] = {}
+        for name, bank in banks.items():
+            after |= _pack(name, bank)
+        return y, seen, after
 
     def _made(self, bank: MemoryBank, boundary: Weights, streams: dict[str, Tensor]) -> Projections:
-        """Make keys, values, queries and gates, by memories where they are adaptive (Eq. 90).
-
-        Memories are asked at unit inputs only: streams, keys and values of any other length would let a memory that
-        reads its own answers grow without bound.
-        """
-        unit = {name: l2_norm(stream) for name, stream in streams.items()}
-        answers = bank.ask(boundary, {name: unit[name] for name in bank.wide if name in unit}, unit["k"])
-        gates = {name: gate(answers.get(name, unit["k"])) for name, gate in self.gates.items()}
+        """Make keys, values, queries and gates, by memories where they are adaptive (Eq. 90)."""
+        asked = {name: streams[name] for name in bank.wide if name in streams}
+        answers = bank.ask(boundary, asked, streams["k"])
+        q, k, v = (l2_norm(answers[name]) if name in answers else streams[name] for name in ("q", "k", "v"))
+        gates = {
+            name: torch.sigmoid(streams[name] + answers[name] if name in answers else streams[name])
+            for name in self.gates
+        }
         eta = self.config.eta_max * gates["eta"]
-        alpha = gates.get("alpha", torch.ones_like(eta))
-        q, k = (l2_norm(answers[name]) if name in answers else unit[name] for name in ("q", "k"))
-        v = answers.get("v", streams["v"])
-        v = l2_norm(v) if self.config.targets == "self" else v
-        return Projections(q, k, v, eta, alpha, gates.get("mu"))
+        return Projections(q, k, v, eta, gates.get("alpha", torch.ones_like(eta)), gates.get("mu"))
 
-    def _move(
-        self, name: str, state: BankState, made: Projections, seen: list | None
-    ) -> tuple[Tensor | None, BankState]:
+    def _move(self, name: str, state: BankState, made: Projections) -> tuple[Tensor | None, Tensor, BankState]:
+        """Move a bank over one of its chunks: answers to the queries, the errors' norms, and the state after it."""
         bank = self.banks[name]
         tables = chunk_tables(made.eta, made.alpha, made.mu)
         writes = bank.writes(state.boundary, made.k, made.v, made.mu)
-        if seen is not None:
-            seen.append((made.eta.detach(), made.alpha.detach(), writes.surprise[:, :, 0]))
-        return bank.advance(state, writes, tables, made.q if name == "memory" else None, self.config.read)
+        q = made.q if name == "memory" else None
+        y, state = bank.advance(state, writes, tables, q, self.config.read)
+        return y, writes.surprise, state
 
 
 def _pieces(position: int, tokens: int, size: int) -> list[int]:
@@ -238,11 +288,6 @@ def _pieces(position: int, tokens: int, size: int) -> list[int]:
     first = min(tokens, size - position % size)
     rest = tokens - first
     return [first, *[size] * (rest // size), *[rest % size] * (rest % size > 0)]
-
-
-def _summary(seen: list[tuple[Tensor, Tensor, Tensor]]) -> dict[str, Tensor]:
-    eta, alpha, surprise = (torch.cat(parts, dim=2).mean() for parts in zip(*seen, strict=True))
-    return {"eta_mean": eta, "alpha_mean": alpha, "surprise": surprise}
 
 
 def _pack(name: str, state: BankState) -> dict[str, Tensor]:

@@ -2,9 +2,40 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+
+class _ConvSilu(torch.autograd.Function):
+    """Convolves time-first inputs and applies SiLU: one pass per tap, nothing transposed."""
+
+    @staticmethod
+    def forward(ctx: Any, padded: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(padded, weight)
+        mixed = _convolve(padded, weight)
+        return mixed.mul_(torch.sigmoid(mixed))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        padded, weight = ctx.saved_tensors
+        width, tokens = weight.shape[1], grad.shape[0]
+        d_mixed = torch.ops.aten.silu_backward(grad.contiguous(), _convolve(padded, weight))
+        d_padded, taps = torch.zeros_like(padded), []
+        for tap in range(width):
+            d_padded[tap : tap + tokens].addcmul_(d_mixed, weight[:, tap])
+            taps.append((d_mixed * padded[tap : tap + tokens]).sum((0, 1)))
+        return d_padded, torch.stack(taps, dim=1)
+
+
+def _convolve(padded: Tensor, weight: Tensor) -> Tensor:
+    width = weight.shape[1]
+    tokens = padded.shape[0] - width + 1
+    mixed = padded[:tokens] * weight[:, 0]
+    for tap in range(1, width):
+        mixed.addcmul_(padded[tap : tap + tokens], weight[:, tap])
+    return mixed
 
 
 def short_conv(x: Tensor, weight: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
@@ -19,5 +50,4 @@ def short_conv(x: Tensor, weight: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]
         Outputs `[T, B, N]` and the tail for the next call.
     """
     padded = torch.cat([tail.to(x.dtype), x])  # [W - 1 + T, B, N]
-    mixed = F.conv1d(padded.permute(1, 2, 0), weight[:, None], groups=weight.shape[0])  # [B, N, T]
-    return F.silu(mixed).permute(2, 0, 1), padded[x.shape[0] :]
+    return _ConvSilu.apply(padded, weight), padded[x.shape[0] :]

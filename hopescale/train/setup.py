@@ -27,6 +27,7 @@ from hopescale.optim.groups import assign_groups
 from hopescale.optim.replicated import ReplicatedUpdater
 from hopescale.parallel.control import Control
 from hopescale.parallel.mesh import Mesh
+from hopescale.train.compiler import check_compiler
 from hopescale.train.folder import RunFolder
 from hopescale.train.memory import check_memory
 from hopescale.train.state import TrainState
@@ -81,9 +82,11 @@ def _open_data(config: RunConfig, layout: Layout, device: torch.device) -> Data:
 def _build_slices(config: RunConfig, mesh: Mesh, device: torch.device) -> list[Model]:
     """Build the slices of the model that belong on this rank of the pipeline."""
     train, stages = config.train, (mesh.pp_group.size(), mesh.virtual_stages, mesh.pp_group.rank())
-    slices = []
+    slices, computed = [], {"recompute": train.recompute, "compiled": train.compile}
+    if train.compile:
+        check_compiler(device)
     for blocks in slices_of_rank(config.model, train.seq_len, *stages):
-        model = Model(config.model, seed=train.seed, mesh=mesh, blocks=blocks, recompute=train.recompute)
+        model = Model(config.model, seed=train.seed, mesh=mesh, blocks=blocks, **computed)
         slices.append(model.to(device).to_precision(PRECISIONS[train.precision]))
     return slices
 

@@ -57,9 +57,13 @@ class TrainConfig:
     """Type of weights and activations. With bf16 the optimizer keeps fp32 master weights; memories are fp32 always."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; `auto` takes CUDA where there is one."""
-    recompute: Literal["none", "block", "memory"] = "none"
-    """Activations computed again in the backward pass instead of kept: `block` those of whole blocks, `memory` those of
-    the mixers alone. The result is the same."""
+    recompute: Literal["none", "chunks", "memory", "block"] = "chunks"
+    """Activations computed again in the backward pass instead of kept. `chunks`: of memories only the state at the
+    start of every chunk is kept (attention has no chunks and keeps what it makes). `memory`: of a mixer only its input.
+    `block`: only the input of every block."""
+    compile: bool = False
+    """Whether the chunk loop of memories is compiled (`torch.compile`): faster, after minutes for the first step. Needs
+    a C++ compiler on CPU, Triton on CUDA. Only with `model.mixer: self_modifying`."""
     replica_check_every: int | None = 100
     """Steps between two comparisons of the weights over data-parallel ranks, which must be bit-equal; null is never.
     With `parallel.zero` of 3 there is nothing to compare."""

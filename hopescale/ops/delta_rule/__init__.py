@@ -1,17 +1,34 @@
 """The gated delta rule with momentum: the one recurrence under every memory of the model. See README.md."""
 
-from hopescale.ops.delta_rule.chunked import ChunkTables, chunk_tables, delta_rule, predict, read_chunk, write_chunk
+from hopescale.ops.delta_rule.chunked import (
+    Chunk,
+    ChunkTables,
+    Values,
+    chunk_tables,
+    chunk_values,
+    delta_rule,
+    move,
+    open_chunk,
+    read_chunk,
+    transition,
+    write_chunk,
+)
 from hopescale.ops.delta_rule.naive import delta_rule_naive
 from hopescale.ops.delta_rule.types import DeltaRuleOutput, Read
 
 __all__ = [
+    "Chunk",
     "ChunkTables",
     "DeltaRuleOutput",
     "Read",
+    "Values",
     "chunk_tables",
+    "chunk_values",
     "delta_rule",
     "delta_rule_naive",
-    "predict",
+    "move",
+    "open_chunk",
     "read_chunk",
+    "transition",
     "write_chunk",
 ]

@@ -35,6 +35,12 @@ BROKEN = [
     (["optim.groups.no_decay.betas=[0.9, 1]"], "optim.groups.no_decay.betas", "in [0, 1)"),
     (["data.sources.main.weight=0"], "data.sources.main.weight", "above 0"),
     (["train.loss_spike=0"], "train.loss_spike", "above 0"),
+    ([ATTENTION, "train.compile=true"], "train.compile", "the mixer is attention"),
+    (
+        ["train.compile=true", f"{MIXER}.memory=linear", f"{MIXER}.objective=dot", f"{MIXER}.adaptive=[]"],
+        "train.compile",
+        "stores static values",
+    ),
     (["checkpoint.keep_last=0"], "checkpoint.keep_last", "at least 1"),
     (["log.every=0"], "log.every", "at least 1"),
     (["name=a/b"], "name", "cannot name a folder"),
@@ -100,6 +106,7 @@ def problems_of(recipe, *overrides):
         ["optim.groups.no_decay=null"],
         ["optim.accumulate=mean"],
         [ATTENTION, "train.recompute=memory", "parallel.zero=3"],
+        ["train.compile=true"],
     ],
     ids=str,
 )

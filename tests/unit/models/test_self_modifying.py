@@ -268,3 +268,11 @@ def test_a_key_that_comes_back_in_every_chunk_lets_no_gradient_explode(switch: s
         (gradient,) = torch.autograd.grad(y[-16:].square().sum(), x)
         sizes[chunks] = float(gradient.norm())
     assert sizes[40] < 3 * sizes[4]
+
+
+def test_the_chunk_loop_is_traced_without_a_break(monkeypatch: pytest.MonkeyPatch):
+    mixer = make_mixer(SelfModifyingConfig(chunk_size=4))
+    x = torch.randn(9, BATCH, WIDTH, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    expected = mixer(x)[0]
+    monkeypatch.setattr(mixer, "_step", torch.compile(mixer._advance, fullgraph=True, dynamic=False, backend="eager"))
+    assert_equal_up_to_rounding(mixer(x)[0], expected)

@@ -1,11 +1,11 @@
-"""Activation, convolution, norms and rotation against their definitions."""
+"""Convolution, norms and rotation against their definitions."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 
-from hopescale.ops.activation import times_silu_slope
 from hopescale.ops.norm import l2_norm, rms_norm
 from hopescale.ops.rope import rope_tables, rotate
 from hopescale.ops.short_conv import short_conv
@@ -13,13 +13,6 @@ from hopescale.ops.short_conv import short_conv
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def test_silu_slope_and_its_gradient():
-    x, a = randn(4, 5).requires_grad_(), (3 * randn(4, 5, seed=1)).requires_grad_()
-    gate = torch.sigmoid(a)
-    torch.testing.assert_close(times_silu_slope(x, a), x * gate * (1 + a * (1 - gate)))
-    assert torch.autograd.gradcheck(times_silu_slope, (x, a))
 
 
 def test_short_conv_equals_a_grouped_convolution_and_carries_its_tail():
@@ -35,6 +28,12 @@ def test_short_conv_equals_a_grouped_convolution_and_carries_its_tail():
         second, last = short_conv(x[cut:], weight, middle)
         torch.testing.assert_close(torch.cat([first, second]), expected)
         assert torch.equal(last, tail)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 16])
+def test_short_conv_has_the_gradient_of_its_equation(tokens: int):
+    inputs = [randn(tokens, 2, 6), randn(6, 4, seed=1), randn(3, 2, 6, seed=2)]
+    assert torch.autograd.gradcheck(short_conv, [tensor.requires_grad_() for tensor in inputs])
 
 
 def test_norms():

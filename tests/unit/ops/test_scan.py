@@ -1,0 +1,46 @@
+"""The loop that computes its parts again against the same loop under plain differentiation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from hopescale.ops.scan import scan
+
+
+def step(index: int, carried: list[Tensor], parts: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    state, untouched = carried
+    x, fixed = parts
+    y = x * torch.tanh(state[:, :, None]) + (index + 1) * fixed.square()
+    return [y, (2 * y).detach()], [state + y.sum(2), untouched]
+
+
+def run(sizes: list[int], recompute: bool, *, only_state: bool = False) -> list[Tensor]:
+    g = torch.Generator().manual_seed(0)
+    tokens = sum(sizes)
+    x = torch.randn(2, 3, tokens, 4, generator=g, dtype=torch.float64, requires_grad=True)
+    fixed = torch.randn(2, 3, tokens, 4, generator=g, dtype=torch.float64)
+    state = torch.randn(2, 3, 4, generator=g, dtype=torch.float64, requires_grad=True)
+    untouched = torch.randn(5, generator=g, dtype=torch.float64, requires_grad=True)
+    (y, double), (last, same) = scan(step, sizes, [x, fixed], [state, untouched], recompute=recompute)
+    loss = last.square().sum() if only_state else y.pow(3).sum() + last.sin().sum() + same.square().sum()
+    gradients = torch.autograd.grad(loss, [x, state, untouched], allow_unused=True, materialize_grads=True)
+    return [y, double, last, *gradients]
+
+
+@pytest.mark.parametrize("only_state", [False, True])
+@pytest.mark.parametrize("sizes", [[1], [3, 3, 2], [1, 1, 1, 1]])
+def test_recomputed_parts_give_the_same_results_and_gradients(sizes: list[int], only_state: bool):
+    expected, actual = (run(sizes, recompute, only_state=only_state) for recompute in (False, True))
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_nothing_but_what_is_carried_is_kept():
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):
+        x = torch.randn(2, 3, 100, 4, requires_grad=True)
+        scan(step, [10] * 10, [x, x.detach()], [torch.zeros(2, 3, 4), torch.zeros(5)], recompute=True)
+    assert len(kept) == 2 + 10 * 2
+    assert sum(shape.numel() for shape in kept) == 2 * x.numel() + 10 * (24 + 5)

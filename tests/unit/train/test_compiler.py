@@ -1,0 +1,21 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hopescale.common.errors import ConfigError
+from hopescale.train.compiler import check_compiler
+
+
+def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ConfigError, match="no-such-compiler"):
+        check_compiler(torch.device("cpu"))
+    monkeypatch.setattr("shutil.which", lambda name: f"/bin/{name}")
+    check_compiler(torch.device("cpu"))
+
+
+def test_a_gpu_needs_triton(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="triton"):
+        check_compiler(torch.device("cuda"))
