@@ -1,0 +1,140 @@
+"""Compare mixers with the Transformer block of the same width: tokens/s and extra peak memory, forward and backward.
+
+docs/performance.md says what is measured and how.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from measure import costs, in_fresh_process
+from mixers import BASELINE, MIXERS, Shape, configure
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from hopescale.common.errors import ConfigError
+from hopescale.cost.flops import BACKWARD_FACTOR, level_flops, mixer_flops
+from hopescale.cost.hardware import peak_bf16_flops
+from hopescale.parallel.device import choose_device
+
+Row = dict[str, Any]
+
+
+def main() -> None:
+    """Measure, print the table as Markdown, write JSON lines and a plot if asked."""
+    arguments = parse()
+    shape = Shape(arguments.d_model, arguments.heads, arguments.layers, arguments.batch, arguments.recompute)
+    mixers = list(dict.fromkeys([BASELINE, *arguments.mixers]))
+    try:
+        device = choose_device(arguments.device, "--device")
+        for mixer in mixers:
+            configure(mixer, shape)
+    except ConfigError as error:
+        sys.exit(str(error))
+    rows = []
+    for row in measure(mixers, shape, device, arguments):
+        rows.append(row)
+        if arguments.out:
+            with arguments.out.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+    print_table(rows)
+    if arguments.plot:
+        plot(rows, arguments.plot)
+
+
+def parse() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    names = f"of {', '.join(MIXERS)}; NAME:KEY=VALUE changes a setting"
+    parser.add_argument("--mixers", type=words, default=list(MIXERS), metavar="NAME,...", help=names)
+    parser.add_argument("--seq-lens", type=partial(words, kind=int), default=[512, 1024, 2048, 4096, 8192])
+    parser.add_argument("--threads", type=partial(words, kind=int), default=[1, 2], help="of the CPU")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--batch", type=int, default=2, help="sequences")
+    parser.add_argument("--d-model", type=int, default=256)
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--recompute", default="none", choices=("none", "block", "memory"))
+    parser.add_argument("--rounds", type=int, default=5, help="passes of each mixer, in turn; the fastest counts")
+    parser.add_argument("--out", type=Path, help="file to which a JSON object per row is added")
+    parser.add_argument("--plot", type=Path, help="image to write")
+    return parser.parse_args()
+
+
+def words(text: str, kind: type = str) -> list:
+    """Split at commas."""
+    return [kind(word) for word in text.split(",")]
+
+
+def measure(mixers: list[str], shape: Shape, device: torch.device, arguments: argparse.Namespace) -> Iterator[Row]:
+    """Yield a row per length, number of threads and mixer; a mixer ends at the length that memory does not allow."""
+    peak = peak_bf16_flops(torch.cuda.get_device_name()) if device.type == "cuda" else None
+    needs: dict[str, float] = {}
+    for seq_len in sorted(arguments.seq_lens):
+        fitting = [mixer for mixer in mixers if fits(needs.get(mixer, 0) * seq_len, device)]
+        for threads in arguments.threads:
+            found = in_fresh_process(threads, costs, fitting, shape, seq_len, device, arguments.rounds)
+            for mixer, cost in found.items():
+                needs[mixer] = cost.extra_mib / seq_len
+                row = {"mixer": mixer, "seq_len": seq_len, "threads": threads, "tps": shape.batch * seq_len / cost.best}
+                row |= {"tps_ratio": found[BASELINE].best / cost.best, "extra_mib": cost.extra_mib}
+                row |= {"memory_ratio": cost.extra_mib / found[BASELINE].extra_mib, "spread": cost.median / cost.best}
+                if peak is not None:
+                    row["mfu"] = row["tps"] * flops_per_token(mixer, shape, seq_len) / peak
+                yield row | {"device": device.type} | vars(shape)
+
+
+def fits(mib: float, device: torch.device) -> bool:
+    """Say whether so much memory is free."""
+    free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return mib * 2**20 < 0.8 * free
+
+
+def flops_per_token(mixer: str, shape: Shape, seq_len: int) -> float:
+    """Count forward and backward of a stack of blocks, without embedding and head."""
+    model = configure(mixer, shape)
+    return BACKWARD_FACTOR * shape.layers * (mixer_flops(model, seq_len) + level_flops(model))
+
+
+def print_table(rows: list[Row]) -> None:
+    """Print the rows as a Markdown table."""
+    formats = {"mixer": "", "seq_len": "", "threads": "", "tps": ",.0f", "tps_ratio": ".2f", "extra_mib": ",.0f"}
+    formats |= {"memory_ratio": ".2f", "mfu": ".1%"}
+    shown = [name for name in formats if name in rows[0]]
+    table = Table(*shown, box=box.MARKDOWN)
+    for row in rows:
+        table.add_row(*(format(row[name], formats[name]) for name in shown))
+    Console(width=160).print(table)
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """Draw tokens/s and memory over length, dashed for more than one thread."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(12, 5))
+    mixers, threads = (list(dict.fromkeys(row[key] for row in rows)) for key in ("mixer", "threads"))
+    for axis, key, label in zip(axes, ("tps", "extra_mib"), ("tokens/s", "extra peak memory, MiB"), strict=True):
+        for color, mixer in enumerate(mixers):
+            for count in threads if key == "tps" else threads[:1]:
+                points = [(r["seq_len"], r[key]) for r in rows if (r["mixer"], r["threads"]) == (mixer, count)]
+                style = {"color": f"C{color}", "linestyle": "-" if count == threads[0] else "--", "marker": "."}
+                axis.loglog(*zip(*points, strict=True), **style, label=mixer if count == threads[0] else None)
+        axis.set(xlabel="tokens of a sequence", ylabel=label)
+    axes[1].legend()
+    figure.savefig(path, bbox_inches="tight")
+
+
+if __name__ == "__main__":
+    main()
