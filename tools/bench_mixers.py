@@ -6,33 +6,27 @@ docs/performance.md says what is measured and how.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
-from measure import costs, in_fresh_process
-from mixers import BASELINE, MIXERS, Shape, configure
-from rich import box
-from rich.console import Console
-from rich.table import Table
+from measure import costs, fresh_process
+from mixers import BASELINE, MIXERS, Shape, add_shape, configure, shape_of
+from rows import Row, add, show
 
 from hopescale.common.errors import ConfigError
 from hopescale.cost.flops import BACKWARD_FACTOR, level_flops, mixer_flops
 from hopescale.cost.hardware import peak_bf16_flops
 from hopescale.parallel.device import choose_device
 
-Row = dict[str, Any]
-
 
 def main() -> None:
     """Measure, print the table as Markdown, write JSON lines and a plot if asked."""
     arguments = parse()
-    shape = Shape(arguments.d_model, arguments.heads, arguments.layers, arguments.batch, arguments.recompute)
+    shape = shape_of(arguments)
     mixers = list(dict.fromkeys([BASELINE, *arguments.mixers]))
     try:
         device = choose_device(arguments.device, "--device")
@@ -43,10 +37,9 @@ def main() -> None:
     rows = []
     for row in measure(mixers, shape, device, arguments):
         rows.append(row)
-        if arguments.out:
-            with arguments.out.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-    print_table(rows)
+        add(row, arguments.out)
+    ratios = {"tps": ",.0f", "tps_ratio": ".2f", "extra_mib": ",.0f", "memory_ratio": ".2f", "mfu": ".1%"}
+    show(rows, {"mixer": "", "seq_len": "", "threads": ""} | ratios)
     if arguments.plot:
         plot(rows, arguments.plot)
 
@@ -59,11 +52,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seq-lens", type=partial(words, kind=int), default=[512, 1024, 2048, 4096, 8192])
     parser.add_argument("--threads", type=partial(words, kind=int), default=[1, 2], help="of the CPU")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--batch", type=int, default=2, help="sequences")
-    parser.add_argument("--d-model", type=int, default=256)
-    parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--recompute", default="none", choices=("none", "block", "memory"))
+    add_shape(parser)
     parser.add_argument("--rounds", type=int, default=5, help="passes of each mixer, in turn; the fastest counts")
     parser.add_argument("--out", type=Path, help="file to which a JSON object per row is added")
     parser.add_argument("--plot", type=Path, help="image to write")
@@ -82,7 +71,8 @@ def measure(mixers: list[str], shape: Shape, device: torch.device, arguments: ar
     for seq_len in sorted(arguments.seq_lens):
         fitting = [mixer for mixer in mixers if fits(needs.get(mixer, 0) * seq_len, device)]
         for threads in arguments.threads:
-            found = in_fresh_process(threads, costs, fitting, shape, seq_len, device, arguments.rounds)
+            with fresh_process(threads) as process:
+                found = process.submit(costs, fitting, shape, seq_len, device, arguments.rounds).result()
             for mixer, cost in found.items():
                 needs[mixer] = cost.extra_mib / seq_len
                 row = {"mixer": mixer, "seq_len": seq_len, "threads": threads, "tps": shape.batch * seq_len / cost.best}
@@ -103,17 +93,6 @@ def flops_per_token(mixer: str, shape: Shape, seq_len: int) -> float:
     """Count forward and backward of a stack of blocks, without embedding and head."""
     model = configure(mixer, shape)
     return BACKWARD_FACTOR * shape.layers * (mixer_flops(model, seq_len) + level_flops(model))
-
-
-def print_table(rows: list[Row]) -> None:
-    """Print the rows as a Markdown table."""
-    formats = {"mixer": "", "seq_len": "", "threads": "", "tps": ",.0f", "tps_ratio": ".2f", "extra_mib": ",.0f"}
-    formats |= {"memory_ratio": ".2f", "mfu": ".1%"}
-    shown = [name for name in formats if name in rows[0]]
-    table = Table(*shown, box=box.MARKDOWN)
-    for row in rows:
-        table.add_row(*(format(row[name], formats[name]) for name in shown))
-    Console(width=160).print(table)
 
 
 def plot(rows: list[Row], path: Path) -> None:

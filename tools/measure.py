@@ -9,7 +9,7 @@ from concurrent.futures import ProcessPoolExecutor
 from itertools import accumulate
 from multiprocessing import get_context
 from statistics import median
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from mixers import Shape, make_pass
@@ -24,29 +24,37 @@ class Cost(NamedTuple):
     extra_mib: float
 
 
-def in_fresh_process(threads: int, work: Callable[..., Any], *inputs: Any) -> Any:
-    """Return `work(*inputs)` from a process of its own, in which torch finds so many threads when it starts."""
+def fresh_process(threads: int) -> ProcessPoolExecutor:
+    """Return a process to submit work to; torch finds so many threads when it starts there."""
     os.environ["OMP_NUM_THREADS"] = str(threads)
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(work, *inputs).result()
+    return ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+
+
+def choose_clock(device: torch.device) -> Callable[[], float]:
+    """Return a clock in seconds that waits for the device.
+
+    One thread of a CPU is timed by what the CPU spent on it, which other processes disturb little; several threads and
+    a CUDA device are timed by the wall.
+    """
+    if device.type == "cuda":
+
+        def clock() -> float:
+            torch.cuda.synchronize()
+            return time.perf_counter()
+
+        return clock
+    return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
 
 
 def costs(mixers: list[str], shape: Shape, seq_len: int, device: torch.device, rounds: int) -> dict[str, Cost]:
-    """Time passes of several mixers in turn, then measure the memory of one more of each.
-
-    One thread is timed by what the CPU spent on it, which other processes disturb little. Several threads and a CUDA
-    device are timed by the wall.
-    """
+    """Time passes of several mixers in turn, then measure the memory of one more of each."""
     passes = {mixer: make_pass(mixer, shape, seq_len, device) for mixer in mixers}
-    alone = device.type == "cpu" and torch.get_num_threads() == 1
-    clock = time.process_time if alone else time.perf_counter
+    clock = choose_clock(device)
     times: dict[str, list[float]] = {mixer: [] for mixer in mixers}
     for _ in range(rounds):
         for mixer, run in passes.items():
             begin = clock()
             run()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
             times[mixer].append(clock() - begin)
     return {mixer: Cost(min(seen), median(seen), extra_mib(passes[mixer], device)) for mixer, seen in times.items()}
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -45,6 +46,20 @@ class Shape:
     layers: int
     batch: int
     recompute: str
+
+
+def add_shape(parser: argparse.ArgumentParser) -> None:
+    """Add the options that `shape_of` reads."""
+    parser.add_argument("--d-model", type=int, default=256)
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=2, help="sequences")
+    parser.add_argument("--recompute", default="none", choices=("none", "block", "memory"))
+
+
+def shape_of(arguments: argparse.Namespace) -> Shape:
+    """Read a shape from a command line."""
+    return Shape(**{field.name: getattr(arguments, field.name) for field in fields(Shape)})
 
 
 def configure(mixer: str, shape: Shape) -> ModelConfig:

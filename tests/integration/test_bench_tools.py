@@ -1,0 +1,80 @@
+"""The benchmark tools, as a developer runs them, at the smallest size."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TOOLS = Path(__file__).parents[2] / "tools"
+SMALL = ("--d-model", "16", "--heads", "2", "--layers", "1", "--threads", "1")
+
+
+def run_tool(name: str, *args: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(TOOLS / name), *map(str, args)]
+    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=240)
+
+
+def rows_in(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+NAMES = (
+    ("transformer", "hope-mlp", "hope-linear", "titans", "ttt-mlp", "ttt-linear")
+    + ("deltanet", "gated-deltanet", "retnet", "mamba2", "linear-attention")
+    + ("hope-linear:chunk_size=8",)
+)
+
+
+def test_every_mixer_is_compared_with_the_transformer(tmp_path: Path):
+    out, image = tmp_path / "rows.jsonl", tmp_path / "mixers.png"
+    options = ("--mixers", ",".join(NAMES[1:]), "--seq-lens", "70", "--rounds", "1", "--out", out, "--plot", image)
+    done = run_tool("bench_mixers.py", *SMALL, *options)
+    assert done.returncode == 0, done.stderr
+    rows = rows_in(out)
+    assert tuple(row["mixer"] for row in rows) == NAMES
+    assert rows[0]["tps_ratio"] == rows[0]["memory_ratio"] == 1
+    for row in rows:
+        assert (row["seq_len"], row["threads"], row["batch"]) == (70, 1, 2)
+        assert row["tps_ratio"] == pytest.approx(row["tps"] / rows[0]["tps"])
+        assert row["memory_ratio"] == pytest.approx(row["extra_mib"] / rows[0]["extra_mib"])
+    memory = {row["mixer"]: row["extra_mib"] for row in rows}
+    assert memory["hope-mlp"] > memory["titans"] > memory["transformer"] > 0
+    assert memory["hope-linear:chunk_size=8"] != memory["hope-linear"]
+    table = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    assert len(table) == 2 + len(rows) and "tps_ratio" in table[0]
+    assert image.stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("mixer", "said"), [("hop", "there is no mixer 'hop'"), ("titans:chunk=8", "self_modifying.chunk: unknown key")]
+)
+def test_a_mixer_that_does_not_exist_is_one_message(mixer: str, said: str):
+    done = run_tool("bench_mixers.py", "--mixers", mixer)
+    assert done.returncode == 1 and said in done.stderr and "Traceback" not in done.stderr
+
+
+def test_training_steps_are_split_into_parts(tmp_path: Path):
+    out = tmp_path / "rows.jsonl"
+    sizes = ("model.d_model=16", "train.seq_len=32", "train.global_batch_tokens=256")
+    done = run_tool("bench_train.py", "debug", *sizes, "--against", "debug", "--steps", "2", "--out", out)
+    assert done.returncode == 0, done.stderr
+    first, second = rows_in(out)
+    assert first["recipe"] == second["recipe"] == "debug" and first["tps_ratio"] == first["memory_ratio"] == 1
+    for row in (first, second):
+        assert row["tokens"] == 256 and row["peak_gib"] > 0
+        assert row["tps"] == pytest.approx(256 / (row["data_s"] + row["gradients_s"] + row["update_s"]))
+
+    done = run_tool("bench_train.py", "debug")
+    assert done.returncode == 1 and "name one with --against" in done.stderr
+
+
+def test_a_profile_names_the_operations():
+    done = run_tool("profile_mixer.py", "deltanet", *SMALL, "--seq-len", "70", "--top", "200")
+    assert done.returncode == 0, done.stderr
+    table = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    assert any("aten::linalg_solve_triangular" in line for line in table)
+    assert "under the profiler" in done.stdout
