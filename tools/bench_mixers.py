@@ -65,11 +65,15 @@ def words(text: str, kind: type = str) -> list:
 
 
 def measure(mixers: list[str], shape: Shape, device: torch.device, arguments: argparse.Namespace) -> Iterator[Row]:
-    """Yield a row per length, number of threads and mixer; a mixer ends at the length that memory does not allow."""
+    """Yield a row per length, number of threads and mixer; those that memory does not allow are left out."""
     peak = peak_bf16_flops(torch.cuda.get_device_name()) if device.type == "cuda" else None
     needs: dict[str, float] = {}
     for seq_len in sorted(arguments.seq_lens):
         fitting = [mixer for mixer in mixers if fits(needs.get(mixer, 0) * seq_len, device)]
+        if left_out := [mixer for mixer in mixers if mixer not in fitting]:
+            print(f"{seq_len} tokens take more memory than is free: {', '.join(left_out)}", file=sys.stderr)
+        if BASELINE in left_out:
+            return
         for threads in arguments.threads:
             with fresh_process(threads) as process:
                 found = process.submit(costs, fitting, shape, seq_len, device, arguments.rounds).result()
@@ -111,6 +115,9 @@ def plot(rows: list[Row], path: Path) -> None:
                 style = {"color": f"C{color}", "linestyle": "-" if count == threads[0] else "--", "marker": "."}
                 axis.loglog(*zip(*points, strict=True), **style, label=mixer if count == threads[0] else None)
         axis.set(xlabel="tokens of a sequence", ylabel=label)
+        lengths = sorted({row["seq_len"] for row in rows})
+        axis.set_xticks(lengths, [str(length) for length in lengths])
+        axis.minorticks_off()
     axes[1].legend()
     figure.savefig(path, bbox_inches="tight")
 
