@@ -117,7 +117,7 @@ def plot(rows: list[Row], path: Path) -> None:
         axis.set(xlabel="tokens of a sequence", ylabel=label)
         lengths = sorted({row["seq_len"] for row in rows})
         axis.set_xticks(lengths, [str(length) for length in lengths])
-        axis.minorticks_off()
+        axis.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
     axes[1].legend()
     figure.savefig(path, bbox_inches="tight")
 
