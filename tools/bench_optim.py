@@ -14,12 +14,12 @@ from unittest.mock import patch
 import torch
 from torch import nn
 
-from hopescale.optim import muon
 from hopescale.optim.deep_momentum import DeepMomentum
 from hopescale.optim.delta_momentum import DeltaMomentum
 from hopescale.optim.dgd import DGD, InputGram
 from hopescale.optim.m3 import M3
 from hopescale.optim.muon import Muon
+from hopescale.optim.stacked import STACK_ELEMENTS
 
 RULES: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "muon": Muon,
@@ -73,10 +73,10 @@ def measure(rule: str, arguments: argparse.Namespace) -> tuple[float, float, flo
     count = arguments.layers * arguments.matrices
     many = build(rule, [(arguments.rows, arguments.columns)] * count, arguments.device)
     one = build(rule, [(count, arguments.rows, arguments.columns)], arguments.device)
-    alone = dict.fromkeys(muon.STACK_ELEMENTS, 1)
+    alone = dict.fromkeys(STACK_ELEMENTS, 1)
     looped, batched, kept = [], [], []
     for _ in range(1 + arguments.repeats):
-        with patch.dict(muon.STACK_ELEMENTS, alone):
+        with patch.dict(STACK_ELEMENTS, alone):
             looped.append(seconds(many.step, arguments.device))
         batched.append(seconds(many.step, arguments.device))
         kept.append(seconds(one.step, arguments.device))

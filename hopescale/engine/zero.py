@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hopescale.common.errors import CheckpointError
 from hopescale.engine.zero_deepspeed import FlatShards, start_deepspeed
 from hopescale.engine.zero_partitioned import PartitionedModel, PartitionedShards
 from hopescale.models.block import Block
 from hopescale.optim import Cadence, RuleGroup
-from hopescale.optim.cadence import Accumulator
+from hopescale.optim.gathering import GatheringUpdater
 from hopescale.parallel.mesh import Mesh
 
 Shards = FlatShards | PartitionedShards
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class ZeroUpdater:
+class ZeroUpdater(GatheringUpdater):
     """AdamW, an `Updater` that shards masters and moments over replicas, and from stage 2 on gradients too.
 
     Parameters of one level and one type are one set of shards: what is not due is not touched. At stage 1 gradients
@@ -54,16 +54,17 @@ class ZeroUpdater:
         levels: Collection[Collection[str]] = (),
         whole: Collection[type[nn.Module]] = (Block,),
     ):
-        self.parameters, self.cadences, self.stage = dict(parameters), dict(cadences), stage
-        self.dp_group, self._device = mesh.dp_group, next(iter(self.parameters.values())).device
+        super().__init__(parameters, cadences, mesh, gathers=stage == 1)
+        self.cadences, self.stage = dict(cadences), stage
+        self._device = next(iter(self.parameters.values())).device
         self._shapes = {name: parameter.shape for name, parameter in self.parameters.items()}
-        self.accumulators: dict[str, Accumulator] = {}
         self._reduced: set[str] = set()
         self._owners = _owners(self.parameters, self.dp_group.size())
         start_deepspeed(self._device)
+        self._partitioned: PartitionedModel | None = None
         if stage == 3:
-            partitioned = PartitionedModel(model, self.parameters, whole, self.dp_group)
-            make = partial(PartitionedShards, partitioned)
+            self._partitioned = PartitionedModel(model, self.parameters, whole, self.dp_group)
+            make = partial(PartitionedShards, self._partitioned)
         else:
             make = partial(FlatShards, stage=stage, dp_group=self.dp_group)
         self._sets = [
@@ -71,29 +72,17 @@ class ZeroUpdater:
             for names in _updated_together(self.parameters, self.cadences, levels)
         ]
         self._set_of = {name: shards for shards in self._sets for name in shards.parameters}
-        if stage == 1:
-            self.accumulators = {name: Accumulator(p, cadences[name]) for name, p in self.parameters.items()}
-            for name, p in self.parameters.items():
-                p.register_post_accumulate_grad_hook(self.accumulators[name].take)
 
     def share(self, name: str) -> float:
         """Return 1: parts are disjoint."""
         return 1.0
 
-    def holds_whole(self, name: str) -> bool:
-        """Tell whether state of a parameter is of more than this rank's slice: it never is."""
-        return False
-
     def backward(self, loss: Tensor) -> None:
         """Run the backward pass of a micro batch."""
-        loss.backward()
+        super().backward(loss)
         if self.stage > 1:
             for shards in self._sets:
                 shards.end_backward()
-
-    def gathered(self, name: str) -> Tensor:
-        """Return the sum of a parameter's gradients since its last update (stage 1)."""
-        return self.accumulators[name].gathered()
 
     def reduce(self, names: Sequence[str]) -> None:
         """Sum gathered gradients over replicas, each part to the replica that has its master."""
@@ -111,17 +100,11 @@ class ZeroUpdater:
         assert all(due.issuperset(shards.parameters) for shards in sets), "a set of shards is due as a whole"
         return sets
 
-    def square_norms(self, names: Sequence[str]) -> Tensor:
-        """Return the squared norm of the part of each gathered gradient that is here, `[len(names)]`."""
-        if not names:
-            return torch.zeros(0)
-        parts = [
-            self.gathered(name)
-            if self.stage == 1 and name not in self._reduced
-            else self._set_of[name].part(name, "gradient")
-            for name in names
-        ]
-        return torch.stack(torch._foreach_norm(parts)).square()
+    def _gradient(self, name: str) -> Tensor:
+        """Return the part of a gathered gradient that is here: the whole of what stage 1 has not sent yet."""
+        if self.stage == 1 and name not in self._reduced:
+            return self.gathered(name)
+        return self._set_of[name].part(name, "gradient")
 
     @torch.no_grad()
     def update(self, names: Sequence[str], scales: Mapping[str, Tensor | float], rates: Mapping[str, float]) -> None:
@@ -153,11 +136,7 @@ class ZeroUpdater:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Hand every replica its part. All replicas call, each with what its own `state_dict` had.
-
-        Raises:
-            CheckpointError: If parameters that are now updated together were not.
-        """
+        """Hand every replica its part. All replicas call, each with what its own `state_dict` had."""
         steps = torch.zeros(len(self._set_of), device=self._device)
         for index, (name, shards) in enumerate(self._set_of.items()):
             for key in self._keys(name):
@@ -165,59 +144,42 @@ class ZeroUpdater:
             if self._owns(name):
                 steps[index] = state[f"{name}.step"]
         dist.all_reduce(steps, group=self.dp_group)
-        self._load_steps(dict(zip(self._set_of, steps.tolist(), strict=True)))
-
-    def _load_steps(self, steps: Mapping[str, float]) -> None:
-        seen: dict[int, str] = {}
-        for name, shards in self._set_of.items():
-            shared = shards.step_of(name)
-            first = seen.setdefault(id(shared), name)
-            if steps[first] != steps[name]:
-                raise CheckpointError(
-                    f"{first} and {name} share one ZeRO shard, but the checkpoint has updated them"
-                    f" {steps[first]:.0f} and {steps[name]:.0f} times",
-                    hint="resume with the cadences and groups of the run that saved it, or with parallel.zero=0",
-                )
-            shared.fill_(steps[name])
+        for (name, shards), step in zip(self._set_of.items(), steps.tolist(), strict=True):
+            # Shared by parameters of one shard, which have always been updated together: cadences are for life.
+            shards.step_of(name).fill_(step)
 
     def weights(self) -> dict[str, Tensor]:
         """Return the weights, to be read or written in place; at stage 3 of the parameters this rank owns, copied."""
         if self.stage < 3:
-            return {name: parameter.detach() for name, parameter in self.parameters.items()}
-        wholes = {name: self._gather(name, shards.part(name, "weight")) for name, shards in self._set_of.items()}
-        return {name: whole for name, whole in wholes.items() if whole is not None}
+            return super().weights()
+        return self._wholes(self._set_of, "weight")
 
     @torch.no_grad()
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Take over what `weights` returned, after its tensors have been filled. Masters are set to the weights."""
+        """Take over what `weights` returned, after its tensors have been filled."""
+        if self.stage < 3:
+            super().load_weights(weights)
+            return
+        # An evaluation has left them whole, with the old weights.
+        self._partitioned.release()
         for name, shards in self._set_of.items():
-            if self.stage == 3:
-                self._scatter(name, weights.get(name), shards.part(name, "weight"))
-            else:
-                self.parameters[name].copy_(weights[name])
-            shards.take_weights(name)
+            self._scatter(name, weights.get(name), shards.part(name, "weight"))
 
-    def reset_masters(self) -> None:
-        """Set masters to the weights, as `load_weights` has done already."""
+    def _set_masters(self, names: Iterable[str]) -> None:
+        for name in names:
+            self._set_of[name].take_weights(name)
 
     def sums(self) -> dict[str, Tensor]:
         """Return what adds up, over replicas, to the running sums of slow parameters."""
-        if self.stage == 1:
-            return {name: accumulator.total for name, accumulator in self.accumulators.items() if accumulator.kept}
-        wholes = {name: self._gather(name, self._set_of[name].part(name, "gradient")) for name in self._slow()}
-        return {name: whole for name, whole in wholes.items() if whole is not None}
+        return super().sums() if self.stage == 1 else self._wholes(self._slow(), "gradient")
 
     @torch.no_grad()
     def load_sums(self, sums: Mapping[str, Tensor]) -> None:
         """Take over running sums, given in parts that add up over replicas; what is missing is zero."""
+        if self.stage == 1:
+            super().load_sums(sums)
+            return
         for name in self._slow():
-            if self.stage == 1:
-                total = self.accumulators[name].gathered()
-                if name not in sums:
-                    total.zero_()
-                elif sums[name] is not total:
-                    total.copy_(sums[name])
-                continue
             whole = torch.zeros(self._shapes[name].numel(), device=self._device)
             if name in sums:
                 whole.copy_(sums[name].flatten())
@@ -233,6 +195,11 @@ class ZeroUpdater:
 
     def _owns(self, name: str) -> bool:
         return self._owners[name] == self.dp_group.rank()
+
+    def _wholes(self, names: Iterable[str], key: str) -> dict[str, Tensor]:
+        """Return a tensor of the parameters this rank owns, whole. All replicas call."""
+        wholes = {name: self._gather(name, self._set_of[name].part(name, key)) for name in names}
+        return {name: whole for name, whole in wholes.items() if whole is not None}
 
     def _gather(self, name: str, part: Tensor) -> Tensor | None:
         """Return the whole of which every replica has a part, on the CPU, on the owner of the parameter alone."""
@@ -264,9 +231,7 @@ def _updated_together(
 
 def _within(groups: Sequence[RuleGroup], names: Sequence[str]) -> list[RuleGroup]:
     chosen = set(names)
-    parts = [
-        RuleGroup(g.name, tuple(name for name in g.members if name in chosen), g.weight_decay, g.betas) for g in groups
-    ]
+    parts = [replace(group, members=tuple(name for name in group.members if name in chosen)) for group in groups]
     return [part for part in parts if part.members]
 
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hopescale.optim import RuleGroup
+from hopescale.optim.adamw import adamw_state
 
 BUCKET_ELEMENTS = 1 << 24
 """Gradients are reduced in packs of at most this many entries (64 MiB in float32), or one tensor."""
@@ -82,12 +83,7 @@ class FlatShards:
             for name, parameter in self.parameters.items():
                 parameter.register_post_accumulate_grad_hook(self._reduction(self._group_of[name]))
         for flat in self._flat:
-            # What torch would make at the first step; made now so that a checkpoint always has the same tensors.
-            self._zero.optimizer.state[flat] = {
-                "step": torch.tensor(0.0),
-                "exp_avg": torch.zeros_like(flat, requires_grad=False),
-                "exp_avg_sq": torch.zeros_like(flat, requires_grad=False),
-            }
+            self._zero.optimizer.state[flat] = adamw_state(flat)
 
     def _reduction(self, group: int):
         return lambda parameter: self._zero.process_gradients(parameter, group)
@@ -181,19 +177,8 @@ def _zero_optimizer(
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
     from deepspeed.utils.timer import NoopTimer
 
-    rule = torch.optim.AdamW(
-        [
-            {
-                "params": [parameters[name] for name in group.members],
-                "weight_decay": group.weight_decay,
-                "betas": group.betas,
-                "name": group.name,
-            }
-            for group in groups
-        ],
-        eps=eps,
-        foreach=True,
-    )
+    # Without state: DeepSpeed puts flat shards in the place of the parameters.
+    rule = torch.optim.AdamW([group.of(parameters) for group in groups], eps=eps, foreach=True)
     return DeepSpeedZeroOptimizer(
         rule,
         {parameter: name for name, parameter in parameters.items()},

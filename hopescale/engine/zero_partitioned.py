@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from hopescale.engine.zero_deepspeed import BUCKET_ELEMENTS
 from hopescale.optim import RuleGroup
+from hopescale.optim.adamw import AdamW
 
 
 class PartitionedModel:
@@ -115,25 +116,7 @@ class PartitionedShards:
         self.is_low_precision = next(iter(self.parameters.values())).dtype != torch.float32
         # Of a float32 parameter the part itself.
         self._masters = {name: nn.Parameter(model.weight(name).float()) for name in self.parameters}
-        self._rule = torch.optim.AdamW(
-            [
-                {
-                    "params": [self._masters[name] for name in group.members],
-                    "weight_decay": group.weight_decay,
-                    "betas": group.betas,
-                    "name": group.name,
-                }
-                for group in groups
-            ],
-            eps=eps,
-            foreach=True,
-        )
-        for master in self._masters.values():
-            self._rule.state[master] = {
-                "step": torch.tensor(0.0),
-                "exp_avg": torch.zeros_like(master, requires_grad=False),
-                "exp_avg_sq": torch.zeros_like(master, requires_grad=False),
-            }
+        self._rule = AdamW([group.of(self._masters) for group in groups], eps=eps, foreach=True)
 
     def end_backward(self) -> None:
         """Reduce what a backward pass has left over."""
@@ -184,9 +167,6 @@ class PartitionedShards:
     @torch.no_grad()
     def take_weights(self, name: str) -> None:
         """Set this replica's part of a parameter's master to the parameter."""
-        if self.parameters[name].numel():
-            # An evaluation has left it whole, with the old weights.
-            self.model.release()
         self.part(name, "master").copy_(self.model.weight(name))
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hopescale.optim.muon import StackedOptimizer, settings
+from hopescale.optim.stacked import StackedOptimizer, settings
 
 
 def delta_momentum_update(

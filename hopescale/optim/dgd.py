@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hopescale.optim.muon import StackedOptimizer, settings
+from hopescale.optim.stacked import StackedOptimizer, settings
 
 
 class InputGram:

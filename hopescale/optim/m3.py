@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from hopescale.ops.newton_schulz import COEFFICIENTS, newton_schulz
-from hopescale.optim.muon import StackedOptimizer, adjusted_lr, scale_to_rms, settings
+from hopescale.optim.muon import adjusted_lr, scale_to_rms
+from hopescale.optim.stacked import StackedOptimizer, settings
 
 UPDATE_RMS = 0.2
 """Root mean square of an update before the learning rate; AdamW's updates are about as large (arXiv 2502.16982)."""

@@ -80,8 +80,9 @@ class OuterOptimizer:
         for name, group in self.config.groups.items():
             members = tuple(parameter for parameter in self.parameters if self.groups[parameter] == name)
             decay = self.config.weight_decay if group.weight_decay is None else group.weight_decay
+            betas = (group.betas or self.config.betas) if group.rule == "adamw" else None
             if members:
-                result.append(RuleGroup(name, members, decay, group.betas or self.config.betas, group.rule))
+                result.append(RuleGroup(name, members, decay, betas, group.rule))
         return result
 
     def _is_counted(self, name: str) -> bool:

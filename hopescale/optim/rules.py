@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import torch
 
 from hopescale.config.schema import OptimConfig
-from hopescale.optim.deep_momentum import DeepMomentum
+from hopescale.optim.deep_momentum import MEMORY_DIM, DeepMomentum
 from hopescale.optim.delta_momentum import DeltaMomentum
 from hopescale.optim.m3 import M3
-from hopescale.optim.muon import Muon, StackedOptimizer
+from hopescale.optim.muon import Muon
+from hopescale.optim.stacked import StackedOptimizer
 
 RULES: dict[str, type[StackedOptimizer]] = {
     "muon": Muon,
@@ -24,6 +25,12 @@ RULES: dict[str, type[StackedOptimizer]] = {
 ENTRY_COST = 64
 """FLOPs that take as long as reading and writing an entry of weight, gradient and state: its part of an update that no
 matrix product is part of."""
+_STATE: dict[str, dict[str, Callable[[Any], Any]]] = {
+    "m3": {"alpha_slow": bool, "second_moment": bool},
+    "delta_momentum": {"beta2": lambda rate: rate is None},
+    "deep_momentum": {"memory": str, "memory_dim": lambda dim: dim or MEMORY_DIM},
+}
+"""Settings by which a rule keeps other tensors, and what of them decides."""
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -41,6 +48,16 @@ def make_rule(name: str, groups: Iterable[dict[str, Any]], config: OptimConfig) 
     return RULES[name](groups, **settings)
 
 
+def changed_state(name: str, old: OptimConfig, new: OptimConfig) -> list[str]:
+    """Return the settings of a rule that differ so that its state is made of other tensors, in dotted keys."""
+    before, after = getattr(old, name, None), getattr(new, name, None)
+    return [
+        f"optim.{name}.{setting}"
+        for setting, decides in _STATE.get(name, {}).items()
+        if decides(getattr(before, setting)) != decides(getattr(after, setting))
+    ]
+
+
 def update_cost(name: str, shape: Sequence[int], config: OptimConfig) -> float:
     """Return what an update of a parameter `[..., R, C]` costs, in FLOPs.
 
@@ -54,7 +71,7 @@ def update_cost(name: str, shape: Sequence[int], config: OptimConfig) -> float:
     if name == "delta_momentum":
         flops = 4 * rows * columns * columns
     elif name == "deep_momentum":
-        dim = config.deep_momentum.memory_dim or 32
+        dim = config.deep_momentum.memory_dim or MEMORY_DIM
         flops = 6 * rows * columns * columns if config.deep_momentum.memory == "linear" else 14 * rows * columns * dim
     else:
         short = min(rows, columns)

@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hopescale.config.schema import OptimConfig
-from hopescale.optim.cadence import Accumulator, Cadence
+from hopescale.optim.cadence import Cadence
+from hopescale.optim.gathering import GatheringUpdater
 from hopescale.optim.ownership import Work, buckets, share_out
 from hopescale.optim.replicated import BUCKET_ELEMENTS
 from hopescale.optim.rules import make_rule, update_cost
@@ -18,7 +19,7 @@ from hopescale.optim.updater import RuleGroup
 from hopescale.parallel.mesh import Mesh
 
 
-class LayerwiseUpdater:
+class LayerwiseUpdater(GatheringUpdater):
     """Rules that look at whole matrices, an `Updater` in which every matrix belongs to one replica.
 
     The owner alone holds float32 master and state of a matrix. Gradients gather on every replica, whole, and are summed
@@ -46,10 +47,8 @@ class LayerwiseUpdater:
         cadences: Mapping[str, Cadence],
         mesh: Mesh,
     ):
-        self.parameters, self.dp_group, self.tp_group = dict(parameters), mesh.dp_group, mesh.tp_group
-        self.accumulators = {name: Accumulator(p, cadences[name]) for name, p in self.parameters.items()}
-        for name, p in self.parameters.items():
-            p.register_post_accumulate_grad_hook(self.accumulators[name].take)
+        super().__init__(parameters, cadences, mesh)
+        self.tp_group = mesh.tp_group
         gathers = config.tp_mode == "gather" and self.tp_group.size() > 1
         self._split = {name: p.spec.partition_dim for name, p in self.parameters.items()}
         self._gathered = {name for name, p in self.parameters.items() if gathers and _cuts_matrices(p)}
@@ -61,7 +60,8 @@ class LayerwiseUpdater:
         self.rules = self._make_rules(groups, config)
         self._rule_of = {name: self.rules[g.rule] for g in groups for name in g.members if name in self._masters}
         self._reduced: set[str] = set()
-        self._gather_masters(self.tp_owners)
+        with torch.no_grad():
+            self._gather_masters(self.tp_owners)
 
     def _work(self, groups: Sequence[RuleGroup], config: OptimConfig, cadences: Mapping[str, Cadence]) -> list[Work]:
         rule_of = {name: group.rule for group in groups for name in group.members}
@@ -94,13 +94,11 @@ class LayerwiseUpdater:
     def _make_rules(self, groups: Sequence[RuleGroup], config: OptimConfig) -> dict[str, torch.optim.Optimizer]:
         of_rule = defaultdict(list)
         for group in groups:
-            members = [self._masters[name] for name in group.members if name in self._masters]
-            if members:
-                settings = {"params": members, "weight_decay": group.weight_decay, "name": group.name}
-                of_rule[group.rule].append(settings)
+            here = group.of(self._masters)
+            if here["params"]:
+                of_rule[group.rule].append(here)
         return {rule: make_rule(rule, of_rule[rule], config) for rule in of_rule}
 
-    @torch.no_grad()
     def _gather_masters(self, names: Iterable[str]) -> None:
         """Set masters of gathered matrices to the weights."""
         slices = {name: self.parameters[name].detach().float() for name in names}
@@ -117,14 +115,6 @@ class LayerwiseUpdater:
     def holds_whole(self, name: str) -> bool:
         """Tell whether state of a parameter is of the whole rather than of this rank's slice."""
         return name in self._gathered
-
-    def backward(self, loss: Tensor) -> None:
-        """Run the backward pass of a micro batch."""
-        loss.backward()
-
-    def gathered(self, name: str) -> Tensor:
-        """Return the sum of a parameter's gradients since its last update."""
-        return self.accumulators[name].gathered()
 
     def reduce(self, names: Sequence[str]) -> None:
         """Sum gathered gradients over replicas, each at the replica that owns it."""
@@ -154,13 +144,11 @@ class LayerwiseUpdater:
             result.append((parts, max(sum(sizes[name] for name in part) for part in parts)))
         return result
 
-    def square_norms(self, names: Sequence[str]) -> Tensor:
-        """Return the squared norm of each gathered gradient, `[len(names)]`; 0 for what was sent to its owner."""
-        if not names:
-            return torch.zeros(0)
-        nothing = torch.zeros(0, device=self.parameters[names[0]].device)
-        parts = [nothing if name in self._reduced and not self._owns(name) else self.gathered(name) for name in names]
-        return torch.stack(torch._foreach_norm(parts)).square()
+    def _gradient(self, name: str) -> Tensor:
+        """Return a gathered gradient, or nothing of one that was sent to its owner."""
+        if name in self._reduced and not self._owns(name):
+            return torch.zeros(0, device=self.parameters[name].device)
+        return self.gathered(name)
 
     @torch.no_grad()
     def update(self, names: Sequence[str], scales: Mapping[str, Tensor | float], rates: Mapping[str, float]) -> None:
@@ -261,45 +249,12 @@ class LayerwiseUpdater:
             result |= {f"{name}.{key}": value for key, value in self._rule_of[name].state[master].items()}
         return result
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Copy what is not already in place."""
-        for name, tensor in self.state_dict().items():
-            if state[name] is not tensor:
-                tensor.copy_(state[name])
-
-    def weights(self) -> dict[str, Tensor]:
-        """Return the weights, to be read or written in place."""
-        return {name: parameter.detach() for name, parameter in self.parameters.items()}
-
-    @torch.no_grad()
-    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Copy what is not already in place; masters of low-precision parameters are part of the state.
-
-        All tensor-parallel ranks call.
-        """
-        for name, parameter in self.parameters.items():
-            parameter.copy_(weights[name])
-        self._gather_masters(name for name in self.tp_owners if self.parameters[name].dtype == torch.float32)
-
-    @torch.no_grad()
-    def reset_masters(self) -> None:
-        """Set masters to the weights. All tensor-parallel ranks call."""
-        for name in self._masters.keys() - self._gathered:
+    def _set_masters(self, names: Iterable[str]) -> None:
+        """Set masters to weights. All tensor-parallel ranks call."""
+        names = set(names)
+        for name in self._masters.keys() & names - self._gathered:
             self._masters[name].copy_(self.parameters[name])
-        self._gather_masters(self.tp_owners)
-
-    def sums(self) -> dict[str, Tensor]:
-        """Return the running sums of slow parameters."""
-        return {name: accumulator.total for name, accumulator in self.accumulators.items() if accumulator.kept}
-
-    @torch.no_grad()
-    def load_sums(self, sums: Mapping[str, Tensor]) -> None:
-        """Take over running sums, given in parts that add up over replicas; what is missing is zero."""
-        for name, total in self.sums().items():
-            if name not in sums:
-                total.zero_()
-            elif sums[name] is not total:
-                total.copy_(sums[name])
+        self._gather_masters(name for name in self.tp_owners if name in names)
 
 
 def _cuts_matrices(parameter: nn.Parameter) -> bool:

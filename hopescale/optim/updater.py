@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -17,15 +17,21 @@ class RuleGroup:
         name: Of the group in `optim.groups`.
         members: Parameter names.
         weight_decay: Decoupled, per unit of learning rate.
-        betas: Decay rates of the two moments, for AdamW.
+        betas: Decay rates of the two moments of AdamW; None with another rule.
         rule: Name of the update rule.
     """
 
     name: str
     members: tuple[str, ...]
     weight_decay: float
-    betas: tuple[float, float]
+    betas: tuple[float, float] | None
     rule: str = "adamw"
+
+    def of(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Return torch's parameter group of those tensors that belong to members, by their names."""
+        chosen = [tensors[name] for name in self.members if name in tensors]
+        group = {"params": chosen, "weight_decay": self.weight_decay, "name": self.name}
+        return group if self.betas is None else group | {"betas": self.betas}
 
 
 class Updater(Protocol):

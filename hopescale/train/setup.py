@@ -13,11 +13,13 @@ from torch import nn
 from hopescale.checkpoint.manager import CheckpointManager, find_checkpoint, latest_checkpoint
 from hopescale.checkpoint.manifest import read_manifest
 from hopescale.common.errors import CheckpointError, ConfigError, Problem
+from hopescale.config.fields import leaves
 from hopescale.config.layout import Layout
 from hopescale.config.load import from_dict
 from hopescale.config.plan import make_plan
 from hopescale.config.schema import RunConfig
 from hopescale.config.show import Change, diff, format_diff, identity_problems
+from hopescale.config.values import format_value
 from hopescale.cost.stages import slices_of_rank
 from hopescale.data.loader import Data, open_data
 from hopescale.models import Model
@@ -25,6 +27,7 @@ from hopescale.observe.health import LossWatch
 from hopescale.optim import Cadence, OuterOptimizer, Updater
 from hopescale.optim.groups import assign_groups
 from hopescale.optim.replicated import ReplicatedUpdater
+from hopescale.optim.rules import changed_state
 from hopescale.parallel.control import Control
 from hopescale.parallel.mesh import Mesh
 from hopescale.train.compiler import check_compiler
@@ -165,7 +168,7 @@ def _compare(state: TrainState, checkpoint: Path, last_step: int, reset_optimize
     manifest = read_manifest(checkpoint)
     old = from_dict(manifest.config, str(checkpoint))
     problems = identity_problems(old, state.config)
-    if problems or (not reset_optimizer and (problems := _changed_rules(old, state))):
+    if problems or (not reset_optimizer and (problems := _changed_optimizer(old, state))):
         raise ConfigError(problems)
     if manifest.identity["data"] != state.data.fingerprint:
         hint = "prepare new text into a new folder, and begin a new run with it"
@@ -179,8 +182,8 @@ def _compare(state: TrainState, checkpoint: Path, last_step: int, reset_optimize
     return diff(old, state.config)
 
 
-def _changed_rules(old: RunConfig, state: TrainState) -> list[Problem]:
-    """List the groups with a parameter whose state in the checkpoint is that of another rule."""
+def _changed_optimizer(old: RunConfig, state: TrainState) -> list[Problem]:
+    """List the groups with a parameter whose state in the checkpoint is of another rule, or of another kind."""
     groups, before = state.config.optim.groups, assign_groups(state.shapes, old.optim.groups)
     hint = "set it back, or continue with the weights alone: --reset-optimizer, once"
     problems: dict[tuple[str, str], Problem] = {}
@@ -189,6 +192,11 @@ def _changed_rules(old: RunConfig, state: TrainState) -> list[Problem]:
         if rule != old_rule:
             message = f"is {rule}, but {parameter} was updated by {old_rule}, whose state the checkpoint holds"
             problems.setdefault((group, old_rule), Problem(f"optim.groups.{group}.rule", message, hint=hint))
+            continue
+        for key in changed_state(rule, old.optim, state.config.optim):
+            was, now = (format_value(leaves(config)[key]) for config in (old, state.config))
+            message = f"is {now}, but the checkpoint holds the state of {rule} with {was}"
+            problems.setdefault((key, ""), Problem(key, message, hint=hint))
     return list(problems.values())
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import faulthandler
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -31,6 +32,8 @@ from hopescale.train.setup import Report, Resume, build_state, choose_checkpoint
 from hopescale.train.state import TrainState
 from hopescale.train.stop import StopRequest
 from hopescale.train.trainer import Trainer
+
+T = TypeVar("T")
 
 
 def train(
@@ -115,7 +118,7 @@ def train_on(
         state = build_state(config, layout, mesh, device)
     folder = RunFolder(run_dir)
     with ExitStack() as stack, memory_errors_explained(config), _told_once(control):
-        control.on_first(_opening(stack, folder))
+        _open_on_first(control, stack, lambda: folder)
         checkpoint = control.on_first(lambda: choose_checkpoint(folder, resume, reset_optimizer=reset_optimizer))
         if checkpoint is not None:
             restore(state, checkpoint, last_step, control, report, reset_optimizer=reset_optimizer)
@@ -124,12 +127,12 @@ def train_on(
         checkpoints = open_checkpoints(folder, config, state.data, mesh)
         for line in _introduction(state, layout, device, run_dir):
             report(line)
-        opened: list[Record] = []
-        control.on_first(_recording(stack, folder, state, checkpoint is not None, opened))
+        resume_step = None if checkpoint is None else state.step
+        record = _open_on_first(control, stack, lambda: Record(folder, config.log, resume_step=resume_step))
         trainer = Trainer(
             state,
             checkpoints,
-            opened[0] if opened else None,
+            record,
             _throughput(config, layout, device),
             stack.enter_context(Traffic(mesh)),
             control,
@@ -183,21 +186,11 @@ def _own_device(place: Place) -> torch.device:
     return torch.device("cuda", place.local_rank)
 
 
-def _opening(stack: ExitStack, folder: RunFolder) -> Callable[[], None]:
-    def open_folder() -> None:
-        stack.enter_context(folder)
-
-    return open_folder
-
-
-def _recording(
-    stack: ExitStack, folder: RunFolder, state: TrainState, resumed: bool, opened: list[Record]
-) -> Callable[[], None]:
-    def open_record() -> None:
-        record = Record(folder, state.config.log, resume_step=state.step if resumed else None)
-        opened.append(stack.enter_context(record))
-
-    return open_record
+def _open_on_first(control: Control, stack: ExitStack, make: Callable[[], AbstractContextManager[T]]) -> T | None:
+    """Enter a context on rank 0, until `stack` ends; return it there, None elsewhere. Called by all ranks."""
+    opened: list[T] = []
+    control.on_first(lambda: opened.append(stack.enter_context(make())))
+    return opened[0] if opened else None
 
 
 def _throughput(config: RunConfig, layout: Layout, device: torch.device) -> Throughput:

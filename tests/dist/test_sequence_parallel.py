@@ -12,7 +12,8 @@ from hopescale.models import Model
 from hopescale.parallel.layers import cross_entropy_sum
 from hopescale.parallel.mesh import Mesh
 from tests.support.ranks import run_ranks
-from tests.support.split import BASE, VARIANTS, Batch, check_split
+from tests.support.models import BASE
+from tests.support.split import VARIANTS, Batch, check_split
 
 
 def check_sequence_parallel(rank: int, tp: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 import pytest
@@ -57,6 +58,46 @@ def test_a_rule_stays_unless_the_optimizer_begins_anew(train, run: Run):
     for weight in ("blocks.0.cms.levels.fast.up.weight", "embedding.weight"):
         assert torch.equal(after[f"optimizer.{weight}.master"], before[f"model.{weight}"].float())
     assert train(using("muon"), bf16).code == 0
+
+
+@pytest.mark.parametrize(
+    ("rule", "was", "now", "message"),
+    [
+        (
+            "m3",
+            "m3.alpha_slow=0.5",
+            "m3.second_moment=false",
+            "second_moment: is false, but the .* of m3 with true",
+        ),
+        ("m3", "m3.alpha_slow=0", "m3.alpha_slow=0.5", "alpha_slow: is 0.5, but the .* state of m3 with 0"),
+        ("delta_momentum", "delta_momentum.beta2=0.9", "delta_momentum.beta2=null", "beta2: is null, but .* with 0.9"),
+        ("deep_momentum", "deep_momentum.memory_dim=8", "deep_momentum.memory_dim=32", "dim: is 32, but .* with 8"),
+        (
+            "deep_momentum",
+            "deep_momentum.alpha=0.9",
+            "deep_momentum.memory=linear",
+            "memory: is linear, .* with mlp",
+        ),
+    ],
+)
+def test_settings_that_decide_the_state_stay_unless_the_optimizer_begins_anew(
+    train, rule: str, was: str, now: str, message: str
+):
+    assert train(using(rule), f"optim.{was}", "--stop-at", 4).code == 0
+    refused = train(using(rule), f"optim.{now}")
+    assert refused.code == 2 and "--reset-optimizer" in refused.err and "does not fit" not in refused.err
+    assert re.search(rf"optim\.{rule}\.\w*{message}", refused.err), refused.err
+    assert train(using(rule), f"optim.{now}", "--reset-optimizer").code == 0
+
+
+@pytest.mark.parametrize("rule", ["m3", "deep_momentum"])
+def test_other_settings_may_change(train, rule: str):
+    was, now = {
+        "m3": ("m3.alpha_slow=0.5", "m3.alpha_slow=0.25"),
+        "deep_momentum": ("deep_momentum.memory_dim=32", "deep_momentum.memory_dim=null"),
+    }[rule]
+    assert train(using(rule), f"optim.{was}", "--stop-at", 4).code == 0
+    assert train(using(rule), f"optim.{now}").code == 0
 
 
 def test_a_new_run_has_no_optimizer_to_begin_anew(train):

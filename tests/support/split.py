@@ -7,20 +7,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from hopescale.config.schema import AttentionConfig, CmsConfig, LevelConfig, ModelConfig, SelfModifyingConfig
+from hopescale.config.schema import AttentionConfig, CmsConfig, SelfModifyingConfig
 from hopescale.models import Model
 from hopescale.parallel.layers import IGNORED_TARGET, cross_entropy_sum
 from hopescale.parallel.mesh import Mesh
+from tests.support.models import BASE, LEVELS
 
-LEVELS = {"fast": LevelConfig(d_ff=24), "slow": LevelConfig(d_ff=16, update_every_steps=4)}
-BASE = ModelConfig(
-    vocab_size=200,
-    d_model=32,
-    num_layers=2,
-    num_heads=4,
-    self_modifying=SelfModifyingConfig(chunk_size=8),
-    cms=CmsConfig(levels=LEVELS),
-)
 VARIANTS = {
     "hope": {},
     "hope, all switches": {

@@ -8,20 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hopescale.config.schema import AttentionConfig, CmsConfig, LevelConfig, ModelConfig, SelfModifyingConfig
+from hopescale.config.schema import AttentionConfig, CmsConfig, ModelConfig, SelfModifyingConfig
 from hopescale.cost.params import count_params
 from hopescale.models import Model, level_of
 from hopescale.parallel.layers import cross_entropy_sum
+from tests.support import models
 
-LEVELS = {"fast": LevelConfig(d_ff=24), "slow": LevelConfig(d_ff=20, update_every_steps=4)}
-BASE = ModelConfig(
-    vocab_size=200,
-    d_model=32,
-    num_layers=2,
-    num_heads=2,
-    self_modifying=SelfModifyingConfig(chunk_size=16),
-    cms=CmsConfig(levels=LEVELS),
-)
+BASE = replace(models.BASE, num_heads=2, self_modifying=SelfModifyingConfig(chunk_size=16))
 VARIANTS = {
     "hope": {},
     "hope linear": {"self_modifying": SelfModifyingConfig(memory="linear", chunk_size=16)},
@@ -29,7 +22,7 @@ VARIANTS = {
     "hope static": {"self_modifying": SelfModifyingConfig(adaptive=(), chunk_size=16)},
     "hope two chunk sizes": {"self_modifying": SelfModifyingConfig(chunk_size=8, projection_chunk_size=16)},
     "attention": {"mixer": "attention", "attention": AttentionConfig(qk_norm=True)},
-    "independent": {"cms": CmsConfig("independent", LEVELS)},
+    "independent": {"cms": CmsConfig("independent", models.LEVELS)},
     "untied": {"tie_embeddings": False},
 }
 

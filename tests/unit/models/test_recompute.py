@@ -10,7 +10,8 @@ from torch import Tensor
 
 from hopescale.models import Model, ModelState
 from hopescale.parallel.layers import cross_entropy_sum
-from tests.support.split import BASE, VARIANTS
+from tests.support.models import BASE
+from tests.support.split import VARIANTS
 
 TOKENS = torch.randint(0, 200, (2, 49), generator=torch.Generator().manual_seed(1))
 DOCUMENT_IDS = (torch.arange(48) > 9).long().expand(2, -1)

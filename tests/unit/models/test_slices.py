@@ -10,7 +10,7 @@ import torch
 from hopescale.config.schema import ModelConfig
 from hopescale.models import Model
 from hopescale.parallel.layers import cross_entropy_sum
-from tests.support.split import BASE
+from tests.support.models import BASE
 
 CONFIG = replace(BASE, num_layers=3)
 CUTS = {"two": [range(2), range(2, 3)], "three": [range(1), range(1, 2), range(2, 3)]}

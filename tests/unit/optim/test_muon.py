@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hopescale.ops.newton_schulz import newton_schulz
-from hopescale.optim.muon import Muon, adjusted_lr, muon_update
+from hopescale.optim.muon import Muon, adjusted_lr
 
 SHAPES = [(4, 6), (6, 4), (4, 6), (5, 5), (4, 6)]
 
@@ -62,15 +62,17 @@ def test_it_is_torch_muon_in_float64(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize("nesterov", [True, False])
 def test_it_is_the_equation(nesterov: bool):
     """The printed momentum, without the factor that Newton-Schulz ignores."""
-    weight, buffer = randn(3, 5, seed=0, dtype=torch.float64), torch.zeros(3, 5, dtype=torch.float64)
-    expected, held = weight.clone(), torch.zeros_like(weight)
+    weight = nn.Parameter(randn(3, 5, seed=0, dtype=torch.float64))
+    rule = Muon([weight], lr=0.1, weight_decay=0.5, momentum=0.9, nesterov=nesterov)
+    expected, held = weight.detach().clone(), torch.zeros_like(weight.detach())
     for step in range(4):
         g = randn(3, 5, seed=step + 1, dtype=torch.float64)
         held = 0.9 * held + g
         look = g + 0.9 * held if nesterov else held
         expected = expected - 0.1 * 0.5 * expected - 0.1 * math.sqrt(max(1, 3 / 5)) * newton_schulz(look, 5)
-        muon_update(weight, g, buffer, lr=0.1, weight_decay=0.5, momentum=0.9, nesterov=nesterov)
-        torch.testing.assert_close(weight, expected, rtol=1e-10, atol=1e-12)
+        weight.grad = g
+        rule.step()
+        torch.testing.assert_close(weight.detach(), expected, rtol=1e-10, atol=1e-12)
 
 
 def test_every_head_is_a_matrix():

@@ -15,7 +15,8 @@ from hopescale.optim.deep_momentum import DeepMomentum
 from hopescale.optim.delta_momentum import DeltaMomentum
 from hopescale.optim.dgd import DGD, InputGram
 from hopescale.optim.m3 import M3
-from hopescale.optim.muon import STACK_ELEMENTS, Muon
+from hopescale.optim.muon import Muon
+from hopescale.optim.stacked import STACK_ELEMENTS
 
 SHAPES = [(4, 6), (6, 4), (4, 6), (3, 4, 6), (4, 6), (3, 4, 6), (5, 5)]
 

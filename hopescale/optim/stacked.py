@@ -1,0 +1,129 @@
+"""What all rules for matrices share: equal shapes are updated together."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+STACK_ELEMENTS = {"cpu": 1 << 16, "cuda": 1 << 22}
+"""Matrices are stacked up to this many entries, so that a stack stays in a CPU's cache (256 KiB in float32) or keeps a
+GPU busy (16 MiB). One that is larger is updated alone, in place."""
+
+
+class StackedOptimizer(torch.optim.Optimizer):
+    """Update matrices of equal shape together.
+
+    The last two dimensions of a parameter are a matrix `[R, C]`; those in front, such as heads, count matrices. What
+    shares shape, dtype, device and number of updates is copied into stacks `[K, ..., R, C]`, updated, and copied back.
+    A parameter that is a stack already, by its dimensions in front, is updated in place, part by part.
+
+    State is made when a parameter is added, so that every checkpoint has the same tensors. It holds nothing but
+    tensors; `step`, where a rule needs it, is a 0-dim float32 tensor on the CPU that counts the parameter's own
+    updates. A parameter whose gradient is None is left alone, with its state; a gradient of zeros is an update like any
+    other: weights decay, and what a momentum holds moves them on.
+
+    Subclasses provide `init_state` and `update`, and `inputs` if a step needs more than gradients.
+    """
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters and make their state.
+
+        Raises:
+            ValueError: If a parameter is no matrix.
+        """
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        for p in group["params"]:
+            if p.ndim < 2:
+                raise ValueError(f"{type(self).__name__} updates matrices, but a parameter has shape {tuple(p.shape)}")
+            self.state[p] = self.init_state(p, group)
+
+    def init_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        """Return the state of a parameter before its first update."""
+        raise NotImplementedError
+
+    def inputs(self, p: Tensor) -> dict[str, Tensor]:
+        """Return what else an update of a parameter needs; `update` finds it in its `state` and leaves it unchanged."""
+        return {}
+
+    def update(
+        self, group: dict[str, Any], weight: Tensor, grad: Tensor, state: dict[str, Tensor], step: int | None
+    ) -> None:
+        """Update a stack in place.
+
+        Args:
+            group: Settings.
+            weight: `[..., R, C]`.
+            grad: Its gradient.
+            state: Stacks of the state's tensors, without `step`, and of the inputs.
+            step: Number of this update, counted from 1; None for a rule that does not count.
+        """
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient, once."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for members in self._stacks(group["params"]):
+                self._update_together(group, members)
+        return loss
+
+    def _stacks(self, parameters: Iterable[Tensor]) -> list[list[Tensor]]:
+        alike = defaultdict(list)
+        for p in parameters:
+            if p.grad is not None:
+                step = self.state[p].get("step")
+                alike[p.shape, p.dtype, p.device, None if step is None else step.item()].append(p)
+        stacks = []
+        for (shape, _, device, _), members in alike.items():
+            size = _matrices_at_once(device, shape.numel())
+            stacks += [members[i : i + size] for i in range(0, len(members), size)]
+        return stacks
+
+    def _update_together(self, group: dict[str, Any], members: Sequence[Tensor]) -> None:
+        states = [self.state[p] for p in members]
+        step = None
+        if "step" in states[0]:
+            torch._foreach_add_([state["step"] for state in states], 1.0)
+            step = int(states[0]["step"].item())
+        names = [name for name in states[0] if name != "step"]
+        changed = [members, *([state[name] for state in states] for name in names)]
+        weight, *stacked = (_stack(tensors) for tensors in changed)
+        inputs = [self.inputs(p) for p in members]
+        read = {name: _stack([each[name] for each in inputs]) for name in inputs[0]}
+        grad = _stack([p.grad for p in members])
+        for w, g, *rest in _parts([weight, grad, *stacked, *read.values()]):
+            self.update(group, w, g, dict(zip([*names, *read], rest, strict=True)), step)
+        if len(members) > 1:
+            for tensors, stack in zip(changed, (weight, *stacked), strict=True):
+                torch._foreach_copy_(tensors, stack.unbind())
+
+
+def _stack(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.stack(tuple(tensors)) if len(tensors) > 1 else tensors[0]
+
+
+def _matrices_at_once(device: torch.device, elements: int) -> int:
+    return max(1, STACK_ELEMENTS.get(device.type, STACK_ELEMENTS["cuda"]) // max(1, elements))
+
+
+def _parts(tensors: Sequence[Tensor]) -> Iterable[Sequence[Tensor]]:
+    """Cut tensors `[..., R, C]` along what is in front of the matrices, into views that are small enough."""
+    weight = tensors[0]
+    size = _matrices_at_once(weight.device, weight.shape[-2] * weight.shape[-1])
+    if weight.ndim == 2 or size >= weight.shape[:-2].numel() or not all(t.is_contiguous() for t in tensors):
+        return [tensors]
+    return zip(*(t.flatten(0, -3).split(size) for t in tensors), strict=True)
+
+
+def settings(group: dict[str, Any]) -> dict[str, Any]:
+    """Return what a rule is told of its group."""
+    return {name: value for name, value in group.items() if name not in ("params", "name", "initial_lr")}
