@@ -1,4 +1,4 @@
-"""Time an optimizer step over many matrices of one shape: one at a time, stacked in each step, and kept as a stack."""
+"""Time the optimizer step of a model's matrices: one at a time, stacked in each step, and kept as stacks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import argparse
 import json
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from statistics import median
 from unittest.mock import patch
@@ -14,81 +13,104 @@ from unittest.mock import patch
 import torch
 from torch import nn
 
-from hopescale.optim.deep_momentum import DeepMomentum
-from hopescale.optim.delta_momentum import DeltaMomentum
-from hopescale.optim.dgd import DGD, InputGram
-from hopescale.optim.m3 import M3
-from hopescale.optim.muon import Muon
+from hopescale.config.load import load_recipe
+from hopescale.config.schema import OptimConfig
+from hopescale.models import Model
+from hopescale.optim import Cadence
+from hopescale.optim.groups import assign_groups
+from hopescale.optim.rules import RULES, make_rule
+from hopescale.optim.sharded import LayerwiseUpdater
 from hopescale.optim.stacked import STACK_ELEMENTS
+from hopescale.optim.updater import RuleGroup
+from hopescale.parallel.layers import ParameterSpec, attach
+from hopescale.parallel.mesh import Mesh
 
-RULES: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "muon": Muon,
-    "muon-bf16": partial(Muon, ns_dtype=torch.bfloat16),
-    "m3": M3,
-    "delta_momentum": DeltaMomentum,
-    "deep_momentum": DeepMomentum,
-    "dgd": lambda weights: DGD(weights, grams={weight: gram_of(weight) for weight in weights}),
-}
-
-
-def gram_of(weight: torch.Tensor) -> InputGram:
-    """Return a Gram matrix that has seen no input."""
-    return InputGram(nn.Linear(weight.shape[-1], weight.shape[-2], device=weight.device))
+MATCH = "['*_proj.weight', '*.gate.weight', '*.up.weight', '*.down.weight', '*.mixer.banks.*']"
 
 
 def main() -> None:
     """Print a line per rule, and write it as JSON if asked."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("recipe", nargs="?", default="debug", help="whose matrices")
+    parser.add_argument("overrides", nargs="*", help="changes to the recipe, such as optim.muon.ns_dtype=bf16")
     parser.add_argument("--layers", type=int, default=24)
-    parser.add_argument("--matrices", type=int, default=8, help="of a layer")
-    parser.add_argument("--rows", type=int, default=64)
-    parser.add_argument("--columns", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=15, help="steps of each kind, in turn; the median counts")
+    parser.add_argument("--shape", help="instead of a recipe's: MATRICESxROWSxCOLUMNS")
+    parser.add_argument("--rounds", type=int, default=12, help="of four steps of each kind, in turn; the median counts")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--rules", nargs="+", default=list(RULES), choices=RULES)
+    parser.add_argument("--rules", nargs="+", default=["muon", "m3"], choices=list(RULES))
     parser.add_argument("--out", type=Path, help="file to which a JSON object per rule is added")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    print(
-        f"{arguments.layers * arguments.matrices} matrices of {arguments.rows} x {arguments.columns} "
-        f"on {arguments.device}, {arguments.threads} threads; ms per step"
-    )
-    print(f"{'rule':<16}{'looped':>10}{'batched':>10}{'ratio':>8}{'kept':>10}{'ratio':>8}")
+    print(f"{'rule':<16}{'matrices':>9}{'looped':>9}{'stacked':>9}{'ratio':>7}{'kept':>9}{'ratio':>7}   ms per step")
     for rule in arguments.rules:
-        looped, batched, kept = measure(rule, arguments)
-        columns = f"{1e3 * looped:>10.2f}{1e3 * batched:>10.2f}{looped / batched:>8.2f}"
-        print(f"{rule:<16}{columns}{1e3 * kept:>10.2f}{looped / kept:>8.2f}", flush=True)
+        config, shapes = problem(rule, arguments)
+        matrices = sum(shape[:-2].numel() for shape in shapes)
+        looped, stacked, kept = measure(rule, config, shapes, arguments)
+        ratios = looped / stacked, looped / kept
+        times = f"{1e3 * looped:>9.2f}{1e3 * stacked:>9.2f}{ratios[0]:>7.2f}{1e3 * kept:>9.2f}{ratios[1]:>7.2f}"
+        print(f"{rule:<16}{matrices:>9}{times}", flush=True)
         if arguments.out:
-            shape = [arguments.layers * arguments.matrices, arguments.rows, arguments.columns]
-            record = {"rule": rule, "shape": shape, "device": arguments.device, "threads": arguments.threads}
-            record |= {"looped_s": looped, "batched_s": batched, "ratio": looped / batched}
-            record |= {"kept_s": kept, "kept_ratio": looped / kept}
+            record = {"rule": rule, "problem": arguments.shape or [arguments.recipe, *arguments.overrides]}
+            record |= {"matrices": matrices, "device": arguments.device, "threads": arguments.threads}
+            record |= {"looped_s": looped, "stacked_s": stacked, "kept_s": kept, "ratio": ratios[1]}
             with arguments.out.open("a") as file:
                 file.write(json.dumps(record) + "\n")
 
 
-def measure(rule: str, arguments: argparse.Namespace) -> tuple[float, float, float]:
-    """Return the seconds of a step with one matrix at a time, with stacks made in the step, and with one parameter."""
-    count = arguments.layers * arguments.matrices
-    many = build(rule, [(arguments.rows, arguments.columns)] * count, arguments.device)
-    one = build(rule, [(count, arguments.rows, arguments.columns)], arguments.device)
-    alone = dict.fromkeys(STACK_ELEMENTS, 1)
-    looped, batched, kept = [], [], []
-    for _ in range(1 + arguments.repeats):
-        with patch.dict(STACK_ELEMENTS, alone):
-            looped.append(seconds(many.step, arguments.device))
-        batched.append(seconds(many.step, arguments.device))
-        kept.append(seconds(one.step, arguments.device))
-    return median(looped[1:]), median(batched[1:]), median(kept[1:])
+def problem(rule: str, arguments: argparse.Namespace) -> tuple[OptimConfig, list[torch.Size]]:
+    """Return the settings and the shapes of what is updated."""
+    group = f"optim.groups.matrices={{rule: {rule}, match: {MATCH}}}"
+    settings = [f"model.num_layers={arguments.layers}", group, *arguments.overrides]
+    config = load_recipe(arguments.recipe, settings).config
+    if arguments.shape:
+        count, *shape = map(int, arguments.shape.split("x"))
+        return config.optim, [torch.Size(shape)] * count
+    shapes = {name: parameter.shape for name, parameter in Model(config.model).named_parameters()}
+    chosen = assign_groups(shapes, config.optim.groups)
+    return config.optim, [shape for name, shape in shapes.items() if chosen[name] == "matrices"]
 
 
-def build(rule: str, shapes: list[tuple[int, ...]], device: str) -> torch.optim.Optimizer:
-    """Make an optimizer whose parameters have gradients."""
+def measure(
+    rule: str, config: OptimConfig, shapes: list[torch.Size], arguments: argparse.Namespace
+) -> tuple[float, float, float]:
+    """Return the seconds of a step with one matrix at a time, with stacks made in the step, and with stacks kept."""
+    device = arguments.device
     weights = [nn.Parameter(torch.randn(shape, device=device)) for shape in shapes]
-    for weight in weights:
-        weight.grad = torch.randn_like(weight)
-    return RULES[rule](weights)
+    gradients = [torch.randn_like(weight) for weight in weights]
+    separate = make_rule(rule, [{"params": weights, "weight_decay": 0.1, "lr": 1e-3}], config)
+    for weight, gradient in zip(weights, gradients, strict=True):
+        weight.grad = gradient
+    kept = make_updater(rule, config, weights)
+    names, rates = list(kept.parameters), {"matrices": 1e-3}
+
+    def gather() -> None:
+        for name, gradient in zip(names, gradients, strict=True):
+            kept.gathered(name).copy_(gradient)
+
+    alone = patch.dict(STACK_ELEMENTS, dict.fromkeys(STACK_ELEMENTS, 1))
+    times: list[list[float]] = [[], [], []]
+    for _ in range(1 + arguments.rounds):
+        # Four steps are a period of M3's slow momentum.
+        with alone:
+            times[0].append(sum(seconds(separate.step, device) for _ in range(4)) / 4)
+        times[1].append(sum(seconds(separate.step, device) for _ in range(4)) / 4)
+        spent = 0.0
+        for _ in range(4):
+            gather()
+            spent += seconds(lambda: kept.update(names, dict.fromkeys(names, 1.0), rates), device)
+        times[2].append(spent / 4)
+    looped, stacked, whole = (median(each[1:]) for each in times)
+    return looped, stacked, whole
+
+
+def make_updater(rule: str, config: OptimConfig, weights: list[nn.Parameter]) -> LayerwiseUpdater:
+    """Return the trainer's keeper of masters and state over copies of weights."""
+    copies = (nn.Parameter(weight.detach().clone()) for weight in weights)
+    parameters = {str(index): attach(copy, ParameterSpec()) for index, copy in enumerate(copies)}
+    groups = [RuleGroup("matrices", tuple(parameters), 0.1, None, rule)]
+    cadences = dict.fromkeys(parameters, Cadence())
+    return LayerwiseUpdater(parameters, groups, config=config, cadences=cadences, mesh=Mesh.alone())
 
 
 def seconds(call: Callable[[], object], device: str) -> float:

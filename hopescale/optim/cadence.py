@@ -37,12 +37,15 @@ class Accumulator:
     Args:
         parameter: Whose gradient is gathered.
         cadence: When it is used.
+        place: Where to gather it, float32 zeros; None makes room, for a fast parameter in each step anew.
     """
 
-    def __init__(self, parameter: Tensor, cadence: Cadence):
+    def __init__(self, parameter: Tensor, cadence: Cadence, place: Tensor | None = None):
         self.parameter, self.cadence = parameter, cadence
         self.kept = cadence.period > 1
-        self.total: Tensor | None = torch.zeros_like(parameter, dtype=torch.float32) if self.kept else None
+        if self.kept and place is None:
+            place = torch.zeros_like(parameter, dtype=torch.float32)
+        self.total = self._place = place
 
     def take(self, _: Tensor | None = None) -> None:
         """Add the parameter's gradient to the sum and clear it: a hook for after each backward pass."""
@@ -63,7 +66,6 @@ class Accumulator:
 
     def clear(self) -> None:
         """Begin a new period."""
-        if self.kept:
+        self.total = self._place
+        if self.total is not None:
             self.total.zero_()
-        else:
-            self.total = None

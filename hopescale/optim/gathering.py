@@ -22,6 +22,7 @@ class GatheringUpdater:
         cadences: Of every parameter.
         mesh: Where this process stands.
         gathers: Whether gradients are gathered here; not if something else takes them.
+        places: Where to gather some of them, float32 zeros by name.
     """
 
     def __init__(
@@ -31,11 +32,12 @@ class GatheringUpdater:
         mesh: Mesh,
         *,
         gathers: bool = True,
+        places: Mapping[str, Tensor] | None = None,
     ):
         self.parameters, self.dp_group = dict(parameters), mesh.dp_group
         self.accumulators: dict[str, Accumulator] = {}
         for name, parameter in self.parameters.items() if gathers else ():
-            self.accumulators[name] = Accumulator(parameter, cadences[name])
+            self.accumulators[name] = Accumulator(parameter, cadences[name], (places or {}).get(name))
             parameter.register_post_accumulate_grad_hook(self.accumulators[name].take)
 
     def holds_whole(self, name: str) -> bool:
