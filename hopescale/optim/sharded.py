@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -17,7 +19,17 @@ from hopescale.optim.replicated import BUCKET_ELEMENTS
 from hopescale.optim.rules import make_rule, update_cost
 from hopescale.optim.shape_class import ShapeClass, Slices
 from hopescale.optim.updater import RuleGroup
+from hopescale.parallel.in_flight import InFlight
 from hopescale.parallel.mesh import Mesh
+
+
+@dataclass(frozen=True)
+class _Bucket:
+    """What is sent at once: the names of every owner, the entries of the largest of these parts, the last class."""
+
+    parts: list[list[str]]
+    room: int
+    last: int
 
 
 class LayerwiseUpdater(GatheringUpdater):
@@ -25,8 +37,8 @@ class LayerwiseUpdater(GatheringUpdater):
 
     The owner alone holds float32 master and state of a matrix. Gradients gather on every replica, whole, and are summed
     at the owner when they are due; updated weights go from owners to all. What is not due sends nothing. Both take one
-    exchange for all that is due together, or a few if that is much. What is alike and due together is one `ShapeClass`,
-    updated at once.
+    exchange for all that is due together, or several if that is much, of which weights are on their way while others
+    are updated. What is alike and due together is one `ShapeClass`, updated at once.
 
     Under tensor parallelism a matrix is this rank's slice, or with `tp_mode: gather` the whole: the tensor-parallel
     ranks of an owner share its matrices out among themselves, and exchange slices of gradients and weights. Matrices
@@ -66,6 +78,7 @@ class LayerwiseUpdater(GatheringUpdater):
         }
         self.rules = self._make_rules(groups, config)
         self._reduced: set[str] = set()
+        self._reducing = InFlight()
 
     def _share_out(
         self,
@@ -140,17 +153,21 @@ class LayerwiseUpdater(GatheringUpdater):
         self._reduced.update(names)
         if self.dp_group.size() == 1:
             return
-        for parts, room in self._buckets(names):
-            spans = [self._spans(part, "gradients") for part in parts]
-            flat = torch.zeros(len(parts), room, device=self.classes[0].gradients.device)
+        for bucket in self._buckets(names):
+            spans = [self._spans(part, "gradients") for part in bucket.parts]
+            flat = torch.zeros(len(spans), bucket.room, device=self.classes[0].gradients.device)
             for tensors, place in zip(spans, flat, strict=True):
                 _pack(tensors, place)
-            own = flat.new_empty(room)
-            dist.reduce_scatter_tensor(own, flat.view(-1), group=self.dp_group)
-            mine = spans[self.dp_group.rank()]
-            torch._foreach_copy_(mine, _unpacked(own, mine))
+            own = flat.new_empty(bucket.room)
+            work = dist.reduce_scatter_tensor(own, flat.view(-1), group=self.dp_group, async_op=True)
+            self._reducing.add(work, partial(_take_sums, flat, own, spans[self.dp_group.rank()]))
         for tensor in self._spans([name for name in names if not self._owns(name)], "gradients"):
             tensor.zero_()
+
+    def gathered(self, name: str) -> Tensor:
+        """Return the sum of a parameter's gradients since its last update."""
+        self._reducing.wait()
+        return super().gathered(name)
 
     def _spans(self, names: Iterable[str], stack: str) -> list[Tensor]:
         """Return the places of parameters in the stacks of their classes, neighbours as one tensor."""
@@ -162,14 +179,14 @@ class LayerwiseUpdater(GatheringUpdater):
                 spans.append([index, place, place + 1])
         return [getattr(self.classes[index], stack)[start:stop] for index, start, stop in spans]
 
-    def _buckets(self, names: Sequence[str]) -> list[tuple[list[list[str]], int]]:
-        """Return buckets, each as the names of every owner and the entries of the largest of these parts."""
+    def _buckets(self, names: Sequence[str]) -> list[_Bucket]:
         replicas, names = self.dp_group.size(), sorted(names, key=self._place.__getitem__)
         sizes = {name: self.parameters[name].numel() for name in names}
         result = []
         for bucket in buckets(names, self.owners, sizes, BUCKET_ELEMENTS // replicas):
             parts = [[name for name in bucket if self.owners[name] == owner] for owner in range(replicas)]
-            result.append((parts, max(sum(sizes[name] for name in part) for part in parts)))
+            room = max(sum(sizes[name] for name in part) for part in parts)
+            result.append(_Bucket(parts, room, max(self._place[name][0] for name in bucket)))
         return result
 
     def _gradient(self, name: str) -> Tensor:
@@ -184,15 +201,21 @@ class LayerwiseUpdater(GatheringUpdater):
         for rule in self.rules.values():
             for group in rule.param_groups:
                 group["lr"] = rates[group["name"]]
-        for each in self._due(names):
+        self._reducing.wait()
+        sharing, complete = InFlight(), self._buckets_by_last_class(names)
+        for index in self._due(names):
+            each = self.classes[index]
             self._update_class(each, scales[each.names[0]])
-        self._share_weights(names)
+            for bucket in complete[index]:
+                # On its way while the next classes are updated.
+                self._share_weights(bucket, sharing)
+        sharing.wait()
         self._reduced = set()
 
-    def _due(self, names: Sequence[str]) -> list[ShapeClass]:
+    def _due(self, names: Sequence[str]) -> list[int]:
         due = set(names)
-        classes = [each for each in self.classes if not due.isdisjoint(each.names)]
-        assert all(due.issuperset(each.names) for each in classes), "a class is due as a whole"
+        classes = [index for index, each in enumerate(self.classes) if not due.isdisjoint(each.names)]
+        assert all(due.issuperset(self.classes[index].names) for index in classes), "a class is due as a whole"
         return classes
 
     def _update_class(self, each: ShapeClass, scale: Tensor | float) -> None:
@@ -202,29 +225,31 @@ class LayerwiseUpdater(GatheringUpdater):
             each.master.grad = gradient
             self._rule_of(each).step()
             each.master.grad = None
-        each.gradients.zero_()
+        # What belongs elsewhere is zero since it was sent.
+        each.gradients[each.here].zero_()
         each.set_weights()
 
-    def _share_weights(self, names: Sequence[str]) -> None:
-        """Copy updated weights from their owners to all replicas."""
+    def _buckets_by_last_class(self, names: Sequence[str]) -> dict[int, list[_Bucket]]:
+        """Return buckets of weights of one type each, by the class after whose update they are complete."""
+        result: dict[int, list[_Bucket]] = defaultdict(list)
         if self.dp_group.size() == 1:
-            return
-        for alike in self._by_dtype(names):
-            for parts, room in self._buckets(alike):
-                spans = [self._spans(part, "weights") for part in parts]
-                own = self.parameters[alike[0]].detach().new_zeros(room)
-                _pack(spans[self.dp_group.rank()], own)
-                flat = own.new_empty(room * self.dp_group.size())
-                dist.all_gather_into_tensor(flat, own, group=self.dp_group)
-                for owner, (tensors, packed) in enumerate(zip(spans, flat.split(room), strict=True)):
-                    if owner != self.dp_group.rank():
-                        torch._foreach_copy_(tensors, _unpacked(packed, tensors))
-
-    def _by_dtype(self, names: Iterable[str]) -> list[list[str]]:
+            return result
         alike: dict[torch.dtype, list[str]] = defaultdict(list)
         for name in names:
             alike[self.parameters[name].dtype].append(name)
-        return list(alike.values())
+        for part in alike.values():
+            for bucket in self._buckets(part):
+                result[bucket.last].append(bucket)
+        return result
+
+    def _share_weights(self, bucket: _Bucket, sharing: InFlight) -> None:
+        """Begin to copy updated weights from their owners to all replicas."""
+        spans, rank = [self._spans(part, "weights") for part in bucket.parts], self.dp_group.rank()
+        own = self.classes[bucket.last].weights.new_zeros(bucket.room)
+        _pack(spans[rank], own)
+        flat = own.new_empty(len(spans), bucket.room)
+        work = dist.all_gather_into_tensor(flat.view(-1), own, group=self.dp_group, async_op=True)
+        sharing.add(work, partial(_take_weights, own, flat, [*spans[:rank], [], *spans[rank + 1 :]]))
 
     def masters(self, names: Sequence[str]) -> list[Tensor]:
         """Return the float32 masters that are here, whole; nothing of the others."""
@@ -257,9 +282,25 @@ def _cuts_matrices(parameter: nn.Parameter) -> bool:
     return split is not None and split >= parameter.dim() - 2
 
 
+def _take_sums(_: Tensor, own: Tensor, gradients: Sequence[Tensor]) -> None:
+    """Take what a reduce-scatter has left here; its input is kept until then."""
+    _copy(gradients, _unpacked(own, gradients))
+
+
+def _take_weights(_: Tensor, flat: Tensor, weights: Sequence[Sequence[Tensor]]) -> None:
+    """Take what an all-gather has brought from each owner; its input is kept until then."""
+    for tensors, packed in zip(weights, flat, strict=True):
+        _copy(tensors, _unpacked(packed, tensors))
+
+
 def _pack(tensors: Sequence[Tensor], flat: Tensor) -> None:
     """Write tensors end to end to the beginning of `flat`."""
-    torch._foreach_copy_(_unpacked(flat, tensors), tensors)
+    _copy(_unpacked(flat, tensors), tensors)
+
+
+def _copy(into: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
+    if into:
+        torch._foreach_copy_(into, tensors)
 
 
 def _unpacked(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+import re
 from functools import cache
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -24,6 +26,7 @@ from hopescale.config.schema import (
 from hopescale.engine.zero import ZeroUpdater
 from hopescale.models import Model
 from hopescale.optim import Cadence, OuterOptimizer
+from hopescale.optim.sharded import LayerwiseUpdater
 from hopescale.parallel.layers import ParameterSpec, attach
 from hopescale.parallel.mesh import Mesh
 from hopescale.parallel.traffic import Traffic
@@ -190,6 +193,40 @@ SIZES = {name: torch.Size(shape).numel() for name, (shape, _) in SHAPES.items()}
 def test_what_is_not_due_sends_nothing(tmp_path: Path):
     """Gradients go out once, filled up to the largest owner's part, and weights come from their owners."""
     run_ranks(check_traffic, 2, tmp_path)
+
+
+def check_overlap(rank: int) -> None:
+    """Small buckets leave while later classes are updated, and change no bit; two summands have one order."""
+    mesh, begun = Mesh.over_all(Layout(dp=2)), []
+    events = {"gather": dist.all_gather_into_tensor, "update": LayerwiseUpdater._update_class}
+
+    def noted(event: str) -> Callable:
+        def call(*arguments, **options):
+            begun.append(event)
+            return events[event](*arguments, **options)
+
+        return call
+
+    for dtype in (torch.float32, torch.bfloat16):
+        whole, parts = Run(mesh, make_config("m3"), dtype), Run(mesh, make_config("m3"), dtype)
+        for step in range(1, STEPS + 1):
+            measured = whole.step(step)
+            with (
+                patch("hopescale.optim.sharded.BUCKET_ELEMENTS", 120),
+                patch.object(dist, "all_gather_into_tensor", noted("gather")),
+                patch.object(LayerwiseUpdater, "_update_class", noted("update")),
+            ):
+                assert parts.step(step) == measured
+            for run in (whole, parts):
+                for name, parameter in run.optimizer.parameters.items():
+                    assert torch.equal(parameter, whole.optimizer.parameters[name]), f"step {step}: {name}"
+    order = "".join(event[0] for event in begun)
+    assert order.count("g") >= STEPS and re.search("ugu", order), order
+    assert not parts.updater.updaters[1]._reducing._begun
+
+
+def test_weights_leave_while_others_are_updated(tmp_path: Path):
+    run_ranks(check_overlap, 2, tmp_path)
 
 
 MATRICES = "['*_proj.weight','*.gate.weight','*.up.weight','*.down.weight','*.banks.*']"
