@@ -1,12 +1,12 @@
 """The gated delta rule with momentum: the one recurrence under every memory of the model. See README.md."""
 
+from hopescale.ops.delta_rule.backend import Backend, delta_rule, triton_obstacle
 from hopescale.ops.delta_rule.chunked import (
     Chunk,
     ChunkTables,
     Values,
     chunk_tables,
     chunk_values,
-    delta_rule,
     move,
     open_chunk,
     read_chunk,
@@ -17,6 +17,7 @@ from hopescale.ops.delta_rule.naive import delta_rule_naive
 from hopescale.ops.delta_rule.types import DeltaRuleOutput, Read
 
 __all__ = [
+    "Backend",
     "Chunk",
     "ChunkTables",
     "DeltaRuleOutput",
@@ -30,5 +31,6 @@ __all__ = [
     "open_chunk",
     "read_chunk",
     "transition",
+    "triton_obstacle",
     "write_chunk",
 ]

@@ -269,7 +269,7 @@ def move(
     return _plus_product(moved, by.momentum, momentum), _pushed(chunk, u, momentum)
 
 
-def delta_rule(
+def delta_rule_chunked(
     k: Tensor,
     u: Tensor,
     eta: Tensor,
@@ -283,29 +283,9 @@ def delta_rule(
     read: Read = "prefix",
     chunk_size: int = 64,
 ) -> DeltaRuleOutput:
-    """Read and write a linear memory along a sequence, one chunk at a time.
-
-    Follows `S_t = S_{t-1} (alpha_t I - eta_t k_t k_t^T) + Z_t`, `Z_t = mu_t Z_{t-1} + eta_t u_t k_t^T` (Nested
-    Learning, arXiv 2512.24695, Eq. 93 with momentum). Equal to `delta_rule_naive` up to rounding, for any `T >= 0`.
+    """Run the gated delta rule a chunk at a time. Same arguments, result and errors as `delta_rule`.
 
     Everything but the states is computed for all chunks at once; only they are carried from chunk to chunk.
-
-    Args:
-        k: Keys `[B, T, H, D]`; unit length keeps the erase bounded.
-        u: Write values, minus the inner loss's gradient with respect to the memory's output. `[B, T, H, Do]`.
-        eta: Inner learning rate `[B, T, H]`.
-        alpha: Retention in `[0, 1]`, `[B, T, H]`.
-        state: Memory before the first token `[B, H, Do, D]`, float32 (float64 in tests). Its type is computed in.
-        q: Queries like `k`; None if nothing is read.
-        mu: Inner momentum in `[0, 1]`, `[B, T, H]`; None for none.
-        momentum: `Z` before the first token, like `state`; None is zero. Only with `mu`.
-        erase: Whether a write first erases `eta_t k_t k_t^T`; False is plain gradient descent.
-        read: State that token t reads: `prefix` is `S_{t-1}`, `inclusive` is `S_t`, `boundary` is the state at the
-            start of the token's chunk.
-        chunk_size: Tokens per chunk; the last may be shorter. Changes only speed, except for `boundary`.
-
-    Raises:
-        ValueError: If shapes disagree, `read` is unknown, `chunk_size < 1`, or `momentum` comes without `mu`.
     """
     check_arguments(k, u, eta, alpha, state, q, mu, momentum, read, chunk_size)
     kind, tokens = state.dtype, k.shape[1]
