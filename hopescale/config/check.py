@@ -12,7 +12,7 @@ from hopescale.config.fields import leaves
 from hopescale.config.layout import Layout
 from hopescale.config.load import DEFAULT, Loaded
 from hopescale.config.rules import Origins, Rule, leaves_rest, levels_of, set_keys
-from hopescale.config.schema import RunConfig
+from hopescale.config.schema import RopeScalingConfig, RunConfig
 from hopescale.config.values import format_value
 
 SYNTHETIC_MARKERS = 2
@@ -102,11 +102,33 @@ def rotary_head_dim_is_even(config: RunConfig, origins: Origins) -> Iterator[Pro
         yield Problem("model.head_dim", f"attention needs an even head dim, it is {head_dim}")
 
 
+def kv_heads_divide_heads(config: RunConfig, origins: Origins) -> Iterator[Problem]:
+    """Each head of keys and values serves equally many heads of queries."""
+    model = config.model
+    if model.mixer == "attention" and leaves_rest(model.num_heads, plan.kv_heads(model)):
+        message = f"{model.attention.num_kv_heads} does not divide model.num_heads = {model.num_heads}"
+        yield Problem("model.attention.num_kv_heads", message)
+
+
+def rope_ramp_belongs_to_llama3(config: RunConfig, origins: Origins) -> Iterator[Problem]:
+    """The ramp between slowed and other frequencies has two ends, and only one kind of scaling has it."""
+    prefix, scaling = "model.attention.rope_scaling", config.model.attention.rope_scaling
+    if scaling is None:
+        return
+    if scaling.kind == "linear":
+        for name in ("low_freq_factor", "high_freq_factor", "first_context"):
+            if getattr(scaling, name) != getattr(RopeScalingConfig(), name):
+                yield Problem(f"{prefix}.{name}", "has no effect: kind is linear", hint="leave it out")
+    elif scaling.low_freq_factor >= scaling.high_freq_factor:
+        message = f"{scaling.high_freq_factor:g} is not above low_freq_factor = {scaling.low_freq_factor:g}"
+        yield Problem(f"{prefix}.high_freq_factor", message)
+
+
 def only_the_selected_mixer_is_set(config: RunConfig, origins: Origins) -> Iterator[Problem]:
     """Keys of the mixer that is not selected would do nothing."""
     other = {"self_modifying": "attention", "attention": "self_modifying"}[config.model.mixer]
     for key in set_keys(config, origins, f"model.{other}"):
-        default = format_value(leaves(RunConfig())[key])
+        default = format_value(leaves(RunConfig()).get(key))
         message = f"has no effect: model.mixer is {config.model.mixer}"
         yield Problem(key, message, hint=f"set it back to its default with {key}={default}, or set model.mixer={other}")
 
@@ -294,6 +316,8 @@ RULES: tuple[Rule, ...] = (
     name_is_a_folder,
     heads_divide_width,
     rotary_head_dim_is_even,
+    kv_heads_divide_heads,
+    rope_ramp_belongs_to_llama3,
     only_the_selected_mixer_is_set,
     memory_dim_needs_mlp,
     compile_needs_a_chunk_loop,

@@ -44,6 +44,8 @@ def tensor_parallel_ranks_share_evenly(config: RunConfig, origins: Origins) -> I
     """Heads, level widths and rows of the embedding are shared out evenly."""
     tp, model = config.parallel.tp or 1, config.model
     sizes = {"model.num_heads": model.num_heads}
+    if model.mixer == "attention" and model.attention.num_kv_heads is not None:
+        sizes["model.attention.num_kv_heads"] = model.attention.num_kv_heads
     sizes |= {f"model.cms.levels.{name}.d_ff": level.d_ff for name, level in levels_of(config)}
     for key, size in sizes.items():
         if leaves_rest(size, tp):

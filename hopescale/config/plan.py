@@ -73,6 +73,11 @@ def head_dim(model: ModelConfig) -> int:
     return model.head_dim or model.d_model // model.num_heads
 
 
+def kv_heads(model: ModelConfig) -> int:
+    """Return the heads of keys and values of attention: as set, or as many as there are of queries."""
+    return model.attention.num_kv_heads or model.num_heads
+
+
 def memory_dim(model: ModelConfig) -> int | None:
     """Return the hidden width of the mixer's MLP memories, or None where it has none."""
     if model.mixer != "self_modifying" or model.self_modifying.memory != "mlp":

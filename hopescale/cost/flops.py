@@ -5,7 +5,7 @@ A multiply and an add are two operations. Norms, activations and gates are left 
 
 from __future__ import annotations
 
-from hopescale.config.plan import head_dim, memory_dim, padded_vocab_size, projection_chunk_size
+from hopescale.config.plan import head_dim, kv_heads, memory_dim, padded_vocab_size, projection_chunk_size
 from hopescale.config.schema import ModelConfig
 from hopescale.cost.params import gate_memories, num_projections, wide_memories
 
@@ -36,8 +36,8 @@ def mixer_flops(model: ModelConfig, seq_len: int) -> int:
 
 def attention_flops(model: ModelConfig, seq_len: int) -> int:
     """Count the maps, and scores and reads over the tokens before: `(seq_len + 1) / 2` of them on average."""
-    width = model.num_heads * head_dim(model)
-    return 8 * model.d_model * width + 2 * width * (seq_len + 1)
+    width, kv_width = model.num_heads * head_dim(model), kv_heads(model) * head_dim(model)
+    return 4 * model.d_model * (width + kv_width) + 2 * width * (seq_len + 1)
 
 
 def self_modifying_flops(model: ModelConfig, seq_len: int) -> int:

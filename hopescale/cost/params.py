@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hopescale.config.plan import head_dim, memory_dim, padded_vocab_size
+from hopescale.config.plan import head_dim, kv_heads, memory_dim, padded_vocab_size
 from hopescale.config.schema import ModelConfig
 
 
@@ -40,9 +40,11 @@ def block_norm_params(model: ModelConfig) -> int:
 
 
 def attention_params(model: ModelConfig) -> int:
-    """Count the maps to queries, keys, values and back, and the two norms per head."""
-    maps = 4 * model.d_model * model.num_heads * head_dim(model)
-    return maps + (2 * head_dim(model) if model.attention.qk_norm else 0)
+    """Count the maps to queries, keys, values and back, their biases, and the two norms per head."""
+    width, kv_width = model.num_heads * head_dim(model), kv_heads(model) * head_dim(model)
+    maps = 2 * model.d_model * (width + kv_width)
+    biases = width + 2 * kv_width if model.attention.qkv_bias else 0
+    return maps + biases + (2 * head_dim(model) if model.attention.qk_norm else 0)
 
 
 def self_modifying_params(model: ModelConfig) -> int:

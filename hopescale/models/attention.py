@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from hopescale.config.schema import AttentionConfig
 from hopescale.models.norm import RMSNorm
 from hopescale.models.state import LayerState
-from hopescale.ops.rope import rope_tables, rotate
+from hopescale.ops.rope import rope_frequencies, rope_tables, rotate, slow_down
 from hopescale.parallel.layers import ColumnLinear, RowLinear
 from hopescale.parallel.mesh import Mesh
 
 
 class Attention(nn.Module):
-    """Multi-head attention. Its state is the keys and values of all tokens read, so it grows with the context.
+    """Multi-head or grouped-query attention. Its state is the keys and values of all tokens read: it grows with them.
 
     Args:
         d_model: Width of the residual stream.
@@ -40,15 +40,19 @@ class Attention(nn.Module):
     ):
         super().__init__()
         self.config, self.head_dim = config, head_dim
-        self.heads = num_heads // mesh.tp_group.size()
-        self.qkv_proj = ColumnLinear(d_model, num_heads * 3 * head_dim, std=d_model**-0.5, mesh=mesh)
+        kv_heads = config.num_kv_heads or num_heads
+        self.kv_heads = kv_heads // mesh.tp_group.size()
+        self.shared_by = num_heads // kv_heads
+        # Queries, then key and value of each group side by side, so that a rank holds whole groups.
+        size = (num_heads + 2 * kv_heads) * head_dim
+        self.qkv_proj = ColumnLinear(d_model, size, std=d_model**-0.5, mesh=mesh, bias=config.qkv_bias)
         self.out_proj = RowLinear(num_heads * head_dim, d_model, std=out_std, mesh=mesh)
         self.q_norm = RMSNorm(head_dim, eps=norm_eps, shared_over=mesh) if config.qk_norm else None
         self.k_norm = RMSNorm(head_dim, eps=norm_eps, shared_over=mesh) if config.qk_norm else None
 
     def initial_state(self, batch: int) -> LayerState:
         """Return an empty cache for `batch` sequences."""
-        empty = self.qkv_proj.weight.new_zeros(batch, self.heads, 0, self.head_dim)
+        empty = self.qkv_proj.weight.new_zeros(batch, self.kv_heads, 0, self.head_dim)
         return LayerState(0, {"k": empty, "v": empty})
 
     def forward(
@@ -67,19 +71,30 @@ class Attention(nn.Module):
             ValueError: If document ids are given together with earlier tokens, whose documents are unknown.
         """
         state = self.initial_state(x.shape[1]) if state is None else state
-        mixed = self.qkv_proj(x).unflatten(-1, (self.heads, 3, self.head_dim))
+        mixed = self.qkv_proj(x).unflatten(-1, (self.kv_heads, self.shared_by + 2, self.head_dim))
         tokens = mixed.shape[0]
-        q, k, v = mixed.permute(3, 1, 2, 0, 4).unbind()  # [B, H, T, D]
+        q, k, v = mixed.permute(1, 2, 3, 0, 4).split([self.shared_by, 1, 1], dim=2)  # [B, G, ., T, D]
+        q, k, v = q.flatten(1, 2), k[:, :, 0], v[:, :, 0]  # [B, H, T, D], [B, G, T, D]
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        tables = rope_tables(state.position, tokens, self.head_dim, self.config.rope_theta, x.device)
+        tables = rope_tables(state.position, tokens, self._frequencies(x.device))
         q, k = rotate(q, tables), rotate(k, tables)
         if state.position:
             k, v = torch.cat([state.tensors["k"], k], dim=2), torch.cat([state.tensors["v"], v], dim=2)
         mask = self._mask(state.position, tokens, document_ids, x.device)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        grouped = self.shared_by > 1
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
         y = self.out_proj(y.permute(2, 0, 1, 3).flatten(2))
         return y, LayerState(state.position + tokens, {"k": k, "v": v})
+
+    def _frequencies(self, device: torch.device) -> Tensor:
+        frequencies, scaling = rope_frequencies(self.head_dim, self.config.rope_theta, device), self.config.rope_scaling
+        if scaling is None:
+            return frequencies
+        if scaling.kind == "linear":
+            return frequencies / scaling.factor
+        ramp = (scaling.low_freq_factor, scaling.high_freq_factor)
+        return slow_down(frequencies, scaling.factor, *ramp, scaling.first_context)
 
     def _mask(self, position: int, tokens: int, document_ids: Tensor | None, device: torch.device) -> Tensor | None:
         """True where a token may look; None for plain causal attention from position 0."""

@@ -2,14 +2,36 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 
-def rope_tables(start: int, tokens: int, dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+def rope_frequencies(dim: int, theta: float, device: torch.device) -> Tensor:
+    """Return the angle per token of each pair of channels, `[D / 2]`, float32."""
+    return theta ** (-torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim)
+
+
+def slow_down(frequencies: Tensor, factor: float, low: float, high: float, first_context: int) -> Tensor:
+    """Divide frequencies by `factor`, those that turn often in the first context less, or not at all (Llama 3.1).
+
+    Args:
+        frequencies: Angle per token.
+        factor: Divisor of frequencies with at most `low` turns.
+        low: See `factor`.
+        high: Turns from which a frequency stays as it is; the divisors' reciprocals lie on a line between.
+        first_context: Tokens in which turns are counted.
+    """
+    turns = first_context * frequencies / (2 * math.pi)
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequencies * (kept + (1 - kept) / factor)
+
+
+def rope_tables(start: int, tokens: int, frequencies: Tensor) -> tuple[Tensor, Tensor]:
     """Return cosines and sines `[T, D / 2]`, float32, of positions `start ... start + tokens - 1`."""
-    frequencies = theta ** (-torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim)
-    angles = torch.arange(start, start + tokens, device=device, dtype=torch.float32)[:, None] * frequencies
+    positions = torch.arange(start, start + tokens, device=frequencies.device, dtype=torch.float32)
+    angles = positions[:, None] * frequencies
     return angles.cos(), angles.sin()
 
 

@@ -74,7 +74,7 @@ def _never_called(weight: Tensor) -> None:
 
 
 class ColumnLinear(ColumnParallelLinear):
-    """`y = x W^T` with the outputs split over ranks; input whole, output `[..., out / tp]`. No bias.
+    """`y = x W^T + b` with the outputs split over ranks; input whole, output `[..., out / tp]`.
 
     Args:
         size_in: Width of the input.
@@ -82,19 +82,24 @@ class ColumnLinear(ColumnParallelLinear):
         std: Standard deviation of the initial weights.
         mesh: Where this process stands.
         shared_input: Whether the input comes from `gather_tokens`, which communicates once for all layers it feeds.
+        bias: Whether there is a bias, which starts at 0.
     """
 
-    def __init__(self, size_in: int, size_out: int, *, std: float, mesh: Mesh, shared_input: bool = False):
+    def __init__(
+        self, size_in: int, size_out: int, *, std: float, mesh: Mesh, shared_input: bool = False, bias: bool = False
+    ):
         super().__init__(
             size_in,
             size_out,
             config=_megatron_config(mesh.tp_group.size(), mesh.sequence_parallel and not shared_input),
             init_method=_never_called,
-            bias=False,
+            bias=bias,
             tp_group=mesh.tp_group,
             disable_grad_reduce=shared_input,
         )
         attach(self.weight, ParameterSpec(std=std, partition_dim=0))
+        if bias:
+            attach(self.bias, ParameterSpec(partition_dim=0))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map residual activations, or all tokens if `shared_input`, to this rank's `[T, B, out / tp]`."""

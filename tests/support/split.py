@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from hopescale.config.schema import AttentionConfig, CmsConfig, SelfModifyingConfig
+from hopescale.config.schema import AttentionConfig, CmsConfig, RopeScalingConfig, SelfModifyingConfig
 from hopescale.models import Model
 from hopescale.parallel.layers import IGNORED_TARGET, cross_entropy_sum
 from hopescale.parallel.mesh import Mesh
@@ -21,6 +21,11 @@ VARIANTS = {
         )
     },
     "attention": {"mixer": "attention", "attention": AttentionConfig(qk_norm=True, within_documents=True)},
+    "grouped-query attention": {
+        "mixer": "attention",
+        "num_heads": 8,
+        "attention": AttentionConfig(num_kv_heads=4, qkv_bias=True, rope_scaling=RopeScalingConfig(first_context=8)),
+    },
     "independent levels": {"cms": CmsConfig("independent", LEVELS)},
     "untied, no padding": {"tie_embeddings": False, "vocab_size": 256},
 }

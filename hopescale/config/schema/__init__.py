@@ -6,6 +6,7 @@ from hopescale.config.schema.model import (
     CmsConfig,
     LevelConfig,
     ModelConfig,
+    RopeScalingConfig,
     SelfModifyingConfig,
 )
 from hopescale.config.schema.optim import (
@@ -36,6 +37,7 @@ __all__ = [
     "MuonConfig",
     "OptimConfig",
     "ParallelConfig",
+    "RopeScalingConfig",
     "RunConfig",
     "ScheduleConfig",
     "SelfModifyingConfig",

@@ -77,11 +77,35 @@ class SelfModifyingConfig:
 
 
 @dataclass(frozen=True)
+class RopeScalingConfig:
+    """Slower rotary frequencies, for contexts longer than those a model was first trained on."""
+
+    kind: Literal["linear", "llama3"] = "llama3"
+    """`linear`: all frequencies are divided by `factor`. `llama3`: only those that turn less than `low_freq_factor`
+    times in the first context; those that turn more than `high_freq_factor` times stay, with a ramp between."""
+    factor: float = 8.0
+    """Divisor of the slowed frequencies."""
+    low_freq_factor: float = 1.0
+    """Turns in the first context up to which a frequency is slowed in full. Only with `kind: llama3`."""
+    high_freq_factor: float = 4.0
+    """Turns from which it is not slowed; above `low_freq_factor`. Only with `kind: llama3`."""
+    first_context: int = 8192
+    """Tokens of the context that the model was first trained on. Only with `kind: llama3`."""
+
+
+@dataclass(frozen=True)
 class AttentionConfig:
     """Causal softmax attention with rotary positions."""
 
+    num_kv_heads: int | None = None
+    """Heads of keys and values, each shared by `num_heads / num_kv_heads` heads of queries (grouped-query attention);
+    null is `num_heads`. Divides `num_heads`."""
+    qkv_bias: bool = False
+    """Whether queries, keys and values have a bias."""
     rope_theta: float = 10_000.0
     """Base of the rotary frequencies."""
+    rope_scaling: RopeScalingConfig | None = None
+    """How the rotary frequencies are slowed for long contexts; null leaves them."""
     qk_norm: bool = False
     """Whether queries and keys pass an RMSNorm per head before rotation."""
     within_documents: bool = False

@@ -23,6 +23,7 @@ train: {steps: 100, seq_len: 32, micro_batch_size: 2, global_batch_tokens: 128}
 ATTENTION = "model.mixer=attention"
 MIXER = "model.self_modifying"
 PROJECTION = f"{MIXER}.projection_chunk_size"
+SCALING = "model.attention.rope_scaling"
 SYNTHETIC = "data.sources.s.synthetic"
 LEVEL = "model.cms.levels.slow"
 
@@ -48,6 +49,10 @@ BROKEN = [
     (["model.num_heads=5"], "model.d_model", "32 is not a multiple of num_heads = 5"),
     ([ATTENTION, "model.head_dim=3"], "model.head_dim", "even head dim"),
     ([ATTENTION, f"{MIXER}.gate=true"], f"{MIXER}.gate", "no effect: model.mixer is attention"),
+    ([ATTENTION, "model.attention.num_kv_heads=3"], "model.attention.num_kv_heads", "3 does not divide"),
+    ([ATTENTION, f"{SCALING}={{kind: linear, first_context: 64}}"], f"{SCALING}.first_context", "kind is linear"),
+    ([ATTENTION, f"{SCALING}={{low_freq_factor: 4}}"], f"{SCALING}.high_freq_factor", "not above low_freq_factor = 4"),
+    ([f"{SCALING}={{kind: linear}}"], f"{SCALING}.kind", "no effect: model.mixer is self_modifying"),
     (["model.attention.qk_norm=true"], "model.attention.qk_norm", "no effect: model.mixer is self_modifying"),
     ([f"{MIXER}.memory=linear", f"{MIXER}.memory_dim=8"], f"{MIXER}.memory_dim", "memory is linear"),
     ([f"{MIXER}.adaptive=[k, k]"], f"{MIXER}.adaptive", "k is listed 2 times"),

@@ -60,6 +60,12 @@ BROKEN = [
         "512 / (seq_len * micro_batch_size * parallel.dp) = 512 / (32 * 2 * 8) = 1 micro batches per replica, "
         "not a multiple of parallel.pp = 2, as parallel.virtual_stages = 2 needs",
     ),
+    (
+        ["parallel.tp=4", "model.mixer=attention", "model.attention.num_kv_heads=2"],
+        4,
+        "model.attention.num_kv_heads",
+        "2 is not a multiple of parallel.tp = 4",
+    ),
     (["parallel.zero=2", "parallel.dp=2", "parallel.pp=2"], 4, "parallel.zero", "2 needs parallel.pp of 1, it is 2"),
     (["parallel.zero=1", "parallel.dp=1"], 1, "parallel.zero", "1 has no effect: parallel.dp is 1"),
 ]

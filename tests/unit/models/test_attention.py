@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
-from hopescale.config.schema import AttentionConfig
+from hopescale.config.schema import AttentionConfig, RopeScalingConfig
 from hopescale.models.attention import Attention
 from hopescale.models.init import initialize
 from hopescale.parallel.mesh import Mesh
 
-WIDTH, HEADS, DIM, BATCH = 12, 3, 4, 2
+WIDTH, HEADS, DIM, BATCH = 12, 4, 6, 2
 
 
 def make_attention(**switches) -> Attention:
     attention = Attention(WIDTH, HEADS, DIM, AttentionConfig(**switches), norm_eps=1e-6, out_std=0.3, mesh=Mesh.alone())
     initialize(attention, 0, Mesh.alone())
+    if attention.qkv_proj.bias is not None:
+        torch.nn.init.normal_(attention.qkv_proj.bias, generator=torch.Generator().manual_seed(2))
     return attention.double()
 
 
@@ -24,17 +28,36 @@ def make_input(tokens: int) -> Tensor:
     return torch.randn(tokens, BATCH, WIDTH, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
-def turn(x: Tensor, position: int, theta: float) -> Tensor:
-    """Rotate the pair (i, i + D/2) by `position * theta^(-2i/D)`, as complex numbers."""
+def frequency(i: int, config: AttentionConfig) -> float:
+    """Return the angle per token of the i-th pair, `theta^(-2i/D)`, slowed as the paper of Llama 3 says."""
+    plain, scaling = config.rope_theta ** (-2 * i / DIM), config.rope_scaling
+    if scaling is None:
+        return plain
+    if scaling.kind == "linear":
+        return plain / scaling.factor
+    turns = scaling.first_context * plain / (2 * math.pi)
+    if turns >= scaling.high_freq_factor:
+        return plain
+    if turns <= scaling.low_freq_factor:
+        return plain / scaling.factor
+    part = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    return part * plain + (1 - part) * plain / scaling.factor
+
+
+def turn(x: Tensor, position: int, config: AttentionConfig) -> Tensor:
+    """Rotate the pair (i, i + D/2) by `position` times its frequency, as complex numbers."""
     half = DIM // 2
-    angles = torch.tensor([position * theta ** (-2 * i / DIM) for i in range(half)], dtype=torch.float64)
+    angles = torch.tensor([position * frequency(i, config) for i in range(half)], dtype=torch.float64)
     turned = torch.complex(x[:half], x[half:]) * torch.polar(torch.ones_like(angles), angles)
     return torch.cat([turned.real, turned.imag])
 
 
 def naive_attention(attention: Attention, x: Tensor, documents: Tensor | None) -> Tensor:
     tokens = x.shape[0]
-    mixed = (x @ attention.qkv_proj.weight.T).view(tokens, BATCH, HEADS, 3, DIM)
+    config = attention.config
+    groups = config.num_kv_heads or HEADS
+    mixed = x @ attention.qkv_proj.weight.T + (attention.qkv_proj.bias if config.qkv_bias else 0)
+    mixed = mixed.view(tokens, BATCH, groups, HEADS // groups + 2, DIM)  # queries of the group, its key, its value
     y = torch.zeros(tokens, BATCH, HEADS, DIM, dtype=x.dtype)
 
     def normed(vector: Tensor, norm) -> Tensor:
@@ -42,20 +65,30 @@ def naive_attention(attention: Attention, x: Tensor, documents: Tensor | None) -
 
     for b in range(BATCH):
         for h in range(HEADS):
-            q = [
-                turn(normed(mixed[t, b, h, 0], attention.q_norm), t, attention.config.rope_theta) for t in range(tokens)
-            ]
-            k = [
-                turn(normed(mixed[t, b, h, 1], attention.k_norm), t, attention.config.rope_theta) for t in range(tokens)
-            ]
+            group, number = divmod(h, HEADS // groups)
+            q = [turn(normed(mixed[t, b, group, number], attention.q_norm), t, config) for t in range(tokens)]
+            k = [turn(normed(mixed[t, b, group, -2], attention.k_norm), t, config) for t in range(tokens)]
             for t in range(tokens):
                 seen = [s for s in range(t + 1) if documents is None or documents[b, s] == documents[b, t]]
                 scores = torch.stack([q[t] @ k[s] / DIM**0.5 for s in seen]).softmax(0)
-                y[t, b, h] = sum(score * mixed[s, b, h, 2] for score, s in zip(scores, seen, strict=True))
+                y[t, b, h] = sum(score * mixed[s, b, group, -1] for score, s in zip(scores, seen, strict=True))
     return y.flatten(2) @ attention.out_proj.weight.T
 
 
-@pytest.mark.parametrize("switches", [{}, {"qk_norm": True}, {"rope_theta": 50.0}, {"within_documents": True}])
+LLAMA3 = RopeScalingConfig(factor=3.0, low_freq_factor=0.02, high_freq_factor=2.0, first_context=13)
+SWITCHES = (
+    {},
+    {"qk_norm": True},
+    {"rope_theta": 50.0},
+    {"within_documents": True},
+    {"num_kv_heads": 2, "qkv_bias": True},
+    {"num_kv_heads": 1, "within_documents": True, "qk_norm": True},
+    {"rope_scaling": RopeScalingConfig(kind="linear", factor=4.0)},
+    {"rope_scaling": LLAMA3, "rope_theta": 50.0},
+)
+
+
+@pytest.mark.parametrize("switches", SWITCHES)
 @pytest.mark.parametrize("tokens", [1, 13])
 def test_attention_equals_its_equation(switches: dict, tokens: int):
     attention, x = make_attention(**switches), make_input(tokens)
@@ -67,7 +100,7 @@ def test_attention_equals_its_equation(switches: dict, tokens: int):
 
 @pytest.mark.parametrize("cuts", [[1], [5, 6], [12]])
 def test_split_sequence_equals_one_pass(cuts: list[int]):
-    attention, x = make_attention(), make_input(13)
+    attention, x = make_attention(num_kv_heads=2), make_input(13)
     state, parts = attention.initial_state(BATCH), []
     for part in torch.tensor_split(x, cuts):
         y, state = attention(part, state)

@@ -56,7 +56,7 @@ def test_losses_gradients_and_probes_are_the_same_bits(variant: str, recompute: 
     (loss, probed, gradients), (again, probed_again, gradients_again) = results
     assert torch.equal(loss, again)
     assert probed == probed_again
-    assert len(probed) == (0 if variant == "attention" else 6)
+    assert len(probed) == (0 if config.mixer == "attention" else 6)
     for name, gradient in gradients.items():
         assert torch.equal(gradient, gradients_again[name]), name
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from hopescale.ops.norm import l2_norm, rms_norm
-from hopescale.ops.rope import rope_tables, rotate
+from hopescale.ops.rope import rope_frequencies, rope_tables, rotate
 from hopescale.ops.short_conv import short_conv
 
 
@@ -50,11 +50,11 @@ def test_rotation_keeps_lengths_and_scores_depend_on_distance_only():
     q, k = randn(6), randn(6, seed=1)
 
     def score(i: int, j: int) -> torch.Tensor:
-        at = [rope_tables(p, 1, 6, 100.0, torch.device("cpu")) for p in (i, j)]
+        at = [rope_tables(p, 1, rope_frequencies(6, 100.0, torch.device("cpu"))) for p in (i, j)]
         return rotate(q[None], at[0])[0] @ rotate(k[None], at[1])[0]
 
     torch.testing.assert_close(score(9, 4), score(25, 20), rtol=1e-5, atol=1e-6)
     assert not torch.isclose(score(9, 4), score(9, 5))
-    tables = rope_tables(0, 5, 6, 100.0, torch.device("cpu"))
+    tables = rope_tables(0, 5, rope_frequencies(6, 100.0, torch.device("cpu")))
     x = randn(5, 6)
     torch.testing.assert_close(rotate(x, tables).norm(dim=-1), x.norm(dim=-1), rtol=1e-6, atol=0)
