@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -47,13 +47,29 @@ def load_into(
     tensors = flatten(state)
     _verify_files(folder, manifest, group)
     _verify_fit(tensors, manifest, folder, prefix, group)
+    _read(tensors, folder, group)
+    return manifest
+
+
+def read_tensors(folder: Path, names: Collection[str]) -> dict[str, Tensor]:
+    """Read some tensors, whole, of a checkpoint that has passed `verify`; needs memory for them alone.
+
+    Raises:
+        CheckpointError: If they cannot be read.
+    """
+    entries = read_manifest(folder).tensors
+    tensors = {name: torch.empty(entries[name].shape, dtype=getattr(torch, entries[name].dtype)) for name in names}
+    _read(tensors, folder, None)
+    return tensors
+
+
+def _read(tensors: dict[str, Tensor], folder: Path, group: dist.ProcessGroup | None) -> None:
     with warnings.catch_warnings(), _one_thread():
         ignore_single_process_warning()
         try:
             dcp.load(tensors, storage_reader=dcp.FileSystemReader(folder), process_group=group)
         except (Exception, dcp.CheckpointException) as error:
             raise CheckpointError(f"cannot read the tensors of {folder}: {_first_line(error)}") from error
-    return manifest
 
 
 @contextmanager

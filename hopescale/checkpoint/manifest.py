@@ -109,19 +109,19 @@ def to_json(manifest: Manifest) -> str:
     return json.dumps({**body, "checksum": fingerprint(body)}, indent=1) + "\n"
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """Read and check `manifest.json` of a checkpoint folder.
+def read_manifest(folder: Path, file: str = MANIFEST) -> Manifest:
+    """Read and check `manifest.json` of a checkpoint folder, or a manifest that another kind of folder holds as `file`.
 
     Raises:
         CheckpointError: If the folder or the manifest is missing, unreadable, damaged or of an unknown format.
     """
-    path = folder / MANIFEST
+    path = folder / file
     try:
         body = json.loads(path.read_bytes())
     except FileNotFoundError:
         if not folder.is_dir():
             raise CheckpointError(f"{folder} does not exist", "see what `checkpoints/` of the run holds") from None
-        raise CheckpointError(f"{folder} is not a checkpoint: it holds no {MANIFEST}", _earlier(folder)) from None
+        raise CheckpointError(f"{folder} is not a checkpoint: it holds no {file}", _earlier(folder)) from None
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
     except ValueError:

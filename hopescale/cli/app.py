@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from hopescale import __version__
-from hopescale.cli import config, data
+from hopescale.cli import config, convert, data
 from hopescale.cli.generate import generate
 from hopescale.cli.train import train
 from hopescale.common.errors import HopescaleError, StoppedEarly
@@ -24,6 +24,7 @@ app = typer.Typer(
 )
 app.add_typer(config.app, name="config")
 app.add_typer(data.app, name="data")
+app.add_typer(convert.app, name="convert")
 app.command()(train)
 app.command()(generate)
 

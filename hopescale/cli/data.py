@@ -12,7 +12,8 @@ import typer
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from hopescale.common.units import format_bytes, parse_count
+from hopescale.cli.counts import read_count
+from hopescale.common.units import format_bytes
 
 if TYPE_CHECKING:
     from hopescale.data.inspect import SplitSummary
@@ -43,7 +44,7 @@ def train_tokenizer(
     separator: Separator = None,
 ) -> None:
     """Train a tokenizer on a sample of the text."""
-    num_pieces, sample_bytes = _count("--vocab-size", vocab_size), _count("--sample", sample)
+    num_pieces, sample_bytes = read_count("--vocab-size", vocab_size), read_count("--sample", sample)
     from hopescale.data import tokenizer
 
     documents = _source(inputs, text_key, pattern, separator).documents(shuffle_seed=0)
@@ -68,7 +69,7 @@ def prepare(
     separator: Separator = None,
 ) -> None:
     """Turn text into shuffled shards of tokens."""
-    shard_bytes = _count("--shard-size", shard_size)
+    shard_bytes = read_count("--shard-size", shard_size)
     from hopescale.data import prepare as preparing
     from hopescale.data.inspect import summarise
     from hopescale.data.tokenizer import Tokenizer
@@ -138,18 +139,8 @@ def _source(inputs: list[str], text_key: str, pattern: list[str] | None, separat
     return TextSource(tuple(inputs), text_key, tuple(pattern or ()), separator)
 
 
-def _count(option: str, text: str) -> int:
-    try:
-        value = parse_count(text)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint=option) from None
-    if value < 1:
-        raise typer.BadParameter(f"{text} is not positive", param_hint=option)
-    return value
-
-
 def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpuread_count() or 1
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from pathlib import Path
 import sentencepiece
 
 from hopescale.common.errors import DataError
-from hopescale.data.staging import staged_folder
+from hopescale.common.staging import staged_folder
 from hopescale.data.text import Document
 
 MODEL_FILE = "tokenizer.model"

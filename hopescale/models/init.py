@@ -12,10 +12,14 @@ from hopescale.parallel.mesh import Mesh
 
 
 def initialize(model: nn.Module, seed: int, mesh: Mesh) -> None:
-    """Fill every parameter as its `ParameterSpec` says; a rank takes its slice of the whole tensor."""
+    """Fill every parameter as its `ParameterSpec` says; a rank takes its slice of the whole tensor.
+
+    Parameters on the device `meta` have shapes and no values, and stay so.
+    """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(_initial_values(name, parameter, seed, mesh))
+            if not parameter.is_meta:
+                parameter.copy_(_initial_values(name, parameter, seed, mesh))
 
 
 def _initial_values(name: str, parameter: nn.Parameter, seed: int, mesh: Mesh) -> Tensor:

@@ -13,20 +13,20 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hopescale.common.disk import sync
-from hopescale.common.errors import DataError
+from hopescale.common.errors import DataError, HopescaleError
 
 
 @contextmanager
-def staged_folder(out: Path) -> Iterator[Path]:
+def staged_folder(out: Path, error_class: type[HopescaleError] = DataError) -> Iterator[Path]:
     """Give a temporary folder beside `out` that becomes `out` when the block ends and vanishes when it fails.
 
     Readers of `out` see nothing or everything: files are on disk before the folder gets its name.
 
     Raises:
-        DataError: If `out` holds something already, or the disk is full or not writable.
+        HopescaleError: Of `error_class`, if `out` holds something already, or the disk is full or not writable.
     """
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise DataError(f"output {out} already exists", hint="choose another --out, or delete the old folder first")
+        raise error_class(f"output {out} already exists", hint="choose another folder, or delete the old one first")
     partial = out.parent / f".{out.name}.{os.getpid()}.partial"
     try:
         partial.mkdir(parents=True)
@@ -35,15 +35,15 @@ def staged_folder(out: Path) -> Iterator[Path]:
             sync(path)
         partial.rename(out)
     except OSError as error:
-        raise _write_error(out, error) from error
+        raise _write_error(out, error, error_class) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _write_error(out: Path, error: OSError) -> DataError:
+def _write_error(out: Path, error: OSError, error_class: type[HopescaleError]) -> HopescaleError:
     reason = error.strerror or str(error)
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        hint = f"free some space or choose an --out on another disk; the unfinished {out.name} was removed"
+        hint = f"free some space or choose a folder on another disk; the unfinished {out.name} was removed"
     else:
         hint = f"check that {out.parent} is a folder you may write to"
-    return DataError(f"cannot write {out}: {reason}", hint=hint)
+    return error_class(f"cannot write {out}: {reason}", hint=hint)

@@ -1,0 +1,22 @@
+"""Counts given as options, as people write them."""
+
+from __future__ import annotations
+
+import typer
+
+from hopescale.common.units import parse_count
+
+
+def read_count(option: str, text: str) -> int:
+    """Read the value of an option as a positive count.
+
+    Raises:
+        typer.BadParameter: If it is none.
+    """
+    try:
+        value = parse_count(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint=option) from None
+    if value < 1:
+        raise typer.BadParameter(f"{text} is not positive", param_hint=option)
+    return value

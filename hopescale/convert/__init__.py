@@ -1,0 +1,1 @@
+"""Folders of Hugging Face transformers: written from checkpoints, read into them, and compared with them."""

@@ -1,0 +1,88 @@
+"""The model card of an export: what the model is, how to load it, what it has read, and its recipe."""
+
+from __future__ import annotations
+
+from hopescale.checkpoint.manifest import Manifest
+from hopescale.common.units import format_count
+from hopescale.config.schema import RunConfig
+from hopescale.cost.params import count_params
+from hopescale.models.cms import by_period
+
+_TEXT = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [hope, nested-learning, hopescale]
+---
+
+# {name}
+
+A language model of {total} parameters, trained by hopescale {version}: {layers} blocks of {mixer} and {num_levels}.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("PATH", trust_remote_code=True)
+inputs = tokenizer(["A prompt"], return_tensors="pt")
+print(tokenizer.batch_decode(model.generate(**inputs, max_new_tokens=40)))
+```
+
+{tokenizer}
+What the model has read so far is its `past_key_values`; a batch is padded on the left.
+
+## Levels
+
+| level | hidden width | updated every ... steps |
+|---|---|---|
+{levels}
+
+## What it has read
+
+Step {step} of {steps}, {tokens} tokens in sequences of {seq_len}. The order of the data is a function of its seed and
+of the step, so this is also the position in it.
+
+| source | weight | what |
+|---|---|---|
+{sources}
+
+Data seed {seed}; fingerprint of the data `{data}`.
+
+## Recipe
+
+```yaml
+{recipe}```
+"""
+
+
+def model_card(manifest: Manifest, config: RunConfig, recipe: str, tokenizer: str) -> str:
+    """Write a model card.
+
+    Args:
+        manifest: Of the checkpoint.
+        config: Its config.
+        recipe: The same as YAML.
+        tokenizer: A sentence about the tokenizer.
+    """
+    levels = by_period(config.model.cms.levels)
+    memories = "self-modifying memories" if config.model.mixer == "self_modifying" else "softmax attention"
+    return _TEXT.format(
+        name=config.name,
+        total=format_count(count_params(config.model)["total"]),
+        version=manifest.versions.get("hopescale", ""),
+        layers=config.model.num_layers,
+        mixer=memories,
+        num_levels=f"{len(levels)} level{'s' if len(levels) > 1 else ''}",
+        tokenizer=tokenizer,
+        levels="\n".join(f"| {name} | {level.d_ff} | {level.update_every_steps} |" for name, level in levels),
+        step=manifest.step,
+        steps=config.train.steps,
+        tokens=f"{manifest.progress['tokens_seen']:,}",
+        seq_len=config.train.seq_len,
+        sources="\n".join(
+            f"| {name} | {source.weight:g} | {source.path or f'synthetic: {source.synthetic.task}'} |"
+            for name, source in config.data.sources.items()
+        ),
+        seed=config.data.seed,
+        data=manifest.identity.get("data", "unknown"),
+        recipe=recipe,
+    )

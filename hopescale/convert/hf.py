@@ -1,0 +1,253 @@
+"""A checkpoint as a folder of Hugging Face transformers, and back. Reads and writes a shard of tensors at a time."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from itertools import islice
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hopescale.checkpoint.load import read_tensors, verify
+from hopescale.checkpoint.manager import find_checkpoint
+from hopescale.checkpoint.manifest import (
+    TOKENIZER,
+    Manifest,
+    TensorEntry,
+    damaged,
+    describe_file,
+    file_problems,
+    read_manifest,
+    to_json,
+)
+from hopescale.checkpoint.save import Saver, dtype_name
+from hopescale.common.errors import CheckpointError
+from hopescale.common.staging import staged_folder
+from hopescale.config.load import from_dict, to_yaml
+from hopescale.config.schema import RunConfig
+from hopescale.convert.card import model_card
+from hopescale.convert.tokenizer import write_tokenizer
+from hopescale.data.tokenizer import Tokenizer
+from hopescale.models import Model
+
+EXPORT = "hopescale.json"
+"""The manifest of an export: where it comes from, and size and SHA-256 of each file."""
+INDEX = "model.safetensors.index.json"
+WEIGHTS = "model."
+"""What begins the names of weights in a checkpoint, and those only."""
+CODE = Path(__file__).with_name("hf_model")
+
+
+def export(path: Path, out: Path, *, shard_bytes: int) -> Manifest:
+    """Write a checkpoint of any layout as a folder that transformers loads without hopescale.
+
+    Tensors keep names, types and bits. Memory is needed for one shard and one tensor.
+
+    Args:
+        path: A checkpoint folder, or a run folder, whose latest checkpoint is taken.
+        out: Folder to create.
+        shard_bytes: Most bytes of a file of tensors that holds more than one.
+
+    Returns:
+        What the folder's manifest says.
+
+    Raises:
+        CheckpointError: If the checkpoint is missing or damaged, or `out` exists or cannot be written.
+    """
+    source = find_checkpoint(path)
+    manifest = verify(source)
+    config = from_dict(manifest.config, str(source))
+    weights = {n.removeprefix(WEIGHTS): entry for n, entry in manifest.tensors.items() if n.startswith(WEIGHTS)}
+    with staged_folder(out, CheckpointError) as folder:
+        places = {}
+        shards = plan_shards(weights, shard_bytes)
+        for number, names in enumerate(shards, 1):
+            file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+            _write_shard(source, names, folder / file)
+            places |= dict.fromkeys(names, file)
+        size = sum(map(num_bytes, weights.values()))
+        _write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": places})
+        for code in CODE.glob("*_hope.py"):
+            shutil.copy(code, folder)
+        _write_texts(folder, source, manifest, config, weights)
+        files = {file.name: describe_file(file) for file in sorted(folder.iterdir())}
+        exported = replace(manifest, tensors=weights, files=files)
+        (folder / EXPORT).write_text(to_json(exported), encoding="utf-8")
+    return exported
+
+
+def num_bytes(entry: TensorEntry) -> int:
+    """Return the bytes of a tensor."""
+    return prod(entry.shape) * getattr(torch, entry.dtype).itemsize
+
+
+def plan_shards(tensors: Mapping[str, TensorEntry], shard_bytes: int) -> list[list[str]]:
+    """Deal names out to files in order, each file at most `shard_bytes` unless it holds one larger tensor."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, entry in tensors.items():
+        if shards[-1] and size + num_bytes(entry) > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += num_bytes(entry)
+    return shards
+
+
+def _write_shard(source: Path, names: list[str], file: Path) -> None:
+    tensors = read_tensors(source, [f"{WEIGHTS}{name}" for name in names])
+    save_file({name.removeprefix(WEIGHTS): tensor for name, tensor in tensors.items()}, file, {"format": "pt"})
+
+
+def _write_texts(
+    folder: Path, source: Path, manifest: Manifest, config: RunConfig, weights: Mapping[str, TensorEntry]
+) -> None:
+    """Write what is not a tensor: config, generation config, tokenizer, model card."""
+    special, pad = {}, {}
+    note = "It was trained on generated symbols and has no tokenizer: tokens are the symbols' numbers."
+    if (source / TOKENIZER).exists():
+        shutil.copy(source / TOKENIZER, folder)
+        end = Tokenizer.load(source / TOKENIZER).eos_id
+        special, pad = {"bos_token_id": end, "eos_token_id": end}, {"pad_token_id": end}
+        note = write_tokenizer(folder)
+    body = {
+        "architectures": ["HopeForCausalLM"],
+        "auto_map": {
+            "AutoConfig": "configuration_hope.HopeConfig",
+            "AutoModelForCausalLM": "modeling_hope.HopeForCausalLM",
+        },
+        "model_type": "hope",
+        "dtype": weights["embedding.weight"].dtype,
+        "hope": manifest.config["model"],
+        **special,
+    }
+    _write_json(folder / "config.json", body)
+    _write_json(folder / "generation_config.json", {"do_sample": False, **special, **pad})
+    (folder / "README.md").write_text(model_card(manifest, config, to_yaml(config), note), encoding="utf-8")
+
+
+def _write_json(path: Path, body: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")
+
+
+def restore_export(folder: Path, out: Path) -> Path:
+    """Undo `export`: write the weights of a folder it has made as a checkpoint, which fits every layout.
+
+    Args:
+        folder: Made by `export`, unchanged.
+        out: Run folder to create, with the one checkpoint.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        CheckpointError: If a file is missing or changed, or `out` exists or cannot be written.
+    """
+    manifest = read_manifest(folder, EXPORT)
+    if problems := file_problems(folder, manifest.files, digests=True):
+        raise damaged(folder, problems)
+    tokenizer = folder / TOKENIZER
+    return write_checkpoint(
+        out, dict(SafetensorsFolder(folder).items()), manifest, tokenizer=tokenizer if tokenizer.exists() else None
+    )
+
+
+def write_checkpoint(out: Path, weights: Mapping[str, Tensor], manifest: Manifest, *, tokenizer: Path | None) -> Path:
+    """Write weights as the one checkpoint of a new run folder.
+
+    Args:
+        out: Run folder to create.
+        weights: Of the whole model, by name.
+        manifest: Its `progress`, `config` and `identity` are kept.
+        tokenizer: SentencePiece model to keep with it.
+
+    Raises:
+        CheckpointError: If the weights are not those of the config's model, or `out` exists or cannot be written.
+    """
+    config = from_dict(manifest.config, str(out))
+    check_weights({name: (tuple(t.shape), t.dtype) for name, t in weights.items()}, config, str(out))
+    with staged_folder(out, CheckpointError) as folder:
+        root = folder / "checkpoints"
+        root.mkdir()
+        saver = Saver(root, tokenizer=tokenizer)
+        saver.save(manifest.step, {"model": dict(weights)}, manifest, blocking=True)
+        (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    return find_checkpoint(out)
+
+
+def check_weights(found: Mapping[str, tuple[tuple[int, ...], torch.dtype]], config: RunConfig, origin: str) -> None:
+    """Compare names, shapes and types of weights with those of a config's model.
+
+    Raises:
+        CheckpointError: With what is missing, surplus and different.
+    """
+    with torch.device("meta"):
+        model = Model(config.model)
+    if config.train.precision == "bf16":
+        model.to_precision(torch.bfloat16)
+    wanted = {name: (tuple(p.shape), p.dtype) for name, p in model.named_parameters()}
+    groups = {
+        "missing": sorted(wanted.keys() - found.keys()),
+        "surplus": sorted(found.keys() - wanted.keys()),
+        "different": [
+            f"{name} ({_shown(*found[name])}, the config says {_shown(*wanted[name])})"
+            for name in sorted(wanted.keys() & found.keys())
+            if wanted[name] != found[name]
+        ],
+    }
+    lines = [f"{title}: {', '.join(islice(names, 6))}" for title, names in groups.items() if names]
+    if lines:
+        raise CheckpointError(f"the weights for {origin} are not those of its config; {'; '.join(lines)}")
+
+
+def _shown(shape: tuple[int, ...], dtype: torch.dtype) -> str:
+    return str(TensorEntry(shape, dtype_name(dtype)))
+
+
+class SafetensorsFolder(Mapping[str, Tensor]):
+    """The tensors of a folder of safetensors files by name, each mapped into memory when it is asked for.
+
+    Args:
+        folder: Holds `model.safetensors`, or shards and their index.
+
+    Raises:
+        CheckpointError: If a file is missing, truncated or not what the index says.
+    """
+
+    def __init__(self, folder: Path):
+        self._files: dict[str, Any] = {}
+        self._places: dict[str, str] = {}
+        index = folder / INDEX
+        wanted = None
+        try:
+            if index.exists():
+                wanted = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            for file in sorted(set(wanted.values())) if wanted else ["model.safetensors"]:
+                self._files[file] = safe_open(folder / file, framework="pt")
+                self._places |= dict.fromkeys(self._files[file].keys(), file)
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{folder} holds no weights: {error.filename or error} is missing") from None
+        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+            name = file if "file" in locals() else INDEX
+            raise CheckpointError(f"{folder} is damaged: {name} cannot be read: {error}", "fetch it again") from None
+        if wanted is not None and wanted != self._places:
+            odd = sorted(wanted.items() ^ self._places.items())[0]
+            message = f"{folder} is damaged: {INDEX} and the files disagree on the place of {odd[0]}"
+            raise CheckpointError(message, "fetch it again")
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._files[self._places[name]].get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)

@@ -1,0 +1,1 @@
+"""The files that are copied into every export. They import torch and transformers, and nothing of hopescale."""

@@ -1,0 +1,254 @@
+"""Hope, Hope-Attention and Transformers trained by hopescale, for transformers; hopescale is not needed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from .configuration_hope import HopeConfig
+from .memory_hope import Columns, Norm, SelfModifying, State
+
+VOCAB_MULTIPLE = 128  # rows of the embedding are padded to a multiple of this
+
+
+class HopeCache:
+    """What a model carries from call to call: of each block its tensors by name, batch first.
+
+    Attributes:
+        layers: One dict per block; empty before the first token.
+        real: `[B, columns]`, which of the columns read so far were tokens and not padding.
+    """
+
+    is_compileable = False
+    is_croppable = False
+
+    def __init__(self, layers: list[State], real: Tensor):
+        self.layers, self.real = layers, real
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return the columns read so far, padding included."""
+        return self.real.shape[1]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Let row `i` continue row `beam_idx[i]`."""
+        self.real = self.real[beam_idx]
+        self.layers = [{name: tensor[beam_idx] for name, tensor in layer.items()} for layer in self.layers]
+
+
+class Attention(nn.Module):
+    """Causal softmax attention, heads of queries in groups that share a key and a value, with rotary positions."""
+
+    def __init__(self, model: SimpleNamespace, dim: int):
+        super().__init__()
+        config = model.attention
+        self.config, self.dim = config, dim
+        self.groups = config.num_kv_heads or model.num_heads
+        self.shared_by = model.num_heads // self.groups
+        size = (model.num_heads + 2 * self.groups) * dim
+        self.qkv_proj = nn.Linear(model.d_model, size, bias=config.qkv_bias)
+        self.out_proj = nn.Linear(model.num_heads * dim, model.d_model, bias=False)
+        self.q_norm = Norm(dim, eps=model.norm_eps) if config.qk_norm else None
+        self.k_norm = Norm(dim, eps=model.norm_eps) if config.qk_norm else None
+
+    def forward(self, x: Tensor, state: State, columns: Columns) -> tuple[Tensor, State]:
+        """Mix `[B, T, N]`; the state is the keys and values of all columns, padding included."""
+        batch, tokens = x.shape[:2]
+        mixed = F.linear(x, self.qkv_proj.weight)
+        mixed = mixed if self.qkv_proj.bias is None else mixed + self.qkv_proj.bias  # rounds as hopescale does
+        mixed = mixed.view(batch, tokens, self.groups, self.shared_by + 2, self.dim).permute(0, 2, 3, 1, 4)
+        q, k, v = mixed.split([self.shared_by, 1, 1], dim=2)
+        q, k, v = q.flatten(1, 2), k[:, :, 0], v[:, :, 0]  # [B, H, T, D], [B, G, T, D]
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = self._rotated(q, k, columns)
+        if state:
+            k, v = torch.cat([state["k"], k], dim=2), torch.cat([state["v"], v], dim=2)
+        mask = self._mask(tokens, columns.real)
+        grouped = self.shared_by > 1
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+        return self.out_proj(y.transpose(1, 2).flatten(2)), {"k": k, "v": v}
+
+    def _rotated(self, q: Tensor, k: Tensor, columns: Columns) -> tuple[Tensor, Tensor]:
+        positions = columns.real.cumsum(-1)[:, -q.shape[2] :] - 1
+        angles = positions.clamp_min(0)[:, None, :, None].float() * self._frequencies(q.device)
+        cos, sin = angles.cos().to(q.dtype), angles.sin().to(q.dtype)  # [B, 1, T, D / 2]
+
+        def rotate(x: Tensor) -> Tensor:
+            first, second = x.chunk(2, dim=-1)
+            return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+        return rotate(q), rotate(k)
+
+    def _frequencies(self, device: torch.device) -> Tensor:
+        plain = self.config.rope_theta ** (-torch.arange(0, self.dim, 2, device=device).float() / self.dim)
+        scaling = self.config.rope_scaling
+        if scaling is None:
+            return plain
+        if scaling.kind == "linear":
+            return plain / scaling.factor
+        turns = scaling.first_context * plain / (2 * math.pi)
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        return plain * (kept + (1 - kept) / scaling.factor)
+
+    @staticmethod
+    def _mask(tokens: int, real: Tensor) -> Tensor | None:
+        """True where a column may look, `[B, 1, T, past + T]`; None for plain causal attention."""
+        total = real.shape[1]
+        if tokens == total and bool(real.all()):
+            return None
+        own = torch.arange(total - tokens, total, device=real.device)[:, None]
+        other = torch.arange(total, device=real.device)
+        # Padding sees itself: a softmax over nothing is not a number.
+        return ((own >= other) & real[:, None, :] | (own == other))[:, None]
+
+
+class Level(nn.Module):
+    """A gated MLP, with a norm in front if it stands in a chain."""
+
+    def __init__(self, width: int, d_ff: int, norm_eps: float | None):
+        super().__init__()
+        self.norm = None if norm_eps is None else Norm(width, eps=norm_eps)
+        self.gate, self.up = (nn.Linear(width, d_ff, bias=False) for _ in range(2))
+        self.down = nn.Linear(d_ff, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map the residual stream to what the level adds to it."""
+        x = x if self.norm is None else self.norm(x)
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class ContinuumMemory(nn.Module):
+    """The levels of a block, fast to slow: a chain, or side by side with learned weights."""
+
+    def __init__(self, model: SimpleNamespace):
+        super().__init__()
+        levels = sorted(model.cms.levels.items(), key=lambda item: (item[1]["update_every_steps"], item[0]))
+        self.chained = model.cms.variant == "sequential"
+        eps = model.norm_eps if self.chained else None
+        self.levels = nn.ModuleDict({name: Level(model.d_model, level["d_ff"], eps) for name, level in levels})
+        if not self.chained:
+            self.norm, self.mix = Norm(model.d_model, eps=model.norm_eps), nn.Parameter(torch.ones(len(levels)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map the residual stream to itself plus what the levels add."""
+        if self.chained:
+            for level in self.levels.values():
+                x = x + level(x)
+            return x
+        shared, weights = self.norm(x), self.mix.to(x.dtype)
+        return x + sum(weight * level(shared) for weight, level in zip(weights, self.levels.values(), strict=True))
+
+
+class Block(nn.Module):
+    """`x <- x + mixer(norm(x))`, then `x <- cms(x)`."""
+
+    def __init__(self, model: SimpleNamespace):
+        super().__init__()
+        dim = model.head_dim or model.d_model // model.num_heads
+        self.norm = Norm(model.d_model, eps=model.norm_eps)
+        self.mixer = (Attention if model.mixer == "attention" else SelfModifying)(model, dim)
+        self.cms = ContinuumMemory(model)
+
+    def forward(self, x: Tensor, state: State, columns: Columns) -> tuple[Tensor, State]:
+        """Map the residual stream to itself, and return the mixer's state."""
+        y, state = self.mixer(self.norm(x), state, columns)
+        return self.cms(x + y), state
+
+
+class HopeForCausalLM(PreTrainedModel, GenerationMixin):
+    """A language model that carries its state as `past_key_values`. Padding may stand on either side."""
+
+    config_class = HopeConfig
+    _supports_sdpa = True
+    _is_stateful = True
+    _no_split_modules = ("Block",)
+    _keep_in_fp32_modules_strict = ("norm.weight", "mixer.gates", "mixer.conv", "mixer.banks", "cms.mix")
+
+    def __init__(self, config: HopeConfig):
+        super().__init__(config)
+        model = _namespace(config.hope)
+        rows = -(-model.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+        self.period = 1
+        if model.mixer == "self_modifying":
+            self.period = model.self_modifying.projection_chunk_size or model.self_modifying.chunk_size
+        self.embedding = nn.Embedding(rows, model.d_model)
+        self.blocks = nn.ModuleDict({str(number): Block(model) for number in range(model.num_layers)})
+        self.norm = Norm(model.d_model, eps=model.norm_eps)
+        self.head = None if model.tie_embeddings else nn.Linear(model.d_model, rows, bias=False)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Leave weights as they are: all of them come from a file."""
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """Return the token embedding."""
+        return self.embedding
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: HopeCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Read tokens `[B, T]` and predict the next one after each; logits `[B, T, V]`, or the last `logits_to_keep`.
+
+        `attention_mask` `[B, past + T]` is 0 at padding, which may surround a row's tokens but not part them.
+        """
+        x = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
+        columns = self._columns(x, attention_mask, past_key_values)
+        states = past_key_values.layers if past_key_values is not None else [{}] * len(self.blocks)
+        layers = []
+        for block, state in zip(self.blocks.values(), states, strict=True):
+            x, state = block(x, state, columns)
+            layers.append(state)
+        x = self.norm(x[:, -logits_to_keep:])
+        logits = F.linear(x, self.embedding.weight if self.head is None else self.head.weight)
+        logits = logits[..., : self.config.vocab_size]
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        cache = None if use_cache is False else HopeCache(layers, columns.real)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+
+    def _columns(self, x: Tensor, mask: Tensor | None, cache: HopeCache | None) -> Columns:
+        batch, tokens = x.shape[:2]
+        now = x.new_ones(batch, tokens).bool() if mask is None else mask[:, -tokens:].bool()
+        past = now[:, :0] if cache is None else cache.real
+        position = past.sum(-1)
+        return Columns(torch.cat([past, now], dim=1), position, list(self._groups(now, position)))
+
+    def _groups(self, now: Tensor, position: Tensor) -> Iterator[tuple[Tensor, slice]]:
+        """Group rows with tokens in the same columns and, of more than one token, at the same place of a chunk."""
+        count, first = now.sum(-1), now.int().argmax(-1)
+        place = position % self.period * (count > 1)
+        keys, member = torch.stack([first, count, place], dim=1).unique(dim=0, return_inverse=True)
+        for number, (start, length, _) in enumerate(keys.tolist()):
+            rows = (member == number).nonzero()[:, 0]
+            if not now[rows, start : start + length].all():
+                raise ValueError("attention_mask has a gap: padding may surround a row's tokens, but not part them")
+            if length:
+                yield rows, slice(start, start + length)
+
+
+def _namespace(section: dict[str, Any]) -> SimpleNamespace:
+    """Turn a config section and the sections below it, but no level, into attributes."""
+    inner = {name: value for name, value in section.items() if isinstance(value, dict) and name != "levels"}
+    return SimpleNamespace(**{**section, **{name: _namespace(value) for name, value in inner.items()}})

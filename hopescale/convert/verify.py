@@ -1,0 +1,186 @@
+"""Whether a folder of transformers answers as a checkpoint does: logits on held-out text, then greedy tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
+
+from hopescale.common.errors import CheckpointError, HopescaleError
+from hopescale.config.schema import RunConfig
+from hopescale.convert.mapping import layer_names
+from hopescale.data.loader import open_data
+from hopescale.infer.generate import generate
+from hopescale.infer.load import Loaded, load_model
+from hopescale.infer.sampling import Sampling
+from hopescale.models import Model
+
+LIMITS = {"fp32": 1e-4, "bf16": 2e-2}
+"""Largest difference of logits by precision, as a part of the largest logit where that is above 1."""
+ROWS, TOKENS, PROMPT, GREEDY = 2, 256, 32, 64
+"""Sequences compared, their length at most, tokens of the prompt, and tokens generated from it."""
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What was compared."""
+
+    text: str
+    """What was read, in words."""
+    num_tokens: int
+    difference: float
+    """Largest difference of two logits, as the limit counts it."""
+    limit: float
+    greedy: str
+    """What became of the generated tokens, in words."""
+
+    def lines(self) -> list[str]:
+        """Say it to a person."""
+        return [
+            f"logits: largest difference {self.difference:.1e} (limit {self.limit:g}) over {self.num_tokens} tokens of "
+            f"{self.text}",
+            f"greedy: {self.greedy}",
+        ]
+
+
+def verify_folder(folder: Path, checkpoint: Path) -> Verified:
+    """Compare a folder of transformers, an export or the source of a stacked model, with a checkpoint.
+
+    Both models are held in memory, in the checkpoint's precision.
+
+    Raises:
+        CheckpointError: If the folder cannot be loaded, or its answers differ; names the first layer that does.
+    """
+    loaded = load_model(checkpoint, torch.device("cpu"))
+    precision = loaded.config.train.precision
+    theirs = load_transformers(folder, {"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
+    return compare(loaded, theirs, f"{folder}")
+
+
+def load_transformers(folder: Path, dtype: torch.dtype) -> nn.Module:
+    """Load a folder through `AutoModelForCausalLM`, with the code it brings.
+
+    Raises:
+        CheckpointError: If transformers refuses it, or weights are missing.
+    """
+    logging.disable_progress_bar()
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            str(folder), dtype=dtype, trust_remote_code=True, local_files_only=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, AttributeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"transformers cannot load {folder}: {reason}") from error
+    if report["missing_keys"]:
+        raise CheckpointError(f"{folder} does not hold {', '.join(sorted(report['missing_keys'])[:6])}")
+    return model.eval()
+
+
+@torch.no_grad()
+def compare(loaded: Loaded, theirs: nn.Module, origin: str) -> Verified:
+    """Compare a model of transformers with a checkpoint's.
+
+    Args:
+        loaded: The checkpoint.
+        theirs: The model.
+        origin: Where it comes from, for messages.
+
+    Raises:
+        CheckpointError: If they differ.
+    """
+    config, ours = loaded.config, loaded.model
+    vocab, limit = config.model.vocab_size, LIMITS[config.train.precision]
+    tokens, text = held_out(config)
+    expected = ours(tokens)[0][..., :vocab]
+    found = theirs(input_ids=tokens, use_cache=False).logits
+    if found.shape != expected.shape:
+        shapes = f"{list(found.shape)}, the checkpoint's {list(expected.shape)}"
+        raise CheckpointError(f"logits of {origin} have the shape {shapes}")
+    difference = _difference(found, expected)
+    if not difference <= limit:
+        layer = _first_difference(ours, theirs, tokens, limit)
+        message = f"{origin} does not answer as {loaded.folder} does: logits differ by {difference:.2e}, "
+        raise CheckpointError(f"{message}the limit is {limit:g}; the first layer to differ is {layer}")
+    greedy = _compare_greedy(loaded, theirs, tokens[:1, :PROMPT], limit, origin)
+    return Verified(text, tokens.numel(), difference, limit, greedy)
+
+
+def _compare_greedy(loaded: Loaded, theirs: nn.Module, prompt: Tensor, limit: float, origin: str) -> str:
+    """Generate from a prompt with both; tokens are equal, up to the first place where two are equally likely.
+
+    Raises:
+        CheckpointError: If they differ elsewhere.
+    """
+    steps = generate(loaded.model, prompt, max_tokens=GREEDY, sampling=Sampling(), generator=torch.Generator())
+    own = [int(step.token) for step in steps]
+    theirs.generation_config.eos_token_id = None
+    other = theirs.generate(prompt, max_new_tokens=GREEDY, do_sample=False)[0, prompt.shape[1] :].tolist()
+    if own == other:
+        return f"{GREEDY} of {GREEDY} tokens equal"
+    place = next(i for i in range(GREEDY) if own[i] != other[i])
+    context = torch.cat([prompt, torch.tensor([own[:place]], dtype=prompt.dtype)], dim=1)
+    logits = loaded.model(context)[0][0, -1, : loaded.config.model.vocab_size].float()
+    margin = float(logits[own[place]] - logits[other[place]]) / max(1.0, float(logits.abs().max()))
+    if margin > limit:
+        message = f"{origin} does not generate what {loaded.folder} does: token {place + 1} is {other[place]}, "
+        raise CheckpointError(f"{message}not {own[place]}; its logits for a whole text are right, so its cache is not")
+    return f"{place} tokens equal, then two that are equally likely (their logits differ by {margin:.1e})"
+
+
+def _difference(found: Tensor, expected: Tensor) -> float:
+    """Return the largest difference, as a part of the largest expected value where that is above 1; nan counts."""
+    scale = max(1.0, float(expected.float().abs().max()))
+    return float((found.float() - expected.float()).abs().max()) / scale
+
+
+def held_out(config: RunConfig) -> tuple[Tensor, str]:
+    """Return tokens `[B, T]` of a run's held-out data and what they are; random tokens where it cannot be read."""
+    length = min(TOKENS, config.train.seq_len)
+    try:
+        data = open_data(config.data, seq_len=config.train.seq_len, vocab_size=config.model.vocab_size)
+        name = data.validation_sets[0]
+        batch = next(iter(data.validation(name, ROWS * config.train.seq_len, ROWS)))
+        return batch.tokens[:, :length], f"held-out text of {name}"
+    except (HopescaleError, IndexError):
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randint(config.model.vocab_size, (ROWS, TOKENS), generator=generator)
+        return tokens, "random tokens (the run's held-out text cannot be read)"
+
+
+def _first_difference(ours: Model, theirs: nn.Module, tokens: Tensor, limit: float) -> str:
+    """Run both models again and name our first layer whose output differs from its counterpart's."""
+    names = layer_names(ours.config, theirs.config.model_type)
+    with _outputs(ours, names) as expected, _outputs(theirs, names.values()) as found:
+        ours(tokens)
+        theirs(input_ids=tokens, use_cache=False)
+    for own, other in names.items():
+        if not _difference(found[other], expected[own].transpose(0, 1)) <= limit:
+            return own if own == other else f"{own} ({other})"
+    return "the head"
+
+
+@contextmanager
+def _outputs(model: nn.Module, names: Any) -> Iterator[Mapping[str, Tensor]]:
+    """Collect what modules return while the block runs."""
+    seen: dict[str, Tensor] = {}
+
+    def keeping(name: str) -> Callable[..., None]:
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            seen[name] = output[0] if isinstance(output, tuple) else output
+
+        return keep
+
+    modules = dict(model.named_modules())
+    handles = [modules[name].register_forward_hook(keeping(name)) for name in names]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
