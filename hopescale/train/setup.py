@@ -167,6 +167,9 @@ def _compare(state: TrainState, checkpoint: Path, last_step: int, reset_optimize
     """Return what the config changes, if it may."""
     manifest = read_manifest(checkpoint)
     old = from_dict(manifest.config, str(checkpoint))
+    if not reset_optimizer and not any(name.startswith("optimizer.") for name in manifest.tensors):
+        hint = "continue with a new optimizer: --reset-optimizer, once"
+        raise CheckpointError(f"{checkpoint} holds weights alone, and no state of an optimizer", hint)
     problems = identity_problems(old, state.config)
     if problems or (not reset_optimizer and (problems := _changed_optimizer(old, state))):
         raise ConfigError(problems)

@@ -194,7 +194,8 @@ class TrainState:
             parameter = parameter_of(name, "optimizer")
             totals[parameter] = totals[parameter] + part if parameter in totals else part
         self.optimizer.load_sums(totals)
-        torch.set_rng_state(generators["cpu"])
+        if "cpu" in generators:
+            torch.set_rng_state(generators["cpu"])
         if "cuda" in generators and next(iter(self.parameters.values())).is_cuda:
             torch.cuda.set_rng_state(generators["cuda"])
         self.step = manifest.step

@@ -1,0 +1,145 @@
+"""`hopescale convert` on models trained on four ranks, read by transformers where hopescale cannot be imported."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from hopescale.checkpoint.load import read_tensors
+from hopescale.checkpoint.manager import find_checkpoint
+from hopescale.checkpoint.manifest import read_manifest
+from hopescale.infer.load import load_model
+from tests.support.layouts import train_run
+from tests.support.ranks import run_ranks
+
+ATTENTION = ("model.mixer=attention", "model.self_modifying={chunk_size: 64, mu_init: 0.5}")
+ARCHITECTURES = {
+    "hope": (),
+    "hope_attention": (*ATTENTION, "model.attention={num_kv_heads: 2, qk_norm: true}"),
+    "transformer": (*ATTENTION, "model.cms.levels.mid=null", "model.cms.levels.slow=null"),
+    "hope_bf16": ("train.precision=bf16", "model.self_modifying.projection_chunk_size=16"),
+}
+
+
+def train_all(rank: int, root: Path) -> None:
+    """Train each architecture on two stages of two tensor-parallel ranks."""
+    for name, overrides in ARCHITECTURES.items():
+        train_run(root / name, 4, "parallel.tp=2", "parallel.pp=2", *overrides, last_step=3)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("runs")
+    run_ranks(train_all, 4, root, root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def exports(hopescale, runs: Path) -> Path:
+    """A folder with the export of each run, verified by the command that wrote it."""
+    for name in ARCHITECTURES:
+        done = hopescale("convert", "to-hf", runs / name, runs / f"{name}-hf", "--shard-size", "40Ki")
+        assert done.code == 0, done.err
+        assert "held-out text of markov" in done.out and "64 of 64 tokens equal" in done.out
+    return runs
+
+
+READ = """
+import sys
+sys.modules["hopescale"] = None
+import torch
+from transformers import AutoModelForCausalLM
+
+root, *names = sys.argv[1:]
+torch.set_num_threads(1)
+answers = {}
+for name in names:
+    model = AutoModelForCausalLM.from_pretrained(f"{root}/{name}-hf", trust_remote_code=True).eval()
+    tokens = torch.load(f"{root}/tokens.pt")
+    with torch.no_grad():
+        logits = model(tokens).logits
+    mask = torch.ones(2, 13, dtype=torch.long)
+    mask[1, :6] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
+    texts = [model.generate(tokens[:2, :13] * mask, use_cache=cached, **options) for cached in (True, False)]
+    answers[name] = (logits, *texts)
+torch.save(answers, f"{root}/answers.pt")
+"""
+
+
+@pytest.fixture(scope="module")
+def answers(exports: Path) -> dict[str, tuple[Tensor, ...]]:
+    """Logits and generated texts of every export, from an interpreter without hopescale."""
+    vocab = 26
+    torch.save(torch.randint(vocab, (2, 50), generator=torch.Generator().manual_seed(0)), exports / "tokens.pt")
+    environ = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-c", READ, str(exports), *ARCHITECTURES]
+    done = subprocess.run(command, cwd=exports, env=environ, capture_output=True, text=True, check=False, timeout=200)
+    assert done.returncode == 0, done.stderr
+    return torch.load(exports / "answers.pt")
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@torch.no_grad()
+def test_logits_without_hopescale_are_ours(exports: Path, answers, name: str):
+    loaded = load_model(exports / name, torch.device("cpu"))
+    expected = loaded.model(torch.load(exports / "tokens.pt"))[0][..., : loaded.config.model.vocab_size]
+    limit = 2e-2 if name.endswith("bf16") else 1e-4
+    torch.testing.assert_close(answers[name][0].float(), expected.float(), rtol=0, atol=limit)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_generation_by_cache_equals_generation_without(answers, name: str):
+    _, by_cache, without = answers[name]
+    assert by_cache.shape == (2, 33) and torch.equal(by_cache, without)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_way_back_keeps_every_bit(hopescale, exports: Path, tmp_path: Path, name: str):
+    back = tmp_path / "back"
+    done = hopescale("convert", "from-hf", exports / f"{name}-hf", back, "--no-verify")
+    assert done.code == 0, done.err
+    before, after = find_checkpoint(exports / name), find_checkpoint(back)
+    names = [name for name in read_manifest(before).tensors if name.startswith("model.")]
+    assert sorted(read_manifest(after).tensors) == sorted(names)
+    old, new = read_tensors(before, names), read_tensors(after, names)
+    assert [n for n in names if not torch.equal(old[n].view(torch.uint8), new[n].view(torch.uint8))] == []
+
+
+def test_a_checkpoint_of_weights_alone_trains_on_with_a_new_optimizer(hopescale, exports: Path, tmp_path: Path):
+    back = tmp_path / "back"
+    assert hopescale("convert", "from-hf", exports / "hope-hf", back).code == 0
+    args = ("train", back / "config.yaml", "parallel.tp=1", "parallel.pp=1", "--run-dir", back)
+    refused = hopescale(*args)
+    assert refused.code == 4 and "holds weights alone" in refused.err and "--reset-optimizer" in refused.err
+    done = hopescale(*args, "--reset-optimizer")
+    assert done.code == 0, done.err
+    assert "at step 3 with a new optimizer" in done.out and "done: step 6 of 6" in done.out
+
+
+def test_an_export_that_answers_otherwise_is_told_with_its_first_layer(hopescale, exports: Path, tmp_path: Path):
+    folder = shutil.copytree(exports / "hope-hf", tmp_path / "copy")
+    config = json.loads((folder / "config.json").read_text())
+    config["hope"]["self_modifying"]["chunk_size"] = 4
+    (folder / "config.json").write_text(json.dumps(config))
+    done = hopescale("convert", "verify", folder, exports / "hope")
+    assert done.code == 4 and "the first layer to differ is blocks.0.mixer" in done.err
+    other = hopescale("convert", "verify", exports / "hope-hf", exports / "hope_attention")
+    assert other.code == 4 and other.err.count("\n") <= 2
+
+
+def test_what_cannot_be_exported_is_refused(hopescale, exports: Path, tmp_path: Path):
+    done = hopescale("convert", "to-hf", tmp_path, tmp_path / "out")
+    assert done.code == 4 and "holds no checkpoint" in done.err
+    done = hopescale("convert", "to-hf", exports / "hope", exports / "hope-hf")
+    assert done.code == 4 and "already exists" in done.err
+    done = hopescale("convert", "to-hf", exports / "hope", tmp_path / "out", "--shard-size", "none")
+    assert done.code == 2 and "--shard-size" in done.err
