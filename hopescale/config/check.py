@@ -209,6 +209,23 @@ def at_least_one_level(config: RunConfig, origins: Origins) -> Iterator[Problem]
         yield Problem("model.cms.levels", "no level", hint="one level of period 1 is a plain MLP")
 
 
+def levels_over_depth_are_alike(config: RunConfig, origins: Origins) -> Iterator[Problem]:
+    """One level per block needs a block for each, of one cost, in one chain, on one stage."""
+    model, key = config.model, "model.cms.placement"
+    if model.cms.placement != "depth":
+        return
+    levels = levels_of(config)
+    widths = sorted({level.d_ff for _, level in levels})
+    if len(widths) > 1:
+        yield Problem(key, f"depth needs levels of one d_ff, they have {', '.join(map(str, widths))}")
+    if 0 < model.num_layers < len(levels):
+        yield Problem(key, f"depth needs a block for each level: {model.num_layers} blocks, {len(levels)} levels")
+    if model.cms.variant != "sequential":
+        yield Problem("model.cms.variant", f"{model.cms.variant} has no effect: a block has one level")
+    if config.parallel.pp is not None and config.parallel.pp > 1:
+        yield Problem(key, f"depth needs parallel.pp of 1, it is {config.parallel.pp}: every stage has all levels")
+
+
 def phase_lies_in_the_period(config: RunConfig, origins: Origins) -> Iterator[Problem]:
     """A phase shifts a level within its period."""
     for name, level in levels_of(config):
@@ -328,6 +345,7 @@ RULES: tuple[Rule, ...] = (
     gate_starts_need_their_gates,
     error_cap_needs_l2,
     at_least_one_level,
+    levels_over_depth_are_alike,
     phase_lies_in_the_period,
     at_least_one_source,
     a_source_is_one_thing,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from hopescale.config.layout import Layout, smallest_layout
-from hopescale.config.schema import ModelConfig, RunConfig, SelfModifyingConfig
+from hopescale.config.schema import LevelConfig, ModelConfig, RunConfig, SelfModifyingConfig
 
 VOCAB_MULTIPLE = 128
 """The stored vocabulary is padded to a multiple of this, for fast kernels and even tensor-parallel shards."""
@@ -101,3 +101,16 @@ def has_chunk_loop(mixer: SelfModifyingConfig) -> bool:
     static = not mixer.adaptive and mixer.query == "static"
     stores_values = mixer.memory == "linear" and mixer.objective == "dot" and mixer.read != "boundary"
     return not (static and stores_values)
+
+
+def by_period(levels: dict[str, LevelConfig]) -> list[tuple[str, LevelConfig]]:
+    """Sort levels fast to slow; names break ties."""
+    return sorted(levels.items(), key=lambda item: (item[1].update_every_steps, item[0]))
+
+
+def levels_of_block(model: ModelConfig, number: int) -> dict[str, LevelConfig]:
+    """Return the levels of a block, counted from 0, fast to slow."""
+    levels = by_period(model.cms.levels)
+    if model.cms.placement == "depth":
+        levels = [levels[number * len(levels) // model.num_layers]]
+    return dict(levels)

@@ -21,6 +21,8 @@ IDENTITY: tuple[str, ...] = (
     "train.seed",  # the weights in the checkpoint were drawn with it
 )
 """Keys, or sections, that a run keeps for life."""
+FREE = ("update_every_steps", "phase", "init_std")
+"""Last parts of the keys of a model that do not change what it computes."""
 
 
 class _Absent:
@@ -63,6 +65,21 @@ def identity_problems(old: RunConfig, new: RunConfig) -> list[Problem]:
         Problem(key, f"is {_format(before)} in the run folder, now {_format(after)}: a run cannot change it", hint=hint)
         for key, before, after in diff(old, new)
         if any(key == fixed or key.startswith(f"{fixed}.") for fixed in IDENTITY)
+    ]
+
+
+def model_problems(old: RunConfig, new: RunConfig, origin: str) -> list[Problem]:
+    """List the keys at which a model is not the one whose weights were saved, but for `FREE`.
+
+    Args:
+        old: The config saved with the weights.
+        new: The config of a run that begins with them.
+        origin: Where the weights are.
+    """
+    return [
+        Problem(key, f"is {_format(after)}, but {_format(before)} in {origin}", hint="set it as it is there")
+        for key, before, after in diff(old, new)
+        if key.startswith("model.") and key.rpartition(".")[2] not in FREE
     ]
 
 

@@ -5,7 +5,14 @@ A multiply and an add are two operations. Norms, activations and gates are left 
 
 from __future__ import annotations
 
-from hopescale.config.plan import head_dim, kv_heads, memory_dim, padded_vocab_size, projection_chunk_size
+from hopescale.config.plan import (
+    head_dim,
+    kv_heads,
+    levels_of_block,
+    memory_dim,
+    padded_vocab_size,
+    projection_chunk_size,
+)
 from hopescale.config.schema import ModelConfig
 from hopescale.cost.params import gate_memories, num_projections, wide_memories
 
@@ -23,8 +30,8 @@ def flops_per_token(model: ModelConfig, seq_len: int) -> int:
 
 
 def level_flops(model: ModelConfig) -> int:
-    """Count the forward of one block's levels: three products each."""
-    return sum(6 * model.d_model * level.d_ff for level in model.cms.levels.values())
+    """Count the forward of one block's levels, which cost the same in all blocks: three products each."""
+    return sum(6 * model.d_model * level.d_ff for level in levels_of_block(model, 0).values())
 
 
 def mixer_flops(model: ModelConfig, seq_len: int) -> int:

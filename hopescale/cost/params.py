@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hopescale.config.plan import head_dim, kv_heads, memory_dim, padded_vocab_size
+from hopescale.config.plan import head_dim, kv_heads, levels_of_block, memory_dim, padded_vocab_size
 from hopescale.config.schema import ModelConfig
 
 
@@ -27,15 +27,15 @@ def mixer_params(model: ModelConfig) -> int:
 
 
 def level_params(model: ModelConfig) -> int:
-    """Count the levels of one block: gated MLPs without bias, and the weights that mix independent ones."""
-    levels = list(model.cms.levels.values())
+    """Count the levels of one block, alike in all: gated MLPs without bias, and weights that mix independent ones."""
+    levels = list(levels_of_block(model, 0).values())
     mix = len(levels) if model.cms.variant == "independent" else 0
     return sum(3 * model.d_model * level.d_ff for level in levels) + mix
 
 
 def block_norm_params(model: ModelConfig) -> int:
     """Count the norms of one block: before the mixer, and before each level or all of them together."""
-    num_level_norms = len(model.cms.levels) if model.cms.variant == "sequential" else 1
+    num_level_norms = len(levels_of_block(model, 0)) if model.cms.variant == "sequential" else 1
     return (1 + num_level_norms) * model.d_model
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from hopescale.config.plan import head_dim
+from hopescale.config.plan import head_dim, levels_of_block
 from hopescale.config.schema import ModelConfig
 from hopescale.models.attention import Attention
 from hopescale.models.cms import ContinuumMemory
@@ -20,13 +20,16 @@ class Block(nn.Module):
 
     Args:
         config: Sizes and switches.
+        number: Which block of the model it is, from 0.
         mesh: Where this process stands.
         recompute: What is computed again in the backward pass instead of kept: the `block`, its mixer (`memory`), or
             the `chunks` of its memories, from the states they start with. The first two do the third as well.
         compiled: Whether a chunk of the memories is compiled.
     """
 
-    def __init__(self, config: ModelConfig, mesh: Mesh, recompute: Recompute = "none", compiled: bool = False):
+    def __init__(
+        self, config: ModelConfig, number: int, mesh: Mesh, recompute: Recompute = "none", compiled: bool = False
+    ):
         super().__init__()
         self.recompute = recompute
         # Two additions to the residual stream per block, at least: their variance must not grow with depth.
@@ -43,7 +46,9 @@ class Block(nn.Module):
         else:
             loop = {"recompute": recompute != "none", "compiled": compiled}
             self.mixer = SelfModifying(*sizes, config.self_modifying, **shared, **loop)
-        self.cms = ContinuumMemory(config.d_model, config.cms, norm_eps=config.norm_eps, out_scale=out_scale, mesh=mesh)
+        levels = levels_of_block(config, number)
+        shared = {"norm_eps": config.norm_eps, "out_scale": out_scale, "mesh": mesh}
+        self.cms = ContinuumMemory(config.d_model, config.cms.variant, levels, **shared)
 
     def forward(
         self,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Literal
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hopescale.config.schema import CmsConfig, LevelConfig
+from hopescale.config.schema import LevelConfig
 from hopescale.models.norm import stream_norm
 from hopescale.parallel.layers import ColumnLinear, ParameterSpec, RowLinear, new_parameter
 from hopescale.parallel.mesh import Mesh
@@ -42,23 +45,34 @@ class Level(nn.Module):
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
-def by_period(levels: dict[str, LevelConfig]) -> list[tuple[str, LevelConfig]]:
-    """Sort levels fast to slow; names break ties."""
-    return sorted(levels.items(), key=lambda item: (item[1].update_every_steps, item[0]))
-
-
 class ContinuumMemory(nn.Module):
-    """All levels of one block, residual connection included.
+    """The levels of one block, residual connection included.
 
     `sequential`: `x <- x + level(norm(x))`, fast to slow (Eq. 73). `independent`: `x + sum_l mix_l level_l(norm(x))`
     (Eq. 74), communicating once for all levels. One level of period 1 is exactly a Transformer's MLP.
+
+    Args:
+        d_model: Width of the residual stream.
+        variant: As above.
+        levels: By name, fast to slow.
+        norm_eps: Added under the root of every RMSNorm.
+        out_scale: Factor on the standard deviation of the last matrices' initial weights.
+        mesh: Where this process stands.
     """
 
-    def __init__(self, d_model: int, config: CmsConfig, *, norm_eps: float, out_scale: float, mesh: Mesh):
+    def __init__(
+        self,
+        d_model: int,
+        variant: Literal["sequential", "independent"],
+        levels: Mapping[str, LevelConfig],
+        *,
+        norm_eps: float,
+        out_scale: float,
+        mesh: Mesh,
+    ):
         super().__init__()
         self.mesh = mesh
-        self.sequential = config.variant == "sequential"
-        levels = by_period(config.levels)
+        self.sequential = variant == "sequential"
         self.levels = nn.ModuleDict(
             {
                 name: Level(
@@ -68,7 +82,7 @@ class ContinuumMemory(nn.Module):
                     out_std=out_scale * level.d_ff**-0.5,
                     mesh=mesh,
                 )
-                for name, level in levels
+                for name, level in levels.items()
             }
         )
         if not self.sequential:

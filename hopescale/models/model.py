@@ -8,10 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hopescale.config.plan import padded_vocab_size
+from hopescale.config.plan import by_period, padded_vocab_size
 from hopescale.config.schema import LevelConfig, ModelConfig
 from hopescale.models.block import Block
-from hopescale.models.cms import by_period
 from hopescale.models.init import initialize
 from hopescale.models.norm import stream_norm
 from hopescale.models.recompute import Recompute
@@ -67,7 +66,7 @@ class Model(nn.Module):
         self.embedding = self.norm = self.head = None
         if self.is_first or (self.is_last and config.tie_embeddings):
             self.embedding = Embedding(padded, config.d_model, std=config.init_std, mesh=mesh)
-        self.blocks = nn.ModuleDict({str(number): Block(config, mesh, recompute, compiled) for number in blocks})
+        self.blocks = nn.ModuleDict({str(n): Block(config, n, mesh, recompute, compiled) for n in blocks})
         if self.is_last:
             # Logits of a fresh model stay near zero at any width, so that its loss starts at ln(vocabulary).
             scale = min(1.0, INITIAL_LOGIT_STD / (config.init_std * config.d_model**0.5))

@@ -27,6 +27,9 @@ class CmsConfig:
     sum of the levels (Eq. 74)."""
     levels: dict[str, LevelConfig | None] = field(default_factory=dict)
     """Levels by name; `null` removes one that a base recipe defines. Sorted by period, never by order of writing."""
+    placement: Literal["every_block", "depth"] = "every_block"
+    """`every_block`: each block has all levels. `depth`: each block has one, the first blocks the fastest level, the
+    last ones the slowest, evenly dealt out. `depth` needs levels of one width, and `parallel.pp` of 1."""
 
 
 @dataclass(frozen=True)

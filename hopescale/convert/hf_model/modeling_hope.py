@@ -129,9 +129,11 @@ class Level(nn.Module):
 class ContinuumMemory(nn.Module):
     """The levels of a block, fast to slow: a chain, or side by side with learned weights."""
 
-    def __init__(self, model: SimpleNamespace):
+    def __init__(self, model: SimpleNamespace, number: int):
         super().__init__()
         levels = sorted(model.cms.levels.items(), key=lambda item: (item[1]["update_every_steps"], item[0]))
+        if model.cms.placement == "depth":
+            levels = [levels[number * len(levels) // model.num_layers]]
         self.chained = model.cms.variant == "sequential"
         eps = model.norm_eps if self.chained else None
         self.levels = nn.ModuleDict({name: Level(model.d_model, level["d_ff"], eps) for name, level in levels})
@@ -151,12 +153,12 @@ class ContinuumMemory(nn.Module):
 class Block(nn.Module):
     """`x <- x + mixer(norm(x))`, then `x <- cms(x)`."""
 
-    def __init__(self, model: SimpleNamespace):
+    def __init__(self, model: SimpleNamespace, number: int):
         super().__init__()
         dim = model.head_dim or model.d_model // model.num_heads
         self.norm = Norm(model.d_model, eps=model.norm_eps)
         self.mixer = (Attention if model.mixer == "attention" else SelfModifying)(model, dim)
-        self.cms = ContinuumMemory(model)
+        self.cms = ContinuumMemory(model, number)
 
     def forward(self, x: Tensor, state: State, columns: Columns) -> tuple[Tensor, State]:
         """Map the residual stream to itself, and return the mixer's state."""
@@ -181,7 +183,7 @@ class HopeForCausalLM(PreTrainedModel, GenerationMixin):
         if model.mixer == "self_modifying":
             self.period = model.self_modifying.projection_chunk_size or model.self_modifying.chunk_size
         self.embedding = nn.Embedding(rows, model.d_model)
-        self.blocks = nn.ModuleDict({str(number): Block(model) for number in range(model.num_layers)})
+        self.blocks = nn.ModuleDict({str(number): Block(model, number) for number in range(model.num_layers)})
         self.norm = Norm(model.d_model, eps=model.norm_eps)
         self.head = None if model.tie_embeddings else nn.Linear(model.d_model, rows, bias=False)
         self.post_init()

@@ -26,6 +26,7 @@ PROJECTION = f"{MIXER}.projection_chunk_size"
 SCALING = "model.attention.rope_scaling"
 SYNTHETIC = "data.sources.s.synthetic"
 LEVEL = "model.cms.levels.slow"
+DEPTH = "model.cms.placement=depth"
 
 # overrides that break one rule -> the key that is named, part of its message
 BROKEN = [
@@ -65,6 +66,10 @@ BROKEN = [
     ([f"{MIXER}={{retention: false, adaptive: [k], alpha_init: 0.4}}"], f"{MIXER}.alpha_init", "retention is off"),
     ([f"{MIXER}.objective=dot", f"{MIXER}.error_cap=1"], f"{MIXER}.error_cap", "objective is dot"),
     (["model.cms.levels.fast=null", f"{LEVEL}=null"], "model.cms.levels", "no level"),
+    ([DEPTH, f"{LEVEL}.d_ff=32"], "model.cms.placement", "levels of one d_ff, they have 32, 64"),
+    ([DEPTH, "model.num_layers=1"], "model.cms.placement", "1 blocks, 2 levels"),
+    ([DEPTH, "model.cms.variant=independent"], "model.cms.variant", "no effect"),
+    ([DEPTH, "parallel.pp=2"], "model.cms.placement", "needs parallel.pp of 1, it is 2"),
     ([f"{LEVEL}.phase=8"], f"{LEVEL}.phase", "8 is not below update_every_steps = 8"),
     (["data.sources.main=null"], "data.sources", "no source"),
     (["data.sources.main.path=null"], "data.sources.main", "neither"),

@@ -3,8 +3,16 @@ from __future__ import annotations
 import json
 
 from hopescale.config.layout import Layout
-from hopescale.config.plan import make_plan
-from hopescale.config.schema import ModelConfig, ParallelConfig, RunConfig, SelfModifyingConfig, TrainConfig
+from hopescale.config.plan import levels_of_block, make_plan
+from hopescale.config.schema import (
+    CmsConfig,
+    LevelConfig,
+    ModelConfig,
+    ParallelConfig,
+    RunConfig,
+    SelfModifyingConfig,
+    TrainConfig,
+)
 
 
 def test_plan_of_a_self_modifying_run():
@@ -50,3 +58,16 @@ def test_without_a_layout_the_plan_is_for_the_fewest_ranks():
     train = TrainConfig(seq_len=32, micro_batch_size=2, global_batch_tokens=512)
     plan = make_plan(RunConfig(train=train, parallel=ParallelConfig(dp=2, tp=None, pp=2)))
     assert (plan.dp, plan.tp, plan.pp, plan.grad_accumulation) == (2, 1, 2, 4)
+
+
+def test_levels_are_sorted_by_period_and_dealt_out_over_depth():
+    levels = {
+        "slow": LevelConfig(update_every_steps=8),
+        "fast": LevelConfig(),
+        "mid": LevelConfig(update_every_steps=2),
+    }
+    everywhere = ModelConfig(num_layers=7, cms=CmsConfig(levels=levels))
+    assert [list(levels_of_block(everywhere, number)) for number in (0, 6)] == [["fast", "mid", "slow"]] * 2
+    deep = ModelConfig(num_layers=7, cms=CmsConfig(placement="depth", levels=levels))
+    dealt = [*levels_of_block(deep, 0), *(name for number in range(1, 7) for name in levels_of_block(deep, number))]
+    assert dealt == ["fast", "fast", "fast", "mid", "mid", "slow", "slow"]

@@ -45,6 +45,10 @@ VARIANTS = {
         "attention": AttentionConfig(rope_scaling=RopeScalingConfig(kind="linear", factor=3.0)),
     },
     "independent levels": {"cms": CmsConfig("independent", LEVELS)},
+    "levels over depth": {
+        "num_layers": 3,
+        "cms": CmsConfig(placement="depth", levels={name: replace(level, d_ff=16) for name, level in LEVELS.items()}),
+    },
     "untied, no padding": {"tie_embeddings": False, "vocab_size": 256},
 }
 

@@ -6,21 +6,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hopescale.config.schema import CmsConfig, LevelConfig
+from hopescale.config.schema import LevelConfig
 from hopescale.models.cms import ContinuumMemory
 from hopescale.models.init import initialize
 from hopescale.parallel.mesh import Mesh
 
 WIDTH = 8
 LEVELS = {
-    "slow": LevelConfig(d_ff=10, update_every_steps=8),
     "fast": LevelConfig(d_ff=6),
     "mid": LevelConfig(d_ff=4, update_every_steps=2),
+    "slow": LevelConfig(d_ff=10, update_every_steps=8),
 }
 
 
 def make_cms(levels: dict[str, LevelConfig], variant: str) -> ContinuumMemory:
-    cms = ContinuumMemory(WIDTH, CmsConfig(variant, levels), norm_eps=1e-6, out_scale=0.7, mesh=Mesh.alone())
+    cms = ContinuumMemory(WIDTH, variant, levels, norm_eps=1e-6, out_scale=0.7, mesh=Mesh.alone())
     initialize(cms, 0, Mesh.alone())
     g = torch.Generator().manual_seed(2)
     with torch.no_grad():
@@ -64,7 +64,3 @@ def test_independent_is_a_weighted_sum(x):
     shared = normed(x, cms.norm)
     parts = [mlp(cms.levels[name], shared) for name in ("fast", "mid", "slow")]
     torch.testing.assert_close(cms(x), x + sum(w * p for w, p in zip(cms.mix, parts, strict=True)))
-
-
-def test_levels_are_sorted_by_period_not_by_writing():
-    assert list(make_cms(LEVELS, "sequential").levels) == ["fast", "mid", "slow"]

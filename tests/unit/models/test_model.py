@@ -22,6 +22,10 @@ VARIANTS = {
     "hope static": {"self_modifying": SelfModifyingConfig(adaptive=(), chunk_size=16)},
     "hope two chunk sizes": {"self_modifying": SelfModifyingConfig(chunk_size=8, projection_chunk_size=16)},
     "attention": {"mixer": "attention", "attention": AttentionConfig(qk_norm=True)},
+    "levels over depth": {
+        "num_layers": 5,
+        "cms": CmsConfig(placement="depth", levels={"fast": LevelConfig(9), "slow": LevelConfig(9, 4)}),
+    },
     "grouped-query attention": {
         "mixer": "attention",
         "attention": AttentionConfig(num_kv_heads=1, qkv_bias=True),
