@@ -35,6 +35,9 @@ def train(
     reset_optimizer: Annotated[
         bool, typer.Option("--reset-optimizer", help="Continue with the weights and a new optimizer, this once.")
     ] = False,
+    init: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="Begin a new run with the weights of this run or checkpoint.")
+    ] = None,
     stop_at: Annotated[int | None, typer.Option(help="Save and stop after this step; the schedule stays.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and show the plan; train nothing.")] = False,
 ) -> None:
@@ -79,6 +82,7 @@ def train(
             stop=stop,
             resume=which,
             reset_optimizer=reset_optimizer,
+            init=init,
             stop_at=stop_at,
             report=report,
         )

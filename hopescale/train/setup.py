@@ -11,14 +11,14 @@ import torch
 from torch import nn
 
 from hopescale.checkpoint.manager import CheckpointManager, find_checkpoint, latest_checkpoint
-from hopescale.checkpoint.manifest import read_manifest
+from hopescale.checkpoint.manifest import Manifest, read_manifest
 from hopescale.common.errors import CheckpointError, ConfigError, Problem
 from hopescale.config.fields import leaves
 from hopescale.config.layout import Layout
 from hopescale.config.load import from_dict
 from hopescale.config.plan import make_plan
 from hopescale.config.schema import RunConfig
-from hopescale.config.show import Change, diff, format_diff, identity_problems
+from hopescale.config.show import Change, diff, format_diff, identity_problems, model_problems
 from hopescale.config.values import format_value
 from hopescale.cost.stages import slices_of_rank
 from hopescale.data.loader import Data, open_data
@@ -163,10 +163,32 @@ def restore(
     report(f"resumed from {checkpoint} at step {state.step}{how}")
 
 
+def begin_from(state: TrainState, checkpoint: Path, control: Control, report: Report) -> None:
+    """Begin `state` with the weights of a checkpoint of an equal model, whatever it has read. Called by all ranks.
+
+    Raises:
+        ConfigError: If its model is another.
+        CheckpointError: If it is damaged, or of another precision.
+    """
+    manifest = control.together(lambda: _same_model(state.config, checkpoint))
+    state.begin_from(checkpoint)
+    report(f"weights from {checkpoint}, which is at step {manifest.step}")
+
+
+def _same_model(config: RunConfig, checkpoint: Path) -> Manifest:
+    manifest = read_manifest(checkpoint)
+    if problems := model_problems(from_dict(manifest.config, str(checkpoint)), config, str(checkpoint)):
+        raise ConfigError(problems)
+    return manifest
+
+
 def _compare(state: TrainState, checkpoint: Path, last_step: int, reset_optimizer: bool) -> list[Change]:
     """Return what the config changes, if it may."""
     manifest = read_manifest(checkpoint)
     old = from_dict(manifest.config, str(checkpoint))
+    if "data" not in manifest.identity:
+        hint = f"begin a run with its weights: --init {checkpoint}, in another --run-dir"
+        raise CheckpointError(f"{checkpoint} was never trained by hopescale, and belongs to no data", hint)
     if not reset_optimizer and not any(name.startswith("optimizer.") for name in manifest.tensors):
         hint = "continue with a new optimizer: --reset-optimizer, once"
         raise CheckpointError(f"{checkpoint} holds weights alone, and no state of an optimizer", hint)

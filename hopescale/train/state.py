@@ -155,6 +155,21 @@ class TrainState:
         """Return fingerprints of what a run keeps for life."""
         return {"model": fingerprint(self._config_tree["model"]), "data": self.data.fingerprint}
 
+    def begin_from(self, folder: Path) -> None:
+        """Take the weights of a checkpoint of any layout and of an equal model. Called by all ranks.
+
+        Raises:
+            CheckpointError: If it is damaged, or its weights are others.
+        """
+        weights = self.optimizer.weights()
+        load_into({"model": self._whole(weights)}, folder, prefix="model.", group=self._loading_group)
+        self.optimizer.load_weights(weights)
+        self.optimizer.reset_masters()
+
+    @property
+    def _loading_group(self) -> dist.ProcessGroup | None:
+        return None if self.mesh.checkpoint_group.size() == 1 else self.mesh.checkpoint_group
+
     def restore(self, folder: Path, *, reset_optimizer: bool = False) -> None:
         """Continue from a checkpoint of any layout, whose identity has been compared. Called by all ranks.
 
@@ -177,12 +192,11 @@ class TrainState:
             "optimizer": self._whole(state | sums),
             "generators": generators,
         }
-        alone = self.mesh.checkpoint_group.size() == 1
         manifest = load_into(
             tensors,
             folder,
             prefix=("model.", "generators.") if reset_optimizer else "",
-            group=None if alone else self.mesh.checkpoint_group,
+            group=self._loading_group,
         )
         self.optimizer.load_weights(weights)
         if reset_optimizer:

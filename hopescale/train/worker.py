@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import torch
 
+from hopescale.checkpoint.manager import find_checkpoint
 from hopescale.common.errors import CheckpointError, LaunchError, StoppedEarly
 from hopescale.common.place import Place
 from hopescale.config.layout import Layout
@@ -28,7 +29,7 @@ from hopescale.parallel.traffic import Traffic
 from hopescale.train.folder import RunFolder
 from hopescale.train.memory import memory_errors_explained
 from hopescale.train.record import Record
-from hopescale.train.setup import Report, Resume, build_state, choose_checkpoint, open_checkpoints, restore
+from hopescale.train.setup import Report, Resume, begin_from, build_state, choose_checkpoint, open_checkpoints, restore
 from hopescale.train.state import TrainState
 from hopescale.train.stop import StopRequest
 from hopescale.train.trainer import Trainer
@@ -46,6 +47,7 @@ def train(
     stop: StopRequest,
     resume: Resume = "auto",
     reset_optimizer: bool = False,
+    init: Path | None = None,
     stop_at: int | None = None,
     report: Report,
 ) -> None:
@@ -60,6 +62,7 @@ def train(
         stop: Read between steps; its handlers are installed by the caller, before the slow imports.
         resume: See `choose_checkpoint`.
         reset_optimizer: Whether to continue with the weights of a checkpoint and a new optimizer.
+        init: Run folder or checkpoint whose weights a new run begins with; a run that has begun continues.
         stop_at: Step to save and stop at, at most `train.steps`, without changing the learning rate's horizon; None is
             `train.steps`.
         report: Takes each line meant for a person; every rank has the same ones.
@@ -81,6 +84,7 @@ def train(
         stop=stop,
         resume=resume,
         reset_optimizer=reset_optimizer,
+        init=init,
         last_step=last_step,
         report=report,
     )
@@ -105,6 +109,7 @@ def train_on(
     stop: StopRequest,
     resume: Resume,
     reset_optimizer: bool = False,
+    init: Path | None = None,
     last_step: int,
     report: Report,
 ) -> tuple[int, str | None]:
@@ -122,6 +127,8 @@ def train_on(
         checkpoint = control.on_first(lambda: choose_checkpoint(folder, resume, reset_optimizer=reset_optimizer))
         if checkpoint is not None:
             restore(state, checkpoint, last_step, control, report, reset_optimizer=reset_optimizer)
+        elif init is not None:
+            begin_from(state, control.on_first(lambda: find_checkpoint(init)), control, report)
         table = group_table(state.optimizer.groups, state.sizes)
         control.on_first(lambda: folder.describe(loaded, layout, overrides, table))
         checkpoints = open_checkpoints(folder, config, state.data, mesh)

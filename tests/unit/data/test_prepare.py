@@ -161,8 +161,12 @@ def test_a_full_disk_is_one_message_and_leaves_nothing(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     (tmp_path / "precious.txt").write_text("keep me")
-    target = {"shard": "shards.SplitWriter._flush", "index": "shards.Index.write", "sync": "staging.os.fsync"}[stage]
-    monkeypatch.setattr(f"hopescale.data.{target}", full)
+    target = {
+        "shard": "data.shards.SplitWriter._flush",
+        "index": "data.shards.Index.write",
+        "sync": "common.staging.os.fsync",
+    }[stage]
+    monkeypatch.setattr(f"hopescale.{target}", full)
     with pytest.raises(DataError, match="cannot write .*data: No space left on device.*\n.*hint: free some space"):
         make_data()
     assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
