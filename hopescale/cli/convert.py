@@ -24,6 +24,9 @@ def to_hf(
     checkpoint: Checkpoint,
     out: Out,
     shard_size: Annotated[str, typer.Option(metavar="BYTES", help="Size of a file of weights, at most.")] = "4Gi",
+    native: Annotated[
+        bool, typer.Option("--native", help="Write a Transformer as the Llama or Qwen it equals, without code of ours.")
+    ] = False,
     verify: Check = True,
 ) -> None:
     """Write a checkpoint as a folder that transformers loads without hopescale."""
@@ -31,7 +34,7 @@ def to_hf(
     _require_extra()
     from hopescale.convert.hf import export, num_bytes
 
-    exported = export(checkpoint, out, shard_bytes=shard_bytes)
+    exported = export(checkpoint, out, shard_bytes=shard_bytes, native=native)
     size = sum(map(num_bytes, exported.tensors.values()))
     shards = sum(name.endswith(".safetensors") for name in exported.files)
     typer.echo(f"{out}: step {exported.step}, {len(exported.tensors)} tensors, {format_bytes(size)} in {shards} files")
@@ -40,14 +43,70 @@ def to_hf(
 
 
 @app.command("from-hf")
-def from_hf(folder: HfFolder, out: Out, verify: Check = True) -> None:
-    """Write a folder made by `to-hf` as a checkpoint again."""
+def from_hf(
+    folder: HfFolder,
+    out: Out,
+    as_: Annotated[
+        str | None, typer.Option("--as", metavar="KIND", help="Stack a Llama or Qwen: hope-attention or transformer.")
+    ] = None,
+    levels: Annotated[
+        str | None, typer.Option(metavar="NAME=PERIOD,...", help="Levels of --as hope-attention.")
+    ] = None,
+    stacking: Annotated[
+        str | None, typer.Option(metavar="HOW", help="copy: every block gets all levels; depth: one each.")
+    ] = None,
+    precision: Annotated[str | None, typer.Option(help="bf16 or fp32, with --as.", show_default="the source's")] = None,
+    verify: Check = True,
+) -> None:
+    """Write a folder made by `to-hf` as a checkpoint again, or begin from a pre-trained Llama or Qwen (`--as`)."""
+    periods = _levels(as_, levels, stacking, precision)
     _require_extra()
-    from hopescale.convert.hf import restore_export
+    if as_ is None:
+        from hopescale.convert.hf import restore_export
 
-    typer.echo(f"{restore_export(folder, out)}: weights alone; train on with --reset-optimizer")
+        typer.echo(f"{restore_export(folder, out)}: weights alone; train on with --reset-optimizer")
+    else:
+        from hopescale.convert.stacking import stack
+
+        made = stack(folder, out, periods, stacking or "copy", precision)
+        typer.echo(f"{made}: begin a run with it: hopescale train {out / 'config.yaml'} --init {out} ...")
     if verify:
         _verify(folder, out)
+
+
+def _levels(as_: str | None, levels: str | None, stacking: str | None, precision: str | None) -> dict[str, int]:
+    """Check the options of `from-hf` against each other; return the period of each level."""
+    given = {"--levels": levels, "--stacking": stacking, "--precision": precision}
+    allowed = {"--stacking": ("copy", "depth"), "--precision": ("bf16", "fp32")}
+    if as_ not in (None, "hope-attention", "transformer"):
+        raise ConfigError(f"--as is {as_}, but must be hope-attention or transformer")
+    for name, value in given.items():
+        if value is not None and as_ is None:
+            raise ConfigError(f"{name} has no effect without --as", "name what the model becomes: --as hope-attention")
+        if value is not None and value not in allowed.get(name, (value,)):
+            raise ConfigError(f"{name} is {value}, but must be {' or '.join(allowed[name])}")
+    if as_ == "transformer":
+        if levels or stacking:
+            raise ConfigError("--levels and --stacking have no effect with --as transformer, which has one level")
+        return {"mlp": 1}
+    if as_ is None:
+        return {}
+    if levels is None:
+        raise ConfigError("--as hope-attention needs --levels", "as in --levels fast=1,mid=4,slow=16")
+    pairs = [part.partition("=") for part in levels.split(",")]
+    return {name.strip(): read_count("--levels", period) for name, _, period in pairs}
+
+
+@app.command()
+def info(path: Annotated[Path, typer.Argument(help="Run, checkpoint, export or folder of transformers.")]) -> None:
+    """Say what a folder is: sizes, layout, step, tokens, levels, optimizer."""
+    _require_extra()
+    from hopescale.convert.info import describe
+
+    rows = describe(path)
+    width = max(map(len, rows))
+    for name, value in rows.items():
+        typer.echo(f"{name:<{width}}  {value}")
 
 
 @app.command("verify")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from math import prod
@@ -32,8 +32,9 @@ from hopescale.checkpoint.save import Saver, dtype_name
 from hopescale.common.errors import CheckpointError
 from hopescale.common.staging import staged_folder
 from hopescale.config.load import from_dict, to_yaml
-from hopescale.config.schema import RunConfig
+from hopescale.config.schema import ModelConfig, RunConfig
 from hopescale.convert.card import model_card
+from hopescale.convert.mapping import Pair, pairs, split, write_settings
 from hopescale.convert.tokenizer import write_tokenizer
 from hopescale.data.tokenizer import Tokenizer
 from hopescale.models import Model
@@ -43,10 +44,11 @@ EXPORT = "hopescale.json"
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model."
 """What begins the names of weights in a checkpoint, and those only."""
+_TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "U8": "uint8"}
 CODE = Path(__file__).with_name("hf_model")
 
 
-def export(path: Path, out: Path, *, shard_bytes: int) -> Manifest:
+def export(path: Path, out: Path, *, shard_bytes: int, native: bool = False) -> Manifest:
     """Write a checkpoint of any layout as a folder that transformers loads without hopescale.
 
     Tensors keep names, types and bits. Memory is needed for one shard and one tensor.
@@ -55,33 +57,40 @@ def export(path: Path, out: Path, *, shard_bytes: int) -> Manifest:
         path: A checkpoint folder, or a run folder, whose latest checkpoint is taken.
         out: Folder to create.
         shard_bytes: Most bytes of a file of tensors that holds more than one.
+        native: Whether to write a Transformer as the Llama or Qwen that it equals, which needs no code of ours.
 
     Returns:
-        What the folder's manifest says.
+        The checkpoint's manifest, with the tensors and files of the folder.
 
     Raises:
-        CheckpointError: If the checkpoint is missing or damaged, or `out` exists or cannot be written.
+        CheckpointError: If the checkpoint is missing or damaged, is no such Transformer, or `out` exists or cannot be
+            written.
     """
     source = find_checkpoint(path)
     manifest = verify(source)
     config = from_dict(manifest.config, str(source))
     weights = {n.removeprefix(WEIGHTS): entry for n, entry in manifest.tensors.items() if n.startswith(WEIGHTS)}
+    chosen = _native_pairs(config, source) if native else [Pair(name, (name,)) for name in weights]
+    body = _native_config(manifest, config) if native else _own_config(manifest)
     with staged_folder(out, CheckpointError) as folder:
-        places = {}
-        shards = plan_shards(weights, shard_bytes)
-        for number, names in enumerate(shards, 1):
-            file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-            _write_shard(source, names, folder / file)
-            places |= dict.fromkeys(names, file)
-        size = sum(map(num_bytes, weights.values()))
-        _write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": places})
-        for code in CODE.glob("*_hope.py"):
-            shutil.copy(code, folder)
-        _write_texts(folder, source, manifest, config, weights)
+        _write_weights(source, chosen, weights, config.model, folder, shard_bytes)
+        if not native:
+            for code in CODE.glob("*_hope.py"):
+                shutil.copy(code, folder)
+        _write_texts(folder, source, manifest, config, body | {"dtype": weights["embedding.weight"].dtype})
         files = {file.name: describe_file(file) for file in sorted(folder.iterdir())}
         exported = replace(manifest, tensors=weights, files=files)
-        (folder / EXPORT).write_text(to_json(exported), encoding="utf-8")
+        if not native:
+            (folder / EXPORT).write_text(to_json(exported), encoding="utf-8")
     return exported
+
+
+def _native_pairs(config: RunConfig, source: Path) -> list[Pair]:
+    levels = list(config.model.cms.levels)
+    if config.model.mixer != "attention" or len(levels) > 1 or config.model.cms.variant != "sequential":
+        hint = "leave --native out"
+        raise CheckpointError(f"{source} is no Transformer: only attention and one level are a Llama or Qwen", hint)
+    return list(pairs(config.model, lambda block: levels[0]))
 
 
 def num_bytes(entry: TensorEntry) -> int:
@@ -102,34 +111,60 @@ def plan_shards(tensors: Mapping[str, TensorEntry], shard_bytes: int) -> list[li
     return shards
 
 
-def _write_shard(source: Path, names: list[str], file: Path) -> None:
-    tensors = read_tensors(source, [f"{WEIGHTS}{name}" for name in names])
-    save_file({name.removeprefix(WEIGHTS): tensor for name, tensor in tensors.items()}, file, {"format": "pt"})
-
-
-def _write_texts(
-    folder: Path, source: Path, manifest: Manifest, config: RunConfig, weights: Mapping[str, TensorEntry]
+def _write_weights(
+    source: Path,
+    chosen: Sequence[Pair],
+    weights: Mapping[str, TensorEntry],
+    model: ModelConfig,
+    folder: Path,
+    shard_bytes: int,
 ) -> None:
-    """Write what is not a tensor: config, generation config, tokenizer, model card."""
-    special, pad = {}, {}
-    note = "It was trained on generated symbols and has no tokenizer: tokens are the symbols' numbers."
-    if (source / TOKENIZER).exists():
-        shutil.copy(source / TOKENIZER, folder)
-        end = Tokenizer.load(source / TOKENIZER).eos_id
-        special, pad = {"bos_token_id": end, "eos_token_id": end}, {"pad_token_id": end}
-        note = write_tokenizer(folder)
-    body = {
+    """Write the tensors shard by shard, then the index."""
+    by_name, places, size = {pair.ours: pair for pair in chosen}, {}, 0
+    shards = plan_shards({name: weights[name] for name in by_name}, shard_bytes)
+    for number, names in enumerate(shards, 1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        tensors = read_tensors(source, [f"{WEIGHTS}{name}" for name in names])
+        parts: dict[str, Tensor] = {}
+        for name in names:
+            pair = by_name[name]
+            parts |= zip(pair.theirs, split(pair, tensors.pop(f"{WEIGHTS}{name}"), model), strict=True)
+        save_file(parts, folder / file, {"format": "pt"})
+        places |= dict.fromkeys(parts, file)
+        size += sum(part.nbytes for part in parts.values())
+        del parts
+    _write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": places})
+
+
+def _own_config(manifest: Manifest) -> dict[str, Any]:
+    return {
         "architectures": ["HopeForCausalLM"],
         "auto_map": {
             "AutoConfig": "configuration_hope.HopeConfig",
             "AutoModelForCausalLM": "modeling_hope.HopeForCausalLM",
         },
         "model_type": "hope",
-        "dtype": weights["embedding.weight"].dtype,
         "hope": manifest.config["model"],
-        **special,
     }
-    _write_json(folder / "config.json", body)
+
+
+def _native_config(manifest: Manifest, config: RunConfig) -> dict[str, Any]:
+    (level,) = config.model.cms.levels.values()
+    theirs = write_settings(manifest.config["model"], level.d_ff)
+    length = {"max_position_embeddings": config.train.seq_len}
+    return {"architectures": [f"{theirs['model_type'].capitalize()}ForCausalLM"], **theirs, **length}
+
+
+def _write_texts(folder: Path, source: Path, manifest: Manifest, config: RunConfig, body: Mapping[str, Any]) -> None:
+    """Write what is not a tensor: config, generation config, tokenizer, model card."""
+    special, pad = {}, {}
+    note = "No tokenizer was kept with it."
+    if (source / TOKENIZER).exists():
+        shutil.copy(source / TOKENIZER, folder)
+        end = Tokenizer.load(source / TOKENIZER).eos_id
+        special, pad = {"bos_token_id": end, "eos_token_id": end}, {"pad_token_id": end}
+        note = write_tokenizer(folder)
+    _write_json(folder / "config.json", {**body, **special})
     _write_json(folder / "generation_config.json", {"do_sample": False, **special, **pad})
     (folder / "README.md").write_text(model_card(manifest, config, to_yaml(config), note), encoding="utf-8")
 
@@ -183,17 +218,22 @@ def write_checkpoint(out: Path, weights: Mapping[str, Tensor], manifest: Manifes
     return find_checkpoint(out)
 
 
+def weight_entries(config: RunConfig) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Return shape and type of every weight of a config's model, by name; takes no memory for them."""
+    with torch.device("meta"):
+        model = Model(config.model)
+    if config.train.precision == "bf16":
+        model.to_precision(torch.bfloat16)
+    return {name: (tuple(p.shape), p.dtype) for name, p in model.named_parameters()}
+
+
 def check_weights(found: Mapping[str, tuple[tuple[int, ...], torch.dtype]], config: RunConfig, origin: str) -> None:
     """Compare names, shapes and types of weights with those of a config's model.
 
     Raises:
         CheckpointError: With what is missing, surplus and different.
     """
-    with torch.device("meta"):
-        model = Model(config.model)
-    if config.train.precision == "bf16":
-        model.to_precision(torch.bfloat16)
-    wanted = {name: (tuple(p.shape), p.dtype) for name, p in model.named_parameters()}
+    wanted = weight_entries(config)
     groups = {
         "missing": sorted(wanted.keys() - found.keys()),
         "surplus": sorted(found.keys() - wanted.keys()),
@@ -225,19 +265,17 @@ class SafetensorsFolder(Mapping[str, Tensor]):
     def __init__(self, folder: Path):
         self._files: dict[str, Any] = {}
         self._places: dict[str, str] = {}
-        index = folder / INDEX
-        wanted = None
+        wanted, file = None, INDEX
         try:
-            if index.exists():
-                wanted = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            if (folder / INDEX).exists():
+                wanted = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
             for file in sorted(set(wanted.values())) if wanted else ["model.safetensors"]:
                 self._files[file] = safe_open(folder / file, framework="pt")
                 self._places |= dict.fromkeys(self._files[file].keys(), file)
-        except FileNotFoundError as error:
-            raise CheckpointError(f"{folder} holds no weights: {error.filename or error} is missing") from None
+        except FileNotFoundError:
+            raise CheckpointError(f"{folder} holds no weights: {file} is missing", "fetch it again") from None
         except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
-            name = file if "file" in locals() else INDEX
-            raise CheckpointError(f"{folder} is damaged: {name} cannot be read: {error}", "fetch it again") from None
+            raise CheckpointError(f"{folder} is damaged: {file} cannot be read: {error}", "fetch it again") from None
         if wanted is not None and wanted != self._places:
             odd = sorted(wanted.items() ^ self._places.items())[0]
             message = f"{folder} is damaged: {INDEX} and the files disagree on the place of {odd[0]}"
@@ -245,6 +283,11 @@ class SafetensorsFolder(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         return self._files[self._places[name]].get_tensor(name)
+
+    def entry(self, name: str) -> TensorEntry:
+        """Return shape and type of a tensor without reading it."""
+        part = self._files[self._places[name]].get_slice(name)
+        return TensorEntry(tuple(part.get_shape()), _TYPES[part.get_dtype()])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)

@@ -188,6 +188,8 @@ def read_settings(theirs: Mapping[str, Any], origin: str) -> dict[str, Any]:
     for name, key in SETTINGS.items():
         section, _, last = key.rpartition(".")
         (tree[section] if section else tree)[last] = theirs.get(name)
+    if tree["head_dim"] == tree["d_model"] // tree["num_heads"]:
+        tree["head_dim"] = None
     tree["attention"]["rope_theta"] = rope.get("rope_theta", 10_000.0)
     if kind != "default":
         known = ROPE if kind == "llama3" else {"factor": "factor"}

@@ -15,7 +15,9 @@ from transformers.utils import logging
 
 from hopescale.common.errors import CheckpointError, HopescaleError
 from hopescale.config.schema import RunConfig
+from hopescale.convert.hf import EXPORT
 from hopescale.convert.mapping import layer_names
+from hopescale.convert.stacking import read_source
 from hopescale.data.loader import open_data
 from hopescale.infer.generate import generate
 from hopescale.infer.load import Loaded, load_model
@@ -53,19 +55,30 @@ class Verified:
 def verify_folder(folder: Path, checkpoint: Path) -> Verified:
     """Compare a folder of transformers, an export or the source of a stacked model, with a checkpoint.
 
-    Both models are held in memory, in the checkpoint's precision.
+    Both models are held in memory; an export in the checkpoint's precision, any other folder in float32.
 
     Raises:
         CheckpointError: If the folder cannot be loaded, or its answers differ; names the first layer that does.
     """
     loaded = load_model(checkpoint, torch.device("cpu"))
     precision = loaded.config.train.precision
-    theirs = load_transformers(folder, {"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
-    return compare(loaded, theirs, f"{folder}")
+    if (folder / EXPORT).exists():
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+        theirs = load_transformers(folder, dtype, trust_remote_code=True)
+        return compare(loaded, theirs, LIMITS[precision], str(folder))
+    # Families round in other places than we do: what is compared is the function, on the weights that both hold.
+    theirs, _ = load_transformers(folder, torch.float32, trust_remote_code=False), loaded.model.float()
+    rounded = precision == "bf16" and read_source(folder).get("dtype") != "bfloat16"
+    return compare(loaded, theirs, LIMITS["bf16" if rounded else "fp32"], str(folder))
 
 
-def load_transformers(folder: Path, dtype: torch.dtype) -> nn.Module:
-    """Load a folder through `AutoModelForCausalLM`, with the code it brings.
+def load_transformers(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool) -> nn.Module:
+    """Load a folder through `AutoModelForCausalLM`.
+
+    Args:
+        folder: The folder.
+        dtype: Of the weights.
+        trust_remote_code: Whether to run code that the folder brings, as exports do.
 
     Raises:
         CheckpointError: If transformers refuses it, or weights are missing.
@@ -73,7 +86,11 @@ def load_transformers(folder: Path, dtype: torch.dtype) -> nn.Module:
     logging.disable_progress_bar()
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            str(folder), dtype=dtype, trust_remote_code=True, local_files_only=True, output_loading_info=True
+            str(folder),
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            local_files_only=True,
+            output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, AttributeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -84,19 +101,20 @@ def load_transformers(folder: Path, dtype: torch.dtype) -> nn.Module:
 
 
 @torch.no_grad()
-def compare(loaded: Loaded, theirs: nn.Module, origin: str) -> Verified:
+def compare(loaded: Loaded, theirs: nn.Module, limit: float, origin: str) -> Verified:
     """Compare a model of transformers with a checkpoint's.
 
     Args:
         loaded: The checkpoint.
         theirs: The model.
+        limit: See `LIMITS`.
         origin: Where it comes from, for messages.
 
     Raises:
         CheckpointError: If they differ.
     """
     config, ours = loaded.config, loaded.model
-    vocab, limit = config.model.vocab_size, LIMITS[config.train.precision]
+    vocab = config.model.vocab_size
     tokens, text = held_out(config)
     expected = ours(tokens)[0][..., :vocab]
     found = theirs(input_ids=tokens, use_cache=False).logits
@@ -151,7 +169,7 @@ def held_out(config: RunConfig) -> tuple[Tensor, str]:
     except (HopescaleError, IndexError):
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randint(config.model.vocab_size, (ROWS, TOKENS), generator=generator)
-        return tokens, "random tokens (the run's held-out text cannot be read)"
+        return tokens, "random tokens, as there is no held-out text to be read"
 
 
 def _first_difference(ours: Model, theirs: nn.Module, tokens: Tensor, limit: float) -> str:

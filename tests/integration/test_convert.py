@@ -17,6 +17,7 @@ from hopescale.checkpoint.load import read_tensors
 from hopescale.checkpoint.manager import find_checkpoint
 from hopescale.checkpoint.manifest import read_manifest
 from hopescale.infer.load import load_model
+from tests.integration.conftest import Run
 from tests.support.layouts import train_run
 from tests.support.ranks import run_ranks
 
@@ -143,3 +144,89 @@ def test_what_cannot_be_exported_is_refused(hopescale, exports: Path, tmp_path: 
     assert done.code == 4 and "already exists" in done.err
     done = hopescale("convert", "to-hf", exports / "hope", tmp_path / "out", "--shard-size", "none")
     assert done.code == 2 and "--shard-size" in done.err
+
+
+PRETRAINED = {
+    "llama": {"num_key_value_heads": 2, "tie_word_embeddings": False},
+    "qwen3": {"num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": True},
+}
+TRAINING = (
+    "data.sources.markov.synthetic={task: markov, num_symbols: 24}",
+    "train.steps=20",
+    "train.seq_len=32",
+    "train.micro_batch_size=4",
+    "train.global_batch_tokens=128",
+    "train.validation.every=null",
+    "train.precision=fp32",
+    "optim.lr=1e-2",
+    "checkpoint.every=10",
+    "log.every=1",
+    "log.tensorboard=false",
+)
+
+
+@pytest.fixture(scope="module", params=PRETRAINED)
+def pretrained(request, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of a random model of another family."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("pretrained") / request.param
+    sizes = {"vocab_size": 26, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "max_position_embeddings": 64}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(request.param, **sizes, **PRETRAINED[request.param]))
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_a_stacked_model_trains_with_its_cadences(hopescale, pretrained: Path, tmp_path: Path):
+    stacked, run = tmp_path / "stacked", Run(tmp_path / "run")
+    levels = ("--as", "hope-attention", "--levels", "fast=1,slow=4")
+    done = hopescale("convert", "from-hf", pretrained, stacked, *levels)
+    assert done.code == 0 and "64 of 64 tokens equal" in done.out, done.err
+    train = ("train", stacked / "config.yaml", *TRAINING, "--init", stacked, "--run-dir", run.path)
+    done = hopescale(*train, "--stop-at", 10)
+    assert done.code == 0 and "weights from" in done.out, done.err
+    done = hopescale(*train)
+    assert done.code == 0 and "at step 10" in done.out and "weights from" not in done.out
+    records = [record for record in run.values() if "loss" in record]
+    assert [record["step"] for record in records if "level/slow/updates" in record] == [4, 8, 12, 16, 20]
+    losses = [record["loss"] for record in records]
+    assert sum(losses[-5:]) < sum(losses[:5]) - 0.1
+    before, after = read_tensors_of(stacked), run.tensors(20)
+    moved = [name for name, tensor in before.items() if not torch.equal(tensor, after[name])]
+    assert {name for name in before if ".cms." in name} <= {*moved}
+    assert hopescale("convert", "to-hf", run.path, tmp_path / "hf").code == 0
+
+
+def read_tensors_of(run: Path) -> dict[str, Tensor]:
+    checkpoint = find_checkpoint(run)
+    return read_tensors(checkpoint, list(read_manifest(checkpoint).tensors))
+
+
+def test_weights_of_another_model_do_not_begin_a_run(hopescale, runs: Path, tmp_path: Path):
+    config = runs / "hope" / "config.yaml"
+    args = ("train", config, "parallel.tp=1", "parallel.pp=1", "--run-dir", tmp_path / "run")
+    done = hopescale(*args, "--init", runs / "transformer")
+    assert done.code == 2 and "model.mixer: is self_modifying, but attention in" in done.err
+    done = hopescale(*args, "--init", runs / "hope", "train.precision=bf16")
+    assert done.code == 4 and "train.precision" in done.err
+    done = hopescale(*args, "--init", runs / "hope", "train.steps=2", "model.cms.levels.slow.update_every_steps=2")
+    assert done.code == 0 and "which is at step 3" in done.out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--as", "mamba"), "--as is mamba"),
+        (("--as", "hope-attention"), "needs --levels"),
+        (("--as", "hope-attention", "--levels", "fast"), "--levels"),
+        (("--as", "hope-attention", "--levels", "fast=1", "--stacking", "deep"), "--stacking is deep"),
+        (("--as", "transformer", "--levels", "fast=1"), "no effect with --as transformer"),
+        (("--levels", "fast=1"), "no effect without --as"),
+        (("--precision", "bf16"), "no effect without --as"),
+    ],
+)
+def test_options_of_from_hf_that_do_not_fit(hopescale, tmp_path: Path, options: tuple[str, ...], message: str):
+    done = hopescale("convert", "from-hf", tmp_path, tmp_path / "out", *options)
+    assert (done.code, done.out) == (2, "") and message in done.err

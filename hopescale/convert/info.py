@@ -1,0 +1,113 @@
+"""What a folder is: a checkpoint, an export, or a model of transformers; from its small files alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from hopescale.checkpoint.manager import find_checkpoint
+from hopescale.checkpoint.manifest import TOKENIZER, FileEntry, Manifest, TensorEntry, read_manifest
+from hopescale.common.errors import CheckpointError
+from hopescale.common.units import format_bytes, format_count
+from hopescale.config.load import from_dict
+from hopescale.config.plan import by_period
+from hopescale.config.schema import RunConfig
+from hopescale.convert.hf import EXPORT, SafetensorsFolder, num_bytes
+from hopescale.cost.params import count_params
+
+
+def describe(path: Path) -> dict[str, str]:
+    """Say what a folder is.
+
+    Args:
+        path: A run folder, a checkpoint, an export, or a folder of transformers.
+
+    Returns:
+        Lines by title, the kind first.
+
+    Raises:
+        CheckpointError: If it is none of these, or its manifest is damaged.
+    """
+    if (path / EXPORT).exists():
+        manifest = read_manifest(path, EXPORT)
+        files = len([name for name in manifest.files if name.endswith(".safetensors")])
+        rows = {"kind": f"export for transformers, {files} files of weights"}
+        return rows | _of_manifest(manifest, path)
+    if (path / "config.json").exists():
+        return _of_transformers(path)
+    folder = find_checkpoint(path)
+    manifest = read_manifest(folder)
+    ranks = len({name.split("_")[2] for name in manifest.files if name.endswith(".distcp")})
+    config = from_dict(manifest.config, str(folder))
+    degrees = ", ".join(f"{axis} {getattr(config.parallel, axis) or 'open'}" for axis in ("dp", "tp", "pp"))
+    rows = {
+        "kind": f"checkpoint {folder}",
+        "layout": f"saved by {ranks} rank{'s' if ranks > 1 else ''} ({degrees}, zero {config.parallel.zero}); fits any",
+    }
+    return rows | _of_manifest(manifest, folder) | {"optimizer": _optimizer(manifest, config)}
+
+
+def _of_manifest(manifest: Manifest, folder: Path) -> dict[str, str]:
+    config = from_dict(manifest.config, str(folder))
+    weights = [entry for name, entry in manifest.tensors.items() if not name.startswith(("optimizer.", "generators."))]
+    versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
+    data = manifest.identity.get("data")
+    return {
+        "name": config.name,
+        "step": f"{manifest.step:,} of {config.train.steps:,}, {manifest.progress['tokens_seen']:,} tokens seen",
+        **_of_model(config),
+        "weights": f"{_size(weights)}, {config.train.precision}",
+        "data": "none yet" if data is None else f"{', '.join(config.data.sources)} ({data[:12]})",
+        "tokenizer": _tokenizer(manifest.files),
+        "files": format_bytes(sum(entry.bytes for entry in manifest.files.values())),
+        "written by": versions,
+    }
+
+
+def _of_model(config: RunConfig) -> dict[str, str]:
+    model = config.model
+    counts = ", ".join(f"{part} {format_count(count)}" for part, count in count_params(model).items())
+    levels = [f"{name} {level.d_ff} every {level.update_every_steps}" for name, level in by_period(model.cms.levels)]
+    where = "in every block" if model.cms.placement == "every_block" else "over depth"
+    return {
+        "model": f"{model.mixer}, {model.num_layers} blocks, width {model.d_model}, {model.num_heads} heads, "
+        f"vocabulary {model.vocab_size:,}",
+        "parameters": counts,
+        "levels": f"{'; '.join(levels)} ({where}, {model.cms.variant})",
+    }
+
+
+def _optimizer(manifest: Manifest, config: RunConfig) -> str:
+    state = [entry for name, entry in manifest.tensors.items() if name.startswith("optimizer.")]
+    if not state:
+        return "none: weights alone"
+    rules = ", ".join(f"{name}: {group.rule}" for name, group in config.optim.groups.items())
+    return f"{rules}; {_size(state)} of state"
+
+
+def _size(entries: Iterable[TensorEntry]) -> str:
+    entries = list(entries)
+    return f"{len(entries)} tensors, {format_bytes(sum(map(num_bytes, entries)))}"
+
+
+def _tokenizer(files: dict[str, FileEntry]) -> str:
+    return f"{TOKENIZER} ({files[TOKENIZER].sha256[:12]})" if TOKENIZER in files else "none"
+
+
+def _of_transformers(path: Path) -> dict[str, str]:
+    from hopescale.convert.mapping import read_settings
+    from hopescale.convert.stacking import read_source
+
+    theirs = read_source(path)
+    tensors = SafetensorsFolder(path)
+    rows = {
+        "kind": f"model of transformers, {theirs.get('model_type')}",
+        "model": f"{theirs.get('num_hidden_layers')} layers, width {theirs.get('hidden_size')}, "
+        f"{theirs.get('num_attention_heads')} heads, vocabulary {theirs.get('vocab_size'):,}",
+        "weights": _size(tensors.entry(name) for name in tensors),
+    }
+    try:
+        read_settings(theirs, str(path))
+    except CheckpointError as error:
+        return rows | {"stacking": f"no: {error.message}"}
+    return rows | {"stacking": "yes: convert from-hf --as hope-attention --levels ..."}

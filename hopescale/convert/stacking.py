@@ -1,0 +1,124 @@
+"""Level stacking (Nested Learning, Section 7.3): a pre-trained Transformer's MLPs become levels.
+
+The stacked model computes what the source does, until it is trained.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig
+
+from hopescale.checkpoint.manifest import TOKENIZER, Manifest, fingerprint
+from hopescale.common.errors import CheckpointError, ConfigError, DataError
+from hopescale.config.check import check
+from hopescale.config.load import from_dict, to_dict
+from hopescale.config.plan import by_period, levels_of_block
+from hopescale.config.schema import ModelConfig, RunConfig
+from hopescale.convert.hf import SafetensorsFolder, weight_entries, write_checkpoint
+from hopescale.convert.mapping import join, pairs, read_settings
+from hopescale.data.tokenizer import Tokenizer
+
+Stacking = Literal["copy", "depth"]
+PLACEMENTS = {"copy": "every_block", "depth": "depth"}
+"""Where levels stand. `copy`: the slowest level of a block is the source's MLP; the others begin as copies of it whose
+last matrix is zero, so that they add nothing yet. `depth`: a block's MLP becomes the one level of the block."""
+
+
+def stack(folder: Path, out: Path, levels: Mapping[str, int], stacking: Stacking, precision: str | None) -> Path:
+    """Write the checkpoint of a model whose levels are made of a pre-trained model's MLPs.
+
+    Args:
+        folder: Of the pre-trained model: Llama, Qwen2 or Qwen3.
+        out: Run folder to create.
+        levels: Period of each level, by name. One of period 1 makes a Transformer.
+        stacking: See `PLACEMENTS`.
+        precision: As `train.precision`; None is bf16 for a source in bfloat16, else fp32.
+
+    Returns:
+        The checkpoint, at step 0.
+
+    Raises:
+        ConfigError: If the levels do not make a model.
+        CheckpointError: If the folder is damaged or of another kind, or `out` exists or cannot be written.
+    """
+    theirs = read_source(folder)
+    settings = read_settings(theirs, str(folder))
+    source = SafetensorsFolder(folder)
+    if precision is None:
+        precision = "bf16" if _dtype_of_source(source) == torch.bfloat16 else "fp32"
+    settings["cms"] = {
+        "placement": PLACEMENTS[stacking],
+        "levels": {n: {"d_ff": theirs["intermediate_size"], "update_every_steps": p} for n, p in levels.items()},
+    }
+    config = _config(folder, settings, precision)
+    weights = _stacked(source, config, folder)
+    tree = to_dict(config)
+    manifest = Manifest({"step": 0, "tokens_seen": 0}, tree, {"model": fingerprint(tree["model"])})
+    return write_checkpoint(out, weights, manifest, tokenizer=_tokenizer(folder, config.model))
+
+
+def read_source(folder: Path) -> dict[str, Any]:
+    """Read the config of a pre-trained model, standardised by transformers.
+
+    Raises:
+        CheckpointError: If there is none, or it is not readable.
+    """
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"{folder} is no folder of transformers: it holds no config.json", "fetch the model first"
+        )
+    try:
+        return AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False).to_dict()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"transformers cannot read {folder / 'config.json'}: {reason}") from error
+
+
+def _dtype_of_source(source: SafetensorsFolder) -> torch.dtype:
+    return source[next(iter(source))].dtype
+
+
+def _config(folder: Path, model: Mapping[str, Any], precision: str) -> RunConfig:
+    tree = to_dict(RunConfig())
+    tree["name"] = re.sub(r"[^A-Za-z0-9._-]+", "-", folder.resolve().name).strip("-._") or "stacked"
+    tree["model"] = model
+    tree["train"]["precision"] = precision
+    config = from_dict(tree, str(folder))
+    if problems := [problem for problem in check(config) if problem.key.startswith("model.")]:
+        raise ConfigError(problems)
+    return config
+
+
+def _stacked(source: SafetensorsFolder, config: RunConfig, folder: Path) -> dict[str, Tensor]:
+    """Return all weights: each of the source's in its place, and in the levels beside it copies that add nothing."""
+    model, types = config.model, {name: entry[1] for name, entry in weight_entries(config).items()}
+    used, weights = set(), {}
+    for pair in pairs(model, lambda block: [*levels_of_block(model, block)][-1]):
+        if missing := [name for name in pair.theirs if name not in source]:
+            raise CheckpointError(f"{folder} does not hold {missing[0]}, which its config asks for")
+        used |= {*pair.theirs}
+        weights[pair.ours] = join(pair, [source[name] for name in pair.theirs], model).to(types[pair.ours])
+    ignored = {name for name in source if name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq")}
+    if surplus := sorted(source.keys() - used - ignored):
+        raise CheckpointError(f"{folder} holds {surplus[0]}, which hopescale's model has no place for")
+    slowest, *faster = [name for name, _ in by_period(model.cms.levels)][::-1]
+    for name in [name for name in types if name not in weights]:
+        level = next(level for level in faster if f".levels.{level}." in name)
+        original = weights[name.replace(f".levels.{level}.", f".levels.{slowest}.")]
+        weights[name] = torch.zeros_like(original) if name.endswith("down.weight") else original.clone()
+    return {name: weights[name] for name in types}
+
+
+def _tokenizer(folder: Path, model: ModelConfig) -> Path | None:
+    """Return the source's SentencePiece model, if it has one with as many pieces as the model knows."""
+    path = folder / TOKENIZER
+    try:
+        return path if path.exists() and Tokenizer.load(path).vocab_size == model.vocab_size else None
+    except DataError:
+        return None
