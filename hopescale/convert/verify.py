@@ -139,7 +139,9 @@ def _compare_greedy(loaded: Loaded, theirs: nn.Module, prompt: Tensor, limit: fl
     steps = generate(loaded.model, prompt, max_tokens=GREEDY, sampling=Sampling(), generator=torch.Generator())
     own = [int(step.token) for step in steps]
     theirs.generation_config.eos_token_id = None
-    other = theirs.generate(prompt, max_new_tokens=GREEDY, do_sample=False)[0, prompt.shape[1] :].tolist()
+    # Without a mask, transformers takes end-of-text tokens of the prompt for padding.
+    options = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": GREEDY, "do_sample": False}
+    other = theirs.generate(prompt, **options)[0, prompt.shape[1] :].tolist()
     if own == other:
         return f"{GREEDY} of {GREEDY} tokens equal"
     place = next(i for i in range(GREEDY) if own[i] != other[i])

@@ -33,7 +33,7 @@ ARCHITECTURES = {
 def train_all(rank: int, root: Path) -> None:
     """Train each architecture on two stages of two tensor-parallel ranks."""
     for name, overrides in ARCHITECTURES.items():
-        train_run(root / name, 4, "parallel.tp=2", "parallel.pp=2", *overrides, last_step=3)
+        train_run(root / name, 4, "parallel.tp=2", "parallel.pp=2", "model.num_layers=2", *overrides, last_step=3)
 
 
 @pytest.fixture(scope="module")
