@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hopescale.config.schema import AttentionConfig, CmsConfig, ModelConfig, SelfModifyingConfig
+from hopescale.config.schema import AttentionConfig, CmsConfig, LevelConfig, ModelConfig, SelfModifyingConfig
 from hopescale.cost.params import count_params
 from hopescale.models import Model, level_of
 from hopescale.parallel.layers import cross_entropy_sum

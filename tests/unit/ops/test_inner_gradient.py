@@ -55,7 +55,8 @@ def test_writes_are_minus_the_gradient_of_the_inner_loss(
         if own_target:
             target = target + torch.nn.functional.silu(rows[TOKENS + t]) @ w1.detach()
         error = answer - target if objective == "l2" else -target
-        error = error.detach() * (1.0 if cap is None else min(1.0, cap / float((error * error).detach().sum() + 1e-12) ** 0.5))
+        error = error.detach()
+        error = error * (1.0 if cap is None else min(1.0, cap / float(error @ error + 1e-12) ** 0.5))
         torch.testing.assert_close(surprise[b, h, n, t], error.norm())
         error = error * (inputs["fresh"][b, h, t].detach() if with_fresh else 1.0)
         d_a, d_w1 = torch.autograd.grad(answer, [a, w1], grad_outputs=error)
