@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import get_args
 
 import torch
 
 from hopescale.common.errors import ConfigError
 from hopescale.config.check import require_valid
 from hopescale.config.load import load_recipe
-from hopescale.config.schema import ModelConfig
+from hopescale.config.schema import ModelConfig, TrainConfig
 from hopescale.models import Model
+from hopescale.models.recompute import Recompute
 
 BASELINE = "transformer"
 """What every ratio is taken to."""
@@ -46,6 +48,7 @@ class Shape:
     layers: int
     batch: int
     recompute: str
+    compile: bool = False
 
 
 def add_shape(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +57,8 @@ def add_shape(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--batch", type=int, default=2, help="sequences")
-    parser.add_argument("--recompute", default="none", choices=("none", "block", "memory"))
+    parser.add_argument("--recompute", default=TrainConfig().recompute, choices=get_args(Recompute))
+    parser.add_argument("--compile", action="store_true", help="compile chunk loops: minutes before the first pass")
 
 
 def shape_of(arguments: argparse.Namespace) -> Shape:
@@ -90,7 +94,8 @@ def make_pass(mixer: str, shape: Shape, seq_len: int, device: torch.device) -> C
     On a CUDA device weights and activations are bfloat16, except where the model keeps float32.
     """
     blocks = range(1, shape.layers + 1)
-    stack = Model(configure(mixer, shape), blocks=blocks, recompute=shape.recompute).to(device)
+    computed = {"recompute": shape.recompute, "compiled": shape.compile}
+    stack = Model(configure(mixer, shape), blocks=blocks, **computed).to(device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     stack.to_precision(dtype)
     x = torch.randn(seq_len, shape.batch, shape.d_model, device=device, dtype=dtype, requires_grad=True)
