@@ -53,6 +53,8 @@ def train(
             message = f"--nproc {nproc}, but this is already rank {place.rank} of {place.world_size}"
             raise ConfigError(message, "leave --nproc out under torchrun and srun")
     try:
+        if init is not None and resume not in ("auto", "never"):
+            raise ConfigError(f"--init has no effect with --resume {resume}, which continues a run", "leave one out")
         loaded, layout = _checked(recipe, overrides or (), place.world_size if place else nproc or 1, stop_at)
     except HopescaleError as error:
         error.repeated = place is not None and place.rank > 0

@@ -9,6 +9,7 @@ from typing import Any
 from hopescale.common.errors import Problem
 from hopescale.config.fields import leaves
 from hopescale.config.load import DEFAULT
+from hopescale.config.plan import by_period
 from hopescale.config.schema import RunConfig
 from hopescale.config.values import format_value
 
@@ -69,18 +70,23 @@ def identity_problems(old: RunConfig, new: RunConfig) -> list[Problem]:
 
 
 def model_problems(old: RunConfig, new: RunConfig, origin: str) -> list[Problem]:
-    """List the keys at which a model is not the one whose weights were saved, but for `FREE`.
+    """List the keys at which a model is not the one whose weights were saved, but for `FREE`; levels keep their order.
 
     Args:
         old: The config saved with the weights.
         new: The config of a run that begins with them.
         origin: Where the weights are.
     """
-    return [
+    problems = [
         Problem(key, f"is {_format(after)}, but {_format(before)} in {origin}", hint="set it as it is there")
         for key, before, after in diff(old, new)
         if key.startswith("model.") and key.rpartition(".")[2] not in FREE
     ]
+    before, after = (", ".join(name for name, _ in by_period(config.model.cms.levels)) for config in (old, new))
+    if not problems and before != after:
+        message = f"are {after} from fast to slow, but {before} in {origin}: their order changes what they compute"
+        problems.append(Problem("model.cms.levels", message, hint="choose periods that keep the order"))
+    return problems
 
 
 def _format(value: Any) -> str:

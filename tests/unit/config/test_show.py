@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from hopescale.config.load import load_recipe, load_resolved
-from hopescale.config.show import ABSENT, diff, format_diff, identity_problems, show
+from hopescale.config.show import ABSENT, diff, format_diff, identity_problems, model_problems, show
 
 
 @pytest.fixture
@@ -73,3 +73,12 @@ def test_a_resumed_run_keeps_its_identity(load, override):
 def test_a_resumed_run_may_change_the_rest(load, override):
     old, new = load().config, load(override).config
     assert identity_problems(old, new) == [] and len(diff(old, new)) == 1
+
+
+def test_weights_begin_models_whose_levels_keep_their_order(load):
+    levels = ("model.cms.levels.mlp.update_every_steps=2", "model.cms.levels.slow={d_ff: 64, update_every_steps: 4}")
+    old = load(*levels).config
+    slower = load(*levels, "model.cms.levels.slow.update_every_steps=8").config
+    assert model_problems(old, slower, "there") == []
+    (problem,) = model_problems(old, load(*levels, "model.cms.levels.slow.update_every_steps=1").config, "there")
+    assert problem.key == "model.cms.levels" and "are slow, mlp from fast to slow, but mlp, slow" in problem.message
