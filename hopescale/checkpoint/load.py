@@ -69,7 +69,7 @@ def _read(tensors: dict[str, Tensor], folder: Path, group: dist.ProcessGroup | N
         try:
             dcp.load(tensors, storage_reader=dcp.FileSystemReader(folder), process_group=group)
         except (Exception, dcp.CheckpointException) as error:
-            raise CheckpointError(f"cannot read the tensors of {folder}: {_first_line(error)}") from error
+            raise CheckpointError(f"cannot read the tensors of {folder}: {first_line(error)}") from error
 
 
 @contextmanager
@@ -143,7 +143,8 @@ def _listed(names: list[str]) -> str:
     return f"{shown} and {len(names) - _SHOWN} more" if len(names) > _SHOWN else shown
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Return the type of an error and the first line of what it says."""
     if isinstance(error, dcp.CheckpointException):
         error, _ = error.failures[min(error.failures)]
     return f"{type(error).__name__}: {error}".splitlines()[0]

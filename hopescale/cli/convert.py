@@ -94,7 +94,10 @@ def _levels(as_: str | None, levels: str | None, stacking: str | None, precision
     if levels is None:
         raise ConfigError("--as hope-attention needs --levels", "as in --levels fast=1,mid=4,slow=16")
     pairs = [part.partition("=") for part in levels.split(",")]
-    return {name.strip(): read_count("--levels", period) for name, _, period in pairs}
+    names = [name.strip() for name, _, _ in pairs]
+    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise ConfigError(f"--levels names {twice[0]} more than once")
+    return {name: read_count("--levels", period) for name, (_, _, period) in zip(names, pairs, strict=True)}
 
 
 @app.command()

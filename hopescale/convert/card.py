@@ -21,8 +21,8 @@ A language model of {total} parameters, trained by hopescale {version}: {layers}
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("PATH", trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained("PATH"{trust})
+tokenizer = AutoTokenizer.from_pretrained("PATH"{trust})
 inputs = tokenizer(["A prompt"], return_tensors="pt")
 print(tokenizer.batch_decode(model.generate(**inputs, max_new_tokens=40)))
 ```
@@ -54,7 +54,7 @@ Data seed {seed}; fingerprint of the data `{data}`.
 """
 
 
-def model_card(manifest: Manifest, config: RunConfig, recipe: str, tokenizer: str) -> str:
+def model_card(manifest: Manifest, config: RunConfig, recipe: str, tokenizer: str, *, own_code: bool) -> str:
     """Write a model card.
 
     Args:
@@ -62,11 +62,13 @@ def model_card(manifest: Manifest, config: RunConfig, recipe: str, tokenizer: st
         config: Its config.
         recipe: The same as YAML.
         tokenizer: A sentence about the tokenizer.
+        own_code: Whether the folder brings the model's code.
     """
     levels = by_period(config.model.cms.levels)
     memories = "self-modifying memories" if config.model.mixer == "self_modifying" else "softmax attention"
     return _TEXT.format(
         name=config.name,
+        trust=", trust_remote_code=True" if own_code else "",
         total=format_count(count_params(config.model)["total"]),
         version=manifest.versions.get("hopescale", ""),
         layers=config.model.num_layers,

@@ -44,7 +44,9 @@ EXPORT = "hopescale.json"
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model."
 """What begins the names of weights in a checkpoint, and those only."""
-_TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "U8": "uint8"}
+_TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_TYPES |= {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "BOOL": "bool", "U8": "uint8"}
+_TYPES |= {"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8"}
 CODE = Path(__file__).with_name("hf_model")
 
 
@@ -129,7 +131,11 @@ def _write_weights(
         for name in names:
             pair = by_name[name]
             parts |= zip(pair.theirs, split(pair, tensors.pop(f"{WEIGHTS}{name}"), model), strict=True)
-        save_file(parts, folder / file, {"format": "pt"})
+        try:
+            save_file(parts, folder / file, {"format": "pt"})
+        except SafetensorError as error:
+            hint = "free some space or choose a folder on another disk; the unfinished folder was removed"
+            raise CheckpointError(f"cannot write {file}: {error}", hint) from error
         places |= dict.fromkeys(parts, file)
         size += sum(part.nbytes for part in parts.values())
         del parts
@@ -166,7 +172,8 @@ def _write_texts(folder: Path, source: Path, manifest: Manifest, config: RunConf
         note = write_tokenizer(folder)
     _write_json(folder / "config.json", {**body, **special})
     _write_json(folder / "generation_config.json", {"do_sample": False, **special, **pad})
-    (folder / "README.md").write_text(model_card(manifest, config, to_yaml(config), note), encoding="utf-8")
+    card = model_card(manifest, config, to_yaml(config), note, own_code="auto_map" in body)
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def _write_json(path: Path, body: Mapping[str, Any]) -> None:
@@ -186,6 +193,9 @@ def restore_export(folder: Path, out: Path) -> Path:
     Raises:
         CheckpointError: If a file is missing or changed, or `out` exists or cannot be written.
     """
+    if (folder / "config.json").exists() and not (folder / EXPORT).exists():
+        hint = "to begin from a Llama or Qwen, say what it becomes: --as hope-attention --levels ..."
+        raise CheckpointError(f"{folder} was not written by `convert to-hf`: it holds no {EXPORT}", hint)
     manifest = read_manifest(folder, EXPORT)
     if problems := file_problems(folder, manifest.files, digests=True):
         raise damaged(folder, problems)
@@ -274,8 +284,10 @@ class SafetensorsFolder(Mapping[str, Tensor]):
                 self._places |= dict.fromkeys(self._files[file].keys(), file)
         except FileNotFoundError:
             raise CheckpointError(f"{folder} holds no weights: {file} is missing", "fetch it again") from None
-        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{folder} is damaged: {file} cannot be read: {error}", "fetch it again") from None
+        if not self._places:
+            raise CheckpointError(f"{folder} holds no weights: {file} is empty", "fetch it again")
         if wanted is not None and wanted != self._places:
             odd = sorted(wanted.items() ^ self._places.items())[0]
             message = f"{folder} is damaged: {INDEX} and the files disagree on the place of {odd[0]}"
@@ -285,9 +297,15 @@ class SafetensorsFolder(Mapping[str, Tensor]):
         return self._files[self._places[name]].get_tensor(name)
 
     def entry(self, name: str) -> TensorEntry:
-        """Return shape and type of a tensor without reading it."""
+        """Return shape and type of a tensor without reading it.
+
+        Raises:
+            CheckpointError: If it is of a type that is not known here.
+        """
         part = self._files[self._places[name]].get_slice(name)
-        return TensorEntry(tuple(part.get_shape()), _TYPES[part.get_dtype()])
+        if (kind := part.get_dtype()) not in _TYPES:
+            raise CheckpointError(f"{name} is of the type {kind}; known are {', '.join(_TYPES)}")
+        return TensorEntry(tuple(part.get_shape()), _TYPES[kind])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)

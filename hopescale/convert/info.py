@@ -15,6 +15,14 @@ from hopescale.config.schema import RunConfig
 from hopescale.convert.hf import EXPORT, SafetensorsFolder, num_bytes
 from hopescale.cost.params import count_params
 
+_SIZES = {
+    "num_hidden_layers": "{} layers",
+    "hidden_size": "width {}",
+    "num_attention_heads": "{} heads",
+    "vocab_size": "vocabulary {:,}",
+}
+"""What most configs of transformers state; those of several models in one do not."""
+
 
 def describe(path: Path) -> dict[str, str]:
     """Say what a folder is.
@@ -100,10 +108,10 @@ def _of_transformers(path: Path) -> dict[str, str]:
 
     theirs = read_source(path)
     tensors = SafetensorsFolder(path)
+    sizes = [text.format(theirs[key]) for key, text in _SIZES.items() if isinstance(theirs.get(key), int)]
     rows = {
         "kind": f"model of transformers, {theirs.get('model_type')}",
-        "model": f"{theirs.get('num_hidden_layers')} layers, width {theirs.get('hidden_size')}, "
-        f"{theirs.get('num_attention_heads')} heads, vocabulary {theirs.get('vocab_size'):,}",
+        "model": ", ".join(sizes) or "of unknown sizes",
         "weights": _size(tensors.entry(name) for name in tensors),
     }
     try:

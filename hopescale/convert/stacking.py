@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
+from hopescale.checkpoint.load import first_line
 from hopescale.checkpoint.manifest import TOKENIZER, Manifest, fingerprint
 from hopescale.common.errors import CheckpointError, ConfigError, DataError
 from hopescale.config.check import check
@@ -24,6 +25,7 @@ from hopescale.convert.hf import SafetensorsFolder, weight_entries, write_checkp
 from hopescale.convert.mapping import join, pairs, read_settings
 from hopescale.data.tokenizer import Tokenizer
 
+FLOATS = ("float64", "float32", "float16", "bfloat16")
 Stacking = Literal["copy", "depth"]
 PLACEMENTS = {"copy": "every_block", "depth": "depth"}
 """Where levels stand. `copy`: the slowest level of a block is the source's MLP; the others begin as copies of it whose
@@ -69,15 +71,22 @@ def read_source(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: If there is none, or it is not readable.
     """
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(
-            f"{folder} is no folder of transformers: it holds no config.json", "fetch the model first"
-        )
+    require_config(folder)
     try:
         return AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False).to_dict()
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"transformers cannot read {folder / 'config.json'}: {reason}") from error
+    except Exception as error:  # each family checks its config in its own way
+        raise CheckpointError(f"transformers cannot read {folder / 'config.json'}: {first_line(error)}") from error
+
+
+def require_config(folder: Path) -> None:
+    """Refuse what is no folder of transformers, which itself would look for a model of that name elsewhere.
+
+    Raises:
+        CheckpointError: If there is no config.
+    """
+    if not (folder / "config.json").is_file():
+        message = f"{folder} is no folder of transformers: it holds no config.json"
+        raise CheckpointError(message, "fetch the model first")
 
 
 def _dtype_of_source(source: SafetensorsFolder) -> torch.dtype:
@@ -102,11 +111,18 @@ def _stacked(source: SafetensorsFolder, config: RunConfig, folder: Path) -> dict
     for pair in pairs(model, lambda block: [*levels_of_block(model, block)][-1]):
         if missing := [name for name in pair.theirs if name not in source]:
             raise CheckpointError(f"{folder} does not hold {missing[0]}, which its config asks for")
+        if odd := [name for name in pair.theirs if source.entry(name).dtype not in FLOATS]:
+            message = f"{folder} is quantised: {odd[0]} is {source.entry(odd[0]).dtype}, not {' or '.join(FLOATS)}"
+            raise CheckpointError(message, "take the model's unquantised weights")
         used |= {*pair.theirs}
         weights[pair.ours] = join(pair, [source[name] for name in pair.theirs], model).to(types[pair.ours])
     ignored = {name for name in source if name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq")}
     if surplus := sorted(source.keys() - used - ignored):
         raise CheckpointError(f"{folder} holds {surplus[0]}, which hopescale's model has no place for")
+    tied, head = model.tie_embeddings, "lm_head.weight"
+    if tied and head in source and not torch.equal(source[head], source["model.embed_tokens.weight"]):
+        message = f"the config of {folder} ties the embeddings, but {head} is not model.embed_tokens.weight"
+        raise CheckpointError(message, "set tie_word_embeddings to false in its config.json")
     slowest, *faster = [name for name, _ in by_period(model.cms.levels)][::-1]
     for name in [name for name in types if name not in weights]:
         level = next(level for level in faster if f".levels.{level}." in name)

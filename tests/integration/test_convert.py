@@ -213,6 +213,8 @@ def test_weights_of_another_model_do_not_begin_a_run(hopescale, runs: Path, tmp_
     assert done.code == 4 and "train.precision" in done.err
     done = hopescale(*args, "--init", runs / "hope", "train.steps=2", "model.cms.levels.slow.update_every_steps=2")
     assert done.code == 0 and "which is at step 3" in done.out
+    done = hopescale(*args, "--init", runs / "hope", "--resume", runs / "hope")
+    assert done.code == 2 and "--init has no effect with --resume" in done.err
 
 
 @pytest.mark.parametrize(
@@ -221,6 +223,7 @@ def test_weights_of_another_model_do_not_begin_a_run(hopescale, runs: Path, tmp_
         (("--as", "mamba"), "--as is mamba"),
         (("--as", "hope-attention"), "needs --levels"),
         (("--as", "hope-attention", "--levels", "fast"), "--levels"),
+        (("--as", "hope-attention", "--levels", "fast=1,fast=4"), "names fast more than once"),
         (("--as", "hope-attention", "--levels", "fast=1", "--stacking", "deep"), "--stacking is deep"),
         (("--as", "transformer", "--levels", "fast=1"), "no effect with --as transformer"),
         (("--levels", "fast=1"), "no effect without --as"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 from dataclasses import replace
@@ -125,6 +126,8 @@ def test_a_folder_that_is_no_export_is_refused(tmp_path: Path):
     (tmp_path / "empty").mkdir()
     assert f"holds no {EXPORT}" in refused(tmp_path / "empty", tmp_path)
     assert "does not exist" in refused(tmp_path / "nowhere", tmp_path)
+    (tmp_path / "empty" / "config.json").write_text("{}")
+    assert "was not written by `convert to-hf`" in refused(tmp_path / "empty", tmp_path)
 
 
 def test_files_that_disagree_with_their_index_are_refused(exported: Path, tmp_path: Path):
@@ -140,6 +143,12 @@ def test_files_that_disagree_with_their_index_are_refused(exported: Path, tmp_pa
     shard.unlink()
     with pytest.raises(CheckpointError, match="holds no weights"):
         SafetensorsFolder(exported)
+    shard.mkdir()
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        SafetensorsFolder(exported)
+    save_file({}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is empty"):
+        SafetensorsFolder(tmp_path)
 
 
 def test_weights_of_another_model_are_refused(save, tmp_path: Path):
@@ -158,6 +167,18 @@ def test_weights_of_another_model_are_refused(save, tmp_path: Path):
 def test_an_output_that_exists_stays(save, exported: Path):
     with pytest.raises(CheckpointError, match="already exists"):
         export(save(), exported, shard_bytes=SHARD)
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(save, tmp_path: Path):
+    checkpoint = save()
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (SHARD // 2, most))
+    try:
+        with pytest.raises(CheckpointError, match="cannot write model-00001-of"):
+            export(checkpoint, tmp_path / "full", shard_bytes=SHARD)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    assert [path for path in tmp_path.iterdir() if "full" in path.name] == []
 
 
 def test_a_damaged_checkpoint_is_refused(save, tmp_path: Path):

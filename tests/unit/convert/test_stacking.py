@@ -100,6 +100,13 @@ def test_a_transformer_and_back_keeps_every_bit(sources, tmp_path: Path, family:
     assert read_settings(settings[0], "before") == read_settings(settings[1], "after")
 
 
+def test_the_card_of_a_native_export_needs_no_code_of_ours(sources, tmp_path: Path):
+    checkpoint = stack(sources["llama"], tmp_path / "run", {"mlp": 1}, "copy", None)
+    for native in (True, False):
+        export(checkpoint, tmp_path / f"{native}", shard_bytes=90_000, native=native)
+        assert ("trust_remote_code" in (tmp_path / f"{native}" / "README.md").read_text()) is not native
+
+
 def test_a_source_in_bfloat16_stays_so(tmp_path: Path):
     source = make_source(tmp_path / "source", "llama", torch.bfloat16)
     checkpoint = stack(source, tmp_path / "out", LEVELS, "copy", None)
@@ -167,6 +174,10 @@ def test_folders_that_are_not_whole_are_refused(tmp_path: Path):
     refused(r"k_proj.weight has the shape \[16, 32\], its config asks for \[32\]")
     (source / "config.json").write_text(json.dumps({**json.loads(config), "intermediate_size": 50}))
     refused("not those of its config; different")
+    (source / "config.json").write_text(json.dumps({**json.loads(config), "num_hidden_layers": "four"}))
+    refused("transformers cannot read .*num_hidden_layers")
+    (source / "config.json").write_text(json.dumps({**json.loads(config), "tie_word_embeddings": True}))
+    refused(r"ties the embeddings, but lm_head\.weight is not")
     (source / "config.json").write_text(config[:40])
     refused("transformers cannot read")
     (source / "config.json").write_text(config)
@@ -174,6 +185,37 @@ def test_folders_that_are_not_whole_are_refused(tmp_path: Path):
     refused("model.safetensors.index.json cannot be read")
     (source / "config.json").unlink()
     refused("holds no config.json")
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float8_e4m3fn])
+def test_a_quantised_model_is_described_and_refused(tmp_path: Path, dtype: torch.dtype):
+    source = make_source(tmp_path / "source", "llama")
+    for file in source.glob("*.safetensors"):
+        tensors = load_file(file)
+        for name in tensors.keys() & {"model.layers.2.mlp.up_proj.weight"}:
+            tensors[name] = tensors[name].to(dtype)
+        save_file(tensors, file, {"format": "pt"})
+    assert "tensors" in describe(source)["weights"]
+    with pytest.raises(CheckpointError, match=r"is quantised: model\.layers\.2\.mlp\.up_proj\.weight is"):
+        stack(source, tmp_path / "out", LEVELS, "copy", None)
+
+
+def test_info_describes_models_that_state_no_vocabulary(tmp_path: Path):
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+    save_file({"weight": torch.zeros(2)}, tmp_path / "model.safetensors")
+    rows = describe(tmp_path)
+    assert rows["model"].startswith("12 layers") and rows["stacking"].startswith("no: ")
+
+
+def test_a_comparison_with_what_does_not_fit_is_one_message(sources, save, tmp_path: Path):
+    with pytest.raises(CheckpointError, match="has a vocabulary of 100, .* one of 40"):
+        verify_folder(sources["llama"], save())
+    with pytest.raises(CheckpointError, match="holds no config.json"):
+        verify_folder(tmp_path / "nowhere", save())
+    export(save(), tmp_path / "export", shard_bytes=50_000)
+    (tmp_path / "export" / "modeling_hope.py").write_text("raise TypeError('spoilt')")
+    with pytest.raises(CheckpointError, match="transformers cannot load .*spoilt"):
+        verify_folder(tmp_path / "export", save())
 
 
 def test_info_says_what_a_folder_is(sources, save, tmp_path: Path):
