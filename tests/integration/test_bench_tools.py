@@ -78,3 +78,12 @@ def test_a_profile_names_the_operations():
     table = [line for line in done.stdout.splitlines() if line.startswith("|")]
     assert any("aten::linalg_solve_triangular" in line for line in table)
     assert "under the profiler" in done.stdout
+
+
+def test_update_rules_are_drawn_on_the_toy_function(tmp_path: Path):
+    image = tmp_path / "eq53.png"
+    done = run_tool("plot_eq53.py", "--steps", "3", "--last-rate", "0", "--out", image)
+    assert done.returncode == 0, done.stderr
+    rules = ("Momentum", "Delta Momentum", "AdamW", "Muon", "M3")
+    assert tuple(line.partition("  ")[0] for line in done.stdout.splitlines()) == rules
+    assert image.stat().st_size > 0

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from hopescale.optim.delta_momentum import DeltaMomentum
+from tools.plot_eq53 import follow
 
 
 def randn(*shape: int, seed: int) -> Tensor:
@@ -70,33 +73,26 @@ def test_the_printed_form_is_unstable_for_large_gradients():
     assert weight.abs().max() > 1e6
 
 
-def steps_to_settle(lr: float, momentum: float, delta: float, limit: int = 600) -> int:
-    """Count steps on Eq. 53 until the point stays within 0.01 of the optimum (0, 0); `limit` if it never does.
+def steps_to_settle(lr: float, momentum: float, delta: float, limit: int = 600) -> Tensor:
+    """Count steps on Eq. 53 until a point stays within 0.01 of the optimum (0, 0); `limit` if it never does.
 
-    The paper gives no constants: k = 10, alpha = 1, omega = 2 make a valley whose curvature changes as it is followed.
+    Returns:
+        Of each start, `[64]`.
     """
-    point = nn.Parameter(torch.tensor([[-3.5, 2.0]], dtype=torch.float64))
-    rule, outside = DeltaMomentum([point], lr, momentum, delta=delta), limit
-    for step in range(1, limit + 1):
-        r, theta = point.tolist()[0]
-        if not abs(r) + abs(theta) < 1e3:
-            return limit
-        if r * r + theta * theta >= 1e-4:
-            outside = step
-        bend = torch.sin(2 * point[0, 0])
-        (point[0, 0] ** 2 + 10 * (point[0, 0] - point[0, 1] + bend) ** 2).backward()
-        rule.step()
-        point.grad = None
-    return outside
+    ways = follow(partial(DeltaMomentum, lr=lr, momentum=momentum, delta=delta), limit)
+    outside = ~(ways[..., :2].square().sum(-1) < 1e-4)
+    return (outside * torch.arange(limit + 1)[:, None]).amax(0).double()
 
 
 def test_it_beats_plain_momentum_on_the_toy_function_of_figure_4():
-    """Where momentum overshoots, that is at every rate with 0.95, and with the best of the grid for each."""
+    """Where momentum overshoots, and with the best of the grid for each; at small rates the erase only slows it."""
     grid = [(lr, momentum) for lr in (5e-3, 1e-2, 1.5e-2) for momentum in (0.9, 0.95)]
-    plain, delta = ({at: steps_to_settle(*at, delta) for at in grid} for delta in (0.0, 0.05))
-    assert all(delta[at] < plain[at] for at in grid if at[1] == 0.95)
-    assert min(delta.values()) < min(plain.values())
-    assert delta[1e-2, 0.95] < 300 and plain[1e-2, 0.95] == 600
+    plain, delta = ({at: steps_to_settle(*at, delta) for at in grid} for delta in (0.0, 0.1))
+    for at in ((1e-2, 0.95), (1.5e-2, 0.9), (1.5e-2, 0.95)):
+        assert delta[at].mean() < 0.8 * plain[at].mean()
+        assert (delta[at] == 600).sum() < 0.5 * (plain[at] == 600).sum()
+    assert min(steps.mean() for steps in delta.values()) < 0.8 * min(steps.mean() for steps in plain.values())
+    assert delta[5e-3, 0.9].mean() > plain[5e-3, 0.9].mean()
 
 
 def test_there_is_no_other_form():
