@@ -162,8 +162,10 @@ class SelfModifying(nn.Module):
         state = self.initial_state(x.shape[1]) if state is None else state
         streams, gate, tail = self._project(x, state.tensors.get("conv_tail"))
         carried = {name: tensor for name, tensor in state.tensors.items() if name != "conv_tail"}
-        run = self._in_chunks if self.has_loop else self._whole_sequence
-        y, seen, carried = run(state.position, streams, carried)
+        if self.has_loop:
+            y, seen, carried = self._in_chunks(state.position, streams, carried)
+        else:
+            y, seen, carried = self._whole_sequence(streams, carried)
         y = self.norm(y.permute(2, 0, 1, 3)).to(x.dtype)  # [T, B, H, D]
         if gate is not None:
             y = y * F.silu(gate)
@@ -195,7 +197,7 @@ class SelfModifying(nn.Module):
         return streams | {name: module(streams["k"]) for name, module in self.gates.items()}, gate, tail
 
     def _whole_sequence(
-        self, position: int, streams: dict[str, Tensor], carried: dict[str, Tensor]
+        self, streams: dict[str, Tensor], carried: dict[str, Tensor]
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Do what `_in_chunks` does for a linear memory that stores static values."""
         state = _unpack("memory", carried)

@@ -69,7 +69,7 @@ def update_cost(name: str, shape: Sequence[int], config: OptimConfig) -> float:
     *heads, rows, columns = shape
     matrices, entries = math.prod(heads), math.prod(shape)
     if name == "delta_momentum":
-        flops = 4 * rows * columns * columns
+        flops = 4 * rows * columns * min(rows, columns)
     elif name == "deep_momentum":
         dim = config.deep_momentum.memory_dim or MEMORY_DIM
         flops = 6 * rows * columns * columns if config.deep_momentum.memory == "linear" else 14 * rows * columns * dim
