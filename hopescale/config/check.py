@@ -150,6 +150,16 @@ def compile_needs_a_chunk_loop(config: RunConfig, origins: Origins) -> Iterator[
     yield Problem("train.compile", f"true has no effect: the mixer {why}, without a chunk loop", hint="leave it false")
 
 
+def backend_needs_static_values(config: RunConfig, origins: Origins) -> Iterator[Problem]:
+    """Only memories without a chunk loop have kernels."""
+    model, backend = config.model, config.train.backend
+    if backend == "auto":
+        return
+    if model.mixer != "self_modifying" or plan.has_chunk_loop(model.self_modifying):
+        why = "runs in a chunk loop" if model.mixer == "self_modifying" else f"is {model.mixer}"
+        yield Problem("train.backend", f"{backend} has no effect: the mixer {why}", hint="leave it at auto")
+
+
 def adaptive_is_a_set(config: RunConfig, origins: Origins) -> Iterator[Problem]:
     """A projection is a memory or is not."""
     adaptive = config.model.self_modifying.adaptive
@@ -338,6 +348,7 @@ RULES: tuple[Rule, ...] = (
     only_the_selected_mixer_is_set,
     memory_dim_needs_mlp,
     compile_needs_a_chunk_loop,
+    backend_needs_static_values,
     adaptive_is_a_set,
     adaptive_alpha_needs_retention,
     value_targets_need_static_maps,

@@ -12,6 +12,7 @@ from hopescale.models.norm import stream_norm
 from hopescale.models.recompute import Recompute, recomputed
 from hopescale.models.self_modifying import SelfModifying
 from hopescale.models.state import LayerState
+from hopescale.ops.delta_rule import Backend
 from hopescale.parallel.mesh import Mesh
 
 
@@ -25,10 +26,17 @@ class Block(nn.Module):
         recompute: What is computed again in the backward pass instead of kept: the `block`, its mixer (`memory`), or
             the `chunks` of its memories, from the states they start with. The first two do the third as well.
         compiled: Whether a chunk of the memories is compiled.
+        backend: What computes memories that have no chunk loop.
     """
 
     def __init__(
-        self, config: ModelConfig, number: int, mesh: Mesh, recompute: Recompute = "none", compiled: bool = False
+        self,
+        config: ModelConfig,
+        number: int,
+        mesh: Mesh,
+        recompute: Recompute = "none",
+        compiled: bool = False,
+        backend: Backend = "auto",
     ):
         super().__init__()
         self.recompute = recompute
@@ -44,8 +52,8 @@ class Block(nn.Module):
         if config.mixer == "attention":
             self.mixer = Attention(*sizes, config.attention, **shared)
         else:
-            loop = {"recompute": recompute != "none", "compiled": compiled}
-            self.mixer = SelfModifying(*sizes, config.self_modifying, **shared, **loop)
+            computed = {"recompute": recompute != "none", "compiled": compiled, "backend": backend}
+            self.mixer = SelfModifying(*sizes, config.self_modifying, **shared, **computed)
         levels = levels_of_block(config, number)
         shared = {"norm_eps": config.norm_eps, "out_scale": out_scale, "mesh": mesh}
         self.cms = ContinuumMemory(config.d_model, config.cms.variant, levels, **shared)

@@ -15,6 +15,7 @@ from hopescale.models.init import initialize
 from hopescale.models.norm import stream_norm
 from hopescale.models.recompute import Recompute
 from hopescale.models.state import ModelState
+from hopescale.ops.delta_rule import Backend
 from hopescale.parallel.layers import ColumnLinear, Embedding
 from hopescale.parallel.mesh import Mesh
 from hopescale.parallel.regions import gather_tokens
@@ -36,6 +37,7 @@ class Model(nn.Module):
         blocks: Numbers of the blocks to hold, from 0; None is all.
         recompute: Activations computed again in the backward pass instead of kept; as `train.recompute`.
         compiled: Whether the chunk loop of memories is compiled; as `train.compile`.
+        backend: What computes memories that have no chunk loop; as `train.backend`.
 
     Attributes:
         is_first: Whether this slice begins the model.
@@ -54,6 +56,7 @@ class Model(nn.Module):
         blocks: range | None = None,
         recompute: Recompute = "none",
         compiled: bool = False,
+        backend: Backend = "auto",
     ):
         super().__init__()
         mesh = mesh or Mesh.alone()
@@ -66,7 +69,7 @@ class Model(nn.Module):
         self.embedding = self.norm = self.head = None
         if self.is_first or (self.is_last and config.tie_embeddings):
             self.embedding = Embedding(padded, config.d_model, std=config.init_std, mesh=mesh)
-        self.blocks = nn.ModuleDict({str(n): Block(config, n, mesh, recompute, compiled) for n in blocks})
+        self.blocks = nn.ModuleDict({str(n): Block(config, n, mesh, recompute, compiled, backend) for n in blocks})
         if self.is_last:
             # Logits of a fresh model stay near zero at any width, so that its loss starts at ln(vocabulary).
             scale = min(1.0, INITIAL_LOGIT_STD / (config.init_std * config.d_model**0.5))

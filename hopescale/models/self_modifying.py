@@ -16,7 +16,7 @@ from hopescale.config.schema import SelfModifyingConfig
 from hopescale.models.memory import BankState, InnerRule, MemoryBank, Weights
 from hopescale.models.norm import RMSNorm
 from hopescale.models.state import LayerState
-from hopescale.ops.delta_rule import chunk_tables, delta_rule
+from hopescale.ops.delta_rule import Backend, chunk_tables, delta_rule
 from hopescale.ops.norm import l2_norm
 from hopescale.ops.scan import scan
 from hopescale.ops.short_conv import short_conv
@@ -82,6 +82,7 @@ class SelfModifying(nn.Module):
         mesh: Where this process stands.
         recompute: Whether the backward pass computes every chunk again from the state it started with.
         compiled: Whether a chunk is compiled (`torch.compile`), once for every number of tokens that is met.
+        backend: What computes a memory that has no chunk loop; as of `delta_rule`.
     """
 
     def __init__(
@@ -96,9 +97,10 @@ class SelfModifying(nn.Module):
         mesh: Mesh,
         recompute: bool = False,
         compiled: bool = False,
+        backend: Backend = "auto",
     ):
         super().__init__()
-        self.recompute, self.has_loop = recompute, has_chunk_loop(config)
+        self.recompute, self.has_loop, self.backend = recompute, has_chunk_loop(config), backend
         self._step = torch.compile(self._advance, fullgraph=True, dynamic=False) if compiled else self._advance
         self.config, self.head_dim = config, head_dim
         self.heads = num_heads // mesh.tp_group.size()
@@ -213,6 +215,7 @@ class SelfModifying(nn.Module):
             erase=self.config.inner_rule == "dgd",
             read=self.config.read,
             chunk_size=self.chunks[0],
+            backend=self.backend,
         )
         running = Weights(result.state.mT, None, None)
         momentum = None if result.momentum is None else Weights(result.momentum.mT, None, None)

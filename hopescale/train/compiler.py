@@ -1,4 +1,4 @@
-"""What `train.compile` needs on the machine: asked before the first step, not met in the middle of it."""
+"""What `train.compile` and `train.backend` need of a machine: asked before the first step, not met in its midst."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import shutil
 import torch
 
 from hopescale.common.errors import ConfigError
+from hopescale.ops.delta_rule import KERNEL_DIMS, triton_obstacle
 
 
 def check_compiler(device: torch.device) -> None:
@@ -28,3 +29,16 @@ def check_compiler(device: torch.device) -> None:
             f"train.compile is true, but there is no C++ compiler: looked for {', '.join(wanted)}",
             "install one, name it with the environment variable CXX, or leave train.compile false",
         )
+
+
+def check_kernels(device: torch.device, head_dim: int) -> None:
+    """Refuse Triton kernels where they cannot run.
+
+    Raises:
+        ConfigError: If the device, the installation or the model's head dim keeps them from running.
+    """
+    obstacle = triton_obstacle(device)
+    if obstacle is None and head_dim not in KERNEL_DIMS:
+        obstacle = f"the kernels know heads of {', '.join(map(str, KERNEL_DIMS))}, model.head_dim is {head_dim}"
+    if obstacle is not None:
+        raise ConfigError(f"train.backend is triton, but {obstacle}", "set train.backend=auto, which runs without them")

@@ -16,7 +16,7 @@ from hopescale.common.errors import CheckpointError, ConfigError, Problem
 from hopescale.config.fields import leaves
 from hopescale.config.layout import Layout
 from hopescale.config.load import from_dict
-from hopescale.config.plan import make_plan
+from hopescale.config.plan import head_dim, make_plan
 from hopescale.config.schema import RunConfig
 from hopescale.config.show import Change, diff, format_diff, identity_problems, model_problems
 from hopescale.config.values import format_value
@@ -30,7 +30,7 @@ from hopescale.optim.replicated import ReplicatedUpdater
 from hopescale.optim.rules import changed_state
 from hopescale.parallel.control import Control
 from hopescale.parallel.mesh import Mesh
-from hopescale.train.compiler import check_compiler
+from hopescale.train.compiler import check_compiler, check_kernels
 from hopescale.train.folder import RunFolder
 from hopescale.train.memory import check_memory
 from hopescale.train.state import TrainState
@@ -85,9 +85,11 @@ def _open_data(config: RunConfig, layout: Layout, device: torch.device) -> Data:
 def _build_slices(config: RunConfig, mesh: Mesh, device: torch.device) -> list[Model]:
     """Build the slices of the model that belong on this rank of the pipeline."""
     train, stages = config.train, (mesh.pp_group.size(), mesh.virtual_stages, mesh.pp_group.rank())
-    slices, computed = [], {"recompute": train.recompute, "compiled": train.compile}
+    slices, computed = [], {"recompute": train.recompute, "compiled": train.compile, "backend": train.backend}
     if train.compile:
         check_compiler(device)
+    if train.backend == "triton":
+        check_kernels(device, head_dim(config.model))
     for blocks in slices_of_rank(config.model, train.seq_len, *stages):
         model = Model(config.model, seed=train.seed, mesh=mesh, blocks=blocks, **computed)
         slices.append(model.to(device).to_precision(PRECISIONS[train.precision]))

@@ -64,6 +64,9 @@ class TrainConfig:
     compile: bool = False
     """Whether the chunk loop of memories is compiled (`torch.compile`): faster, after minutes for the first step. Needs
     a C++ compiler on CPU, Triton on CUDA. Only with `model.mixer: self_modifying`."""
+    backend: Literal["auto", "torch", "triton"] = "auto"
+    """What computes memories that have no chunk loop (`memory: linear` that stores static values): torch's operations,
+    Triton kernels, or `auto`: the kernels on a GPU, for the sizes they know. Changes rounding and speed only."""
     replica_check_every: int | None = 100
     """Steps between two comparisons of the weights over data-parallel ranks, which must be bit-equal; null is never.
     With `parallel.zero` of 3 there is nothing to compare."""

@@ -1,6 +1,6 @@
 """The gated delta rule with momentum: the one recurrence under every memory of the model. See README.md."""
 
-from hopescale.ops.delta_rule.backend import Backend, delta_rule, triton_obstacle
+from hopescale.ops.delta_rule.backend import KERNEL_DIMS, Backend, delta_rule, triton_obstacle
 from hopescale.ops.delta_rule.chunked import (
     Chunk,
     ChunkTables,
@@ -17,6 +17,7 @@ from hopescale.ops.delta_rule.naive import delta_rule_naive
 from hopescale.ops.delta_rule.types import DeltaRuleOutput, Read
 
 __all__ = [
+    "KERNEL_DIMS",
     "Backend",
     "Chunk",
     "ChunkTables",

@@ -43,6 +43,8 @@ BROKEN = [
         "train.compile",
         "stores static values",
     ),
+    ([ATTENTION, "train.backend=torch"], "train.backend", "the mixer is attention"),
+    (["train.backend=triton"], "train.backend", "runs in a chunk loop"),
     (["checkpoint.keep_last=0"], "checkpoint.keep_last", "at least 1"),
     (["log.every=0"], "log.every", "at least 1"),
     (["name=a/b"], "name", "cannot name a folder"),
@@ -117,6 +119,7 @@ def problems_of(recipe, *overrides):
         ["optim.accumulate=mean"],
         [ATTENTION, "train.recompute=memory", "parallel.zero=3"],
         ["train.compile=true"],
+        ["train.backend=triton", f"{MIXER}.memory=linear", f"{MIXER}.objective=dot", f"{MIXER}.adaptive=[]"],
     ],
     ids=str,
 )

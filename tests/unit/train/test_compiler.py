@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hopescale.common.errors import ConfigError
-from hopescale.train.compiler import check_compiler
+from hopescale.train.compiler import check_compiler, check_kernels
 
 
 def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch):
@@ -19,3 +19,13 @@ def test_a_gpu_needs_triton(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="triton"):
         check_compiler(torch.device("cuda"))
+
+
+def test_kernels_need_a_gpu_and_a_head_they_know(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ConfigError, match="need an NVIDIA GPU, the device is cpu"):
+        check_kernels(torch.device("cpu"), 64)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    check_kernels(torch.device("cpu"), 64)
+    with pytest.raises(ConfigError, match="model.head_dim is 24"):
+        check_kernels(torch.device("cpu"), 24)
