@@ -13,11 +13,11 @@ from unittest.mock import patch
 import torch
 from torch import nn
 
+from hopescale.config.groups import assign_groups
 from hopescale.config.load import load_recipe
 from hopescale.config.schema import OptimConfig
 from hopescale.models import Model
 from hopescale.optim import Cadence
-from hopescale.optim.groups import assign_groups
 from hopescale.optim.rules import RULES, make_rule
 from hopescale.optim.sharded import LayerwiseUpdater
 from hopescale.optim.stacked import STACK_ELEMENTS

@@ -8,12 +8,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from hopescale.cost.updates import DEEP_MEMORY_DIM
 from hopescale.optim.muon import scale_to_rms
 from hopescale.optim.stacked import StackedOptimizer, settings
 
 INITIAL_SEED = 0
-MEMORY_DIM = 32
-"""Hidden width of an MLP memory that is given none."""
 
 
 def deep_momentum_update(
@@ -118,7 +117,7 @@ class DeepMomentum(StackedOptimizer):
             raise ValueError(f"memory_dim is {memory_dim}, but a linear memory has no hidden width")
         if memory_dim is not None and memory_dim < 1:
             raise ValueError(f"memory_dim is {memory_dim}; a hidden layer has at least one entry")
-        self._hidden = None if memory == "linear" else memory_dim or MEMORY_DIM
+        self._hidden = None if memory == "linear" else memory_dim or DEEP_MEMORY_DIM
         defaults = {
             "lr": lr,
             "weight_decay": weight_decay,

@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from hopescale.config.groups import assign_groups
 from hopescale.config.schema import OptimConfig
 from hopescale.optim.cadence import Cadence
 from hopescale.optim.composite import CompositeUpdater
-from hopescale.optim.groups import assign_groups
 from hopescale.optim.replicated import ReplicatedUpdater
 from hopescale.optim.schedule import learning_rate
 from hopescale.optim.sharded import LayerwiseUpdater

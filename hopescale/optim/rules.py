@@ -1,16 +1,16 @@
-"""The update rules for matrices by name: their settings from the config, and what an update costs."""
+"""The update rules for matrices by name: their settings from the config, and what decides of their state."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from typing import Any
 
 import torch
 
 from hopescale.config.schema import OptimConfig
-from hopescale.optim.deep_momentum import MEMORY_DIM, DeepMomentum
+from hopescale.cost.updates import DEEP_MEMORY_DIM
+from hopescale.optim.deep_momentum import DeepMomentum
 from hopescale.optim.delta_momentum import DeltaMomentum
 from hopescale.optim.m3 import M3
 from hopescale.optim.muon import Muon
@@ -22,13 +22,10 @@ RULES: dict[str, type[StackedOptimizer]] = {
     "delta_momentum": DeltaMomentum,
     "deep_momentum": DeepMomentum,
 }
-ENTRY_COST = 64
-"""FLOPs that take as long as reading and writing an entry of weight, gradient and state: its part of an update that no
-matrix product is part of."""
 _STATE: dict[str, dict[str, Callable[[Any], Any]]] = {
     "m3": {"alpha_slow": bool, "second_moment": bool},
     "delta_momentum": {"beta2": lambda rate: rate is None},
-    "deep_momentum": {"memory": str, "memory_dim": lambda dim: dim or MEMORY_DIM},
+    "deep_momentum": {"memory": str, "memory_dim": lambda dim: dim or DEEP_MEMORY_DIM},
 }
 """Settings by which a rule keeps other tensors, and what of them decides."""
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -56,27 +53,3 @@ def changed_state(name: str, old: OptimConfig, new: OptimConfig) -> list[str]:
         for setting, decides in _STATE.get(name, {}).items()
         if decides(getattr(before, setting)) != decides(getattr(after, setting))
     ]
-
-
-def update_cost(name: str, shape: Sequence[int], config: OptimConfig) -> float:
-    """Return what an update of a parameter `[..., R, C]` costs, in FLOPs.
-
-    Args:
-        name: One of `RULES`.
-        shape: Of the parameter.
-        config: Settings of all rules.
-    """
-    *heads, rows, columns = shape
-    matrices, entries = math.prod(heads), math.prod(shape)
-    if name == "delta_momentum":
-        flops = 4 * rows * columns * min(rows, columns)
-    elif name == "deep_momentum":
-        dim = config.deep_momentum.memory_dim or MEMORY_DIM
-        flops = 6 * rows * columns * columns if config.deep_momentum.memory == "linear" else 14 * rows * columns * dim
-    else:
-        short = min(rows, columns)
-        flops = config.muon.ns_steps if name == "muon" else config.m3.ns_steps
-        flops *= short * short * (4 * max(rows, columns) + 2 * short)
-        if name == "m3" and config.m3.alpha_slow:
-            flops *= 1 + 1 / config.m3.frequency
-    return matrices * flops + ENTRY_COST * entries

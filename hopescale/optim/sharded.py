@@ -12,11 +12,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hopescale.config.schema import OptimConfig
+from hopescale.cost.ownership import Work, buckets, share_out
+from hopescale.cost.updates import update_cost
 from hopescale.optim.cadence import Cadence
 from hopescale.optim.gathering import GatheringUpdater
-from hopescale.optim.ownership import Work, buckets, share_out
 from hopescale.optim.replicated import BUCKET_ELEMENTS
-from hopescale.optim.rules import make_rule, update_cost
+from hopescale.optim.rules import make_rule
 from hopescale.optim.shape_class import ShapeClass, Slices
 from hopescale.optim.updater import RuleGroup
 from hopescale.parallel.in_flight import InFlight

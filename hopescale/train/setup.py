@@ -14,6 +14,7 @@ from hopescale.checkpoint.manager import CheckpointManager, find_checkpoint, lat
 from hopescale.checkpoint.manifest import Manifest, read_manifest
 from hopescale.common.errors import CheckpointError, ConfigError, Problem
 from hopescale.config.fields import leaves
+from hopescale.config.groups import assign_groups
 from hopescale.config.layout import Layout
 from hopescale.config.load import from_dict
 from hopescale.config.plan import head_dim, make_plan
@@ -25,7 +26,6 @@ from hopescale.data.loader import Data, open_data
 from hopescale.models import Model
 from hopescale.observe.health import LossWatch
 from hopescale.optim import Cadence, OuterOptimizer, Updater
-from hopescale.optim.groups import assign_groups
 from hopescale.optim.replicated import ReplicatedUpdater
 from hopescale.optim.rules import changed_state
 from hopescale.parallel.control import Control

@@ -14,13 +14,13 @@ import torch
 from hopescale.checkpoint.manager import find_checkpoint
 from hopescale.common.errors import CheckpointError, LaunchError, StoppedEarly
 from hopescale.common.place import Place
+from hopescale.config.groups import group_table
 from hopescale.config.layout import Layout
 from hopescale.config.load import Loaded
 from hopescale.config.schema import RunConfig
 from hopescale.cost.flops import flops_per_token
 from hopescale.cost.hardware import peak_bf16_flops
 from hopescale.observe.throughput import Throughput
-from hopescale.optim.groups import group_table
 from hopescale.parallel import process
 from hopescale.parallel.control import Control
 from hopescale.parallel.device import choose_device

@@ -8,8 +8,9 @@ from collections import Counter
 import pytest
 
 from hopescale.config.schema import DeepMomentumConfig, M3Config, OptimConfig
-from hopescale.optim.ownership import Work, buckets, share_out
-from hopescale.optim.rules import RULES, update_cost
+from hopescale.cost.ownership import Work, buckets, share_out
+from hopescale.cost.updates import update_cost
+from hopescale.optim.rules import RULES
 
 
 @pytest.mark.parametrize("owners", [1, 2, 3, 4, 8])

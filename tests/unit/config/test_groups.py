@@ -3,10 +3,10 @@ from __future__ import annotations
 import pytest
 
 from hopescale.common.errors import ConfigError
+from hopescale.config.groups import assign_groups, group_table
 from hopescale.config.schema import GroupConfig, LevelConfig, ModelConfig, OptimConfig
 from hopescale.config.schema.model import CmsConfig
 from hopescale.models import Model
-from hopescale.optim.groups import assign_groups, group_table
 
 GROUPS = {
     "still": GroupConfig(match=("*norm.weight", "*.bias")),
