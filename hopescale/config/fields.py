@@ -86,7 +86,7 @@ def docstrings(section: type) -> dict[str, str]:
     return found
 
 
-def suggest(prefix: str, name: str, rest: str, known: list[str]) -> str:
+def suggest(prefix: str, name: str, rest: str, known: list[str], schema: type = RunConfig) -> str:
     """Say what an unknown key may have meant.
 
     Args:
@@ -94,13 +94,14 @@ def suggest(prefix: str, name: str, rest: str, known: list[str]) -> str:
         name: The first unknown name.
         rest: What follows it, empty or with a first dot.
         known: The names allowed in place of `name`.
+        schema: What the whole file holds.
     """
     if "." in name:
         return "nest the keys in a file; dotted keys are for the command line"
     close = difflib.get_close_matches(name, known, n=1)
     if close:
         return f"did you mean {prefix}{close[0]}{rest}?"
-    key, every = f"{prefix}{name}{rest}", [row.key for row in field_docs()]
+    key, every = f"{prefix}{name}{rest}", [row.key for row in field_docs(schema)]
     same_name = [other for other in every if other.rpartition(".")[2] == key.rpartition(".")[2]]
     similar = same_name or difflib.get_close_matches(key, every, n=1, cutoff=0.75)
     return f"did you mean {' or '.join(similar[:3])}?" if similar else f"known here: {', '.join(known)}"

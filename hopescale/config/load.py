@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
 
@@ -27,6 +27,8 @@ from hopescale.config.values import (
 
 DEFAULT = "default"
 COMMAND_LINE = "command line"
+
+T = TypeVar("T")
 
 _ENTRY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
@@ -111,6 +113,20 @@ def from_dict(tree: dict[str, Any], origin: str) -> RunConfig:
     return _merge(map_entries(RunConfig(), lambda entries: {}), [layer], problems)
 
 
+def read_flat(path: Path, schema: type[T]) -> T:
+    """Read a YAML file that is no recipe as a dataclass without sections, by the rules of recipes.
+
+    Raises:
+        ConfigError: If the file cannot be read; with every unknown key and every misfit.
+    """
+    problems: list[Problem] = []
+    origin = display_path(path)
+    values = _read_section(read_yaml(path), schema, "", origin, problems, schema)
+    if problems:
+        raise ConfigError(problems)
+    return schema(**values)
+
+
 def to_dict(config: RunConfig) -> dict[str, Any]:
     """Return every value of a config as plain dicts, lists, text and numbers."""
     return OmegaConf.to_container(OmegaConf.structured(config))
@@ -137,13 +153,15 @@ def _read_override(text: str, problems: list[Problem]) -> _Layer:
     return _Layer(COMMAND_LINE, _read_section(tree, RunConfig, "", COMMAND_LINE, problems))
 
 
-def _read_section(tree: Any, section: Any, prefix: str, origin: str, problems: list[Problem]) -> dict[str, Any]:
+def _read_section(
+    tree: Any, section: Any, prefix: str, origin: str, problems: list[Problem], schema: type = RunConfig
+) -> dict[str, Any]:
     """Read the children of a section or of a dict of entries; report and leave out those that do not fit."""
     known, entry = child_types(section), entry_type(section)
     result = {}
     for name, value in tree.items():
         if known is not None and name not in known:
-            problems.append(_unknown_key(prefix, str(name), value, list(known), origin))
+            problems.append(_unknown_key(prefix, str(name), value, list(known), origin, schema))
             continue
         key = f"{prefix}{name}"
         try:
@@ -168,12 +186,12 @@ def _read_node(value: Any, hint: Any, key: str, origin: str, problems: list[Prob
     return _read_section(value, inner, f"{key}.", origin, problems)
 
 
-def _unknown_key(prefix: str, name: str, value: Any, known: list[str], origin: str) -> Problem:
+def _unknown_key(prefix: str, name: str, value: Any, known: list[str], origin: str, schema: type) -> Problem:
     rest = ""
     while isinstance(value, dict) and len(value) == 1:  # as long as the key was written
         ((inner, value),) = value.items()
         rest += f".{inner}"
-    return Problem(f"{prefix}{name}{rest}", "unknown key", origin, suggest(prefix, name, rest, known))
+    return Problem(f"{prefix}{name}{rest}", "unknown key", origin, suggest(prefix, name, rest, known, schema))
 
 
 def _merge(start: RunConfig, layers: list[_Layer], problems: list[Problem]) -> RunConfig:

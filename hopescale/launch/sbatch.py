@@ -1,0 +1,196 @@
+"""The batch script of a run: plain text from a template, a profile and a few facts. Needs no Slurm."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from hopescale.common.paths import shipped_slurm
+from hopescale.launch.profile import ClusterProfile
+
+_PLACEHOLDER = re.compile(r"@(\w+)@")
+_PLAIN = re.compile(r"[\w@%+=:,./~-]*")
+_LONG = 100
+_TORCHRUN_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+_SHUTDOWN_TIMEOUT_S = 600
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run as a job of Slurm.
+
+    Attributes:
+        name: Name of the job.
+        profile: The cluster.
+        nodes: Number of nodes.
+        run_dir: Its run folder; absolute.
+        work_dir: Folder that paths in the config are relative to; absolute.
+        python: Python of the machine that submits, used unless the profile names one.
+        time: Time limit; None is the profile's, and without one the partition's.
+        chained: Whether further jobs continue the run, instead of a requeue of this one.
+    """
+
+    name: str
+    profile: ClusterProfile
+    nodes: int
+    run_dir: Path
+    work_dir: Path
+    python: str
+    time: str | None = None
+    chained: bool = False
+
+    @property
+    def ranks(self) -> int:
+        """Processes of the run."""
+        return self.nodes * self.profile.ranks
+
+    @property
+    def log(self) -> str:
+        """Path of the log, with `%j` where the job's number goes."""
+        return f"{str(self.run_dir).replace('%', '%%')}/logs/%j.log"
+
+
+def render(job: Job) -> str:
+    """Write the batch script of a job."""
+    profile = job.profile
+    parts = {
+        "directives": _lines(f"#SBATCH {option}" for option in _directives(job)),
+        "run": shlex.quote(str(job.run_dir)),
+        "max_failures": str(profile.max_failures),
+        "setup": _lines([*(f"module load {shlex.quote(module)}" for module in profile.modules), *profile.setup]),
+        "environment": _lines(f"export {name}={_shell(value)}" for name, value in _environment(job).items()),
+        "step": _words(_step(job)),
+        "python": _words(_python(job)),
+        "again": _template("chain.sh" if job.chained else "requeue.sh").rstrip(),
+        "launch": _launch(job),
+    }
+    return fill(_template("job.sbatch"), parts)
+
+
+def fill(template: str, parts: Mapping[str, str]) -> str:
+    """Put parts in the place of `@name@`; a line of one empty part vanishes."""
+    lines = []
+    for line in template.splitlines():
+        alone = _PLACEHOLDER.fullmatch(line)
+        if not (alone and not parts[alone[1]]):
+            lines.append(_PLACEHOLDER.sub(lambda match: parts[match[1]], line))
+    return "\n".join(lines) + "\n"
+
+
+def _template(name: str) -> str:
+    return (shipped_slurm() / name).read_text(encoding="utf-8")
+
+
+def _lines(lines: Iterable[str]) -> str:
+    return "\n".join(lines)
+
+
+def _words(words: Iterable[str]) -> str:
+    """Write the words of an array of the shell, each on a line of its own if they are long together."""
+    together = " ".join(words := list(words))
+    return together if len(together) < _LONG else "\n  " + "\n  ".join(words) + "\n"
+
+
+def _directives(job: Job) -> Iterator[str]:
+    """List the options of sbatch."""
+    profile = job.profile
+    gpus = [profile.gpu_type, str(profile.gpus_per_node)] if profile.gpus_per_node else []
+    options = {
+        "job-name": job.name,
+        "partition": profile.partition,
+        "account": profile.account,
+        "qos": profile.qos,
+        "constraint": profile.constraint,
+        "nodes": job.nodes,
+        "ntasks-per-node": _tasks_per_node(profile),
+        "cpus-per-task": _cpus_per_task(profile),
+        "gpus-per-node": ":".join(filter(None, gpus)),
+        "mem": profile.mem,
+        "time": job.time or profile.time,
+        "signal": f"USR1@{profile.signal_lead_s}",
+        "chdir": job.work_dir,
+        "output": job.log,
+        "open-mode": "append",
+    }
+    for name, value in options.items():
+        if value:
+            yield f"--{name}={_directive(str(value))}"
+    if profile.exclusive:
+        yield "--exclusive"
+    yield "--no-requeue" if job.chained else "--requeue"
+    yield from profile.sbatch
+
+
+def _tasks_per_node(profile: ClusterProfile) -> int:
+    return 1 if profile.launcher == "torchrun" else profile.ranks
+
+
+def _cpus_per_task(profile: ClusterProfile) -> int | None:
+    return profile.cpus_per_node and profile.cpus_per_node // _tasks_per_node(profile)
+
+
+def _directive(value: str) -> str:
+    """Quote a value as sbatch reads it in a script."""
+    if _PLAIN.fullmatch(value):
+        return value
+    return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def _shell(value: str) -> str:
+    """Quote a value for the shell; variables in it are left for the shell to fill in."""
+    return value if _PLAIN.fullmatch(value) else '"' + re.sub(r'([\\"`])', r"\\\1", value) + '"'
+
+
+def _environment(job: Job) -> dict[str, str]:
+    """Return what the ranks find in their environment besides what is there already."""
+    profile = job.profile
+    threads = {"OMP_NUM_THREADS": str(profile.cpus_per_node // profile.ranks)} if profile.cpus_per_node else {}
+    return {"PYTHONPATH": "$run/code", **threads, **profile.env}
+
+
+def _step(job: Job) -> Iterator[str]:
+    """List srun and its options, for every step of the job.
+
+    The first task that ends leaves the others a minute. Ending them at once would put their exit codes before its own.
+    """
+    profile, cpus = job.profile, _cpus_per_task(job.profile)
+    yield from ("srun", "--export=ALL", "--label", "--kill-on-bad-exit=0", "--wait=60")
+    if cpus is not None:
+        yield f"--cpus-per-task={cpus}"
+    if profile.container == "pyxis":
+        yield f"--container-image={_shell(profile.image)}"
+        yield f"--container-mounts={','.join(_mounts(job))}"
+        yield f"--container-workdir={_shell(str(job.work_dir))}"
+        yield f"--container-env={','.join(_environment(job))}"
+    yield from profile.srun
+
+
+def _python(job: Job) -> Iterator[str]:
+    """List the words that run Python on a node."""
+    profile = job.profile
+    if profile.container == "apptainer":
+        yield from ("apptainer", "exec", *(["--nv"] if profile.gpus_per_node else []))
+        yield from (f"--bind={','.join(_mounts(job))}", f"--pwd={_shell(str(job.work_dir))}", _shell(profile.image))
+    yield _shell(profile.python or (job.python if profile.container == "none" else "python"))
+    yield "-u"
+
+
+def _mounts(job: Job) -> list[str]:
+    same = dict.fromkeys(f"{path}:{path}" for path in (job.work_dir, job.run_dir))
+    return [_shell(mount) for mount in (*same, *job.profile.mounts)]
+
+
+def _launch(job: Job) -> str:
+    """Write the command that runs the ranks."""
+    train = '-m hopescale train "$run/config.yaml" --run-dir "$run" --resume auto'
+    if job.profile.launcher == "srun":
+        return f'"${{step[@]}}" "${{python[@]}}" {train}'
+    return f"""head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+"${{step[@]}}" "${{python[@]}}" -m torch.distributed.run \\
+  --nnodes="$SLURM_NNODES" --nproc-per-node={job.profile.ranks} \\
+  --rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID" --rdzv-endpoint="$head:$((15000 + SLURM_JOB_ID % 10000))" \\
+  --signals-to-handle={_TORCHRUN_SIGNALS} --shutdown-timeout={_SHUTDOWN_TIMEOUT_S} \\
+  {train}"""
