@@ -1,0 +1,259 @@
+"""Asks Slurm about jobs, and tells it to start and stop them: by the text of its commands, alike in all versions."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from hopescale.common.errors import LaunchError
+
+UNKNOWN = "UNKNOWN"
+"""State of a job of which nothing can be learned now; its reason says why."""
+GONE = "GONE"
+"""State of a job that Slurm has forgotten, minutes after its end where there is no accounting."""
+
+_ENDED = frozenset(
+    ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED")
+    + ("REVOKED", "TIMEOUT", GONE)
+)
+_NOT_KNOWN = re.compile(r"Invalid job id|Job \S+ not found")
+_FIELD = re.compile(r"(?:^| )([A-Za-z]+)=(.*?)(?= [A-Za-z:/]+=|\s*$)")
+_MISSING = ("", "(null)", "None", "Unknown", "None assigned")
+_SACCT_FIELDS = ("JobID", "State", "ExitCode", "Reason", "NodeList", "Start")
+_DEFAULT_MAX_ARRAY_SIZE = 1001
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is known of a job, or of one element of an array.
+
+    Attributes:
+        id: `4219`, or `4220_1` for an element.
+        state: Slurm's word, as `PENDING`, `RUNNING` or `FAILED`; or `UNKNOWN`, or `GONE`.
+        reason: Why it is in this state; None where nothing is said.
+        nodes: Names of its nodes as Slurm writes them; None before it has any.
+        restarts: How often it was requeued; None where that is not told.
+        exit_code: Exit code of the script and signal, as `137:0`; None while it has not ended.
+        start: Local time at which it started or is expected to.
+    """
+
+    id: str
+    state: str
+    reason: str | None = None
+    nodes: str | None = None
+    restarts: int | None = None
+    exit_code: str | None = None
+    start: str | None = None
+
+    @property
+    def live(self) -> bool | None:
+        """Whether it runs or waits to run; None where that cannot be learned."""
+        return None if self.state == UNKNOWN else self.state not in _ENDED
+
+
+class _CannotAsk(Exception):
+    """A command that is missing, did not answer, or did not reach Slurm. The text is the reason."""
+
+
+class Slurm:
+    """Slurm as reached from this machine. Answers are kept: make a new object to ask again.
+
+    Args:
+        timeout_s: How long to wait for an answer. Where the controller is down, commands try for 9 s and longer.
+    """
+
+    def __init__(self, *, timeout_s: float = 12):
+        self._timeout_s = timeout_s
+        self._answers: dict[str, list[Job]] = {}
+        self._unreachable: dict[str, str] = {}
+
+    def job(self, id: str) -> Job:
+        """Return what is known of a job or of one element; the state `UNKNOWN` if Slurm cannot be asked."""
+        number, _, element = id.partition("_")
+        known = self.jobs(number)
+        found = [job for job in known if job.id == id]
+        if found:
+            return found[0]
+        first = known[0]
+        return Job(id, first.state, first.reason) if first.state in (UNKNOWN, GONE) else Job(id, GONE)
+
+    def jobs(self, number: str) -> list[Job]:
+        """Return what is known of a job; of an array, one entry per element. Never empty.
+
+        Asks the controller, which forgets a job minutes after its end, then accounting where there is any.
+        """
+        if number not in self._answers:
+            self._answers[number] = self._controller(number) or self._accounting(number)
+        return self._answers[number]
+
+    def submit(self, script: Path, *options: str) -> str:
+        """Submit a script, and return the number of the job.
+
+        Raises:
+            LaunchError: If it is refused, or there is no Slurm.
+        """
+        return self._told("sbatch", "--parsable", *options, str(script)).strip().partition(";")[0]
+
+    def expected_start(self, script: Path, *options: str) -> str:
+        """Return what Slurm says of when and where a script would start; it is not submitted.
+
+        Raises:
+            LaunchError: If it would be refused, or Slurm cannot be asked.
+        """
+        done = self._run("sbatch", "--test-only", *options, str(script))
+        if done.returncode:
+            raise _refusal("sbatch", done)
+        return re.sub(r"^sbatch: Job \d+ ", "", done.stderr.strip())
+
+    def cancel(self, id: str) -> None:
+        """End a job, or an element, for good; nothing happens if it has ended.
+
+        Raises:
+            LaunchError: If Slurm refuses or cannot be asked.
+        """
+        self._told("scancel", id)
+
+    def ask_to_stop(self, id: str) -> None:
+        """Send SIGUSR1 to the ranks of a running job: they save their state, and its script has it requeued.
+
+        Raises:
+            LaunchError: If Slurm refuses or cannot be asked.
+        """
+        self._told("scancel", "--signal=USR1", id)
+
+    def max_array_size(self) -> int:
+        """Return `MaxArraySize`, which every index of an array stays below; 1001 where Slurm cannot be asked."""
+        try:
+            found = re.search(r"^MaxArraySize\s*=\s*(\d+)", self._asked("scontrol", "show", "config").stdout, re.M)
+        except _CannotAsk:
+            found = None
+        return int(found[1]) if found else _DEFAULT_MAX_ARRAY_SIZE
+
+    def _controller(self, number: str) -> list[Job]:
+        """Ask slurmctld; nothing if it has forgotten the job or cannot be asked."""
+        try:
+            done = self._asked("scontrol", "show", "job", "-o", number)
+        except _CannotAsk:
+            return []
+        return [job for line in done.stdout.splitlines() for job in _parse_job(line)]
+
+    def _accounting(self, number: str) -> list[Job]:
+        """Ask slurmdbd. Without the controller's word, its own counts only if the job has ended."""
+        reason = self._unreachable.get("scontrol")
+        try:
+            fields = ",".join(_SACCT_FIELDS)
+            done = self._asked("sacct", "-X", "-n", "-P", "-j", number, "-o", fields)
+        except _CannotAsk:
+            return [Job(number, UNKNOWN, reason) if reason else Job(number, GONE)]
+        jobs = [job for line in done.stdout.splitlines() for job in _parse_accounting(line)]
+        if reason is not None:
+            jobs = [job if job.live is False else Job(job.id, UNKNOWN, reason) for job in jobs]
+        return jobs or [Job(number, UNKNOWN, reason) if reason else Job(number, GONE)]
+
+    def _asked(self, *command: str) -> subprocess.CompletedProcess[str]:
+        """Run a command that asks. One that could not reach Slurm is not tried again.
+
+        Raises:
+            _CannotAsk: Unless Slurm has answered; that it knows no such job is an answer.
+        """
+        name = command[0]
+        if name in self._unreachable:
+            raise _CannotAsk(self._unreachable[name])
+        try:
+            done = self._run(*command)
+        except LaunchError as error:
+            reason = error.message
+        else:
+            if not done.returncode or _NOT_KNOWN.search(done.stderr + done.stdout):
+                return done
+            reason = _last_line(done) or f"{name} ended with exit code {done.returncode}"
+        self._unreachable[name] = reason
+        raise _CannotAsk(reason)
+
+    def _told(self, *command: str) -> str:
+        """Run a command that changes something; answers kept until now count no more."""
+        done = self._run(*command)
+        self._answers.clear()
+        if done.returncode:
+            raise _refusal(command[0], done)
+        return done.stdout
+
+    def _run(self, *command: str) -> subprocess.CompletedProcess[str]:
+        # Long lists of elements end in "..." unless told otherwise; times and messages must not depend on a locale.
+        environ = {**os.environ, "SLURM_BITSTR_LEN": "0", "SLURM_TIME_FORMAT": "standard", "LC_ALL": "C"}
+        try:
+            return subprocess.run(
+                command, capture_output=True, text=True, env=environ, timeout=self._timeout_s, stdin=subprocess.DEVNULL
+            )
+        except FileNotFoundError:
+            raise LaunchError(f"there is no command {command[0]} here", "run this where jobs are submitted") from None
+        except subprocess.TimeoutExpired:
+            raise LaunchError(f"{command[0]} gave no answer within {self._timeout_s:g} s", "try again later") from None
+        except OSError as error:
+            raise LaunchError(f"cannot run {command[0]}: {error.strerror}") from error
+
+
+def elements_of(text: str) -> list[int]:
+    """Return the indices that Slurm writes as `0,2-8:2%3`."""
+    found: list[int] = []
+    for part in text.partition("%")[0].strip("[]").split(","):
+        if match := re.fullmatch(r"(\d+)(?:-(\d+)(?::(\d+))?)?", part):
+            first, last, stride = int(match[1]), int(match[2] or match[1]), int(match[3] or 1)
+            found += range(first, last + 1, stride)
+    return found
+
+
+def _parse_job(line: str) -> list[Job]:
+    """Read a line of `scontrol show job -o`: one job, or the elements that share one record."""
+    fields: dict[str, str] = {}
+    for name, value in _FIELD.findall(line):
+        fields.setdefault(name, value.strip())
+    if "JobState" not in fields:
+        return []
+    ids = _element_ids(fields.get("ArrayJobId", ""), fields.get("ArrayTaskId", "")) or [fields["JobId"]]
+    names = ("JobState", "Reason", "NodeList", "Restarts", "ExitCode", "StartTime")
+    return [_job(id, *(fields.get(name, "") for name in names)) for id in ids]
+
+
+def _parse_accounting(line: str) -> list[Job]:
+    """Read a line of `sacct -P`; elements that never started share one: `4225_[4,6-8%1]`."""
+    values = line.split("|")
+    if len(values) != len(_SACCT_FIELDS):
+        return []
+    number, state, exit_code, reason, nodes, start = values
+    ids = _element_ids(*number.partition("_")[::2]) or [number]
+    return [_job(id, state.split()[0], reason, nodes, "", exit_code, start) for id in ids]
+
+
+def _element_ids(number: str, elements: str) -> list[str]:
+    return [f"{number}_{element}" for element in elements_of(elements)]
+
+
+def _job(id: str, state: str, reason: str, nodes: str, restarts: str, exit_code: str, start: str) -> Job:
+    return Job(
+        id,
+        state,
+        reason=_said(reason),
+        nodes=_said(nodes),
+        restarts=int(restarts) if restarts else None,
+        exit_code=_said(exit_code) if state in _ENDED else None,
+        start=_said(start),
+    )
+
+
+def _said(value: str) -> str | None:
+    return None if value in _MISSING else value
+
+
+def _last_line(done: subprocess.CompletedProcess[str]) -> str:
+    lines = [line.strip() for line in (done.stderr.strip() or done.stdout.strip()).splitlines() if line.strip()]
+    return lines[-1] if lines else ""
+
+
+def _refusal(name: str, done: subprocess.CompletedProcess[str]) -> LaunchError:
+    said = "; ".join(dict.fromkeys(line.strip() for line in done.stderr.splitlines() if line.strip()))
+    said = said or done.stdout.strip() or f"exit code {done.returncode}"
+    return LaunchError(f"{name} refused: {said}" if not said.startswith(f"{name}:") else said)
