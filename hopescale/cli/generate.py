@@ -3,47 +3,74 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from hopescale.common.errors import CheckpointError, ConfigError
+from hopescale.common.staging import staged_folder
+
 
 def generate(
     checkpoint: Annotated[Path, typer.Argument(help="A run folder (its latest checkpoint) or a checkpoint folder.")],
     prompt: Annotated[str, typer.Option(help="Text to continue; `-` reads standard input.")] = "",
-    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to write.")] = 200,
+    max_tokens: Annotated[int, typer.Option(min=0, help="Most tokens to write.")] = 200,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
     top_k: Annotated[int | None, typer.Option(help="Choose among so many likeliest tokens.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Choose among tokens that reach this probability.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the choice.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    load_state: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Go on from what --save-state has kept.")
+    ] = None,
+    save_state: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Keep the memory of all that was read and written.")
+    ] = None,
 ) -> None:
     """Continue a prompt, token by token, from the state a model carries."""
     import torch
 
+    from hopescale.infer.generate import Step, prefill
     from hopescale.infer.generate import generate as run
     from hopescale.infer.load import load_model
     from hopescale.infer.sampling import Sampling
+    from hopescale.infer.state import read_state, write_state
     from hopescale.infer.text import decode_stream, encode_prompt
     from hopescale.parallel.device import choose_device
 
     sampling = Sampling(temperature, top_k, top_p)
-    loaded = load_model(checkpoint, choose_device(device, "--device"))
-    text = sys.stdin.read() if prompt == "-" else prompt
-    ids = encode_prompt(text, loaded.tokenizer, loaded.config.model.vocab_size)
-    steps = run(
-        loaded.model,
-        torch.tensor([ids], device=next(loaded.model.parameters()).device),
-        max_tokens=max_tokens,
-        sampling=sampling,
-        generator=torch.Generator().manual_seed(seed),
-        end=None if loaded.tokenizer is None else loaded.tokenizer.eos_id,
-    )
-    typer.echo(text, nl=False)
-    if loaded.tokenizer is None:
-        typer.echo(" ", nl=False)
-    for piece in decode_stream((int(step.token) for step in steps), loaded.tokenizer):
-        typer.echo(piece, nl=False)
-        sys.stdout.flush()
-    typer.echo("")
+    if not max_tokens and save_state is None:
+        hint = "say where to keep what was read: --save-state FOLDER"
+        raise ConfigError("--max-tokens 0 has no effect without --save-state", hint)
+    place = choose_device(device, "--device")
+    with ExitStack() as stack:
+        folder = save_state and stack.enter_context(staged_folder(save_state, CheckpointError))
+        loaded = load_model(checkpoint, place)
+        model, tokenizer = loaded.model, loaded.tokenizer
+        reading = load_state and read_state(load_state, loaded)
+        text = sys.stdin.read() if prompt == "-" else prompt
+        ids = encode_prompt(text, tokenizer, loaded.config.model.vocab_size, goes_on=reading is not None)
+        if ids:
+            reading = prefill(model, torch.tensor([ids], device=place), reading and reading.state)
+        typer.echo(text, nl=False)
+        if tokenizer is None and text:
+            typer.echo(" ", nl=False)
+        steps: list[Step] = []
+
+        def tokens() -> Iterator[int]:
+            generator, end = torch.Generator().manual_seed(seed), None if tokenizer is None else tokenizer.eos_id
+            for step in run(model, reading, max_tokens=max_tokens, sampling=sampling, generator=generator, end=end):
+                steps[:] = [step]
+                yield int(step.token)
+
+        for piece in decode_stream(tokens(), tokenizer):
+            typer.echo(piece, nl=False)
+            sys.stdout.flush()
+        typer.echo("")
+        if folder is not None:
+            if steps:
+                reading = prefill(model, steps[-1].token[:, None], steps[-1].state)
+            write_state(reading, loaded, folder)

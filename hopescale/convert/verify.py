@@ -20,7 +20,7 @@ from hopescale.convert.hf import EXPORT
 from hopescale.convert.mapping import layer_names
 from hopescale.convert.stacking import read_source, require_config
 from hopescale.data.loader import open_data
-from hopescale.infer.generate import generate
+from hopescale.infer.generate import generate, prefill
 from hopescale.infer.load import Loaded, load_model
 from hopescale.infer.sampling import Sampling
 from hopescale.models import Model
@@ -136,7 +136,8 @@ def _compare_greedy(loaded: Loaded, theirs: nn.Module, prompt: Tensor, limit: fl
     Raises:
         CheckpointError: If they differ elsewhere.
     """
-    steps = generate(loaded.model, prompt, max_tokens=GREEDY, sampling=Sampling(), generator=torch.Generator())
+    reading = prefill(loaded.model, prompt)
+    steps = generate(loaded.model, reading, max_tokens=GREEDY, sampling=Sampling(), generator=torch.Generator())
     own = [int(step.token) for step in steps]
     theirs.generation_config.eos_token_id = None
     # Without a mask, transformers takes end-of-text tokens of the prompt for padding.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +14,14 @@ from hopescale.models import Model, ModelState
 
 PREFILL_TOKENS = 2048
 """Tokens read at once; bounds the memory of a long prompt."""
+
+
+class Reading(NamedTuple):
+    """Where a model stands after all it has read."""
+
+    logits: Tensor
+    """What it predicts next, `[B, V]`."""
+    state: ModelState
 
 
 @dataclass(frozen=True)
@@ -25,38 +34,37 @@ class Step:
 
 
 @torch.no_grad()
-def prefill(model: Model, tokens: Tensor, state: ModelState | None = None) -> tuple[Tensor, ModelState]:
-    """Read a context `[B, T]`, `T >= 1`; return the logits after its last token `[B, V]` and the state."""
+def prefill(model: Model, tokens: Tensor, state: ModelState | None = None) -> Reading:
+    """Read a context `[B, T]`, `T >= 1`, after what `state` has read."""
     for part in tokens.split(PREFILL_TOKENS, dim=1):
         logits, state = model(part, state, last_only=True)
-    return logits[:, -1], state
+    return Reading(logits[:, -1], state)
 
 
-@torch.no_grad()
 def generate(
     model: Model,
-    tokens: Tensor,
+    reading: Reading,
     *,
     max_tokens: int,
     sampling: Sampling,
     generator: torch.Generator,
     end: int | None = None,
 ) -> Iterator[Step]:
-    """Read a context, then yield one token after the other.
+    """Yield one token after the other. The last is not read.
 
     Args:
         model: In whatever precision it is.
-        tokens: Context `[B, T]`, `T >= 1`.
+        reading: Where to begin, as `prefill` returns it.
         max_tokens: Most tokens to yield.
         sampling: How they are chosen.
         generator: Source of randomness.
-        end: Token that ends a single sequence; it is not yielded. None never ends.
+        end: Token that ends a single sequence; it is neither yielded nor read. None never ends.
     """
-    state = None
+    token = None
     for _ in range(max_tokens):
-        logits, state = prefill(model, tokens, state)
-        token = sample(logits, sampling, generator)
+        if token is not None:
+            reading = prefill(model, token[:, None], reading.state)
+        token = sample(reading.logits, sampling, generator)
         if end is not None and bool((token == end).all()):
             return
-        yield Step(token, state)
-        tokens = token[:, None]
+        yield Step(token, reading.state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,3 +49,12 @@ def load_model(path: Path, device: torch.device) -> Loaded:
     file = folder / TOKENIZER
     tokenizer = Tokenizer.load(file) if file.exists() else None
     return Loaded(model.to(device).eval(), tokenizer, config, manifest, folder)
+
+
+def weights_digest(model: Model) -> str:
+    """Return the SHA-256 of names, types, shapes and values of all weights: equal in a checkpoint and its export."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.named_parameters()):
+        digest.update(f"{name} {weight.dtype} {list(weight.shape)}\n".encode())
+        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -8,17 +8,26 @@ from hopescale.common.errors import ConfigError
 from hopescale.data.tokenizer import Tokenizer
 
 
-def encode_prompt(prompt: str, tokenizer: Tokenizer | None, vocab_size: int) -> list[int]:
+def encode_prompt(prompt: str, tokenizer: Tokenizer | None, vocab_size: int, *, goes_on: bool = False) -> list[int]:
     """Turn a prompt into token ids.
 
     With a tokenizer the ids begin with its end-of-text token, as every document does in training. A model of synthetic
     data has no tokenizer: its prompt is ids in decimal, parted by spaces.
 
+    Args:
+        prompt: Text.
+        tokenizer: Of the model, if it has one.
+        vocab_size: Of the model.
+        goes_on: Whether a text has been read already, which the prompt goes on: it has no end-of-text token in front,
+            and may be empty.
+
     Raises:
         ConfigError: If ids are expected and something else is given, or an id is not in the vocabulary.
     """
     if tokenizer is not None:
-        return [tokenizer.eos_id, *tokenizer.encode(prompt)]
+        return [tokenizer.eos_id] * (not goes_on) + tokenizer.encode(prompt)
+    if goes_on and not prompt.strip():
+        return []
     try:
         ids = [int(word) for word in prompt.split()]
     except ValueError:

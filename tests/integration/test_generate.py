@@ -92,7 +92,7 @@ def test_choosing_among_several_needs_a_temperature(generate, option):
 
 @pytest.mark.parametrize(
     "options",
-    [("--temperature", -1), ("--temperature", 1, "--top-p", 2), ("--max-tokens", 0), ("--device", "gpu")],
+    [("--temperature", -1), ("--temperature", 1, "--top-p", 2), ("--max-tokens", -1), ("--device", "gpu")],
 )
 def test_options_out_of_range_exit_2(generate, options):
     done = generate("--prompt", "the", *options)
@@ -154,6 +154,44 @@ def test_a_model_of_symbols_is_prompted_with_numbers(hopescale, symbols: Path):
     assert done.code == 0
     numbers = [int(word) for word in done.out.split()]
     assert len(numbers) == 14 and numbers[:2] == [3, 4] and all(0 <= number < 32 for number in numbers)
+
+
+def test_a_state_continues_as_if_nothing_had_come_between(hopescale, trained: Path, tmp_path: Path):
+    generate = partial(hopescale, "generate", trained)
+    """Cut where no character of several tokens is: half of one is shown as a mark, on both sides of the cut."""
+    one_go = [generate("--prompt", "the memory keeps", "--max-tokens", count).out for count in range(1, 13)]
+    cut = next(n for n in range(4, 12) if "\N{REPLACEMENT CHARACTER}" not in one_go[n - 1])
+    read = generate("--prompt", "the memory keeps", "--max-tokens", 0, "--save-state", tmp_path / "read")
+    assert (read.code, read.out) == (0, "the memory keeps\n"), read.err
+    first = generate("--load-state", tmp_path / "read", "--max-tokens", cut, "--save-state", tmp_path / "first")
+    rest = generate("--load-state", tmp_path / "first", "--max-tokens", 12 - cut)
+    assert (first.code, rest.code) == (0, 0), first.err + rest.err
+    assert read.out[:-1] + first.out[:-1] + rest.out == one_go[-1]
+    other = generate("--load-state", tmp_path / "first", "--prompt", " level", "--max-tokens", 7)
+    assert other.code == 0 and other.out.startswith(" level") and other.out != " level" + rest.out
+
+
+def test_states_are_refused_with_one_message(hopescale, trained: Path, tmp_path: Path):
+    state = tmp_path / "state"
+    generate = partial(hopescale, "generate", trained, "--max-tokens", 2)
+    assert generate("--save-state", state).code == 0
+    again = generate("--load-state", state, "--save-state", state)
+    assert (again.code, again.out) == (4, "") and f"output {state} already exists" in again.err
+    earlier = trained / "checkpoints" / "step-00000002"
+    other = hopescale("generate", earlier, "--load-state", state, "--save-state", tmp_path / "second")
+    assert (other.code, other.out) == (4, "") and "step 4 of" in other.err and str(earlier) in other.err
+    nothing = generate("--load-state", tmp_path / "nowhere")
+    assert nothing.code == 4 and "nowhere is no state" in nothing.err and "hint: " in nothing.err
+    idle = generate("--max-tokens", 0)
+    assert idle.code == 2 and "no effect without --save-state" in idle.err
+    assert [path.name for path in tmp_path.iterdir()] == ["state"]
+
+
+def test_a_state_of_symbols(hopescale, symbols: Path, tmp_path: Path):
+    generate = partial(hopescale, "generate", symbols)
+    whole = generate("--prompt", "3 4", "--max-tokens", 9).out
+    first = generate("--prompt", "3 4", "--max-tokens", 4, "--save-state", tmp_path / "state").out
+    assert first[:-1] + generate("--load-state", tmp_path / "state", "--max-tokens", 5).out == whole
 
 
 def test_text_for_a_model_of_symbols_is_refused(hopescale, symbols: Path):

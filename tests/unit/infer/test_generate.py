@@ -42,7 +42,7 @@ def continued(model: Model, prompt: Tensor, count: int, sampling: Sampling | Non
     """Return the generated tokens `[B, count]` as a list of columns."""
     steps = generate(
         model,
-        prompt,
+        prefill(model, prompt),
         max_tokens=count,
         sampling=sampling or Sampling(),
         generator=torch.Generator().manual_seed(options.pop("seed", 0)),
@@ -139,7 +139,9 @@ def test_generation_ends_before_the_end_token(models):
 
 def test_each_step_carries_the_state_before_its_token(models):
     model, prompt = models["hope"], make_prompt(5)
-    steps = list(generate(model, prompt, max_tokens=3, sampling=Sampling(), generator=torch.Generator()))
+    steps = list(
+        generate(model, prefill(model, prompt), max_tokens=3, sampling=Sampling(), generator=torch.Generator())
+    )
     assert [step.state.position for step in steps] == [5, 6, 7]
     with torch.no_grad():
         logits, _ = model(steps[1].token[:, None], steps[1].state)
@@ -155,9 +157,9 @@ def test_the_seed_decides_what_is_drawn(models):
 
 
 def test_nothing_is_kept_for_a_backward_pass(models):
-    for step in generate(
-        models["hope"], make_prompt(3), max_tokens=2, sampling=Sampling(), generator=torch.Generator()
-    ):
+    model = models["hope"]
+    reading = prefill(model, make_prompt(3))
+    for step in generate(model, reading, max_tokens=2, sampling=Sampling(), generator=torch.Generator()):
         tensors = [tensor for layer in step.state.layers for tensor in layer.tensors.values()]
         assert not any(tensor.requires_grad for tensor in tensors)
     assert torch.is_grad_enabled()

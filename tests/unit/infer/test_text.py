@@ -83,3 +83,12 @@ def test_a_prompt_that_is_no_symbols_is_refused_with_the_range(prompt: str):
 
 def test_an_empty_stream_is_empty(tokenizer: Tokenizer):
     assert "".join(decode_stream([], tokenizer)) == "" == "".join(decode_stream([], None))
+
+
+def test_a_prompt_begins_a_text_or_goes_on_with_one(tokenizer: Tokenizer):
+    ids = tokenizer.encode("the memory")
+    assert encode_prompt("the memory", tokenizer, 300) == [tokenizer.eos_id, *ids]
+    assert encode_prompt("the memory", tokenizer, 300, goes_on=True) == ids
+    assert encode_prompt("", tokenizer, 300, goes_on=True) == encode_prompt("", None, 32, goes_on=True) == []
+    with pytest.raises(ConfigError, match="numbers from 0 to 31"):
+        encode_prompt("", None, 32)

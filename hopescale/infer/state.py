@@ -1,0 +1,139 @@
+"""The memory of a read context as a folder of its own, apart from the weights: written, and read by the same model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hopescale.checkpoint.load import first_line
+from hopescale.checkpoint.manifest import (
+    Manifest,
+    TensorEntry,
+    damaged,
+    describe_file,
+    file_problems,
+    read_manifest,
+    to_json,
+)
+from hopescale.checkpoint.save import dtype_name
+from hopescale.common.errors import CheckpointError
+from hopescale.config.load import from_dict
+from hopescale.config.show import model_problems
+from hopescale.infer.generate import Reading
+from hopescale.infer.load import Loaded, weights_digest
+from hopescale.models import ModelState
+from hopescale.models.state import LayerState
+
+STATE = "state.json"
+"""The manifest of a state: which model it belongs to, how much that has read, and size and SHA-256 of the tensors."""
+TENSORS = "state.pt"
+
+
+def write_state(reading: Reading, loaded: Loaded, folder: Path) -> None:
+    """Write what a model carries, and what it predicts next, into an empty folder.
+
+    Args:
+        reading: Where the model stands.
+        loaded: The model, with its checkpoint.
+        folder: Given by `staged_folder`.
+    """
+    tensors = {"logits": reading.logits, **_named(reading.state)}
+    # A clone is no part of a larger storage, which would be written with it, and keeps the order of its dimensions.
+    tensors = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+    torch.save(tensors, folder / TENSORS)
+    progress = {"step": loaded.manifest.step, "checkpoint": str(loaded.folder), "tokens_read": reading.state.position}
+    manifest = replace(
+        Manifest(progress, loaded.manifest.config, _identity(loaded), versions=loaded.manifest.versions),
+        tensors={name: _entry(tensor) for name, tensor in tensors.items()},
+        files={TENSORS: describe_file(folder / TENSORS)},
+    )
+    (folder / STATE).write_text(to_json(manifest), encoding="utf-8")
+
+
+def read_state(folder: Path, loaded: Loaded) -> Reading:
+    """Read what `write_state` has written.
+
+    Args:
+        folder: The state.
+        loaded: The model that is to go on from it.
+
+    Raises:
+        CheckpointError: If the folder is missing or damaged, or was written by another model, by other weights or with
+            another tokenizer; every difference is listed.
+    """
+    if not (folder / STATE).is_file():
+        hint = "a state is written by: hopescale generate CHECKPOINT --save-state STATE"
+        raise CheckpointError(f"{folder} is no state: it holds no {STATE}", hint)
+    manifest = read_manifest(folder, STATE)
+    if problems := file_problems(folder, manifest.files, digests=True):
+        raise damaged(folder, problems)
+    if differences := _differences(manifest, loaded, folder):
+        hint = "use the checkpoint it was written with, or let this one read the text again (--save-state)"
+        raise CheckpointError(f"{folder} is no state of {loaded.folder}: {'; '.join(differences)}", hint)
+    tensors = _read(folder, loaded)
+    if {name: _entry(tensor) for name, tensor in tensors.items()} != manifest.tensors or not _fits(tensors, loaded):
+        raise damaged(folder, [f"{TENSORS} holds other tensors than the model carries"])
+    position, logits = manifest.progress["tokens_read"], tensors.pop("logits")
+    layers: list[dict[str, Tensor]] = [{} for _ in range(loaded.config.model.num_layers)]
+    for name, tensor in tensors.items():
+        number, _, name = name.partition(".")
+        layers[int(number)][name] = tensor
+    return Reading(logits, ModelState(tuple(LayerState(position, layer) for layer in layers)))
+
+
+def _named(state: ModelState) -> dict[str, Tensor]:
+    return {f"{i}.{name}": tensor for i, layer in enumerate(state.layers) for name, tensor in layer.tensors.items()}
+
+
+def _entry(tensor: Tensor) -> TensorEntry:
+    return TensorEntry(tuple(tensor.shape), dtype_name(tensor.dtype))
+
+
+def _identity(loaded: Loaded) -> dict[str, str]:
+    tokenizer = loaded.tokenizer
+    digests = {"weights": weights_digest(loaded.model)}
+    return digests if tokenizer is None else digests | {"tokenizer": tokenizer.fingerprint}
+
+
+def _differences(manifest: Manifest, loaded: Loaded, folder: Path) -> list[str]:
+    """Say at what the model is not the one that wrote a state: its config, else its weights and tokenizer."""
+    old = from_dict(manifest.config, str(folder / STATE))
+    before, after = old.train.precision, loaded.config.train.precision
+    found = [f"{problem.key} {problem.message}" for problem in model_problems(old, loaded.config, str(folder))]
+    if before != after:
+        found.append(f"train.precision is {after}, but {before} in {folder}")
+    if found:
+        return found
+    origin = f"step {manifest.step} of {manifest.progress['checkpoint']}"
+    identity = _identity(loaded)
+    return [
+        f"the {what} {_shown(identity.get(what))}, but {_shown(manifest.identity.get(what))} in {folder} ({origin})"
+        for what in ("weights", "tokenizer")
+        if identity.get(what) != manifest.identity.get(what)
+    ]
+
+
+def _shown(digest: str | None) -> str:
+    return "none" if digest is None else f"have the SHA-256 {digest[:12]}"
+
+
+def _read(folder: Path, loaded: Loaded) -> dict[str, Any]:
+    device = next(loaded.model.parameters()).device
+    try:
+        return torch.load(folder / TENSORS, map_location=device, weights_only=True)
+    except Exception as error:  # torch reports what it cannot read in many ways
+        raise CheckpointError(f"cannot read {folder / TENSORS}: {first_line(error)}") from error
+
+
+def _fits(tensors: dict[str, Tensor], loaded: Loaded) -> bool:
+    """Compare names and shapes with what the model carries; a dimension of 0 at the start grows with what is read."""
+    rows = tensors["logits"].shape[0]
+    expected = _named(loaded.model.initial_state(rows))
+    return tensors.keys() == {"logits", *expected} and all(
+        all(wanted in (0, found) for wanted, found in zip(tensor.shape, tensors[name].shape, strict=True))
+        for name, tensor in expected.items()
+    )

@@ -1,0 +1,185 @@
+"""A state written and read again continues exactly; one that does not fit is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from hopescale.checkpoint.manifest import Manifest, describe_file, read_manifest, to_json
+from hopescale.common.errors import CheckpointError
+from hopescale.config.load import from_dict, to_dict
+from hopescale.config.schema import RunConfig
+from hopescale.infer.generate import generate, prefill
+from hopescale.infer.load import Loaded
+from hopescale.infer.sampling import Sampling
+from hopescale.infer.state import STATE, TENSORS, read_state, write_state
+from hopescale.models import Model
+
+KINDS = {
+    "hope": {},
+    "linear": {"self_modifying": {"chunk_size": 8, "memory": "linear", "momentum": False, "conv_width": 0}},
+    "hope_attention": {"mixer": "attention", "attention": {"num_kv_heads": 1, "qk_norm": True}},
+}
+LENGTHS = (5, 8, 21)
+
+
+def make_loaded(kind: str = "hope", precision: str = "fp32", seed: int = 3, **model: object) -> Loaded:
+    tree = to_dict(RunConfig())
+    levels = {"fast": {"d_ff": 16}, "slow": {"d_ff": 16, "update_every_steps": 2}}
+    tree["model"] = {"vocab_size": 32, "d_model": 16, "num_layers": 2, "num_heads": 2, "tie_embeddings": False}
+    tree["model"] |= {"self_modifying": {"chunk_size": 8}, "cms": {"levels": levels}, **KINDS[kind], **model}
+    tree["train"]["precision"] = precision
+    config = from_dict(tree, "test")
+    net = Model(config.model, seed=seed).eval()
+    if precision == "bf16":
+        net.to_precision(torch.bfloat16)
+    return Loaded(net, None, config, Manifest({"step": seed}, to_dict(config), {}), Path(f"step-{seed}"))
+
+
+def make_tokens(length: int, rows: int = 1) -> torch.Tensor:
+    return torch.randint(32, (rows, length), generator=torch.Generator().manual_seed(length))
+
+
+def continued(loaded: Loaded, reading, count: int) -> tuple[list[int], torch.Tensor]:
+    """Return greedy tokens, and the logits after the last of them."""
+    steps = list(generate(loaded.model, reading, max_tokens=count, sampling=Sampling(), generator=torch.Generator()))
+    return [int(s.token[0]) for s in steps], prefill(loaded.model, steps[-1].token[:, None], steps[-1].state)
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Path:
+    """A state of `make_loaded()`."""
+    loaded = make_loaded()
+    write_state(prefill(loaded.model, make_tokens(21)), loaded, tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize(("kind", "precision"), [*[(kind, "fp32") for kind in KINDS], ("hope", "bf16")])
+def test_a_continuation_from_a_file_equals_one_in_one_go(tmp_path: Path, kind: str, precision: str, length: int):
+    loaded = make_loaded(kind, precision)
+    reading = prefill(loaded.model, make_tokens(length))
+    in_one_go, last = continued(loaded, reading, 20)
+    begun, middle = continued(loaded, reading, 9)
+    write_state(middle, loaded, tmp_path)
+    again = make_loaded(kind, precision)
+    found = read_state(tmp_path, again)
+    assert found.state.position == length + 9
+    assert torch.equal(found.logits, middle.logits)
+    rest, end = continued(again, found, 11)
+    assert begun + rest == in_one_go and len(set(in_one_go)) > 2
+    assert torch.equal(end.logits, last.logits)
+    for before, after in zip(last.state.layers, end.state.layers, strict=True):
+        assert all(torch.equal(before.tensors[name], after.tensors[name]) for name in before.tensors)
+
+
+def test_a_text_read_in_two_sittings_equals_one_text(written: Path):
+    loaded = make_loaded()
+    more = make_tokens(6)
+    found = prefill(loaded.model, more, read_state(written, loaded).state)
+    expected = prefill(loaded.model, torch.cat([make_tokens(21), more], dim=1))
+    assert found.state.position == expected.state.position == 27
+    torch.testing.assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_file_holds_one_state_however_long_the_text(tmp_path: Path):
+    loaded, sizes = make_loaded(), []
+    for length in (9, 90):
+        folder = tmp_path / str(length)
+        folder.mkdir()
+        write_state(prefill(loaded.model, make_tokens(length)), loaded, folder)
+        sizes.append((folder / TENSORS).stat().st_size)
+    assert sizes[0] == sizes[1] < 100_000
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"seed": 4}, ["the weights", "step 3 of step-3", "step-4"]),
+        ({"d_model": 32}, ["model.d_model is 32, but 16 in"]),
+        ({"kind": "hope_attention"}, ["model.mixer is attention, but self_modifying in"]),
+        ({"precision": "bf16"}, ["train.precision is bf16, but fp32 in"]),
+    ],
+)
+def test_another_model_is_refused(written: Path, other: dict, said: list[str]):
+    with pytest.raises(CheckpointError, match="is no state of") as caught:
+        read_state(written, make_loaded(**other))
+    assert all(text in caught.value.message for text in said) and caught.value.hint
+
+
+def test_periods_of_levels_may_have_changed(written: Path):
+    levels = {"fast": {"d_ff": 16}, "slow": {"d_ff": 16, "update_every_steps": 8}}
+    assert read_state(written, make_loaded(cms={"levels": levels})).state.position == 21
+
+
+def damage_bit(folder: Path) -> None:
+    content = bytearray((folder / TENSORS).read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / TENSORS).write_bytes(content)
+
+
+def damage_header(folder: Path) -> None:
+    (folder / STATE).write_text((folder / STATE).read_text().replace('"tokens_read": 21', '"tokens_read": 20'))
+
+
+def rewritten(folder: Path, **changes: object) -> None:
+    files = {TENSORS: describe_file(folder / TENSORS)}
+    (folder / STATE).write_text(to_json(replace(read_manifest(folder, STATE), files=files, **changes)))
+
+
+def other_tensors(folder: Path) -> None:
+    tensors = torch.load(folder / TENSORS)
+    del tensors["1.conv_tail"]
+    torch.save(tensors, folder / TENSORS)
+    rewritten(folder)
+
+
+def other_shapes(folder: Path) -> None:
+    tensors = torch.load(folder / TENSORS)
+    tensors["1.conv_tail"] = tensors["1.conv_tail"][:, :1].clone()
+    torch.save(tensors, folder / TENSORS)
+    entries = read_manifest(folder, STATE).tensors
+    rewritten(folder, tensors=entries | {"1.conv_tail": replace(entries["1.conv_tail"], shape=(1, 1, 48))})
+
+
+class Trap:
+    def __reduce__(self) -> tuple:
+        return os.mkdir, ("trapped",)
+
+
+def code_instead_of_tensors(folder: Path) -> None:
+    torch.save({"logits": Trap()}, folder / TENSORS)
+    rewritten(folder)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (damage_bit, "state.pt has other content than the manifest's SHA-256 says"),
+        (lambda folder: os.truncate(folder / TENSORS, 100), "state.pt has 100 bytes, the manifest says"),
+        (lambda folder: (folder / TENSORS).unlink(), "state.pt is missing"),
+        (lambda folder: os.truncate(folder / STATE, 100), "not valid JSON"),
+        (lambda folder: (folder / STATE).unlink(), "is no state: it holds no state.json"),
+        (damage_header, "does not match its checksum"),
+        (other_tensors, "other tensors than the model carries"),
+        (other_shapes, "other tensors than the model carries"),
+        (code_instead_of_tensors, "cannot read"),
+    ],
+)
+def test_a_damaged_state_is_refused(written: Path, damage, said: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(written)
+    damage(written)
+    with pytest.raises(CheckpointError, match=said):
+        read_state(written, make_loaded())
+    assert not (written / "trapped").exists()
+
+
+def test_the_header_says_what_it_is(written: Path):
+    body = json.loads((written / STATE).read_text())
+    assert body["progress"] == {"step": 3, "checkpoint": "step-3", "tokens_read": 21}
+    assert body["config"]["model"]["d_model"] == 16 and len(body["identity"]["weights"]) == 64
