@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from hopescale.cli.app import main
+from hopescale.common import signals
 
 if __name__ == "__main__":
+    signals.hold()  # a rank may be told to stop in the seconds that the imports take
+
+    from hopescale.cli.app import main
+
     main()

@@ -12,7 +12,9 @@ import typer
 from hopescale import __version__
 from hopescale.cli import config, convert, data
 from hopescale.cli.generate import generate
+from hopescale.cli.submit import submit
 from hopescale.cli.train import train
+from hopescale.common import signals
 from hopescale.common.errors import HopescaleError, StoppedEarly
 
 app = typer.Typer(
@@ -26,6 +28,7 @@ app.add_typer(config.app, name="config")
 app.add_typer(data.app, name="data")
 app.add_typer(convert.app, name="convert")
 app.command()(train)
+app.command()(submit)
 app.command()(generate)
 
 
@@ -46,6 +49,8 @@ Version = Annotated[
 def root(context: typer.Context, verbose: Verbose = False, version: Version = False) -> None:
     """Note for `main` what all verbs share, and for verbs what `main` knows."""
     context.ensure_object(dict)["verbose"] = verbose
+    if context.invoked_subcommand != "train":  # which has handlers of its own
+        signals.release()
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -21,3 +21,10 @@ def write_synced(path: Path, content: bytes) -> None:
         stream.write(content)
         stream.flush()
         os.fsync(stream.fileno())
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file so that its readers see the old text or the new, whole."""
+    written = path.parent / f".tmp-{path.name}"
+    written.write_text(text, encoding="utf-8")
+    written.replace(path)

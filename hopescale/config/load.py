@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -133,8 +133,12 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
 
 
 def to_yaml(config: RunConfig) -> str:
-    """Write a config with every value, to be read back by `load_resolved`."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    """Write a config with every value, to be read back by `load_resolved`, or as a recipe.
+
+    Entries of the defaults that the config lacks are null: a recipe would have them otherwise.
+    """
+    groups = {**dict.fromkeys(RunConfig().optim.groups), **config.optim.groups}
+    return OmegaConf.to_yaml(OmegaConf.structured(replace(config, optim=replace(config.optim, groups=groups))))
 
 
 def _read_file(path: Path, tree: dict[Any, Any], problems: list[Problem]) -> _Layer:

@@ -16,6 +16,7 @@ from functools import partial
 from threading import Thread
 from typing import IO
 
+from hopescale.common import signals
 from hopescale.common.errors import HopescaleError, LaunchError, StoppedEarly
 from hopescale.common.place import Place
 from hopescale.launch.environment import child_environ
@@ -238,6 +239,7 @@ def _reserved_port() -> Iterator[int]:
 def _noted_signals(received: list[int]) -> Iterator[None]:
     """Note signals that are to be passed on, instead of dying of them."""
     previous = {number: signal.signal(number, lambda number, _: received.append(number)) for number in FORWARDED}
+    signals.release()
     try:
         yield
     finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ _ENDED = frozenset(
 )
 _NOT_KNOWN = re.compile(r"Invalid job id|Job \S+ not found")
 _FIELD = re.compile(r"(?:^| )([A-Za-z]+)=(.*?)(?= [A-Za-z:/]+=|\s*$)")
+_GPUS = re.compile(r"\bgpu(?::[A-Za-z][^:,(]*)?:(\d+)")
 _MISSING = ("", "(null)", "None", "Unknown", "None assigned")
 _SACCT_FIELDS = ("JobID", "State", "ExitCode", "Reason", "NodeList", "Start")
 _DEFAULT_MAX_ARRAY_SIZE = 1001
@@ -52,6 +54,15 @@ class Job:
     def live(self) -> bool | None:
         """Whether it runs or waits to run; None where that cannot be learned."""
         return None if self.state == UNKNOWN else self.state not in _ENDED
+
+
+@dataclass(frozen=True)
+class Partition:
+    """A partition: its name, number of nodes, and the most GPUs that one of them has."""
+
+    name: str
+    nodes: int
+    gpus_per_node: int
 
 
 class _CannotAsk(Exception):
@@ -131,6 +142,21 @@ class Slurm:
         except _CannotAsk:
             found = None
         return int(found[1]) if found else _DEFAULT_MAX_ARRAY_SIZE
+
+    def partitions(self) -> list[Partition] | None:
+        """Return the cluster's partitions, the default one first; None where Slurm cannot be asked."""
+        try:
+            lines = self._asked("sinfo", "-h", "-o", "%P|%D|%G").stdout.splitlines()
+        except _CannotAsk:
+            return None
+        nodes, gpus, default = Counter[str](), Counter[str](), ""
+        for marked, count, gres in (line.split("|") for line in lines):
+            name = marked.removesuffix("*")
+            default = name if name != marked else default
+            nodes[name] += int(count)
+            gpus[name] = max(gpus[name], sum(int(found) for found in _GPUS.findall(gres)))
+        names = sorted(nodes, key=lambda name: name != default)
+        return [Partition(name, nodes[name], gpus[name]) for name in names]
 
     def _controller(self, number: str) -> list[Job]:
         """Ask slurmctld; nothing if it has forgotten the job or cannot be asked."""

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import fcntl
-import json
-import platform
-import subprocess
-import sys
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import IO
 
+from hopescale.common.disk import replace_text
 from hopescale.common.errors import LaunchError
+from hopescale.common.software import describe_software
 from hopescale.config.layout import Layout
-from hopescale.config.load import Loaded, to_yaml
-from hopescale.config.plan import make_plan
+from hopescale.config.load import Loaded
+from hopescale.config.record import write_record
 from hopescale.data.tokenizer import Tokenizer
-
-_PACKAGES = ("hopescale", "torch", "megatron-core", "deepspeed", "numpy", "sentencepiece", "webdataset", "omegaconf")
 
 
 class RunFolder:
@@ -40,6 +35,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / ".lock").open("w")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            (self.path / "outcome").unlink(missing_ok=True)
         except BlockingIOError as error:
             hint = "wait for it, stop it, or choose another --run-dir"
             raise LaunchError(f"run folder {self.path} is in use by another process", hint) from error
@@ -82,38 +78,20 @@ class RunFolder:
         Raises:
             LaunchError: If the folder cannot be written.
         """
-        files = {
-            "config.yaml": to_yaml(loaded.config),
-            "overrides.txt": "".join(f"{override}\n" for override in overrides),
-            "origins.json": json.dumps(loaded.origins, indent=2) + "\n",
-            "plan.json": json.dumps(make_plan(loaded.config, layout).to_dict(), indent=2) + "\n",
-            "groups.txt": groups,
-            "env.txt": _environment(),
-        }
         try:
-            for name, text in files.items():
-                written = self.path / f".tmp-{name}"
-                written.write_text(text, encoding="utf-8")
-                written.replace(self.path / name)
+            write_record(self.path, loaded, layout, overrides)
+            replace_text(self.path / "groups.txt", groups)
+            replace_text(self.path / "env.txt", describe_software())
         except OSError as error:
             raise self._failure(error) from error
 
+    def note_outcome(self, outcome: str) -> None:
+        """Keep how the run ended; the next process that opens the folder forgets it.
 
-def _environment() -> str:
-    lines = [f"python {platform.python_version()} on {platform.platform()}", f"command {' '.join(sys.argv)}"]
-    lines += [f"{package} {version(package)}" for package in _PACKAGES]
-    return "\n".join([*lines, f"git {_git_revision()}"]) + "\n"
-
-
-def _git_revision() -> str:
-    """Return the revision of the source tree, marked if it differs; `none` where git does not track this package."""
-
-    def git(*words: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *words]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", Path(__file__).name)
-        return git("rev-parse", "HEAD") + (" with local changes" if git("status", "--porcelain") else "")
-    except (OSError, subprocess.SubprocessError):
-        return "none"
+        Raises:
+            LaunchError: If the folder cannot be written.
+        """
+        try:
+            replace_text(self.path / "outcome", f"{outcome}\n")
+        except OSError as error:
+            raise self._failure(error) from error

@@ -5,11 +5,14 @@ from __future__ import annotations
 import signal
 from types import FrameType
 
+from hopescale.common import signals
+
 
 class StopRequest:
     """Whether a signal has asked the run to stop; a context manager that installs and restores the handlers.
 
-    SIGTERM and SIGUSR1 come from schedulers, SIGINT from a keyboard. A second SIGINT interrupts at once.
+    SIGTERM and SIGUSR1 come from schedulers, SIGINT from a keyboard. A second SIGINT interrupts at once. Those held back
+    until now are let through.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -21,6 +24,7 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         for number in self.SIGNALS:
             self._previous[number] = signal.signal(number, self._note)
+        signals.release()
         return self
 
     def __exit__(self, *_: object) -> None:

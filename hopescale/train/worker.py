@@ -147,7 +147,16 @@ def train_on(
             report,
         )
         reason = trainer.run(last_step, stop)
+        outcome = f"{_outcome(state.step, config, reason)} at step {state.step} of {config.train.steps}"
+        control.on_first(lambda: folder.note_outcome(outcome))
     return state.step, reason
+
+
+def _outcome(step: int, config: RunConfig, reason: str | None) -> str:
+    """Say how a run ended, in words that the batch script of a job looks for."""
+    if reason is not None:
+        return f"stopped by {reason}"
+    return "done" if step == config.train.steps else "paused"
 
 
 @contextmanager

@@ -1,0 +1,40 @@
+"""What a run folder says of its config: the values, where each came from, what follows from them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from hopescale.common.disk import replace_text
+from hopescale.config.layout import Layout
+from hopescale.config.load import COMMAND_LINE, Loaded, to_yaml
+from hopescale.config.plan import make_plan
+
+CONFIG = "config.yaml"
+
+
+def write_record(folder: Path, loaded: Loaded, layout: Layout, overrides: Sequence[str]) -> None:
+    """Write `config.yaml`, `overrides.txt`, `origins.json` and `plan.json`.
+
+    A run that is started from its own `config.yaml` keeps the overrides and origins of the start before.
+
+    Args:
+        folder: The run folder.
+        loaded: A recipe that has passed its checks.
+        layout: How the ranks are shared out.
+        overrides: As given on the command line.
+    """
+    origins, overrides = loaded.origins, [f"{override}\n" for override in overrides]
+    if loaded.recipe.resolve() == (folder / CONFIG).resolve() and (folder / "origins.json").exists():
+        before = json.loads((folder / "origins.json").read_text(encoding="utf-8"))
+        origins = {key: now if now == COMMAND_LINE else before.get(key, now) for key, now in origins.items()}
+        overrides = [(folder / "overrides.txt").read_text(encoding="utf-8"), *overrides]
+    files = {
+        CONFIG: to_yaml(loaded.config),
+        "overrides.txt": "".join(overrides),
+        "origins.json": json.dumps(origins, indent=2) + "\n",
+        "plan.json": json.dumps(make_plan(loaded.config, layout).to_dict(), indent=2) + "\n",
+    }
+    for name, text in files.items():
+        replace_text(folder / name, text)

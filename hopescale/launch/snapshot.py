@@ -1,0 +1,34 @@
+"""A copy of the package in a run folder: what is edited while a job waits does not change the job."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from hopescale.common.paths import package_folder
+from hopescale.common.software import REVISION, git, source_revision
+
+DIFF = "changes.diff"
+
+
+def take_snapshot(code: Path) -> None:
+    """Copy this package to `code/`, with the revision it is of and, if it differs, the difference.
+
+    A copy that is there already is replaced, unless it is the one that runs.
+
+    Args:
+        code: Folder to make; goes on `PYTHONPATH`.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    source, partial = package_folder(), code.with_name(f".{code.name}.partial")
+    if source.parent == code.resolve():
+        return
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(source, partial / source.name, ignore=shutil.ignore_patterns("__pycache__"))
+    (partial / REVISION).write_text(f"{source_revision()}\n", encoding="utf-8")
+    if difference := git("diff", "HEAD"):
+        (partial / DIFF).write_text(f"{difference}\n", encoding="utf-8")
+    shutil.rmtree(code, ignore_errors=True)
+    partial.rename(code)

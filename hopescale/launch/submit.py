@@ -1,0 +1,183 @@
+"""From a checked recipe to jobs in the queue: what is refused first, what the run folder gets, how it is submitted."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from hopescale.common.disk import replace_text
+from hopescale.common.errors import ConfigError, LaunchError, Problem
+from hopescale.common.software import describe_software
+from hopescale.config.layout import Layout
+from hopescale.config.load import Loaded, load_resolved
+from hopescale.config.record import CONFIG, write_record
+from hopescale.config.show import identity_problems
+from hopescale.launch.profile import seconds_of
+from hopescale.launch.sbatch import Job, render
+from hopescale.launch.scheduler import Slurm
+from hopescale.launch.snapshot import take_snapshot
+
+SCRIPT = "submit.sbatch"
+JOBS = "jobs.jsonl"
+_OF_EARLIER_JOBS = ("outcome", "failures")
+
+
+def check_job(job: Job, loaded: Loaded, slurm: Slurm) -> None:
+    """Refuse a job that could not run, as far as that can be seen from here. Writes nothing.
+
+    Args:
+        job: The job.
+        loaded: The recipe it trains.
+        slurm: Asked about partitions and earlier jobs; what it cannot answer is not checked.
+
+    Raises:
+        ConfigError: If the cluster has no such partition, nodes or GPUs, the time is too short, or the folder holds
+            another run.
+        LaunchError: If the run folder is in use or cannot be written.
+    """
+    if problems := [*_time_problems(job), *_cluster_problems(job, slurm)]:
+        raise ConfigError(problems)
+    _check_folder(job.run_dir)
+    for id in job_ids(job.run_dir):
+        if slurm.job(id).live:
+            hint = f"wait for it, end it with scancel {id}, or choose another --run-dir"
+            raise LaunchError(f"run folder {job.run_dir} is in use by job {id}, {slurm.job(id).state.lower()}", hint)
+    if (job.run_dir / "checkpoints" / "latest").exists() and (job.run_dir / CONFIG).exists():
+        before = load_resolved(job.run_dir / CONFIG)
+        if problems := identity_problems(before, loaded.config):
+            raise ConfigError(problems)
+
+
+def write_run(job: Job, loaded: Loaded, layout: Layout, overrides: Sequence[str]) -> Path:
+    """Write what the job needs into its run folder, and forget how earlier jobs ended.
+
+    Returns:
+        The batch script.
+
+    Raises:
+        LaunchError: If the folder cannot be written.
+    """
+    folder, script = job.run_dir, job.run_dir / SCRIPT
+    try:
+        (folder / "logs").mkdir(parents=True, exist_ok=True)
+        for name in _OF_EARLIER_JOBS:
+            (folder / name).unlink(missing_ok=True)
+        write_record(folder, loaded, layout, overrides)
+        replace_text(folder / "env.txt", describe_software())
+        take_snapshot(folder / "code")
+        replace_text(script, render(job))
+    except OSError as error:
+        hint = "choose another --run-dir"
+        raise LaunchError(f"cannot write the run folder {folder}: {error.strerror or error}", hint) from error
+    return script
+
+
+def submit(job: Job, script: Path, slurm: Slurm, *, jobs: int = 1) -> list[str]:
+    """Submit a script, once or as a chain in which each job waits for the one before, and note the jobs.
+
+    Returns:
+        Their numbers.
+
+    Raises:
+        LaunchError: If one is refused; those before it stay.
+    """
+    ids: list[str] = []
+    for _ in range(jobs):
+        after = [f"--dependency=afterany:{ids[-1]}"] if ids else []
+        ids.append(slurm.submit(script, *after))
+        note_job(job, ids[-1], script)
+    return ids
+
+
+def note_job(job: Job, id: str, script: Path) -> None:
+    """Add a line to `jobs.jsonl`."""
+    entry = {
+        "job": id,
+        "submitted": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "cluster": job.profile.name,
+        "nodes": job.nodes,
+        "ranks": job.ranks,
+        "script": script.name,
+        "log": str(log_of(job, id)),
+    }
+    with (job.run_dir / JOBS).open("a", encoding="utf-8") as stream:
+        stream.write(f"{json.dumps(entry)}\n")
+
+
+def log_of(job: Job, id: str) -> Path:
+    """Return the log of a job."""
+    return job.run_dir / "logs" / f"{id}.log"
+
+
+def job_ids(run_dir: Path) -> list[str]:
+    """Return the numbers of the jobs that `jobs.jsonl` of a run folder names, in the order of their submission."""
+    try:
+        lines = (run_dir / JOBS).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return []
+    return [json.loads(line)["job"] for line in lines if line.strip()]
+
+
+def expected_start(job: Job, slurm: Slurm) -> str:
+    """Return what Slurm says of when a job would start.
+
+    Raises:
+        LaunchError: If it would be refused, or Slurm cannot be asked.
+    """
+    with TemporaryDirectory() as folder:
+        script = Path(folder) / SCRIPT
+        script.write_text(render(job), encoding="utf-8")
+        return slurm.expected_start(script)
+
+
+def _time_problems(job: Job) -> Iterator[Problem]:
+    limit = job.time or job.profile.time
+    if limit is None:
+        return
+    seconds = seconds_of(limit)
+    if seconds is None:
+        hint = "write minutes, hours:minutes:seconds or days-hours"
+        yield Problem("--time", f"{limit!r} is no time limit", hint=hint)
+    elif seconds <= job.profile.signal_lead_s:
+        message = (
+            f"{limit} is {seconds} s, but the run is told to stop signal_lead_s={job.profile.signal_lead_s} s before"
+        )
+        yield Problem("--time", message, hint="raise the limit, or lower signal_lead_s in the profile")
+
+
+def _cluster_problems(job: Job, slurm: Slurm) -> Iterator[Problem]:
+    partitions, profile = slurm.partitions(), job.profile
+    if not partitions:
+        return
+    names = [partition.name for partition in partitions]
+    if profile.partition is not None and profile.partition not in names:
+        hint = f"the cluster has {', '.join(names)}"
+        yield Problem("partition", f"{profile.partition} is not on this cluster", f"profile {profile.name}", hint)
+        return
+    partition = partitions[names.index(profile.partition) if profile.partition else 0]
+    if profile.gpus_per_node > partition.gpus_per_node:
+        message = f"{profile.gpus_per_node}, but nodes of partition {partition.name} have {partition.gpus_per_node}"
+        yield Problem("gpus_per_node", message, f"profile {profile.name}")
+    if job.nodes > partition.nodes:
+        message = f"{job.nodes}, but partition {partition.name} has {partition.nodes}"
+        yield Problem("--nodes", message, hint="the job would wait for ever")
+
+
+def _check_folder(folder: Path) -> None:
+    """Look whether a run folder can be made or written, and that no process trains in it."""
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        reason = "cannot be written" if nearest.is_dir() else "is a file"
+        raise LaunchError(f"run folder {folder}: {nearest} {reason}", "choose another --run-dir")
+    with suppress(FileNotFoundError), (folder / ".lock").open("r+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            hint = "wait for it, stop it, or choose another --run-dir"
+            raise LaunchError(f"run folder {folder} is in use by another process", hint) from None
