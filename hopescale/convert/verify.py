@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +165,8 @@ def held_out(config: RunConfig) -> tuple[Tensor, str]:
     """Return tokens `[B, T]` of a run's held-out data and what they are; random tokens where it cannot be read."""
     length = min(TOKENS, config.train.seq_len)
     try:
-        data = open_data(config.data, seq_len=config.train.seq_len, vocab_size=config.model.vocab_size)
+        original = replace(config.data, staged=None)  # copies are on the disks of other machines
+        data = open_data(original, seq_len=config.train.seq_len, vocab_size=config.model.vocab_size)
         name = data.validation_sets[0]
         batch = next(iter(data.validation(name, ROWS * config.train.seq_len, ROWS)))
         return batch.tokens[:, :length], f"held-out text of {name}"

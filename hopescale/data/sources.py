@@ -10,6 +10,7 @@ from hopescale.config.schema import DataConfig, SourceConfig
 from hopescale.data.dataset import PreparedData, TokenStream
 from hopescale.data.order import PATTERN_LENGTH
 from hopescale.data.samples import PackedSamples, Samples
+from hopescale.data.staged import copy_of
 from hopescale.data.synthetic import SyntheticSamples, problems
 from hopescale.data.tokenizer import Tokenizer
 
@@ -63,9 +64,7 @@ def open_sources(config: DataConfig, *, seq_len: int, vocab_size: int) -> dict[s
     findings = _Findings()
     named = {name: source for name, source in config.sources.items() if source is not None}
     _check_weights(named, findings)
-    opened = {
-        name: _open_one(name, source, config.seed, seq_len, vocab_size, findings) for name, source in named.items()
-    }
+    opened = {name: _open_one(name, source, config, seq_len, vocab_size, findings) for name, source in named.items()}
     sources = {name: source for name, source in opened.items() if source is not None}
     _check_tokenizers(sources, findings)
     findings.raise_if_any()
@@ -86,7 +85,7 @@ def _check_weights(sources: dict[str, SourceConfig], findings: _Findings) -> Non
 
 
 def _open_one(
-    name: str, source: SourceConfig, seed: int, seq_len: int, vocab_size: int, findings: _Findings
+    name: str, source: SourceConfig, config: DataConfig, seq_len: int, vocab_size: int, findings: _Findings
 ) -> Source | None:
     key = f"data.sources.{name}"
     if (source.path is None) == (source.synthetic is None):
@@ -94,9 +93,9 @@ def _open_one(
         findings.add(key, f"needs either path or synthetic, has {found}")
         return None
     if source.path is None:
-        return _open_synthetic(key, source, seed, seq_len, vocab_size, findings)
+        return _open_synthetic(key, source, config.seed, seq_len, vocab_size, findings)
     try:
-        prepared = PreparedData(source.path)
+        prepared = PreparedData(source.path if config.staged is None else copy_of(source.path, config.staged))
     except DataError as error:
         findings.add_error(f"{key}.path", error)
         return None

@@ -43,5 +43,8 @@ class DataConfig:
     max_epochs: int = 1
     """How often a source may be read at most, each time in another order; a run that needs more is refused before it
     starts."""
+    staged: str | None = None
+    """Folder on each node's own disk with copies of the data sets, made by `hopescale node stage` and read in place of
+    `path`; null reads from `path`. A run may change it at any time: the data is the same."""
     prefetch: int = 2
     """Batches prepared ahead in a background thread; 0 prepares them in the training loop. No effect on order."""

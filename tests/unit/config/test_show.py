@@ -67,6 +67,7 @@ def test_a_resumed_run_keeps_its_identity(load, override):
         "train.micro_batch_size=4",
         "data.prefetch=0",
         "data.max_epochs=2",
+        "data.staged=/local",
         "name=other",
     ],
 )

@@ -1,0 +1,141 @@
+"""Copies of prepared data sets on a node's own disk: made before the ranks start, then read in place of the originals.
+
+A copy is named after what the data set's index says, so that it is found whatever the original's path, and shared by
+all runs that read the same data.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from hopescale.common.errors import DataError
+from hopescale.common.units import format_bytes
+from hopescale.data.shards import INDEX_FILE, VERIFY_HINT, Index, ShardEntry
+from hopescale.data.tokenizer import MODEL_FILE
+
+_THREADS = 8
+_PIECE = 4 * 2**20
+_PARTIAL = ".partial"
+
+
+@dataclass(frozen=True)
+class Staged:
+    """What became of a data set.
+
+    Attributes:
+        folder: The copy.
+        copied: Shards that were copied.
+        kept: Shards that were there and right.
+        num_bytes: Bytes that were copied.
+    """
+
+    folder: Path
+    copied: int
+    kept: int
+    num_bytes: int
+
+
+def copy_of(source: str | Path, root: str | Path) -> Path:
+    """Return where the copy of a data set lies.
+
+    Args:
+        source: The data set.
+        root: Folder of copies.
+
+    Raises:
+        DataError: If there is no complete copy, or no such data set.
+    """
+    folder = _name(Path(source), Path(root))
+    if not (folder / INDEX_FILE).is_file():
+        hint = "copy it with `hopescale node stage` on every node first, or leave data.staged out"
+        raise DataError(f"{root} holds no copy of {source} on {os.uname().nodename}", hint)
+    return folder
+
+
+def stage(source: str | Path, root: str | Path) -> Staged:
+    """Copy a data set, comparing every shard with the checksum in its index; what is there and right stays.
+
+    One process of a machine works on a copy at a time, the others wait for it. The index comes last: with it the copy
+    is complete.
+
+    Args:
+        source: The data set.
+        root: Folder of copies; made if missing.
+
+    Raises:
+        DataError: If the data set is damaged, or the disk is full or not writable.
+    """
+    source = Path(source)
+    index, folder = Index.read(source), _name(source, Path(root))
+    try:
+        with _alone(folder), ThreadPoolExecutor(_THREADS) as threads:
+            entries = [entry for split in index.splits.values() for entry in split]
+            right = list(threads.map(lambda entry: _is_right(folder / entry.file, entry), entries))
+            missing = [entry for entry, is_right in zip(entries, right, strict=True) if not is_right]
+            if missing or not (folder / INDEX_FILE).exists():
+                _require_space(folder, sum(entry.num_bytes for entry in missing))
+                list(threads.map(lambda entry: _copy(source, folder, entry), missing))
+                for name in (MODEL_FILE, INDEX_FILE):
+                    shutil.copyfile(source / name, folder / (name + _PARTIAL))
+                    (folder / (name + _PARTIAL)).replace(folder / name)
+    except OSError as error:
+        reason = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
+        raise DataError(f"cannot copy {source} to {folder} on {os.uname().nodename}: {reason}") from error
+    return Staged(folder, len(missing), len(entries) - len(missing), sum(entry.num_bytes for entry in missing))
+
+
+def _name(source: Path, root: Path) -> Path:
+    try:
+        return root / hashlib.sha256((source / INDEX_FILE).read_bytes()).hexdigest()[:16]
+    except OSError as error:
+        hint = "name a folder written by `hopescale data prepare`"
+        raise DataError(f"cannot read {source / INDEX_FILE}: {error.strerror}", hint) from error
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for leftover in folder.glob(f"*{_PARTIAL}"):
+            leftover.unlink()
+        yield
+
+
+def _is_right(path: Path, entry: ShardEntry) -> bool:
+    try:
+        with path.open("rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            return size == entry.num_bytes and hashlib.file_digest(stream, "sha256").hexdigest() == entry.sha256
+    except FileNotFoundError:
+        return False
+
+
+def _require_space(folder: Path, wanted: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if wanted > free:
+        message = f"{folder} on {os.uname().nodename} lacks space: {format_bytes(wanted)} to copy"
+        hint = f"remove copies that no run reads from {folder.parent}, or stage to another disk"
+        raise DataError(f"{message}, {format_bytes(free)} free", hint)
+
+
+def _copy(source: Path, folder: Path, entry: ShardEntry) -> None:
+    """Copy a shard and take its checksum on the way, in one reading."""
+    partial, digest = folder / (entry.file + _PARTIAL), hashlib.sha256()
+    with (source / entry.file).open("rb") as read, partial.open("wb") as written:
+        while piece := read.read(_PIECE):
+            digest.update(piece)
+            written.write(piece)
+    if digest.hexdigest() != entry.sha256:
+        partial.unlink()
+        found = f"SHA-256 {digest.hexdigest()[:12]}, the index says {entry.sha256[:12]}"
+        raise DataError(f"shard {source / entry.file} is damaged: {found}", VERIFY_HINT)
+    partial.replace(folder / entry.file)
