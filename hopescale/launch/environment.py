@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Mapping
+import socket
+from collections.abc import Iterator, Mapping
 
 from hopescale.common.errors import LaunchError
 from hopescale.common.place import Place
@@ -13,6 +15,9 @@ _FIRST_PORT, _NUM_PORTS = 15_000, 10_000
 
 _FIRST_SPECIAL_STEP = -16
 """Steps of Slurm from this number on, of 32 bits, launch no ranks: the batch script, an interactive shell."""
+
+_BRACKETS = re.compile(r"\[([^\[\]]+)\]")
+"""Numbers of hosts in a list of Slurm."""
 
 _SIGNS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "SLURM_PROCID")
 """Variables that show that a launcher is at work."""
@@ -57,6 +62,21 @@ def child_environ(environ: Mapping[str, str], place: Place, num_threads: int) ->
     }
 
 
+def find_node(environ: Mapping[str, str]) -> str:
+    """Return the name of this node: Slurm's, which its commands take, else the machine's."""
+    return environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def find_nodes(environ: Mapping[str, str]) -> list[str]:
+    """Return the names of all nodes of this process's job step, in the order of their ranks; itself without Slurm.
+
+    Raises:
+        LaunchError: If Slurm's list cannot be read.
+    """
+    name = _nodes_name(environ)
+    return list(_hosts(environ[name], name)) if environ.get(name) else [find_node(environ)]
+
+
 def _torchrun_place(environ: Mapping[str, str]) -> Place:
     world_size = _number(environ, "WORLD_SIZE", 1)
     return Place(
@@ -85,7 +105,7 @@ def _tasks_name(environ: Mapping[str, str]) -> str:
 
 def _srun_place(environ: Mapping[str, str]) -> Place:
     world_size = _number(environ, _tasks_name(environ), 1)
-    nodes = "SLURM_STEP_NODELIST" if "SLURM_STEP_NODELIST" in environ else "SLURM_JOB_NODELIST"
+    nodes = _nodes_name(environ)
     if "MASTER_PORT" in environ:
         port = _port(environ)
     else:
@@ -100,13 +120,36 @@ def _srun_place(environ: Mapping[str, str]) -> Place:
     )
 
 
+def _nodes_name(environ: Mapping[str, str]) -> str:
+    return "SLURM_STEP_NODELIST" if "SLURM_STEP_NODELIST" in environ else "SLURM_JOB_NODELIST"
+
+
 def _first_host(hosts: str, name: str) -> str:
-    """Return the first host of a list as Slurm writes it: `node01` of `node[01-03,07],gpu5`."""
-    first = re.match(r"(?:[^,\[\]]|\[[^\[\]]+\])+(?=,|$)", hosts)
-    host = re.sub(r"\[(\w+)[^\]]*\]", r"\1", first[0]) if first else ""
-    if not re.fullmatch(r"[\w.-]+", host):
-        raise LaunchError(f"{name} is {hosts!r}, which names no host", "set MASTER_ADDR to the host of rank 0")
-    return host
+    return next(_hosts(hosts, name))
+
+
+def _hosts(hosts: str, name: str) -> Iterator[str]:
+    """List the hosts that Slurm writes as `node[01-03,07],gpu5`: `node01`, `node02`, `node03`, `node07`, `gpu5`."""
+    for part in re.split(r",(?![^\[\]]*\])", hosts):
+        choices = [[text] if number % 2 == 0 else _range(text) for number, text in enumerate(_BRACKETS.split(part))]
+        for pieces in itertools.product(*choices):
+            host = "".join(pieces)
+            if not re.fullmatch(r"[\w.-]+", host):
+                hint = "set MASTER_ADDR to the host of rank 0"
+                raise LaunchError(f"{name} is {hosts!r}, which names no host", hint)
+            yield host
+
+
+def _range(text: str) -> list[str]:
+    """List the numbers of `01-03,07`, as wide as they are written."""
+    found: list[str] = []
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        if dash and first.isdigit() and last.isdigit():
+            found += [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+        else:
+            found.append(part)
+    return found
 
 
 def _port(environ: Mapping[str, str]) -> int:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from hopescale.common.errors import ConfigError
+from hopescale.common.errors import ConfigError, LaunchError
+from hopescale.common.place import Place
 
 
 def choose_device(name: str, origin: str) -> torch.device:
@@ -23,3 +24,18 @@ def choose_device(name: str, origin: str) -> torch.device:
     if name == "cuda" and not available:
         raise ConfigError(f"{origin} is cuda, but this machine has no usable CUDA device", f"set {origin} to auto")
     return torch.device("cuda" if available and name != "cpu" else "cpu")
+
+
+def own_device(place: Place) -> torch.device:
+    """Return the CUDA device of a rank: by its number on the node, or the only one it is shown.
+
+    Raises:
+        LaunchError: If the node has fewer devices than ranks.
+    """
+    count = torch.cuda.device_count()
+    if count == 1 and place.bound:
+        return torch.device("cuda", 0)
+    if place.local_rank >= count:
+        message = f"rank {place.rank} is number {place.local_rank} of its node, which has {count} CUDA devices"
+        raise LaunchError(message, "start one rank per device, or set train.device=cpu")
+    return torch.device("cuda", place.local_rank)

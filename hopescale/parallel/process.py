@@ -13,13 +13,32 @@ from hopescale.common.errors import LaunchError
 from hopescale.common.place import Place
 
 
-def start(place: Place, device: torch.device, timeout: timedelta) -> None:
+def meet(place: Place, timeout: timedelta, *, wait: bool = True) -> dist.TCPStore:
+    """Open the store that all ranks of a job read and write; rank 0 holds it.
+
+    Args:
+        place: Which rank this is and where the ranks meet.
+        timeout: How long to try, and how long to wait for a value later.
+        wait: Whether to wait until all ranks have opened it.
+
+    Raises:
+        LaunchError: If the ranks do not meet.
+    """
+    host, port, ranks = place.address, place.port, place.world_size
+    try:
+        return dist.TCPStore(host, port, ranks, is_master=place.rank == 0, timeout=timeout, wait_for_workers=wait)
+    except dist.DistError as error:
+        raise _not_met(place, error) from error
+
+
+def start(place: Place, device: torch.device, timeout: timedelta, store: dist.Store | None = None) -> None:
     """Join the group of all ranks: NCCL for tensors on CUDA, gloo for those on the CPU.
 
     Args:
         place: Which rank this is and where the ranks meet.
         device: Where this rank computes; made the current one if it is a CUDA device.
         timeout: How long an exchange may wait for the other ranks.
+        store: One in which the ranks have met; None lets them meet.
 
     Raises:
         LaunchError: If the ranks do not meet.
@@ -32,15 +51,17 @@ def start(place: Place, device: torch.device, timeout: timedelta) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
-    host, port, ranks = place.address, place.port, place.world_size
+    store = meet(place, timeout) if store is None else store
     try:
-        store = dist.TCPStore(host, port, ranks, is_master=place.rank == 0, timeout=timeout)
-        dist.init_process_group(backend, store=store, rank=place.rank, world_size=ranks, timeout=timeout)
+        dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size, timeout=timeout)
     except dist.DistError as error:
-        reason = str(error).splitlines()[0]
-        hint = "MASTER_ADDR must be the host of rank 0, MASTER_PORT free there, and all ranks must have been started"
-        message = f"rank {place.rank} of {ranks} could not meet the others at {host}:{port}: {reason}"
-        raise LaunchError(message, hint) from error
+        raise _not_met(place, error) from error
+
+
+def _not_met(place: Place, error: dist.DistError) -> LaunchError:
+    where = f"rank {place.rank} of {place.world_size} could not meet the others at {place.address}:{place.port}"
+    hint = "MASTER_ADDR must be the host of rank 0, MASTER_PORT free there, and all ranks must have been started"
+    return LaunchError(f"{where}: {str(error).splitlines()[0]}", hint)
 
 
 def start_alone() -> None:

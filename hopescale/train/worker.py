@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 
 from hopescale.checkpoint.manager import find_checkpoint
-from hopescale.common.errors import CheckpointError, LaunchError, StoppedEarly
+from hopescale.common.errors import CheckpointError, StoppedEarly
 from hopescale.common.place import Place
 from hopescale.config.groups import group_table
 from hopescale.config.layout import Layout
@@ -23,7 +23,7 @@ from hopescale.cost.hardware import peak_bf16_flops
 from hopescale.observe.throughput import Throughput
 from hopescale.parallel import process
 from hopescale.parallel.control import Control
-from hopescale.parallel.device import choose_device
+from hopescale.parallel.device import choose_device, own_device
 from hopescale.parallel.mesh import Mesh
 from hopescale.parallel.traffic import Traffic
 from hopescale.train.folder import RunFolder
@@ -185,21 +185,10 @@ def _join(place: Place | None, layout: Layout, config: RunConfig) -> tuple[Mesh,
         return Mesh.alone(), device
     faulthandler.enable()
     if device.type == "cuda":
-        device = _own_device(place)
+        device = own_device(place)
     timeout = timedelta(seconds=config.parallel.first_step_timeout_s)
     process.start(place, device, timeout)
     return Mesh.over_all(layout, device=device, timeout=timeout), device
-
-
-def _own_device(place: Place) -> torch.device:
-    """Return the CUDA device of a rank: by its number on the node, or the only one it is shown."""
-    count = torch.cuda.device_count()
-    if count == 1 and place.bound:
-        return torch.device("cuda", 0)
-    if place.local_rank >= count:
-        message = f"rank {place.rank} is number {place.local_rank} of its node, which has {count} CUDA devices"
-        raise LaunchError(message, "start one rank per device, or set train.device=cpu")
-    return torch.device("cuda", place.local_rank)
 
 
 def _open_on_first(control: Control, stack: ExitStack, make: Callable[[], AbstractContextManager[T]]) -> T | None:

@@ -4,7 +4,7 @@ import pytest
 
 from hopescale.common.errors import LaunchError
 from hopescale.common.place import Place
-from hopescale.launch.environment import child_environ, find_place
+from hopescale.launch.environment import child_environ, find_node, find_nodes, find_place
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
 SRUN = {
@@ -87,6 +87,15 @@ def test_slurm_without_several_tasks_starts_one_process(environ):
 )
 def test_the_first_host_of_a_list(hosts, first):
     assert find_place(SRUN | {"SLURM_STEP_NODELIST": hosts}).address == first
+
+
+def test_the_nodes_of_a_step():
+    hosts = "node[008-010,3],gpu5,rack[1-2]n[7-8]"
+    nodes = ["node008", "node009", "node010", "node3", "gpu5", "rack1n7", "rack1n8", "rack2n7", "rack2n8"]
+    assert find_nodes(SRUN | {"SLURM_STEP_NODELIST": hosts}) == nodes
+    assert find_nodes(without(SRUN, "SLURM_STEP_NODELIST")) == ["node01", "node02", "node03", "node04"]
+    assert find_nodes({"SLURMD_NODENAME": "node3"}) == ["node3"] and len(find_nodes({})) == 1
+    assert find_node({"SLURMD_NODENAME": "node3"}) == "node3"
 
 
 @pytest.mark.parametrize("hosts", ["[1-2", ",node1", "node[]", "node 1", "]["])

@@ -1,0 +1,229 @@
+"""The check of a job's nodes before it trains: which of them cannot be trusted, and why."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from hopescale.common.place import Place
+from hopescale.common.units import format_bytes
+from hopescale.parallel import process
+from hopescale.parallel.device import choose_device, own_device
+from hopescale.parallel.links import Links, measure
+from hopescale.parallel.meeting import Meeting
+
+BAD_NODES = "bad_nodes"
+"""File of a run folder with the names of nodes that the run does not start on again, one a line."""
+SLOW = 5.0
+"""A node is slow if an exchange takes so many times what it takes the median of nodes."""
+
+_MEET_S, _EXCHANGE_S = 120, 60
+_FREE_DISK = 2**30
+_FREE_DEVICE = 0.8
+_WRITTEN = 2**20
+_SIZES = {"cuda": 1024, "cpu": 256}
+
+
+@dataclass
+class Verdict:
+    """What was found.
+
+    Attributes:
+        bad: Nodes with what is wrong with each.
+        shared: What is wrong on all nodes alike, or cannot be told from one.
+        summary: What was measured, in words.
+    """
+
+    bad: dict[str, str] = field(default_factory=dict)
+    shared: list[str] = field(default_factory=list)
+    summary: str = ""
+
+
+def check_nodes(place: Place | None, node: str, nodes: Sequence[str], device: str, folders: Sequence[Path]) -> Verdict:
+    """Check devices, disks and links of all nodes. Called by every rank; all return the same.
+
+    Args:
+        place: Which rank this is; None is the only one.
+        node: Name of its node.
+        nodes: Names of all nodes of the job.
+        device: Where the run computes: `auto`, `cpu` or `cuda`.
+        folders: Folders that every node must be able to write to.
+
+    Raises:
+        LaunchError: If the ranks do not meet at rank 0.
+    """
+    if place is None:
+        return judge_faults({0: node}, {0: list(_faults(device, None, folders, True))}, nodes)
+    store = process.meet(place, timedelta(seconds=_MEET_S), wait=False)
+    meeting = Meeting(store, place.rank, place.world_size, _MEET_S)
+    names = meeting.gather(node)
+    ranks_here = [rank for rank, name in names.items() if name == node]
+    alone, first = len(ranks_here) == 1, place.rank == min(ranks_here, default=place.rank)
+    found = meeting.gather(list(_faults(device, None if alone else place, folders if first else (), alone)))
+    verdict = judge_faults(names, found, nodes)
+    if not verdict.bad and not verdict.shared:
+        links = _measure(place, device, [names[rank] for rank in sorted(names)], store, meeting)
+        verdict = judge_links(names, {rank: Links(**of_rank) for rank, of_rank in meeting.gather(links).items()})
+    meeting.leave()
+    process.stop()
+    return verdict
+
+
+def exclude(run_dir: Path, nodes: Sequence[str]) -> None:
+    """Add nodes to those that a run does not start on again."""
+    path = run_dir / BAD_NODES
+    known = path.read_text().split() if path.exists() else []
+    written = path.with_name(f".tmp-{BAD_NODES}")
+    written.write_text("".join(f"{node}\n" for node in dict.fromkeys([*known, *nodes])))
+    written.replace(path)
+
+
+def judge_faults(names: Mapping[int, str], faults: Mapping[int, Sequence[str]], nodes: Sequence[str]) -> Verdict:
+    """Find the nodes at fault by what their ranks have found, or by their silence.
+
+    Args:
+        names: Node of each rank that was there at first.
+        faults: What each rank has found wrong, of those that still were there afterwards.
+        nodes: Names of all nodes.
+    """
+    bad: dict[str, list[str]] = {}
+    per_node = [list(names.values()).count(node) for node in nodes]
+    for node, count in zip(nodes, per_node, strict=True):
+        if count < max(per_node):
+            bad.setdefault(node, []).append(f"{max(per_node) - count} ranks did not start within {_MEET_S} s")
+    for rank, node in names.items():
+        if rank not in faults:
+            bad.setdefault(node, []).append(f"rank {rank} did not finish its checks within {_MEET_S} s")
+        for fault in faults.get(rank, ()):
+            bad.setdefault(node, []).append(fault)
+    reasons = {node: "; ".join(dict.fromkeys(found)) for node, found in bad.items()}
+    return _verdict(reasons, len(nodes), f"{len(nodes)} nodes, {len(names)} ranks")
+
+
+def judge_links(names: Mapping[int, str], links: Mapping[int, Links]) -> Verdict:
+    """Find the nodes that are slow, or unreachable, while others are not.
+
+    Args:
+        names: Node of each rank.
+        links: What each rank has measured, of those that still were there afterwards.
+    """
+    nodes = list(dict.fromkeys(names.values()))
+    bad: dict[str, str] = {}
+    within = {node: _worst(links[rank].within for rank in links if names[rank] == node) for node in nodes}
+    pairs = {node: [s for rank in links if names[rank] == node for s in links[rank].pairs.values()] for node in nodes}
+    best = {node: min(seconds, default=None) for node, seconds in pairs.items()}
+    for what, seconds in (("an all-reduce within the node", within), ("an exchange with its neighbours", best)):
+        for node, reason in _slow(what, seconds):
+            bad.setdefault(node, reason)
+    for rank, node in names.items():
+        if rank not in links:
+            bad.setdefault(node, f"rank {rank} did not finish the exchange")
+    bandwidth = [of_rank.bandwidth for of_rank in links.values()]
+    text = f"{len(nodes)} nodes, {len(names)} ranks"
+    if not bad and None in bandwidth:
+        return Verdict({}, ["an all-reduce over all ranks fails or gives wrong sums, on no single node"], text)
+    if None not in bandwidth:
+        text += f", all-reduce {format_bytes(min(bandwidth))}/s"
+    return _verdict(bad, len(nodes), text)
+
+
+def _worst(values: Iterator[float | None]) -> float | None:
+    return max((value for value in values if value is not None), default=None)
+
+
+def _slow(what: str, seconds: Mapping[str, float | None]) -> Iterator[tuple[str, str]]:
+    """Name the nodes that take much longer than the median; with two nodes, one that fails alone."""
+    known = {node: value for node, value in seconds.items() if value is not None}
+    if len(known) < 2:
+        return
+    median = statistics.median_low(known.values())
+    for node, value in known.items():
+        if math.isinf(value):
+            yield node, f"{what} fails"
+        elif len(known) > 2 and value > SLOW * median:
+            yield node, f"{what} takes {1e3 * value:.3g} ms, the median of nodes is {1e3 * median:.3g} ms"
+
+
+def _verdict(bad: Mapping[str, str], num_nodes: int, summary: str) -> Verdict:
+    """Blame nodes only where there are others: what is wrong everywhere is no node's fault."""
+    if bad and len(bad) == num_nodes > 1:
+        return Verdict({}, [f"{node}: {reason}" for node, reason in bad.items()], summary)
+    return Verdict(dict(bad), [], summary)
+
+
+def _measure(place: Place, device: str, nodes: Sequence[str], store: dist.Store, meeting: Meeting) -> dict[str, object]:
+    where = choose_device(device, "train.device")
+    if where.type == "cuda" and nodes.count(nodes[place.rank]) > 1:
+        where = own_device(place)
+    process.start(place, where, timedelta(seconds=_EXCHANGE_S), store)
+    return asdict(measure(nodes, where, lambda: meeting.gather(None)))
+
+
+def _faults(device: str, place: Place | None, folders: Sequence[Path], alone: bool) -> Iterator[str]:
+    """Check what this rank alone can see.
+
+    Args:
+        device: Where the run computes.
+        place: Chooses the CUDA device; None checks all that are visible.
+        folders: To be written to.
+        alone: Whether this is the only rank on its node.
+    """
+    for folder in folders:
+        if (fault := _disk_fault(folder)) is not None:
+            yield fault
+    try:
+        where = choose_device(device, "train.device")
+        devices = [where]
+        if where.type == "cuda":
+            count = torch.cuda.device_count()
+            devices = [torch.device("cuda", index) for index in range(count)] if alone else [own_device(place)]
+        for each in devices:
+            yield from _device_faults(each)
+    except Exception as error:  # a device that is broken may fail in any way
+        yield f"{device}: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+
+
+def _device_faults(device: torch.device) -> Iterator[str]:
+    """Multiply matrices of small whole numbers, whose product every device has to give exactly."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        if free < _FREE_DEVICE * total:
+            yield f"{device}: {format_bytes(free)} of {format_bytes(total)} free: something else is using it"
+    size = _SIZES[device.type]
+    rows = torch.arange(size, dtype=torch.float64)
+    a, b = (rows[:, None] * 3 + rows * 5) % 7 - 3, (rows[:, None] * 5 + rows * 2) % 5 - 2
+    expected = a @ b
+    for dtype in (torch.float32, torch.bfloat16):
+        found = a.to(device, dtype) @ b.to(device, dtype)
+        if not torch.equal(found.cpu(), expected.to(dtype)):
+            yield f"{device}: a product of {dtype} matrices is wrong"
+
+
+def _disk_fault(folder: Path) -> str | None:
+    """Write to a folder and read it back; return what goes wrong."""
+    path, content = folder / f".check-{os.uname().nodename}-{os.getpid()}", os.urandom(_WRITTEN)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with path.open("w+b") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+                stream.seek(0)
+                if stream.read() != content:
+                    return f"{folder}: what was written is not what is read"
+        finally:
+            path.unlink(missing_ok=True)
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        return f"{folder}: {error.strerror}"
+    return None if free >= _FREE_DISK else f"{folder}: only {format_bytes(free)} free"
