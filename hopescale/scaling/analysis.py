@@ -1,0 +1,143 @@
+"""Everything that is said about a table of runs, put together: the law of each series, its checks, and comparisons."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from hopescale.common.errors import DataError
+from hopescale.scaling.bootstrap import Forecast, Interval, forecast_largest, reweighted_laws
+from hopescale.scaling.envelope import Envelope, lower_envelope
+from hopescale.scaling.fit import Fit, fit_law
+from hopescale.scaling.isoflop import IsoFlop, fit_isoflop
+from hopescale.scaling.multiplier import Frontier, Multiplier, multiplier
+from hopescale.scaling.points import Points, Table
+
+USUAL_REFERENCE = "transformer"
+RESAMPLES = 200
+
+
+@dataclass(frozen=True)
+class Optimum:
+    """The best size for a budget by a law, with intervals where fits were repeated."""
+
+    flops: float
+    params: float
+    tokens: float
+    loss: float
+    params_interval: Interval | None
+    tokens_interval: Interval | None
+    loss_interval: Interval | None
+
+
+@dataclass(frozen=True)
+class SeriesAnalysis:
+    """One series: its runs, its law by the three views, and how far the law is to be trusted.
+
+    Attributes:
+        points: The runs.
+        fit: The law.
+        frontier: The law along its compute-optimal sizes, with the laws of reweighted fits.
+        isoflop: Parabolas by budget.
+        envelope: Runs that no cheaper one beats.
+        forecast: The law without the largest runs against these; None where too few would be left.
+    """
+
+    points: Points
+    fit: Fit
+    frontier: Frontier
+    isoflop: IsoFlop
+    envelope: Envelope
+    forecast: Forecast | None
+
+    def optimum(self, flops: float) -> Optimum:
+        """Return the best size for a budget, FLOPs."""
+        law, cost = self.fit.law, self.frontier.flops_per_param_token
+        params, tokens = law.optimal(flops, cost)
+        samples = [own.optimal(flops, cost) for own in self.frontier.samples]
+        losses = [self.frontier.best_loss(flops, own) for own in self.frontier.samples]
+        sizes, durations = np.array(samples).T if samples else ([], [])
+        intervals = [Interval.of(np.array(values)) if samples else None for values in (sizes, durations, losses)]
+        return Optimum(flops, params, tokens, law.loss(params, tokens), *intervals)
+
+    def intervals(self) -> dict[str, Interval]:
+        """Return the interval of each of the law's numbers, and of the exponents of `N(C)` and `D(C)`, as `a`, `b`."""
+        if not self.frontier.samples:
+            return {}
+        samples = {name: [law.to_dict()[name] for law in self.frontier.samples] for name in self.fit.law.to_dict()}
+        samples["a"] = [law.beta / (law.alpha + law.beta) for law in self.frontier.samples]
+        samples["b"] = [law.alpha / (law.alpha + law.beta) for law in self.frontier.samples]
+        return {name: Interval.of(np.array(values)) for name, values in samples.items()}
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """All series of a table.
+
+    Attributes:
+        table: What was read.
+        series: By name, in the table's order.
+        reference: What others are compared with; None where there is one series.
+        multipliers: For every other series its multipliers over the reference, at rising budgets.
+    """
+
+    table: Table
+    series: dict[str, SeriesAnalysis]
+    reference: str | None
+    multipliers: dict[str, list[Multiplier]]
+
+
+def analyse(table: Table, reference: str | None = None, resamples: int = RESAMPLES) -> Analysis:
+    """Fit and compare the series of a table.
+
+    Args:
+        table: The runs.
+        reference: Series that others are compared with; by default `transformer`, else the first.
+        resamples: Reweighted fits for the intervals; 0 leaves intervals out.
+
+    Raises:
+        DataError: If a series has too few runs for a law, or there is no series of the reference's name.
+    """
+    if reference is not None and reference not in table.series:
+        raise DataError(f"{table.source} has no series {reference}, only {', '.join(table.series)}")
+    series = {
+        name: _analyse_series(name, points, resamples, seed) for seed, (name, points) in enumerate(table.series.items())
+    }
+    if len(series) == 1:
+        return Analysis(table, series, None, {})
+    reference = reference or (USUAL_REFERENCE if USUAL_REFERENCE in series else next(iter(series)))
+    multipliers = {
+        name: [
+            multiplier(one.frontier, series[reference].frontier, flops)
+            for flops in common_budgets(one.points, series[reference].points)
+        ]
+        for name, one in series.items()
+        if name != reference
+    }
+    return Analysis(table, series, reference, multipliers)
+
+
+def common_budgets(series: Points, reference: Points, count: int = 5) -> list[float]:
+    """Return budgets spread evenly, by ratio, over what both were run with, else over the series' own."""
+    low = max(series.flops.min(), reference.flops.min())
+    high = min(series.flops.max(), reference.flops.max())
+    if low >= high:
+        low, high = series.flops.min(), series.flops.max()
+    return np.geomspace(low, high, count).tolist()
+
+
+def _analyse_series(name: str, points: Points, resamples: int, seed: int) -> SeriesAnalysis:
+    try:
+        fit = fit_law(points)
+    except DataError as error:
+        raise DataError(f"series {name}: {error.message}", error.hint) from None
+    samples = reweighted_laws(points, fit, resamples, seed) if resamples else []
+    return SeriesAnalysis(
+        points=points,
+        fit=fit,
+        frontier=Frontier(fit.law, samples, points.flops_per_param_token),
+        isoflop=fit_isoflop(points, 5 * resamples, seed),
+        envelope=lower_envelope(points),
+        forecast=forecast_largest(points),
+    )

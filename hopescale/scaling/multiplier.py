@@ -1,0 +1,67 @@
+"""The effective-compute multiplier: how many times the compute a reference needs for the same loss.
+
+With `L_s(C)` the least loss of series `s` for `C` FLOPs, along its own compute-optimal sizes,
+
+    m(C) = C_ref / C    where    L_ref(C_ref) = L_s(C).
+
+So `m = 2` at 1e20 FLOPs: the reference needs 2e20 FLOPs for what the series reaches with 1e20. FLOPs are those of the
+table, counted by each series' own FLOPs per parameter and token: a mixer that needs more of them per token pays for it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from hopescale.cost.law import Law
+from hopescale.scaling.bootstrap import Interval
+
+
+@dataclass(frozen=True)
+class Multiplier:
+    """The multiplier of a series at one budget.
+
+    Attributes:
+        flops: The budget of the series, FLOPs.
+        loss: What it reaches with it, nats per token.
+        value: `m(C)`; infinite where the reference's `E` is above that loss.
+        interval: Of `value`.
+    """
+
+    flops: float
+    loss: float
+    value: float
+    interval: Interval | None
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """A series along its compute-optimal sizes: its law, the laws of reweighted fits, and what a parameter costs."""
+
+    law: Law
+    samples: Sequence[Law]
+    flops_per_param_token: float
+
+    def best_loss(self, flops: float, law: Law | None = None) -> float:
+        """Return the least loss for a budget, by a law of the samples where one is given."""
+        law = law or self.law
+        return law.loss(*law.optimal(flops, self.flops_per_param_token))
+
+    def flops_for(self, loss: float, law: Law | None = None) -> float:
+        """Return the least FLOPs for a loss; infinite where it is not above `E`."""
+        law = law or self.law
+        return law.flops_for(loss, self.flops_per_param_token) if loss > law.E else math.inf
+
+
+def multiplier(series: Frontier, reference: Frontier, flops: float) -> Multiplier:
+    """Return how many times `flops` the reference needs to reach what the series reaches with `flops`."""
+    loss = series.best_loss(flops)
+    ratios = [
+        reference.flops_for(series.best_loss(flops, own), other) / flops
+        for own, other in zip(series.samples, reference.samples, strict=True)
+    ]
+    interval = Interval.of(np.array(ratios)) if ratios else None
+    return Multiplier(flops, loss, reference.flops_for(loss) / flops, interval)

@@ -1,0 +1,179 @@
+"""A table of runs as a fit sees it: parameters, tokens, FLOPs and loss of each, by series.
+
+Knows nothing of where the runs came from: a sweep's `points.csv` and a table of somebody else's are read alike.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from hopescale.common.errors import DataError
+from hopescale.cost.law import FLOPS_PER_PARAM_TOKEN
+
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "N": ("n", "params", "parameters", "numparams", "numparameters", "modelsize", "size"),
+    "D": ("d", "tokens", "numtokens", "trainingtokens", "traintokens", "tokensseen"),
+    "FLOP": ("flop", "flops", "c", "compute", "trainingflop", "trainingflops", "trainflop", "trainflops"),
+    "loss": ("loss", "valloss", "validationloss", "finalloss", "evalloss", "testloss"),
+    "series": ("series", "mixer", "optimizer", "architecture", "variant"),
+    "state": ("state",),
+}
+"""Names a column may have, the first that is there is taken; case, spaces and punctuation do not count."""
+
+ONE_SERIES = "all"
+"""Name of the series of a table that tells none apart."""
+
+
+@dataclass(frozen=True)
+class Points:
+    """Runs of one series.
+
+    Attributes:
+        params: Parameters of each run, `[n]`, as the table counts them.
+        tokens: Tokens it was trained on, `[n]`.
+        flops: Its training FLOPs in all, `[n]`: what the table says, else `6 N D`.
+        loss: Its loss, nats per token, `[n]`.
+    """
+
+    params: np.ndarray
+    tokens: np.ndarray
+    flops: np.ndarray
+    loss: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.loss)
+
+    def take(self, chosen: np.ndarray) -> Points:
+        """Return the runs that a mask or an index array chooses."""
+        return Points(self.params[chosen], self.tokens[chosen], self.flops[chosen], self.loss[chosen])
+
+    @property
+    def flops_per_param_token(self) -> float:
+        """FLOPs per parameter and token: the median over the runs."""
+        return float(np.median(self.flops / (self.params * self.tokens)))
+
+
+@dataclass(frozen=True)
+class Table:
+    """All that was read from a file.
+
+    Attributes:
+        series: The runs of each series, in the order of the file.
+        left_out: A line for each run that is not among them, and why.
+        source: The file.
+    """
+
+    series: dict[str, Points]
+    left_out: list[str]
+    source: Path
+
+
+def read_points(path: Path, series_column: str | None = None, drop_highest: int = 0) -> Table:
+    """Read a table of runs: comma, semicolon or tab separated, the first row names the columns.
+
+    It needs `loss` and two of N, D and FLOP; what is missing of the three follows from `FLOP = 6 N D`. Runs that
+    diverged or have not finished, by their `state` or by a loss that is no finite number, are left out and named.
+
+    Args:
+        path: The file.
+        series_column: Column that tells series apart, where it is none of `COLUMNS`.
+        drop_highest: Leave out so many runs of the highest losses, over all series.
+
+    Raises:
+        DataError: If the file cannot be read, lacks a column, or a cell is not what it must be: row and column named.
+    """
+    rows, header = _read_rows(path)
+    columns = _find_columns(header, series_column, path)
+    kept: list[tuple[int, str, tuple[float, float, float, float]]] = []
+    left_out: list[str] = []
+    for number, row in rows:
+        run = _read_run(row, columns, f"{path}, row {number}")
+        if isinstance(run, str):
+            left_out.append(f"row {number}: {run}")
+        else:
+            kept.append((number, row[columns["series"]].strip() if "series" in columns else ONE_SERIES, run))
+    highest = sorted(kept, key=lambda item: -item[2][3])[:drop_highest]
+    left_out += [f"row {number}: loss {run[3]:.4g} is among the highest {drop_highest}" for number, _, run in highest]
+    kept = [item for item in kept if item not in highest]
+    if not kept:
+        raise DataError(f"{path} holds no finished run ({len(left_out)} left out)", left_out[0] if left_out else None)
+    names = dict.fromkeys(name for _, name, _ in kept)
+    series = {name: _points([run for _, own, run in kept if own == name]) for name in names}
+    return Table(series, left_out, path)
+
+
+def _points(runs: list[tuple[float, float, float, float]]) -> Points:
+    return Points(*np.array(runs, dtype=float).T)
+
+
+def _read_rows(path: Path) -> tuple[list[tuple[int, list[str]]], list[str]]:
+    """Return the rows that are not empty with their numbers in the file, and the names of the columns."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
+        raise DataError(f"cannot read {path}: {reason}", "give a table with columns N, D or FLOP, and loss") from error
+    lines = text.splitlines()
+    if not lines:
+        raise DataError(f"{path} is empty", "give a table with columns N, D or FLOP, and loss")
+    reader = csv.reader(lines, delimiter=max(",;\t", key=lines[0].count))
+    header = next(reader)
+    rows = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
+    for number, row in rows:
+        if len(row) != len(header):
+            raise DataError(f"{path}, row {number}: {len(row)} cells, but the first row names {len(header)} columns")
+    return rows, header
+
+
+def _find_columns(header: list[str], series_column: str | None, path: Path) -> dict[str, int]:
+    """Return where each meaning of `COLUMNS` is, for those that the table has."""
+    plain = [re.sub(r"[^a-z0-9]", "", name.lower()) for name in header]
+    found = {
+        meaning: plain.index(next(name for name in names if name in plain))
+        for meaning, names in COLUMNS.items()
+        if set(names) & set(plain)
+    }
+    if series_column is not None:
+        if series_column not in header:
+            raise DataError(f"{path} has no column {series_column!r}, only {', '.join(header)}")
+        found["series"] = header.index(series_column)
+    if "loss" not in found or len({"N", "D", "FLOP"} & set(found)) < 2:
+        lacking = "loss" if "loss" not in found else "two of N, D and FLOP"
+        raise DataError(
+            f"{path} has no column for {lacking}, only {', '.join(header)}",
+            "; ".join(f"{meaning}: {', '.join(names[:5])}" for meaning, names in COLUMNS.items() if meaning != "state"),
+        )
+    return found
+
+
+def _read_run(row: list[str], columns: dict[str, int], place: str) -> tuple[float, float, float, float] | str:
+    """Return N, D, FLOP and loss of a row, or why it is left out."""
+    state = row[columns["state"]].strip() if "state" in columns else ""
+    if state not in ("", "done"):
+        return state
+    loss = _number(row[columns["loss"]], "loss", place, empty=math.nan)
+    if not math.isfinite(loss):
+        return "no loss" if not row[columns["loss"]].strip() else f"loss is {loss}"
+    values = {name: _number(row[columns[name]], name, place) for name in ("N", "D", "FLOP") if name in columns}
+    for name, value in {**values, "loss": loss}.items():
+        if not 0 < value < math.inf:
+            raise DataError(f"{place}, column {name}: {value:g}, but must be above 0 and finite")
+    flops = values.get("FLOP") or FLOPS_PER_PARAM_TOKEN * values["N"] * values["D"]
+    params = values.get("N") or flops / (FLOPS_PER_PARAM_TOKEN * values["D"])
+    tokens = values.get("D") or flops / (FLOPS_PER_PARAM_TOKEN * values["N"])
+    return params, tokens, flops, loss
+
+
+def _number(text: str, column: str, place: str, empty: float | None = None) -> float:
+    if not text.strip() and empty is not None:
+        return empty
+    try:
+        return float(text)
+    except ValueError:
+        raise DataError(f"{place}, column {column}: {text.strip()!r} is not a number") from None

@@ -1,0 +1,173 @@
+"""An analysis in words and as JSON; `law.json` is the latter, and `hopescale.cost.law.read_law` reads it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from hopescale.common.units import format_count
+from hopescale.scaling.analysis import Analysis, SeriesAnalysis
+from hopescale.scaling.bootstrap import Interval
+from hopescale.scaling.isoflop import PowerLaw
+from hopescale.scaling.multiplier import Multiplier
+
+AHEAD = (1, 10, 100)
+"""Budgets the best size is said for, in multiples of the largest that was run."""
+
+
+def to_json(analysis: Analysis) -> dict[str, Any]:
+    """Return all results as JSON has them; what is infinite becomes null."""
+    table = analysis.table
+    return {
+        "points": {"source": str(table.source), "left_out": table.left_out},
+        "series": {name: _series_json(series) for name, series in analysis.series.items()},
+        "reference": analysis.reference,
+        "multipliers": {
+            name: [_tidy(asdict(value)) for value in values] for name, values in analysis.multipliers.items()
+        },
+    }
+
+
+def _series_json(series: SeriesAnalysis) -> dict[str, Any]:
+    forecast = series.forecast
+    return _tidy(
+        {
+            **series.fit.law.to_dict(),
+            "intervals": {name: asdict(interval) for name, interval in series.intervals().items()},
+            "undetermined": series.fit.at_bound,
+            "objective": series.fit.objective,
+            "num_runs": len(series.points),
+            "flops_per_param_token": series.frontier.flops_per_param_token,
+            "optimal": [asdict(series.optimum(flops)) for flops in budgets_ahead(series)],
+            "isoflop": {
+                "minima": [
+                    {
+                        "flops": parabola.flops,
+                        "num_runs": len(parabola.points),
+                        "params": parabola.params,
+                        "tokens": parabola.tokens,
+                        "loss": parabola.loss,
+                        "inside": parabola.inside,
+                        "params_interval": parabola.params_interval and asdict(parabola.params_interval),
+                        "loss_interval": parabola.loss_interval and asdict(parabola.loss_interval),
+                    }
+                    for parabola in series.isoflop.parabolas
+                ],
+                "params": series.isoflop.params and asdict(series.isoflop.params),
+                "tokens": series.isoflop.tokens and asdict(series.isoflop.tokens),
+            },
+            "envelope": {
+                "num_runs": len(series.envelope.points),
+                "params": series.envelope.params and asdict(series.envelope.params),
+                "tokens": series.envelope.tokens and asdict(series.envelope.tokens),
+            },
+            "without_largest": forecast
+            and {
+                **forecast.law.to_dict(),
+                "flops": forecast.flops,
+                "num_left_out": len(forecast.errors),
+                "mean_error": float(np.mean(forecast.errors)),
+                "mean_absolute_error": float(np.mean(np.abs(forecast.errors))),
+            },
+        }
+    )
+
+
+def _tidy(value: Any) -> Any:
+    """Replace what JSON cannot say."""
+    if isinstance(value, dict):
+        return {name: _tidy(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_tidy(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def describe(analysis: Analysis) -> list[str]:
+    """Return the lines that tell a person what was found."""
+    table = analysis.table
+    num_runs = sum(len(series.points) for series in analysis.series.values())
+    lines = [f"{table.source}: {num_runs} runs, {len(table.left_out)} left out"]
+    lines += [f"  {line}" for line in table.left_out]
+    for name, series in analysis.series.items():
+        lines += ["", *_describe_series(name, series)]
+    for name, multipliers in analysis.multipliers.items():
+        lines += ["", f"{name}: the compute that {analysis.reference} needs for the same loss"]
+        lines += [f"  at {value.flops:.2e} FLOPs, loss {value.loss:.4f}: {_times(value)}" for value in multipliers]
+    return lines
+
+
+def _times(value: Multiplier) -> str:
+    if math.isinf(value.value):
+        return "never reached" + _between(value.interval)
+    return f"{value.value:.3g} times" + _between(value.interval)
+
+
+def _describe_series(name: str, series: SeriesAnalysis) -> list[str]:
+    law, intervals = series.fit.law, series.intervals()
+    sizes, tokens = series.points.params, series.points.tokens
+    lines = [
+        f"{name}: {len(series.points)} runs, {_range(sizes)} parameters, {_range(tokens)} tokens",
+        f"  {law_text(series)}",
+        *(f"    {key:<6} {value:<8.4g}{_between(intervals.get(key))}" for key, value in law.to_dict().items()),
+        f"  residuals: {100 * np.mean(np.abs(series.fit.residuals)):.2g} % of the loss on average",
+    ]
+    if series.fit.at_bound:
+        lines.append(f"  not determined by these runs: {', '.join(series.fit.at_bound)}")
+    exponents = law.beta / (law.alpha + law.beta), law.alpha / (law.alpha + law.beta)
+    lines.append(
+        f"  compute-optimal: N ~ C^{exponents[0]:.3f}{_between(intervals.get('a'))}, "
+        f"D ~ C^{exponents[1]:.3f}{_between(intervals.get('b'))}"
+    )
+    for flops in budgets_ahead(series):
+        best = series.optimum(flops)
+        lines.append(
+            f"    {flops:.2e} FLOPs: N {format_count(best.params)}{_between(best.params_interval, count=True)}, "
+            f"D {format_count(best.tokens)}{_between(best.tokens_interval, count=True)}, "
+            f"loss {best.loss:.4f}{_between(best.loss_interval)}"
+        )
+    isoflop, envelope = series.isoflop, series.envelope
+    inside = sum(parabola.inside for parabola in isoflop.parabolas)
+    lines += [
+        f"  isoFLOP minima: {inside} of {len(isoflop.parabolas)} budgets{_growth(isoflop.params, isoflop.tokens)}",
+        f"  lower envelope: {len(envelope.points)} runs{_growth(envelope.params, envelope.tokens)}",
+    ]
+    if series.forecast:
+        errors, own = 100 * series.forecast.errors, series.forecast.law
+        lines.append(
+            f"  without the {len(errors)} runs of {series.forecast.flops:.1e} FLOPs and more: alpha {own.alpha:.3g}, "
+            f"beta {own.beta:.3g}, E {own.E:.3g}; their loss is {np.mean(errors):+.2f} % off on average "
+            f"({np.mean(np.abs(errors)):.2f} % without sign)"
+        )
+    return lines
+
+
+def law_text(series: SeriesAnalysis) -> str:
+    """Write a law as a formula."""
+    law = series.fit.law
+    return f"L = {law.E:.4g} + {law.A:.4g} / N^{law.alpha:.4f} + {law.B:.4g} / D^{law.beta:.4f}"
+
+
+def budgets_ahead(series: SeriesAnalysis) -> list[float]:
+    """Return the largest budget that was run, and the multiples of it in `AHEAD`, FLOPs."""
+    return [float(series.points.flops.max()) * ahead for ahead in AHEAD]
+
+
+def _growth(params: PowerLaw | None, tokens: PowerLaw | None) -> str:
+    if params is None or tokens is None:
+        return ", too few for a power law"
+    laws = (("N", params), ("D", tokens))
+    return "".join(f", {name} ~ C^{law.exponent:.3f}{_between(law.interval)}" for name, law in laws)
+
+
+def _between(interval: Interval | None, count: bool = False) -> str:
+    if interval is None:
+        return ""
+    low, high = (format_count(end) if count else f"{end:.4g}" for end in (interval.low, interval.high))
+    return f" ({low} to {high})"
+
+
+def _range(values: np.ndarray) -> str:
+    return f"{format_count(float(values.min()))} to {format_count(float(values.max()))}"
