@@ -14,6 +14,7 @@ from hopescale.scaling.fit import num_distinct
 from hopescale.scaling.points import Points
 
 _FEWEST = 3
+_APART = 1.5
 _MARGIN = np.log(10.0)
 
 
@@ -29,17 +30,24 @@ class PowerLaw:
         return self.scale * flops**self.exponent
 
     @classmethod
-    def through(cls, flops: np.ndarray, values: np.ndarray, samples: np.ndarray | None = None) -> PowerLaw:
+    def through(
+        cls,
+        flops: np.ndarray,
+        values: np.ndarray,
+        samples: np.ndarray | None = None,
+        errors: np.ndarray | None = None,
+    ) -> PowerLaw:
         """Fit by least squares of logs over at least two budgets.
 
         Args:
             flops: `[m]`.
             values: `[m]`.
             samples: Other values that noise could have given, `[K, m]`, for the interval of the exponent.
+            errors: Standard errors of the logs, up to a common factor, `[m]`; all the same where there are none.
         """
-        x = np.log(flops)
-        exponent, offset = np.polyfit(x, np.log(values), 1)
-        slopes = None if samples is None else np.polyfit(x, np.log(samples).T, 1)[0]
+        x, weights = np.log(flops), None if errors is None else 1 / errors
+        exponent, offset = np.polyfit(x, np.log(values), 1, w=weights)
+        slopes = None if samples is None else np.polyfit(x, np.log(samples).T, 1, w=weights)[0]
         return cls(float(np.exp(offset)), float(exponent), None if slopes is None else Interval.of(slopes))
 
 
@@ -54,6 +62,7 @@ class Parabola:
         coefficients: `c0 c1 c2`.
         params: Size at the minimum.
         tokens: Tokens there.
+        error: Standard error of the minimum's `x`, in units of the standard deviation of a run's loss.
         loss: Loss there, nats per token.
         inside: Whether the parabola opens upwards with its minimum between the smallest and the largest size.
         params_interval: Of `params`; None where no run is left over to judge the noise by.
@@ -66,6 +75,7 @@ class Parabola:
     coefficients: np.ndarray
     params: float
     tokens: float
+    error: float
     loss: float
     inside: bool
     params_interval: Interval | None
@@ -92,9 +102,11 @@ class IsoFlop:
 
 
 def runs_by_budget(points: Points) -> list[Points]:
-    """Return the runs of each budget with at least 3 sizes, smallest budget first; runs between budgets are in none.
+    """Return the runs of each budget, smallest budget first; runs between budgets are in none.
 
-    The budget with most runs within 25 % of each other comes first, then the next among those that are further off.
+    A budget has at least 3 sizes, and at least a third as many runs as the one that has most.
+
+    The budget with most runs within 25 % of each other comes first, then the next among runs that are 50 % off it.
     """
     logs = np.log(points.flops)
     width = np.log(SAME_BUDGET)
@@ -105,10 +117,10 @@ def runs_by_budget(points: Points) -> list[Points]:
         best = max(windows, key=lambda window: int(window.sum()))
         if num_distinct(points.params[best]) >= _FEWEST:
             budgets.append(best)
-        elif best.sum() <= _FEWEST:
-            break
         middle = np.median(logs[best])
-        free &= np.abs(logs - middle) > width
+        free &= np.abs(logs - middle) > np.log(_APART)
+    most = max((int(mask.sum()) for mask in budgets), default=0)
+    budgets = [mask for mask in budgets if 3 * mask.sum() >= most]
     return [points.take(mask) for mask in sorted(budgets, key=lambda mask: np.median(logs[mask]))]
 
 
@@ -138,7 +150,7 @@ def fit_isoflop(points: Points, count: int, seed: int = 0) -> IsoFlop:
         if variance is not None:
             noise = rng.multivariate_normal(np.zeros(3), inverse, size=count, method="eigh")
             draws = coefficients + np.sqrt(variance)[:, None] * noise
-        parabola, sizes = _parabola(group, coefficients, draws if variance is not None else None)
+        parabola, sizes = _parabola(group, coefficients, inverse, draws if variance is not None else None)
         if parabola.inside:
             params.append(sizes)
         parabolas.append(parabola)
@@ -149,7 +161,9 @@ def fit_isoflop(points: Points, count: int, seed: int = 0) -> IsoFlop:
     samples = np.stack(params, axis=1) if variance is not None else None
     optima = np.array([(parabola.params, parabola.tokens) for parabola in inside]).T
     tokens = None if samples is None else optima[1] * optima[0] / samples
-    return IsoFlop(parabolas, PowerLaw.through(flops, optima[0], samples), PowerLaw.through(flops, optima[1], tokens))
+    errors = np.array([parabola.error for parabola in inside])
+    laws = [PowerLaw.through(flops, *pair, errors) for pair in ((optima[0], samples), (optima[1], tokens))]
+    return IsoFlop(parabolas, *laws)
 
 
 def _least_squares(points: Points) -> tuple[np.ndarray, np.ndarray, float]:
@@ -161,7 +175,9 @@ def _least_squares(points: Points) -> tuple[np.ndarray, np.ndarray, float]:
     return coefficients, inverse, float(np.sum((points.loss - design @ coefficients) ** 2))
 
 
-def _parabola(points: Points, coefficients: np.ndarray, draws: np.ndarray | None) -> tuple[Parabola, np.ndarray]:
+def _parabola(
+    points: Points, coefficients: np.ndarray, inverse: np.ndarray, draws: np.ndarray | None
+) -> tuple[Parabola, np.ndarray]:
     """Describe a parabola; return with it the size at the minimum of each draw, `[K]`."""
     x = np.log(points.params)
     limits = x.min() - x.mean(), x.max() - x.mean()
@@ -169,6 +185,7 @@ def _parabola(points: Points, coefficients: np.ndarray, draws: np.ndarray | None
     sizes = np.exp(x.mean() + (_vertex(draws, limits) if draws is not None else np.array([vertex])))
     losses = None if draws is None else np.polynomial.polynomial.polyval(_vertex(draws, limits), draws.T, tensor=False)
     slope, offset = np.polyfit(x - x.mean(), np.log(points.tokens), 1)
+    gradient = np.array([0.0, 1.0, 2 * vertex]) / (2 * coefficients[2])
     made = Parabola(
         points=points,
         flops=float(np.median(points.flops)),
@@ -176,6 +193,7 @@ def _parabola(points: Points, coefficients: np.ndarray, draws: np.ndarray | None
         coefficients=coefficients,
         params=float(np.exp(x.mean() + vertex)),
         tokens=float(np.exp(offset + slope * vertex)),
+        error=float(np.sqrt(gradient @ inverse @ gradient)),
         loss=float(np.polynomial.polynomial.polyval(vertex, coefficients)),
         inside=bool(coefficients[2] > 0 and limits[0] < vertex < limits[1]),
         params_interval=Interval.of(sizes) if draws is not None else None,

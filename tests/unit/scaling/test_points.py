@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hopescale.common.errors import DataError
+from hopescale.scaling.points import Table, read_points
+
+
+def read(folder: Path, text: str, **options) -> Table:
+    path = folder / "runs.csv"
+    path.write_text(text)
+    return read_points(path, **options)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "N,D,loss\n1e6,2e7,3.5\n2e6,4e7,3.0\n",
+        "Model Size,Training FLOP,loss\n1e6,1.2e14,3.5\n2e6,4.8e14,3.0\n",
+        "\ufefftokens;flops;Validation loss\n2e7;1.2e14;3.5\n\n4e7;4.8e14;3.0\n",
+        "trial\tparams\tnum_tokens\tfinal_loss\nt0\t1e6\t2e7\t3.5\nt1\t2e6\t4e7\t3.0\n",
+    ],
+)
+def test_two_of_three_columns_by_many_names(tmp_path, text):
+    runs = read(tmp_path, text).series["all"]
+    assert runs.params == pytest.approx([1e6, 2e6])
+    assert runs.tokens == pytest.approx([2e7, 4e7])
+    assert runs.flops == pytest.approx([1.2e14, 4.8e14])
+    assert runs.loss.tolist() == [3.5, 3.0]
+
+
+def test_counted_flops_win_over_six_n_d(tmp_path):
+    runs = read(tmp_path, "N,D,FLOP,loss\n1e6,2e7,1.8e14,3.5\n").series["all"]
+    assert (runs.params[0], runs.tokens[0], runs.flops[0]) == (1e6, 2e7, 1.8e14)
+    assert runs.flops_per_param_token == pytest.approx(9)
+
+
+def test_series_by_their_column(tmp_path):
+    text = "series,mixer,N,D,loss\nhope,a,1e6,1e7,3\nplain,b,1e6,1e7,4\nhope,b,2e6,1e7,2\n"
+    table = read(tmp_path, text)
+    assert {name: runs.loss.tolist() for name, runs in table.series.items()} == {"hope": [3, 2], "plain": [4]}
+    assert list(read(tmp_path, text, series_column="mixer").series) == ["a", "b"]
+
+
+def test_what_did_not_finish_is_left_out_and_named(tmp_path):
+    text = "N,D,loss,state\n1e6,1e7,nan,done\n1e6,1e7,9,diverged\n1e6,1e7,,running\n1e6,1e7,inf,\n1e6,1e7,3,done\n"
+    table = read(tmp_path, text)
+    assert table.series["all"].loss.tolist() == [3]
+    assert table.left_out == ["row 2: loss is nan", "row 3: diverged", "row 4: running", "row 5: loss is inf"]
+
+
+def test_the_highest_losses_can_be_left_out(chinchilla):
+    table = read_points(chinchilla, drop_highest=5)
+    everything = read_points(chinchilla).series["all"]
+    assert len(everything) == 245 and len(table.series["all"]) == 240
+    assert sorted(table.series["all"].loss) == pytest.approx(np.sort(everything.loss)[:-5])
+    assert len(table.left_out) == 5 and "5.006" in table.left_out[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is empty"),
+        ("N,D\n1,2\n", "no column for loss, only N, D"),
+        ("N,loss\n1,2\n", "no column for two of N, D and FLOP, only N, loss"),
+        ("N,D,loss\n1e6,1e7,3\n1e6,x,3\n", "row 3, column D: 'x' is not a number"),
+        ("N,D,loss\n1e6,,3\n", "row 2, column D: '' is not a number"),
+        ("N,D,loss\n-1e6,1e7,3\n", "row 2, column N: -1e\\+06, but must be above 0"),
+        ("N,D,loss\n1e6,1e7,-3\n", "row 2, column loss: -3, but must be above 0"),
+        ("N,D,FLOP,loss\n1e6,1e7,0,3\n", "row 2, column FLOP: 0, but must be above 0"),
+        ("N,D,loss\n1e6,1e7\n", "row 2: 2 cells, but the first row names 3 columns"),
+        ("N,D,loss\n1e6,1e7,nan\n", "no finished run \\(1 left out\\)"),
+    ],
+)
+def test_a_bad_table_is_one_message(tmp_path, text, message):
+    with pytest.raises(DataError, match=message):
+        read(tmp_path, text)
+
+
+def test_a_missing_file_or_column_is_one_message(tmp_path, chinchilla):
+    with pytest.raises(DataError, match="cannot read"):
+        read_points(tmp_path / "none.csv")
+    with pytest.raises(DataError, match="has no column 'mixer', only Model Size, Training FLOP, loss"):
+        read_points(chinchilla, series_column="mixer")
