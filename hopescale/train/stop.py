@@ -11,8 +11,8 @@ from hopescale.common import signals
 class StopRequest:
     """Whether a signal has asked the run to stop; a context manager that installs and restores the handlers.
 
-    SIGTERM and SIGUSR1 come from schedulers, SIGINT from a keyboard. A second SIGINT interrupts at once. Those held back
-    until now are let through.
+    SIGTERM and SIGUSR1 come from schedulers, SIGINT from a keyboard. A second SIGINT interrupts at once. Those
+    held back until now are let through.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
