@@ -39,19 +39,29 @@ class Law:
         """Return the predicted loss in nats per token."""
         return self.E + self.A * params**-self.alpha + self.B * tokens**-self.beta
 
-    def optimal(self, flops: float, flops_per_param_token: float = FLOPS_PER_PARAM_TOKEN) -> tuple[float, float]:
+    def optimal(
+        self, flops: float, flops_per_param_token: float = FLOPS_PER_PARAM_TOKEN, growth: float = 0.0
+    ) -> tuple[float, float]:
         """Return the parameters and tokens of least loss for a budget.
 
         Args:
-            flops: Training FLOPs in all.
-            flops_per_param_token: Training FLOPs per parameter and token: `flops = this * params * tokens`.
+            flops: Training FLOPs in all: `flops_per_param_token * params^(1 + growth) * tokens`.
+            flops_per_param_token: Training FLOPs per parameter and token, of one parameter where they grow with size.
+            growth: How they grow: below 0 where small models cost more per parameter than large ones.
         """
         product = flops / flops_per_param_token
-        log_ratio = math.log(self.alpha * self.A) - math.log(self.beta * self.B)
-        params = math.exp((log_ratio + self.beta * math.log(product)) / (self.alpha + self.beta))
-        return params, product / params
+        log_ratio = math.log(self.alpha * self.A) - math.log((1 + growth) * self.beta * self.B)
+        params = math.exp((log_ratio + self.beta * math.log(product)) / (self.alpha + (1 + growth) * self.beta))
+        return params, product / params ** (1 + growth)
 
-    def flops_for(self, loss: float, flops_per_param_token: float = FLOPS_PER_PARAM_TOKEN) -> float:
+    def optimal_exponents(self, growth: float = 0.0) -> tuple[float, float]:
+        """Return `a` and `b` of the best `N ~ C^a` and `D ~ C^b`."""
+        total = self.alpha + (1 + growth) * self.beta
+        return self.beta / total, self.alpha / total
+
+    def flops_for(
+        self, loss: float, flops_per_param_token: float = FLOPS_PER_PARAM_TOKEN, growth: float = 0.0
+    ) -> float:
         """Return the least training FLOPs that reach a loss: the inverse of `loss` along `optimal`.
 
         Raises:
@@ -59,8 +69,8 @@ class Law:
         """
         if loss <= self.E:
             raise ValueError(f"a loss of {loss:.4g} is never reached: the law's E is {self.E:.4g}")
-        unit = self.loss(*self.optimal(flops_per_param_token, flops_per_param_token)) - self.E
-        exponent = self.alpha * self.beta / (self.alpha + self.beta)
+        unit = self.loss(*self.optimal(flops_per_param_token, flops_per_param_token, growth)) - self.E
+        exponent = self.beta * self.optimal_exponents(growth)[1]
         return flops_per_param_token * (unit / (loss - self.E)) ** (1 / exponent)
 
     def to_dict(self) -> dict[str, float]:

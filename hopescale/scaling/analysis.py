@@ -53,21 +53,20 @@ class SeriesAnalysis:
 
     def optimum(self, flops: float) -> Optimum:
         """Return the best size for a budget, FLOPs."""
-        law, cost = self.fit.law, self.frontier.flops_per_param_token
-        params, tokens = law.optimal(flops, cost)
-        samples = [own.optimal(flops, cost) for own in self.frontier.samples]
+        params, tokens = self.frontier.optimal(flops)
+        samples = [self.frontier.optimal(flops, own) for own in self.frontier.samples]
         losses = [self.frontier.best_loss(flops, own) for own in self.frontier.samples]
         sizes, durations = np.array(samples).T if samples else ([], [])
         intervals = [Interval.of(np.array(values)) if samples else None for values in (sizes, durations, losses)]
-        return Optimum(flops, params, tokens, law.loss(params, tokens), *intervals)
+        return Optimum(flops, params, tokens, self.fit.law.loss(params, tokens), *intervals)
 
     def intervals(self) -> dict[str, Interval]:
         """Return the interval of each of the law's numbers, and of the exponents of `N(C)` and `D(C)`, as `a`, `b`."""
         if not self.frontier.samples:
             return {}
         samples = {name: [law.to_dict()[name] for law in self.frontier.samples] for name in self.fit.law.to_dict()}
-        samples["a"] = [law.beta / (law.alpha + law.beta) for law in self.frontier.samples]
-        samples["b"] = [law.alpha / (law.alpha + law.beta) for law in self.frontier.samples]
+        exponents = [law.optimal_exponents(self.frontier.cost.growth) for law in self.frontier.samples]
+        samples["a"], samples["b"] = zip(*exponents, strict=True)
         return {name: Interval.of(np.array(values)) for name, values in samples.items()}
 
 
@@ -136,7 +135,7 @@ def _analyse_series(name: str, points: Points, resamples: int, seed: int) -> Ser
     return SeriesAnalysis(
         points=points,
         fit=fit,
-        frontier=Frontier(fit.law, samples, points.flops_per_param_token),
+        frontier=Frontier(fit.law, samples, points.cost()),
         isoflop=fit_isoflop(points, 5 * resamples, seed),
         envelope=lower_envelope(points),
         forecast=forecast_largest(points),

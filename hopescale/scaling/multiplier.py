@@ -5,7 +5,7 @@ With `L_s(C)` the least loss of series `s` for `C` FLOPs, along its own compute-
     m(C) = C_ref / C    where    L_ref(C_ref) = L_s(C).
 
 So `m = 2` at 1e20 FLOPs: the reference needs 2e20 FLOPs for what the series reaches with 1e20. FLOPs are those of the
-table, counted by each series' own FLOPs per parameter and token: a mixer that needs more of them per token pays for it.
+table, and each series has its own cost of a token by size: a mixer that needs more FLOPs per token pays for them.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 
 from hopescale.cost.law import Law
 from hopescale.scaling.bootstrap import Interval
+from hopescale.scaling.points import Cost
 
 
 @dataclass(frozen=True)
@@ -39,21 +40,24 @@ class Multiplier:
 
 @dataclass(frozen=True)
 class Frontier:
-    """A series along its compute-optimal sizes: its law, the laws of reweighted fits, and what a parameter costs."""
+    """A series along its compute-optimal sizes: its law, the laws of reweighted fits, and what its tokens cost."""
 
     law: Law
     samples: Sequence[Law]
-    flops_per_param_token: float
+    cost: Cost
+
+    def optimal(self, flops: float, law: Law | None = None) -> tuple[float, float]:
+        """Return the best parameters and tokens for a budget, by a law of the samples where one is given."""
+        return (law or self.law).optimal(flops, self.cost.scale, self.cost.growth)
 
     def best_loss(self, flops: float, law: Law | None = None) -> float:
-        """Return the least loss for a budget, by a law of the samples where one is given."""
-        law = law or self.law
-        return law.loss(*law.optimal(flops, self.flops_per_param_token))
+        """Return the least loss for a budget."""
+        return (law or self.law).loss(*self.optimal(flops, law))
 
     def flops_for(self, loss: float, law: Law | None = None) -> float:
         """Return the least FLOPs for a loss; infinite where it is not above `E`."""
         law = law or self.law
-        return law.flops_for(loss, self.flops_per_param_token) if loss > law.E else math.inf
+        return law.flops_for(loss, self.cost.scale, self.cost.growth) if loss > law.E else math.inf
 
 
 def multiplier(series: Frontier, reference: Frontier, flops: float) -> Multiplier:

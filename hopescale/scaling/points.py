@@ -31,6 +31,22 @@ ONE_SERIES = "all"
 
 
 @dataclass(frozen=True)
+class Cost:
+    """FLOPs of training, `scale * params^(1 + growth) * tokens`: 6 and 0 where they are not counted.
+
+    What a token costs per parameter is not the same for all sizes: a memory's chunks, attention's scores and an
+    embedding that is only looked up weigh differently in small models.
+    """
+
+    scale: float
+    growth: float
+
+    def per_param_token(self, params: float) -> float:
+        """Return the FLOPs per parameter and token of a size."""
+        return self.scale * params**self.growth
+
+
+@dataclass(frozen=True)
 class Points:
     """Runs of one series.
 
@@ -53,10 +69,12 @@ class Points:
         """Return the runs that a mask or an index array chooses."""
         return Points(self.params[chosen], self.tokens[chosen], self.flops[chosen], self.loss[chosen])
 
-    @property
-    def flops_per_param_token(self) -> float:
-        """FLOPs per parameter and token: the median over the runs."""
-        return float(np.median(self.flops / (self.params * self.tokens)))
+    def cost(self) -> Cost:
+        """Return what a token costs by size: least squares of logs over the runs."""
+        per_param = np.log(self.flops / (self.params * self.tokens))
+        sizes = np.log(self.params)
+        growth, offset = np.polyfit(sizes - sizes.mean(), per_param, 1)
+        return Cost(float(np.exp(offset - growth * sizes.mean())), float(growth))
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ def _series_json(series: SeriesAnalysis) -> dict[str, Any]:
             "undetermined": series.fit.at_bound,
             "objective": series.fit.objective,
             "num_runs": len(series.points),
-            "flops_per_param_token": series.frontier.flops_per_param_token,
+            "flops": asdict(series.frontier.cost),
             "optimal": [asdict(series.optimum(flops)) for flops in budgets_ahead(series)],
             "isoflop": {
                 "minima": [
@@ -112,11 +112,12 @@ def _describe_series(name: str, series: SeriesAnalysis) -> list[str]:
         f"{name}: {len(series.points)} runs, {_range(sizes)} parameters, {_range(tokens)} tokens",
         f"  {law_text(series)}",
         *(f"    {key:<6} {value:<8.4g}{_between(intervals.get(key))}" for key, value in law.to_dict().items()),
+        f"  a token costs {_cost(series)} FLOPs per parameter",
         f"  residuals: {100 * np.mean(np.abs(series.fit.residuals)):.2g} % of the loss on average",
     ]
     if series.fit.at_bound:
         lines.append(f"  not determined by these runs: {', '.join(series.fit.at_bound)}")
-    exponents = law.beta / (law.alpha + law.beta), law.alpha / (law.alpha + law.beta)
+    exponents = law.optimal_exponents(series.frontier.cost.growth)
     lines.append(
         f"  compute-optimal: N ~ C^{exponents[0]:.3f}{_between(intervals.get('a'))}, "
         f"D ~ C^{exponents[1]:.3f}{_between(intervals.get('b'))}"
@@ -142,6 +143,13 @@ def _describe_series(name: str, series: SeriesAnalysis) -> list[str]:
             f"({np.mean(np.abs(errors)):.2f} % without sign)"
         )
     return lines
+
+
+def _cost(series: SeriesAnalysis) -> str:
+    """Return the FLOPs per parameter and token from the smallest to the largest size that was run."""
+    sizes = series.points.params
+    ends = [f"{series.frontier.cost.per_param_token(size):.3g}" for size in (sizes.min(), sizes.max())]
+    return ends[0] if ends[0] == ends[1] else " to ".join(ends)
 
 
 def law_text(series: SeriesAnalysis) -> str:

@@ -33,9 +33,11 @@ def test_two_of_three_columns_by_many_names(tmp_path, text):
 
 
 def test_counted_flops_win_over_six_n_d(tmp_path):
-    runs = read(tmp_path, "N,D,FLOP,loss\n1e6,2e7,1.8e14,3.5\n").series["all"]
+    runs = read(tmp_path, "N,D,FLOP,loss\n1e6,2e7,1.8e14,3.5\n4e6,2e7,3.6e14,3\n").series["all"]
     assert (runs.params[0], runs.tokens[0], runs.flops[0]) == (1e6, 2e7, 1.8e14)
-    assert runs.flops_per_param_token == pytest.approx(9)
+    cost = runs.cost()
+    assert cost.growth == pytest.approx(-0.5)
+    assert [cost.per_param_token(size) for size in (1e6, 2e6, 4e6)] == pytest.approx([9, 9 / 2**0.5, 4.5])
 
 
 def test_series_by_their_column(tmp_path):

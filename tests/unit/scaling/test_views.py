@@ -109,7 +109,7 @@ def test_nothing_is_forecast_from_too_few_runs(isoflop_runs):
 
 def frontier(points: Points, seed: int = 0, count: int = 100) -> Frontier:
     fit = fit_law(points)
-    return Frontier(fit.law, reweighted_laws(points, fit, count, seed), points.flops_per_param_token)
+    return Frontier(fit.law, reweighted_laws(points, fit, count, seed), points.cost())
 
 
 def scaled(law: Law, times: float) -> Law:
@@ -132,6 +132,16 @@ def test_a_known_multiplier_is_recovered(isoflop_runs, times):
 def test_dear_tokens_count_against_a_series(isoflop_runs):
     dear = frontier(isoflop_runs(cost=9.0), count=0)
     assert multiplier(dear, frontier(isoflop_runs(), count=0), 1e20).value == pytest.approx(6 / 9, rel=1e-3)
+
+
+def test_what_small_models_cost_more_is_counted(isoflop_runs):
+    points = isoflop_runs()
+    flops = points.flops * (points.params / 1e9) ** -0.2
+    runs = frontier(Points(points.params, points.tokens, flops, points.loss), count=0)
+    params, tokens = runs.optimal(1e20)
+    assert 6 * params**0.8 * tokens * 1e9**0.2 == pytest.approx(1e20, rel=1e-6)
+    for factor in (0.9, 1.1):
+        assert REPLICATION.loss(params * factor, tokens / factor**0.8) > runs.best_loss(1e20)
 
 
 def test_a_loss_below_the_references_e_is_never_reached(isoflop_runs):
