@@ -15,6 +15,8 @@ from hopescale.common.errors import CheckpointError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+EXPORT = "hopescale.json"
+"""The manifest of an export: where it comes from, and size and SHA-256 of each file."""
 TOKENIZER = "tokenizer.model"
 POINTER = "latest"
 _NAME = re.compile(r"step-(\d{8,})")

@@ -11,6 +11,8 @@ import typer
 
 from hopescale import __version__
 from hopescale.cli import config, convert, data, node, sweep
+from hopescale.cli import config, convert, data
+from hopescale.cli.eval import evaluate
 from hopescale.cli.generate import generate
 from hopescale.cli.submit import submit
 from hopescale.cli.train import train
@@ -32,6 +34,7 @@ app.add_typer(sweep.app, name="sweep")
 app.command()(train)
 app.command()(submit)
 app.command()(generate)
+app.command("eval")(evaluate)
 
 
 def print_version(wanted: bool) -> None:

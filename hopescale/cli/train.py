@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from hopescale.cli.ranks import own_place, run_on_ranks
 from hopescale.common.errors import ConfigError, HopescaleError
 from hopescale.config.check import check_layout, require_valid
 from hopescale.config.layout import Layout, make_layout
 from hopescale.config.load import Loaded, load_recipe
 from hopescale.config.plan import make_plan
 from hopescale.cost.params import count_params
-from hopescale.launch.environment import find_place
-from hopescale.launch.local import run_local
 from hopescale.train.stop import StopRequest
 
 
@@ -46,12 +42,7 @@ def train(
     Exit codes: 0 done, 2 config, 3 data, 4 checkpoint, 5 run folder or launch, 6 diverged, 75 stopped early and
     resumable.
     """
-    place = find_place(os.environ)
-    if place is not None:
-        context.obj["rank"] = place.rank
-        if nproc is not None:
-            message = f"--nproc {nproc}, but this is already rank {place.rank} of {place.world_size}"
-            raise ConfigError(message, "leave --nproc out under torchrun and srun")
+    place = own_place(context, nproc)
     try:
         if init is not None and resume not in ("auto", "never"):
             raise ConfigError(f"--init has no effect with --resume {resume}, which continues a run", "leave one out")
@@ -66,9 +57,7 @@ def train(
             _show_plan(loaded, layout, folder)
         return
     if place is None and layout.num_ranks > 1:
-        command = [sys.executable, "-m", "hopescale", *_without_nproc(context.obj["args"])]
-        say = partial(typer.echo, err=True)
-        raise typer.Exit(run_local(command, layout.num_ranks, environ=os.environ, report=say, relay=say))
+        run_on_ranks(context, layout.num_ranks)
 
     which = resume if resume in ("auto", "never", "must") else Path(resume)
     report = typer.echo if speaks else lambda line: None
@@ -106,16 +95,3 @@ def _show_plan(loaded: Loaded, layout: Layout, folder: Path) -> None:
         typer.echo(f"{name}: {value}")
     for part, count in count_params(loaded.config.model).items():
         typer.echo(f"parameters/{part}: {count:,}")
-
-
-def _without_nproc(args: Sequence[str]) -> list[str]:
-    """Return arguments of `hopescale` without the option `--nproc` and its value."""
-    kept, rest = [], iter(args)
-    for arg in rest:
-        if arg == "--":
-            return [*kept, arg, *rest]
-        if arg == "--nproc":
-            next(rest)
-        elif not arg.startswith("--nproc="):
-            kept.append(arg)
-    return kept

@@ -19,6 +19,7 @@ from torch import Tensor
 from hopescale.checkpoint.load import read_tensors, verify
 from hopescale.checkpoint.manager import find_checkpoint
 from hopescale.checkpoint.manifest import (
+    EXPORT,
     TOKENIZER,
     Manifest,
     TensorEntry,
@@ -37,10 +38,9 @@ from hopescale.convert.card import model_card
 from hopescale.convert.mapping import Pair, pairs, split, write_settings
 from hopescale.convert.tokenizer import write_tokenizer
 from hopescale.data.tokenizer import Tokenizer
+from hopescale.infer.load import Loaded, unfilled
 from hopescale.models import Model
 
-EXPORT = "hopescale.json"
-"""The manifest of an export: where it comes from, and size and SHA-256 of each file."""
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model."
 """What begins the names of weights in a checkpoint, and those only."""
@@ -193,16 +193,41 @@ def restore_export(folder: Path, out: Path) -> Path:
     Raises:
         CheckpointError: If a file is missing or changed, or `out` exists or cannot be written.
     """
-    if (folder / "config.json").exists() and not (folder / EXPORT).exists():
-        hint = "to begin from a Llama or Qwen, say what it becomes: --as hope-attention --levels ..."
-        raise CheckpointError(f"{folder} was not written by `convert to-hf`: it holds no {EXPORT}", hint)
-    manifest = read_manifest(folder, EXPORT)
-    if problems := file_problems(folder, manifest.files, digests=True):
-        raise damaged(folder, problems)
+    manifest = read_export(folder)
     tokenizer = folder / TOKENIZER
     return write_checkpoint(
         out, dict(SafetensorsFolder(folder).items()), manifest, tokenizer=tokenizer if tokenizer.exists() else None
     )
+
+
+def read_export(folder: Path) -> Manifest:
+    """Read the manifest of an export, after comparing every byte of it.
+
+    Raises:
+        CheckpointError: If it is none, or a file is missing or changed.
+    """
+    if (folder / "config.json").exists() and not (folder / EXPORT).exists():
+        hint = "to begin from a Llama or Qwen, say what it becomes: convert from-hf --as hope-attention --levels ..."
+        raise CheckpointError(f"{folder} was not written by `convert to-hf`: it holds no {EXPORT}", hint)
+    manifest = read_manifest(folder, EXPORT)
+    if problems := file_problems(folder, manifest.files, digests=True):
+        raise damaged(folder, problems)
+    return manifest
+
+
+def load_export(folder: Path, device: torch.device) -> Loaded:
+    """Load an export as our own model, as `load_model` does a checkpoint.
+
+    Raises:
+        CheckpointError: If a file is missing or changed.
+    """
+    loaded = unfilled(read_export(folder), folder)
+    weights = SafetensorsFolder(folder)
+    check_weights({n: (tuple(t.shape), t.dtype) for n, t in weights.items()}, loaded.config, str(folder))
+    for name, parameter in loaded.model.named_parameters():
+        parameter.data.copy_(weights[name])
+    loaded.model.to(device)
+    return loaded
 
 
 def write_checkpoint(out: Path, weights: Mapping[str, Tensor], manifest: Manifest, *, tokenizer: Path | None) -> Path:

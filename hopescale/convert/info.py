@@ -6,13 +6,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from hopescale.checkpoint.manager import find_checkpoint
-from hopescale.checkpoint.manifest import TOKENIZER, FileEntry, Manifest, TensorEntry, read_manifest
+from hopescale.checkpoint.manifest import EXPORT, TOKENIZER, FileEntry, Manifest, TensorEntry, read_manifest
 from hopescale.common.errors import CheckpointError
 from hopescale.common.units import format_bytes, format_count
 from hopescale.config.load import from_dict
 from hopescale.config.plan import by_period
 from hopescale.config.schema import RunConfig
-from hopescale.convert.hf import EXPORT, SafetensorsFolder, num_bytes
+from hopescale.convert.hf import SafetensorsFolder, num_bytes
 from hopescale.cost.params import count_params
 
 _SIZES = {

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from hopescale.checkpoint.load import first_line
+from hopescale.checkpoint.manifest import EXPORT
 from hopescale.common.errors import CheckpointError, HopescaleError
 from hopescale.config.schema import RunConfig
-from hopescale.convert.hf import EXPORT
 from hopescale.convert.mapping import layer_names
 from hopescale.convert.stacking import read_source, require_config
 from hopescale.data.loader import open_data

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from queue import Empty, Full, Queue
 from threading import Event, Thread
@@ -123,12 +124,13 @@ class Data:
         for start in range(0, count, batch_size):
             yield _to_batch(samples.read(range(start, min(start + batch_size, count))))
 
-    def bytes_per_token(self, name: str) -> float | None:
-        """Give the bytes of text per token of a held-out split; null for a synthetic one.
+    def bits_per_byte(self, name: str, loss: float) -> float | None:
+        """Turn a loss on a held-out split, in nats per token, into bits per byte of its text; null for synthetic ones.
 
-        End-of-text tokens count as tokens, so bits per byte is `loss / ln 2 / bytes_per_token`.
+        End-of-text tokens count as tokens, and have no bytes.
         """
-        return self._sources[name].bytes_per_token
+        ratio = self._sources[name].bytes_per_token
+        return None if ratio is None else loss / math.log(2) / ratio
 
 
 def open_data(config: DataConfig, *, seq_len: int, vocab_size: int) -> Data:

@@ -72,7 +72,7 @@ class Engine:
             probe: Whether to gather statistics of the memories, from the first micro batch.
         """
         seen: dict[str, Tensor] = {}
-        count = self._over(self.mesh.dp_group, torch.tensor(_num_targets(batches), device=self.device))
+        count = self._over(self.mesh.dp_group, torch.tensor(num_targets(batches), device=self.device))
         loss = self.passes.train(batches, max(1, int(count)), seen if probe else None)
         due = self.optimizer.due(step)
         level_bytes = self._reduce(due)
@@ -134,7 +134,7 @@ class Engine:
             batches: The same on every rank, which shares them out; the last may have fewer rows.
         """
         batches = list(batches)
-        count = max(1, _num_targets(batches))
+        count = max(1, num_targets(batches))
         return float(self._once(self.passes.evaluate(self._share(batches)))) / count
 
     def _share(self, batches: list[Batch]) -> list[Batch]:
@@ -147,7 +147,8 @@ class Engine:
         return full[self.mesh.dp_group.rank() :: self.mesh.dp_group.size()]
 
 
-def _num_targets(batches: Iterable[Batch]) -> int:
+def num_targets(batches: Iterable[Batch]) -> int:
+    """Count the targets that the loss looks at."""
     return sum(int((batch.targets != IGNORED_TARGET).sum()) for batch in batches)
 
 

@@ -40,15 +40,26 @@ def load_model(path: Path, device: torch.device) -> Loaded:
     """
     folder = find_checkpoint(path)
     manifest = read_manifest(folder)
+    loaded = unfilled(manifest, folder)
+    weights = {f"model.{name}": p.detach() for name, p in loaded.model.named_parameters()}
+    load_into(weights, folder, prefix="model.", group=loaded.model.mesh.control_group)
+    loaded.model.to(device)
+    return loaded
+
+
+def unfilled(manifest: Manifest, folder: Path) -> Loaded:
+    """Return what a manifest describes, with weights that are still to be filled in, on the CPU.
+
+    Args:
+        manifest: Of a checkpoint or an export.
+        folder: Where it is; may hold a tokenizer.
+    """
     config = from_dict(manifest.config, str(folder))
-    model = Model(config.model)
-    names = {name: f"model.{name}" for name, _ in model.named_parameters()}
+    model = Model(config.model).eval()
     if config.train.precision == "bf16":
         model.to_precision(torch.bfloat16)
-    load_into({names[name]: p.detach() for name, p in model.named_parameters()}, folder, prefix="model.")
-    file = folder / TOKENIZER
-    tokenizer = Tokenizer.load(file) if file.exists() else None
-    return Loaded(model.to(device).eval(), tokenizer, config, manifest, folder)
+    tokenizer = Tokenizer.load(folder / TOKENIZER) if (folder / TOKENIZER).exists() else None
+    return Loaded(model, tokenizer, config, manifest, folder)
 
 
 def weights_digest(model: Model) -> str:

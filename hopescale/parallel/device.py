@@ -26,8 +26,12 @@ def choose_device(name: str, origin: str) -> torch.device:
     return torch.device("cuda" if available and name != "cpu" else "cpu")
 
 
-def own_device(place: Place) -> torch.device:
+def own_device(place: Place, origin: str) -> torch.device:
     """Return the CUDA device of a rank: by its number on the node, or the only one it is shown.
+
+    Args:
+        place: Which rank it is.
+        origin: As of `choose_device`.
 
     Raises:
         LaunchError: If the node has fewer devices than ranks.
@@ -37,5 +41,5 @@ def own_device(place: Place) -> torch.device:
         return torch.device("cuda", 0)
     if place.local_rank >= count:
         message = f"rank {place.rank} is number {place.local_rank} of its node, which has {count} CUDA devices"
-        raise LaunchError(message, "start one rank per device, or set train.device=cpu")
+        raise LaunchError(message, f"start one rank per device, or set {origin} to cpu")
     return torch.device("cuda", place.local_rank)

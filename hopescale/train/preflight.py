@@ -163,7 +163,7 @@ def _verdict(bad: Mapping[str, str], num_nodes: int, summary: str) -> Verdict:
 def _measure(place: Place, device: str, nodes: Sequence[str], store: dist.Store, meeting: Meeting) -> dict[str, object]:
     where = choose_device(device, "train.device")
     if where.type == "cuda" and nodes.count(nodes[place.rank]) > 1:
-        where = own_device(place)
+        where = own_device(place, "train.device")
     process.start(place, where, timedelta(seconds=_EXCHANGE_S), store)
     return asdict(measure(nodes, where, lambda: meeting.gather(None)))
 
@@ -185,7 +185,11 @@ def _faults(device: str, place: Place | None, folders: Sequence[Path], alone: bo
         devices = [where]
         if where.type == "cuda":
             count = torch.cuda.device_count()
-            devices = [torch.device("cuda", index) for index in range(count)] if alone else [own_device(place)]
+            devices = (
+                [torch.device("cuda", index) for index in range(count)]
+                if alone
+                else [own_device(place, "train.device")]
+            )
         for each in devices:
             yield from _device_faults(each)
     except Exception as error:  # a device that is broken may fail in any way

@@ -225,9 +225,8 @@ class Trainer:
             batches = data.validation(name, validation.tokens, self.config.train.micro_batch_size)
             with self.traffic.paused():
                 loss = values[f"val/{name}/loss"] = self.engine.evaluate(batches)
-            ratio, bits = data.bytes_per_token(name), None
-            if ratio is not None:
-                bits = values[f"val/{name}/bits_per_byte"] = loss / math.log(2) / ratio
+            if (bits := data.bits_per_byte(name, loss)) is not None:
+                values[f"val/{name}/bits_per_byte"] = bits
             self.report(
                 format_validation(self.state.step, self.config.train.steps, name, loss=loss, bits_per_byte=bits)
             )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import faulthandler
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import timedelta
@@ -23,7 +22,7 @@ from hopescale.cost.hardware import peak_bf16_flops
 from hopescale.observe.throughput import Throughput
 from hopescale.parallel import process
 from hopescale.parallel.control import Control
-from hopescale.parallel.device import choose_device, own_device
+from hopescale.parallel.join import join
 from hopescale.parallel.mesh import Mesh
 from hopescale.parallel.traffic import Traffic
 from hopescale.train.folder import RunFolder
@@ -73,7 +72,8 @@ def train(
     """
     config = loaded.config
     last_step = config.train.steps if stop_at is None else stop_at
-    mesh, device = _join(place, layout, config)
+    timeout = timedelta(seconds=config.parallel.first_step_timeout_s)
+    mesh, device = join(place, layout, config.train.device, "train.device", timeout=timeout)
     step, reason = train_on(
         mesh,
         device,
@@ -176,19 +176,6 @@ def _introduction(state: TrainState, layout: Layout, device: torch.device, run_d
     yield f"{config.name}: {sum(state.sizes.values()):,} parameters on {where}, run folder {run_dir}"
     for level in sorted(state.levels_never_due()):
         yield f"note: level {level} is due at no step up to train.steps={config.train.steps}; its weights stay"
-
-
-def _join(place: Place | None, layout: Layout, config: RunConfig) -> tuple[Mesh, torch.device]:
-    """Meet the other ranks; return the mesh and this rank's device."""
-    device = choose_device(config.train.device, "train.device")
-    if place is None or place.world_size == 1:
-        return Mesh.alone(), device
-    faulthandler.enable()
-    if device.type == "cuda":
-        device = own_device(place)
-    timeout = timedelta(seconds=config.parallel.first_step_timeout_s)
-    process.start(place, device, timeout)
-    return Mesh.over_all(layout, device=device, timeout=timeout), device
 
 
 def _open_on_first(control: Control, stack: ExitStack, make: Callable[[], AbstractContextManager[T]]) -> T | None:

@@ -6,7 +6,7 @@ from types import ModuleType
 import pytest
 
 from hopescale.cli.app import main
-from hopescale.cli.train import _without_nproc
+from hopescale.cli.ranks import without_nproc
 from hopescale.common.errors import ConfigError, DataError, StoppedEarly
 from hopescale.common.place import Place
 from hopescale.config.layout import Layout
@@ -63,7 +63,7 @@ def launches(monkeypatch: pytest.MonkeyPatch):
         calls.append((command, nproc))
         return 6
 
-    monkeypatch.setattr("hopescale.cli.train.run_local", run_local)
+    monkeypatch.setattr("hopescale.cli.ranks.run_local", run_local)
     return calls
 
 
@@ -121,7 +121,7 @@ def test_the_command_is_that_of_the_shell_where_none_is_given(capsys, launches, 
     ],
 )
 def test_only_nproc_is_left_out(args, kept):
-    assert _without_nproc(args) == kept
+    assert without_nproc(args) == kept
 
 
 @pytest.mark.parametrize("nproc", [[], ["--nproc", "1"]])

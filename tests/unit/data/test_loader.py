@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -145,10 +146,11 @@ def test_validation_text_is_not_training_text(text: Path) -> None:
     assert titles[0] and titles[0].isdisjoint(titles[1])
 
 
-def test_bytes_per_token_is_that_of_the_held_out_text(text: Path) -> None:
+def test_bits_per_byte_are_those_of_the_held_out_text(text: Path) -> None:
     data = open_(text=text, made=synthetic())
-    assert 1.5 < data.bytes_per_token("text") < 10
-    assert data.bytes_per_token("made") is None
+    assert 1 / 10 < data.bits_per_byte("text", math.log(2)) < 1 / 1.5
+    assert data.bits_per_byte("text", 2.0) == pytest.approx(2 * data.bits_per_byte("text", 1.0))
+    assert data.bits_per_byte("made", 1.0) is None
 
 
 def test_synthetic_data_alone_needs_no_files() -> None:
@@ -158,7 +160,7 @@ def test_synthetic_data_alone_needs_no_files() -> None:
 
 def test_sources_without_held_out_text_have_no_validation(make_data) -> None:
     data = open_(text=make_data(validation=0))
-    assert data.validation_sets == [] and data.bytes_per_token("text") is None
+    assert data.validation_sets == [] and data.bits_per_byte("text", 1.0) is None
 
 
 def test_null_removes_a_source(text: Path) -> None:

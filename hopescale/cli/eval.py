@@ -1,0 +1,102 @@
+"""`hopescale eval`."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hopescale.checkpoint.manifest import EXPORT
+from hopescale.cli.ranks import own_place, run_on_ranks
+from hopescale.common.errors import CheckpointError, ConfigError, HopescaleError
+from hopescale.common.place import Place
+from hopescale.config.layout import Layout
+from hopescale.evals.wanted import Wanted
+
+if TYPE_CHECKING:
+    import torch
+
+    from hopescale.infer.load import Loaded
+
+TIMEOUT = timedelta(hours=2)
+"""How long a rank waits for the slowest: ranks meet when each has done its share of all questions."""
+
+
+def evaluate(
+    context: typer.Context,
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A run folder, a checkpoint, or an export of one.")],
+    tasks: Annotated[
+        str, typer.Option(metavar="NAME[=SHOTS],...", help="Tasks of lm-eval, and `perplexity`: the held-out loss.")
+    ] = "",
+    task_path: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Tasks of your own, in YAML.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Prepared data for perplexity.", show_default="the run's")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Questions of each task.", show_default="all")] = None,
+    window: Annotated[
+        int | None, typer.Option("--context", min=1, help="Tokens read at most.", show_default="all; trained length")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="JSON to write.", show_default="RUN/evals/")] = None,
+    nproc: Annotated[int | None, typer.Option(min=1, help="Processes to start here.", show_default="1")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Ask a model tasks of lm-eval, and measure its loss on held-out data; questions are dealt out to the ranks.
+
+    Exit codes: 0 done, 2 options, 3 data or tasks, 4 model, 5 launch.
+    """
+    place = own_place(context, nproc)
+    try:
+        names = [name for name in tasks.split(",") if name.strip()]
+        wanted = Wanted.read(names, data, task_path=task_path, limit=limit, context=window)
+        if wanted.tasks and find_spec("lm_eval") is None:
+            raise ConfigError("tasks need lm-eval", "pip install 'hopescale[eval]'")
+        if out is not None and out.exists():
+            raise CheckpointError(f"output {out} already exists", "choose another file, or delete the old one first")
+    except HopescaleError as error:
+        error.repeated = place is not None and place.rank > 0
+        raise
+    if place is None and (nproc or 1) > 1:
+        run_on_ranks(context, nproc)
+    _evaluate(model, wanted, out, place, device)
+
+
+def _evaluate(path: Path, wanted: Wanted, out: Path | None, place: Place | None, device: str) -> None:
+    from hopescale.evals.report import place_of_report, report, table, write_report
+    from hopescale.evals.run import context_of
+    from hopescale.evals.run import evaluate as run
+    from hopescale.parallel import process
+    from hopescale.parallel.control import Control
+    from hopescale.parallel.join import join
+
+    layout = Layout(dp=1 if place is None else place.world_size)
+    mesh, chosen = join(place, layout, device, "--device", timeout=TIMEOUT)
+    control = Control(mesh)
+    loaded: list[Loaded] = []
+    control.together(lambda: loaded.append(_load(path, chosen)))
+    results = run(loaded[0], wanted, control)
+    if place is not None:
+        process.stop()
+    if not control.is_first:
+        return
+    for line in table(results):
+        typer.echo(line)
+    if (file := out or place_of_report(loaded[0])) is not None:
+        settings = {"limit": wanted.limit, "context": context_of(loaded[0], wanted)}
+        write_report(file, report(loaded[0], results, settings))
+        typer.echo(f"written to {file}")
+
+
+def _load(path: Path, device: torch.device) -> Loaded:
+    """Load a checkpoint, or an export as the same model of ours."""
+    if (path / "config.json").exists() or (path / EXPORT).exists():
+        if missing := [name for name in ("transformers", "safetensors", "tokenizers") if find_spec(name) is None]:
+            raise ConfigError(f"exports need {', '.join(missing)}", "pip install 'hopescale[convert]'")
+        from hopescale.convert.hf import load_export
+
+        return load_export(path, device)
+    from hopescale.infer.load import load_model
+
+    return load_model(path, device)

@@ -1,0 +1,47 @@
+"""Work cut into batches that no number of ranks changes, and dealt out to the ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from hopescale.parallel.control import Control
+
+T = TypeVar("T")
+
+
+def cut(lengths: Sequence[int], *, tokens: int, spread: int | None = None) -> list[list[int]]:
+    """Put the numbers of texts of similar length together.
+
+    Args:
+        lengths: Tokens of each text.
+        tokens: Most tokens of a batch, all rows counted as long as the longest; a longer text is a batch of its own.
+        spread: Most tokens by which the lengths of a batch may differ; None is any number.
+    """
+    batches: list[list[int]] = []
+    for number in sorted(range(len(lengths)), key=lambda number: (-lengths[number], number)):
+        longest = lengths[batches[-1][0]] if batches else 0
+        fits = batches and longest * (len(batches[-1]) + 1) <= tokens
+        if fits and (spread is None or longest - lengths[number] <= spread):
+            batches[-1].append(number)
+        else:
+            batches.append([number])
+    return batches
+
+
+def share_out(control: Control, batches: Sequence[Sequence[int]], work: Callable[[list[int]], Sequence[T]]) -> list[T]:
+    """Do each batch on one of the ranks, and return all results everywhere. Called by all ranks.
+
+    Args:
+        control: Where ranks meet.
+        batches: Numbers from 0, each once; the same on every rank.
+        work: Gives one result for each number of a batch; results must pickle.
+
+    Returns:
+        The result of each number, in order.
+    """
+    own: dict[int, T] = {}
+    for batch in batches[control.rank :: control.num_ranks]:
+        own |= zip(batch, work(list(batch)), strict=True)
+    done = {number: result for of_rank in control.gather(own) for number, result in of_rank.items()}
+    return [done[number] for number in range(len(done))]

@@ -1,0 +1,67 @@
+"""What is to be measured, as the command line says it. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hopescale.common.errors import ConfigError
+
+PERPLEXITY = "perplexity"
+"""The task that is ours."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be measured.
+
+    Attributes:
+        tasks: Of lm-eval, with the number of solved examples before each question; None is the task's own.
+        task_path: Folder of tasks beside lm-eval's.
+        perplexity: Whether the loss on held-out shards is.
+        data: Prepared folder to measure it on; None takes the sources of the run.
+        limit: Questions of each task; None is all.
+        context: Tokens read at most before one that is predicted; None is all for a model whose state does not grow,
+            and `train.seq_len` for attention.
+
+    Raises:
+        ConfigError: If nothing is, or a setting has no effect.
+    """
+
+    tasks: dict[str, int | None]
+    task_path: Path | None = None
+    perplexity: bool = False
+    data: Path | None = None
+    limit: int | None = None
+    context: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.tasks and not self.perplexity:
+            hint = f"name --tasks, as --tasks {PERPLEXITY}, or --data for the loss on it"
+            raise ConfigError("there is nothing to evaluate", hint)
+        if not self.tasks:
+            given = {"--task-path": self.task_path, "--limit": self.limit, "--context": self.context}
+            if idle := [name for name, value in given.items() if value is not None]:
+                message = f"{', '.join(idle)}: no effect without a task of lm-eval; {PERPLEXITY} reads as training does"
+                raise ConfigError(message, "leave it out")
+
+    @classmethod
+    def read(cls, tasks: Sequence[str], data: Path | None, **settings: object) -> Wanted:
+        """Read names of tasks, `arc_easy` or `arc_easy=5` for five examples before each question.
+
+        Raises:
+            ConfigError: If a number of examples is none, or a task is named twice.
+        """
+        shots: dict[str, int | None] = {}
+        for part in tasks:
+            name, given, number = (piece.strip() for piece in part.partition("="))
+            if not name or (given and not number.isdecimal()) or (given and name == PERPLEXITY):
+                hint = "NAME, or NAME=5 for five examples before each question"
+                raise ConfigError(f"--tasks has {part!r}, which is no task of lm-eval with a number of examples", hint)
+            if name in shots:
+                raise ConfigError(f"--tasks names {name} more than once")
+            shots[name] = int(number) if given else None
+        ours = PERPLEXITY in shots or data is not None
+        shots.pop(PERPLEXITY, None)
+        return cls(shots, perplexity=ours, data=data, **settings)

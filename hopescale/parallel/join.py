@@ -1,0 +1,43 @@
+"""How a process of a job comes to its device and its place in the mesh."""
+
+from __future__ import annotations
+
+import faulthandler
+from datetime import timedelta
+
+import torch
+
+from hopescale.common.place import Place
+from hopescale.config.layout import Layout
+from hopescale.parallel import process
+from hopescale.parallel.device import choose_device, own_device
+from hopescale.parallel.mesh import Mesh
+
+
+def join(
+    place: Place | None, layout: Layout, device: str, origin: str, *, timeout: timedelta
+) -> tuple[Mesh, torch.device]:
+    """Meet the other ranks. Called by all of them, once per process.
+
+    Args:
+        place: Which rank this process is; None is the only one.
+        layout: How the ranks are shared out.
+        device: As of `choose_device`.
+        origin: The key or option that asked for it, for messages.
+        timeout: How long an exchange may wait for the other ranks.
+
+    Returns:
+        The mesh and this rank's device.
+
+    Raises:
+        ConfigError: If the device is unknown or missing.
+        LaunchError: If the ranks do not meet, or there are too few devices.
+    """
+    chosen = choose_device(device, origin)
+    if place is None or place.world_size == 1:
+        return Mesh.alone(), chosen
+    faulthandler.enable()
+    if chosen.type == "cuda":
+        chosen = own_device(place, origin)
+    process.start(place, chosen, timeout)
+    return Mesh.over_all(layout, device=chosen, timeout=timeout), chosen
