@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -11,8 +12,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from lm_eval.api.instance import Instance
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hopescale.convert.hf import load_export
+from hopescale.evals.language_model import EvaluatedModel
 from hopescale.observe.metrics import read_metrics
+from hopescale.parallel.control import Control
+from hopescale.parallel.mesh import Mesh
 from tests.integration.conftest import WORDS
 
 TASKS = "choice,rolling,writing"
@@ -116,6 +124,38 @@ def test_a_checkpoint_and_its_export_give_the_same_numbers(evaluate, trained: Pa
     assert results["choice"]["samples"] == 9 and results["choice"]["version"] == "2.0"
     assert set(results["choice"]["metrics"]) == set(results["choice"]["stderr"]) == {"acc", "acc_norm"}
     assert 1 < results["rolling"]["metrics"]["byte_perplexity"] < 300
+
+
+@torch.no_grad()
+def test_the_export_gives_these_numbers_by_its_own_code_too(evaluate, exported: Path, tasks: Path):
+    """Read by transformers, and tokenized by the tokenizer that came with it."""
+    results = evaluate(exported, "--context", 2000)["results"]
+    tokenizer = AutoTokenizer.from_pretrained(exported, trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained(exported, trust_remote_code=True).eval()
+
+    def given(text: str, begin: int) -> float:
+        """Return the log-probability of the tokens of a text from the token `begin` on."""
+        ids = torch.tensor([tokenizer.encode(text)])
+        chosen = model(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
+        return float(chosen[begin - 1 :].sum())
+
+    asked, written, right, total, size = [], [], 0, 0.0, 0
+    for line in map(json.loads, (tasks / "questions.jsonl").read_text().splitlines()):
+        begin = len(tokenizer.encode(line["question"]))
+        scores = [given(f"{line['question']} {choice}", begin) for choice in line["choices"]]
+        right += scores.index(max(scores)) == line["answer"]
+        total, size = total + given(line["text"], 1), size + len(line["text"].encode())
+        ids = torch.tensor([tokenizer.encode(line["question"])])
+        options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 6, "do_sample": False}
+        new = tokenizer.decode(model.generate(ids, **options)[0, ids.shape[1] :], skip_special_tokens=True)
+        written.append(new.partition("e")[0])
+        asked.append(line["question"])
+    assert results["choice"]["metrics"]["acc"] == pytest.approx(right / 9)
+    assert results["rolling"]["metrics"]["bits_per_byte"] == pytest.approx(-total / size / math.log(2), rel=1e-5)
+    ours = EvaluatedModel(load_export(exported, torch.device("cpu")), Control(Mesh.alone()), None)
+    ask = {"until": ["e"], "max_gen_toks": 6}
+    requests = [Instance("generate_until", {}, (text, ask), number) for number, text in enumerate(asked)]
+    assert ours.generate_until(requests) == written and len(set(written)) > 2
 
 
 def test_numbers_do_not_depend_on_the_number_of_ranks(evaluate, trained: Path, tasks: Path, tmp_path: Path):
