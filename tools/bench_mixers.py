@@ -18,7 +18,7 @@ from mixers import BASELINE, MIXERS, Shape, add_shape, configure, shape_of
 from rows import Row, add, show
 
 from hopescale.common.errors import ConfigError
-from hopescale.cost.flops import BACKWARD_FACTOR, level_flops, mixer_flops
+from hopescale.cost.flops import block_flops
 from hopescale.cost.hardware import peak_bf16_flops
 from hopescale.parallel.device import choose_device
 
@@ -96,7 +96,7 @@ def fits(mib: float, device: torch.device) -> bool:
 def flops_per_token(mixer: str, shape: Shape, seq_len: int) -> float:
     """Count forward and backward of a stack of blocks, without embedding and head."""
     model = configure(mixer, shape)
-    return BACKWARD_FACTOR * shape.layers * (mixer_flops(model, seq_len) + level_flops(model))
+    return shape.layers * block_flops(model, seq_len).total
 
 
 def plot(rows: list[Row], path: Path) -> None:

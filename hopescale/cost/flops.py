@@ -1,104 +1,81 @@
 """Floating-point operations of a model per token of training, counted from its config alone. Imports no torch.
 
-A multiply and an add are two operations. Norms, activations and gates are left out: they are below one percent.
+A multiply and an add are two operations. Counted are matrix products and triangular solves, inner gradients included;
+norms, activations and gates are elementwise and left out. A test holds the counts to what torch executes.
 """
 
 from __future__ import annotations
 
-from hopescale.config.plan import (
-    head_dim,
-    kv_heads,
-    levels_of_block,
-    memory_dim,
-    padded_vocab_size,
-    projection_chunk_size,
-)
+from typing import Literal
+
+from hopescale.config.plan import has_chunk_loop, head_dim, kv_heads, levels_of_block, padded_vocab_size
 from hopescale.config.schema import ModelConfig
-from hopescale.cost.params import gate_memories, num_projections, wide_memories
+from hopescale.cost.chunk_flops import memory_flops
+from hopescale.cost.inventory import num_projections
+from hopescale.cost.operations import NOTHING, Flops, product
 
-BACKWARD_FACTOR = 3
-"""Forward and backward together, in forwards: backward makes the gradients of both factors of every product."""
+Recompute = Literal["none", "chunks", "memory", "block"]
 
 
-def flops_per_token(model: ModelConfig, seq_len: int) -> int:
-    """Count the operations of one token's forward and backward, averaged over a sequence of `seq_len` tokens.
+def flops_per_token(model: ModelConfig, seq_len: int) -> float:
+    """Count the model FLOPs of one token's forward and backward, averaged over a sequence of `seq_len` tokens.
 
-    Nothing is added for activations that are computed twice, so that the number measures the model, not the run.
+    Nothing is added for activations that are computed twice, so that the number measures the model, not the run; of
+    causal attention only what a token may see is counted.
     """
-    head = 2 * padded_vocab_size(model) * model.d_model
-    return BACKWARD_FACTOR * (head + model.num_layers * (mixer_flops(model, seq_len) + level_flops(model)))
+    return sum(part.total for part in flops_by_part(model, seq_len).values())
 
 
-def level_flops(model: ModelConfig) -> int:
-    """Count the forward of one block's levels, which cost the same in all blocks: three products each."""
-    return sum(6 * model.d_model * level.d_ff for level in levels_of_block(model, 0).values())
+def executed_flops_per_token(model: ModelConfig, seq_len: int, recompute: Recompute) -> float:
+    """Count the operations of one token that are executed, activations that are computed again included.
+
+    Attention's scores are computed again in every backward pass.
+    """
+    return sum(part.total for part in flops_by_part(model, seq_len, recompute=recompute).values())
 
 
-def mixer_flops(model: ModelConfig, seq_len: int) -> int:
-    """Count one mixer's forward for a token in the middle of a sequence."""
+def flops_by_part(model: ModelConfig, seq_len: int, *, recompute: Recompute | None = None) -> dict[str, Flops]:
+    """Count the operations of one token by part: `maps` of the mixers, their `mixing`, `levels`, `head`.
+
+    Args:
+        model: Sizes and switches.
+        seq_len: Tokens per sequence.
+        recompute: What is computed again in the backward pass and counted with it; None counts the model alone.
+    """
+    head = product(1, model.d_model, padded_vocab_size(model))
+    again = {"memory": ("maps", "mixing"), "block": ("maps", "mixing", "levels")}.get(recompute or "none", ())
+    block = {"maps": _maps(model), "mixing": _mixing(model, seq_len, recompute), "levels": _levels(model)}
+    once = block | {"mixing": _mixing(model, seq_len, None)}
+    parts = {
+        name: Flops(flops.forward, flops.backward + (name in again) * once[name].forward).times(model.num_layers)
+        for name, flops in block.items()
+    }
+    return parts | {"head": head}
+
+
+def block_flops(model: ModelConfig, seq_len: int) -> Flops:
+    """Count one block for a token, which costs the same in all blocks."""
+    return _maps(model) + _mixing(model, seq_len, None) + _levels(model)
+
+
+def _levels(model: ModelConfig) -> Flops:
+    """Count one block's levels: three products each."""
+    return sum((product(1, model.d_model, 3 * level.d_ff) for level in levels_of_block(model, 0).values()), NOTHING)
+
+
+def _maps(model: ModelConfig) -> Flops:
+    """Count the mixer's maps in and out."""
+    width = model.num_heads * head_dim(model)
     if model.mixer == "attention":
-        return attention_flops(model, seq_len)
-    return self_modifying_flops(model, seq_len)
+        return product(1, model.d_model, 2 * width + 2 * kv_heads(model) * head_dim(model))
+    return product(1, model.d_model, width * (num_projections(model) + 1))
 
 
-def attention_flops(model: ModelConfig, seq_len: int) -> int:
-    """Count the maps, and scores and reads over the tokens before: `(seq_len + 1) / 2` of them on average."""
-    width, kv_width = model.num_heads * head_dim(model), kv_heads(model) * head_dim(model)
-    return 4 * model.d_model * (width + kv_width) + 2 * width * (seq_len + 1)
-
-
-def self_modifying_flops(model: ModelConfig, seq_len: int) -> int:
-    """Count the maps in and out, the convolution, and every head's memories in their chunked form."""
-    mixer, width = model.self_modifying, model.num_heads * head_dim(model)
-    maps = 2 * model.d_model * width * (num_projections(model) + 1)
-    conv = 2 * (num_projections(model) - mixer.gate) * width * (mixer.conv_width or 0)
-    main_chunk = min(mixer.chunk_size, seq_len)
-    main = _memory_flops(model, head_dim(model), main_chunk) + _in_chunk_read_flops(model, main_chunk)
-    chunk = min(projection_chunk_size(model), seq_len)
-    projections = (wide_memories(model) - 1) * _memory_flops(model, head_dim(model), chunk)
-    gates = gate_memories(model) * _memory_flops(model, 1, chunk)
-    return maps + conv + model.num_heads * (main + projections + gates)
-
-
-def _memory_flops(model: ModelConfig, out_dim: int, chunk: int) -> int:
-    """Count one memory's read at a boundary, target, inner gradient and write for a token."""
-    shapes, hidden = _matrices(model, out_dim), memory_dim(model)
-    total = sum(_read_flops(model, *shape) + _write_flops(model, *shape, chunk) for shape in shapes)
-    return total if hidden is None else total + 2 * hidden * out_dim  # the error goes back through the second matrix
-
-
-def _matrices(model: ModelConfig, out_dim: int) -> list[tuple[int, int]]:
-    """List the matrices of a memory as (width in, width out)."""
-    wide, hidden = head_dim(model), memory_dim(model)
-    return [(wide, out_dim)] if hidden is None else [(wide, hidden), (hidden, out_dim)]
-
-
-def _read_flops(model: ModelConfig, in_dim: int, out_dim: int) -> int:
-    """Count the products with the state: the read, the inner loss's forward, and a target of the memory's own."""
-    num_products = 3 if model.self_modifying.targets == "self" else 2
-    return num_products * 2 * in_dim * out_dim
-
-
-def _write_flops(model: ModelConfig, in_dim: int, out_dim: int, chunk: int) -> int:
-    """Count one matrix's write: an outer product into each state and, with the erase, what the key reads.
-
-    The erase reads each state by key and solves a triangular system of the chunk's size. Tables inside a chunk are
-    triangular: half of them is counted.
-    """
-    num_states = 1 + model.self_modifying.momentum
-    flops = num_states * 2 * in_dim * out_dim
-    if model.self_modifying.inner_rule == "dgd":
-        flops += num_states * 2 * in_dim * out_dim + chunk * (in_dim + 2 * out_dim)
-    return flops
-
-
-def _in_chunk_read_flops(model: ModelConfig, chunk: int) -> int:
-    """Count what a read of the main memory sees beyond the boundary: momentum, writes and erases of its chunk."""
-    mixer = model.self_modifying
-    if mixer.read == "boundary":
-        return 0
-    tables = 1 + (mixer.inner_rule == "dgd")
-    return sum(
-        mixer.momentum * 2 * in_dim * out_dim + chunk * (in_dim + tables * out_dim)
-        for in_dim, out_dim in _matrices(model, head_dim(model))
-    )
+def _mixing(model: ModelConfig, seq_len: int, recompute: Recompute | None) -> Flops:
+    """Count what a mixer does between its maps: scores and reads, or memories."""
+    if model.mixer == "attention":
+        # A token sees (seq_len + 1) / 2 on average. Each gradient is two products; the scores are a third.
+        seen = product(1, head_dim(model), (seq_len + 1) / 2).times(2 * model.num_heads)
+        return seen if recompute is None else Flops(seen.forward, 2.5 * seen.forward)
+    again = recompute not in (None, "none") and has_chunk_loop(model.self_modifying)
+    return memory_flops(model, seq_len, recompute=again).times(model.num_heads / seq_len)

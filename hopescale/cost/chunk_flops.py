@@ -1,0 +1,221 @@
+"""Operations of a self-modifying mixer's memories, chunk by chunk, as `ops.delta_rule` and `models.memory` run them.
+
+Counted are matrix products and triangular solves of one head and one sequence. What is elementwise is left out. Letters
+are those of `models.memory`: `C` tokens of a chunk, `D` width of a head, `E` hidden width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hopescale.config.plan import has_chunk_loop, head_dim, memory_dim, projection_chunk_size
+from hopescale.config.schema import ModelConfig, SelfModifyingConfig
+from hopescale.cost.inventory import memory_banks
+from hopescale.cost.operations import NOTHING, Flops, product, solve
+
+
+@dataclass(frozen=True)
+class Bank:
+    """Memories of one head that are written at the same boundaries.
+
+    Attributes:
+        wide: Memories that answer with vectors.
+        narrow: Memories that answer with one number.
+        dim: `D`.
+        hidden: `E` of MLP memories; None if they are linear.
+        is_main: Whether the first wide one is the memory that is read.
+    """
+
+    wide: int
+    narrow: int
+    dim: int
+    hidden: int | None
+    is_main: bool
+
+    @property
+    def rows(self) -> int:
+        """Outputs of one wide first layer."""
+        return self.hidden or self.dim
+
+    @property
+    def first(self) -> int:
+        """Outputs of all first layers."""
+        return self.wide * self.rows + self.narrow * (self.hidden or 1)
+
+    @property
+    def size(self) -> int:
+        """Entries of all weights."""
+        second = 0 if self.hidden is None else self.hidden * (self.wide * self.dim + self.narrow)
+        return self.dim * self.first + second
+
+    @property
+    def asked(self) -> int:
+        """Wide memories that make keys, values or queries."""
+        return self.wide - self.is_main
+
+
+def banks(model: ModelConfig) -> list[Bank]:
+    """Return the banks of a head, the one with the main memory first."""
+    result = []
+    for names in memory_banks(model).values():
+        narrow = sum(name in ("eta", "alpha") for name in names)
+        sizes = (len(names) - narrow, narrow, head_dim(model), memory_dim(model))
+        result.append(Bank(*sizes, is_main=names[0] == "mem"))
+    return result
+
+
+def memory_flops(model: ModelConfig, seq_len: int, *, recompute: bool = False) -> Flops:
+    """Count a head's memories over a sequence, learned initial state to last token.
+
+    Args:
+        model: Sizes and switches.
+        seq_len: Tokens.
+        recompute: Whether the backward pass computes every chunk again.
+    """
+    mixer = model.self_modifying
+    if not has_chunk_loop(mixer):
+        return _whole_sequence(model, seq_len)
+    total, (size, count) = NOTHING, (projection_chunk_size(model), -(-seq_len // projection_chunk_size(model)))
+    for index in range(count) if count < 3 else (0, 1, count - 1):
+        tokens = min(size, seq_len - index * size)
+        part = _part(model, tokens, first=index == 0 and not recompute, last=index == count - 1)
+        total += part.times(count - 2 if index == 1 and count > 2 else 1)
+    return Flops(total.forward, total.backward + recompute * total.forward)
+
+
+def _part(model: ModelConfig, tokens: int, *, first: bool, last: bool) -> Flops:
+    """Count a projection chunk: its projections made, the main memory's chunks, and all writes."""
+    mixer, all_banks = model.self_modifying, banks(model)
+    source = all_banks[-1]
+    flops = _ask(source, source.asked, tokens)
+    size = mixer.chunk_size if len(all_banks) > 1 else tokens
+    count = -(-tokens // size)
+    for index in range(count):
+        begin, end = first and index == 0, last and index == count - 1
+        flops += _move(mixer, all_banks[0], min(size, tokens - index * size), begin, end, reads=True)
+    if len(all_banks) > 1:
+        flops += _move(mixer, source, tokens, first, last, reads=False)
+    return flops
+
+
+def _ask(bank: Bank, wide: int, tokens: int) -> Flops:
+    """Count the answers of wide memories and of all narrow ones to their inputs."""
+    flops = product(tokens, bank.dim, bank.rows).times(wide)
+    if bank.narrow:
+        flops += product(tokens, bank.dim, bank.narrow * (bank.hidden or 1))
+    return flops if bank.hidden is None else flops + product(tokens, bank.hidden, bank.dim).times(wide)
+
+
+def _move(mixer: SelfModifyingConfig, bank: Bank, tokens: int, first: bool, last: bool, *, reads: bool) -> Flops:
+    """Count a bank's chunk: tables, writes, and its memories moved and read.
+
+    Args:
+        mixer: Switches.
+        bank: Memories.
+        tokens: `C`.
+        first: Whether the momentum is the one it starts with, which gets no gradient.
+        last: Whether the state after the chunk is read by nobody, and gets no gradient.
+        reads: Whether the first memory answers queries.
+    """
+    uses_chunk = reads and mixer.read != "boundary"
+    shared = _tables(mixer, tokens) + _writes(mixer, bank, bank.wide, tokens, with_first=True)
+    layers = [(bank.dim, bank.first, 1)]
+    if bank.hidden is not None:
+        layers.append((bank.hidden, bank.dim, bank.wide))
+    shared += sum((_open(mixer, tokens, width).times(count) for width, _, count in layers), NOTHING)
+    unread = NOTHING
+    if bank.hidden is not None and bank.narrow:
+        layers.append((bank.hidden, 1, bank.narrow))
+        unread = _writes(mixer, bank, bank.narrow, tokens, with_first=False, out=1)
+        unread += _open(mixer, tokens, bank.hidden).times(bank.narrow)
+    unread += sum((_after(mixer, tokens, width, out, first).times(n) for width, out, n in layers), NOTHING)
+    if not uses_chunk:
+        shared, unread = NOTHING, shared + unread
+    read = NOTHING
+    if reads and not uses_chunk:
+        read = _ask(Bank(1, 0, bank.dim, bank.hidden, True), 1, tokens)
+    elif reads:
+        for width, out in ((bank.dim, bank.rows), (bank.hidden, bank.dim))[: 1 + (bank.hidden is not None)]:
+            read += _values(mixer, tokens, width, out, first) + _read(mixer, tokens, width, out, first)
+    return shared + read + (unread.without_backward() if last else unread)
+
+
+def _tables(mixer: SelfModifyingConfig, tokens: int) -> Flops:
+    if not mixer.momentum:
+        return NOTHING
+    return product(tokens + 1, tokens, tokens) + product(tokens + 1, tokens, 1)
+
+
+def _writes(
+    mixer: SelfModifyingConfig, bank: Bank, memories: int, tokens: int, *, with_first: bool, out: int | None = None
+) -> Flops:
+    """Count what memories write: first layers at keys and targets, the error, and its way back through the second."""
+    own = mixer.targets == "self"
+    flops = product((1 + own) * tokens, bank.dim, bank.first) if with_first else NOTHING
+    if bank.hidden is None:
+        return flops
+    asks = 1 if mixer.objective == "l2" or own else 0
+    return flops + product(tokens, bank.hidden, out or bank.dim).times(memories * (1 + asks))
+
+
+def _open(mixer: SelfModifyingConfig, tokens: int, width: int) -> Flops:
+    """Count the keys' similarities and the solve for what they erase."""
+    if mixer.inner_rule != "dgd":
+        return NOTHING
+    return product(tokens, width, tokens) + solve(tokens, width)
+
+
+def _after(mixer: SelfModifyingConfig, tokens: int, width: int, out: int, first: bool) -> Flops:
+    """Count a layer's state after a chunk, `width` inputs to `out` outputs."""
+    momentum, erase = mixer.momentum, mixer.inner_rule == "dgd"
+    pushed = product(width, tokens, out).times(momentum)
+    if out > width:
+        flops = _transition(mixer, tokens, width) + product(width, tokens, out) + product(width, width, out)
+        return flops + product(width, width, out, gradients=1 if first else 2).times(momentum) + pushed
+    flops = _values(mixer, tokens, width, out, first) + product(width, tokens, out)
+    return flops + product(width, tokens, out).times(momentum and erase) + pushed
+
+
+def _transition(mixer: SelfModifyingConfig, tokens: int, width: int) -> Flops:
+    if mixer.inner_rule != "dgd":
+        return NOTHING
+    flops = product(width, tokens, width)
+    return flops + (product(width, tokens, width) + product(width, tokens, tokens)).times(mixer.momentum)
+
+
+def _values(mixer: SelfModifyingConfig, tokens: int, width: int, out: int, first: bool) -> Flops:
+    """Count what keys read of the state at the chunk's start, and of what was written since."""
+    if mixer.inner_rule != "dgd":
+        return NOTHING
+    flops = _carried(mixer, tokens, width, out, first)
+    return flops + product(tokens, tokens, out).times(mixer.momentum)
+
+
+def _carried(mixer: SelfModifyingConfig, tokens: int, width: int, out: int, first: bool) -> Flops:
+    push = product(tokens, width, out, gradients=1 if first else 2)
+    return product(tokens, width, out) + push.times(mixer.momentum)
+
+
+def _read(mixer: SelfModifyingConfig, tokens: int, width: int, out: int, first: bool) -> Flops:
+    """Count a read inside a chunk: of the state at its start, of writes and of erases since."""
+    erase = mixer.inner_rule == "dgd"
+    flops = product(tokens, width, tokens) + _carried(mixer, tokens, width, out, first)
+    flops += solve(tokens, tokens).times(erase)
+    return flops + product(tokens, tokens, out).times(1 + (erase and mixer.momentum))
+
+
+def _whole_sequence(model: ModelConfig, seq_len: int) -> Flops:
+    """Count a linear memory that stores static values: all chunks at once, but for the states between them."""
+    mixer, dim = model.self_modifying, head_dim(model)
+    whole, rest = divmod(seq_len, mixer.chunk_size)
+    total = NOTHING
+    for tokens, count in ((mixer.chunk_size, whole), (rest, 1 if rest else 0)):
+        if not count:
+            continue
+        each = _tables(mixer, tokens) + _open(mixer, tokens, dim) + _transition(mixer, tokens, dim)
+        each += product(dim, tokens, dim).times(1 + mixer.momentum)
+        each += _values(mixer, tokens, dim, dim, False) + _read(mixer, tokens, dim, dim, False)
+        move = product(dim, dim, dim).times(1 + mixer.momentum)
+        is_last = tokens == rest or not rest
+        total += each.times(count) + move.times(count - is_last) + move.without_backward().times(is_last)
+    return total

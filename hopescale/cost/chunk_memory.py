@@ -1,0 +1,105 @@
+"""Entries that a chunk of memories keeps for its backward, of one head and one sequence, as the operations make them.
+
+Letters as in `chunk_flops`. Tables of a chunk are `C x C`; what counts tokens and nothing else is left out.
+"""
+
+from __future__ import annotations
+
+from hopescale.config.plan import head_dim
+from hopescale.config.schema import ModelConfig, SelfModifyingConfig
+from hopescale.cost.chunk_flops import Bank, banks
+
+
+def part_entries(model: ModelConfig, tokens: int) -> float:
+    """Count a projection chunk, states left out: projections, the main memory's chunks, and all writes."""
+    mixer, all_banks = model.self_modifying, banks(model)
+    source = all_banks[-1]
+    total = _asked(mixer, source, tokens)
+    if len(all_banks) == 1:
+        return total + chunk_entries(mixer, source, tokens, reads=True)
+    whole, rest = divmod(tokens, mixer.chunk_size)
+    for size, count in ((mixer.chunk_size, whole), (rest, 1 if rest else 0)):
+        state = all_banks[0].size * (1 + mixer.momentum)
+        total += count * (chunk_entries(mixer, all_banks[0], size, reads=True) + state)
+    return total + chunk_entries(mixer, source, tokens, reads=False)
+
+
+def _asked(mixer: SelfModifyingConfig, bank: Bank, tokens: int) -> float:
+    """Count answers of memories: hidden values twice, the answer, and it at unit length where that is used."""
+    used = bank.asked - (mixer.targets == "self" and "v" in mixer.adaptive)
+    hidden = 0 if bank.hidden is None else 2 * tokens * bank.hidden * (bank.asked + bank.narrow)
+    return hidden + tokens * bank.dim * (bank.asked + used) + 5 * tokens
+
+
+def chunk_entries(mixer: SelfModifyingConfig, bank: Bank, tokens: int, *, reads: bool) -> float:
+    """Count a bank's chunk, but for the state after it."""
+    erase, square = mixer.inner_rule == "dgd", tokens * tokens
+    total = _tables(mixer, tokens) + _writes(mixer, bank, tokens)
+    layers = [(bank.dim, bank.first, 1)]
+    if bank.hidden is not None:
+        layers += [(bank.hidden, bank.dim, bank.wide), (bank.hidden, 1, bank.narrow)]
+    for width, out, count in layers:
+        total += count * ((2 + mixer.momentum) * square + tokens * width) * erase
+        total += count * _after(mixer, tokens, width, out)
+    if not reads:
+        return total
+    if mixer.read == "boundary":
+        return total + (0 if bank.hidden is None else 2 * tokens * bank.hidden)
+    for out in [bank.rows] if bank.hidden is None else [bank.hidden, bank.dim]:
+        total += _values(mixer, tokens, out) + _carried(mixer, tokens, out) + (2 + (erase and mixer.momentum)) * square
+    return total + (0 if bank.hidden is None else 2 * tokens * bank.hidden)
+
+
+def _tables(mixer: SelfModifyingConfig, tokens: int) -> float:
+    """Count the products of gates between tokens: retention, momentum and both, and with the learning rates."""
+    row, erase = (tokens + 1) * tokens, mixer.inner_rule == "dgd"
+    return (3 + erase) * row + tokens * tokens if mixer.momentum else 2 * row
+
+
+def _writes(mixer: SelfModifyingConfig, bank: Bank, tokens: int) -> float:
+    """Count keys and values of all layers, and what the inner gradient keeps."""
+    own, asks = mixer.targets == "self", mixer.objective == "l2" or mixer.targets == "self"
+    spread = 1 + mixer.momentum + (mixer.error_cap is not None)
+    total = 2 * tokens * bank.dim * own
+    if bank.hidden is None:
+        return total + tokens * bank.first * spread
+    copied = asks and own
+    hidden = 3 * (1 + own) + copied + 2
+    out = bank.wide * bank.dim + bank.narrow
+    total += tokens * bank.hidden * (bank.wide + bank.narrow) * hidden
+    return total + tokens * out * (spread + 1) + tokens * bank.first
+
+
+def _after(mixer: SelfModifyingConfig, tokens: int, width: int, out: int) -> float:
+    """Count what moving a layer's state over the chunk keeps."""
+    erase, momentum = mixer.inner_rule == "dgd", mixer.momentum
+    pushed = tokens * width * momentum
+    if out > width:
+        matrices = (1 + momentum) * width * width
+        return matrices + tokens * width * ((1 + momentum) * erase + (momentum or not erase)) + pushed
+    last = tokens * width * (momentum or not erase)
+    return _values(mixer, tokens, out) + last + pushed
+
+
+def _values(mixer: SelfModifyingConfig, tokens: int, out: int) -> float:
+    """Count what keys read of the first state and momentum, and what becomes of it."""
+    if mixer.inner_rule != "dgd":
+        return 0
+    return _carried(mixer, tokens, out) + tokens * out
+
+
+def _carried(mixer: SelfModifyingConfig, tokens: int, out: int) -> float:
+    return tokens * out * (1 + mixer.momentum)
+
+
+def whole_entries(model: ModelConfig, seq_len: int) -> tuple[float, float]:
+    """Count a sequence whose chunks run at once, and the states between them: as they come, and side by side."""
+    mixer, dim = model.self_modifying, head_dim(model)
+    size = min(mixer.chunk_size, seq_len)
+    chunks = seq_len / size
+    erase, momentum = mixer.inner_rule == "dgd", mixer.momentum
+    square, wide = size * size, size * dim
+    each = _tables(mixer, size) + ((2 + momentum) * square + wide) * erase
+    each += (1 + momentum) * dim * dim + wide * (1 + (1 + momentum) * erase + 2 * momentum)
+    each += _values(mixer, size, dim) + _carried(mixer, size, dim) + (2 + (erase and momentum)) * square
+    return each * chunks, 2 * (1 + momentum) * dim * dim * chunks

@@ -1,0 +1,212 @@
+"""What a rank hands to its collectives in a step, by axis, as `comm/<axis>/bytes_per_step` in the metrics counts it.
+
+An all-reduce and a broadcast count their tensor, a reduce-scatter its whole input, an all-gather the rank's own part, a
+send its tensor. docs/parallelism.md derives the formulas. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Collection, Mapping
+
+from hopescale.config.layout import Layout
+from hopescale.config.plan import head_dim, make_plan, padded_vocab_size
+from hopescale.config.schema import RunConfig
+from hopescale.cost.activations import FP32
+from hopescale.cost.holdings import Holdings, cuts_matrices, gathers
+from hopescale.cost.inventory import Parameter
+from hopescale.cost.ownership import buckets, share_out
+from hopescale.cost.stages import slices_of_rank
+
+AXES = ("tp", "dp", "pp", "embedding", "world")
+"""Axes as the metrics name them."""
+BUCKET_ELEMENTS = 1 << 24
+"""Most entries of gradients that replicas exchange at once."""
+LONGEST_CYCLE = 4096
+"""Steps over which cadences are averaged at most."""
+
+
+def bytes_per_step(holdings: Holdings, config: RunConfig, layout: Layout, stage: int) -> dict[str, float]:
+    """Return the bytes of a step by axis on the first rank of a stage, averaged over the cadences of the levels."""
+    levels = config.model.cms.levels
+    cycle = min(LONGEST_CYCLE, math.lcm(*(level.update_every_steps for level in levels.values())))
+    sets = Counter(due_levels(config, step) for step in range(1, cycle + 1))
+    total: Counter[str] = Counter()
+    for due, count in sets.items():
+        for axis, sent in bytes_of_step(holdings, config, layout, stage, due).items():
+            total[axis] += sent * count / cycle
+    return {axis: total[axis] for axis in AXES if total[axis]}
+
+
+def due_levels(config: RunConfig, step: int) -> frozenset[str]:
+    """Return the levels that a step updates, counted from 1."""
+    levels = config.model.cms.levels.items()
+    return frozenset(name for name, level in levels if (step + level.phase) % level.update_every_steps == 0)
+
+
+def bytes_of_step(
+    holdings: Holdings,
+    config: RunConfig,
+    layout: Layout,
+    stage: int,
+    due: Collection[str],
+    *,
+    measured: Collection[str] = (),
+) -> dict[str, float]:
+    """Return the bytes of a step by axis on the first rank of a stage.
+
+    Args:
+        holdings: Of the config's model and optimizer.
+        config: Settings.
+        layout: How ranks are shared out.
+        stage: Pipeline rank.
+        due: Levels that the step updates.
+        measured: Levels of period 1 whose change is measured, as on steps that are recorded.
+    """
+    sent = dict.fromkeys(AXES, 0.0)
+    micro_batches = make_plan(config, layout).grad_accumulation
+    if layout.tp > 1:
+        sent["tp"] = micro_batches * _tensor(config, layout, stage)
+    if layout.pp > 1:
+        sent |= _pipeline(config, layout, stage, micro_batches)
+    if layout.dp > 1:
+        sent["dp"] = 8 + _elementwise(holdings, config, layout, stage, due, micro_batches)
+    matrices = _matrices(holdings, config, layout, stage, due)
+    sent = {axis: count + matrices.get(axis, 0) for axis, count in sent.items()}
+    if layout.num_ranks > 1:
+        slow = sum(config.model.cms.levels[name].update_every_steps > 1 for name in due)
+        sent["world"] = 4 * (3 + len(due)) + 8 * (slow + len(set(measured)))
+    return sent
+
+
+def stream_bytes(config: RunConfig) -> int:
+    """Return the bytes of a micro batch's residual stream."""
+    train = config.train
+    return train.seq_len * train.micro_batch_size * config.model.d_model * (2 if train.precision == "bf16" else FP32)
+
+
+def _tensor(config: RunConfig, layout: Layout, stage: int) -> float:
+    """Count what tensor-parallel ranks exchange for a micro batch."""
+    model, train, stream = config.model, config.train, stream_bytes(config)
+    slices = slices_of_rank(model, train.seq_len, layout.pp, layout.virtual_stages, stage)
+    blocks = sum(map(len, slices))
+    first, last = slices[0].start == 0, slices[-1].stop == model.num_layers
+    levels = len(model.cms.levels) if model.cms.placement == "every_block" else 1
+    independent = model.cms.variant == "independent"
+    sums = 2 if independent else 1 + levels
+    total = (first + last + 2 * blocks * sums) * stream + last * 3 * FP32 * train.seq_len * train.micro_batch_size
+    total += blocks * FP32 * levels * independent
+    if model.mixer == "attention" and model.attention.qk_norm:
+        total += blocks * 2 * FP32 * head_dim(model)
+    if train.recompute == "block":
+        total += blocks * (sums - 1) * stream
+    if layout.sequence_parallel:
+        part = stream / layout.tp
+        total += (first + last + blocks * (2 * sums + 1)) * part + FP32 * model.d_model * (last + blocks * sums)
+        total += {"block": blocks * sums, "memory": blocks}.get(train.recompute, 0) * part
+    return total
+
+
+def _pipeline(config: RunConfig, layout: Layout, stage: int, micro_batches: int) -> dict[str, float]:
+    """Count the residual stream and its gradient between stages, and what the ends share of a tied embedding."""
+    model, ends = config.model, stage in (0, layout.pp - 1)
+    stream = stream_bytes(config) / (layout.tp if layout.sequence_parallel else 1)
+    sent = {"pp": (2 * layout.virtual_stages - ends) * micro_batches * stream}
+    if ends and model.tie_embeddings:
+        rows = padded_vocab_size(model) / layout.tp * model.d_model
+        itemsize = 2 if config.train.precision == "bf16" else FP32
+        sent["embedding"] = rows * (FP32 + (itemsize if layout.dp > 2 else 0))
+    return sent
+
+
+def _elementwise(
+    holdings: Holdings, config: RunConfig, layout: Layout, stage: int, due: Collection[str], micro_batches: int
+) -> float:
+    """Count gradients and weights of AdamW's parameters between replicas."""
+    zero, dp = config.parallel.zero, layout.dp
+    entries = holdings.of_stage(layout, stage).entries
+    chosen = {kind: count for kind, count in entries.items() if kind.rule == "adamw"}
+    all_due = {kind: count for kind, count in chosen.items() if kind.level is None or kind.level in due}
+    gradients = FP32 * sum(all_due.values())
+    weights = sum(kind.itemsize * count for kind, count in all_due.items()) / dp
+    if zero == 0:
+        return gradients
+    if zero == 1:
+        return gradients + weights
+    gradients = FP32 * sum(chosen.values()) * micro_batches
+    if zero == 2:
+        return gradients + weights
+    model = config.model
+    whole = sum(kind.itemsize * count for kind, count in chosen.items())
+    last = _bytes_of_last_block(holdings, config, layout)
+    return gradients + micro_batches * (2 * whole - last) / dp
+
+
+def _bytes_of_last_block(holdings: Holdings, config: RunConfig, layout: Layout) -> float:
+    """Return the bytes of the weights that a backward pass still finds whole: the last block, and the final norm."""
+    own = f"blocks.{config.model.num_layers - 1}."
+    return sum(
+        p.size * p.itemsize(config.train.precision)
+        for p in holdings.parameters(layout, layout.pp - 1)
+        if p.name.startswith(own) or p.name == "norm.weight"
+    )
+
+
+def _matrices(
+    holdings: Holdings, config: RunConfig, layout: Layout, stage: int, due: Collection[str]
+) -> Mapping[str, float]:
+    """Count gradients and weights of matrices between replicas, and their slices between tensor-parallel ranks."""
+    if not any(group.rule != "adamw" for group in config.optim.groups.values()):
+        return {}
+    if layout.dp == layout.tp == 1:
+        return {}
+    parameters = [p for p in holdings.parameters(layout, stage) if holdings.rule_of(p) != "adamw"]
+    owners, precision = holdings.owners(layout, stage), config.train.precision
+    order = _places(holdings, config, parameters, owners)
+    parameters = sorted((p for p in parameters if p.level is None or p.level in due), key=lambda p: order[p.name])
+    sent: Counter[str] = Counter()
+    if layout.dp > 1:
+        for level in {p.level for p in parameters}:
+            rooms = _rooms([p for p in parameters if p.level == level], owners, layout.dp)
+            sent["dp"] += FP32 * layout.dp * sum(rooms)
+        for itemsize in {p.itemsize(precision) for p in parameters}:
+            alike = [p for p in parameters if p.itemsize(precision) == itemsize]
+            sent["dp"] += itemsize * sum(_rooms(alike, owners, layout.dp))
+    if gathers(config, layout):
+        sent["tp"] += _slices(holdings, config, layout, stage, parameters)
+    return sent
+
+
+def _places(
+    holdings: Holdings, config: RunConfig, parameters: list[Parameter], owners: Mapping[str, int]
+) -> dict[str, tuple[int, int, int]]:
+    """Return where the optimizer keeps each matrix: what is alike side by side, by owner."""
+    classes: dict[tuple, int] = {}
+    places = {}
+    for index, p in enumerate(parameters):
+        key = (holdings.groups[p.name], holdings.cadence(p), p.itemsize(config.train.precision), p.shape, p.split)
+        places[p.name] = (classes.setdefault(key, len(classes)), owners[p.name], index)
+    return places
+
+
+def _rooms(parameters: list[Parameter], owners: Mapping[str, int], dp: int) -> list[int]:
+    """Return the entries of an owner's part of each exchange: as many as the owner with most needs."""
+    sizes = {p.name: p.size for p in parameters}
+    rooms = []
+    for bucket in buckets(sizes, owners, sizes, BUCKET_ELEMENTS // dp):
+        parts: dict[int, int] = defaultdict(int)
+        for name in bucket:
+            parts[owners[name]] += sizes[name]
+        rooms.append(max(parts.values()))
+    return rooms
+
+
+def _slices(holdings: Holdings, config: RunConfig, layout: Layout, stage: int, parameters: list[Parameter]) -> float:
+    """Count slices of gradients that are sent to make wholes, and of the wholes' weights that are sent back."""
+    owners = holdings.owners(layout, stage)
+    own = [p for p in holdings.parameters(layout, stage) if owners.get(p.name) == 0 and cuts_matrices(p)]
+    held = share_out([holdings.work(p, layout) for p in own], layout.tp)
+    chosen = [p for p in parameters if p.name in held]
+    wholes = sum(layout.tp * p.size * p.itemsize(config.train.precision) for p in chosen if held[p.name] == 0)
+    return FP32 * sum(p.size for p in chosen) + wholes

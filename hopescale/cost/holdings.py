@@ -1,0 +1,162 @@
+"""What a rank holds of the parameters, by rule and cadence: the entries behind every byte that outlives a step."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from hopescale.config.groups import assign_groups
+from hopescale.config.layout import Layout
+from hopescale.config.schema import RunConfig
+from hopescale.cost.inventory import Parameter, block_parameters, model_parameters
+from hopescale.cost.ownership import Work, share_out
+from hopescale.cost.stages import slices_of_rank
+from hopescale.cost.updates import state_entries, update_cost
+
+FP32 = 4
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Parameters that are treated alike.
+
+    Attributes:
+        rule: Name of the update rule.
+        level: Name of the level; None if updated at every step.
+        itemsize: Bytes of an entry.
+    """
+
+    rule: str
+    level: str | None
+    itemsize: int
+
+
+@dataclass(frozen=True)
+class Holding:
+    """Entries on one rank, before anything is shared out over replicas.
+
+    Attributes:
+        entries: Of weights by kind.
+        state: Entries of the rules' state by kind.
+        largest: Entries of the largest tensor.
+    """
+
+    entries: Mapping[Kind, int]
+    state: Mapping[Kind, int]
+    largest: int
+
+    def weight_bytes(self) -> int:
+        """Return the bytes of all weights."""
+        return sum(kind.itemsize * count for kind, count in self.entries.items())
+
+    def total(self) -> int:
+        """Return the entries of all weights."""
+        return sum(self.entries.values())
+
+
+class Holdings:
+    """Finds what ranks hold, quickly for many layouts of one config.
+
+    Args:
+        config: A config that has passed its checks.
+    """
+
+    def __init__(self, config: RunConfig):
+        self.config = config
+        model = config.model
+        self.groups = assign_groups({p.name: p.shape for p in model_parameters(model)}, config.optim.groups)
+        blocks = {number: tuple(block_parameters(model, number)) for number in range(model.num_layers)}
+        self._blocks = blocks
+        in_blocks = {p.name for parts in blocks.values() for p in parts}
+        self._others = {p.name: p for p in model_parameters(model) if p.name not in in_blocks}
+        self._cache: dict[tuple, Holding] = {}
+
+    def rule_of(self, parameter: Parameter) -> str:
+        """Return the name of the rule that updates a parameter."""
+        return self.config.optim.groups[self.groups[parameter.name]].rule
+
+    def of_stage(self, layout: Layout, stage: int) -> Holding:
+        """Return what each rank of a pipeline stage holds."""
+        model, key = self.config.model, (layout.tp, layout.pp, layout.virtual_stages, stage)
+        if key not in self._cache:
+            slices = slices_of_rank(model, self.config.train.seq_len, layout.pp, layout.virtual_stages, stage)
+            numbers = [number for blocks in slices for number in blocks]
+            names = {"embedding.weight"} if 0 in numbers else set()
+            if model.num_layers - 1 in numbers:
+                names |= {"norm.weight", "embedding.weight" if model.tie_embeddings else "head.weight"}
+            parts = [self._of(("block", n, layout.tp), self._blocks[n], layout.tp) for n in numbers]
+            parts += [self._of((name, layout.tp), [self._others[name]], layout.tp) for name in sorted(names)]
+            self._cache[key] = _sum(parts)
+        return self._cache[key]
+
+    def _of(self, key: tuple, parameters: Iterable[Parameter], tp: int) -> Holding:
+        if key in self._cache:
+            return self._cache[key]
+        entries: Counter[Kind] = Counter()
+        state: Counter[Kind] = Counter()
+        largest = 0
+        for parameter in parameters:
+            rule, here = self.rule_of(parameter), parameter.slice(tp)
+            kind = Kind(rule, parameter.level, parameter.itemsize(self.config.train.precision))
+            entries[kind] += here.size
+            state[kind] += state_entries(rule, here.shape, self.config.optim)
+            largest = max(largest, here.size)
+        self._cache[key] = Holding(entries, state, largest)
+        return self._cache[key]
+
+    def parameters(self, layout: Layout, stage: int) -> list[Parameter]:
+        """List this rank's slices of the parameters of a stage, in the order in which the optimizer knows them."""
+        model = self.config.model
+        slices = slices_of_rank(model, self.config.train.seq_len, layout.pp, layout.virtual_stages, stage)
+        return [parameter.slice(layout.tp) for parameter in model_parameters(model, slices)]
+
+    def cadence(self, parameter: Parameter) -> tuple[int, int]:
+        """Return period and phase of a parameter's updates, in steps."""
+        if parameter.level is None:
+            return 1, 0
+        level = self.config.model.cms.levels[parameter.level]
+        return level.update_every_steps, level.phase
+
+    def work(self, parameter: Parameter, layout: Layout) -> Work:
+        """Return the update of a matrix, given as this rank's slice, as the optimizer shares it out."""
+        rule, shape = self.rule_of(parameter), list(parameter.shape)
+        if gathers(self.config, layout) and cuts_matrices(parameter):
+            shape[parameter.split] *= layout.tp
+        cost = update_cost(rule, shape, self.config.optim)
+        return Work(parameter.name, cost, (rule, tuple(shape)), self.cadence(parameter))
+
+    def owners(self, layout: Layout, stage: int) -> dict[str, int]:
+        """Return the replica that owns each parameter of a stage with a rule for matrices, as the optimizer does."""
+        matrices = [p for p in self.parameters(layout, stage) if self.rule_of(p) != "adamw"]
+        return share_out([self.work(p, layout) for p in matrices], layout.dp)
+
+    def owned_share(self, layout: Layout, stage: int) -> float:
+        """Return the largest part of the matrices' entries that one replica owns."""
+        owned: Counter[int] = Counter()
+        owners = self.owners(layout, stage)
+        for parameter in self.parameters(layout, stage):
+            if parameter.name in owners:
+                owned[owners[parameter.name]] += parameter.size
+        return max(owned.values()) / owned.total() if owned else 0.0
+
+
+def gathers(config: RunConfig, layout: Layout) -> bool:
+    """Tell whether rules for matrices see whole matrices of which tensor-parallel ranks hold slices."""
+    return config.optim.tp_mode == "gather" and layout.tp > 1
+
+
+def cuts_matrices(parameter: Parameter) -> bool:
+    """Tell whether a tensor-parallel rank holds parts of matrices, rather than some whole ones."""
+    return parameter.split is not None and parameter.split >= len(parameter.shape) - 2
+
+
+def _sum(parts: Iterable[Holding]) -> Holding:
+    entries: Counter[Kind] = Counter()
+    state: Counter[Kind] = Counter()
+    largest = 0
+    for part in parts:
+        entries.update(part.entries)
+        state.update(part.state)
+        largest = max(largest, part.largest)
+    return Holding(entries, state, largest)

@@ -1,0 +1,147 @@
+"""The parameters of a model by name, with shapes and how they are split, from its config alone. Imports no torch.
+
+A test holds names, shapes, splits and order to the real modules.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from hopescale.config.plan import head_dim, kv_heads, levels_of_block, memory_dim, padded_vocab_size
+from hopescale.config.schema import LevelConfig, ModelConfig
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter.
+
+    Attributes:
+        name: As in the model.
+        shape: Whole, or this rank's slice.
+        split: Dimension that is split over tensor-parallel ranks; None if every rank holds the whole.
+        keep_fp32: Whether it stays float32 in a model of lower precision.
+        level: Name of its level; None if it is updated at every step.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    split: int | None = None
+    keep_fp32: bool = False
+    level: str | None = None
+
+    @property
+    def size(self) -> int:
+        """Entries."""
+        return math.prod(self.shape)
+
+    def slice(self, tp: int) -> Parameter:
+        """Return what one of `tp` tensor-parallel ranks holds."""
+        if self.split is None or tp == 1:
+            return self
+        shape = tuple(n // tp if dim == self.split else n for dim, n in enumerate(self.shape))
+        return replace(self, shape=shape)
+
+    def itemsize(self, precision: str) -> int:
+        """Return the bytes of an entry in `bf16` or `fp32`."""
+        return 4 if self.keep_fp32 or precision == "fp32" else 2
+
+
+def model_parameters(model: ModelConfig, slices: Sequence[range] | None = None) -> list[Parameter]:
+    """List the parameters of a model, or of the slices that a pipeline rank holds, in the model's order.
+
+    Args:
+        model: Sizes and switches.
+        slices: Blocks of each slice; None is all in one.
+    """
+    slices = [range(model.num_layers)] if slices is None else slices
+    width, rows = model.d_model, padded_vocab_size(model)
+    found: dict[str, Parameter] = {}
+    for blocks in slices:
+        first, last = blocks.start == 0, blocks.stop == model.num_layers
+        parts: list[Parameter] = []
+        if first or (last and model.tie_embeddings):
+            parts.append(Parameter("embedding.weight", (rows, width), 0))
+        for number in blocks:
+            parts += block_parameters(model, number)
+        if last:
+            parts.append(Parameter("norm.weight", (width,), keep_fp32=True))
+            if not model.tie_embeddings:
+                parts.append(Parameter("head.weight", (rows, width), 0))
+        found |= {part.name: part for part in parts}
+    return list(found.values())
+
+
+def block_parameters(model: ModelConfig, number: int) -> list[Parameter]:
+    """List the parameters of a block, counted from 0."""
+    here, levels = f"blocks.{number}", levels_of_block(model, number)
+    parts = [Parameter("norm.weight", (model.d_model,), keep_fp32=True)]
+    mixer = _attention(model) if model.mixer == "attention" else _self_modifying(model)
+    parts += [replace(part, name=f"mixer.{part.name}") for part in mixer]
+    parts += [replace(part, name=f"cms.{part.name}") for part in _levels(model, levels)]
+    return [replace(part, name=f"{here}.{part.name}") for part in parts]
+
+
+def _attention(model: ModelConfig) -> Iterator[Parameter]:
+    dim, settings = head_dim(model), model.attention
+    size = (model.num_heads + 2 * kv_heads(model)) * dim
+    yield Parameter("qkv_proj.weight", (size, model.d_model), 0)
+    if settings.qkv_bias:
+        yield Parameter("qkv_proj.bias", (size,), 0)
+    yield Parameter("out_proj.weight", (model.d_model, model.num_heads * dim), 1)
+    for name in ("q_norm", "k_norm") if settings.qk_norm else ():
+        yield Parameter(f"{name}.weight", (dim,), keep_fp32=True)
+
+
+def _self_modifying(model: ModelConfig) -> Iterator[Parameter]:
+    mixer, heads, dim = model.self_modifying, model.num_heads, head_dim(model)
+    yield Parameter("in_proj.weight", (heads * dim * num_projections(model), model.d_model), 0)
+    if mixer.conv_width:
+        yield Parameter("conv.weight", (heads * dim * 3, mixer.conv_width), 0, keep_fp32=True)
+    for gate in ("eta", *["alpha"] * mixer.retention, *["mu"] * mixer.momentum):
+        yield Parameter(f"gates.{gate}.bias", (heads,), 0, keep_fp32=True)
+        if gate not in mixer.adaptive:
+            yield Parameter(f"gates.{gate}.weight", (heads, dim), 0, keep_fp32=True)
+    for bank, names in memory_banks(model).items():
+        for name in names:
+            for matrix, rows, columns in memory_matrices(model, 1 if name in ("eta", "alpha") else dim):
+                yield Parameter(f"banks.{bank}.{name}.{matrix}", (heads, rows, columns), 0, keep_fp32=True)
+    yield Parameter("norm.weight", (heads, dim), 0, keep_fp32=True)
+    yield Parameter("out_proj.weight", (model.d_model, heads * dim), 1)
+
+
+def num_projections(model: ModelConfig) -> int:
+    """Count the slices of the in-projection: streams for keys, values and queries, and the output gate."""
+    return 3 + model.self_modifying.gate
+
+
+def memory_banks(model: ModelConfig) -> dict[str, list[str]]:
+    """Return the names of the memories in each bank, those that answer with vectors first."""
+    mixer = model.self_modifying
+    others = [name for name in "kv" if name in mixer.adaptive] + ["q"] * (mixer.query == "memory")
+    others += [name for name in ("eta", "alpha") if name in mixer.adaptive]
+    if mixer.projection_chunk_size in (None, mixer.chunk_size):
+        return {"memory": ["mem", *others]}
+    return {"memory": ["mem"], "projection": others}
+
+
+def memory_matrices(model: ModelConfig, out_dim: int) -> list[tuple[str, int, int]]:
+    """List the matrices of one memory as (name, rows, columns)."""
+    hidden, dim = memory_dim(model), head_dim(model)
+    return [("w", out_dim, dim)] if hidden is None else [("w2", hidden, dim), ("w1", out_dim, hidden)]
+
+
+def _levels(model: ModelConfig, levels: dict[str, LevelConfig]) -> Iterator[Parameter]:
+    width, sequential = model.d_model, model.cms.variant == "sequential"
+    if not sequential:
+        yield Parameter("mix", (len(levels),), keep_fp32=True)
+    for name, level in levels.items():
+        here = {"level": name}
+        if sequential:
+            yield Parameter(f"levels.{name}.norm.weight", (width,), keep_fp32=True, **here)
+        yield Parameter(f"levels.{name}.gate.weight", (level.d_ff, width), 0, **here)
+        yield Parameter(f"levels.{name}.up.weight", (level.d_ff, width), 0, **here)
+        yield Parameter(f"levels.{name}.down.weight", (width, level.d_ff), 1, **here)
+    if not sequential:
+        yield Parameter("norm.weight", (width,), keep_fp32=True)

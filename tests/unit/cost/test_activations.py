@@ -1,0 +1,76 @@
+"""What a forward pass keeps for the backward pass is what the plan says, whatever the mixer's settings."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hopescale.config.layout import Layout
+from hopescale.config.load import load_recipe
+from hopescale.config.plan import padded_vocab_size
+from hopescale.cost.activations import Sizes, block_activations, head_bytes
+from hopescale.models import Model
+from hopescale.parallel.layers import cross_entropy_sum
+
+SMALL = (
+    "model.d_model=48",
+    "model.head_dim=24",
+    "model.self_modifying.chunk_size=16",
+    "model.vocab_size=100",
+    "train.seq_len=160",
+    "train.micro_batch_size=2",
+)
+VARIANTS = {
+    "hope": [],
+    "linear": ["model.self_modifying.memory=linear"],
+    "narrow memories": ["model.self_modifying.memory_dim=10"],
+    "wide memories": ["model.self_modifying.memory_dim=40"],
+    "plain gradient descent": ["model.self_modifying.inner_rule=gd"],
+    "no momentum": ["model.self_modifying.momentum=false"],
+    "boundary, dot": ["model.self_modifying={read: boundary, objective: dot}"],
+    "titans": ["model.self_modifying={adaptive: [], targets: value, inner_rule: gd}"],
+    "two banks": ["model.self_modifying={adaptive: [k, eta], query: memory, projection_chunk_size: 32}"],
+    "gate, no convolution": ["model.self_modifying={gate: true, conv_width: null, error_cap: 1.0}"],
+    "deltanet": [
+        "model.self_modifying={memory: linear, adaptive: [], targets: value, objective: dot, momentum: false, "
+        "retention: false, read: inclusive}"
+    ],
+    "attention": ["model.mixer=attention"],
+    "grouped attention": ["model.mixer=attention", "model.attention={num_kv_heads: 1, qk_norm: true}"],
+    "independent levels": ["model.mixer=attention", "model.cms.variant=independent"],
+}
+
+
+def kept_bytes(overrides: list[str], recompute: str) -> float:
+    """Bytes of all tensors that autograd holds after a forward pass, weights left out."""
+    config = load_recipe("debug", [*SMALL, *overrides]).config
+    model = Model(config.model, recompute=recompute)
+    if config.train.precision == "bf16":
+        model.to_precision(torch.bfloat16)
+    tokens = torch.randint(100, (config.train.micro_batch_size, config.train.seq_len))
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    held: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        held.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        cross_entropy_sum(model(tokens)[0], tokens, model.mesh)
+    return sum(tensor.untyped_storage().nbytes() for place, tensor in held.items() if place not in weights)
+
+
+def planned_bytes(overrides: list[str], recompute: str) -> float:
+    config = load_recipe("debug", [*SMALL, *overrides]).config
+    model, sizes = config.model, Sizes.of(config.train, Layout())
+    block = block_activations(model, sizes, recompute)
+    loss = 4 * sizes.tokens * padded_vocab_size(model)
+    return model.num_layers * (block.kept + block.states) + head_bytes(model, sizes) + loss
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("recompute", ["none", "chunks"])
+@pytest.mark.parametrize("overrides", VARIANTS.values(), ids=VARIANTS)
+def test_what_is_kept(overrides: list[str], recompute: str, precision: str):
+    overrides = [*overrides, f"train.precision={precision}"]
+    assert planned_bytes(overrides, recompute) == pytest.approx(kept_bytes(overrides, recompute), rel=0.05)

@@ -1,0 +1,96 @@
+"""Counts against the operations that torch executes, whatever the mixer's settings."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from hopescale.config.load import load_recipe
+from hopescale.cost.flops import executed_flops_per_token, flops_per_token
+from hopescale.models import Model
+from hopescale.parallel.layers import cross_entropy_sum
+
+aten = torch.ops.aten
+SEQ_LEN, BATCH = 160, 1
+SMALL = ("model.d_model=48", "model.head_dim=24", "model.self_modifying.chunk_size=16", "model.vocab_size=128")
+MIXERS = {
+    "hope": [],
+    "linear": ["model.self_modifying.memory=linear"],
+    "narrow memories": ["model.self_modifying.memory_dim=10"],
+    "wide memories": ["model.self_modifying.memory_dim=40"],
+    "plain gradient descent": ["model.self_modifying.inner_rule=gd"],
+    "no momentum": ["model.self_modifying.momentum=false"],
+    "boundary, dot": ["model.self_modifying={read: boundary, objective: dot}"],
+    "titans": ["model.self_modifying={adaptive: [], targets: value, inner_rule: gd}"],
+    "two banks": ["model.self_modifying={adaptive: [k, eta], query: memory, gate: true, projection_chunk_size: 32}"],
+    "deltanet": [
+        "model.self_modifying={memory: linear, adaptive: [], targets: value, objective: dot, momentum: false, "
+        "retention: false, read: inclusive}"
+    ],
+    "momentum of static values": [
+        "model.self_modifying={memory: linear, adaptive: [], targets: value, objective: dot}"
+    ],
+    "attention": ["model.mixer=attention"],
+    "grouped attention": ["model.mixer=attention", "model.attention.num_kv_heads=1"],
+}
+
+
+def causal_attention(products: float):
+    def count(q: tuple, k: tuple, v: tuple, *_: Any, **__: Any) -> float:
+        batch, heads, tokens, dim = q
+        return products * 2 * batch * heads * dim * tokens * (tokens + 1) / 2
+
+    return count
+
+
+def executed(overrides: list[str], recompute: str, seq_len: int = SEQ_LEN) -> float:
+    """Operations per token that torch counts, told of what it does not know: solves, and attention on a CPU."""
+    config = load_recipe("debug", [*SMALL, *overrides]).config.model
+    model = Model(config, recompute=recompute)
+    tokens = torch.randint(config.vocab_size, (BATCH, seq_len))
+    backward = causal_attention(5)
+    counts = {
+        aten.linalg_solve_triangular: lambda a, b, **_: a[-1] * math.prod(b),
+        aten._scaled_dot_product_flash_attention_for_cpu: causal_attention(2),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, *shapes, **_: backward(*shapes),
+    }
+    with FlopCounterMode(display=False, custom_mapping=counts) as counter:
+        cross_entropy_sum(model(tokens)[0], tokens, model.mesh).backward()
+    return counter.get_total_flops() / tokens.numel()
+
+
+def config_of(overrides: list[str]):
+    return load_recipe("debug", [*SMALL, *overrides]).config.model
+
+
+@pytest.mark.parametrize("overrides", MIXERS.values(), ids=MIXERS)
+def test_model_flops_are_what_torch_executes(overrides: list[str]):
+    model = config_of(overrides)
+    expected = executed_flops_per_token(model, SEQ_LEN, "none")
+    assert executed(overrides, "none") == pytest.approx(expected, rel=0.01)
+    if model.mixer == "self_modifying":
+        assert flops_per_token(model, SEQ_LEN) == expected
+
+
+@pytest.mark.parametrize("recompute", ["chunks", "memory", "block"])
+@pytest.mark.parametrize("mixer", ["hope", "linear", "two banks", "deltanet", "attention"])
+def test_recomputation_is_counted_as_executed(mixer: str, recompute: str):
+    expected = executed_flops_per_token(config_of(MIXERS[mixer]), SEQ_LEN, recompute)
+    assert executed(MIXERS[mixer], recompute) == pytest.approx(expected, rel=0.01)
+
+
+def test_a_sequence_that_ends_within_a_chunk():
+    for overrides in ([], MIXERS["deltanet"]):
+        expected = flops_per_token(config_of(overrides), 75)
+        assert executed(overrides, "none", seq_len=75) == pytest.approx(expected, rel=0.01)
+
+
+def test_of_attention_the_model_counts_no_score_twice():
+    model = config_of(MIXERS["attention"])
+    scores = model.num_layers * 2 * model.num_heads * 24 * (SEQ_LEN + 1) / 2 * 2
+    difference = executed_flops_per_token(model, SEQ_LEN, "none") - flops_per_token(model, SEQ_LEN)
+    assert difference == pytest.approx(0.5 * scores)
