@@ -137,7 +137,6 @@ def _elementwise(
     gradients = FP32 * sum(chosen.values()) * micro_batches
     if zero == 2:
         return gradients + weights
-    model = config.model
     whole = sum(kind.itemsize * count for kind, count in chosen.items())
     last = _bytes_of_last_block(holdings, config, layout)
     return gradients + micro_batches * (2 * whole - last) / dp
