@@ -11,7 +11,6 @@ import typer
 
 from hopescale import __version__
 from hopescale.cli import config, convert, data, node, sweep
-from hopescale.cli import config, convert, data
 from hopescale.cli.eval import evaluate
 from hopescale.cli.generate import generate
 from hopescale.cli.submit import submit
