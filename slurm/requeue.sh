@@ -4,8 +4,8 @@ begin() { # a new submission has all its tries
 again() { # back into the queue, without the nodes that were found bad; Slurm ends this script soon after
   log "requeue: $*"
   trap '' TERM
-  scontrol requeue "$SLURM_JOB_ID" || exit $rc
-  [ ! -s "$run/bad_nodes" ] || scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$(sort -u "$run/bad_nodes" | paste -sd,)"
+  scontrol requeue "$job" || exit $rc
+  [ ! -s "$run/bad_nodes" ] || scontrol update JobId="$job" ExcNodeList="$(sort -u "$run/bad_nodes" | paste -sd,)"
   sleep 60
   exit $rc
 }

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from hopescale import __version__
-from hopescale.cli import config, convert, data, node, sweep
+from hopescale.cli import config, convert, data, jobs, node, sweep
 from hopescale.cli.eval import evaluate
 from hopescale.cli.generate import generate
 from hopescale.cli.submit import submit
@@ -30,6 +30,7 @@ app.add_typer(data.app, name="data")
 app.add_typer(convert.app, name="convert")
 app.add_typer(node.app, name="node")
 app.add_typer(sweep.app, name="sweep")
+app.add_typer(jobs.app, name="jobs")
 app.command()(train)
 app.command()(submit)
 app.command()(generate)

@@ -54,9 +54,11 @@ def check(
     rank = context.obj["rank"] = place.rank if place else 0
     config = load_recipe(recipe, overrides or ()).config
     folder = run_dir or Path("runs") / config.name
+    from hopescale.data.staged import folder_of_copies
     from hopescale.train.preflight import check_nodes, exclude
 
-    folders = [folder] if config.data.staged is None else [folder, Path(config.data.staged)]
+    staged = config.data.staged
+    folders = [folder] if staged is None else [folder, folder_of_copies(staged)]
     try:
         verdict = check_nodes(place, find_node(os.environ), find_nodes(os.environ), config.train.device, folders)
     except LaunchError as error:

@@ -39,7 +39,9 @@ def submit(
     The job is put back into the queue until the run is done: after a time limit, a preemption, a lost node or a crash.
     """
     profile, slurm = load_profile(cluster), Slurm()
-    loaded = require_valid(load_recipe(recipe, overrides or ()))
+    local = [f"data.staged={profile.local_disk}"] if profile.local_disk else []
+    overrides = [*local, *(overrides or ())]
+    loaded = require_valid(load_recipe(recipe, overrides))
     layout = make_layout(loaded.config, nodes * profile.ranks)
     check_layout(loaded.config, layout, loaded.origins)
     folder = (run_dir or Path("runs") / loaded.config.name).absolute()
@@ -52,6 +54,7 @@ def submit(
         python=sys.executable,
         time=time,
         chained=chain is not None,
+        staged=loaded.config.data.staged is not None,
     )
     check_job(job, loaded, slurm)
     if dry_run:
@@ -61,7 +64,7 @@ def submit(
         except LaunchError as error:
             typer.echo(f"not submitted; when it would start is not known: {error.message}", err=True)
         return
-    script = write_run(job, loaded, layout, overrides or ())
+    script = write_run(job, loaded, layout, overrides)
     ids = submit_script(job, script, slurm, jobs=chain or 1)
     for id in ids:
         typer.echo(f"job {id}, log {display_path(log_of(job, id))}")

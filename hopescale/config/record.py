@@ -11,7 +11,7 @@ from hopescale.config.layout import Layout
 from hopescale.config.load import COMMAND_LINE, Loaded, to_yaml
 from hopescale.config.plan import make_plan
 
-CONFIG = "config.yaml"
+CONFIG, PLAN = "config.yaml", "plan.json"
 
 
 def write_record(folder: Path, loaded: Loaded, layout: Layout, overrides: Sequence[str]) -> None:
@@ -34,7 +34,7 @@ def write_record(folder: Path, loaded: Loaded, layout: Layout, overrides: Sequen
         CONFIG: to_yaml(loaded.config),
         "overrides.txt": "".join(overrides),
         "origins.json": json.dumps(origins, indent=2) + "\n",
-        "plan.json": json.dumps(make_plan(loaded.config, layout).to_dict(), indent=2) + "\n",
+        PLAN: json.dumps(make_plan(loaded.config, layout).to_dict(), indent=2) + "\n",
     }
     for name, text in files.items():
         replace_text(folder / name, text)

@@ -43,6 +43,11 @@ class Staged:
     num_bytes: int
 
 
+def folder_of_copies(root: str | Path) -> Path:
+    """Return the folder of copies, with the environment variables in its name filled in: they may differ per job."""
+    return Path(os.path.expandvars(root))
+
+
 def copy_of(source: str | Path, root: str | Path) -> Path:
     """Return where the copy of a data set lies.
 
@@ -53,7 +58,7 @@ def copy_of(source: str | Path, root: str | Path) -> Path:
     Raises:
         DataError: If there is no complete copy, or no such data set.
     """
-    folder = _name(Path(source), Path(root))
+    folder = _name(Path(source), folder_of_copies(root))
     if not (folder / INDEX_FILE).is_file():
         hint = "copy it with `hopescale node stage` on every node first, or leave data.staged out"
         raise DataError(f"{root} holds no copy of {source} on {os.uname().nodename}", hint)
@@ -74,7 +79,7 @@ def stage(source: str | Path, root: str | Path) -> Staged:
         DataError: If the data set is damaged, or the disk is full or not writable.
     """
     source = Path(source)
-    index, folder = Index.read(source), _name(source, Path(root))
+    index, folder = Index.read(source), _name(source, folder_of_copies(root))
     try:
         with _alone(folder), ThreadPoolExecutor(_THREADS) as threads:
             entries = [entry for split in index.splits.values() for entry in split]

@@ -65,6 +65,12 @@ class ClusterProfile:
     """Modules to load."""
     setup: tuple[str, ...] = ()
     """Lines of shell to run on the first node before the ranks start."""
+    preflight: Literal["off", "warn", "drain"] = "off"
+    """Whether the nodes are checked before the ranks start: `warn` names bad ones in the log and goes on, `drain` puts
+    the job back into the queue without them."""
+    local_disk: str | None = None
+    """Folder on each node's own disk: data sets are copied there before the ranks start, and read there. Variables in
+    it are filled in on the node, as in `$TMPDIR`."""
     env: dict[str, str] = field(default_factory=dict)
     """Environment variables of the ranks, as those of NCCL."""
     sbatch: tuple[str, ...] = ()

@@ -19,18 +19,37 @@ _SHUTDOWN_TIMEOUT_S = 600
 
 
 @dataclass(frozen=True)
+class Array:
+    """Many runs as one job; `elements/INDEX.sh` in the array's folder sets `run` and `command` of each.
+
+    Attributes:
+        size: Number of elements; indices count from 0.
+        max_at_once: How many run at a time; None is no limit.
+    """
+
+    size: int
+    max_at_once: int | None = None
+
+    def __str__(self) -> str:
+        limit = "" if self.max_at_once is None else f"%{self.max_at_once}"
+        return f"0-{self.size - 1}{limit}"
+
+
+@dataclass(frozen=True)
 class Job:
-    """One run as a job of Slurm.
+    """One run, or an array of runs, as a job of Slurm.
 
     Attributes:
         name: Name of the job.
         profile: The cluster.
         nodes: Number of nodes.
-        run_dir: Its run folder; absolute.
+        run_dir: Its run folder, or the array's folder; absolute.
         work_dir: Folder that paths in the config are relative to; absolute.
         python: Python of the machine that submits, used unless the profile names one.
         time: Time limit; None is the profile's, and without one the partition's.
         chained: Whether further jobs continue the run, instead of a requeue of this one.
+        staged: Whether data sets are copied to the nodes first.
+        array: What it is an array of; None is one run. Arrays neither check their nodes nor copy data sets.
     """
 
     name: str
@@ -41,6 +60,8 @@ class Job:
     python: str
     time: str | None = None
     chained: bool = False
+    staged: bool = False
+    array: Array | None = None
 
     @property
     def ranks(self) -> int:
@@ -49,8 +70,8 @@ class Job:
 
     @property
     def log(self) -> str:
-        """Path of the log, with `%j` where the job's number goes."""
-        return f"{str(self.run_dir).replace('%', '%%')}/logs/%j.log"
+        """Path of the log, with `%j`, or `%A_%a`, where the job's number goes."""
+        return f"{str(self.run_dir).replace('%', '%%')}/logs/{'%A_%a' if self.array else '%j'}.log"
 
 
 def render(job: Job) -> str:
@@ -58,13 +79,14 @@ def render(job: Job) -> str:
     profile = job.profile
     parts = {
         "directives": _lines(f"#SBATCH {option}" for option in _directives(job)),
-        "run": shlex.quote(str(job.run_dir)),
+        "identity": _lines(_identity(job)),
         "max_failures": str(profile.max_failures),
         "setup": _lines([*(f"module load {shlex.quote(module)}" for module in profile.modules), *profile.setup]),
         "environment": _lines(f"export {name}={_shell(value)}" for name, value in _environment(job).items()),
         "step": _words(_step(job)),
         "python": _words(_python(job)),
         "again": _template("chain.sh" if job.chained else "requeue.sh").rstrip(),
+        "prepare": _lines(_prepare(job)),
         "launch": _launch(job),
     }
     return fill(_template("job.sbatch"), parts)
@@ -110,6 +132,7 @@ def _directives(job: Job) -> Iterator[str]:
         "gpus-per-node": ":".join(filter(None, gpus)),
         "mem": profile.mem,
         "time": job.time or profile.time,
+        "array": job.array,
         "signal": f"USR1@{profile.signal_lead_s}",
         "chdir": job.work_dir,
         "output": job.log,
@@ -144,11 +167,35 @@ def _shell(value: str) -> str:
     return value if _PLAIN.fullmatch(value) else '"' + re.sub(r'([\\"`])', r"\\\1", value) + '"'
 
 
+def _identity(job: Job) -> Iterator[str]:
+    """List the lines that say which run and which job this is."""
+    if job.array is None:
+        yield f"run={shlex.quote(str(job.run_dir))}"
+        yield "job=$SLURM_JOB_ID"
+    else:
+        yield f"array={shlex.quote(str(job.run_dir))}"
+        yield 'source "$array/elements/$SLURM_ARRAY_TASK_ID.sh"  # sets run and command'
+        yield "job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID  # SLURM_JOB_ID of the last one is the whole array"
+
+
+def _prepare(job: Job) -> Iterator[str]:
+    """List the steps before the ranks start; each has to succeed."""
+    if job.array is not None:
+        return
+    if job.profile.preflight != "off":
+        drain = " --drain" if job.profile.preflight == "drain" else ""
+        check = f'-m hopescale node check "$run/config.yaml" --run-dir "$run"{drain}'
+        yield f'"${{step[@]}}" "${{python[@]}}" {check} &&'
+    if job.staged:
+        one = '--ntasks="$SLURM_NNODES" --ntasks-per-node=1'
+        yield f'"${{step[@]}}" {one} "${{python[@]}}" -m hopescale node stage "$run/config.yaml" &&'
+
+
 def _environment(job: Job) -> dict[str, str]:
     """Return what the ranks find in their environment besides what is there already."""
     profile = job.profile
     threads = {"OMP_NUM_THREADS": str(profile.cpus_per_node // profile.ranks)} if profile.cpus_per_node else {}
-    return {"PYTHONPATH": "$run/code", **threads, **profile.env}
+    return {"PYTHONPATH": f"${'array' if job.array else 'run'}/code", **threads, **profile.env}
 
 
 def _step(job: Job) -> Iterator[str]:
@@ -185,12 +232,12 @@ def _mounts(job: Job) -> list[str]:
 
 def _launch(job: Job) -> str:
     """Write the command that runs the ranks."""
-    train = '-m hopescale train "$run/config.yaml" --run-dir "$run" --resume auto'
+    command = '"${command[@]}"' if job.array else 'train "$run/config.yaml" --run-dir "$run" --resume auto'
     if job.profile.launcher == "srun":
-        return f'"${{step[@]}}" "${{python[@]}}" {train}'
-    return f"""head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+        return f'"${{step[@]}}" "${{python[@]}}" -m hopescale {command}'
+    return f"""\
 "${{step[@]}}" "${{python[@]}}" -m torch.distributed.run \\
-  --nnodes="$SLURM_NNODES" --nproc-per-node={job.profile.ranks} \\
-  --rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID" --rdzv-endpoint="$head:$((15000 + SLURM_JOB_ID % 10000))" \\
+  --nnodes="$SLURM_NNODES" --nproc-per-node={job.profile.ranks} --rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID" \\
+  --rdzv-endpoint="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1):$((15000 + SLURM_JOB_ID % 10000))" \\
   --signals-to-handle={_TORCHRUN_SIGNALS} --shutdown-timeout={_SHUTDOWN_TIMEOUT_S} \\
-  {train}"""
+  -m hopescale {command}"""

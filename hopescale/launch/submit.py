@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -18,14 +16,13 @@ from hopescale.config.layout import Layout
 from hopescale.config.load import Loaded, load_resolved
 from hopescale.config.record import CONFIG, write_record
 from hopescale.config.show import identity_problems
+from hopescale.launch.ledger import Entry, entries, forget_outcome, note, now
 from hopescale.launch.profile import seconds_of
 from hopescale.launch.sbatch import Job, render
 from hopescale.launch.scheduler import Slurm
 from hopescale.launch.snapshot import take_snapshot
 
 SCRIPT = "submit.sbatch"
-JOBS = "jobs.jsonl"
-_OF_EARLIER_JOBS = ("outcome", "failures")
 
 
 def check_job(job: Job, loaded: Loaded, slurm: Slurm) -> None:
@@ -44,9 +41,9 @@ def check_job(job: Job, loaded: Loaded, slurm: Slurm) -> None:
     if problems := [*_time_problems(job), *_cluster_problems(job, slurm)]:
         raise ConfigError(problems)
     _check_folder(job.run_dir)
-    for id in job_ids(job.run_dir):
-        if slurm.job(id).live:
-            hint = f"wait for it, end it with scancel {id}, or choose another --run-dir"
+    for entry in entries(job.run_dir):
+        if slurm.job(id := entry.job).live:
+            hint = f"wait for it, end it with `hopescale jobs cancel {job.run_dir}`, or choose another --run-dir"
             raise LaunchError(f"run folder {job.run_dir} is in use by job {id}, {slurm.job(id).state.lower()}", hint)
     if (job.run_dir / "checkpoints" / "latest").exists() and (job.run_dir / CONFIG).exists():
         before = load_resolved(job.run_dir / CONFIG)
@@ -66,8 +63,7 @@ def write_run(job: Job, loaded: Loaded, layout: Layout, overrides: Sequence[str]
     folder, script = job.run_dir, job.run_dir / SCRIPT
     try:
         (folder / "logs").mkdir(parents=True, exist_ok=True)
-        for name in _OF_EARLIER_JOBS:
-            (folder / name).unlink(missing_ok=True)
+        forget_outcome(folder)
         write_record(folder, loaded, layout, overrides)
         replace_text(folder / "env.txt", describe_software())
         take_snapshot(folder / "code")
@@ -96,32 +92,14 @@ def submit(job: Job, script: Path, slurm: Slurm, *, jobs: int = 1) -> list[str]:
 
 
 def note_job(job: Job, id: str, script: Path) -> None:
-    """Add a line to `jobs.jsonl`."""
-    entry = {
-        "job": id,
-        "submitted": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "cluster": job.profile.name,
-        "nodes": job.nodes,
-        "ranks": job.ranks,
-        "script": script.name,
-        "log": str(log_of(job, id)),
-    }
-    with (job.run_dir / JOBS).open("a", encoding="utf-8") as stream:
-        stream.write(f"{json.dumps(entry)}\n")
+    """Add a job to those of its run folder."""
+    log = str(log_of(job, id))
+    note(job.run_dir, Entry(id, now(), job.profile.name, job.nodes, job.ranks, script.name, log))
 
 
 def log_of(job: Job, id: str) -> Path:
     """Return the log of a job."""
     return job.run_dir / "logs" / f"{id}.log"
-
-
-def job_ids(run_dir: Path) -> list[str]:
-    """Return the numbers of the jobs that `jobs.jsonl` of a run folder names, in the order of their submission."""
-    try:
-        lines = (run_dir / JOBS).read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return []
-    return [json.loads(line)["job"] for line in lines if line.strip()]
 
 
 def expected_start(job: Job, slurm: Slurm) -> str:

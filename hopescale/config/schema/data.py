@@ -45,6 +45,7 @@ class DataConfig:
     starts."""
     staged: str | None = None
     """Folder on each node's own disk with copies of the data sets, made by `hopescale node stage` and read in place of
-    `path`; null reads from `path`. A run may change it at any time: the data is the same."""
+    `path`; null reads from `path`. Variables as in `$TMPDIR` are filled in on the node. A run may change it at any
+    time: the data is the same."""
     prefetch: int = 2
     """Batches prepared ahead in a background thread; 0 prepares them in the training loop. No effect on order."""

@@ -4,19 +4,7 @@ import pytest
 
 from hopescale.common.errors import LaunchError
 from hopescale.launch.scheduler import GONE, UNKNOWN, Job, Slurm, elements_of
-from tests.support.fake_slurm import CONTROLLER_DOWN, NO_ACCOUNTING, NOT_KNOWN, FakeSlurm, record
-
-
-@pytest.fixture
-def fake(tmp_path, monkeypatch):
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
-    fake = FakeSlurm(folder)
-    for command in ("scontrol", "sbatch", "scancel"):
-        fake.answer(command)
-    fake.answer("sacct", error=NO_ACCOUNTING, code=1)
-    return fake
+from tests.support.fake_slurm import CONTROLLER_DOWN, NO_ACCOUNTING, NOT_KNOWN, record
 
 
 def test_the_controller_is_asked_first(fake):

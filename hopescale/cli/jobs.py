@@ -1,0 +1,185 @@
+"""`hopescale jobs`: how runs stand, from their folders and what Slurm says; and ending them, or starting them again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hopescale.common.errors import LaunchError
+from hopescale.common.paths import display_path
+from hopescale.common.units import format_count, format_duration
+from hopescale.launch.ledger import entries, submit_again
+from hopescale.launch.scheduler import Slurm
+from hopescale.launch.status import DONE, WAITING, Status, elements_of_array, find_runs, run_status
+
+app = typer.Typer(help="List, follow, end and restart runs.", no_args_is_help=True)
+
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or the folder of an array.")]
+
+_POLL_S = 1.0
+_LOOK_S = 15.0
+
+
+@app.command("list")
+def list_(root: Annotated[Path, typer.Argument(metavar="[ROOT]", help="Folder to search.")] = Path("runs")) -> None:
+    """List the runs below a folder."""
+    slurm, runs = Slurm(), find_runs(root)
+    if not runs:
+        typer.echo(f"no runs in {root}")
+        return
+    _echo_table([(display_path(run), run_status(run, slurm)) for run in runs])
+
+
+@app.command()
+def status(run: Run) -> None:
+    """Show how a run stands, or every element of an array."""
+    slurm, elements = Slurm(), elements_of_array(run)
+    if elements:
+        _echo_table([(name, run_status(folder, slurm)) for name, folder in elements.items()])
+        return
+    rows = dict(_details(run_status(_run(run), slurm)))
+    width = max(map(len, rows))
+    for name, value in rows.items():
+        typer.echo(f"{name:<{width}}  {value}")
+
+
+@app.command()
+def logs(
+    run: Run,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with what is written until the job ends.")] = (
+        False
+    ),
+    rank: Annotated[int | None, typer.Option(min=0, help="Only lines of this rank.")] = None,
+    lines: Annotated[int, typer.Option(min=0, help="Lines to begin with.")] = 40,
+) -> None:
+    """Show the end of the log of a run's last job."""
+    known = entries(_run(run))
+    if not known:
+        raise LaunchError(f"{run} has no jobs.jsonl: it was not submitted", "its lines went to whoever started it")
+    if known[-1].elements:
+        raise LaunchError(f"{run} is the folder of an array", "name the run folder of one element")
+    log = Path(known[-1].log)
+    if not log.exists() and not follow:
+        raise LaunchError(f"there is no log yet: {log}", f"`hopescale jobs status {run}` says why")
+    for line in _tail(log, rank, lines, (lambda: _goes_on(run)) if follow else None):
+        typer.echo(line, nl=False)
+
+
+@app.command()
+def cancel(run: Run) -> None:
+    """End the jobs of a run for good, or of all elements of an array; a checkpoint stays as it is."""
+    slurm, ended = Slurm(), []
+    for id in dict.fromkeys(entry.job for entry in entries(_run(run))):
+        if any(job.live is not False for job in ([slurm.job(id)] if "_" in id else slurm.jobs(id))):
+            slurm.cancel(id)
+            ended.append(id)
+    typer.echo(f"cancelled {', '.join(ended)}" if ended else f"{run} has no job that waits or runs")
+
+
+@app.command()
+def requeue(run: Run) -> None:
+    """Have a run save, stop and start again; submit it again if its job has ended."""
+    slurm = Slurm()
+    elements = elements_of_array(run)
+    if elements:
+        raise LaunchError(f"{run} is the folder of an array", "name the run folder of one element")
+    now = run_status(_run(run), slurm)
+    if now.entry is None:
+        raise LaunchError(f"{run} has no jobs.jsonl: it was not submitted", "submit it with `hopescale submit`")
+    if now.state == DONE:
+        raise LaunchError(f"{run} is done", "to train on, submit it with more train.steps")
+    if now.state == WAITING:
+        typer.echo(f"job {now.entry.job} is waiting already: {now.reason or now.job.state}")
+    elif now.job is not None and now.job.live is None:
+        raise LaunchError(now.reason or "Slurm cannot be asked", "try again later")
+    elif now.job is not None and now.job.live:
+        slurm.ask_to_stop(now.entry.job)
+        typer.echo(f"job {now.entry.job} was told to save and stop; it goes back into the queue")
+    else:
+        again = submit_again(run, now.entry, slurm)
+        typer.echo(f"job {again.job}, log {display_path(Path(again.log))}")
+
+
+def _run(folder: Path) -> Path:
+    if not folder.is_dir():
+        raise LaunchError(f"there is no run folder {folder}", "`hopescale jobs list` shows what there is")
+    return folder
+
+
+def _goes_on(run: Path) -> bool:
+    job = run_status(run, Slurm()).job
+    return job is not None and job.live is not False
+
+
+def _tail(log: Path, rank: int | None, count: int, goes_on) -> Iterator[str]:
+    """Yield the last lines of a log, then what is added to it for as long as `goes_on` says."""
+    while not log.exists() and goes_on is not None and goes_on():
+        time.sleep(_LOOK_S)
+    if not log.exists():
+        return
+    with log.open(errors="replace") as stream:
+        found = [line for line in stream if _is_of(line, rank)]
+        yield from found[len(found) - min(count, len(found)) :]
+        looked, last = time.monotonic(), goes_on is None
+        while not last:
+            if time.monotonic() - looked > _LOOK_S:
+                looked, last = time.monotonic(), not goes_on()
+            if added := [line for line in stream.readlines() if _is_of(line, rank)]:
+                yield from added
+            elif not last:
+                time.sleep(_POLL_S)
+
+
+def _is_of(line: str, rank: int | None) -> bool:
+    """Tell whether srun has marked a line as a rank's: `3: step 20/60 ...`, padded to the width of the last rank."""
+    label = line.partition(":")[0].strip()
+    return rank is None or (label.isdigit() and int(label) == rank)
+
+
+def _echo_table(rows: Sequence[tuple[str, Status]]) -> None:
+    heads = ("run", "state", "step", "tokens", "loss", "tokens/s", "eta", "restarts", "job", "reason")
+    table = [heads, *((name, *_cells(status)) for name, status in rows)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for row in table:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        typer.echo("  ".join(cells).rstrip())
+
+
+def _cells(status: Status) -> tuple[str, ...]:
+    job = status.job
+    return (
+        status.state,
+        _step(status) or "",
+        "" if status.tokens is None else format_count(status.tokens),
+        "" if status.loss is None else f"{status.loss:.4f}",
+        "" if status.tps is None else format_count(status.tps),
+        "" if status.eta_s is None else format_duration(status.eta_s),
+        "" if job is None or job.restarts is None else str(job.restarts),
+        status.entry.job if status.entry else "",
+        status.reason or "",
+    )
+
+
+def _step(status: Status) -> str | None:
+    return None if status.step is None else f"{status.step}/{status.steps or '?'}"
+
+
+def _details(status: Status) -> Iterator[tuple[str, str]]:
+    """List what is known of a run, with a name each."""
+    job, entry = status.job, status.entry
+    names = ("state", "step", "tokens", "loss", "tokens/s", "eta", "restarts", "job", "reason")
+    rows = dict(zip(names, _cells(status), strict=True)) | {
+        "checkpoint": status.checkpoint or "",
+        "failures": f"{status.failures} without a newer checkpoint" if status.failures else "",
+        "nodes": (job and job.nodes) or "",
+        "start": (job and job.start) or "",
+        "exit code": (job and job.exit_code) or "",
+        "cluster": f"{entry.cluster}, {entry.nodes} nodes, {entry.ranks} ranks" if entry else "",
+        "submitted": entry.submitted if entry else "",
+        "log": display_path(Path(entry.log)) if entry else "",
+    }
+    yield from ((name, value) for name, value in rows.items() if value)

@@ -1,0 +1,141 @@
+"""Many runs as throttled arrays of jobs: each element survives as a job of its own does."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from hopescale.common.disk import replace_text
+from hopescale.common.errors import LaunchError
+from hopescale.launch.ledger import Entry, forget_outcome, note, now
+from hopescale.launch.profile import ClusterProfile
+from hopescale.launch.sbatch import Array, Job, render
+from hopescale.launch.scheduler import Slurm
+from hopescale.launch.snapshot import take_snapshot
+from hopescale.launch.status import DONE, FAILED, run_status
+
+
+@dataclass(frozen=True)
+class Element:
+    """One run of an array.
+
+    Attributes:
+        name: Its name in lists.
+        run_dir: Its run folder.
+        command: Words after `hopescale`, as in `train CONFIG --run-dir RUN`; one that is started again has to continue.
+    """
+
+    name: str
+    run_dir: Path
+    command: tuple[str, ...]
+
+
+def submit_array(
+    elements: Sequence[Element],
+    profile: ClusterProfile,
+    folder: Path,
+    *,
+    nodes: int = 1,
+    max_at_once: int | None = None,
+    time: str | None = None,
+    only: Literal["failed"] | None = None,
+    slurm: Slurm | None = None,
+) -> list[str]:
+    """Submit runs as an array, or as several where the cluster takes none so large; runs that are done stay out.
+
+    Each array has a folder of its own, `array-1`, `array-2` and so on, with the script, a file per element, a copy of
+    the package and the logs; `jobs.jsonl` of `folder` and of each run folder names the jobs. Commands run in the
+    working directory of whoever submits.
+
+    Args:
+        elements: The runs.
+        profile: The cluster.
+        folder: Where the arrays' folders go.
+        nodes: Nodes of each element.
+        max_at_once: How many elements of an array run at a time; None is no limit.
+        time: Time limit of each element; None is the profile's.
+        only: `failed` leaves out all that have not failed.
+        slurm: Slurm; None is the one of this machine.
+
+    Returns:
+        Numbers of the jobs; none if nothing is left to run.
+
+    Raises:
+        LaunchError: If an element is waiting or running and was not left out, a folder cannot be written, or Slurm
+            refuses.
+    """
+    slurm = slurm or Slurm()
+    chosen, ids, size = _choose(elements, only, slurm), [], slurm.max_array_size()
+    for start in range(0, len(chosen), size):
+        part = chosen[start : start + size]
+        try:
+            job, script = _write(part, profile, folder.absolute(), nodes, max_at_once, time)
+            ids.append(slurm.submit(script))
+            _note(part, job, ids[-1], script, folder)
+        except OSError as error:
+            raise LaunchError(f"cannot write {error.filename or folder}: {error.strerror}") from error
+    return ids
+
+
+def _choose(elements: Iterable[Element], only: str | None, slurm: Slurm) -> list[Element]:
+    chosen = []
+    for element in elements:
+        status = run_status(element.run_dir, slurm)
+        if only == FAILED:
+            if status.state == FAILED:
+                chosen.append(element)
+        elif status.job is not None and status.job.live:
+            hint = f"wait for it, end it with `hopescale jobs cancel {element.run_dir}`, or submit failed ones only"
+            raise LaunchError(f"{element.name} is {status.state} as job {status.job.id}", hint)
+        elif status.state != DONE:
+            chosen.append(element)
+    return chosen
+
+
+def _write(
+    elements: Sequence[Element],
+    profile: ClusterProfile,
+    folder: Path,
+    nodes: int,
+    max_at_once: int | None,
+    time: str | None,
+) -> tuple[Job, Path]:
+    """Write the folder of one array; return the job and its script."""
+    numbers = [int(path.name.removeprefix("array-")) for path in folder.glob("array-*") if path.name[6:].isdigit()]
+    made = folder / f"array-{max(numbers, default=0) + 1}"
+    for name in ("elements", "logs"):
+        (made / name).mkdir(parents=True)
+    for index, element in enumerate(elements):
+        element.run_dir.mkdir(parents=True, exist_ok=True)
+        forget_outcome(element.run_dir)
+        run, command = shlex.quote(str(element.run_dir.absolute())), " ".join(map(shlex.quote, element.command))
+        replace_text(made / "elements" / f"{index}.sh", f"# {element.name}\nrun={run}\ncommand=({command})\n")
+    take_snapshot(made / "code")
+    job = Job(
+        folder.name,
+        profile,
+        nodes,
+        run_dir=made,
+        work_dir=Path.cwd(),
+        python=sys.executable,
+        time=time,
+        array=Array(len(elements), max_at_once),
+    )
+    script = made / "submit.sbatch"
+    replace_text(script, render(job))
+    return job, script
+
+
+def _note(elements: Sequence[Element], job: Job, id: str, script: Path, folder: Path) -> None:
+    """Note the array in its folder, and each element in its run folder."""
+    common = {"submitted": now(), "cluster": job.profile.name, "nodes": job.nodes, "ranks": job.ranks}
+    runs = tuple((element.name, str(element.run_dir.absolute())) for element in elements)
+    logs = job.run_dir / "logs"
+    note(folder, Entry(id, script=str(script.relative_to(folder.absolute())), log=str(logs), elements=runs, **common))
+    for index, element in enumerate(elements):
+        log = str(logs / f"{id}_{index}.log")
+        note(element.run_dir, Entry(f"{id}_{index}", script=str(script), log=log, **common))

@@ -1,0 +1,88 @@
+"""`jobs.jsonl` of a folder: the jobs that were submitted for it, one a line."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import datetime
+from pathlib import Path
+
+from hopescale.launch.scheduler import Slurm
+
+JOBS = "jobs.jsonl"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One submission.
+
+    Attributes:
+        job: Number of the job; `4220_3` for an element of an array.
+        submitted: When, with its time zone.
+        cluster: Name of the profile.
+        nodes: Nodes of the job; of each element of an array.
+        ranks: Processes of the run.
+        script: The batch script, relative to the folder.
+        log: Path of the log.
+        elements: Of an array: name and run folder of each, in the order of their indices.
+    """
+
+    job: str
+    submitted: str
+    cluster: str
+    nodes: int
+    ranks: int
+    script: str
+    log: str
+    elements: tuple[tuple[str, str], ...] = ()
+
+
+def note(folder: Path, entry: Entry) -> None:
+    """Add a line."""
+    content = {name: value for name, value in asdict(entry).items() if name != "elements" or value}
+    with (folder / JOBS).open("a", encoding="utf-8") as stream:
+        stream.write(f"{json.dumps(content)}\n")
+
+
+def entries(folder: Path) -> list[Entry]:
+    """Return the submissions of a folder, oldest first; a last line torn by a kill is left out."""
+    try:
+        lines = (folder / JOBS).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return []
+    names, found = {field.name for field in fields(Entry)}, []
+    for number, line in enumerate(lines):
+        try:
+            content = {name: value for name, value in json.loads(line).items() if name in names}
+        except ValueError:
+            if number + 1 < len(lines):
+                raise
+            break
+        found.append(Entry(**content | {"elements": tuple(map(tuple, content.get("elements", ())))}))
+    return found
+
+
+def now() -> str:
+    """Return the time as entries hold it."""
+    return datetime.now().astimezone().isoformat(timespec="seconds")
+
+
+def forget_outcome(folder: Path) -> None:
+    """Forget how earlier jobs of a run ended: a new submission has all its tries."""
+    for name in ("outcome", "failures"):
+        (folder / name).unlink(missing_ok=True)
+
+
+def submit_again(folder: Path, entry: Entry, slurm: Slurm) -> Entry:
+    """Submit the script of an earlier job once more, of an array the one element; return and note the new entry.
+
+    Raises:
+        LaunchError: If it is refused.
+    """
+    number, _, element = entry.job.partition("_")
+    id = slurm.submit(folder / entry.script, *([f"--array={element}"] if element else []))
+    forget_outcome(folder)
+    log = entry.log.replace(f"{number}_", f"{id}_") if element else entry.log.replace(number, id)
+    again = replace(entry, job=f"{id}_{element}" if element else id, submitted=now(), log=log)
+    note(folder, again)
+    return again
