@@ -70,8 +70,8 @@ def field_docs(section: type = RunConfig, prefix: str = "") -> Iterator[FieldDoc
             yield FieldDoc(key, describe_type(hint), _format_default(default), docs[name])
         if is_dataclass(inner):
             yield from field_docs(inner, f"{key}.")
-        elif entry := entry_type(inner):
-            yield from field_docs(split_optional(entry)[0], f"{key}.{ENTRY}.")
+        elif is_dataclass(entry := split_optional(entry_type(inner))[0]):
+            yield from field_docs(entry, f"{key}.{ENTRY}.")
 
 
 def docstrings(section: type) -> dict[str, str]:

@@ -123,9 +123,8 @@ def _time_problems(job: Job) -> Iterator[Problem]:
         hint = "write minutes, hours:minutes:seconds or days-hours"
         yield Problem("--time", f"{limit!r} is no time limit", hint=hint)
     elif seconds <= job.profile.signal_lead_s:
-        message = (
-            f"{limit} is {seconds} s, but the run is told to stop signal_lead_s={job.profile.signal_lead_s} s before"
-        )
+        lead = job.profile.signal_lead_s
+        message = f"{limit} is {seconds} s, but the run is told to stop signal_lead_s={lead} s before its end"
         yield Problem("--time", message, hint="raise the limit, or lower signal_lead_s in the profile")
 
 

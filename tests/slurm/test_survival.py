@@ -1,0 +1,215 @@
+"""Jobs that are interrupted in every way a cluster knows, side by side on a real one, and the runs that come of it."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from tests.support.cluster import Cluster, steps
+
+STEPS = 60
+TINY = (
+    "debug",
+    "model.d_model=16",
+    "model.num_layers=1",
+    "model.vocab_size=32",
+    "model.self_modifying.chunk_size=8",
+    "model.cms.levels.fast.d_ff=16",
+    "model.cms.levels.mid.d_ff=16",
+    "model.cms.levels.slow.d_ff=16",
+    "data.sources.markov.synthetic.num_symbols=12",
+    f"train.steps={STEPS}",
+    "train.seq_len=16",
+    "train.micro_batch_size=2",
+    "train.global_batch_tokens=64",
+    "train.validation.every=null",
+    "optim.schedule.warmup_steps=2",
+    "checkpoint.every=5",
+    "log.every=1",
+    "log.tensorboard=false",
+    "parallel.tp=2",
+)
+"""Two tensor-parallel ranks, and as many replicas as ranks remain."""
+
+FIRST_HALF, SECOND_HALF = "--exclude=node[5-8]", "--exclude=node[1-4]"
+
+
+@pytest.fixture
+def profile(tmp_path: Path) -> Callable[..., Path]:
+    """Write a profile of the test cluster: two ranks a node on CPUs."""
+
+    def write(name: str, *lines: str) -> Path:
+        base = ("gpus_per_node: 0", "ranks_per_node: 2", "cpus_per_node: 2", 'time: "30"', "signal_lead_s: 50")
+        keys = {line.partition(":")[0] for line in lines}
+        path = tmp_path / f"{name}.yaml"
+        path.write_text("\n".join([*(line for line in base if line.partition(":")[0] not in keys), *lines]) + "\n")
+        return path
+
+    return write
+
+
+class Scene:
+    """One run on the cluster."""
+
+    def __init__(self, slurm: Cluster, folder: Path, profile: Path, *args: object):
+        self.slurm, self.run = slurm, folder / profile.stem
+        self.ids = slurm.submit(*TINY, *args, "--cluster", profile, "--run-dir", self.run, cwd=folder)
+        self.id = self.ids[0]
+
+    def log(self, id: str | None = None) -> str:
+        return (self.run / "logs" / f"{id or self.id}.log").read_text()
+
+    def at_step(self, step: int) -> int:
+        """Wait until a step has been recorded; return the last one."""
+        self.slurm.wait(lambda: max(steps(self.run), default=0) >= step, f"step {step} of {self.run.name}")
+        return max(steps(self.run))
+
+    def halt_at_step(self, step: int) -> None:
+        """Let the run stand still from a step on, until Slurm sends it a signal."""
+        self.at_step(step)
+        self.slurm.signal(self.id, signal.SIGSTOP)
+
+    def completed(self) -> None:
+        job = self.slurm.ended(self.id)
+        assert (job["JobState"], job["ExitCode"]) == ("COMPLETED", "0:0"), self.log()
+        assert (self.run / "outcome").read_text() == f"done at step {STEPS} of {STEPS}\n"
+
+
+@pytest.mark.timeout(900)
+def test_runs_survive(slurm: Cluster, tmp_path: Path, profile):
+    def uninterrupted() -> Path:
+        slurm.hopescale("train", *TINY, "--nproc", "4", "--run-dir", tmp_path / "whole", cwd=tmp_path)
+        return tmp_path / "whole"
+
+    container = ("container: pyxis", "image: some.sqsh", f"python: {sys.executable}")
+    scenes = {
+        time_limits: profile("limits", 'time: "1"', *container, f"sbatch: [{SECOND_HALF!r}]"),
+        preemption_crash_and_lost_node: profile("survivor", "partition: preempt", f"sbatch: [{FIRST_HALF!r}]"),
+        chain: profile("chain", f"sbatch: [{SECOND_HALF!r}]"),
+        torchrun: profile("torchrun", "launcher: torchrun", f"sbatch: [{SECOND_HALF!r}]"),
+        cancelled: profile("cancelled", f"sbatch: [{SECOND_HALF!r}]"),
+        lasting_failure: profile("lasting", "ranks_per_node: 1", "max_failures: 1", f"sbatch: [{SECOND_HALF!r}]"),
+    }
+    with ThreadPoolExecutor() as pool:
+        whole = pool.submit(uninterrupted)
+        played = [pool.submit(scene, slurm, tmp_path, written) for scene, written in scenes.items()]
+    failures = [error for future in [whole, *played] if (error := future.exception())]
+    if failures:
+        raise ExceptionGroup("scenes", failures)
+    expected = steps(whole.result())
+    assert list(expected) == list(range(1, STEPS + 1))
+    for name in ("limits", "survivor"):
+        assert steps(tmp_path / name) == expected, name
+
+
+def time_limits(slurm: Cluster, folder: Path, profile: Path) -> None:
+    """Two nodes of two ranks, in a container; the time limit is reached twice."""
+    scene = Scene(slurm, folder, profile, "--nodes", 2)
+    images = []
+    for start, step in ((0, 5), (1, 15)):
+        scene.halt_at_step(step)
+        with suppress(FileNotFoundError):  # the limit may come at any moment
+            images += [image_of(process) for process in slurm.ranks(scene.id).values()]
+        slurm.restarted(scene.id, start + 1)
+    assert set(images) == {"some.sqsh"}
+    slurm.run("scontrol", "update", f"JobId={scene.id}", "TimeLimit=30")
+    scene.completed()
+    log = scene.log()
+    assert log.count("stopped\n") == log.count("SIGUSR1 at step ") == log.count("requeue: told to stop") == 2, log
+    assert "4 ranks (dp 2, tp 2, pp 1)" in log and "0: resumed from " in log
+    assert not (scene.run / "failures").exists()
+
+
+def image_of(process: int) -> str:
+    """Return the container's image that a process was started in."""
+    environ = Path(f"/proc/{process}/environ").read_text().split("\0")
+    return next(entry.partition("=")[2] for entry in environ if entry.startswith("PYXIS_STUB_CONTAINER_IMAGE="))
+
+
+def preemption_crash_and_lost_node(slurm: Cluster, folder: Path, profile: Path) -> None:
+    """Each of them costs a start, and a job that waits for this one waits through all of them."""
+    scene = Scene(slurm, folder, profile, "--nodes", 2)
+    outcome = folder / "seen_by_dependent"
+    wrapped = f"cp {scene.run}/outcome {outcome}"
+    options = (f"--dependency=afterok:{scene.id}", f"--output={folder}/dependent.log", FIRST_HALF)
+    dependent = slurm.run("sbatch", "--parsable", *options, f"--wrap={wrapped}").strip()
+
+    scene.halt_at_step(5)
+    node = slurm.hosts(scene.id)[0]
+    slurm.run("sbatch", "--partition=urgent", "--exclusive", f"--nodelist={node}", "--output=/dev/null", "--wrap=true")
+    slurm.restarted(scene.id, 1)
+
+    scene.at_step(15)
+    slurm.signal(scene.id, signal.SIGKILL, 1)
+    slurm.restarted(scene.id, 2)
+
+    before = scene.at_step(30)
+    assert slurm.job(dependent)["JobState"] == "PENDING"
+    hosts = slurm.hosts(scene.id)
+    slurm.node("fail", hosts[1])
+    slurm.restarted(scene.id, 3)
+    assert hosts[1] not in slurm.hosts(scene.id) and len(slurm.hosts(scene.id)) == 2
+    slurm.node("start", hosts[1])
+    scene.completed()
+    log = scene.log()  # Slurm itself requeues a preempted job whose ranks take longer to end than its grace
+    assert log.count("SIGUSR1 at step ") == 1 and log.count("requeue: failure 1 of 3") == 1, log
+    assert log.count("starts at checkpoint none") == 1 and log.count(" starts at checkpoint step-") == 3, log
+    assert f"step-{(before // 5 - 1) * 5:08d}" <= log.rpartition("starts at checkpoint ")[2].split()[0]
+    assert (scene.run / "failures").read_text().count("\n") == 1
+    assert slurm.ended(dependent)["JobState"] == "COMPLETED"
+    assert outcome.read_text() == (scene.run / "outcome").read_text()
+
+
+def chain(slurm: Cluster, folder: Path, profile: Path) -> None:
+    """The first job is told to stop, the second goes on, and for the third there is nothing left."""
+    scene = Scene(slurm, folder, profile, "--chain", 3)
+    first, second, third = scene.ids
+    scene.at_step(5)
+    slurm.run("scancel", "--signal=USR1", first)
+    job = slurm.ended(first)
+    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "75:0", "0"), scene.log()
+    scene.id = second
+    scene.completed()
+    assert slurm.ended(third)["JobState"] == "COMPLETED"
+    assert "left to the next job: told to stop" in scene.log(first) and "resumed from" in scene.log(second)
+    assert "the run is done" in scene.log(third) and "starts at checkpoint" not in scene.log(third)
+
+
+def torchrun(slurm: Cluster, folder: Path, profile: Path) -> None:
+    """Its own exit code says nothing; what the run left in its folder does."""
+    scene = Scene(slurm, folder, profile)
+    scene.at_step(5)
+    slurm.run("scancel", "--signal=USR1", scene.id)
+    slurm.restarted(scene.id, 1)
+    scene.completed()
+    assert "ended with 75" in scene.log() and "requeue: told to stop" in scene.log()
+
+
+def cancelled(slurm: Cluster, folder: Path, profile: Path) -> None:
+    """What its user has ended does not come back."""
+    scene = Scene(slurm, folder, profile)
+    scene.at_step(5)
+    slurm.run("scancel", scene.id)
+    job = slurm.ended(scene.id)
+    assert (job["JobState"], job["Restarts"]) == ("CANCELLED", "0")
+    slurm.wait(lambda: not slurm.ranks(scene.id), "ranks of a cancelled job to end")
+    time.sleep(1)
+    assert slurm.job(scene.id)["JobState"] == "CANCELLED" and "requeue:" not in scene.log()
+
+
+def lasting_failure(slurm: Cluster, folder: Path, profile: Path) -> None:
+    """A failure is tried again as often as the profile says, and told with its own exit code."""
+    scene = Scene(slurm, folder, profile, "data.sources.markov=null", "data.sources.main.path=nowhere", "parallel.tp=1")
+    job = slurm.ended(scene.id)
+    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "3:0", "1"), scene.log()
+    failures = (scene.run / "failures").read_text().splitlines()
+    assert [line.startswith(f"none exit code 3, job {scene.id}") for line in failures] == [True, True]
+    assert (scene.run / "outcome").read_text().startswith("gave up: exit code 3, failure 2 ")
+    assert "data error" in scene.log() and "gives up" in scene.log()

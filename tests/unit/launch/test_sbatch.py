@@ -1,0 +1,162 @@
+"""What the batch script does, run by bash with commands of Slurm that are none; the text itself is golden."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from hopescale.launch.profile import ClusterProfile
+from hopescale.launch.sbatch import Job, render
+from tests.support.fake_slurm import FakeSlurm
+
+CPUS = ClusterProfile(gpus_per_node=0, ranks_per_node=2, max_failures=2)
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    run = tmp_path / "run 100%"
+    (run / "checkpoints").mkdir(parents=True)
+    return Job("tiny", CPUS, nodes=2, run_dir=run, work_dir=tmp_path, python="python")
+
+
+@pytest.fixture
+def slurm(tmp_path: Path) -> FakeSlurm:
+    """Commands of Slurm; `sleep` does not."""
+    (tmp_path / "bin").mkdir()
+    fake = FakeSlurm(tmp_path / "bin")
+    for command in ("srun", "scontrol", "sleep"):
+        fake.answer(command)
+    return fake
+
+
+@pytest.fixture
+def play(job: Job, slurm: FakeSlurm, tmp_path: Path):
+    """Run the script as the n-th start of a job; the ranks end with a code, leaving an outcome and a checkpoint."""
+
+    def run(code: int, outcome: str = "", checkpoint: str = "", *, start: int = 0, job: Job = job):
+        slurm.answer("srun", code=code)
+        with (slurm.folder / "srun").open("r+") as script:
+            lines = script.read().splitlines()
+            script.seek(0)
+            if outcome:
+                lines.insert(-1, f"echo '{outcome}' > '{job.run_dir}/outcome'")
+            if checkpoint:
+                lines.insert(-1, f"echo '{checkpoint}' > '{job.run_dir}/checkpoints/latest'")
+            script.write("\n".join(lines) + "\n")
+        environ = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NNODES": "2"}
+        environ |= {"SLURM_RESTART_COUNT": str(start)} if start else {}
+        path = f"{slurm.folder}{os.pathsep}{os.environ['PATH']}"
+        options = {"env": {"PATH": path, **environ}, "cwd": tmp_path, "capture_output": True, "text": True}
+        done = subprocess.run(["bash", "-s"], input=render(job), check=False, **options)
+        assert done.stderr == ""
+        return done.returncode, done.stdout
+
+    return run
+
+
+def requeued(slurm: FakeSlurm) -> int:
+    return slurm.calls("scontrol").count("requeue 7")
+
+
+def test_ranks_are_started_from_the_copy_of_the_code(job: Job, play, slurm: FakeSlurm):
+    assert play(0, "done at step 3 of 3")[0] == 0
+    (call,) = slurm.calls("srun")
+    assert call.startswith("--export=ALL --label --kill-on-bad-exit=0 --wait=60 python -u -m hopescale train ")
+    assert call.endswith(f"{job.run_dir}/config.yaml --run-dir {job.run_dir} --resume auto")
+    assert 'export PYTHONPATH="$run/code"' in render(job)
+    assert slurm.calls("scontrol") == []
+
+
+def test_a_run_that_was_told_to_stop_is_requeued(play, slurm: FakeSlurm):
+    assert play(75)[0] == 75
+    assert play(137, "stopped by SIGUSR1 at step 3 of 9")[0] == 75  # a rank was killed after the save
+    assert play(138)[0] == 138  # killed by USR1 before python could listen
+    assert requeued(slurm) == 3
+
+
+def test_a_requeue_leaves_out_bad_nodes(job: Job, play, slurm: FakeSlurm):
+    (job.run_dir / "bad_nodes").write_text("n2\nn1\nn2\n")
+    play(75)
+    assert slurm.calls("scontrol") == ["requeue 7", "update JobId=7 ExcNodeList=n1,n2"]
+
+
+def test_a_run_that_is_done_is_done_whatever_the_launcher_says(play, slurm: FakeSlurm):
+    assert play(143, "done at step 9 of 9")[0] == 0
+    code, said = play(1, start=1)
+    assert code == 0 and "the run is done" in said
+    assert len(slurm.calls("srun")) == 1 and requeued(slurm) == 0
+
+
+def test_an_old_outcome_does_not_count(job: Job, play, slurm: FakeSlurm):
+    (job.run_dir / "outcome").write_text("stopped by SIGTERM at step 3 of 9\n")
+    assert play(1)[0] == 1
+    assert (job.run_dir / "failures").read_text().startswith("none exit code 1, job 7, ")
+
+
+@pytest.mark.parametrize("code", [2, 6])
+def test_what_would_fail_again_is_not_tried_again(job: Job, play, slurm: FakeSlurm, code: int):
+    assert play(code)[0] == code
+    assert requeued(slurm) == 0
+    assert (job.run_dir / "outcome").read_text() == f"gave up: exit code {code}, which another start does not mend\n"
+
+
+def test_failures_are_counted_since_the_newest_checkpoint(play, slurm: FakeSlurm):
+    play(1)
+    play(137, start=1)
+    assert requeued(slurm) == 2
+    play(1, checkpoint="step-00000010", start=2)  # one more without it would have been too many
+    play(1, start=3)
+    assert requeued(slurm) == 4
+    code, said = play(9, start=4)
+    assert code == 9 and "gives up: exit code 9, failure 3 without a newer checkpoint" in said
+    assert requeued(slurm) == 4
+
+
+def test_a_new_submission_has_all_its_tries(play, slurm: FakeSlurm):
+    for start in range(3):
+        play(1, start=start)
+    assert requeued(slurm) == 2
+    play(1)
+    assert requeued(slurm) == 3
+
+
+def test_a_requeue_that_is_refused_ends_the_job_with_the_code_of_the_ranks(play, slurm: FakeSlurm):
+    slurm.answer("scontrol", code=1)
+    assert play(75)[0] == 75
+    assert slurm.calls("scontrol") == ["requeue 7"]
+
+
+def test_a_chain_leaves_the_rest_to_its_next_job_until_it_gives_up(job: Job, play, slurm: FakeSlurm):
+    chained = replace(job, chained=True)
+    code, said = play(75, job=chained)
+    assert code == 75 and "left to the next job" in said
+    for _ in range(3):
+        assert play(1, job=chained)[0] == 1
+    assert (job.run_dir / "outcome").read_text().startswith("gave up: exit code 1, failure 3")
+    code, said = play(0, job=chained)
+    assert code == 1 and "an earlier job gave up" in said
+    assert len(slurm.calls("srun")) == 4 and slurm.calls("scontrol") == []
+
+
+def test_values_are_quoted_for_sbatch_and_for_the_shell(job: Job):
+    profile = replace(CPUS, constraint="a&b", env={"X": 'say "hi" `now` $HOME'})
+    text = render(replace(job, name='two "words"', profile=profile))
+    assert '#SBATCH --job-name="two \\"words\\""' in text and '#SBATCH --constraint="a&b"' in text
+    assert "run 100%%/logs/%j.log" in text and "run 100%'" in text
+    assert 'export X="say \\"hi\\" \\`now\\` $HOME"' in text
+
+
+def test_torchrun_starts_one_task_per_node(job: Job, play, slurm: FakeSlurm):
+    slurm.answer("scontrol", "n1\nn2")
+    profile = replace(CPUS, launcher="torchrun", cpus_per_node=8)
+    torchrun = replace(job, profile=profile)
+    text = render(torchrun)
+    assert "#SBATCH --ntasks-per-node=1\n#SBATCH --cpus-per-task=8" in text and "OMP_NUM_THREADS=4" in text
+    play(0, job=torchrun)
+    (call,) = slurm.calls("srun")
+    assert "-m torch.distributed.run --nnodes=2 --nproc-per-node=2 --rdzv-backend=c10d --rdzv-id=7" in call
+    assert "--rdzv-endpoint=n1:15007" in call and "SIGUSR1 --shutdown-timeout=600 -m hopescale train" in call

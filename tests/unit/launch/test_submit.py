@@ -1,0 +1,197 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hopescale.cli.app import main
+from hopescale.config.load import load_recipe
+from hopescale.train.folder import RunFolder
+from tests.support.fake_slurm import FakeSlurm, record
+
+PARTITIONS = "cpu*|3|(null)\ngpu|2|gpu:h100:4(S:0-1)\ngpu|1|gpu:h100:8,nvme:1"
+PROFILE = 'gpus_per_node: 0\nranks_per_node: 2\ntime: "10"\n'
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch) -> FakeSlurm:
+    """A cluster that takes every job, with three nodes of two partitions; the working directory has a profile."""
+    (tmp_path / "bin").mkdir()
+    fake = FakeSlurm(tmp_path / "bin")
+    fake.answer("sbatch", "4219;cluster")
+    fake.answer("sinfo", PARTITIONS)
+    fake.answer("sacct", error="Slurm accounting storage is disabled", code=1)
+    fake.answer("scontrol", error="slurm_load_jobs error: Invalid job id specified", code=1)
+    monkeypatch.setenv("PATH", f"{fake.folder}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text(PROFILE)
+    return fake
+
+
+@pytest.fixture
+def submit(capsys):
+    """Run `hopescale submit debug ARGS --cluster mine.yaml`."""
+
+    def run(*args: str, profile: str = "mine.yaml") -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as caught:
+            main(["submit", "debug", *args, "--cluster", profile])
+        return caught.value.code or 0, *capsys.readouterr()
+
+    return run
+
+
+def profile(text: str) -> str:
+    Path("other.yaml").write_text(text)
+    return "other.yaml"
+
+
+def content(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_a_job_is_submitted_with_all_it_needs(slurm: FakeSlurm, submit, tmp_path: Path):
+    code, out, err = submit("--nodes", "2", "train.steps=7", "parallel.tp=2")
+    assert (code, out, err) == (0, "job 4219, log runs/debug/logs/4219.log\n", "")
+    run = tmp_path / "runs" / "debug"
+    named = {"config.yaml", "overrides.txt", "origins.json", "plan.json", "env.txt", "code", "logs", "jobs.jsonl"}
+    assert content(run) == named | {"submit.sbatch"}
+    assert slurm.calls("sbatch") == [f"--parsable {run}/submit.sbatch"]
+    (line,) = map(json.loads, (run / "jobs.jsonl").read_text().splitlines())
+    assert line.pop("submitted").startswith("20")
+    log = str(run / "logs" / "4219.log")
+    expected = {"job": "4219", "cluster": "mine", "nodes": 2, "ranks": 4, "script": "submit.sbatch", "log": log}
+    assert line == expected
+    script = (run / "submit.sbatch").read_text()
+    for text in (
+        f"--chdir={tmp_path}\n",
+        "--nodes=2\n",
+        "--ntasks-per-node=2\n",
+        "--time=10\n",
+        f"({sys.executable} -u)",
+    ):
+        assert text in script
+    assert load_recipe(run / "config.yaml").config == load_recipe("debug", ["train.steps=7", "parallel.tp=2"]).config
+    assert json.loads((run / "plan.json").read_text())["dp"] == 2
+    assert (run / "overrides.txt").read_text() == "train.steps=7\nparallel.tp=2\n"
+
+
+def test_the_copy_of_the_code_is_what_a_job_runs(slurm: FakeSlurm, submit, tmp_path: Path):
+    submit()
+    code = tmp_path / "runs" / "debug" / "code"
+    ask = "import hopescale, hopescale.common.software as s; print(hopescale.__file__, s.source_revision())"
+    environ = {**os.environ, "PYTHONPATH": str(code)}
+    command = [sys.executable, "-c", ask]
+    done = subprocess.run(command, env=environ, cwd=tmp_path, capture_output=True, text=True, check=True)
+    file, revision = done.stdout.strip().split(" ", 1)
+    assert file == str(code / "hopescale" / "__init__.py")
+    assert revision == (code / "revision.txt").read_text().strip()
+    assert ("with local changes" in revision) >= (code / "changes.diff").exists()
+
+
+def test_a_second_submission_forgets_how_the_first_ended(slurm: FakeSlurm, submit, tmp_path: Path):
+    submit()
+    run = tmp_path / "runs" / "debug"
+    (run / "outcome").write_text("gave up: exit code 3\n")
+    (run / "failures").write_text("none exit code 3\n")
+    (run / "bad_nodes").write_text("n1\n")
+    assert submit("train.steps=300")[0] == 0
+    assert {"outcome", "failures"}.isdisjoint(content(run)) and "bad_nodes" in content(run)
+    assert len((run / "jobs.jsonl").read_text().splitlines()) == 2
+    assert "steps: 300" in (run / "config.yaml").read_text()
+
+
+def test_jobs_of_a_chain_wait_for_one_another(slurm: FakeSlurm, submit, tmp_path: Path):
+    code, out, _ = submit("--chain", "3")
+    assert code == 0 and out.count("job 4219, log ") == 3
+    script = tmp_path / "runs" / "debug" / "submit.sbatch"
+    waits = f"--parsable --dependency=afterany:4219 {script}"
+    assert slurm.calls("sbatch") == [f"--parsable {script}", waits, waits]
+    assert "#SBATCH --no-requeue" in script.read_text()
+
+
+def test_a_dry_run_writes_nothing_and_says_when_the_job_would_start(slurm: FakeSlurm, submit, tmp_path: Path):
+    slurm.answer("sbatch", error="sbatch: Job 9 to start at 2026-11-22T05:10:46 using 2 processors on nodes n1")
+    code, out, err = submit("--dry-run")
+    assert code == 0 and out.startswith("#!/bin/bash\n")
+    assert err == "not submitted; expected to start at 2026-11-22T05:10:46 using 2 processors on nodes n1\n"
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_dry_run_needs_neither_slurm_nor_torch(tmp_path: Path):
+    script = """
+import sys
+sys.modules["torch"] = None
+from hopescale.cli.app import main
+main(["submit", "debug", "--cluster", "test", "--dry-run"])
+"""
+    environ = {"PATH": "/nowhere", "PYTHONPATH": str(Path(__file__).parents[3])}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environ, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("#!/bin/bash\n")
+    assert done.stderr == "not submitted; when it would start is not known: there is no command sbatch here\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "args", "message"),
+    [
+        (
+            "partition: gpus\n" + PROFILE,
+            [],
+            "gpus is not on this cluster   [profile other]\n    hint: the cluster has cpu",
+        ),
+        ("gpus_per_node: 1\n", [], "gpus_per_node: 1, but nodes of partition cpu have 0"),
+        ("partition: gpu\ngpus_per_node: 16\n", ["train.global_batch_tokens=8Ki"], "nodes of partition gpu have 8"),
+        (PROFILE, ["--nodes", "4", "train.micro_batch_size=1"], "--nodes: 4, but partition cpu has 3"),
+        (PROFILE, ["--nodes", "2", "parallel.pp=3", "model.num_layers=3"], "does not divide 4"),
+        (PROFILE, ["--time", "3"], "3 is 180 s, but the run is told to stop signal_lead_s=180 s before its end"),
+        (PROFILE, ["--time", "soon"], "'soon' is no time limit"),
+    ],
+)
+def test_what_the_cluster_cannot_run_is_refused(slurm: FakeSlurm, submit, text, args, message):
+    code, _, err = submit(*args, profile=profile(text))
+    assert code == 2 and message in err
+    assert not Path("runs").exists() and slurm.calls("sbatch") == []
+
+
+def test_a_cluster_that_cannot_be_asked_is_not_asked(slurm: FakeSlurm, submit):
+    slurm.answer("sinfo", error="slurm_load_partitions: Unable to contact slurm controller", code=1)
+    assert submit(profile=profile("partition: gpus\n" + PROFILE))[0] == 0
+
+
+def test_a_folder_in_use_is_refused(slurm: FakeSlurm, submit, tmp_path: Path):
+    submit()
+    slurm.answer("scontrol", record("4219", "PENDING"))
+    code, _, err = submit()
+    assert code == 5 and "runs/debug is in use by job 4219, pending" in err
+    slurm.answer("scontrol", record("4219", "COMPLETED"))
+    with RunFolder(tmp_path / "runs" / "debug"):
+        code, _, err = submit()
+        assert code == 5 and "runs/debug is in use by another process" in err
+    assert submit()[0] == 0
+
+
+def test_a_folder_of_another_run_is_refused(slurm: FakeSlurm, submit):
+    submit()
+    (Path("runs/debug/checkpoints")).mkdir()
+    Path("runs/debug/checkpoints/latest").write_text("step-00000002\n")
+    assert submit("train.steps=300")[0] == 0
+    code, _, err = submit("model.d_model=32")
+    assert code == 2 and "model.d_model: is 64 in the run folder, now 32" in err
+    assert len(slurm.calls("sbatch")) == 2
+
+
+def test_a_folder_that_cannot_be_made_is_refused(slurm: FakeSlurm, submit):
+    Path("file").write_text("")
+    code, _, err = submit("--run-dir", "file/run")
+    assert code == 5 and "file is a file" in err and slurm.calls("sbatch") == []
+
+
+def test_what_sbatch_refuses_is_told(slurm: FakeSlurm, submit):
+    slurm.answer("sbatch", error="sbatch: error: Batch job submission failed: Invalid qos specification", code=1)
+    code, out, err = submit()
+    assert (code, out) == (5, "") and "Invalid qos specification" in err
+    assert not Path("runs/debug/jobs.jsonl").exists()
