@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from hopescale.cli import trials
 from hopescale.common.errors import ConfigError
 
 if TYPE_CHECKING:
     from hopescale.scaling.analysis import Analysis
 
 app = typer.Typer(help="Plan and run many trials, fit laws to their losses, draw them.", no_args_is_help=True)
+for verb in (trials.plan, trials.run, trials.status, trials.collect):
+    app.command()(verb)
 
 Folder = Annotated[Path | None, typer.Argument(metavar="SWEEP", help="A sweep's folder, with its points.csv.")]
 PointsFile = Annotated[

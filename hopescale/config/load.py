@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -85,6 +85,21 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Loaded:
     return Loaded(config, _origins(layers, config), files[-1], files)
 
 
+def load_settings(path: Path, schema: type[T]) -> T:
+    """Read a YAML file that is no recipe as a dataclass with defaults, by the rules of recipes; it has no `base`.
+
+    Entries of a dict that are sections have names; other dicts may hold any key.
+
+    Raises:
+        ConfigError: If the file cannot be read; with every unknown key and every misfit.
+    """
+    problems: list[Problem] = []
+    layer = _read_file(path, read_yaml(path), problems, schema)
+    if problems:
+        raise ConfigError(problems)
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), layer.tree))
+
+
 def load_resolved(path: str | Path) -> RunConfig:
     """Read the `config.yaml` of a run folder, as written by `to_yaml`.
 
@@ -113,20 +128,6 @@ def from_dict(tree: dict[str, Any], origin: str) -> RunConfig:
     return _merge(map_entries(RunConfig(), lambda entries: {}), [layer], problems)
 
 
-def read_flat(path: Path, schema: type[T]) -> T:
-    """Read a YAML file that is no recipe as a dataclass without sections, by the rules of recipes.
-
-    Raises:
-        ConfigError: If the file cannot be read; with every unknown key and every misfit.
-    """
-    problems: list[Problem] = []
-    origin = display_path(path)
-    values = _read_section(read_yaml(path), schema, "", origin, problems, schema)
-    if problems:
-        raise ConfigError(problems)
-    return schema(**values)
-
-
 def to_dict(config: RunConfig) -> dict[str, Any]:
     """Return every value of a config as plain dicts, lists, text and numbers."""
     return OmegaConf.to_container(OmegaConf.structured(config))
@@ -141,9 +142,9 @@ def to_yaml(config: RunConfig) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(replace(config, optim=replace(config.optim, groups=groups))))
 
 
-def _read_file(path: Path, tree: dict[Any, Any], problems: list[Problem]) -> _Layer:
+def _read_file(path: Path, tree: dict[Any, Any], problems: list[Problem], schema: type = RunConfig) -> _Layer:
     origin = display_path(path)
-    return _Layer(origin, _read_section(tree, RunConfig, "", origin, problems))
+    return _Layer(origin, _read_section(tree, schema, "", origin, problems, schema))
 
 
 def _read_override(text: str, problems: list[Problem]) -> _Layer:
@@ -169,15 +170,15 @@ def _read_section(
             continue
         key = f"{prefix}{name}"
         try:
-            if known is None and not (isinstance(name, str) and _ENTRY_NAME.fullmatch(name)):
+            if is_dataclass(split_optional(entry)[0]) and not (isinstance(name, str) and _ENTRY_NAME.fullmatch(name)):
                 raise ReadError("not a name for an entry", "use letters, digits, _ and -, in quotes if all digits")
-            result[name] = _read_node(value, entry if known is None else known[name], key, origin, problems)
+            result[name] = _read_node(value, entry if known is None else known[name], key, origin, problems, schema)
         except ReadError as error:
             problems.append(Problem(key, error.message, origin, error.hint))
     return result
 
 
-def _read_node(value: Any, hint: Any, key: str, origin: str, problems: list[Problem]) -> Any:
+def _read_node(value: Any, hint: Any, key: str, origin: str, problems: list[Problem], schema: type) -> Any:
     inner, optional = split_optional(hint)
     if child_types(inner) is None and entry_type(inner) is None:
         return read_text(str(value), hint) if isinstance(value, _Text) else read_value(value, hint)
@@ -187,7 +188,7 @@ def _read_node(value: Any, hint: Any, key: str, origin: str, problems: list[Prob
         return None
     if not isinstance(value, dict):
         raise ReadError(f"expected {describe_type(hint)}, got {format_value(value)}", f"set {key}.<key>")
-    return _read_section(value, inner, f"{key}.", origin, problems)
+    return _read_section(value, inner, f"{key}.", origin, problems, schema)
 
 
 def _unknown_key(prefix: str, name: str, value: Any, known: list[str], origin: str, schema: type) -> Problem:

@@ -42,6 +42,8 @@ def describe_type(hint: Any) -> str:
     inner, optional = split_optional(hint)
     if optional:
         return f"{describe_type(inner)} or null"
+    if inner is Any:
+        return "any value"
     if is_dataclass(inner):
         return "a section"
     origin, args = get_origin(inner), get_args(inner)
@@ -159,12 +161,17 @@ def _read_str(value: Any, hint: Any) -> str:
     if not isinstance(value, str):
         scalar = value is not None and not isinstance(value, dict | list)
         raise _misfit(value, hint, f'quote it: "{format_value(value)}"' if scalar else None)
-    if "${" in value:
+    return _read_any(value, hint)
+
+
+def _read_any(value: Any, _: Any) -> Any:
+    if "${" in str(value):
         raise ReadError(f"{value!r} holds an interpolation, which recipes do not have", "write the value itself")
     return value
 
 
-_SCALARS: dict[type, Callable[[Any, Any], Any]] = {
+_SCALARS: dict[Any, Callable[[Any, Any], Any]] = {
+    Any: _read_any,
     bool: _read_bool,
     int: _read_int,
     float: _read_float,

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from threading import Thread
 from typing import IO
 
@@ -20,9 +17,6 @@ from hopescale.common import signals
 from hopescale.common.errors import HopescaleError, LaunchError, StoppedEarly
 from hopescale.common.place import Place
 from hopescale.launch.environment import child_environ
-
-FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-"""Signals that are passed on to every process."""
 
 ORDERLY = (0, StoppedEarly.exit_code)
 """Exit codes after which the other processes may take their time, perhaps to finish a checkpoint."""
@@ -36,7 +30,6 @@ SAME_TIME_S = 2.0
 _ADDRESS = "127.0.0.1"
 _POLL_S = 0.05
 _DRAIN_S = 2.0
-_PR_SET_PDEATHSIG = 1
 
 Say = Callable[[str], None]
 
@@ -76,7 +69,7 @@ def run_local(
     """
     received: list[int] = []
     children: list[_Child] = []
-    with _reserved_port() as port, _noted_signals(received):
+    with _reserved_port() as port, signals.noted(received):
         try:
             for rank in range(nproc):
                 place = Place(rank, nproc, rank, _ADDRESS, port)
@@ -142,15 +135,10 @@ def _start(command: Sequence[str], place: Place, environ: Mapping[str, str]) -> 
             stderr=subprocess.PIPE if place.rank else None,
             env=child_environ(environ, place, max(1, cores // place.world_size)),
             start_new_session=True,
-            preexec_fn=_follow_parent(),
+            preexec_fn=signals.follow_parent(),
         )
     except OSError as error:
         raise LaunchError(f"cannot start rank {place.rank}, {command[0]}: {error.strerror}") from error
-
-
-def _follow_parent() -> Callable[[], int] | None:
-    """Return what a new process calls so as to get SIGTERM when its parent dies; None where there is no such call."""
-    return partial(ctypes.CDLL(None).prctl, _PR_SET_PDEATHSIG, signal.SIGTERM) if sys.platform == "linux" else None
 
 
 def _reader(child: _Child, relay: Say) -> Thread:
@@ -233,15 +221,3 @@ def _reserved_port() -> Iterator[int]:
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         held.bind((_ADDRESS, 0))
         yield held.getsockname()[1]
-
-
-@contextmanager
-def _noted_signals(received: list[int]) -> Iterator[None]:
-    """Note signals that are to be passed on, instead of dying of them."""
-    previous = {number: signal.signal(number, lambda number, _: received.append(number)) for number in FORWARDED}
-    signals.release()
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -11,7 +11,7 @@ from typing import Literal
 
 from hopescale.common.errors import ConfigError, Problem
 from hopescale.common.paths import display_path, shipped_slurm
-from hopescale.config.load import read_flat
+from hopescale.config.load import load_settings
 
 _VARIABLE = re.compile(r"[A-Za-z_]\w*")
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<parts>\d+(?::\d+){0,2})")
@@ -95,7 +95,7 @@ def load_profile(cluster: str) -> ClusterProfile:
     """
     path = _find(cluster)
     try:
-        profile = read_flat(path, ClusterProfile)
+        profile = load_settings(path, ClusterProfile)
     except ConfigError as error:  # YAML takes an unquoted 12:00:00 for the number 43200
         hint = 'write it in quotes: "12:00:00"'
         problems = [replace(problem, hint=hint) if problem.key == "time" else problem for problem in error.problems]

@@ -1,0 +1,169 @@
+"""The verbs of `hopescale sweep` that make, run and follow trials. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from hopescale.common.errors import LaunchError
+from hopescale.common.units import format_count
+from hopescale.scaling.collect import collect as write_points
+from hopescale.scaling.grid import Sweep, Trial, columns, load_sweep, make_trials
+from hopescale.scaling.pool import locked, run_trials
+from hopescale.scaling.progress import DIVERGED, DONE, FAILED, RUNNING, Progress, look, require_same, trial_folder
+
+SweepFile = Annotated[Path, typer.Argument(metavar="SWEEP.yaml", help="A sweep's file, or the name of a shipped one.")]
+SweepDir = Annotated[Path | None, typer.Option(help="Sweep folder.", show_default="sweeps/<name>")]
+
+_STYLES = {DONE: "green", RUNNING: "bold", FAILED: "red", DIVERGED: "magenta"}
+
+
+def plan(sweep: SweepFile) -> None:
+    """Check every trial and show them all: parameters, tokens, steps, FLOPs. Trains nothing, writes nothing."""
+    _, trials = _read(sweep)
+    labels = columns(trials)
+    table = _table("trial", *labels, right=("parameters", "tokens", "steps", "batch", "lr", "FLOPs"))
+    for trial in trials:
+        train = trial.config.train
+        counts = (format_count(trial.params), format_count(trial.tokens), f"{trial.steps:,}")
+        batch, lr = f"{train.global_batch_tokens:,}", f"{trial.config.optim.lr:.3g}"
+        of_trial = (trial.labels.get(label, "") for label in labels)
+        table.add_row(trial.name, *of_trial, *counts, batch, lr, f"{trial.flops:.3g}")
+    _print(table)
+    by_series = dict.fromkeys(trial.series for trial in trials)
+    for series in by_series:
+        own = [trial for trial in trials if trial.series == series]
+        flops, tokens = sum(trial.flops for trial in own), sum(trial.tokens for trial in own)
+        typer.echo(f"{series}: {len(own)} trials, {format_count(tokens)} tokens, {flops:.3g} FLOPs")
+    if len(by_series) > 1:
+        typer.echo(f"in all: {len(trials)} trials, {sum(trial.flops for trial in trials):.3g} FLOPs")
+
+
+def run(
+    sweep: SweepFile,
+    jobs: Annotated[int, typer.Option(min=1, help="Trials at a time.")] = 1,
+    retries: Annotated[int, typer.Option(min=0, help="Starts after the first that failed, for each trial.")] = 1,
+    sweep_dir: SweepDir = None,
+) -> None:
+    """Train the trials that are not done on this machine, then collect. The same command continues what was stopped.
+
+    Exit codes: 0 all trials are done or diverged, 2 config, 5 trials failed, 75 stopped early and resumable.
+    """
+    loaded, trials = _read(sweep)
+    folder = _folder(loaded, sweep_dir)
+    with locked(folder):
+        require_same(loaded, trials, folder)
+        _keep_file(loaded, folder)
+        live = _live(trials, folder)
+        try:
+            with live or nullcontext():
+                run_trials(
+                    trials,
+                    folder,
+                    jobs=jobs,
+                    retries=retries,
+                    environ=os.environ,
+                    report=live.console.print if live else typer.echo,
+                    show=(lambda: live.update(_states(trials, folder), refresh=True)) if live else lambda: None,
+                )
+        finally:
+            write_points(trials, folder)
+    _summary(trials, folder)
+
+
+def status(
+    sweep: SweepFile,
+    sweep_dir: SweepDir = None,
+    watch: Annotated[float | None, typer.Option(metavar="SECONDS", help="Show again, until all trials ended.")] = None,
+) -> None:
+    """Show how far every trial is, wherever it runs: read from the run folders."""
+    loaded, trials = _read(sweep)
+    folder = _folder(loaded, sweep_dir)
+    if watch is None:
+        _print(_states(trials, folder))
+        _summary(trials, folder)
+        return
+    import time
+
+    with Live(_states(trials, folder), auto_refresh=False) as live:
+        while any(p.state not in (DONE, DIVERGED, FAILED) for p in _progress(trials, folder)):
+            time.sleep(watch)
+            live.update(_states(trials, folder), refresh=True)
+
+
+def collect(sweep: SweepFile, sweep_dir: SweepDir = None) -> None:
+    """Write points.csv: series, labels, N, D, FLOP, loss and state of every trial, as `sweep fit` reads it."""
+    loaded, trials = _read(sweep)
+    folder = _folder(loaded, sweep_dir)
+    if not folder.is_dir():
+        raise LaunchError(f"no sweep folder {folder}", f"start it with: hopescale sweep run {sweep}")
+    typer.echo(write_points(trials, folder))
+    _summary(trials, folder)
+
+
+def _read(path: Path) -> tuple[Sweep, list[Trial]]:
+    loaded = load_sweep(path)
+    return loaded, make_trials(loaded)
+
+
+def _folder(sweep: Sweep, sweep_dir: Path | None) -> Path:
+    return sweep_dir or Path("sweeps") / sweep.config.name
+
+
+def _keep_file(sweep: Sweep, folder: Path) -> None:
+    """Keep the sweep's file beside what came of it."""
+    try:
+        (folder / "sweep.yaml").write_bytes(sweep.path.read_bytes())
+    except OSError as error:
+        raise LaunchError(f"cannot write the sweep folder {folder}: {error.strerror}") from error
+
+
+def _progress(trials: Sequence[Trial], folder: Path) -> list[Progress]:
+    return [look(trial_folder(folder, trial), trial.steps) for trial in trials]
+
+
+def _live(trials: Sequence[Trial], folder: Path) -> Live | None:
+    """Return a table that is drawn again and again, where somebody looks."""
+    return Live(_states(trials, folder), auto_refresh=False) if sys.stdout.isatty() else None
+
+
+def _states(trials: Sequence[Trial], folder: Path) -> Table:
+    table = _table("trial", "state", right=("step", "of", "loss", "tokens/s", "starts"))
+    for trial, progress in zip(trials, _progress(trials, folder), strict=True):
+        style = _STYLES.get(progress.state, "")
+        state = f"[{style}]{progress.state}[/]" if style else progress.state
+        loss = "" if progress.loss is None else f"{progress.loss:.4f}"
+        tps = "" if progress.tps is None else f"{progress.tps:,.0f}"
+        starts = str(progress.starts or "")
+        table.add_row(trial.name, state, f"{progress.step:,}", f"{trial.steps:,}", loss, tps, starts)
+    return table
+
+
+def _table(*left: str, right: Sequence[str]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for name in left:
+        table.add_column(name, no_wrap=True)
+    for name in right:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def _print(table: Table) -> None:
+    """Print a table, on as many columns as it needs where nobody looks."""
+    console = Console()
+    (console if console.is_terminal else Console(width=200)).print(table)
+
+
+def _summary(trials: Sequence[Trial], folder: Path) -> None:
+    states = [progress.state for progress in _progress(trials, folder)]
+    counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+    typer.echo(f"{folder}: {len(trials)} trials, {counts}")

@@ -1,0 +1,53 @@
+"""What a sweep found, as a table: one row a trial, in `points.csv` of the sweep's folder."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+from hopescale.common.errors import LaunchError
+from hopescale.scaling.grid import Trial, columns
+from hopescale.scaling.progress import DONE, look, trial_folder
+
+POINTS = "points.csv"
+
+
+def collect(trials: Sequence[Trial], folder: Path) -> Path:
+    """Write `points.csv`: the name, series, labels, N, D, FLOP and loss of every trial, and its state.
+
+    N counts all parameters, D the tokens trained on, FLOP the training's FLOPs. The loss is the held-out one of the
+    last step; of runs without held-out text the mean of the last ten recorded training losses. `loss_from` says which.
+    A trial that is not done has no loss.
+
+    Args:
+        trials: Of the sweep.
+        folder: The sweep's.
+
+    Returns:
+        The file.
+
+    Raises:
+        LaunchError: If it cannot be written.
+    """
+    labels, rows = columns(trials), []
+    for trial in trials:
+        progress = look(trial_folder(folder, trial), trial.steps)
+        done = progress.state == DONE and progress.loss is not None
+        head = {"trial": trial.name, "series": trial.series} | {label: trial.labels.get(label, "") for label in labels}
+        counts = {"N": trial.params, "D": trial.tokens, "FLOP": trial.flops}
+        found = (
+            {"loss": f"{progress.loss:.6f}", "loss_from": progress.source} if done else {"loss": "", "loss_from": ""}
+        )
+        rows.append({**head, **counts, **found, "state": progress.state})
+    path = folder / POINTS
+    try:
+        temporary = path.with_name(f".tmp-{POINTS}")
+        with temporary.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        temporary.replace(path)
+    except OSError as error:
+        raise LaunchError(f"cannot write {path}: {error.strerror}") from error
+    return path

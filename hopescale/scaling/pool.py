@@ -1,0 +1,298 @@
+"""The trials of a sweep as processes of this machine, a few at a time: started, retried, recorded, stopped in order."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from hopescale.common import signals
+from hopescale.common.errors import ConfigError, DataError, DivergedError, LaunchError, StoppedEarly
+from hopescale.common.units import format_duration
+from hopescale.config.layout import smallest_layout
+from hopescale.scaling.grid import Trial
+from hopescale.scaling.progress import (
+    DIVERGED,
+    DONE,
+    FAILED,
+    RUNNING,
+    STOPPED,
+    Note,
+    look,
+    read_note,
+    trial_folder,
+    write_note,
+)
+
+LOG = "train.log"
+"""What a trial's process writes, in its run folder; every start appends."""
+
+SETTLED = (ConfigError.exit_code, DataError.exit_code)
+"""Exit codes of failures that a second try would repeat."""
+
+_POLL_S = 0.1
+_SHOW_S = 1.0
+
+Say = Callable[[str], None]
+
+
+def train_words(trial: Trial, run_dir: Path) -> list[str]:
+    """Return the arguments of `hopescale` that train a trial, or continue it."""
+    nproc = smallest_layout(trial.config).num_ranks
+    words = ["train", str(trial.recipe), *trial.overrides, "--run-dir", str(run_dir)]
+    return [*words, "--nproc", str(nproc)] if nproc > 1 else words
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a sweep's folder, which is made if missing.
+
+    Raises:
+        LaunchError: If another process holds it, or the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield
+    except BlockingIOError as error:
+        raise LaunchError(f"sweep folder {folder} is in use by another process", "wait for it, or stop it") from error
+    except OSError as error:
+        raise LaunchError(f"cannot write the sweep folder {folder}: {error.strerror}") from error
+
+
+def run_trials(
+    trials: Sequence[Trial],
+    folder: Path,
+    *,
+    jobs: int,
+    retries: int,
+    environ: Mapping[str, str],
+    report: Say,
+    show: Callable[[], None],
+) -> None:
+    """Train what is not done, `jobs` trials at a time; call it from the main thread, with the folder locked.
+
+    Each trial is a process of `hopescale train`, which continues from its last checkpoint. Trials that are done or have
+    diverged are left alone. One that fails is started again, up to `retries` times, unless its config or its data are
+    at fault. SIGTERM and SIGINT stop all trials, which save their state; a second SIGINT kills them. They are also
+    asked to stop when this process dies.
+
+    Args:
+        trials: Of the sweep, in the order of starting.
+        folder: The sweep's.
+        jobs: Processes at a time.
+        retries: Starts after the first that failed.
+        environ: Environment of the trials; threads are shared out among `jobs` where it does not set their number.
+        report: Takes each line about a trial.
+        show: Called about every second, as long as trials run.
+
+    Raises:
+        StoppedEarly: If a signal ended it; the same call goes on.
+        LaunchError: If trials failed more often than they may, once all others have ended.
+    """
+    received: list[int] = []
+    pool = _Pool(folder, retries, _with_threads(environ, jobs), report)
+    pool.enqueue(trials)
+    with signals.noted(received):
+        try:
+            _loop(pool, received, jobs, show)
+        finally:
+            pool.kill()
+    if received:
+        begun = f"{signal.Signals(received[0]).name}: {pool.left()} of {len(trials)} trials are not done"
+        raise StoppedEarly(begun, "the same command goes on with them")
+    if pool.failed:
+        logs = "\n".join(f"    {folder / 'trials' / name / LOG}: {why}" for name, why in pool.failed.items())
+        count = f"{len(pool.failed)} of {len(trials)} trials failed"
+        raise LaunchError(f"{count}\n{logs}", "mend the cause; the same command tries them again")
+
+
+def _loop(pool: _Pool, received: list[int], jobs: int, show: Callable[[], None]) -> None:
+    shown, told = 0.0, 0
+    while pool.running or (pool.queue and not received):
+        if len(received) > told:
+            told = len(received)
+            pool.stop(kill=received.count(signal.SIGINT) > 1)
+        if not received:
+            pool.start(jobs - len(pool.running))
+        pool.reap()
+        if time.monotonic() - shown > _SHOW_S:
+            show()
+            shown = time.monotonic()
+        time.sleep(_POLL_S)
+    show()
+
+
+@dataclass
+class _Running:
+    """A trial that was started.
+
+    Attributes:
+        trial: It.
+        process: Its process.
+        begin_s: When it was started, by the monotonic clock.
+    """
+
+    trial: Trial
+    process: subprocess.Popen[bytes]
+    begin_s: float
+
+
+class _Pool:
+    """What waits, what runs, and what failed for good."""
+
+    def __init__(self, folder: Path, retries: int, environ: Mapping[str, str], report: Say):
+        self.folder, self.retries, self.environ, self.report = folder, retries, environ, report
+        self.queue: list[Trial] = []
+        self.running: list[_Running] = []
+        self.failed: dict[str, str] = {}
+        self.stopping = False
+        self._waited_for: set[str] = set()
+
+    def enqueue(self, trials: Sequence[Trial]) -> None:
+        """Take the trials that are to be trained, and forget how often they failed in earlier calls."""
+        for trial in trials:
+            run_dir = trial_folder(self.folder, trial)
+            if look(run_dir, trial.steps).state in (DONE, DIVERGED):
+                continue
+            if (note := read_note(run_dir)).failures:
+                write_note(run_dir, replace(note, failures=0))
+            self.queue.append(trial)
+
+    def left(self) -> int:
+        """Count the trials that are to be trained still."""
+        return len(self.queue) + len(self.running) + len(self.failed)
+
+    def start(self, places: int) -> None:
+        """Start trials in as many free places, but none whose folder another process still holds."""
+        for trial in list(self.queue):
+            if places < 1:
+                return
+            run_dir = trial_folder(self.folder, trial)
+            if _held(run_dir):
+                if trial.name not in self._waited_for:
+                    self.report(f"{trial.name}: waiting for a process that still trains it")
+                    self._waited_for.add(trial.name)
+                continue
+            self.queue.remove(trial)
+            self.running.append(self._start(trial, run_dir))
+            places -= 1
+
+    def _start(self, trial: Trial, run_dir: Path) -> _Running:
+        words = [sys.executable, "-m", "hopescale", *train_words(trial, run_dir)]
+        note = read_note(run_dir)
+        write_note(run_dir, note)
+        try:
+            with (run_dir / LOG).open("ab") as log:
+                log.write(f"$ {shlex.join(words)}\n".encode())
+                log.flush()
+                process = subprocess.Popen(
+                    words,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env=self.environ,
+                    start_new_session=True,
+                    preexec_fn=signals.follow_parent(),
+                )
+        except OSError as error:
+            raise LaunchError(f"cannot start trial {trial.name}: {error.strerror}") from error
+        begun = replace(note, state=RUNNING, starts=note.starts + 1, host=socket.gethostname(), pid=process.pid)
+        write_note(run_dir, begun)
+        self.report(f"{trial.name}: started" + (f" again ({begun.starts} starts)" if note.starts else ""))
+        return _Running(trial, process, time.monotonic())
+
+    def stop(self, *, kill: bool) -> None:
+        """Ask all trials to save and end, or end them at once."""
+        self.stopping = True
+        names = ", ".join(running.trial.name for running in self.running)
+        self.report(f"{'killing' if kill else 'stopping'} {names or 'nothing: no trial runs'}")
+        for running in self.running:
+            if kill:
+                _kill(running.process)
+            else:
+                running.process.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End what still runs, where this process itself has failed."""
+        for running in self.running:
+            _kill(running.process)
+
+    def reap(self) -> None:
+        """Record the trials that have ended; put those that may try again at the end of the queue."""
+        for running in [running for running in self.running if running.process.poll() is not None]:
+            self.running.remove(running)
+            self._record(running)
+
+    def _record(self, running: _Running) -> None:
+        trial, code = running.trial, running.process.returncode
+        run_dir = trial_folder(self.folder, trial)
+        note, took = read_note(run_dir), format_duration(time.monotonic() - running.begin_s)
+        if code == 0:
+            write_note(run_dir, replace(note, state=DONE))
+            progress = look(run_dir, trial.steps)
+            loss = "no loss" if progress.loss is None else f"loss {progress.loss:.4f} ({progress.source})"
+            self.report(f"{trial.name}: done, {loss}, {took}")
+        elif code == StoppedEarly.exit_code or (code < 0 and self.stopping):
+            write_note(run_dir, replace(note, state=STOPPED))
+            self.queue.append(trial)
+            self.report(f"{trial.name}: stopped after {took}")
+        else:
+            self._record_failure(trial, run_dir, code, note)
+
+    def _record_failure(self, trial: Trial, run_dir: Path, code: int, note: Note) -> None:
+        why = _reason(run_dir / LOG, code)
+        if code == DivergedError.exit_code:
+            write_note(run_dir, replace(note, state=DIVERGED, message=why))
+            self.report(f"{trial.name}: diverged: {why}")
+            return
+        note = replace(note, state=FAILED, failures=note.failures + 1, message=why)
+        write_note(run_dir, note)
+        self.report(f"{trial.name}: failed: {why}")
+        if code in SETTLED or note.failures > self.retries:
+            self.failed[trial.name] = why
+        else:
+            self.queue.append(trial)
+
+
+def _with_threads(environ: Mapping[str, str], jobs: int) -> dict[str, str]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return {"OMP_NUM_THREADS": str(max(1, cores // jobs)), **environ}
+
+
+def _held(run_dir: Path) -> bool:
+    """Tell whether a process is training in a run folder."""
+    try:
+        with (run_dir / ".lock").open("r+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _reason(log: Path, code: int) -> str:
+    """Say in one line why a trial failed: the first line of its message, else its exit code."""
+    if code < 0:
+        return f"died with {signal.Signals(-code).name}"
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-50:]
+    start = max((number for number, line in enumerate(lines) if line.startswith("$ ")), default=-1)
+    said = [line.strip() for line in lines[start + 1 :] if line.startswith("  ") and not line.startswith("    ")]
+    return f"{said[-1] if said else 'see its log'} (exit code {code})"

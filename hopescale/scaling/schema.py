@@ -1,0 +1,43 @@
+"""What a sweep is: the keys of SWEEP.yaml. Every field has its docstring beneath it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class SeriesConfig:
+    """Trials that belong to one curve: an architecture, an optimizer."""
+
+    recipe: str | None = None
+    """A recipe: a path from the sweep's file, or the name of a shipped one. Null is the sweep's `recipe`."""
+    set: dict[str, Any] = field(default_factory=dict)
+    """Values by dotted key, for the trials of this series."""
+    rules: dict[str, Any] = field(default_factory=dict)
+    """Values by dotted key as expressions, for the trials of this series."""
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """A sweep: its trials are all combinations of series, sizes, horizons (`flops` or `tokens`) and axes."""
+
+    name: str = "sweep"
+    """Name of the sweep; its folder is `sweeps/<name>` unless `--sweep-dir` says otherwise."""
+    recipe: str | None = None
+    """Recipe of every series that names none."""
+    series: dict[str, SeriesConfig] = field(default_factory=dict)
+    """Series by name; none is one series, called after the recipe."""
+    set: dict[str, Any] = field(default_factory=dict)
+    """Values by dotted key, for all trials."""
+    sizes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Sizes by name: what each sets, by dotted key."""
+    flops: tuple[float, ...] = ()
+    """Training FLOPs of a trial, in all: with `sizes`, an isoFLOP design. Decides `train.steps`."""
+    tokens: tuple[Any, ...] = ()
+    """Training tokens of a trial: counts, or expressions as in `20 * N`. Decides `train.steps`. Either this or
+    `flops`; without both the steps are the recipe's."""
+    axes: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    """Other keys to vary: values by dotted key, as in `optim.lr: [1e-3, 3e-3]`."""
+    rules: dict[str, Any] = field(default_factory=dict)
+    """Values by dotted key as expressions, as in `optim.lr: 0.02 * d_model ** -0.5`."""

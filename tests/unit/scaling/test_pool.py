@@ -1,0 +1,209 @@
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from hopescale.common.errors import ConfigError, LaunchError, StoppedEarly
+from hopescale.config.load import to_yaml
+from hopescale.scaling.collect import collect
+from hopescale.scaling.grid import load_sweep, make_trials
+from hopescale.scaling.pool import locked, run_trials, train_words
+from hopescale.scaling.progress import NOTE, look, read_note, require_same, trial_folder
+
+PYTHON = sys.executable
+
+FAKE = '''
+#!{python}
+"""Stands for `python -m hopescale train ... --run-dir DIR`: does what `plan.json` beside the trials says."""
+import fcntl, json, os, signal, sys, time
+from pathlib import Path
+run_dir = Path(sys.argv[sys.argv.index("--run-dir") + 1])
+steps = int(next(word for word in sys.argv if word.startswith("train.steps=")).partition("=")[2])
+lock = (run_dir / ".lock").open("w")
+fcntl.flock(lock, fcntl.LOCK_EX)
+with (run_dir.parent / "calls").open("a") as calls:
+    calls.write(run_dir.name + "\\n")
+acts = json.loads((run_dir.parent / "plan.json").read_text()).get(run_dir.name, ["done"])
+count = (run_dir.parent / "calls").read_text().split().count(run_dir.name)
+act = acts[min(count, len(acts)) - 1]
+metrics = run_dir / "metrics.jsonl"
+def record(step, **values):
+    with metrics.open("a") as file:
+        file.write(json.dumps({{"step": step, "tokens_seen": step, "time": 0, **values}}) + "\\n")
+if act == "wait":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+    record(1, loss=3.0)
+    time.sleep(60)
+if act == "done":
+    for step in range(1, steps + 1):
+        record(step, loss=4.0 - step / steps, tps=7.0)
+    record(steps, **{{"val/main/loss": 2.5 if steps > 3 else 2.75}})
+elif act == "killed":
+    os.kill(os.getpid(), signal.SIGKILL)
+else:
+    print("diverged\\n  step 2: the loss is nan\\n    hint: lower it" if act == "6" else "error\\n  no more room")
+    sys.exit(int(act))
+'''
+
+SWEEP = "name: toy\nrecipe: debug\naxes: {train.steps: [3, 4, 5]}\n"
+
+
+@pytest.fixture
+def trials(tmp_path: Path):
+    (tmp_path / "sweep.yaml").write_text(SWEEP)
+    return make_trials(load_sweep(tmp_path / "sweep.yaml"))
+
+
+@pytest.fixture
+def run(tmp_path: Path, trials, monkeypatch):
+    """Run the trials with a program in place of training: `run(plan)` says what each start of a trial does."""
+    fake = tmp_path / "fake"
+    fake.write_text(textwrap.dedent(FAKE).strip().format(python=PYTHON))
+    fake.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(fake))
+    (tmp_path / "out" / "trials").mkdir(parents=True)
+    said = []
+
+    def start(plan: dict[str, list[str]], jobs: int = 1, retries: int = 1) -> list[str]:
+        (tmp_path / "out/trials/plan.json").write_text(json.dumps(plan))
+        said.clear()
+        quiet = {"report": said.append, "show": lambda: None}
+        run_trials(trials, tmp_path / "out", jobs=jobs, retries=retries, environ=os.environ, **quiet)
+        return said
+
+    return start
+
+
+def states(trials, tmp_path: Path) -> list[str]:
+    return [look(trial_folder(tmp_path / "out", trial), trial.steps).state for trial in trials]
+
+
+def calls(tmp_path: Path) -> list[str]:
+    return (tmp_path / "out/trials/calls").read_text().split()
+
+
+def test_what_is_done_is_not_started_again(run, trials, tmp_path: Path):
+    said = run({})
+    assert said[0] == "steps3: started" and said[1].startswith("steps3: done, loss 2.7500 (val/main), ")
+    assert states(trials, tmp_path) == ["done"] * 3 and calls(tmp_path) == ["steps3", "steps4", "steps5"]
+    assert run({}) == [] and len(calls(tmp_path)) == 3
+
+
+def test_failed_trials_are_tried_again_and_diverged_ones_are_not(run, trials, tmp_path: Path):
+    said = run({"steps3": ["killed", "done"], "steps4": ["6"]})
+    assert calls(tmp_path).count("steps3") == 2 and calls(tmp_path).count("steps4") == 1
+    assert "steps3: failed: died with SIGKILL" in said and "steps3: started again (2 starts)" in said
+    assert "steps4: diverged: step 2: the loss is nan (exit code 6)" in said
+    assert states(trials, tmp_path) == ["done", "diverged", "done"]
+    assert run({}) == []
+
+
+def test_a_trial_that_keeps_failing_ends_the_sweep_in_an_error_after_the_others(run, trials, tmp_path: Path):
+    plan = {"steps3": ["1"], "steps4": ["2"]}
+    with pytest.raises(LaunchError) as caught:
+        run(plan, retries=2)
+    assert calls(tmp_path).count("steps3") == 3 and calls(tmp_path).count("steps4") == 1
+    assert "2 of 3 trials failed" in str(caught.value) and "no more room (exit code 1)" in str(caught.value)
+    assert str(tmp_path / "out/trials/steps3/train.log") in str(caught.value)
+    assert states(trials, tmp_path) == ["failed", "failed", "done"]
+    assert look(tmp_path / "out/trials/steps3", 3).message == "no more room (exit code 1)"
+    run({"steps3": ["done"], "steps4": ["done"]})
+    assert states(trials, tmp_path) == ["done"] * 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_the_trials_in_order(run, trials, tmp_path: Path, number: int):
+    waiting = {"steps3": ["done"], "steps4": ["wait", "done"], "steps5": ["wait", "done"]}
+
+    def interrupt() -> None:
+        while not all((tmp_path / f"out/trials/steps{n}/metrics.jsonl").exists() for n in (3, 4, 5)):
+            time.sleep(0.02)
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(StoppedEarly, match="2 of 3 trials are not done"):
+        run(waiting, jobs=2)
+    thread.join()
+    assert states(trials, tmp_path) == ["done", "stopped", "stopped"]
+    run(waiting, jobs=2)
+    assert states(trials, tmp_path) == ["done"] * 3
+    assert calls(tmp_path).count("steps3") == 1 and read_note(tmp_path / "out/trials/steps4").starts == 2
+
+
+def test_a_trial_whose_folder_is_still_held_is_waited_for(run, trials, tmp_path: Path):
+    folder = tmp_path / "out/trials/steps3"
+    folder.mkdir()
+    hold = "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.flock(f, 2); print(flush=True); time.sleep(60)"
+    command = [PYTHON, "-c", hold, str(folder / ".lock")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as holder:
+        holder.stdout.readline()
+        threading.Timer(1.0, holder.kill).start()
+        said = run({})
+    assert "steps3: waiting for a process that still trains it" in said
+    assert calls(tmp_path) == ["steps4", "steps5", "steps3"]
+
+
+def test_a_sweep_folder_is_one_processs(tmp_path: Path):
+    with locked(tmp_path / "out"), pytest.raises(LaunchError, match="in use by another"), locked(tmp_path / "out"):
+        pass
+
+
+def test_ranks_of_a_trial_follow_from_its_degrees(tmp_path: Path):
+    (tmp_path / "sweep.yaml").write_text("recipe: debug\nset: {parallel.tp: 2, train.steps: 3}\n")
+    (trial,) = make_trials(load_sweep(tmp_path / "sweep.yaml"))
+    words = train_words(trial, Path("out"))
+    assert words[0] == "train" and words[-2:] == ["--nproc", "2"] and {"parallel.tp=2", "name=trial"} < set(words)
+
+
+def test_points_hold_a_row_for_every_trial(run, trials, tmp_path: Path):
+    run({"steps4": ["6"]})
+    path = collect(trials, tmp_path / "out")
+    rows = list(csv.DictReader(path.read_text().splitlines()))
+    assert list(rows[0]) == ["trial", "series", "train.steps", "N", "D", "FLOP", "loss", "loss_from", "state"]
+    assert [row["state"] for row in rows] == ["done", "diverged", "done"]
+    assert [row["loss"] for row in rows] == ["2.750000", "", "2.500000"]
+    assert rows[2]["loss_from"] == "val/main" and rows[1]["loss_from"] == ""
+    assert [int(row["D"]) for row in rows] == [trial.tokens for trial in trials]
+    assert int(rows[0]["FLOP"]) == trials[0].flops and int(rows[0]["N"]) == trials[0].params
+
+
+def test_without_held_out_text_the_loss_is_the_mean_of_the_last_records(tmp_path: Path):
+    lines = [{"step": step, "loss": float(step)} for step in range(1, 21)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert (look(tmp_path, 20).loss, look(tmp_path, 20).source) == (15.5, "train, mean of 10")
+    assert (look(tmp_path, 30).loss, look(tmp_path, 30).source) == (20.0, "train")
+
+
+def test_states_of_trials_that_another_machine_runs(tmp_path: Path):
+    assert look(tmp_path / "none", 9).state == "waiting"
+    (tmp_path / "metrics.jsonl").write_text('{"step": 3, "loss": 2.0}\n')
+    assert look(tmp_path, 9).state == "running"
+    os.utime(tmp_path / "metrics.jsonl", (0, 0))
+    assert look(tmp_path, 9).state == "stopped"
+    (tmp_path / NOTE).write_text('{"state": "running", "host": "elsewhere", "pid": 1}')
+    assert look(tmp_path, 9).state == "stopped"
+    (tmp_path / NOTE).write_text("{")
+    with pytest.raises(LaunchError, match="cannot be read"):
+        look(tmp_path, 9)
+
+
+def test_a_sweep_that_changed_since_its_trials_began_is_refused(run, trials, tmp_path: Path):
+    (tmp_path / "out/trials/steps3").mkdir()
+    (tmp_path / "out/trials/steps3/config.yaml").write_text(to_yaml(trials[0].config))
+    sweep = load_sweep(tmp_path / "sweep.yaml")
+    require_same(sweep, trials, tmp_path / "out")
+    (tmp_path / "sweep.yaml").write_text(SWEEP + "set: {optim.lr: 0.5}\n")
+    with pytest.raises(ConfigError) as caught:
+        require_same(sweep, make_trials(load_sweep(tmp_path / "sweep.yaml")), tmp_path / "out")
+    assert "trial steps3" in str(caught.value) and "-> 0.5" in str(caught.value)
