@@ -25,7 +25,9 @@ from hopescale.optim.updater import RuleGroup
 from hopescale.parallel.layers import ParameterSpec, attach
 from hopescale.parallel.mesh import Mesh
 
-MATCH = "['*_proj.weight', '*.gate.weight', '*.up.weight', '*.down.weight', '*.mixer.banks.*']"
+LAYERS = ("*_proj.weight", "*.gate.weight", "*.up.weight", "*.down.weight")
+BANKS = ("*.mixer.banks.*",)
+"""Initial states of memories: matrices without inputs, which DGD cannot update."""
 
 
 def main() -> None:
@@ -60,7 +62,8 @@ def main() -> None:
 
 def problem(rule: str, arguments: argparse.Namespace) -> tuple[OptimConfig, list[torch.Size]]:
     """Return the settings and the shapes of what is updated."""
-    group = f"optim.groups.matrices={{rule: {rule}, match: {MATCH}}}"
+    match = [*LAYERS, *(BANKS if rule != "dgd" else ())]
+    group = f"optim.groups.matrices={{rule: {rule}, match: {match}}}"
     settings = [f"model.num_layers={arguments.layers}", group, *arguments.overrides]
     config = load_recipe(arguments.recipe, settings).config
     if arguments.shape:
@@ -81,6 +84,8 @@ def measure(
     separate = make_rule(rule, [{"params": weights, "weight_decay": 0.1, "lr": 1e-3}], config)
     for weight, gradient in zip(weights, gradients, strict=True):
         weight.grad = gradient
+        if rule == "dgd":
+            weight.gram = torch.eye(weight.shape[-1], device=device)
     kept = make_updater(rule, config, weights)
     names, rates = list(kept.parameters), {"matrices": 1e-3}
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -17,14 +18,20 @@ from pathlib import Path
 
 from rows import show
 
+DIVERGED = 6
+"""Exit code."""
+
 RULES = {
     "adamw": (),
     "muon": ("optim.muon.adjust_lr_fn=match_rms_adamw",),
     "m3": (),
     "delta_momentum": ("optim.delta_momentum.beta2=0.95",),
     "deep_momentum": ("optim.deep_momentum.update_rms=0.2",),
+    # The recipe's patterns without initial states of memories, which are no layers.
+    "dgd": ('optim.groups.matrices.match=["*_proj.weight", "*.gate.weight", "*.up.weight", "*.down.weight"]',),
 }
-"""Settings with which a rule's updates are about as long as AdamW's, so that one grid of learning rates fits all."""
+"""Settings with which a rule's updates are about as long as AdamW's, so that one grid of learning rates fits all. DGD's
+have the length of the gradient, and its rate decides of the decay too: it has none that would do so."""
 
 
 def main() -> None:
@@ -52,23 +59,25 @@ def main() -> None:
 
 
 def train(rule: str, lr: str, arguments: argparse.Namespace) -> list[tuple[int, float]]:
-    """Run one trial, unless it is complete; return tokens and held-out loss of every validation."""
+    """Run one trial, unless it is complete; return tokens and held-out loss of every validation.
+
+    A run that diverges ends with an infinite loss.
+    """
     run_dir = arguments.out / f"{rule}-{lr}"
     settings = [f"optim.groups.matrices.rule={rule}", *RULES[rule], f"optim.lr={lr}", *arguments.settings]
     command = [sys.executable, "-m", "hopescale", "train", arguments.recipe, *settings, "--run-dir", str(run_dir)]
     environ = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
-    if done.returncode == 6:  # diverged: what it reached before counts
-        print(f"{rule} at {lr} diverged", file=sys.stderr)
-    elif done.returncode:
+    if done.returncode not in (0, DIVERGED):
         sys.exit(f"{' '.join(command)}\n{done.stderr or done.stdout}")
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [
-        (record["tokens_seen"], value)
+    curve = [
+        (record["tokens_seen"], math.inf if value is None else value)
         for record in records
         for name, value in record.items()
         if name.startswith("val/") and name.endswith("/loss")
     ]
+    return [*curve, (records[-1]["tokens_seen"], math.inf)] if done.returncode else curve
 
 
 def plot(curves: dict[tuple[str, str], list[tuple[int, float]]], path: Path) -> None:
@@ -81,7 +90,7 @@ def plot(curves: dict[tuple[str, str], list[tuple[int, float]]], path: Path) -> 
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for rule in dict.fromkeys(rule for rule, _ in curves):
         _, lr = min((curve[-1][1], lr) for (name, lr), curve in curves.items() if name == rule)
-        tokens, losses = zip(*curves[rule, lr], strict=True)
+        tokens, losses = zip(*(point for point in curves[rule, lr] if math.isfinite(point[1])), strict=True)
         axes.plot([count / 1000 for count in tokens], losses, marker="o", markersize=3, label=f"{rule}, lr {lr}")
     axes.set(xlabel="thousand tokens", ylabel="held-out loss (nats)", title="Best learning rate of each rule")
     axes.legend()

@@ -8,7 +8,7 @@ from hopescale.common.errors import Problem
 from hopescale.config.rules import Origins, Rule, set_keys
 from hopescale.config.schema import OptimConfig, RunConfig
 
-MATRIX_RULES = ("muon", "m3", "delta_momentum", "deep_momentum")
+MATRIX_RULES = ("muon", "m3", "delta_momentum", "deep_momentum", "dgd")
 
 _NEEDS: tuple[tuple[tuple[str, ...], str, Callable[[OptimConfig], bool]], ...] = (
     (("m3.beta3", "m3.frequency"), "m3.alpha_slow is 0", lambda optim: optim.m3.alpha_slow != 0),
@@ -64,7 +64,8 @@ def betas_belong_to_adamw(config: RunConfig, origins: Origins) -> Iterator[Probl
     """The rules for matrices have decay rates of their own."""
     for name, group in config.optim.groups.items():
         if group.betas is not None and group.rule != "adamw":
-            hint = f"leave it out; the decay rates of {group.rule} are in optim.{group.rule}"
+            there = hasattr(config.optim, group.rule)
+            hint = f"leave it out; the settings of {group.rule} are in optim.{group.rule}" if there else "leave it out"
             yield Problem(f"optim.groups.{name}.betas", f"has no effect: rule is {group.rule}", hint=hint)
 
 

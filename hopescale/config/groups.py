@@ -10,7 +10,10 @@ from hopescale.config.schema import GroupConfig
 
 
 def assign_groups(
-    shapes: Mapping[str, Sequence[int]], groups: Mapping[str, GroupConfig], tied: Collection[str] = ()
+    shapes: Mapping[str, Sequence[int]],
+    groups: Mapping[str, GroupConfig],
+    tied: Collection[str] = (),
+    linear: Collection[str] | None = None,
 ) -> dict[str, str]:
     """Return the group of every parameter.
 
@@ -18,6 +21,7 @@ def assign_groups(
         shapes: Of the parameters, by name.
         groups: Group settings; the one whose `match` is null takes what no pattern matches.
         tied: Parameters that several pipeline stages hold.
+        linear: Weights of linear layers; None is not known, and not looked at.
 
     Raises:
         ConfigError: Naming each parameter that two groups claim, or none, or whose group has a rule that cannot update
@@ -38,7 +42,7 @@ def assign_groups(
             problems.append(
                 Problem(f"optim.groups.{name}.match", f"no parameter matches {', '.join(groups[name].match)}")
             )
-    problems += _misfits(assigned, shapes, groups, tied)
+    problems += _misfits(assigned, shapes, groups, tied, linear)
     if problems:
         raise ConfigError(problems)
     return assigned
@@ -49,6 +53,7 @@ def _misfits(
     shapes: Mapping[str, Sequence[int]],
     groups: Mapping[str, GroupConfig],
     tied: Collection[str],
+    linear: Collection[str] | None,
 ) -> Iterator[Problem]:
     """Find what a rule for matrices cannot update."""
     for parameter, name in assigned.items():
@@ -60,6 +65,9 @@ def _misfits(
             yield Problem(key, f"{rule} updates matrices, but {parameter} has shape {shape}", hint=hint)
         elif parameter in tied:
             yield Problem(key, f"{rule} cannot update {parameter}, which two pipeline stages hold", hint=hint)
+        elif rule == "dgd" and linear is not None and parameter not in linear:
+            message = f"dgd needs the inputs of a linear layer, but {parameter} is not the weight of one"
+            yield Problem(key, message, hint="give it to a group with another rule, such as adamw")
 
 
 def _matches(parameter: str, group: GroupConfig) -> bool:

@@ -14,7 +14,7 @@ from hopescale.config.layout import Layout
 from hopescale.config.plan import head_dim, make_plan, padded_vocab_size
 from hopescale.config.schema import RunConfig
 from hopescale.cost.activations import FP32
-from hopescale.cost.holdings import Holdings, cuts_matrices, gathers
+from hopescale.cost.holdings import Holdings, gathers
 from hopescale.cost.inventory import Parameter
 from hopescale.cost.ownership import buckets, share_out
 from hopescale.cost.stages import slices_of_rank
@@ -67,7 +67,8 @@ def bytes_of_step(
     sent = dict.fromkeys(AXES, 0.0)
     micro_batches = make_plan(config, layout).grad_accumulation
     if layout.tp > 1:
-        sent["tp"] = micro_batches * _tensor(config, layout, stage)
+        inputs = _inputs(holdings, config, layout, stage)
+        sent["tp"] = micro_batches * (_tensor(config, layout, stage) + inputs)
     if layout.pp > 1:
         sent |= _pipeline(config, layout, stage, micro_batches)
     if layout.dp > 1:
@@ -167,11 +168,11 @@ def _matrices(
     sent: Counter[str] = Counter()
     if layout.dp > 1:
         for level in {p.level for p in parameters}:
-            rooms = _rooms([p for p in parameters if p.level == level], owners, layout.dp)
-            sent["dp"] += FP32 * layout.dp * sum(rooms)
+            sizes = {p.name: p.size + holdings.gram(p, layout.tp) for p in parameters if p.level == level}
+            sent["dp"] += FP32 * layout.dp * sum(_rooms(sizes, owners, layout.dp))
         for itemsize in {p.itemsize(precision) for p in parameters}:
-            alike = [p for p in parameters if p.itemsize(precision) == itemsize]
-            sent["dp"] += itemsize * sum(_rooms(alike, owners, layout.dp))
+            sizes = {p.name: p.size for p in parameters if p.itemsize(precision) == itemsize}
+            sent["dp"] += itemsize * sum(_rooms(sizes, owners, layout.dp))
     if gathers(config, layout):
         sent["tp"] += _slices(holdings, config, layout, stage, parameters)
     return sent
@@ -189,9 +190,8 @@ def _places(
     return places
 
 
-def _rooms(parameters: list[Parameter], owners: Mapping[str, int], dp: int) -> list[int]:
+def _rooms(sizes: Mapping[str, int], owners: Mapping[str, int], dp: int) -> list[int]:
     """Return the entries of an owner's part of each exchange: as many as the owner with most needs."""
-    sizes = {p.name: p.size for p in parameters}
     rooms = []
     for bucket in buckets(sizes, owners, sizes, BUCKET_ELEMENTS // dp):
         parts: dict[int, int] = defaultdict(int)
@@ -202,10 +202,26 @@ def _rooms(parameters: list[Parameter], owners: Mapping[str, int], dp: int) -> l
 
 
 def _slices(holdings: Holdings, config: RunConfig, layout: Layout, stage: int, parameters: list[Parameter]) -> float:
-    """Count slices of gradients that are sent to make wholes, and of the wholes' weights that are sent back."""
+    """Count slices of gradients that are sent to make wholes, with columns of Gram matrices, and weights sent back."""
     owners = holdings.owners(layout, stage)
-    own = [p for p in holdings.parameters(layout, stage) if owners.get(p.name) == 0 and cuts_matrices(p)]
+    own = [p for p in holdings.parameters(layout, stage) if owners.get(p.name) == 0 and holdings.is_cut(p)]
     held = share_out([holdings.work(p, layout) for p in own], layout.tp)
     chosen = [p for p in parameters if p.name in held]
     wholes = sum(layout.tp * p.size * p.itemsize(config.train.precision) for p in chosen if held[p.name] == 0)
-    return FP32 * sum(p.size for p in chosen) + wholes
+    return FP32 * sum(p.size + holdings.gram(p, layout.tp) for p in chosen) + wholes
+
+
+def _inputs(holdings: Holdings, config: RunConfig, layout: Layout, stage: int) -> float:
+    """Count the inputs of layers that tensor-parallel ranks gather for Gram matrices in a micro batch."""
+    train = config.train
+    itemsize = 2 if train.precision == "bf16" else FP32
+    entries = 0.0
+    for p in holdings.parameters(layout, stage):
+        if holdings.rule_of(p) != "dgd":
+            continue
+        if holdings.is_cut(p):
+            entries += p.shape[-1] * gathers(config, layout)
+        elif ".mixer." in p.name and layout.sequence_parallel:
+            # The layers of levels, and the head, have all tokens anyway.
+            entries += p.shape[-1] / layout.tp
+    return entries * train.seq_len * train.micro_batch_size * itemsize

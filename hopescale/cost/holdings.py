@@ -39,11 +39,13 @@ class Holding:
     Attributes:
         entries: Of weights by kind.
         state: Entries of the rules' state by kind.
+        grams: Entries of Gram matrices that are gathered beside gradients, by kind.
         largest: Entries of the largest tensor.
     """
 
     entries: Mapping[Kind, int]
     state: Mapping[Kind, int]
+    grams: Mapping[Kind, int]
     largest: int
 
     def weight_bytes(self) -> int:
@@ -76,6 +78,18 @@ class Holdings:
         """Return the name of the rule that updates a parameter."""
         return self.config.optim.groups[self.groups[parameter.name]].rule
 
+    def is_cut(self, parameter: Parameter) -> bool:
+        """Tell whether a tensor-parallel rank holds parts of what a parameter's rule looks at: matrices, or rows."""
+        looks_at = 1 if self.rule_of(parameter) == "dgd" else 2
+        return parameter.split is not None and parameter.split >= len(parameter.shape) - looks_at
+
+    def gram(self, parameter: Parameter, tp: int) -> int:
+        """Count the entries of the Gram matrix that is gathered beside the gradient of a rank's slice."""
+        if self.rule_of(parameter) != "dgd":
+            return 0
+        joined = self.config.optim.tp_mode == "gather" and self.is_cut(parameter)
+        return parameter.shape[-1] ** 2 * (tp if joined else 1)
+
     def of_stage(self, layout: Layout, stage: int) -> Holding:
         """Return what each rank of a pipeline stage holds."""
         model, key = self.config.model, (layout.tp, layout.pp, layout.virtual_stages, stage)
@@ -95,14 +109,16 @@ class Holdings:
             return self._cache[key]
         entries: Counter[Kind] = Counter()
         state: Counter[Kind] = Counter()
+        grams: Counter[Kind] = Counter()
         largest = 0
         for parameter in parameters:
             rule, here = self.rule_of(parameter), parameter.slice(tp)
             kind = Kind(rule, parameter.level, parameter.itemsize(self.config.train.precision))
             entries[kind] += here.size
             state[kind] += state_entries(rule, here.shape, self.config.optim)
+            grams[kind] += self.gram(here, tp)
             largest = max(largest, here.size)
-        self._cache[key] = Holding(entries, state, largest)
+        self._cache[key] = Holding(entries, state, grams, largest)
         return self._cache[key]
 
     def parameters(self, layout: Layout, stage: int) -> list[Parameter]:
@@ -121,7 +137,7 @@ class Holdings:
     def work(self, parameter: Parameter, layout: Layout) -> Work:
         """Return the update of a matrix, given as this rank's slice, as the optimizer shares it out."""
         rule, shape = self.rule_of(parameter), list(parameter.shape)
-        if gathers(self.config, layout) and cuts_matrices(parameter):
+        if gathers(self.config, layout) and self.is_cut(parameter):
             shape[parameter.split] *= layout.tp
         cost = update_cost(rule, shape, self.config.optim)
         return Work(parameter.name, cost, (rule, tuple(shape)), self.cadence(parameter))
@@ -146,17 +162,14 @@ def gathers(config: RunConfig, layout: Layout) -> bool:
     return config.optim.tp_mode == "gather" and layout.tp > 1
 
 
-def cuts_matrices(parameter: Parameter) -> bool:
-    """Tell whether a tensor-parallel rank holds parts of matrices, rather than some whole ones."""
-    return parameter.split is not None and parameter.split >= len(parameter.shape) - 2
-
-
 def _sum(parts: Iterable[Holding]) -> Holding:
     entries: Counter[Kind] = Counter()
     state: Counter[Kind] = Counter()
+    grams: Counter[Kind] = Counter()
     largest = 0
     for part in parts:
         entries.update(part.entries)
         state.update(part.state)
+        grams.update(part.grams)
         largest = max(largest, part.largest)
-    return Holding(entries, state, largest)
+    return Holding(entries, state, grams, largest)

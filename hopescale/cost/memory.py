@@ -104,9 +104,9 @@ def _lasting(config: RunConfig, layout: Layout, holding: Holding, owned: float) 
         own_master = kind.itemsize < FP32 or (not matrix and zero in (1, 2)) or (matrix and joined)
         found["masters"] += bytes_ * share * own_master
         if kind.level is not None and config.model.cms.levels[kind.level].update_every_steps > 1:
-            found["accumulators"] += bytes_ / (dp if zero > 1 else 1)
+            found["accumulators"] += bytes_ / (dp if zero > 1 else 1) + FP32 * holding.grams[kind]
         elif matrix:
-            found["gradients"] += bytes_
+            found["gradients"] += bytes_ + FP32 * holding.grams[kind]
     return found
 
 

@@ -36,6 +36,8 @@ def update_flops(rule: str, shape: Sequence[int], config: OptimConfig) -> float:
         linear = config.deep_momentum.memory == "linear"
         width = columns if linear else deep_memory_dim(config.deep_momentum)
         flops = (6 if linear else 14) * rows * columns * width
+    elif rule == "dgd":
+        flops = columns**3 / 3 + 2 * rows * columns * columns
     else:
         short = min(rows, columns)
         flops = config.muon.ns_steps if rule == "muon" else config.m3.ns_steps
@@ -70,4 +72,4 @@ def state_entries(rule: str, shape: Sequence[int], config: OptimConfig) -> int:
         linear = config.deep_momentum.memory == "linear"
         width = columns if linear else 2 * deep_memory_dim(config.deep_momentum)
         return math.prod(heads) * columns * width
-    return entries
+    return 0 if rule == "dgd" else entries

@@ -2,69 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hopescale.optim.stacked import StackedOptimizer, settings
-
-
-class InputGram:
-    """Gather the Gram matrix of a linear layer's inputs during its training forward passes.
-
-    `total` and `tokens` add up over micro batches and over steps until `clear`, and over ranks that see different
-    tokens. A forward pass that is recomputed counts twice in both, which leaves `mean` as it is.
-
-    Args:
-        layer: With a `weight` `[R, c]`. Its first positional argument is the input `[..., c]`.
-        columns: Width `C` of the whole input; None is `c`.
-        gather: Makes the input whole, `[..., C]`, where ranks hold slices of it (row-parallel layers); called in every
-            training forward pass by all of them. None takes the input as it comes.
-        unit: Whether inputs are scaled to unit length first.
-
-    Attributes:
-        total: Sum of `x x^T`, float32 `[C, C]`.
-        tokens: Number of inputs, 0-dim float32.
-    """
-
-    def __init__(
-        self,
-        layer: nn.Module,
-        *,
-        columns: int | None = None,
-        gather: Callable[[Tensor], Tensor] | None = None,
-        unit: bool = False,
-    ):
-        self.gather, self.unit = gather, unit
-        columns, device = columns or layer.weight.shape[-1], layer.weight.device
-        self.total = torch.zeros(columns, columns, device=device)
-        self.tokens = torch.zeros((), device=device)
-        self._handle = layer.register_forward_pre_hook(self._see)
-
-    def _see(self, layer: nn.Module, inputs: tuple[Any, ...]) -> None:
-        if not (layer.training and torch.is_grad_enabled()):
-            return
-        x = inputs[0].detach()
-        x = (x if self.gather is None else self.gather(x)).flatten(0, -2).float()  # [tokens, C]
-        if self.unit:
-            x = x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
-        self.total.addmm_(x.mT, x)
-        self.tokens += x.shape[0]
-
-    def mean(self) -> Tensor:
-        """Return the mean of `x x^T` per token `[C, C]`; zeros if no token was seen."""
-        return self.total / self.tokens.clamp_min(1.0)
-
-    def clear(self) -> None:
-        """Begin again."""
-        self.total.zero_()
-        self.tokens.zero_()
-
-    def remove(self) -> None:
-        """See no further input."""
-        self._handle.remove()
 
 
 def dgd_update(weight: Tensor, grad: Tensor, gram: Tensor, *, lr: float, weight_decay: float = 0.0) -> None:
@@ -97,52 +41,42 @@ def dgd_update(weight: Tensor, grad: Tensor, gram: Tensor, *, lr: float, weight_
 class DGD(StackedOptimizer):
     """Delta gradient descent (Nested Learning, section 4.5) for the weights of linear layers.
 
-    State per parameter: none. A step uses the mean Gram matrix of the inputs since the last one, and clears it.
+    State per parameter: none. Beside its gradient a parameter has the Gram matrix of its inputs, `gram` `[C, C]` or
+    `[..., C, C]`, as `optim.gram.gather_gram` gathers it.
 
     Args:
         params: Weights `[..., R, C]`.
         lr: Learning rate.
         weight_decay: Decoupled, per unit of learning rate.
-        grams: Of every parameter, that of its layer's inputs; with the loss a mean over tokens. Layers with one input
-            may share one.
-
-    Raises:
-        ValueError: If a parameter is no matrix, or has no Gram matrix of its width.
     """
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float = 1e-3,
-        weight_decay: float = 0.0,
-        *,
-        grams: Mapping[Tensor, InputGram],
-    ):
-        self.grams = grams
+    def __init__(self, params: Iterable[Any], lr: float = 1e-3, weight_decay: float = 0.0):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
 
     def init_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        """Return an empty state, after a check of the Gram matrix."""
-        gram = self.grams.get(p)
-        if gram is None or gram.total.shape[-1] != p.shape[-1]:
-            found = "none" if gram is None else f"one of width {gram.total.shape[-1]}"
-            raise ValueError(
-                f"a parameter of shape {tuple(p.shape)} needs the Gram matrix of its inputs, and has {found}"
-            )
+        """Return an empty state."""
         return {}
 
     def inputs(self, p: Tensor) -> dict[str, Tensor]:
-        """Return the mean Gram matrix since the last step."""
-        return {"gram": self.grams[p].mean().expand(*p.shape[:-2], -1, -1).contiguous()}
+        """Return the Gram matrix of a parameter.
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every parameter that has a gradient, once, and clear its Gram matrix."""
-        loss = super().step(closure)
+        Raises:
+            ValueError: If it has none of its width.
+        """
+        gram = getattr(p, "gram", None)
+        if gram is None or gram.shape[-2:] != (p.shape[-1], p.shape[-1]):
+            found = "none" if gram is None else f"one of shape {tuple(gram.shape)}"
+            raise ValueError(
+                f"a parameter of shape {tuple(p.shape)} needs the Gram matrix of its inputs, and has {found}"
+            )
+        return {"gram": gram.expand(*p.shape[:-2], -1, -1).contiguous()}
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Begin anew to gather gradients and Gram matrices."""
+        super().zero_grad(set_to_none)
         for group in self.param_groups:
             for p in group["params"]:
-                if p.grad is not None:
-                    self.grams[p].clear()
-        return loss
+                p.gram = None
 
     def update(
         self, group: dict[str, Any], weight: Tensor, grad: Tensor, state: dict[str, Tensor], step: int | None

@@ -96,8 +96,10 @@ class GatheringUpdater:
     @torch.no_grad()
     def load_sums(self, sums: Mapping[str, Tensor]) -> None:
         """Take over running sums, given in parts that add up over replicas; what is missing is zero."""
-        for name, total in self.sums().items():
+        for name, accumulator in self.accumulators.items():
+            if not accumulator.kept:
+                continue
             if name not in sums:
-                total.zero_()
-            elif sums[name] is not total:
-                total.copy_(sums[name])
+                accumulator.total.zero_()
+            elif sums[name] is not accumulator.total:
+                accumulator.total.copy_(sums[name])

@@ -12,6 +12,7 @@ from hopescale.config.schema import OptimConfig
 from hopescale.cost.updates import DEEP_MEMORY_DIM
 from hopescale.optim.deep_momentum import DeepMomentum
 from hopescale.optim.delta_momentum import DeltaMomentum
+from hopescale.optim.dgd import DGD
 from hopescale.optim.m3 import M3
 from hopescale.optim.muon import Muon
 from hopescale.optim.stacked import StackedOptimizer
@@ -21,6 +22,7 @@ RULES: dict[str, type[StackedOptimizer]] = {
     "m3": M3,
     "delta_momentum": DeltaMomentum,
     "deep_momentum": DeepMomentum,
+    "dgd": DGD,
 }
 _STATE: dict[str, dict[str, Callable[[Any], Any]]] = {
     "m3": {"alpha_slow": bool, "second_moment": bool},
@@ -39,7 +41,8 @@ def make_rule(name: str, groups: Iterable[dict[str, Any]], config: OptimConfig) 
         groups: At least one; learning rate and weight decay are theirs.
         config: Settings of all rules.
     """
-    settings = asdict(getattr(config, name))
+    section = getattr(config, name, None)
+    settings = {} if section is None else asdict(section)
     if settings.get("ns_dtype") is not None:
         settings["ns_dtype"] = _DTYPES[settings["ns_dtype"]]
     return RULES[name](groups, **settings)

@@ -57,21 +57,35 @@ class ShapeClass:
         here: Which of them belong to this replica.
         slices: How these are shared out over tensor-parallel ranks; None if they are whole here, or matrices as they
             are.
+        gram: Shape of the Gram matrix, or of the columns of it, that each parameter gathers of its inputs; None if it
+            gathers none.
 
     Attributes:
         names: Of the parameters.
         weights: `[K, ...]`; each parameter is a view.
         gradients: `[K, ...]` float32, sums since the last update.
+        grams: `[K, *gram]` float32, likewise, of each parameter at `gram`; None if there are none.
         mastered: Names of what this rank updates.
         master: `[k, ...]` float32, these; a part of `weights` where that can be.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], here: slice, slices: Slices | None):
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        here: slice,
+        slices: Slices | None,
+        gram: tuple[int, int] | None = None,
+    ):
         self.names, self.here, self.slices = list(parameters), here, slices
         self.weights = torch.stack([parameter.detach() for parameter in parameters.values()])
         for parameter, place in zip(parameters.values(), self.weights, strict=True):
             parameter.data = place
         self.gradients = torch.zeros_like(self.weights, dtype=torch.float32)
+        self.grams = None
+        if gram is not None:
+            self.grams = self.gradients.new_zeros(len(self.names), *gram)
+            for parameter, place in zip(parameters.values(), self.grams, strict=True):
+                parameter.gram = place
         self.mastered = self.names[here] if slices is None else self.names[here][slices.mine]
         self.master = nn.Parameter(self._wholes(self.weights[here].float()))
 
@@ -85,6 +99,16 @@ class ShapeClass:
     def gradient(self, scale: Tensor | float) -> Tensor:
         """Scale the gradients that belong to this replica, and return the master's. All tensor-parallel ranks call."""
         return self._wholes(self.gradients[self.here].mul_(scale))
+
+    def gram(self, scale: float) -> Tensor | None:
+        """Do with Gram matrices, if there are any, what `gradient` does. All tensor-parallel ranks call."""
+        return None if self.grams is None else self._wholes(self.grams[self.here].mul_(scale))
+
+    def clear(self) -> None:
+        """Begin a new period, with what belongs to this replica; the rest is zero since it was sent."""
+        for sums in (self.gradients, self.grams):
+            if sums is not None:
+                sums[self.here].zero_()
 
     def set_weights(self) -> None:
         """Set the weights that belong to this replica to the master. All tensor-parallel ranks call."""

@@ -43,7 +43,10 @@ class LayerwiseUpdater(GatheringUpdater):
 
     Under tensor parallelism a matrix is this rank's slice, or with `tp_mode: gather` the whole: the tensor-parallel
     ranks of an owner share its matrices out among themselves, and exchange slices of gradients and weights. Matrices
-    that are split between heads are whole on their rank as they are.
+    that are split between heads are whole on their rank as they are. DGD changes every row by itself: slices of rows
+    are never gathered for it.
+
+    The Gram matrices that DGD needs are gathered and sent like gradients, beside them.
 
     Args:
         parameters: Parameters by name; their gradients are taken from them as soon as they are complete, and their
@@ -65,8 +68,9 @@ class LayerwiseUpdater(GatheringUpdater):
     ):
         self.tp_group = mesh.tp_group
         self._group_of = {name: group for group in groups for name in group.members}
+        self._takes_mean = config.accumulate == "mean"
         gathers = config.tp_mode == "gather" and self.tp_group.size() > 1
-        self._gathered = {name for name, p in parameters.items() if gathers and _cuts_matrices(p)}
+        self._gathered = {name for name, p in parameters.items() if gathers and self._cuts_matrices(name, p)}
         self._share_out(parameters, config, cadences, mesh.dp_group.size())
         self.classes = self._make_classes(parameters, cadences, mesh.dp_group.rank())
         self._place = {name: (i, j) for i, each in enumerate(self.classes) for j, name in enumerate(each.names)}
@@ -99,6 +103,11 @@ class LayerwiseUpdater(GatheringUpdater):
             cut = [each for each in work if self.owners[each.name] == owner and each.name in self._gathered]
             self.tp_owners |= share_out(cut, self.tp_group.size())
 
+    def _cuts_matrices(self, name: str, parameter: nn.Parameter) -> bool:
+        """Tell whether a tensor-parallel rank holds parts of what a rule looks at, rather than some of it whole."""
+        split, looks_at = parameter.spec.partition_dim, 1 if self._group_of[name].rule == "dgd" else 2
+        return split is not None and split >= parameter.dim() - looks_at
+
     def _whole_shape(self, name: str, parameter: nn.Parameter) -> tuple[int, ...]:
         """Return the shape that is updated."""
         shape = list(parameter.shape)
@@ -123,7 +132,10 @@ class LayerwiseUpdater(GatheringUpdater):
             if split is not None:
                 held = [self.tp_owners[name] for name in names[here]]
                 slices = Slices(self.tp_group, split, [held.count(rank) for rank in range(self.tp_group.size())])
-            classes.append(ShapeClass({name: parameters[name] for name in names}, here, slices))
+            gram = None
+            if self._group_of[names[0]].rule == "dgd":
+                gram = self._whole_shape(names[0], parameters[names[0]])[-1], parameters[names[0]].shape[-1]
+            classes.append(ShapeClass({name: parameters[name] for name in names}, here, slices, gram))
         return classes
 
     def _make_rules(self, groups: Sequence[RuleGroup], config: OptimConfig) -> dict[str, torch.optim.Optimizer]:
@@ -150,19 +162,19 @@ class LayerwiseUpdater(GatheringUpdater):
         return name in self._gathered
 
     def reduce(self, names: Sequence[str]) -> None:
-        """Sum gathered gradients over replicas, each at the replica that owns it."""
+        """Sum what is gathered over replicas, each at the replica that owns it."""
         self._reduced.update(names)
         if self.dp_group.size() == 1:
             return
-        for bucket in self._buckets(names):
-            spans = [self._spans(part, "gradients") for part in bucket.parts]
+        for bucket in self._buckets(names, "gradients", "grams"):
+            spans = [self._spans(part, "gradients", "grams") for part in bucket.parts]
             flat = torch.zeros(len(spans), bucket.room, device=self.classes[0].gradients.device)
             for tensors, place in zip(spans, flat, strict=True):
                 _pack(tensors, place)
             own = flat.new_empty(bucket.room)
             work = dist.reduce_scatter_tensor(own, flat.view(-1), group=self.dp_group, async_op=True)
             self._reducing.add(work, partial(_take_sums, flat, own, spans[self.dp_group.rank()]))
-        for tensor in self._spans([name for name in names if not self._owns(name)], "gradients"):
+        for tensor in self._spans([name for name in names if not self._owns(name)], "gradients", "grams"):
             tensor.zero_()
 
     def gathered(self, name: str) -> Tensor:
@@ -170,7 +182,7 @@ class LayerwiseUpdater(GatheringUpdater):
         self._reducing.wait()
         return super().gathered(name)
 
-    def _spans(self, names: Iterable[str], stack: str) -> list[Tensor]:
+    def _spans(self, names: Iterable[str], *stacks: str) -> list[Tensor]:
         """Return the places of parameters in the stacks of their classes, neighbours as one tensor."""
         spans: list[list[int]] = []
         for index, place in sorted(self._place[name] for name in names):
@@ -178,11 +190,12 @@ class LayerwiseUpdater(GatheringUpdater):
                 spans[-1][2] += 1
             else:
                 spans.append([index, place, place + 1])
-        return [getattr(self.classes[index], stack)[start:stop] for index, start, stop in spans]
+        found = ((getattr(self.classes[index], stack), start, stop) for index, start, stop in spans for stack in stacks)
+        return [stack[start:stop] for stack, start, stop in found if stack is not None]
 
-    def _buckets(self, names: Sequence[str]) -> list[_Bucket]:
+    def _buckets(self, names: Sequence[str], *stacks: str) -> list[_Bucket]:
         replicas, names = self.dp_group.size(), sorted(names, key=self._place.__getitem__)
-        sizes = {name: self.parameters[name].numel() for name in names}
+        sizes = {name: sum(span.numel() for span in self._spans([name], *stacks)) for name in names}
         result = []
         for bucket in buckets(names, self.owners, sizes, BUCKET_ELEMENTS // replicas):
             parts = [[name for name in bucket if self.owners[name] == owner] for owner in range(replicas)]
@@ -221,13 +234,14 @@ class LayerwiseUpdater(GatheringUpdater):
 
     def _update_class(self, each: ShapeClass, scale: Tensor | float) -> None:
         """Update what belongs here of a class, which has one cadence and thus one scale."""
-        gradient = each.gradient(scale)
+        period = self.accumulators[each.names[0]].cadence.period
+        # Clipping makes a step smaller, not the inputs.
+        gradient, gram = each.gradient(scale), each.gram(1 / period if self._takes_mean else 1.0)
         if each.mastered:
-            each.master.grad = gradient
+            each.master.grad, each.master.gram = gradient, gram
             self._rule_of(each).step()
-            each.master.grad = None
-        # What belongs elsewhere is zero since it was sent.
-        each.gradients[each.here].zero_()
+            each.master.grad = each.master.gram = None
+        each.clear()
         each.set_weights()
 
     def _buckets_by_last_class(self, names: Sequence[str]) -> dict[int, list[_Bucket]]:
@@ -239,7 +253,7 @@ class LayerwiseUpdater(GatheringUpdater):
         for name in names:
             alike[self.parameters[name].dtype].append(name)
         for part in alike.values():
-            for bucket in self._buckets(part):
+            for bucket in self._buckets(part, "weights"):
                 result[bucket.last].append(bucket)
         return result
 
@@ -269,18 +283,50 @@ class LayerwiseUpdater(GatheringUpdater):
                 result |= {f"{name}.{key}": value[index] if value.dim() else value for key, value in state.items()}
         return result
 
+    def sums(self) -> dict[str, Tensor]:
+        """Return the running sums of slow parameters, and as `<parameter>.gram` those of their Gram matrices.
+
+        These are whole, or split over tensor-parallel ranks along their columns as the parameter is.
+        """
+        result = super().sums()
+        for name, gram in self._slow_grams().items():
+            columns = gram.new_zeros(self._num_inputs(name), gram.shape[-1])
+            self._own_rows(columns, gram).copy_(gram)
+            result[f"{name}.gram"] = columns
+        return result
+
+    @torch.no_grad()
+    def load_sums(self, sums: Mapping[str, Tensor]) -> None:
+        """Take over running sums, given in parts that add up over replicas; what is missing is zero."""
+        super().load_sums(sums)
+        for name, gram in self._slow_grams().items():
+            columns = sums.get(f"{name}.gram")
+            gram.zero_() if columns is None else gram.copy_(self._own_rows(columns, gram))
+
+    def _slow_grams(self) -> dict[str, Tensor]:
+        """Return the Gram matrices that outlive a step."""
+        result = {}
+        for each in self.classes:
+            if each.grams is not None and self.accumulators[each.names[0]].kept:
+                result |= zip(each.names, each.grams, strict=True)
+        return result
+
+    def _num_inputs(self, name: str) -> int:
+        """Return the number of inputs of a layer over all tensor-parallel ranks."""
+        parameter = self.parameters[name]
+        split = parameter.spec.partition_dim == parameter.dim() - 1
+        return parameter.shape[-1] * (self.tp_group.size() if split else 1)
+
+    def _own_rows(self, columns: Tensor, gram: Tensor) -> Tensor:
+        """Return the part of a Gram matrix's columns that is gathered here: all rows, or this rank's slice of them."""
+        return columns if columns.shape == gram.shape else columns.chunk(self.tp_group.size())[self.tp_group.rank()]
+
     def _set_masters(self, names: Iterable[str]) -> None:
         """Set masters to weights. All tensor-parallel ranks call."""
         names = set(names)
         for each in self.classes:
             if not names.isdisjoint(each.names):
                 each.set_master()
-
-
-def _cuts_matrices(parameter: nn.Parameter) -> bool:
-    """Tell whether a tensor-parallel rank holds parts of matrices, rather than some whole ones."""
-    split = parameter.spec.partition_dim
-    return split is not None and split >= parameter.dim() - 2
 
 
 def _take_sums(_: Tensor, own: Tensor, gradients: Sequence[Tensor]) -> None:

@@ -90,7 +90,11 @@ class Updater(Protocol):
         """Set masters to the weights, as in a new run: in place of `load_state_dict`."""
 
     def sums(self) -> dict[str, Tensor]:
-        """Return the running sums of slow parameters, by parameter name, in parts that add up over replicas."""
+        """Return the running sums of slow parameters, in parts that add up over replicas.
+
+        By parameter name those of gradients; as `<parameter>.gram` those of Gram matrices, split along their columns if
+        the parameter's are.
+        """
 
     def load_sums(self, sums: Mapping[str, Tensor]) -> None:
         """Take over running sums, given in parts that add up over replicas in any way; what is missing is zero."""

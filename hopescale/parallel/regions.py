@@ -5,6 +5,7 @@ from __future__ import annotations
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
+    gather_from_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
@@ -35,6 +36,19 @@ def gather_tokens(x: Tensor, mesh: Mesh) -> Tensor:
     if mesh.sequence_parallel:
         return gather_from_sequence_parallel_region(x, group=mesh.tp_group)
     return share_with_ranks(x, mesh)
+
+
+def gather_columns(x: Tensor, mesh: Mesh) -> Tensor:
+    """Return what tensor-parallel ranks hold slices of along the last dimension, as the inputs of a `RowLinear`.
+
+    Args:
+        x: `[..., c]`.
+        mesh: Ranks that hold the slices.
+
+    Returns:
+        `[..., C]`, in the order of the ranks.
+    """
+    return gather_from_tensor_model_parallel_region(x, group=mesh.tp_group)
 
 
 def reduce_from_ranks(x: Tensor, mesh: Mesh) -> Tensor:

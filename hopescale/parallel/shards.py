@@ -6,19 +6,18 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from hopescale.parallel.layers import ParameterSpec
 from hopescale.parallel.mesh import Mesh
 
 
-def as_whole(part: Tensor, spec: ParameterSpec, mesh: Mesh) -> Tensor:
-    """Return a tensor of the whole parameter's shape that shares memory with this rank's part.
+def as_whole(part: Tensor, split: int | None, mesh: Mesh) -> Tensor:
+    """Return a tensor of the whole's shape that shares memory with this rank's part.
 
     Args:
-        part: Of the parameter itself, or of anything of its shape that belongs to it (a master, a moment).
-        spec: Says how the parameter is split over tensor-parallel ranks.
+        part: Of a parameter, or of anything that belongs to one (a master, a moment, a Gram matrix).
+        split: Dimension along which tensor-parallel ranks hold parts; None if each holds the whole.
         mesh: Where this process stands.
     """
-    if spec.partition_dim is None or mesh.tp_group.size() == 1:
+    if split is None or mesh.tp_group.size() == 1:
         return part
     ranks = DeviceMesh.from_group(mesh.tp_group, part.device.type)
-    return DTensor.from_local(part, ranks, [Shard(spec.partition_dim)], run_check=False)
+    return DTensor.from_local(part, ranks, [Shard(split)], run_check=False)

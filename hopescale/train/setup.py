@@ -26,6 +26,7 @@ from hopescale.data.loader import Data, open_data
 from hopescale.models import Model
 from hopescale.observe.health import LossWatch
 from hopescale.optim import Cadence, OuterOptimizer, Updater
+from hopescale.optim.gram import gather_grams, linear_layers
 from hopescale.optim.replicated import ReplicatedUpdater
 from hopescale.optim.rules import changed_state
 from hopescale.parallel.control import Control
@@ -61,15 +62,24 @@ def build_state(config: RunConfig, layout: Layout, mesh: Mesh, device: torch.dev
         for level, names in model.level_parameters().items()
         for name in names
     }
+    layers = {name: layer for model in slices for name, layer in linear_layers(model).items()}
+    linear = [name for names in Control(mesh).gather(list(layers)) for name in names]
     optimizer = OuterOptimizer(
         parameters,
         config.optim,
         config.train.steps,
         cadences,
-        groups=Control(mesh).together(lambda: assign_groups(shapes, config.optim.groups, tied)),
+        groups=Control(mesh).together(lambda: assign_groups(shapes, config.optim.groups, tied, linear)),
         mesh=mesh,
         tied=tied,
         updater=_updater(config.parallel.zero, slices),
+    )
+    gather_grams(
+        layers,
+        [name for name, group in optimizer.groups.items() if config.optim.groups[group].rule == "dgd"],
+        config.train.global_batch_tokens,
+        whole_matrices=config.optim.tp_mode == "gather",
+        mesh=mesh,
     )
     return TrainState(config, slices, optimizer, data, LossWatch(config.train.loss_spike), shapes)
 

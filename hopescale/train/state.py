@@ -108,11 +108,20 @@ class TrainState:
             parameter = name if name in self.parameters else parameter_of(name, "optimizer")
             is_state = parameter != name and ".accumulator." not in name
             whole = part.dim() == 0 or (is_state and self.optimizer.holds_whole(parameter))
-            result[name] = part if whole else as_whole(part, self.parameters[parameter].spec, self.mesh)
+            split = None if whole else self._split_of(name)
+            result[name] = as_whole(part, split, self.mesh)
         return result
 
+    def _split_of(self, name: str) -> int | None:
+        """Return the dimension along which a parameter, or what is of its shape or sums over steps, is split."""
+        parameter = name if name in self.parameters else parameter_of(name, "optimizer")
+        split = self.parameters[parameter].spec.partition_dim
+        # A Gram matrix has the columns of the parameter.
+        return None if split == 0 and ".gram.accumulator." in name else split
+
     def _sums(self) -> dict[str, Tensor]:
-        """Return the running sums of slow levels, `<parameter>.accumulator.<replica>`."""
+        """Return the running sums of slow levels, `<parameter>.accumulator.<replica>`, and of Gram matrices, which have
+        `.gram` before it."""
         group, sums = self.mesh.dp_group, self.optimizer.sums()
         replica = group.rank()
         if group.size() > MAX_SUMS and self.config.parallel.zero < 2:
@@ -120,6 +129,7 @@ class TrainState:
                 dist.all_reduce(total, group=group)
                 if replica:
                     total.zero_()
+            self.optimizer.load_sums(sums)
             if replica:
                 return {}
         return {f"{name}.accumulator.{replica}": total for name, total in sums.items()}
@@ -129,9 +139,10 @@ class TrainState:
         group, room = self.mesh.dp_group, {}
         for name, entry in sorted(saved.items()):
             name = name.removeprefix("optimizer.")
-            parameter, _, replica = name.rpartition(".accumulator.")
+            key, _, replica = name.rpartition(".accumulator.")
+            parameter = key.removesuffix(".gram")
             if parameter in self.parameters and int(replica) % group.size() == group.rank():
-                shape, split = list(entry.shape), self.parameters[parameter].spec.partition_dim
+                shape, split = list(entry.shape), self._split_of(name)
                 if split is not None:
                     shape[split] //= self.mesh.tp_group.size()
                 room[name] = torch.zeros(shape, device=self.parameters[parameter].device)
@@ -205,8 +216,8 @@ class TrainState:
             self.optimizer.load_state_dict(state)
         totals: dict[str, Tensor] = {}
         for name, part in sums.items():
-            parameter = parameter_of(name, "optimizer")
-            totals[parameter] = totals[parameter] + part if parameter in totals else part
+            key, _, _ = name.rpartition(".accumulator.")
+            totals[key] = totals[key] + part if key in totals else part
         self.optimizer.load_sums(totals)
         if "cpu" in generators:
             torch.set_rng_state(generators["cpu"])
@@ -220,10 +231,11 @@ def parameter_of(name: str, kind: str) -> str:
     """Return the parameter that a saved tensor belongs to.
 
     Args:
-        name: Of the tensor: `<parameter>`, `<parameter>.exp_avg` or `<parameter>.accumulator.0`.
+        name: Of the tensor: `<parameter>`, `<parameter>.exp_avg`, `<parameter>.accumulator.0` or
+            `<parameter>.gram.accumulator.0`.
         kind: `model` or `optimizer`.
     """
     if kind == "model":
         return name
     parameter, _, last = name.rpartition(".")
-    return parameter.removesuffix(".accumulator") if last.isdigit() else parameter
+    return parameter.removesuffix(".accumulator").removesuffix(".gram") if last.isdigit() else parameter

@@ -33,7 +33,7 @@ from hopescale.parallel.traffic import Traffic
 from tests.support.layouts import fork, saved, train_run, values, weights, worst
 from tests.support.ranks import run_ranks
 
-RULES = ("muon", "m3", "delta_momentum", "deep_momentum")
+RULES = ("muon", "m3", "delta_momentum", "deep_momentum", "dgd")
 STEPS, MICRO_BATCHES = 6, 4
 SHAPES: dict[str, tuple[tuple[int, ...], int | None]] = {
     **{f"fast.{i}.up": ((8, 6), 0) for i in range(5)},
@@ -52,6 +52,7 @@ CADENCES = {"mid": Cadence(2), "slow": Cadence(4, phase=1)}
 
 
 def make_config(rule: str, tp_mode: str = "shard") -> OptimConfig:
+    heads = () if rule == "dgd" else ("*.heads",)
     return OptimConfig(
         lr=0.05,
         eps=0.1,
@@ -64,7 +65,7 @@ def make_config(rule: str, tp_mode: str = "shard") -> OptimConfig:
         groups={
             "still": GroupConfig(match=("*norm",), weight_decay=0.0, lr_scale=0.5),
             "tall": GroupConfig(match=("*.up",), rule=rule, lr_scale=0.5),
-            "other": GroupConfig(match=("*.down", "*.heads", "*.whole"), rule=rule, weight_decay=0.0),
+            "other": GroupConfig(match=("*.down", *heads, "*.whole"), rule=rule, weight_decay=0.0),
             "rest": GroupConfig(),
         },
     )
@@ -78,6 +79,12 @@ def draw(name: str, seed: int, mesh: Mesh) -> Tensor:
     if split is None:
         return whole
     return whole.chunk(mesh.tp_group.size(), split)[mesh.tp_group.rank()].contiguous()
+
+
+def draw_inputs(name: str, seed: int) -> Tensor:
+    """Inputs of a layer over all ranks, `[tokens, C]`."""
+    generator = torch.Generator().manual_seed(100 * seed + list(SHAPES).index(name) + 50)
+    return torch.randn(9, SHAPES[name][0][-1], generator=generator)
 
 
 class Run:
@@ -98,12 +105,22 @@ class Run:
         for micro in range(group.rank(), MICRO_BATCHES, group.size()):
             for name, parameter in self.optimizer.parameters.items():
                 parameter.backward((draw(name, 10 * step + micro, self.mesh) / 10).to(parameter.dtype))
+                if hasattr(parameter, "gram"):
+                    self.see(name, parameter, draw_inputs(name, 10 * step + micro))
         due = self.optimizer.due(step)
         self.optimizer.reduce(due)
         norm = self.optimizer.grad_norms({"due": due})["due"]
         before = self.optimizer.masters(due)
         self.optimizer.step(step, norm)
         return norm.item() + self.optimizer.change({"due": due}, {"due": before})["due"]
+
+    def see(self, name: str, parameter: nn.Parameter, inputs: Tensor) -> None:
+        """Do what a hook on a layer does."""
+        own, tp = inputs, self.mesh.tp_group
+        if SHAPES[name][1] == 1:
+            own = inputs.chunk(tp.size(), 1)[tp.rank()]
+        rows = inputs if parameter.gram.shape[0] == inputs.shape[1] else own
+        parameter.gram.add_(rows.T @ own)
 
     def whole(self) -> dict[str, Tensor]:
         """Weights, whole."""
@@ -229,6 +246,7 @@ def test_weights_leave_while_others_are_updated(tmp_path: Path):
     run_ranks(check_overlap, 2, tmp_path)
 
 
+LINEAR = "['*_proj.weight','*.gate.weight','*.up.weight','*.down.weight']"
 MATRICES = "['*_proj.weight','*.gate.weight','*.up.weight','*.down.weight','*.banks.*']"
 
 
@@ -264,8 +282,9 @@ def settings_of(rule: str, layout: tuple[str, ...] = ()) -> tuple[str, ...]:
         "muon": ("optim.muon.ns_steps=3",),
         "m3": ("optim.m3.eps=0.1", "optim.m3.frequency=2"),
         "delta_momentum": ("optim.delta_momentum.delta=0.2",),
+        "dgd": ("optim.groups.matrices.lr_scale=20",),
     }
-    group = f"optim.groups.matrices={{rule: {rule}, match: {MATRICES}}}"
+    group = f"optim.groups.matrices={{rule: {rule}, match: {LINEAR if rule == 'dgd' else MATRICES}}}"
     return (*layout, group, *own.get(rule, ()))
 
 

@@ -11,17 +11,20 @@ import torch
 if TYPE_CHECKING:
     from conftest import Run
 
+LINEAR = "['*_proj.weight', '*.gate.weight', '*.up.weight', '*.down.weight']"
 PATTERNS = "['*_proj.weight', '*.gate.weight', '*.up.weight', '*.down.weight', '*.banks.*']"
 STATES = {
     "muon": {"momentum_buffer"},
     "m3": {"step", "fast_momentum", "slow_momentum", "slow_direction", "second_moment"},
     "delta_momentum": {"step", "momentum_buffer"},
     "deep_momentum": {"memory_w1", "memory_w2"},
+    "dgd": {"gram.accumulator.0"},
 }
 
 
 def using(rule: str) -> str:
-    return f"optim.groups.matrices={{rule: {rule}, match: {PATTERNS}}}"
+    match = LINEAR if rule == "dgd" else PATTERNS
+    return f"optim.groups.matrices={{rule: {rule}, match: {match}}}"
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -109,3 +112,12 @@ def test_a_vector_is_refused_by_a_rule_for_matrices(train):
     outcome = train("optim.groups.no_decay.rule=m3")
     assert outcome.code == 2
     assert "optim.groups.no_decay.rule: m3 updates matrices, but blocks.0.norm.weight has shape [16]" in outcome.err
+
+
+def test_what_is_no_layer_is_refused_by_a_rule_that_needs_inputs(train):
+    outcome = train(using("m3"), "optim.groups.matrices.rule=dgd")
+    assert outcome.code == 2
+    assert "dgd needs the inputs of a linear layer, but blocks.0.mixer.banks." in outcome.err
+    assert "is not the weight of one" in outcome.err and "with another rule, such as adamw" in outcome.err
+    outcome = train("optim.groups.matrices={rule: dgd, match: ['embedding.weight']}")
+    assert outcome.code == 2 and "of a linear layer, but embedding.weight is not the weight of one" in outcome.err

@@ -20,7 +20,7 @@ class ScheduleConfig:
     """Fraction of `train.steps` spent in the final decay. Only with `name: wsd`."""
 
 
-Rule = Literal["adamw", "muon", "m3", "delta_momentum", "deep_momentum"]
+Rule = Literal["adamw", "muon", "m3", "delta_momentum", "deep_momentum", "dgd"]
 """Names of the update rules; all but AdamW's update matrices."""
 
 
@@ -30,7 +30,7 @@ class GroupConfig:
 
     rule: Rule = "adamw"
     """The update rule. All but `adamw` take matrices: parameters of two and more dimensions, of which the last two are
-    a matrix. Embedding and head are better left to `adamw`."""
+    a matrix; `dgd` those of linear layers alone. Embedding and head are better left to `adamw`."""
 
     match: tuple[str, ...] | None = None
     """Shell patterns of parameter names (`*.norm.weight`). Null takes all that no other group matches; exactly one

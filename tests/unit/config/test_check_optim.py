@@ -30,6 +30,7 @@ BROKEN = [
     ([*ALL, "optim.betas=[0.8, 0.9]"], "optim.betas", "no group has rule: adamw"),
     ([*ALL, "optim.eps=1e-4"], "optim.eps", "no group has rule: adamw"),
     ([using("muon"), "optim.groups.matrices.betas=[0.8, 0.9]"], "optim.groups.matrices.betas", "rule is muon"),
+    ([using("dgd"), "optim.groups.matrices.betas=[0.8, 0.9]"], "optim.groups.matrices.betas", "rule is dgd"),
     ([using("m3"), "optim.m3.alpha_slow=0", "optim.m3.frequency=2"], "optim.m3.frequency", "alpha_slow is 0"),
     ([using("m3"), "optim.m3.second_moment=false", "optim.m3.eps=1"], "optim.m3.eps", "second_moment is false"),
     ([using("m3"), "optim.m3.form=paper", "optim.m3.nesterov=true"], "optim.m3.nesterov", "form is paper"),
@@ -80,10 +81,10 @@ def test_good_configs_pass(overrides: list[str]):
 
 @pytest.mark.parametrize("rule", MATRIX_RULES)
 def test_settings_are_those_of_the_rule(rule: str):
-    """Names and defaults; rate and decay are the group's."""
+    """Names and defaults; rate and decay are the group's, and DGD has nothing else."""
     arguments = signature(RULES[rule]).parameters
-    settings = getattr(OptimConfig(), rule)
-    names = {field.name for field in fields(settings)}
+    settings = getattr(OptimConfig(), rule, None)
+    names = set() if settings is None else {field.name for field in fields(settings)}
     assert names == arguments.keys() - {"params", "lr", "weight_decay", "ns_coefficients"}
     for name in names:
         default, same = getattr(settings, name), arguments[name].default

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hopescale.optim.dgd import DGD, InputGram, dgd_update
+from hopescale.optim.dgd import DGD, dgd_update
+from hopescale.optim.gram import gather_gram
 
 
 def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -49,8 +50,8 @@ def test_batches_of_matrices_and_low_precision():
 
 def test_a_layer_is_trained_with_the_inputs_of_all_its_passes():
     layer = nn.Linear(4, 3, bias=False)
-    gram = InputGram(layer)
-    rule = DGD([layer.weight], 0.2, 0.1, grams={layer.weight: gram})
+    gather_gram(layer, 20)
+    rule = DGD([layer.weight], 0.2, 0.1)
     expected = layer.weight.detach().clone().double()
     for step in range(3):
         inputs = [randn(2, 5, 4, seed=10 * step + micro, dtype=torch.float32) for micro in range(2)]
@@ -60,50 +61,18 @@ def test_a_layer_is_trained_with_the_inputs_of_all_its_passes():
         g, s = layer.weight.grad.double(), sum(torch.outer(x, x) for x in flat) / len(flat)
         expected = (expected * (1 - 0.2 * 0.1) - 0.2 * g) @ torch.linalg.inv(torch.eye(4).double() + 0.2 * s)
         rule.step()
-        layer.weight.grad = None
         torch.testing.assert_close(layer.weight.detach().double(), expected, rtol=1e-5, atol=1e-6)
-        assert gram.tokens == 0 and not gram.total.any()
+        rule.zero_grad()
+        assert layer.weight.gram is None
     assert not rule.state[layer.weight]
 
 
-def test_what_a_gram_matrix_sees():
-    layer, x = nn.Linear(4, 3), randn(7, 4, seed=0, dtype=torch.float32)
-    gram, unit = InputGram(layer), InputGram(layer, unit=True)
-    with torch.no_grad():
-        layer(x)
-    layer.eval()
-    layer(x)
-    assert gram.tokens == 0
-    torch.testing.assert_close(gram.mean(), torch.zeros(4, 4))
-    layer.train()
-    layer(x.bfloat16().float())
-    layer(torch.zeros(1, 4))
-    assert gram.tokens == 8
-    torch.testing.assert_close(unit.mean().trace(), torch.tensor(7 / 8))
-    gram.remove()
-    layer(x)
-    assert gram.tokens == 8 and unit.tokens == 15
-
-
-def test_parts_over_ranks():
-    """Tokens that are split add up; columns that are split are gathered first."""
-    x = randn(6, 4, seed=0, dtype=torch.float32)
-    whole, rows = nn.Linear(4, 3), [nn.Linear(4, 3) for _ in range(2)]
-    expected, parts = InputGram(whole), [InputGram(layer) for layer in rows]
-    whole(x)
-    for layer, part in zip(rows, x.split(3), strict=True):
-        layer(part)
-    torch.testing.assert_close(sum(part.total for part in parts), expected.total)
-    assert sum(part.tokens for part in parts) == expected.tokens
-    narrow = nn.Linear(2, 3)
-    gathered = InputGram(narrow, columns=4, gather=lambda own: torch.cat([own, x[:, 2:]], dim=-1))
-    narrow(x[:, :2])
-    torch.testing.assert_close(gathered.mean(), expected.mean())
-
-
 def test_a_weight_without_its_gram_matrix_is_refused():
-    layer, other = nn.Linear(4, 3), nn.Linear(5, 3)
+    weight = nn.Parameter(torch.ones(3, 4))
+    weight.grad = torch.ones(3, 4)
+    rule = DGD([weight])
     with pytest.raises(ValueError, match="has none"):
-        DGD([layer.weight], grams={})
-    with pytest.raises(ValueError, match="one of width 5"):
-        DGD([layer.weight], grams={layer.weight: InputGram(other)})
+        rule.step()
+    weight.gram = torch.eye(5)
+    with pytest.raises(ValueError, match=r"one of shape \(5, 5\)"):
+        rule.step()

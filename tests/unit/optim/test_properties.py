@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hopescale.optim.adamw import AdamW
 from hopescale.optim.deep_momentum import DeepMomentum
 from hopescale.optim.delta_momentum import DeltaMomentum
-from hopescale.optim.dgd import DGD, InputGram
+from hopescale.optim.dgd import DGD
 from hopescale.optim.m3 import M3
 from hopescale.optim.muon import Muon
 from hopescale.optim.stacked import STACK_ELEMENTS
@@ -21,21 +21,10 @@ from hopescale.optim.stacked import STACK_ELEMENTS
 SHAPES = [(4, 6), (6, 4), (4, 6), (3, 4, 6), (4, 6), (3, 4, 6), (5, 5)]
 
 
-class FixedGram:
-    """A Gram matrix that does not depend on a layer."""
-
-    def __init__(self, p: Tensor):
-        self.total = torch.eye(p.shape[-1], dtype=p.dtype, device=p.device)
-
-    def mean(self) -> Tensor:
-        return 0.1 * self.total
-
-    def clear(self) -> None:
-        pass
-
-
 def make_dgd(members: list[nn.Parameter], lr: float = 1e-3, **settings) -> DGD:
-    return DGD(members, lr, **settings, grams={p: FixedGram(p) for p in members})
+    for p in members:
+        p.gram = 0.1 * torch.eye(p.shape[-1], dtype=p.dtype, device=p.device)
+    return DGD(members, lr, **settings)
 
 
 # For each rule a learning rate for the quadratic, and to which fraction its loss falls in 200 steps.
@@ -254,8 +243,3 @@ def test_a_closure_is_called_with_gradients_on(name: str):
 
     assert optimizer.step(closure) == before.square().sum()
     assert not torch.equal(weight, before)
-
-
-def test_the_gram_matrix_here_stands_for_the_real_one():
-    members = {name for name in vars(InputGram) if not name.startswith("_")}
-    assert members - {"remove"} == {name for name in vars(FixedGram) if not name.startswith("_")}
