@@ -22,7 +22,7 @@ _ENDED = frozenset(
 )
 _NOT_KNOWN = re.compile(r"Invalid job id|Job \S+ not found")
 _FIELD = re.compile(r"(?:^| )([A-Za-z]+)=(.*?)(?= [A-Za-z:/]+=|\s*$)")
-_GPUS = re.compile(r"\bgpu(?::[A-Za-z][^:,(]*)?:(\d+)")
+_GPUS = re.compile(r"\bgpu(?::[^:,()]+)?:(\d+)(?=[,(]|$)")
 _MISSING = ("", "(null)", "None", "Unknown", "None assigned")
 _SACCT_FIELDS = ("JobID", "State", "ExitCode", "Reason", "NodeList", "Start")
 _DEFAULT_MAX_ARRAY_SIZE = 1001

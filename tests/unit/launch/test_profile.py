@@ -99,9 +99,11 @@ def test_time_limits_are_read_as_sbatch_reads_them(text, seconds):
     assert seconds_of(text) == seconds
 
 
-def test_every_setting_is_documented_and_rendered():
-    reference = (Path(__file__).parents[3] / "docs" / "slurm.md").read_text()
-    source = (Path(__file__).parents[3] / "hopescale" / "launch" / "sbatch.py").read_text()
+def test_every_setting_is_documented_and_used():
+    root = Path(__file__).parents[3]
+    reference = (root / "docs" / "slurm.md").read_text()
+    users = [*(root / "hopescale" / "launch").glob("*.py"), root / "hopescale" / "cli" / "submit.py"]
+    source = "".join(path.read_text() for path in users)
     for name, doc in docstrings(ClusterProfile).items():
         assert f"| `{name}` |" in reference, name
         assert doc.endswith(".")

@@ -13,7 +13,7 @@ from hopescale.config.load import load_recipe
 from hopescale.train.folder import RunFolder
 from tests.support.fake_slurm import FakeSlurm, record
 
-PARTITIONS = "cpu*|3|(null)\ngpu|2|gpu:h100:4(S:0-1)\ngpu|1|gpu:h100:8,nvme:1"
+PARTITIONS = "cpu*|3|(null)\ngpu|2|gpu:4(S:0-1)\ngpu|1|gpu:h100:6(S:0,1),gpu:1g.5gb:2,nvme:1"
 PROFILE = 'gpus_per_node: 0\nranks_per_node: 2\ntime: "10"\n'
 
 
