@@ -43,6 +43,7 @@ def test_the_debug_recipe_leaves_a_run_folder(hopescale, run: Run):
         "groups.txt",
         "metrics.jsonl",
         "origins.json",
+        "outcome",
         "overrides.txt",
         "plan.json",
         "tb",
