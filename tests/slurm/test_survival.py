@@ -68,8 +68,12 @@ class Scene:
 
     def at_step(self, step: int) -> int:
         """Wait until a step has been recorded; return the last one."""
-        self.slurm.wait(lambda: max(steps(self.run), default=0) >= step, f"step {step} of {self.run.name}")
+        self.slurm.wait(lambda: self._has_step(step), f"step {step} of {self.run.name}")
         return max(steps(self.run))
+
+    def _has_step(self, step: int) -> bool:
+        assert self.slurm.if_ended(self.id) is None, self.log()
+        return max(steps(self.run), default=0) >= step
 
     def halt_at_step(self, step: int) -> None:
         """Let the run stand still from a step on, until Slurm sends it a signal."""
@@ -89,17 +93,28 @@ def test_runs_survive(slurm: Cluster, tmp_path: Path, profile):
         return tmp_path / "whole"
 
     container = ("container: pyxis", "image: some.sqsh", f"python: {sys.executable}")
-    scenes = {
-        time_limits: profile("limits", 'time: "1"', *container, f"sbatch: [{SECOND_HALF!r}]"),
-        preemption_crash_and_lost_node: profile("survivor", "partition: preempt", f"sbatch: [{FIRST_HALF!r}]"),
-        chain: profile("chain", f"sbatch: [{SECOND_HALF!r}]"),
-        torchrun: profile("torchrun", "launcher: torchrun", f"sbatch: [{SECOND_HALF!r}]"),
-        cancelled: profile("cancelled", f"sbatch: [{SECOND_HALF!r}]"),
-        lasting_failure: profile("lasting", "ranks_per_node: 1", "max_failures: 1", f"sbatch: [{SECOND_HALF!r}]"),
+    here = f"sbatch: [{SECOND_HALF!r}]"
+    at_once = ('time: "3"', "signal_lead_s: 170")  # the limit's signal comes within 40 s, however slow the start is
+    limits = profile("limits", *at_once, *container, here)
+    survivor = profile("survivor", "partition: preempt", f"sbatch: [{FIRST_HALF!r}]")
+    in_turn = {
+        chain: profile("chain", here),
+        torchrun: profile("torchrun", "launcher: torchrun", here),
+        cancelled: profile("cancelled", here),
+        lasting_failure: profile("lasting", "ranks_per_node: 1", "max_failures: 1", here),
     }
+
+    def one_after_another() -> None:
+        for scene, written in in_turn.items():
+            scene(slurm, tmp_path, written)
+
     with ThreadPoolExecutor() as pool:
         whole = pool.submit(uninterrupted)
-        played = [pool.submit(scene, slurm, tmp_path, written) for scene, written in scenes.items()]
+        played = [
+            pool.submit(time_limits, slurm, tmp_path, limits),
+            pool.submit(preemption_crash_and_lost_node, slurm, tmp_path, survivor),
+            pool.submit(one_after_another),
+        ]
     failures = [error for future in [whole, *played] if (error := future.exception())]
     if failures:
         raise ExceptionGroup("scenes", failures)

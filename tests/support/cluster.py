@@ -20,7 +20,7 @@ TOOLS = ROOT / "tests" / "slurm" / "cluster"
 LIMIT_S = 400
 """Seconds after which what a test waits for is not coming."""
 
-_ENDED = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "FAILED", "NODE_FAIL", "TIMEOUT")
+_ENDED = ("CANCELLED", "COMPLETED", "FAILED", "TIMEOUT")
 _NOT_MADE_HERE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -79,7 +79,12 @@ class Cluster:
 
     def ended(self, id: str) -> dict[str, str]:
         """Wait for the end of a job, and return what Slurm says of it."""
-        return self.wait(lambda: self._if_ended(id), f"job {id} to end")
+        return self.wait(lambda: self.if_ended(id), f"job {id} to end")
+
+    def if_ended(self, id: str) -> dict[str, str] | None:
+        """Return what Slurm says of a job that has ended; None of others."""
+        job = self.job(id)
+        return job if job["JobState"] in _ENDED else None
 
     def restarted(self, id: str, count: int) -> None:
         """Wait until a job runs for the `count`-th time after its first."""
@@ -112,13 +117,9 @@ class Cluster:
             time.sleep(0.2)
         return value
 
-    def _if_ended(self, id: str) -> dict[str, str] | None:
-        job = self.job(id)
-        return job if job["JobState"] in _ENDED else None
-
     def _runs_again(self, id: str, count: int) -> bool:
         job = self.job(id)
-        assert int(job["Restarts"]) < count or job["JobState"] in ("PENDING", "RUNNING", "COMPLETING"), job
+        assert job["JobState"] not in _ENDED, job
         return int(job["Restarts"]) == count and job["JobState"] == "RUNNING"
 
 
