@@ -35,7 +35,6 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / ".lock").open("w")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            (self.path / "outcome").unlink(missing_ok=True)
         except BlockingIOError as error:
             hint = "wait for it, stop it, or choose another --run-dir"
             raise LaunchError(f"run folder {self.path} is in use by another process", hint) from error
@@ -75,6 +74,8 @@ class RunFolder:
     def describe(self, loaded: Loaded, layout: Layout, overrides: Sequence[str], groups: str) -> None:
         """Write what the run is: resolved config, overrides, origins, plan, parameter groups, environment.
 
+        How the start before ended is forgotten.
+
         Raises:
             LaunchError: If the folder cannot be written.
         """
@@ -82,11 +83,12 @@ class RunFolder:
             write_record(self.path, loaded, layout, overrides)
             replace_text(self.path / "groups.txt", groups)
             replace_text(self.path / "env.txt", describe_software())
+            (self.path / "outcome").unlink(missing_ok=True)
         except OSError as error:
             raise self._failure(error) from error
 
     def note_outcome(self, outcome: str) -> None:
-        """Keep how the run ended; the next process that opens the folder forgets it.
+        """Keep how the run ended, until `describe` begins the next start.
 
         Raises:
             LaunchError: If the folder cannot be written.
