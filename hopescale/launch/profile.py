@@ -15,6 +15,8 @@ from hopescale.config.load import load_settings
 
 _VARIABLE = re.compile(r"[A-Za-z_]\w*")
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<parts>\d+(?::\d+){0,2})")
+_QUOTED = {"time": 'write it in quotes: "12:00:00"', "preflight": 'write it in quotes: "off"'}
+"""Hints for values that YAML reads differently: an unquoted 12:00:00 as the number 43200, `off` as false."""
 
 
 @dataclass(frozen=True)
@@ -96,9 +98,8 @@ def load_profile(cluster: str) -> ClusterProfile:
     path = _find(cluster)
     try:
         profile = load_settings(path, ClusterProfile)
-    except ConfigError as error:  # YAML takes an unquoted 12:00:00 for the number 43200
-        hint = 'write it in quotes: "12:00:00"'
-        problems = [replace(problem, hint=hint) if problem.key == "time" else problem for problem in error.problems]
+    except ConfigError as error:
+        problems = [replace(problem, hint=_QUOTED.get(problem.key, problem.hint)) for problem in error.problems]
         raise ConfigError(problems) from None
     origin = display_path(path)
     if problems := [Problem(key, message, origin, hint) for key, message, hint in _problems(profile)]:
