@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from hopescale.launch.profile import ClusterProfile
-from hopescale.launch.sbatch import Job, render
+from hopescale.launch.sbatch import Array, Job, render
 from tests.support.fake_slurm import FakeSlurm
 
 CPUS = ClusterProfile(gpus_per_node=0, ranks_per_node=2, max_failures=2)
@@ -37,7 +37,7 @@ def slurm(tmp_path: Path) -> FakeSlurm:
 def play(job: Job, slurm: FakeSlurm, tmp_path: Path):
     """Run the script as the n-th start of a job; the ranks end with a code, leaving an outcome and a checkpoint."""
 
-    def run(code: int, outcome: str = "", checkpoint: str = "", *, start: int = 0, job: Job = job):
+    def run(code: int, outcome: str = "", checkpoint: str = "", *, start: int = 0, job: Job = job, **more: str):
         slurm.answer("srun", code=code)
         with (slurm.folder / "srun").open("r+") as script:
             lines = script.read().splitlines()
@@ -48,7 +48,7 @@ def play(job: Job, slurm: FakeSlurm, tmp_path: Path):
                 lines.insert(-1, f"echo '{checkpoint}' > '{job.run_dir}/checkpoints/latest'")
             script.write("\n".join(lines) + "\n")
         environ = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NNODES": "2"}
-        environ |= {"SLURM_RESTART_COUNT": str(start)} if start else {}
+        environ |= more | ({"SLURM_RESTART_COUNT": str(start)} if start else {})
         path = f"{slurm.folder}{os.pathsep}{os.environ['PATH']}"
         options = {"env": {"PATH": path, **environ}, "cwd": tmp_path, "capture_output": True, "text": True}
         done = subprocess.run(["bash", "-s"], input=render(job), check=False, **options)
@@ -81,7 +81,10 @@ def test_a_run_that_was_told_to_stop_is_requeued(play, slurm: FakeSlurm):
 def test_a_requeue_leaves_out_bad_nodes(job: Job, play, slurm: FakeSlurm):
     (job.run_dir / "bad_nodes").write_text("n2\nn1\nn2\n")
     play(75)
-    assert slurm.calls("scontrol") == ["requeue 7", "update JobId=7 ExcNodeList=n1,n2"]
+    assert slurm.calls("scontrol") == ["requeue 7", "show job -o 7", "update JobId=7 ExcNodeList=n1,n2"]
+    slurm.answer("scontrol", "JobId=7 ReqNodeList=(null) ExcNodeList=n[5-8] NodeList=n1")
+    play(75)
+    assert slurm.calls("scontrol")[-1] == "update JobId=7 ExcNodeList=n[5-8],n1,n2"
 
 
 def test_a_run_that_is_done_is_done_whatever_the_launcher_says(play, slurm: FakeSlurm):
@@ -127,6 +130,35 @@ def test_a_requeue_that_is_refused_ends_the_job_with_the_code_of_the_ranks(play,
     slurm.answer("scontrol", code=1)
     assert play(75)[0] == 75
     assert slurm.calls("scontrol") == ["requeue 7"]
+
+
+def test_nodes_are_checked_and_data_copied_before_the_ranks_start(job: Job, play, slurm: FakeSlurm):
+    checked = replace(job, profile=replace(CPUS, preflight="drain"), staged=True)
+    play(0, job=checked)
+    check, stage, train = slurm.calls("srun")
+    assert f"-m hopescale node check {job.run_dir}/config.yaml --run-dir {job.run_dir} --drain" in check
+    assert "--ntasks=2 --ntasks-per-node=1 python -u -m hopescale node stage" in stage and " train " in train
+    assert play(75, job=checked)[0] == 75 and len(slurm.calls("srun")) == 4 and requeued(slurm) == 1
+    warned = replace(job, profile=replace(CPUS, preflight="warn"))
+    assert play(1, job=warned)[0] == 1
+    check, train = slurm.calls("srun")[4:]
+    assert check.endswith(f"--run-dir {job.run_dir}") and " train " in train
+
+
+def test_an_element_requeues_itself_and_not_its_array(job: Job, play, slurm: FakeSlurm):
+    elements, run = job.run_dir / "elements", job.work_dir / "its run"
+    elements.mkdir()
+    run.mkdir()
+    (elements / "5.sh").write_text(f"run='{run}'\ncommand=(train debug 'name=two words')\n")
+    (run / "bad_nodes").write_text("n2\n")
+    array = replace(job, array=Array(6, 2))
+    environ = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "5"}
+    assert play(75, job=array, **environ)[0] == 75
+    assert slurm.calls("srun")[-1].endswith("python -u -m hopescale train debug name=two words")
+    assert slurm.calls("scontrol") == ["requeue 7_5", "show job -o 7_5", "update JobId=7_5 ExcNodeList=n2"]
+    assert play(1, job=array, **environ)[0] == 1
+    assert (run / "failures").read_text().startswith("none exit code 1, job 7_5, ")
+    assert "#SBATCH --array=0-5%2\n" in render(array) and "--array=0-5\n" in render(replace(job, array=Array(6)))
 
 
 def test_a_chain_leaves_the_rest_to_its_next_job_until_it_gives_up(job: Job, play, slurm: FakeSlurm):
