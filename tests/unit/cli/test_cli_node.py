@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hopescale.cli.app import main
+
+CPU = ("train.device=cpu",)
+
+
+@pytest.fixture
+def hopescale(capsys, monkeypatch):
+    monkeypatch.setenv("SLURMD_NODENAME", "node7")
+
+    def call(*args: object) -> tuple[int, str]:
+        with pytest.raises(SystemExit) as caught:
+            main([str(arg) for arg in args])
+        out, err = capsys.readouterr()
+        return caught.value.code or 0, out + err
+
+    return call
+
+
+def test_staging_needs_somewhere_to_copy_to_and_leaves_synthetic_data_alone(hopescale, tmp_path: Path):
+    code, out = hopescale("node", "stage", "debug")
+    assert code == 2 and "data.staged is null" in out
+    assert hopescale("node", "stage", "debug", f"data.staged={tmp_path}") == (0, "")
+    sources = ("data.sources.markov=null", f"data.sources.text.path={tmp_path}")
+    code, out = hopescale("node", "stage", "debug", *sources, f"data.staged={tmp_path}")
+    assert code == 3 and f"cannot read {tmp_path}/index.json" in out
+
+
+def test_a_bad_node_is_named_and_with_drain_left_out(hopescale, tmp_path: Path, monkeypatch):
+    run = tmp_path / "run"
+    run.mkdir()
+    code, out = hopescale("node", "check", "debug", *CPU, "--run-dir", run, "--drain")
+    assert (code, out) == (0, "check of nodes: all good: 1 nodes, 1 ranks\n")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LOCAL_DISK", str(tmp_path / "file"))
+    bad = ("node", "check", "debug", *CPU, "data.staged=$LOCAL_DISK/data", "--run-dir", run)
+    code, out = hopescale(*bad)
+    assert code == 0 and out.startswith(f"bad node node7: {tmp_path}/file/data: ")
+    assert not (run / "bad_nodes").exists()
+    code, out = hopescale(*bad, "--drain")
+    assert code == 75 and "bad nodes: node7" in out
+    assert (run / "bad_nodes").read_text() == "node7\n"
