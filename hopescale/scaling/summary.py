@@ -95,14 +95,16 @@ def describe(analysis: Analysis) -> list[str]:
         lines += ["", *_describe_series(name, series)]
     for name, multipliers in analysis.multipliers.items():
         lines += ["", f"{name}: the compute that {analysis.reference} needs for the same loss"]
-        lines += [f"  at {value.flops:.2e} FLOPs, loss {value.loss:.4f}: {_times(value)}" for value in multipliers]
+        lines += [
+            f"  at {value.flops:.2e} FLOPs, loss {value.loss:.4f}: {times(value)}{between(value.interval)}"
+            for value in multipliers
+        ]
     return lines
 
 
-def _times(value: Multiplier) -> str:
-    if math.isinf(value.value):
-        return "never reached" + _between(value.interval)
-    return f"{value.value:.3g} times" + _between(value.interval)
+def times(value: Multiplier) -> str:
+    """Write a multiplier."""
+    return "never reached" if math.isinf(value.value) else f"{value.value:.3g} times"
 
 
 def _describe_series(name: str, series: SeriesAnalysis) -> list[str]:
@@ -111,38 +113,50 @@ def _describe_series(name: str, series: SeriesAnalysis) -> list[str]:
     lines = [
         f"{name}: {len(series.points)} runs, {_range(sizes)} parameters, {_range(tokens)} tokens",
         f"  {law_text(series)}",
-        *(f"    {key:<6} {value:<8.4g}{_between(intervals.get(key))}" for key, value in law.to_dict().items()),
+        *(f"    {key:<6} {value:<8.4g}{between(intervals.get(key))}" for key, value in law.to_dict().items()),
         f"  a token costs {_cost(series)} FLOPs per parameter",
         f"  residuals: {100 * np.mean(np.abs(series.fit.residuals)):.2g} % of the loss on average",
     ]
     if series.fit.at_bound:
         lines.append(f"  not determined by these runs: {', '.join(series.fit.at_bound)}")
-    exponents = law.optimal_exponents(series.frontier.cost.growth)
-    lines.append(
-        f"  compute-optimal: N ~ C^{exponents[0]:.3f}{_between(intervals.get('a'))}, "
-        f"D ~ C^{exponents[1]:.3f}{_between(intervals.get('b'))}"
-    )
+    lines += [f"  {line}" for line in describe_growth(series)]
     for flops in budgets_ahead(series):
         best = series.optimum(flops)
         lines.append(
-            f"    {flops:.2e} FLOPs: N {format_count(best.params)}{_between(best.params_interval, count=True)}, "
-            f"D {format_count(best.tokens)}{_between(best.tokens_interval, count=True)}, "
-            f"loss {best.loss:.4f}{_between(best.loss_interval)}"
+            f"    {flops:.2e} FLOPs: N {format_count(best.params)}{between(best.params_interval, count=True)}, "
+            f"D {format_count(best.tokens)}{between(best.tokens_interval, count=True)}, "
+            f"loss {best.loss:.4f}{between(best.loss_interval)}"
         )
+    return lines + [f"  {line}" for line in describe_forecast(series)]
+
+
+def describe_growth(series: SeriesAnalysis) -> list[str]:
+    """Return how the best size grows with the budget, by each view."""
+    intervals = series.intervals()
+    exponents = series.fit.law.optimal_exponents(series.frontier.cost.growth)
+    by_law = "".join(
+        f", {name} ~ C^{exponent:.3f}{between(intervals.get(key))}"
+        for name, key, exponent in zip("ND", "ab", exponents, strict=True)
+    )
     isoflop, envelope = series.isoflop, series.envelope
     inside = sum(parabola.inside for parabola in isoflop.parabolas)
-    lines += [
-        f"  isoFLOP minima: {inside} of {len(isoflop.parabolas)} budgets{_growth(isoflop.params, isoflop.tokens)}",
-        f"  lower envelope: {len(envelope.points)} runs{_growth(envelope.params, envelope.tokens)}",
+    return [
+        f"compute-optimal by law{by_law}",
+        f"by isoFLOP minima of {inside} of {len(isoflop.parabolas)} budgets{_powers(isoflop.params, isoflop.tokens)}",
+        f"by the {len(envelope.points)} runs of the lower envelope{_powers(envelope.params, envelope.tokens)}",
     ]
-    if series.forecast:
-        errors, own = 100 * series.forecast.errors, series.forecast.law
-        lines.append(
-            f"  without the {len(errors)} runs of {series.forecast.flops:.1e} FLOPs and more: alpha {own.alpha:.3g}, "
-            f"beta {own.beta:.3g}, E {own.E:.3g}; their loss is {np.mean(errors):+.2f} % off on average "
-            f"({np.mean(np.abs(errors)):.2f} % without sign)"
-        )
-    return lines
+
+
+def describe_forecast(series: SeriesAnalysis) -> list[str]:
+    """Return what the law says of the largest runs when it has not seen them, where it can be fitted without them."""
+    if series.forecast is None:
+        return []
+    errors, law = 100 * series.forecast.errors, series.forecast.law
+    return [
+        f"fitted without the {len(errors)} runs of {series.forecast.flops:.1e} FLOPs and more: E {law.E:.4g}, "
+        f"alpha {law.alpha:.3g}, beta {law.beta:.3g}; their loss is {np.mean(errors):+.2f} % off this law on average "
+        f"({np.mean(np.abs(errors)):.2f} % without sign)"
+    ]
 
 
 def _cost(series: SeriesAnalysis) -> str:
@@ -163,14 +177,15 @@ def budgets_ahead(series: SeriesAnalysis) -> list[float]:
     return [float(series.points.flops.max()) * ahead for ahead in AHEAD]
 
 
-def _growth(params: PowerLaw | None, tokens: PowerLaw | None) -> str:
+def _powers(params: PowerLaw | None, tokens: PowerLaw | None) -> str:
     if params is None or tokens is None:
         return ", too few for a power law"
     laws = (("N", params), ("D", tokens))
-    return "".join(f", {name} ~ C^{law.exponent:.3f}{_between(law.interval)}" for name, law in laws)
+    return "".join(f", {name} ~ C^{law.exponent:.3f}{between(law.interval)}" for name, law in laws)
 
 
-def _between(interval: Interval | None, count: bool = False) -> str:
+def between(interval: Interval | None, count: bool = False) -> str:
+    """Write an interval in brackets after a space; nothing where there is none."""
     if interval is None:
         return ""
     low, high = (format_count(end) if count else f"{end:.4g}" for end in (interval.low, interval.high))
