@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hopescale.cli import trials
-from hopescale.common.errors import ConfigError
+from hopescale.common.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from hopescale.scaling.analysis import Analysis
@@ -18,7 +19,9 @@ app = typer.Typer(help="Plan and run many trials, fit laws to their losses, draw
 for verb in (trials.plan, trials.run, trials.status, trials.collect):
     app.command()(verb)
 
-Folder = Annotated[Path | None, typer.Argument(metavar="SWEEP", help="A sweep's folder, with its points.csv.")]
+SweepOrFolder = Annotated[
+    Path | None, typer.Argument(metavar="SWEEP", help="A sweep's file or its folder, with its points.csv.")
+]
 PointsFile = Annotated[
     Path | None, typer.Option("--points", metavar="FILE", help="Any table of runs instead: N, D or FLOP, and loss.")
 ]
@@ -34,49 +37,83 @@ Reference = Annotated[
     ),
 ]
 Resamples = Annotated[int, typer.Option(metavar="N", min=0, help="Repeated fits for the intervals; 0 for none.")]
-Out = Annotated[Path | None, typer.Option(metavar="DIR", help="Folder to write to.", show_default="SWEEP")]
 
 
 @app.command()
 def fit(
-    sweep: Folder = None,
+    sweep: SweepOrFolder = None,
     points: PointsFile = None,
     series: SeriesColumn = None,
     drop_highest: DropHighest = 0,
     reference: Reference = None,
     resamples: Resamples = 200,
-    out: Out = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Where law.json goes.", show_default="SWEEP")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print all results as JSON.")] = False,
 ) -> None:
     """Fit L = E + A/N^alpha + B/D^beta to every series of a table of runs; write law.json."""
     from hopescale.scaling.summary import describe, to_json
 
-    analysis = _analyse(sweep, points, series, drop_highest, reference, resamples)
+    table, folder = _find_table(sweep, points)
+    analysis = _analyse(table, series, drop_highest, reference, resamples)
     content = json.dumps(to_json(analysis), indent=2)
     typer.echo(content if as_json else "\n".join(describe(analysis)))
-    folder = out or sweep
-    if folder:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "law.json").write_text(content + "\n")
-        if not as_json:
-            typer.echo(f"\nlaw: {folder / 'law.json'}")
+    if out or folder:
+        path = (out or folder) / "law.json"
+        _write(path, content + "\n")
+        typer.echo(f"law: {path}", err=as_json)
 
 
-def _analyse(
-    sweep: Path | None,
-    points: Path | None,
-    series: str | None,
-    drop_highest: int,
-    reference: str | None,
-    resamples: int,
-) -> Analysis:
-    """Read the table that was named one way or the other, and fit it."""
+@app.command()
+def plot(
+    sweep: SweepOrFolder = None,
+    points: PointsFile = None,
+    series: SeriesColumn = None,
+    drop_highest: DropHighest = 0,
+    reference: Reference = None,
+    resamples: Resamples = 200,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder to write to.", show_default="SWEEP/report")
+    ] = None,
+) -> None:
+    """Draw the runs, their laws and what compares them: PNG files, and report.html which needs no other file."""
+    table, folder = _find_table(sweep, points)
+    if not (out or folder):
+        raise ConfigError("a table of runs has no folder for its report", "name one with --out")
+    if find_spec("matplotlib") is None:
+        raise ConfigError("sweep plot needs matplotlib", "pip install 'hopescale[scaling]'")
+    from hopescale.scaling.curves import read_curves
+    from hopescale.scaling.report import write_report
+
+    analysis = _analyse(table, series, drop_highest, reference, resamples)
+    typer.echo(f"report: {write_report(analysis, read_curves(table), out or folder / 'report')}")
+
+
+def _find_table(sweep: Path | None, points: Path | None) -> tuple[Path, Path | None]:
+    """Return the table that was named one way or the other, and the folder of its sweep, if it has one."""
     if (sweep is None) == (points is None):
-        raise ConfigError("name a sweep's folder or a table of runs, one of both", "as in: sweep fit --points runs.csv")
+        raise ConfigError(
+            "name a sweep or a table of runs, one of both", "as in: hopescale sweep fit --points runs.csv"
+        )
+    if points:
+        return points, None
+    from hopescale.scaling.grid import load_sweep
+
+    folder = sweep if sweep.is_dir() else load_sweep(sweep).folder
+    if not (folder / "points.csv").is_file():
+        raise DataError(f"no runs are collected in {folder}", f"run or collect them: hopescale sweep collect {sweep}")
+    return folder / "points.csv", folder
+
+
+def _analyse(table: Path, series: str | None, drop_highest: int, reference: str | None, resamples: int) -> Analysis:
     from hopescale.scaling.analysis import analyse
     from hopescale.scaling.points import read_points
 
-    table = points or sweep / "points.csv"
-    if sweep and not table.is_file():
-        raise ConfigError(f"{sweep} has no points.csv", f"collect the trials first: hopescale sweep collect {sweep}")
     return analyse(read_points(table, series, drop_highest), reference, resamples)
+
+
+def _write(path: Path, content: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content, encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error.strerror}", "choose another folder with --out") from error

@@ -116,7 +116,7 @@ def _read(path: Path) -> tuple[Sweep, list[Trial]]:
 
 
 def _folder(sweep: Sweep, sweep_dir: Path | None) -> Path:
-    return sweep_dir or Path("sweeps") / sweep.config.name
+    return sweep_dir or sweep.folder
 
 
 def _keep_file(sweep: Sweep, folder: Path) -> None:

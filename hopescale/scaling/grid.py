@@ -40,6 +40,11 @@ class Sweep:
     config: SweepConfig
     path: Path
 
+    @property
+    def folder(self) -> Path:
+        """Folder of its trials, unless another is chosen."""
+        return Path("sweeps") / self.config.name
+
 
 @dataclass(frozen=True)
 class Trial:
