@@ -19,7 +19,17 @@ from hopescale.common.units import format_count
 from hopescale.scaling.collect import collect as write_points
 from hopescale.scaling.grid import Sweep, Trial, columns, load_sweep, make_trials
 from hopescale.scaling.pool import locked, run_trials
-from hopescale.scaling.progress import DIVERGED, DONE, FAILED, RUNNING, Progress, look, require_same, trial_folder
+from hopescale.scaling.progress import (
+    DIVERGED,
+    DONE,
+    FAILED,
+    RUNNING,
+    Progress,
+    as_trained,
+    look,
+    require_same,
+    trial_folder,
+)
 
 SweepFile = Annotated[Path, typer.Argument(metavar="SWEEP.yaml", help="A sweep's file, or the name of a shipped one.")]
 SweepDir = Annotated[Path | None, typer.Option(help="Sweep folder.", show_default="sweeps/<name>")]
@@ -88,6 +98,7 @@ def status(
     """Show how far every trial is, wherever it runs: read from the run folders."""
     loaded, trials = _read(sweep)
     folder = _folder(loaded, sweep_dir)
+    trials = as_trained(trials, folder)
     if watch is None:
         _print(_states(trials, folder))
         _summary(trials, folder)

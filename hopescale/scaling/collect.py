@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
+from hopescale.common.disk import replace_text
 from hopescale.common.errors import LaunchError
 from hopescale.scaling.grid import Trial, columns
-from hopescale.scaling.progress import DONE, look, trial_folder
+from hopescale.scaling.progress import DONE, as_trained, look, trial_folder
 
 POINTS = "points.csv"
 
@@ -16,9 +18,9 @@ POINTS = "points.csv"
 def collect(trials: Sequence[Trial], folder: Path) -> Path:
     """Write `points.csv`: the name, series, labels, N, D, FLOP and loss of every trial, and its state.
 
-    N counts all parameters, D the tokens trained on, FLOP the training's FLOPs. The loss is the held-out one of the
-    last step; of runs without held-out text the mean of the last ten recorded training losses. `loss_from` says which.
-    A trial that is not done has no loss.
+    N counts all parameters, D the tokens trained on, FLOP the training's FLOPs, by the config in the run folder. The
+    loss is the held-out one of the last step; of runs without held-out text the mean of the last ten recorded training
+    losses. `loss_from` says which. A trial that is not done has no loss.
 
     Args:
         trials: Of the sweep.
@@ -31,7 +33,7 @@ def collect(trials: Sequence[Trial], folder: Path) -> Path:
         LaunchError: If it cannot be written.
     """
     labels, rows = columns(trials), []
-    for trial in trials:
+    for trial in as_trained(trials, folder):
         progress = look(trial_folder(folder, trial), trial.steps)
         done = progress.state == DONE and progress.loss is not None
         head = {"trial": trial.name, "series": trial.series} | {label: trial.labels.get(label, "") for label in labels}
@@ -41,13 +43,12 @@ def collect(trials: Sequence[Trial], folder: Path) -> Path:
         )
         rows.append({**head, **counts, **found, "state": progress.state})
     path = folder / POINTS
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
     try:
-        temporary = path.with_name(f".tmp-{POINTS}")
-        with temporary.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-        temporary.replace(path)
+        replace_text(path, text.getvalue())
     except OSError as error:
         raise LaunchError(f"cannot write {path}: {error.strerror}") from error
     return path

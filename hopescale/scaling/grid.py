@@ -68,7 +68,7 @@ class Trial:
     overrides: tuple[str, ...]
     config: RunConfig
     params: int
-    flops_per_token: int
+    flops_per_token: float
 
     @property
     def steps(self) -> int:
@@ -83,7 +83,11 @@ class Trial:
     @property
     def flops(self) -> int:
         """Training FLOPs in all."""
-        return self.tokens * self.flops_per_token
+        return round(self.tokens * self.flops_per_token)
+
+    def trained_with(self, config: RunConfig) -> Trial:
+        """Return the trial with another config and what follows from it."""
+        return replace(self, config=config, **_counts(config))
 
 
 @dataclass(frozen=True)
@@ -236,8 +240,8 @@ def _make_trial(point: _Point) -> tuple[Trial | None, list[Problem]]:
         if of_size:
             settings |= _apply(of_size, _known_of_size(config))
             config = _load(point.recipe, settings).config
-        params, cost = count_params(config.model)["total"], flops_per_token(config.model, config.train.seq_len)
-        known = {**_known_of_size(config), "N": params}
+        counts = _counts(config)
+        cost, known = counts["flops_per_token"], {**_known_of_size(config), "N": counts["params"]}
         tokens = _tokens(point, known, cost) or config.train.steps * config.train.global_batch_tokens
         known |= {"D": tokens, "C": tokens * cost}
         settings |= _apply({key: text for key, text in point.rules.items() if key == BATCH}, known)
@@ -251,8 +255,15 @@ def _make_trial(point: _Point) -> tuple[Trial | None, list[Problem]]:
         return None, error.problems or [Problem("recipe", error.message, hint=error.hint)]
     problems = check(loaded.config, loaded.origins)
     overrides = _overrides({**settings, "name": point.name})
-    trial = Trial(point.name, point.series, point.labels, point.recipe, overrides, loaded.config, params, cost)
-    return trial, problems
+    return Trial(point.name, point.series, point.labels, point.recipe, overrides, loaded.config, **counts), problems
+
+
+def _counts(config: RunConfig) -> dict[str, float]:
+    model = config.model
+    return {
+        "params": count_params(model)["total"],
+        "flops_per_token": flops_per_token(model, config.train.seq_len),
+    }
 
 
 def _load(recipe: Path, settings: Mapping[str, Any]) -> Loaded:

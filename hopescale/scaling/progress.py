@@ -6,12 +6,16 @@ import json
 import os
 import socket
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from hopescale.common.errors import ConfigError, LaunchError
+from hopescale.common.disk import replace_text
+from hopescale.common.errors import ConfigError, DivergedError, LaunchError
+from hopescale.common.paths import display_path
 from hopescale.config.load import load_resolved
+from hopescale.config.record import CONFIG
 from hopescale.config.show import diff, format_diff
 from hopescale.observe.metrics import read_metrics
 from hopescale.scaling.grid import Sweep, Trial
@@ -20,6 +24,9 @@ WAITING, RUNNING, STOPPED, FAILED, DIVERGED, DONE = "waiting", "running", "stopp
 """States of a trial. `stopped` has begun and would continue; `failed` too, but what ended it went wrong."""
 
 NOTE = "trial.json"
+GAVE_UP = "gave up"
+"""What the batch script of a job writes to `outcome` of a run that it will not start again, before the exit code."""
+
 FRESH_S = 120.0
 """A trial that somebody else started counts as running as long as its last record is no older."""
 
@@ -45,8 +52,8 @@ class Note:
     message: str = ""
 
     def alive(self) -> bool | None:
-        """Tell whether the noted process runs; None where that is another machine's to say."""
-        if self.host != socket.gethostname():
+        """Tell whether the noted process runs; None where there is none, or that is another machine's to say."""
+        if self.state != RUNNING or self.host != socket.gethostname():
             return None
         try:
             os.kill(self.pid, 0)
@@ -103,9 +110,7 @@ def write_note(run_dir: Path, note: Note) -> None:
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        temporary = run_dir / f".tmp-{NOTE}"
-        temporary.write_text(json.dumps(asdict(note)) + "\n", encoding="utf-8")
-        temporary.replace(run_dir / NOTE)
+        replace_text(run_dir / NOTE, json.dumps(asdict(note)) + "\n")
     except OSError as error:
         raise LaunchError(f"cannot write {run_dir}: {error.strerror}", "choose another --sweep-dir") from error
 
@@ -125,23 +130,26 @@ def look(run_dir: Path, steps: int) -> Progress:
     step = records[-1]["step"] if records else 0
     done = bool(records) and step >= steps
     loss, source = _loss(records, done)
-    state = DONE if done else _state(note, metrics)
+    state = DONE if done else _state(run_dir, note)
     tps = next((record["tps"] for record in reversed(records) if record.get("tps")), None)
     message = note.message if state in (FAILED, DIVERGED) else ""
     return Progress(state, step, loss, source, tps, note.starts, message)
 
 
-def _state(note: Note, metrics: Path) -> str:
+def _state(run_dir: Path, note: Note) -> str:
     """Return the state of a trial that is not done."""
-    if note.state == DIVERGED:
-        return DIVERGED
-    alive = note.alive() if note.state == RUNNING else False
-    fresh = metrics.exists() and time.time() - metrics.stat().st_mtime < FRESH_S
-    if alive or (fresh and (alive is None or note.state == WAITING)):
+    metrics, outcome = run_dir / "metrics.jsonl", run_dir / "outcome"
+    if note.alive():
         return RUNNING
-    if note.state == FAILED:
-        return FAILED
-    return STOPPED if metrics.exists() or note.starts else WAITING
+    if outcome.exists() and (text := outcome.read_text(encoding="utf-8")).startswith(GAVE_UP):
+        return DIVERGED if f"exit code {DivergedError.exit_code}," in text else FAILED
+    written = metrics.stat().st_mtime if metrics.exists() else 0.0
+    noted = (run_dir / NOTE).stat().st_mtime if note.state not in (WAITING, RUNNING) else 0.0
+    if time.time() - written < FRESH_S and written > noted and note.alive() is not False:
+        return RUNNING
+    if note.state in (DIVERGED, FAILED):
+        return note.state
+    return STOPPED if written or note.starts else WAITING
 
 
 def _loss(records: list[dict[str, Any]], done: bool, last: int = 10) -> tuple[float | None, str]:
@@ -158,20 +166,32 @@ def _loss(records: list[dict[str, Any]], done: bool, last: int = 10) -> tuple[fl
     return sum(tail) / len(tail), f"train, mean of {len(tail)}" if done else "train"
 
 
-def require_same(sweep: Sweep, trials: list[Trial], folder: Path) -> None:
-    """Check that what lies in the sweep's folder was trained with the configs that its file gives now.
+def as_trained(trials: Sequence[Trial], folder: Path) -> list[Trial]:
+    """Return the trials, those that have begun with the configs in their run folders."""
+    return [
+        trial.trained_with(load_resolved(path)) if (path := _config(trial, folder)).exists() else trial
+        for trial in trials
+    ]
+
+
+def require_same(sweep: Sweep, trials: Sequence[Trial], folder: Path) -> None:
+    """Check that the trials that have begun have the configs that the sweep's file gives now.
 
     Raises:
         ConfigError: Naming every trial whose config has changed since, with the difference.
     """
     changed = []
     for trial in trials:
-        path = trial_folder(folder, trial) / "config.yaml"
+        path = _config(trial, folder)
         changes = diff(load_resolved(path), trial.config) if path.exists() else []
         if changes:
             changed.append(f"trial {trial.name}:\n{format_diff(changes)}")
     if changed:
         text = "\n".join(changed).replace("\n", "\n    ")
         hint = "set them back, remove those trials' folders, or give the sweep another name"
-        message = f"{sweep.path} has changed since {len(changed)} of its trials began\n    {text}"
+        message = f"{display_path(sweep.path)} has changed since {len(changed)} of its trials began\n    {text}"
         raise ConfigError(message, hint)
+
+
+def _config(trial: Trial, folder: Path) -> Path:
+    return trial_folder(folder, trial) / CONFIG

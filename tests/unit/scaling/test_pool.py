@@ -18,7 +18,7 @@ from hopescale.config.load import to_yaml
 from hopescale.scaling.collect import collect
 from hopescale.scaling.grid import load_sweep, make_trials
 from hopescale.scaling.pool import locked, run_trials, train_words
-from hopescale.scaling.progress import NOTE, look, read_note, require_same, trial_folder
+from hopescale.scaling.progress import NOTE, as_trained, look, read_note, require_same, trial_folder
 
 PYTHON = sys.executable
 
@@ -185,6 +185,23 @@ def test_without_held_out_text_the_loss_is_the_mean_of_the_last_records(tmp_path
     assert (look(tmp_path, 30).loss, look(tmp_path, 30).source) == (20.0, "train")
 
 
+def test_a_trial_that_has_begun_counts_with_the_config_it_was_trained_with(trials, tmp_path: Path):
+    folder = trial_folder(tmp_path, trials[0])
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(to_yaml(trials[1].config))
+    first, second, _ = as_trained(trials, tmp_path)
+    assert (first.name, first.steps, first.tokens) == (trials[0].name, trials[1].steps, trials[1].tokens)
+    assert second == trials[1]
+
+
+def test_a_job_that_gave_up_has_diverged_or_failed_by_its_exit_code(tmp_path: Path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 3, "loss": 2.0}\n')
+    (tmp_path / "outcome").write_text("gave up: exit code 6, which another start does not mend\n")
+    assert look(tmp_path, 9).state == "diverged"
+    (tmp_path / "outcome").write_text("gave up: 3 failures in a row\n")
+    assert look(tmp_path, 9).state == "failed"
+
+
 def test_states_of_trials_that_another_machine_runs(tmp_path: Path):
     assert look(tmp_path / "none", 9).state == "waiting"
     (tmp_path / "metrics.jsonl").write_text('{"step": 3, "loss": 2.0}\n')
@@ -193,6 +210,10 @@ def test_states_of_trials_that_another_machine_runs(tmp_path: Path):
     assert look(tmp_path, 9).state == "stopped"
     (tmp_path / NOTE).write_text('{"state": "running", "host": "elsewhere", "pid": 1}')
     assert look(tmp_path, 9).state == "stopped"
+    (tmp_path / NOTE).write_text('{"state": "failed"}')
+    assert look(tmp_path, 9).state == "failed"
+    os.utime(tmp_path / "metrics.jsonl", (time.time() + 1, time.time() + 1))
+    assert look(tmp_path, 9).state == "running"
     (tmp_path / NOTE).write_text("{")
     with pytest.raises(LaunchError, match="cannot be read"):
         look(tmp_path, 9)
