@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from hopescale.scaling.analysis import Analysis
 
 app = typer.Typer(help="Plan and run many trials, fit laws to their losses, draw them.", no_args_is_help=True)
-for verb in (trials.plan, trials.run, trials.status, trials.collect):
+for verb in (trials.plan, trials.run, trials.submit, trials.status, trials.collect):
     app.command()(verb)
 
 SweepOrFolder = Annotated[

@@ -14,11 +14,16 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from hopescale.common.errors import LaunchError
+from hopescale.common.errors import ConfigError, LaunchError
+from hopescale.common.paths import display_path
 from hopescale.common.units import format_count
+from hopescale.config.check import check_layout
+from hopescale.config.layout import make_layout
+from hopescale.launch.array import Element, submit_array
+from hopescale.launch.profile import load_profile
 from hopescale.scaling.collect import collect as write_points
 from hopescale.scaling.grid import Sweep, Trial, columns, load_sweep, make_trials
-from hopescale.scaling.pool import locked, run_trials
+from hopescale.scaling.pool import locked, run_trials, train_words
 from hopescale.scaling.progress import (
     DIVERGED,
     DONE,
@@ -88,6 +93,40 @@ def run(
         finally:
             write_points(trials, folder)
     _summary(trials, folder)
+
+
+def submit(
+    sweep: SweepFile,
+    *,
+    cluster: Annotated[str, typer.Option(help="A profile of a cluster: a file, or the name of a shipped one.")],
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes of each trial.")] = 1,
+    time: Annotated[str | None, typer.Option(help="Time limit of each, as of sbatch.")] = None,
+    max_at_once: Annotated[int | None, typer.Option(min=1, metavar="M", help="Trials at a time.")] = None,
+    first: Annotated[int | None, typer.Option(min=1, metavar="K", help="Only the first K trials.")] = None,
+    only: Annotated[str | None, typer.Option(metavar="failed", help="`failed`: those alone that have failed.")] = None,
+    sweep_dir: SweepDir = None,
+) -> None:
+    """Train what is not done as an array of jobs of Slurm; leave as soon as it is in the queue."""
+    if only not in (None, "failed"):
+        raise ConfigError(f"--only is {only}, but must be failed")
+    loaded, trials = _read(sweep)
+    profile, folder = load_profile(cluster), _folder(loaded, sweep_dir).absolute()
+    for trial in trials:
+        check_layout(trial.config, make_layout(trial.config, nodes * profile.ranks))
+    with locked(folder):
+        require_same(loaded, trials, folder)
+        _keep_file(loaded, folder)
+        chosen = [(trial, trial_folder(folder, trial)) for trial in trials[:first]]
+        elements = [
+            Element(trial.name, run_dir, tuple(train_words(trial, run_dir)))
+            for trial, run_dir in chosen
+            if look(run_dir, trial.steps).state not in (DONE, DIVERGED)
+        ]
+        ids = submit_array(elements, profile, folder, nodes=nodes, max_at_once=max_at_once, time=time, only=only)
+    for id in ids:
+        typer.echo(f"job {id}, trials in {display_path(folder / 'trials')}")
+    if not ids:
+        typer.echo("nothing to submit: no trial is left" if only is None else "nothing to submit: no trial has failed")
 
 
 def status(

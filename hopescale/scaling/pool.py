@@ -46,10 +46,8 @@ Say = Callable[[str], None]
 
 
 def train_words(trial: Trial, run_dir: Path) -> list[str]:
-    """Return the arguments of `hopescale` that train a trial, or continue it."""
-    nproc = smallest_layout(trial.config).num_ranks
-    words = ["train", str(trial.recipe), *trial.overrides, "--run-dir", str(run_dir)]
-    return [*words, "--nproc", str(nproc)] if nproc > 1 else words
+    """Return the arguments of `hopescale` that train a trial, or continue it, on ranks that something else starts."""
+    return ["train", str(trial.recipe), *trial.overrides, "--run-dir", str(run_dir)]
 
 
 @contextmanager
@@ -189,7 +187,9 @@ class _Pool:
             places -= 1
 
     def _start(self, trial: Trial, run_dir: Path) -> _Running:
-        words = [sys.executable, "-m", "hopescale", *train_words(trial, run_dir)]
+        nproc = smallest_layout(trial.config).num_ranks
+        ranks = ["--nproc", str(nproc)] if nproc > 1 else []
+        words = [sys.executable, "-m", "hopescale", *train_words(trial, run_dir), *ranks]
         note = read_note(run_dir)
         write_note(run_dir, note)
         try:

@@ -149,7 +149,7 @@ def _state(run_dir: Path, note: Note) -> str:
         return RUNNING
     if note.state in (DIVERGED, FAILED):
         return note.state
-    return STOPPED if written or note.starts else WAITING
+    return STOPPED if metrics.exists() or note.starts else WAITING
 
 
 def _loss(records: list[dict[str, Any]], done: bool, last: int = 10) -> tuple[float | None, str]:

@@ -17,7 +17,7 @@ from hopescale.common.errors import ConfigError, LaunchError, StoppedEarly
 from hopescale.config.load import to_yaml
 from hopescale.scaling.collect import collect
 from hopescale.scaling.grid import load_sweep, make_trials
-from hopescale.scaling.pool import locked, run_trials, train_words
+from hopescale.scaling.pool import locked, run_trials
 from hopescale.scaling.progress import NOTE, as_trained, look, read_note, require_same, trial_folder
 
 PYTHON = sys.executable
@@ -157,13 +157,6 @@ def test_a_trial_whose_folder_is_still_held_is_waited_for(run, trials, tmp_path:
 def test_a_sweep_folder_is_one_processs(tmp_path: Path):
     with locked(tmp_path / "out"), pytest.raises(LaunchError, match="in use by another"), locked(tmp_path / "out"):
         pass
-
-
-def test_ranks_of_a_trial_follow_from_its_degrees(tmp_path: Path):
-    (tmp_path / "sweep.yaml").write_text("recipe: debug\nset: {parallel.tp: 2, train.steps: 3}\n")
-    (trial,) = make_trials(load_sweep(tmp_path / "sweep.yaml"))
-    words = train_words(trial, Path("out"))
-    assert words[0] == "train" and words[-2:] == ["--nproc", "2"] and {"parallel.tp=2", "name=trial"} < set(words)
 
 
 def test_points_hold_a_row_for_every_trial(run, trials, tmp_path: Path):
