@@ -1,1 +1,1 @@
-"""Laws of loss from tables of runs: fits, intervals, comparisons, plots. Imports no torch and starts no run."""
+"""Sweeps: trials made, run and collected; laws of loss fitted to tables of runs and drawn. Imports no torch."""
