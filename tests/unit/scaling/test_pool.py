@@ -159,6 +159,16 @@ def test_a_sweep_folder_is_one_processs(tmp_path: Path):
         pass
 
 
+def test_ranks_of_a_trial_follow_from_its_degrees(run, tmp_path: Path):
+    (tmp_path / "sweep.yaml").write_text("recipe: debug\nset: {parallel.tp: 2, train.steps: 3}\n")
+    trials = make_trials(load_sweep(tmp_path / "sweep.yaml"))
+    (tmp_path / "out/trials/plan.json").write_text("{}")
+    quiet = {"report": lambda line: None, "show": lambda: None}
+    run_trials(trials, tmp_path / "out", jobs=1, retries=0, environ=os.environ, **quiet)
+    words = (tmp_path / "out/trials/trial/train.log").read_text().split()
+    assert words[-2:] == ["--nproc", "2"] and "parallel.tp=2" in words
+
+
 def test_points_hold_a_row_for_every_trial(run, trials, tmp_path: Path):
     run({"steps4": ["6"]})
     path = collect(trials, tmp_path / "out")

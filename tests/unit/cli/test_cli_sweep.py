@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hopescale.cli.app import main
+from tests.support.fake_slurm import FakeSlurm
+
+SWEEP = "name: toy\nrecipe: debug\naxes: {train.steps: [3, 4, 5, 6]}\n"
+
+
+@pytest.fixture
+def sweep(fake: FakeSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    """Run `hopescale sweep ARGS` beside a sweep of four trials and a cluster that takes every job."""
+    fake.answer("sbatch", "100")
+    monkeypatch.setattr("hopescale.launch.array.take_snapshot", lambda code: code.mkdir())
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "toy.yaml").write_text(SWEEP)
+    (tmp_path / "cpus.yaml").write_text("gpus_per_node: 0\nranks_per_node: 1\n")
+
+    def call(verb: str, *args: object) -> tuple[int, str]:
+        with pytest.raises(SystemExit) as caught:
+            main(["sweep", verb, "toy.yaml", *map(str, args)])
+        out, err = capsys.readouterr()
+        return caught.value.code or 0, out + err
+
+    return call
+
+
+def elements(folder: Path) -> list[str]:
+    names = sorted((folder / "elements").iterdir(), key=lambda path: int(path.stem))
+    return [path.read_text().splitlines()[0].removeprefix("# ") for path in names]
+
+
+def test_an_array_holds_the_trials_that_are_to_be_trained(sweep, tmp_path: Path):
+    folder = tmp_path / "sweeps/toy"
+    for name, line in {"steps3": {"step": 3, "val/main/loss": 2.0}, "steps4": {"step": 1, "loss": 2.0}}.items():
+        (folder / "trials" / name).mkdir(parents=True)
+        (folder / "trials" / name / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    (folder / "trials/steps4/trial.json").write_text('{"state": "diverged", "starts": 1}')
+    code, out = sweep("submit", "--cluster", "cpus.yaml", "--first", 3, "--max-at-once", 1, "--time", 30)
+    assert (code, out) == (0, "job 100, trials in sweeps/toy/trials\n")
+    assert elements(folder / "array-1") == ["steps5"]
+    script = (folder / "array-1/submit.sbatch").read_text()
+    assert "--array=0-0%1" in script and "--time=30" in script
+    command = (folder / "array-1/elements/0.sh").read_text()
+    assert "train.steps=5" in command and f"--run-dir {folder}/trials/steps5" in command and "nproc" not in command
+    assert (folder / "sweep.yaml").read_text() == SWEEP
+
+
+def test_only_what_failed_is_submitted(sweep):
+    assert sweep("submit", "--cluster", "cpus.yaml", "--only", "failed") == (
+        0,
+        "nothing to submit: no trial has failed\n",
+    )
+    code, out = sweep("submit", "--cluster", "cpus.yaml", "--only", "slow")
+    assert code == 2 and "--only is slow, but must be failed" in out
+
+
+def test_trials_that_do_not_split_over_the_ranks_are_refused_before_anything_is_written(sweep, tmp_path: Path):
+    (tmp_path / "cpus.yaml").write_text("gpus_per_node: 0\nranks_per_node: 3\n")
+    code, out = sweep("submit", "--cluster", "cpus.yaml")
+    assert code == 2 and "train.global_batch_tokens" in out
+    assert not (tmp_path / "sweeps").exists()
+
+
+def test_status_tells_what_every_trial_says(sweep, tmp_path: Path):
+    run_dir = tmp_path / "sweeps/toy/trials/steps4"
+    run_dir.mkdir(parents=True)
+    (run_dir / "metrics.jsonl").write_text('{"step": 4, "val/main/loss": 2.25, "tps": 1500.0}\n')
+    code, out = sweep("status")
+    rows = [line.split() for line in out.splitlines()]
+    assert code == 0 and ["steps4", "done", "4", "4", "2.2500", "1,500"] in rows
+    assert ["steps6", "waiting", "0", "6"] in rows
+    assert out.splitlines()[-1] == "sweeps/toy: 4 trials, 3 waiting, 1 done"
+
+
+def test_plan_shows_the_trials_in_the_order_of_the_file(sweep):
+    code, out = sweep("plan")
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()[1:5]] == ["steps3", "steps4", "steps5", "steps6"]
+    assert out.splitlines()[-1].startswith("debug: 4 trials, ")
