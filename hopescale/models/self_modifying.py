@@ -232,10 +232,13 @@ class SelfModifying(nn.Module):
         sizes = _pieces(position, streams["k"].shape[2], self.chunks[1])
         offsets = [(position + end - size) % self.chunks[1] for end, size in zip(accumulate(sizes), sizes, strict=True)]
 
+        # The step lasts as long as the graph, so it holds names and no tensors.
+        cut, kept = tuple(streams), tuple(carried)
+
         def step(index: int, into: list[Tensor], parts: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-            banks = dict(zip(carried, into, strict=True))
-            *outputs, banks = self._step(offsets[index], dict(zip(streams, parts, strict=True)), banks)
-            return outputs, [banks[name] for name in carried]
+            banks = dict(zip(kept, into, strict=True))
+            *outputs, banks = self._step(offsets[index], dict(zip(cut, parts, strict=True)), banks)
+            return outputs, [banks[name] for name in kept]
 
         (y, seen), after = scan(step, sizes, list(streams.values()), list(carried.values()), recompute=self.recompute)
         return y, seen, dict(zip(carried, after, strict=True))
