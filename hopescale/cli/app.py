@@ -13,6 +13,7 @@ from hopescale import __version__
 from hopescale.cli import config, convert, data, jobs, node, sweep
 from hopescale.cli.eval import evaluate
 from hopescale.cli.generate import generate
+from hopescale.cli.plan import plan
 from hopescale.cli.submit import submit
 from hopescale.cli.train import train
 from hopescale.common import signals
@@ -32,6 +33,7 @@ app.add_typer(node.app, name="node")
 app.add_typer(sweep.app, name="sweep")
 app.add_typer(jobs.app, name="jobs")
 app.command()(train)
+app.command()(plan)
 app.command()(submit)
 app.command()(generate)
 app.command("eval")(evaluate)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -35,7 +36,7 @@ def train(
         Path | None, typer.Option(metavar="PATH", help="Begin a new run with the weights of this run or checkpoint.")
     ] = None,
     stop_at: Annotated[int | None, typer.Option(help="Save and stop after this step; the schedule stays.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and show the plan; train nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, show what follows, and train nothing.")] = False,
 ) -> None:
     """Train a recipe, or continue its run.
 
@@ -55,6 +56,8 @@ def train(
     if dry_run:
         if speaks:
             _show_plan(loaded, layout, folder)
+            command = ["hopescale", "plan", recipe, *(overrides or ()), "--gpus", str(layout.num_ranks)]
+            typer.echo(f"cost: {shlex.join(command)}")
         return
     if place is None and layout.num_ranks > 1:
         run_on_ranks(context, layout.num_ranks)

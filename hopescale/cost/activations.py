@@ -151,14 +151,15 @@ def _self_modifying(model: ModelConfig, sizes: Sizes, recompute: str) -> tuple[f
     parts = -(-sizes.seq_len // part)
     carried = sum(_carried(bank, mixer.momentum, main and len(all_banks) > 1) for main, bank in _numbered(all_banks))
     states = parts * carried * per_head
-    gradients = sum(bank.size for bank in all_banks) * (2 + mixer.momentum) * per_head
+    # Of two parts at a time: what a part hands on, and the gradients of what was carried into it.
+    handed_on = 2 * sum(bank.size for bank in all_banks) * (3 + 2 * mixer.momentum) * per_head
     open_part = part_entries(model, min(part, sizes.seq_len)) * per_head
     if recompute == "none":
         inner = sum(part_entries(model, min(part, sizes.seq_len - i * part)) for i in (0, parts - 1))
         inner = inner / 2 * parts if parts > 1 else inner / 2
-        return kept + inner * per_head, states, 4 * width * FP32 + 2 * gradients
-    # Gradients of streams and answers, of what is carried in and out, and one part's tensors.
-    return kept, states, 5 * width * FP32 + 2 * gradients + open_part
+        return kept + inner * per_head, states, 4 * width * FP32 + handed_on
+    # Gradients of streams and answers, and one part's tensors.
+    return kept, states, 5 * width * FP32 + handed_on + 1.3 * open_part
 
 
 def _numbered(all_banks: list[Bank]) -> list[tuple[bool, Bank]]:

@@ -17,7 +17,6 @@ from hopescale.cost.activations import FP32
 from hopescale.cost.holdings import Holdings, gathers
 from hopescale.cost.inventory import Parameter
 from hopescale.cost.ownership import buckets, share_out
-from hopescale.cost.stages import slices_of_rank
 
 AXES = ("tp", "dp", "pp", "embedding", "world")
 """Axes as the metrics name them."""
@@ -68,7 +67,7 @@ def bytes_of_step(
     micro_batches = make_plan(config, layout).grad_accumulation
     if layout.tp > 1:
         inputs = _inputs(holdings, config, layout, stage)
-        sent["tp"] = micro_batches * (_tensor(config, layout, stage) + inputs)
+        sent["tp"] = micro_batches * (_tensor(config, layout, holdings.slices(layout, stage)) + inputs)
     if layout.pp > 1:
         sent |= _pipeline(config, layout, stage, micro_batches)
     if layout.dp > 1:
@@ -87,10 +86,9 @@ def stream_bytes(config: RunConfig) -> int:
     return train.seq_len * train.micro_batch_size * config.model.d_model * (2 if train.precision == "bf16" else FP32)
 
 
-def _tensor(config: RunConfig, layout: Layout, stage: int) -> float:
+def _tensor(config: RunConfig, layout: Layout, slices: list[range]) -> float:
     """Count what tensor-parallel ranks exchange for a micro batch."""
     model, train, stream = config.model, config.train, stream_bytes(config)
-    slices = slices_of_rank(model, train.seq_len, layout.pp, layout.virtual_stages, stage)
     blocks = sum(map(len, slices))
     first, last = slices[0].start == 0, slices[-1].stop == model.num_layers
     levels = len(model.cms.levels) if model.cms.placement == "every_block" else 1

@@ -11,7 +11,7 @@ from hopescale.config.layout import Layout
 from hopescale.config.schema import RunConfig
 from hopescale.cost.inventory import Parameter, block_parameters, model_parameters
 from hopescale.cost.ownership import Work, share_out
-from hopescale.cost.stages import slices_of_rank
+from hopescale.cost.stages import cut_blocks
 from hopescale.cost.updates import state_entries, update_cost
 
 FP32 = 4
@@ -73,10 +73,19 @@ class Holdings:
         in_blocks = {p.name for parts in blocks.values() for p in parts}
         self._others = {p.name: p for p in model_parameters(model) if p.name not in in_blocks}
         self._cache: dict[tuple, Holding] = {}
+        self._cuts: dict[tuple[int, int], list[range]] = {}
 
     def rule_of(self, parameter: Parameter) -> str:
         """Return the name of the rule that updates a parameter."""
         return self.config.optim.groups[self.groups[parameter.name]].rule
+
+    def slices(self, layout: Layout, stage: int) -> list[range]:
+        """Return the blocks of each slice that a pipeline rank holds."""
+        key = (layout.pp, layout.virtual_stages)
+        if key not in self._cuts:
+            cut = cut_blocks(self.config.model, self.config.train.seq_len, layout.pp * layout.virtual_stages)
+            self._cuts[key] = cut
+        return self._cuts[key][stage :: layout.pp]
 
     def is_cut(self, parameter: Parameter) -> bool:
         """Tell whether a tensor-parallel rank holds parts of what a parameter's rule looks at: matrices, or rows."""
@@ -94,8 +103,7 @@ class Holdings:
         """Return what each rank of a pipeline stage holds."""
         model, key = self.config.model, (layout.tp, layout.pp, layout.virtual_stages, stage)
         if key not in self._cache:
-            slices = slices_of_rank(model, self.config.train.seq_len, layout.pp, layout.virtual_stages, stage)
-            numbers = [number for blocks in slices for number in blocks]
+            numbers = [number for blocks in self.slices(layout, stage) for number in blocks]
             names = {"embedding.weight"} if 0 in numbers else set()
             if model.num_layers - 1 in numbers:
                 names |= {"norm.weight", "embedding.weight" if model.tie_embeddings else "head.weight"}
@@ -123,9 +131,8 @@ class Holdings:
 
     def parameters(self, layout: Layout, stage: int) -> list[Parameter]:
         """List this rank's slices of the parameters of a stage, in the order in which the optimizer knows them."""
-        model = self.config.model
-        slices = slices_of_rank(model, self.config.train.seq_len, layout.pp, layout.virtual_stages, stage)
-        return [parameter.slice(layout.tp) for parameter in model_parameters(model, slices)]
+        parameters = model_parameters(self.config.model, self.slices(layout, stage))
+        return [parameter.slice(layout.tp) for parameter in parameters]
 
     def cadence(self, parameter: Parameter) -> tuple[int, int]:
         """Return period and phase of a parameter's updates, in steps."""

@@ -12,7 +12,6 @@ from hopescale.config.plan import make_plan, padded_vocab_size
 from hopescale.config.schema import RunConfig
 from hopescale.cost.activations import FP32, Sizes, block_activations, head_bytes, logits_bytes
 from hopescale.cost.holdings import Holding, Holdings, gathers
-from hopescale.cost.stages import slices_of_rank
 
 KINDS = (
     "weights",
@@ -72,7 +71,7 @@ def stage_memory(
     holding = holdings.of_stage(layout, stage)
     owned = holdings.owned_share(layout, stage) if exact else 1 / layout.dp
     lasting = _lasting(config, layout, holding, owned)
-    passing = _Passing(config, layout, stage, holding)
+    passing = _Passing(config, layout, holdings.slices(layout, stage), stage, holding)
     fast = _fast_gradients(config, layout, holding)
     several = passing.micro_batches > 1
     moments = {
@@ -136,13 +135,12 @@ def _update_workspace(config: RunConfig, layout: Layout, holding: Holding, owned
 class _Passing:
     """What comes and goes with micro batches."""
 
-    def __init__(self, config: RunConfig, layout: Layout, stage: int, holding: Holding):
+    def __init__(self, config: RunConfig, layout: Layout, slices: list[range], stage: int, holding: Holding):
         model = config.model
         self.config, self.layout, self.holding = config, layout, holding
         self.micro_batches = make_plan(config, layout).grad_accumulation
         self.sizes = Sizes.of(config.train, layout)
         self.block = block_activations(model, self.sizes, config.train.recompute)
-        slices = slices_of_rank(model, config.train.seq_len, layout.pp, layout.virtual_stages, stage)
         self.blocks = sum(map(len, slices)) / len(slices)
         self.is_last = slices[-1].stop == model.num_layers
         waiting = layout.pp - stage

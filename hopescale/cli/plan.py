@@ -1,0 +1,95 @@
+"""`hopescale plan`: what a run costs, before it is started. Imports no torch."""
+
+from __future__ import annotations
+
+import json as to_json
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from hopescale.cli import plan_view as view
+from hopescale.cli.counts import read_count
+from hopescale.common.errors import ConfigError
+from hopescale.config.check import check_layout, require_valid
+from hopescale.config.layout import make_layout, smallest_layout
+from hopescale.config.load import Loaded, load_recipe
+from hopescale.cost.estimate import Estimator
+from hopescale.cost.hardware import planned_device
+from hopescale.cost.holdings import Holdings
+from hopescale.cost.law import read_law
+from hopescale.cost.report import describe_choice, make_report
+from hopescale.cost.search import MOST_RANKS, best_choices
+from hopescale.cost.sizes import best_size
+
+Name = Literal["A100", "H100", "H200", "B200", "cpu"]
+
+
+def plan(
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to it.")] = None,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, max=MOST_RANKS, help="Devices in all.", show_default="the fewest it runs on")
+    ] = None,
+    device: Annotated[Name, typer.Option(help="What each rank computes on.")] = "H100",
+    search: Annotated[bool, typer.Option("--search", help="Propose layout, micro batch and recomputation.")] = False,
+    flops: Annotated[
+        str | None, typer.Option(metavar="COUNT", help="Training FLOPs to spend: propose the best size. With --law.")
+    ] = None,
+    law: Annotated[
+        str | None, typer.Option(metavar="FILE[:SERIES]", help="A fitted scaling law (`hopescale sweep fit`).")
+    ] = None,
+    efficiency: Annotated[
+        float | None,
+        typer.Option(
+            min=0.01, max=1.0, help="Part of the peak that large products reach.", show_default="the device's"
+        ),
+    ] = None,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print all numbers as JSON, in bytes, seconds and FLOPs.")
+    ] = False,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the memory of each stage.")] = None,
+) -> None:
+    """Say what a run costs: parameters, FLOPs, memory, bytes sent, and an estimate of its time."""
+    if (flops is None) != (law is None):
+        raise ConfigError(
+            "--flops and --law go together: the law says which size is best for so many FLOPs",
+            "give both; `hopescale sweep fit` writes a law",
+        )
+    if flops is not None:
+        _show_size(recipe, overrides or [], read_count("--flops", flops), law, json)
+        return
+    loaded = require_valid(load_recipe(recipe, overrides or ()))
+    ranks = gpus or smallest_layout(loaded.config).num_ranks
+    if search:
+        loaded = _freed(loaded)
+    holdings = Holdings(loaded.config)
+    estimator = Estimator(holdings, planned_device(device, ranks), efficiency)
+    if search:
+        found = [describe_choice(choice) for choice in best_choices(estimator, ranks)]
+        typer.echo(to_json.dumps(found, indent=2) if json else view.choices(found, estimator, ranks), nl=json)
+        return
+    layout = make_layout(loaded.config, ranks)
+    check_layout(loaded.config, layout, loaded.origins)
+    report = make_report(estimator, loaded.config, layout)
+    if plot is not None:
+        from hopescale.cost.picture import draw_memory
+
+        draw_memory(report, plot)
+    typer.echo(to_json.dumps(report, indent=2) if json else view.report(report), nl=json)
+
+
+def _freed(loaded: Loaded) -> Loaded:
+    """Leave the degrees open that a search chooses."""
+    parallel = replace(loaded.config.parallel, dp=None, tp=1, pp=1, virtual_stages=1, sequence_parallel=False, zero=0)
+    return replace(loaded, config=replace(loaded.config, parallel=parallel))
+
+
+def _show_size(recipe: str, overrides: list[str], flops: int, law: str, json: bool) -> None:
+    path, series = Path(law), None
+    if not path.exists() and ":" in law:
+        name, series = law.rsplit(":", 1)
+        path = Path(name)
+    found: dict[str, Any] = best_size(recipe, overrides, flops, read_law(path, series))
+    typer.echo(to_json.dumps(found, indent=2) if json else view.size(found, recipe), nl=json)

@@ -1,0 +1,131 @@
+"""All that a plan says of one run, as a dictionary of numbers: what `hopescale plan` shows and `--json` prints."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from hopescale.config.layout import Layout
+from hopescale.config.plan import make_plan
+from hopescale.config.schema import RunConfig
+from hopescale.cost.comm import bytes_per_step
+from hopescale.cost.estimate import Estimate, Estimator
+from hopescale.cost.flops import flops_by_part, flops_per_token
+from hopescale.cost.memory import memory_of_stages
+from hopescale.cost.params import count_level_params, count_params
+from hopescale.cost.search import USABLE, Choice, cheapest_change, fullest, recompute_modes
+
+
+def make_report(estimator: Estimator, config: RunConfig, layout: Layout) -> dict[str, Any]:
+    """Return the plan of a config that has passed its checks, on a layout and a device.
+
+    Args:
+        estimator: Of the config and the device.
+        config: The same config.
+        layout: How ranks are shared out.
+    """
+    holdings, device = estimator.holdings, estimator.device
+    stages = memory_of_stages(holdings, config, layout)
+    room = USABLE * device.memory
+    fits = max(stage.peak for stage in stages) <= room
+    change = None if fits else cheapest_change(estimator, config, layout)
+    return {
+        "name": config.name,
+        "device": {"name": device.name, "memory": device.memory, "usable": room, "peak_flops": device.peak_flops},
+        "layout": _layout(config, layout),
+        "parameters": _parameters(config, stages),
+        "flops_per_token": _flops(config),
+        "memory": {
+            "fits": fits,
+            "change": None if change is None else _change(change, config, layout),
+            "stages": [
+                {"peak": stage.peak, "moment": stage.moment, "in_flight": stage.in_flight, **stage.bytes}
+                for stage in stages
+            ],
+            "by_recompute": _by_recompute(estimator, config, layout),
+        },
+        "bytes_per_step": [bytes_per_step(holdings, config, layout, stage) for stage in range(layout.pp)],
+        "estimate": describe_estimate(estimator.step(config, layout)),
+        "assumptions": estimator.assumptions(),
+    }
+
+
+def _layout(config: RunConfig, layout: Layout) -> dict[str, Any]:
+    plan = make_plan(config, layout)
+    return {
+        "ranks": layout.num_ranks,
+        "dp": layout.dp,
+        "tp": layout.tp,
+        "pp": layout.pp,
+        "virtual_stages": layout.virtual_stages,
+        "sequence_parallel": layout.sequence_parallel,
+        "zero": config.parallel.zero,
+        "micro_batch_size": config.train.micro_batch_size,
+        "micro_batches": plan.grad_accumulation,
+        "recompute": config.train.recompute,
+        "precision": config.train.precision,
+        "tokens_per_step": config.train.global_batch_tokens,
+        "steps": config.train.steps,
+        "total_tokens": plan.total_tokens,
+    }
+
+
+def _parameters(config: RunConfig, stages: list) -> dict[str, Any]:
+    return {
+        "by_part": count_params(config.model),
+        "by_level": count_level_params(config.model),
+        "per_rank": [stage.parameters for stage in stages],
+    }
+
+
+def _flops(config: RunConfig) -> dict[str, Any]:
+    model, seq_len = config.model, config.train.seq_len
+    executed = flops_by_part(model, seq_len, recompute=config.train.recompute)
+    total = flops_per_token(model, seq_len)
+    parts = {
+        name: {"forward": part.forward, "backward": part.backward, "executed": executed[name].total}
+        for name, part in flops_by_part(model, seq_len).items()
+    }
+    return {
+        "by_part": parts,
+        "total": total,
+        "executed": sum(part.total for part in executed.values()),
+        "per_parameter": total / count_params(model)["total"],
+    }
+
+
+def _by_recompute(estimator: Estimator, config: RunConfig, layout: Layout) -> dict[str, dict[str, float]]:
+    """Return the fullest rank's bytes and the tokens per second of each way to compute activations again."""
+    found = {}
+    for how in recompute_modes(config):
+        other = replace(config, train=replace(config.train, recompute=how))
+        peak = fullest(estimator.holdings, other, layout, exact=True)
+        found[how] = {"peak": peak, "tps": estimator.step(other, layout).tps}
+    return found
+
+
+def _change(choice: Choice, config: RunConfig, layout: Layout) -> dict[str, Any]:
+    return describe_choice(choice) | {"settings": choice.changes(config, layout)}
+
+
+def describe_choice(choice: Choice) -> dict[str, Any]:
+    """Return a choice of settings as numbers."""
+    return {
+        "ranks": choice.layout.num_ranks,
+        "settings": choice.settings(),
+        "peak": choice.peak,
+        "estimate": describe_estimate(choice.estimate),
+    }
+
+
+def describe_estimate(estimate: Estimate) -> dict[str, float]:
+    """Return an estimate as numbers."""
+    parts = ("compute", "idle", "tensor", "pipeline", "data", "update")
+    return {
+        "step_s": estimate.step_s,
+        **{f"{part}_s": getattr(estimate, f"{part}_s") for part in parts},
+        "tps": estimate.tps,
+        "mfu": estimate.mfu,
+        "wall_s": estimate.wall_s,
+        "device_hours": estimate.device_hours,
+    }

@@ -1,0 +1,158 @@
+"""The fastest way to share a run out over devices that fits their memory. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+
+from hopescale.config.layout import Layout
+from hopescale.config.plan import kv_heads, padded_vocab_size
+from hopescale.config.schema import RunConfig
+from hopescale.cost.estimate import Estimate, Estimator
+from hopescale.cost.holdings import Holdings
+from hopescale.cost.memory import stage_memory
+
+MOST_RANKS = 4096
+"""Devices that are looked at, at most."""
+USABLE = 0.92
+"""Part of a device's memory that a plan fills: the rest is for the driver, for buffers of exchanges, and for gaps."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A way to run a config.
+
+    Attributes:
+        config: With its settings.
+        layout: How ranks are shared out.
+        peak: Bytes of the fullest rank.
+        estimate: Of a step.
+    """
+
+    config: RunConfig
+    layout: Layout
+    peak: float
+    estimate: Estimate
+
+    def settings(self) -> dict[str, object]:
+        """Return what is chosen, by dotted key."""
+        parallel, train = self.config.parallel, self.config.train
+        return {
+            "parallel.dp": self.layout.dp,
+            "parallel.tp": self.layout.tp,
+            "parallel.pp": self.layout.pp,
+            "parallel.virtual_stages": parallel.virtual_stages,
+            "parallel.sequence_parallel": parallel.sequence_parallel,
+            "parallel.zero": parallel.zero,
+            "train.micro_batch_size": train.micro_batch_size,
+            "train.recompute": train.recompute,
+        }
+
+    def changes(self, config: RunConfig, layout: Layout) -> dict[str, object]:
+        """Return the settings that differ from those of another config and layout; replicas follow from the rest."""
+        before = Choice(config, layout, 0, self.estimate).settings()
+        return {key: value for key, value in self.settings().items() if value != before[key] and key != "parallel.dp"}
+
+
+def fullest(holdings: Holdings, config: RunConfig, layout: Layout, *, exact: bool = False) -> float:
+    """Return the bytes of the fullest rank: on the first stage, which waits longest, or the last, with the logits."""
+    stages = {0, layout.pp - 1}
+    return max(stage_memory(holdings, config, layout, stage, exact=exact).peak for stage in stages)
+
+
+def choices(estimator: Estimator, ranks: int) -> Iterator[Choice]:
+    """Yield every way to share a config out over ranks that fits the device's memory.
+
+    Args:
+        estimator: Of the config and the device.
+        ranks: Devices in all.
+    """
+    holdings = estimator.holdings
+    room, own = USABLE * estimator.device.memory, holdings.config.train.recompute
+    for config, layout in _layouts(holdings.config, ranks, estimator.device.per_node):
+        for size in _micro_batches(config, layout):
+            fits = False
+            for how in recompute_modes(config):
+                if fits and how != own:
+                    continue  # what keeps less only computes more
+                candidate = replace(config, train=replace(config.train, micro_batch_size=size, recompute=how))
+                peak = fullest(holdings, candidate, layout)
+                if peak <= room:
+                    fits = True
+                    yield Choice(candidate, layout, peak, estimator.step(candidate, layout))
+
+
+def best_choices(estimator: Estimator, ranks: int, count: int = 5) -> list[Choice]:
+    """Return the fastest choices, each with another layout, fastest first."""
+    fastest: dict[Layout, Choice] = {}
+    for choice in choices(estimator, ranks):
+        known = fastest.get(choice.layout)
+        if known is None or choice.estimate.tps > known.estimate.tps:
+            fastest[choice.layout] = choice
+    return sorted(fastest.values(), key=lambda choice: -choice.estimate.tps)[:count]
+
+
+def cheapest_change(estimator: Estimator, config: RunConfig, layout: Layout) -> Choice | None:
+    """Return the choice that fits and changes the fewest settings, the fastest of these.
+
+    Where nothing fits on as many devices, their number is doubled until something does; None if nothing does.
+    """
+    ranks = layout.num_ranks
+    while ranks <= MOST_RANKS:
+        fitting = list(choices(estimator, ranks))
+        if fitting:
+            return min(fitting, key=lambda choice: (len(choice.changes(config, layout)), -choice.estimate.tps))
+        ranks *= 2
+    return None
+
+
+def recompute_modes(config: RunConfig) -> tuple[str, ...]:
+    """Return what can be computed again, from what keeps most to what keeps least."""
+    return ("none", "memory", "block") if config.model.mixer == "attention" else ("none", "chunks", "memory", "block")
+
+
+def _layouts(config: RunConfig, ranks: int, per_node: int) -> Iterator[tuple[RunConfig, Layout]]:
+    """Yield layouts that split the model evenly, tensor-parallel ranks within a node."""
+    model = config.model
+    sizes = [model.num_heads, padded_vocab_size(model), *(level.d_ff for level in model.cms.levels.values())]
+    sizes += [kv_heads(model)] if model.mixer == "attention" else []
+    for tp in _divisors(ranks):
+        if tp > per_node or any(size % tp for size in sizes):
+            continue
+        for pp in _divisors(ranks // tp):
+            if pp > model.num_layers or (pp > 1 and model.cms.placement == "depth"):
+                continue
+            dp = ranks // tp // pp
+            for zero, together in product(_zeros(config, dp, pp), _sequences(config, tp)):
+                layout = Layout(dp=dp, tp=tp, pp=pp, sequence_parallel=together)
+                degrees = {"dp": dp, "tp": tp, "pp": pp, "virtual_stages": 1}
+                parallel = replace(config.parallel, **degrees, sequence_parallel=together, zero=zero)
+                yield replace(config, parallel=parallel), layout
+
+
+def _zeros(config: RunConfig, dp: int, pp: int) -> set[int]:
+    """Return the ZeRO stages to look at: 1 where there are replicas, and that of the config."""
+    own, rules = config.parallel.zero, {group.rule for group in config.optim.groups.values()}
+    if dp == 1 or "adamw" not in rules:
+        return {0}
+    return {1} | ({own} if own < 2 or (pp == 1 and rules == {"adamw"}) else set())
+
+
+def _sequences(config: RunConfig, tp: int) -> set[bool]:
+    """Return whether to share tokens out between layers: where that can be, and as in the config."""
+    possible = tp > 1 and config.train.seq_len % tp == 0
+    return {possible} | ({config.parallel.sequence_parallel} if possible else set())
+
+
+def _micro_batches(config: RunConfig, layout: Layout) -> list[int]:
+    """Return the micro batch sizes that divide a replica's part of the global batch, as powers of two."""
+    sequences = config.train.global_batch_tokens // config.train.seq_len
+    if sequences % layout.dp:
+        return []
+    share = sequences // layout.dp
+    return [size for size in (2**i for i in range(share.bit_length())) if share % size == 0]
+
+
+def _divisors(count: int) -> list[int]:
+    return [n for n in range(1, count + 1) if count % n == 0]

@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hopescale.cli.app import main
+from hopescale.common.paths import shipped_recipes
+from hopescale.cost.memory import KINDS
+
+RECIPES = sorted(path.stem for path in shipped_recipes().glob("*.yaml"))
+
+
+def run(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", *args])
+    captured = capsys.readouterr()
+    return ended.value.code or 0, captured.out, captured.err
+
+
+def numbers(capsys: pytest.CaptureFixture[str], *args: str):
+    code, out, err = run(capsys, *args, "--json")
+    assert (code, err) == (0, "")
+    return json.loads(out)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_shipped_recipe_has_a_plan(capsys, recipe: str):
+    code, out, err = run(capsys, recipe)
+    assert (code, err) == (0, "")
+    assert "tokens/s" in out and ("  fits: " in out or "  does not fit: " in out)
+    assert max(map(len, out.splitlines())) <= 300
+
+
+def test_a_laptop_reads_of_one_rank(capsys):
+    code, out, _ = run(capsys, "debug", "--device", "cpu")
+    assert code == 0 and out.startswith("debug on 1 rank on this machine's CPU")
+    assert "bytes sent" not in out and "-hours" not in out and "stage" not in out
+
+
+def test_numbers_add_up(capsys):
+    found = numbers(capsys, "hope_170m", "--gpus", "4", "parallel.pp=2")
+    for stage in found["memory"]["stages"]:
+        assert stage["peak"] == pytest.approx(sum(stage[kind] for kind in KINDS))
+    parts = found["parameters"]
+    assert sum(parts["by_level"].values()) == parts["by_part"]["total"]
+    tied = parts["by_part"]["embedding"]
+    assert sum(parts["per_rank"]) == parts["by_part"]["total"] + tied
+    estimate = found["estimate"]
+    assert estimate["tps"] * estimate["step_s"] == pytest.approx(found["layout"]["tokens_per_step"])
+    hours = estimate["step_s"] * found["layout"]["steps"] * 4 / 3600
+    assert estimate["device_hours"] == pytest.approx(hours)
+
+
+def test_what_does_not_fit_is_told_with_a_change_that_does(capsys):
+    settings = ["hope_1.3b", "--gpus", "8"]
+    found = numbers(capsys, *settings)
+    change = found["memory"]["change"]
+    assert not found["memory"]["fits"] and change["peak"] <= found["device"]["usable"]
+    changed = [f"{key}={value}" for key, value in change["settings"].items()]
+    again = numbers(capsys, *settings, *changed)
+    assert again["memory"]["fits"]
+    assert "cheapest change that fits: " + changed[0] in run(capsys, *settings)[1]
+
+
+def test_a_search_proposes_what_fits_and_can_be_run(capsys):
+    found = numbers(capsys, "hope_7b", "--search", "--gpus", "64")
+    speeds = [choice["estimate"]["tps"] for choice in found]
+    assert speeds == sorted(speeds, reverse=True) and len(found) > 1
+    settings = [f"{key}={str(value).lower()}" for key, value in found[0]["settings"].items()]
+    again = numbers(capsys, "hope_7b", "--gpus", "64", *settings)
+    assert again["memory"]["fits"]
+    assert again["estimate"]["tps"] == pytest.approx(speeds[0])
+
+
+def test_a_search_that_finds_nothing_says_so(capsys):
+    code, out, _ = run(capsys, "hope_70b", "--search", "--gpus", "1")
+    assert code == 0 and "nothing fits on 1 x H100" in out
+
+
+def test_4096_devices_are_searched(capsys):
+    assert numbers(capsys, "hope_70b", "--search", "--gpus", "4096", "train.global_batch_tokens=64Mi")
+
+
+def test_the_best_size_of_a_budget(capsys, tmp_path: Path):
+    law = tmp_path / "law.json"
+    law.write_text(json.dumps({"E": 1.8, "A": 480.0, "alpha": 0.35, "B": 2100.0, "beta": 0.37}))
+    small, large = (numbers(capsys, "hope_170m", "--flops", flops, "--law", str(law)) for flops in ("1e19", "1e21"))
+    assert small["parameters"] < large["parameters"] and small["tokens"] < large["tokens"]
+    for found in (small, large):
+        assert found["tokens"] * found["flops_per_token"] == pytest.approx(found["flops"])
+        settings = [f"{key}={value}" for key, value in found["settings"].items()]
+        assert numbers(capsys, "hope_170m", *settings)["parameters"]["by_part"]["total"] == found["parameters"]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--flops", "1e20"], "--flops and --law go together"),
+        (["--flops", "1e20", "--law", "nowhere.json"], "cannot read the law nowhere.json"),
+        (["--gpus", "3"], "train.global_batch_tokens"),
+    ],
+)
+def test_mistakes_are_one_message(capsys, args: list[str], message: str):
+    code, out, err = run(capsys, "hope_170m", *args)
+    assert code in (2, 3) and out == "" and message in err and "Traceback" not in err
+
+
+def test_efficiency_decides_the_time(capsys):
+    slow, fast = (numbers(capsys, "transformer_170m", "--efficiency", value) for value in ("0.25", "0.5"))
+    assert slow["estimate"]["compute_s"] == pytest.approx(2 * fast["estimate"]["compute_s"])
+
+
+def test_a_picture_of_the_stages(capsys, tmp_path: Path):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "memory.png"
+    assert run(capsys, "hope_170m", "--gpus", "4", "parallel.pp=4", "--plot", str(path))[0] == 0
+    assert path.read_bytes().startswith(b"\x89PNG")
+    code, _, err = run(capsys, "debug", "--plot", str(tmp_path / "memory.strange"))
+    assert code == 2 and "cannot write" in err
+
+
+def test_a_plan_needs_no_torch():
+    code = "import sys; from hopescale.cli.app import main\ntry: main(['plan', 'debug'])\nexcept SystemExit: pass\n"
+    code += "assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
