@@ -179,12 +179,13 @@ def _identity(job: Job) -> Iterator[str]:
 
 
 def _prepare(job: Job) -> Iterator[str]:
-    """List the steps before the ranks start; those that end in `&&` have to succeed."""
+    """List the steps before the ranks start; each has to succeed."""
     if job.array is not None:
         return
     if job.profile.preflight != "off":
-        drain = " --drain &&" if job.profile.preflight == "drain" else ""
-        yield f'"${{step[@]}}" "${{python[@]}}" -m hopescale node check "$run/config.yaml" --run-dir "$run"{drain}'
+        drain = " --drain" if job.profile.preflight == "drain" else ""
+        check = f'-m hopescale node check "$run/config.yaml" --run-dir "$run"{drain}'
+        yield f'"${{step[@]}}" "${{python[@]}}" {check} &&'
     if job.staged:
         one = '--ntasks="$SLURM_NNODES" --ntasks-per-node=1'
         yield f'"${{step[@]}}" {one} "${{python[@]}}" -m hopescale node stage "$run/config.yaml" &&'

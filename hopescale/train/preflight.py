@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from hopescale.common.disk import replace_text
 from hopescale.common.place import Place
 from hopescale.common.units import format_bytes
 from hopescale.parallel import process
@@ -82,9 +83,7 @@ def exclude(run_dir: Path, nodes: Sequence[str]) -> None:
     """Add nodes to those that a run does not start on again."""
     path = run_dir / BAD_NODES
     known = path.read_text().split() if path.exists() else []
-    written = path.with_name(f".tmp-{BAD_NODES}")
-    written.write_text("".join(f"{node}\n" for node in dict.fromkeys([*known, *nodes])))
-    written.replace(path)
+    replace_text(path, "".join(f"{node}\n" for node in dict.fromkeys([*known, *nodes])))
 
 
 def judge_faults(names: Mapping[int, str], faults: Mapping[int, Sequence[str]], nodes: Sequence[str]) -> Verdict:
