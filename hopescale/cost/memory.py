@@ -182,8 +182,11 @@ class _Passing:
         return max(widths) * model.d_model / 3 / tp
 
     def _gathered(self) -> float:
-        """Count the weights that ZeRO 3 makes whole at a time: two blocks, and what lies outside of them."""
-        if self.config.parallel.zero != 3:
-            return 0.0
+        """Count what ZeRO 2 sends gradients in, and the weights that ZeRO 3 makes whole: two blocks, and the others."""
+        zero = self.config.parallel.zero
+        bucket = min(PACK_BYTES, FP32 * self.holding.total()) if zero > 1 else 0.0
+        if zero != 3:
+            return bucket
         per_block = self.holding.weight_bytes() / max(1, self.config.model.num_layers)
-        return 2 * per_block + self.sizes.itemsize * padded_vocab_size(self.config.model) * self.config.model.d_model
+        rows = padded_vocab_size(self.config.model) * self.config.model.d_model
+        return bucket + 2 * per_block + self.sizes.itemsize * rows

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from hopescale.models import Model, ModelState
+from hopescale.models import Model, ModelState, self_modifying
 from hopescale.parallel.layers import cross_entropy_sum
 from tests.support.models import BASE
 from tests.support.split import VARIANTS
@@ -89,3 +90,17 @@ def test_nothing_is_kept_to_recompute_without_gradients(monkeypatch: pytest.Monk
     monkeypatch.setattr("hopescale.models.recompute.checkpoint", lambda *a, **k: pytest.fail("recomputing"))
     with torch.no_grad():
         forward(Model(BASE, recompute="block"))
+
+
+@pytest.mark.parametrize("recompute", ["memory", "block"])
+def test_a_mixer_that_is_computed_again_leaves_no_streams(recompute: str, monkeypatch: pytest.MonkeyPatch):
+    real, seen = self_modifying.scan, []
+
+    def noted(step, sizes, streams, carried, **options):
+        seen.extend(map(weakref.ref, (*streams, *carried)))
+        return real(step, sizes, streams, carried, **options)
+
+    monkeypatch.setattr(self_modifying, "scan", noted)
+    loss = forward(Model(BASE, recompute=recompute))
+    assert seen and all(tensor() is None for tensor in seen)
+    loss.backward()
