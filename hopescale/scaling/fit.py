@@ -19,8 +19,11 @@ from hopescale.scaling.points import Points
 DELTA = 1e-3
 """Size of a residual of log loss from which on it counts linearly."""
 
-EXPONENTS = (0.02, 2.5)
+EXPONENTS = (0.05, 1.5)
 """Least and greatest exponent that a fit may find."""
+
+LEAST_TERM = 1e-3
+"""Least size of each of the law's three terms, at the runs' mean size and tokens, as a part of the lowest loss."""
 
 _STARTS = (0.06, 0.12, 0.2, 0.3, 0.42, 0.6, 0.85, 1.3)
 _MAX_STEPS = 300
@@ -36,19 +39,13 @@ class Fit:
         law: The five numbers.
         residuals: Log of observed over predicted loss of each run, `[n]`.
         objective: Mean Huber loss.
+        undetermined: Numbers at the end of what they may be: the runs do not tell them.
     """
 
     law: Law
     residuals: np.ndarray
     objective: float
-
-    @property
-    def at_bound(self) -> list[str]:
-        """What the runs do not determine: exponents at the end of their range, and an `E` that came out as 0."""
-        exponents = {"alpha": self.law.alpha, "beta": self.law.beta}
-        low, high = EXPONENTS
-        ends = [name for name, value in exponents.items() if not low * 1.001 < value < high / 1.001]
-        return ends + (["E"] if self.law.E < 1e-3 else [])
+    undetermined: list[str]
 
 
 def fit_law(points: Points) -> Fit:
@@ -63,7 +60,17 @@ def fit_law(points: Points) -> Fit:
     best = solutions[np.argmin(objectives)]
     law = Law(*best.tolist())
     residuals = np.log(points.loss) - np.log(law.loss(points.params, points.tokens))
-    return Fit(law, residuals, float(objectives.min()))
+    return Fit(law, residuals, float(objectives.min()), _at_bound(law, points))
+
+
+def _at_bound(law: Law, points: Points) -> list[str]:
+    """Return the numbers of a law that lie at the end of what they may be."""
+    exponents = {"alpha": law.alpha, "beta": law.beta}
+    means = np.exp(np.log(points.params).mean()), np.exp(np.log(points.tokens).mean())
+    terms = {"E": law.E, "A": law.A * means[0] ** -law.alpha, "B": law.B * means[1] ** -law.beta}
+    low, high = EXPONENTS
+    found = [name for name, value in exponents.items() if not low * 1.001 < value < high / 1.001]
+    return [name for name, value in terms.items() if value < 1.001 * LEAST_TERM * points.loss.min()] + found
 
 
 def require_enough(points: Points) -> None:
@@ -130,6 +137,7 @@ class _Problem:
         self.means = self.log_params.mean(), self.log_tokens.mean()
         self.x, self.y = self.log_params - self.means[0], self.log_tokens - self.means[1]
         self.log_loss = np.log(points.loss)
+        self.least = np.log(LEAST_TERM * points.loss.min())
         self.weights = weights
 
     def terms(self, theta: np.ndarray, kappa: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -149,7 +157,7 @@ class _Problem:
     def project(self, theta: np.ndarray, kappa: np.ndarray, weights: np.ndarray) -> np.ndarray:
         """Move the three terms towards their best for these exponents: one reweighted least-squares step."""
         shares, residual = self.terms(theta, kappa)
-        return kappa + _solve(shares, residual, weights, damping=1.0)
+        return np.maximum(kappa + _solve(shares, residual, weights, damping=1.0), self.least)
 
     def step(
         self, theta: np.ndarray, kappa: np.ndarray, weights: np.ndarray, damping: np.ndarray

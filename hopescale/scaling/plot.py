@@ -82,8 +82,8 @@ def isoflop_figure(analysis: Analysis) -> Figure:
         _log_axis(axis, "parameters N", "loss (nats per token)", f"isoFLOP curves: {name}", counts=True)
         if series.isoflop.parabolas:
             axis.legend(title="FLOPs", fontsize=7.5, title_fontsize=8, frameon=False, loc="upper right", ncols=2)
-            low, high = axis.get_ylim()
-            axis.set_ylim(low, high + 0.18 * (high - low))
+    low, high = _share_y(axes[:-1])
+    axes[0].set_ylim(low, high + 0.18 * (high - low))
     for color, (name, series) in zip(COLORS, analysis.series.items(), strict=False):
         _growth(axes[-1], name, series, color)
     _log_axis(axes[-1], "training FLOPs C", "best size N(C)", "compute-optimal size", log_y=True)
@@ -257,7 +257,8 @@ def curves_figure(analysis: Analysis, curves: Sequence[Curve]) -> Figure:
         axis.plot(budgets, best, color="black", lw=1.8, ls="--", label="law, best size")
         axis.set_ylim(min(*ends[1], *best) * 0.98, max(ends[0]) * 1.02)
         _log_axis(axis, "training FLOPs spent", "loss (nats per token)", f"loss of the runs: {name}")
-        axis.legend(title="parameters", fontsize=8, title_fontsize=8, frameon=False, loc="upper right", ncols=2)
+        axis.legend(title="parameters", fontsize=8, title_fontsize=8, frameon=False, loc="lower left")
+    _share_y(axes)
     return figure
 
 
@@ -265,6 +266,16 @@ def _panels(count: int, width: float = 1.0) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(_PANEL[0] * width * count, _PANEL[1]), layout="constrained", dpi=120)
     axes = figure.subplots(1, count, squeeze=False)[0]
     return figure, list(axes)
+
+
+def _share_y(axes: Sequence[Axes]) -> tuple[float, float]:
+    """Give panels one range of y; return it."""
+    low = min(axis.get_ylim()[0] for axis in axes)
+    high = max(axis.get_ylim()[1] for axis in axes)
+    for axis in axes[1:]:
+        axis.sharey(axes[0])
+    axes[0].set_ylim(low, high)
+    return low, high
 
 
 def _log_axis(

@@ -16,7 +16,15 @@ from hopescale.scaling.analysis import Analysis, SeriesAnalysis
 from hopescale.scaling.bootstrap import Interval
 from hopescale.scaling.curves import Curve
 from hopescale.scaling.plot import draw
-from hopescale.scaling.summary import between, budgets_ahead, describe_forecast, describe_growth, law_text, times
+from hopescale.scaling.summary import (
+    between,
+    budgets_ahead,
+    describe_doubts,
+    describe_forecast,
+    describe_growth,
+    law_text,
+    times,
+)
 
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #222; max-width: 1100px; margin: 2em auto; padding: 0 1em; }
@@ -122,7 +130,7 @@ def _series(name: str, series: SeriesAnalysis) -> Iterator[str]:
             for best in map(series.optimum, budgets_ahead(series))
         ],
     )
-    lines = [*describe_growth(series), *describe_forecast(series)]
+    lines = [*describe_doubts(series), *describe_growth(series), *describe_forecast(series)]
     yield f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>"
 
 

@@ -37,7 +37,7 @@ def _series_json(series: SeriesAnalysis) -> dict[str, Any]:
         {
             **series.fit.law.to_dict(),
             "intervals": {name: asdict(interval) for name, interval in series.intervals().items()},
-            "undetermined": series.fit.at_bound,
+            "undetermined": series.fit.undetermined,
             "objective": series.fit.objective,
             "num_runs": len(series.points),
             "flops": asdict(series.frontier.cost),
@@ -117,9 +117,7 @@ def _describe_series(name: str, series: SeriesAnalysis) -> list[str]:
         f"  a token costs {_cost(series)} FLOPs per parameter",
         f"  residuals: {100 * np.mean(np.abs(series.fit.residuals)):.2g} % of the loss on average",
     ]
-    if series.fit.at_bound:
-        lines.append(f"  not determined by these runs: {', '.join(series.fit.at_bound)}")
-    lines += [f"  {line}" for line in describe_growth(series)]
+    lines += [f"  {line}" for line in [*describe_doubts(series), *describe_growth(series)]]
     for flops in budgets_ahead(series):
         best = series.optimum(flops)
         lines.append(
@@ -128,6 +126,23 @@ def _describe_series(name: str, series: SeriesAnalysis) -> list[str]:
             f"loss {best.loss:.4f}{between(best.loss_interval)}"
         )
     return lines + [f"  {line}" for line in describe_forecast(series)]
+
+
+def describe_doubts(series: SeriesAnalysis) -> list[str]:
+    """Return what these runs do not tell, and which runs would."""
+    lines = []
+    if series.fit.undetermined:
+        lines.append(f"not determined by these runs: {', '.join(series.fit.undetermined)}")
+    parabolas = [parabola for parabola in series.isoflop.parabolas if not parabola.inside]
+    best = [parabola.points.params[np.argmin(parabola.points.loss)] for parabola in parabolas]
+    for size, other, end in (("smallest", "smaller", np.min), ("largest", "larger", np.max)):
+        count = sum(params == end(parabola.points.params) for params, parabola in zip(best, parabolas, strict=True))
+        if count:
+            lines.append(
+                f"at {count} of {len(series.isoflop.parabolas)} budgets the {size} model is the best: "
+                f"where the best size lies is not seen, run {other} ones"
+            )
+    return lines
 
 
 def describe_growth(series: SeriesAnalysis) -> list[str]:
