@@ -26,7 +26,12 @@ COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6d00", "#56b4e9")
 _PANEL = (5.2, 4.3)
 _AHEAD = 10.0
 _GREY = "0.45"
-_TIMES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.8, 0.9, 1, 1.1, 1.25, 1.5, 2, 3, 5, 10, 20, 50)
+_TIMES = {
+    3.0: (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.25, 1.5, 1.75, 2, 2.5, 3),
+    50.0: (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10, 20),
+    np.inf: (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50),
+}
+"""Ticks of multipliers, by the ratio of the ends of the axis up to which they fit."""
 
 
 def draw(analysis: Analysis, curves: Sequence[Curve] = ()) -> dict[str, tuple[str, Figure]]:
@@ -230,7 +235,8 @@ def _multipliers(axis: Axes, analysis: Analysis) -> None:
         log_y=True,
     )
     low, high = max(min([0.8, *ends]) / 1.1, 0.02), min(max([1.25, *ends]) * 1.2, 50)
-    axis.set_yticks([tick for tick in _TIMES if low <= tick <= high])
+    ticks = next(ticks for ratio, ticks in _TIMES.items() if high / low <= ratio)
+    axis.set_yticks([tick for tick in ticks if low <= tick <= high])
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.yaxis.set_minor_locator(NullLocator())
     axis.set_ylim(low, high)
@@ -296,8 +302,9 @@ def _log_axis(
 
 
 def _counts(axis) -> None:
-    """Write the numbers of a logarithmic axis as 30M, 100M, 300M."""
-    axis.set_major_locator(LogLocator(subs=(1, 3), numticks=9))
+    """Write the numbers of a logarithmic axis as 30M, 100M, 300M, or closer where it is short."""
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1, 3) if high > 30 * low else (1, 2, 5), numticks=12))
     axis.set_major_formatter(FuncFormatter(lambda value, _: format_count(value)))
     axis.set_minor_formatter(NullFormatter())
 
