@@ -85,6 +85,17 @@ def test_lines_say_what_was_found_and_what_was_left_out(analysis):
     assert "hope: the compute that transformer needs for the same loss" in text
 
 
+def test_a_best_size_that_was_not_run_is_said(isoflop_runs):
+    points = isoflop_runs(budgets=3)
+    best = np.array([REPLICATION.optimal(flops)[0] for flops in points.flops])
+    for chosen, said in ((points.params > 1.3 * best, "smallest"), (points.params < best / 1.3, "largest")):
+        lines = describe(analyse(Table({"all": points.take(chosen)}, [], Path("t.csv")), resamples=0))
+        assert any(f"at 3 of 3 budgets the {said} model is the best" in line for line in lines)
+    assert not any(
+        "is the best" in line for line in describe(analyse(Table({"all": points}, [], Path("t.csv")), None, 0))
+    )
+
+
 def test_json_is_a_file_of_laws(analysis, tmp_path):
     content = json.loads(json.dumps(to_json(analysis), allow_nan=False))
     (tmp_path / "law.json").write_text(json.dumps(content))
