@@ -6,7 +6,9 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
+from time import sleep
 from typing import Annotated
 
 import typer
@@ -87,7 +89,7 @@ def run(
                     jobs=jobs,
                     retries=retries,
                     environ=os.environ,
-                    report=live.console.print if live else typer.echo,
+                    report=partial(live.console.print, markup=False, highlight=False) if live else typer.echo,
                     show=(lambda: live.update(_states(trials, folder), refresh=True)) if live else lambda: None,
                 )
         finally:
@@ -132,7 +134,9 @@ def submit(
 def status(
     sweep: SweepFile,
     sweep_dir: SweepDir = None,
-    watch: Annotated[float | None, typer.Option(metavar="SECONDS", help="Show again, until all trials ended.")] = None,
+    watch: Annotated[
+        float | None, typer.Option(metavar="SECONDS", min=0.1, help="Show again, until all ended.")
+    ] = None,
 ) -> None:
     """Show how far every trial is, wherever it runs: read from the run folders."""
     loaded, trials = _read(sweep)
@@ -142,11 +146,9 @@ def status(
         _print(_states(trials, folder))
         _summary(trials, folder)
         return
-    import time
-
     with Live(_states(trials, folder), auto_refresh=False) as live:
         while any(p.state not in (DONE, DIVERGED, FAILED) for p in _progress(trials, folder)):
-            time.sleep(watch)
+            sleep(watch)
             live.update(_states(trials, folder), refresh=True)
 
 

@@ -189,7 +189,7 @@ def require_same(sweep: Sweep, trials: Sequence[Trial], folder: Path) -> None:
     if changed:
         text = "\n".join(changed).replace("\n", "\n    ")
         hint = "set them back, remove those trials' folders, or give the sweep another name"
-        message = f"{display_path(sweep.path)} has changed since {len(changed)} of its trials began\n    {text}"
+        message = f"{display_path(sweep.path)} gives other configs to {len(changed)} trials that have begun\n    {text}"
         raise ConfigError(message, hint)
 
 
