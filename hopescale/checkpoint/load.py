@@ -144,7 +144,8 @@ def _listed(names: list[str]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the type of an error and the first line of what it says."""
+    """Return the type of an error and the first line of what it says, with the second where a colon leads to it."""
     if isinstance(error, dcp.CheckpointException):
         error, _ = error.failures[min(error.failures)]
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+    first, *rest = f"{type(error).__name__}: {error}".splitlines()
+    return f"{first} {rest[0].strip()}" if rest and first.endswith(":") else first

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -76,7 +77,8 @@ def _evaluate(path: Path, wanted: Wanted, out: Path | None, place: Place | None,
     control = Control(mesh)
     loaded: list[Loaded] = []
     control.together(lambda: loaded.append(_load(path, chosen)))
-    results = run(loaded[0], wanted, control)
+    speak = partial(typer.echo, err=True) if control.is_first else lambda line: None
+    results = run(loaded[0], wanted, control, speak)
     if place is not None:
         process.stop()
     if not control.is_first:

@@ -38,7 +38,7 @@ from hopescale.convert.card import model_card
 from hopescale.convert.mapping import Pair, pairs, split, write_settings
 from hopescale.convert.tokenizer import write_tokenizer
 from hopescale.data.tokenizer import Tokenizer
-from hopescale.infer.load import Loaded, unfilled
+from hopescale.infer.load import Loaded, empty_model, with_tokenizer
 from hopescale.models import Model
 
 INDEX = "model.safetensors.index.json"
@@ -157,8 +157,11 @@ def _own_config(manifest: Manifest) -> dict[str, Any]:
 def _native_config(manifest: Manifest, config: RunConfig) -> dict[str, Any]:
     (level,) = config.model.cms.levels.values()
     theirs = write_settings(manifest.config["model"], level.d_ff)
-    length = {"max_position_embeddings": config.train.seq_len}
-    return {"architectures": [f"{theirs['model_type'].capitalize()}ForCausalLM"], **theirs, **length}
+    length, scaling = config.train.seq_len, config.model.attention.rope_scaling
+    if scaling is not None and scaling.kind == "llama3":
+        length = max(length, int(scaling.factor * scaling.first_context))
+    name = f"{theirs['model_type'].capitalize()}ForCausalLM"
+    return {"architectures": [name], **theirs, "max_position_embeddings": length}
 
 
 def _write_texts(folder: Path, source: Path, manifest: Manifest, config: RunConfig, body: Mapping[str, Any]) -> None:
@@ -210,9 +213,19 @@ def read_export(folder: Path) -> Manifest:
         hint = "to begin from a Llama or Qwen, say what it becomes: convert from-hf --as hope-attention --levels ..."
         raise CheckpointError(f"{folder} was not written by `convert to-hf`: it holds no {EXPORT}", hint)
     manifest = read_manifest(folder, EXPORT)
-    if problems := file_problems(folder, manifest.files, digests=True):
-        raise damaged(folder, problems)
+    check_files(folder, manifest)
     return manifest
+
+
+def check_files(folder: Path, manifest: Manifest, suffix: str = "") -> None:
+    """Compare every byte of the files of an export, or of those with a suffix, with its manifest.
+
+    Raises:
+        CheckpointError: If a file is missing, truncated or changed; all of them are named.
+    """
+    chosen = {name: entry for name, entry in manifest.files.items() if name.endswith(suffix)}
+    if problems := file_problems(folder, chosen, digests=True):
+        raise damaged(folder, problems)
 
 
 def load_export(folder: Path, device: torch.device) -> Loaded:
@@ -221,13 +234,13 @@ def load_export(folder: Path, device: torch.device) -> Loaded:
     Raises:
         CheckpointError: If a file is missing or changed.
     """
-    loaded = unfilled(read_export(folder), folder)
-    weights = SafetensorsFolder(folder)
-    check_weights({n: (tuple(t.shape), t.dtype) for n, t in weights.items()}, loaded.config, str(folder))
-    for name, parameter in loaded.model.named_parameters():
+    manifest = read_export(folder)
+    weights, config = SafetensorsFolder(folder), from_dict(manifest.config, str(folder))
+    check_weights({name: (tuple(t.shape), t.dtype) for name, t in weights.items()}, config, str(folder))
+    model = empty_model(manifest, folder)
+    for name, parameter in model.named_parameters():
         parameter.data.copy_(weights[name])
-    loaded.model.to(device)
-    return loaded
+    return with_tokenizer(model, manifest, folder, device)
 
 
 def write_checkpoint(out: Path, weights: Mapping[str, Tensor], manifest: Manifest, *, tokenizer: Path | None) -> Path:

@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from hopescale.checkpoint.load import first_line
-from hopescale.checkpoint.manifest import EXPORT
+from hopescale.checkpoint.manifest import EXPORT, read_manifest
 from hopescale.common.errors import CheckpointError, HopescaleError
 from hopescale.config.schema import RunConfig
+from hopescale.convert.hf import check_files
 from hopescale.convert.mapping import layer_names
 from hopescale.convert.stacking import read_source, require_config
 from hopescale.data.loader import open_data
@@ -56,11 +57,15 @@ class Verified:
 def verify_folder(folder: Path, checkpoint: Path) -> Verified:
     """Compare a folder of transformers, an export or the source of a stacked model, with a checkpoint.
 
-    Both models are held in memory; an export in the checkpoint's precision, any other folder in float32.
+    Both models are held in memory; an export in the checkpoint's precision, any other folder in float32. The weights of
+    an export are compared with their SHA-256 first.
 
     Raises:
-        CheckpointError: If the folder cannot be loaded, or its answers differ; names the first layer that does.
+        CheckpointError: If the folder is damaged or cannot be loaded, or its answers differ; names the first layer that
+            does.
     """
+    if (folder / EXPORT).exists():
+        check_files(folder, read_manifest(folder, EXPORT), ".safetensors")
     loaded = load_model(checkpoint, torch.device("cpu"))
     precision = loaded.config.train.precision
     if (folder / EXPORT).exists():

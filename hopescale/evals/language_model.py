@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from lm_eval.api.instance import Instance
@@ -38,13 +38,13 @@ class EvaluatedModel(TemplateLM):
         loaded: Holds a tokenizer.
         control: Where ranks meet.
         context: Tokens that are read at most before a token that is predicted; None is all there are.
-        batch_tokens: See `BATCH_TOKENS`.
+        report: Takes a line for every tenth of the work that is done.
     """
 
-    def __init__(self, loaded: Loaded, control: Control, context: int | None, batch_tokens: int = BATCH_TOKENS):
+    def __init__(self, loaded: Loaded, control: Control, context: int | None, report: Callable[[str], None]):
         super().__init__()
         self.model, self.text, self.control = loaded.model, loaded.tokenizer, control
-        self.context, self.batch_tokens = context, batch_tokens
+        self.context, self.report = context, report
 
     @property
     def eot_token_id(self) -> int:
@@ -79,8 +79,8 @@ class EvaluatedModel(TemplateLM):
             texts, counts = [context + after for context, after in chosen], [len(after) for _, after in chosen]
             return score(self.model, texts, counts)
 
-        batches = cut([len(context) + len(after) for context, after in pairs], tokens=self.batch_tokens)
-        return share_out(self.control, batches, work)
+        batches = cut([len(context) + len(after) for context, after in pairs], tokens=BATCH_TOKENS)
+        return share_out(self.control, batches, work, self._tenths("scored"))
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
         """Score whole texts, from the end-of-text token before them on; in windows of `context` if there is one."""
@@ -133,9 +133,21 @@ class EvaluatedModel(TemplateLM):
             settings = {"max_tokens": max_tokens, "sampling": sampling, "seed": batch[0], "ended": ended}
             return write(self.model, rows, **settings)
 
-        batches = cut([len(row) for row in tokens], tokens=self.batch_tokens, spread=LATER_TOKENS)
-        written = share_out(self.control, batches, work)
+        batches = cut([len(row) for row in tokens], tokens=BATCH_TOKENS, spread=LATER_TOKENS)
+        written = share_out(self.control, batches, work, self._tenths("written"))
         return [postprocess_generated_text(tokenizer.decode(row), until, None) for row in written]
+
+    def _tenths(self, what: str) -> Callable[[int, int], None]:
+        """Return a function that is told how much is done, and reports each tenth."""
+        reported, share = 0, "" if self.control.num_ranks == 1 else " by this rank"
+
+        def tell(done: int, total: int) -> None:
+            nonlocal reported
+            if (tenth := 10 * done // total) > reported:
+                reported = tenth
+                self.report(f"{what} {done:,} of {total:,} texts{share}")
+
+        return tell
 
     def _cut_off(self, tokens: list[int], max_tokens: int) -> list[int]:
         """Leave out the first tokens of a text that would be forgotten by its last."""

@@ -1,8 +1,12 @@
-"""An evaluation: what is asked of a model, checked before anything is computed, and then measured."""
+"""An evaluation: all that it reads is opened before anything is computed, then the model is measured."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from hopescale.common.errors import ConfigError, HopescaleError
+from hopescale.data.loader import Data
 from hopescale.evals.perplexity import held_out_loss, open_held_out
 from hopescale.evals.report import Result
 from hopescale.evals.wanted import PERPLEXITY, Wanted
@@ -10,26 +14,27 @@ from hopescale.infer.load import Loaded
 from hopescale.parallel.control import Control
 
 
-def evaluate(loaded: Loaded, wanted: Wanted, control: Control) -> list[Result]:
-    """Measure a model. Called by all ranks, each with the whole model; results are those of one rank.
+def evaluate(loaded: Loaded, wanted: Wanted, control: Control, report: Callable[[str], None]) -> list[Result]:
+    """Measure a model. Called by all ranks, with results that do not depend on their number.
+
+    Args:
+        loaded: The whole model, on every rank.
+        wanted: What to measure.
+        control: Where ranks meet.
+        report: Takes lines about what is done; those of the first rank stand for all.
 
     Raises:
         ConfigError: If a task is unknown or asks for what there is not, or the model has no tokenizer for text.
         DataError: If data is missing or damaged.
     """
-    if wanted.tasks and loaded.tokenizer is None:
-        message = f"{loaded.folder} has no tokenizer, so it cannot be asked {', '.join(wanted.tasks)}, which are text"
-        raise ConfigError(message, f"--tasks {PERPLEXITY} needs none")
-    data = open_held_out(loaded, wanted.data) if wanted.perplexity else None
+    data, tasks = control.together(lambda: _prepared(loaded, wanted))
     results: list[Result] = []
-    if wanted.tasks:
-        from hopescale.evals.language_model import EvaluatedModel
-        from hopescale.evals.tasks import load_tasks, run_tasks
-
-        tasks = control.together(lambda: load_tasks(wanted.tasks, wanted.task_path))
     try:
         if wanted.tasks:
-            model = EvaluatedModel(loaded, control, context_of(loaded, wanted))
+            from hopescale.evals.language_model import EvaluatedModel
+            from hopescale.evals.tasks import run_tasks
+
+            model = EvaluatedModel(loaded, control, context_of(loaded, wanted), report)
             results += run_tasks(model, tasks, wanted.limit)
         if data is not None:
             results += held_out_loss(loaded, data, control)
@@ -37,6 +42,19 @@ def evaluate(loaded: Loaded, wanted: Wanted, control: Control) -> list[Result]:
         error.repeated = not control.is_first
         raise
     return results
+
+
+def _prepared(loaded: Loaded, wanted: Wanted) -> tuple[Data | None, dict[str, Any]]:
+    """Open all that will be read, before anything is computed."""
+    if wanted.tasks and loaded.tokenizer is None:
+        message = f"{loaded.folder} has no tokenizer, so it cannot be asked {', '.join(wanted.tasks)}, which are text"
+        raise ConfigError(message, f"--tasks {PERPLEXITY} needs none")
+    data, tasks = open_held_out(loaded, wanted.data) if wanted.perplexity else None, {}
+    if wanted.tasks:
+        from hopescale.evals.tasks import load_tasks
+
+        tasks = load_tasks(wanted.tasks, wanted.task_path)
+    return data, tasks
 
 
 def context_of(loaded: Loaded, wanted: Wanted) -> int | None:

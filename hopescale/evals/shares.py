@@ -29,19 +29,27 @@ def cut(lengths: Sequence[int], *, tokens: int, spread: int | None = None) -> li
     return batches
 
 
-def share_out(control: Control, batches: Sequence[Sequence[int]], work: Callable[[list[int]], Sequence[T]]) -> list[T]:
+def share_out(
+    control: Control,
+    batches: Sequence[Sequence[int]],
+    work: Callable[[list[int]], Sequence[T]],
+    tell: Callable[[int, int], None] = lambda done, total: None,
+) -> list[T]:
     """Do each batch on one of the ranks, and return all results everywhere. Called by all ranks.
 
     Args:
         control: Where ranks meet.
         batches: Numbers from 0, each once; the same on every rank.
         work: Gives one result for each number of a batch; results must pickle.
+        tell: Told after each batch how many numbers of this rank are done, and how many there are.
 
     Returns:
         The result of each number, in order.
     """
     own: dict[int, T] = {}
-    for batch in batches[control.rank :: control.num_ranks]:
+    share = batches[control.rank :: control.num_ranks]
+    for batch in share:
         own |= zip(batch, work(list(batch)), strict=True)
+        tell(len(own), sum(map(len, share)))
     done = {number: result for of_rank in control.gather(own) for number, result in of_rank.items()}
     return [done[number] for number in range(len(done))]

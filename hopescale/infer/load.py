@@ -40,26 +40,28 @@ def load_model(path: Path, device: torch.device) -> Loaded:
     """
     folder = find_checkpoint(path)
     manifest = read_manifest(folder)
-    loaded = unfilled(manifest, folder)
-    weights = {f"model.{name}": p.detach() for name, p in loaded.model.named_parameters()}
-    load_into(weights, folder, prefix="model.", group=loaded.model.mesh.control_group)
-    loaded.model.to(device)
-    return loaded
+    model = empty_model(manifest, folder)
+    weights = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
+    load_into(weights, folder, prefix="model.", group=model.mesh.control_group)
+    return with_tokenizer(model, manifest, folder, device)
 
 
-def unfilled(manifest: Manifest, folder: Path) -> Loaded:
-    """Return what a manifest describes, with weights that are still to be filled in, on the CPU.
+def empty_model(manifest: Manifest, folder: Path) -> Model:
+    """Return the model that a manifest describes, in its precision and on the CPU; weights are to be filled in.
 
     Args:
         manifest: Of a checkpoint or an export.
-        folder: Where it is; may hold a tokenizer.
+        folder: Where it is, for messages.
     """
     config = from_dict(manifest.config, str(folder))
-    model = Model(config.model).eval()
-    if config.train.precision == "bf16":
-        model.to_precision(torch.bfloat16)
+    model = Model(config.model)
+    return model.to_precision(torch.bfloat16) if config.train.precision == "bf16" else model
+
+
+def with_tokenizer(model: Model, manifest: Manifest, folder: Path, device: torch.device) -> Loaded:
+    """Put a filled model together with what lies beside it in a folder whose files have been checked."""
     tokenizer = Tokenizer.load(folder / TOKENIZER) if (folder / TOKENIZER).exists() else None
-    return Loaded(model, tokenizer, config, manifest, folder)
+    return Loaded(model.to(device).eval(), tokenizer, from_dict(manifest.config, str(folder)), manifest, folder)
 
 
 def weights_digest(model: Model) -> str:

@@ -18,7 +18,7 @@ from hopescale.checkpoint.manager import find_checkpoint
 from hopescale.checkpoint.manifest import read_manifest
 from hopescale.infer.load import load_model
 from tests.integration.conftest import Run
-from tests.support.layouts import train_run
+from tests.support.layouts import train_run, values
 from tests.support.ranks import run_ranks
 
 ATTENTION = ("model.mixer=attention", "model.self_modifying={chunk_size: 64, mu_init: 0.5}")
@@ -126,6 +126,30 @@ def test_a_checkpoint_of_weights_alone_trains_on_with_a_new_optimizer(hopescale,
     assert "at step 3 with a new optimizer" in done.out and "done: step 6 of 6" in done.out
 
 
+LAYOUTS = {"hope": "parallel.tp=2", "transformer": "parallel.pp=2"}
+
+
+def train_on_two(rank: int, root: Path, backs: Path) -> None:
+    """Begin a run with weights that come from an export, each on a layout of its own."""
+    for name, layout in LAYOUTS.items():
+        overrides = ("model.num_layers=2", *ARCHITECTURES[name])
+        train_run(root / name, 2, layout, *overrides, last_step=2, init=backs / name)
+
+
+def test_weights_from_an_export_fit_other_layouts(hopescale, exports: Path, tmp_path: Path):
+    for name in LAYOUTS:
+        assert hopescale("convert", "from-hf", exports / f"{name}-hf", tmp_path / name, "--no-verify").code == 0
+    run_ranks(train_on_two, 2, tmp_path, tmp_path / "two", tmp_path)
+    for name in LAYOUTS:
+        alone = tmp_path / "one" / name
+        train_run(alone, 1, "model.num_layers=2", *ARCHITECTURES[name], last_step=2, init=tmp_path / name)
+        fresh = tmp_path / "fresh" / name
+        train_run(fresh, 1, "model.num_layers=2", *ARCHITECTURES[name], last_step=1)
+        found, expected = values(tmp_path / "two" / name), values(alone)
+        assert found == pytest.approx(expected, rel=1e-5) and len(found) == 2
+        assert abs(values(fresh)[1] - expected[1]) > 1e-3 * expected[1]
+
+
 def test_an_export_that_answers_otherwise_is_told_with_its_first_layer(hopescale, exports: Path, tmp_path: Path):
     folder = shutil.copytree(exports / "hope-hf", tmp_path / "copy")
     config = json.loads((folder / "config.json").read_text())
@@ -135,6 +159,21 @@ def test_an_export_that_answers_otherwise_is_told_with_its_first_layer(hopescale
     assert done.code == 4 and "the first layer to differ is blocks.0.mixer" in done.err
     other = hopescale("convert", "verify", exports / "hope-hf", exports / "hope_attention")
     assert other.code == 4 and other.err.count("\n") <= 2
+
+
+def test_an_export_whose_weights_were_changed_is_not_compared(hopescale, exports: Path, tmp_path: Path):
+    for place, said in ((None, "has 500 bytes, the manifest says"), (-5, "has other content than the manifest's")):
+        folder = shutil.copytree(exports / "hope-hf", tmp_path / str(place))
+        file = sorted(folder.glob("*.safetensors"))[0]
+        content = bytearray(file.read_bytes())
+        if place is None:
+            content = content[:500]
+        else:
+            content[place] ^= 1
+        file.write_bytes(content)
+        done = hopescale("convert", "verify", folder, exports / "hope")
+        assert (done.code, done.out) == (4, "") and f"{folder} is damaged: {file.name} {said}" in done.err
+        assert done.err.count("error") == 1
 
 
 def test_what_cannot_be_exported_is_refused(hopescale, exports: Path, tmp_path: Path):

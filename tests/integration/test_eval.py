@@ -152,10 +152,12 @@ def test_the_export_gives_these_numbers_by_its_own_code_too(evaluate, exported: 
         asked.append(line["question"])
     assert results["choice"]["metrics"]["acc"] == pytest.approx(right / 9)
     assert results["rolling"]["metrics"]["bits_per_byte"] == pytest.approx(-total / size / math.log(2), rel=1e-5)
-    ours = EvaluatedModel(load_export(exported, torch.device("cpu")), Control(Mesh.alone()), None)
+    said = []
+    ours = EvaluatedModel(load_export(exported, torch.device("cpu")), Control(Mesh.alone()), None, said.append)
     ask = {"until": ["e"], "max_gen_toks": 6}
     requests = [Instance("generate_until", {}, (text, ask), number) for number, text in enumerate(asked)]
     assert ours.generate_until(requests) == written and len(set(written)) > 2
+    assert said[-1] == "written 9 of 9 texts"
 
 
 def test_numbers_do_not_depend_on_the_number_of_ranks(evaluate, trained: Path, tasks: Path, tmp_path: Path):

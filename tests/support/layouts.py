@@ -45,7 +45,7 @@ AdamW moves a weight by the sign of its gradient, even where that is nothing but
 bias starts at 0, against which no error is small."""
 
 
-def train_run(folder: Path, num_ranks: int, *overrides: str, last_step: int = 6) -> None:
+def train_run(folder: Path, num_ranks: int, *overrides: str, last_step: int = 6, init: Path | None = None) -> None:
     """Train or continue a run on the ranks that call this; a layout of its own each time."""
     loaded = require_valid(load_recipe("debug", [*TINY, *overrides]))
     layout = make_layout(loaded.config, num_ranks)
@@ -62,6 +62,7 @@ def train_run(folder: Path, num_ranks: int, *overrides: str, last_step: int = 6)
             layout=layout,
             stop=StopRequest(),
             resume="auto",
+            init=init,
             last_step=last_step,
             report=lambda line: None,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from hopescale.config.load import load_resolved
 from hopescale.convert.hf import SafetensorsFolder, export
 from hopescale.convert.info import describe
 from hopescale.convert.mapping import read_settings
-from hopescale.convert.stacking import stack
+from hopescale.convert.stacking import read_source, stack
 from hopescale.convert.verify import verify_folder
 
 LEVELS = {"fast": 1, "mid": 2, "slow": 4}
@@ -98,6 +99,21 @@ def test_a_transformer_and_back_keeps_every_bit(sources, tmp_path: Path, family:
     assert verify_folder(tmp_path / "back", checkpoint).difference < 1e-5
     settings = [AutoConfig.from_pretrained(path).to_dict() for path in (sources[family], tmp_path / "back")]
     assert read_settings(settings[0], "before") == read_settings(settings[1], "after")
+    scaling, trained = settings[1]["rope_parameters"], load_resolved(tmp_path / "out" / "config.yaml").train.seq_len
+    known = scaling["factor"] * scaling["original_max_position_embeddings"] if "low_freq_factor" in scaling else 0
+    assert settings[1]["max_position_embeddings"] == max(trained, known)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [({"num_attention_heads": "four"}, "expected int, got str"), ({"num_attention_heads": 5}, "not a multiple of")],
+)
+def test_what_transformers_says_of_a_config_is_passed_on(sources, tmp_path: Path, change: dict, said: str):
+    folder = shutil.copytree(sources["llama"], tmp_path / "copy")
+    body = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(body | change))
+    with pytest.raises(CheckpointError, match=f"cannot read .*{said}"):
+        read_source(folder)
 
 
 def test_the_card_of_a_native_export_needs_no_code_of_ours(sources, tmp_path: Path):
