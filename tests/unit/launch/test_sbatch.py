@@ -158,6 +158,7 @@ def test_an_element_requeues_itself_and_not_its_array(job: Job, play, slurm: Fak
     assert slurm.calls("scontrol") == ["requeue 7_5", "show job -o 7_5", "update JobId=7_5 ExcNodeList=n2"]
     assert play(1, job=array, **environ)[0] == 1
     assert (run / "failures").read_text().startswith("none exit code 1, job 7_5, ")
+    assert play(0, job=array, **environ)[0] == 0 and (run / "outcome").read_text() == "done\n"
     assert "#SBATCH --array=0-5%2\n" in render(array) and "--array=0-5\n" in render(replace(job, array=Array(6)))
 
 
