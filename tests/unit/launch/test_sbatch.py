@@ -134,7 +134,7 @@ def test_a_requeue_that_is_refused_ends_the_job_with_the_code_of_the_ranks(play,
 
 def test_nodes_are_checked_and_data_copied_before_the_ranks_start(job: Job, play, slurm: FakeSlurm):
     checked = replace(job, profile=replace(CPUS, preflight="drain"), staged=True)
-    play(0, job=checked)
+    play(0, "paused at step 3 of 9", job=checked)
     check, stage, train = slurm.calls("srun")
     assert f"-m hopescale node check {job.run_dir}/config.yaml --run-dir {job.run_dir} --drain" in check
     assert "--ntasks=2 --ntasks-per-node=1 python -u -m hopescale node stage" in stage and " train " in train
