@@ -84,13 +84,15 @@ def choices(estimator: Estimator, ranks: int) -> Iterator[Choice]:
 
 
 def best_choices(estimator: Estimator, ranks: int, count: int = 5) -> list[Choice]:
-    """Return the fastest choices, each with another layout, fastest first."""
-    fastest: dict[Layout, Choice] = {}
-    for choice in choices(estimator, ranks):
-        known = fastest.get(choice.layout)
-        if known is None or choice.estimate.tps > known.estimate.tps:
-            fastest[choice.layout] = choice
-    return sorted(fastest.values(), key=lambda choice: -choice.estimate.tps)[:count]
+    """Return the fastest choices, each of other degrees, fastest first."""
+
+    def order(choice: Choice) -> tuple[float, float]:
+        return -choice.estimate.tps, choice.peak
+
+    fastest: dict[tuple[int, int, int], Choice] = {}
+    for choice in sorted(choices(estimator, ranks), key=order):
+        fastest.setdefault((choice.layout.dp, choice.layout.tp, choice.layout.pp), choice)
+    return sorted(fastest.values(), key=order)[:count]
 
 
 def cheapest_change(estimator: Estimator, config: RunConfig, layout: Layout) -> Choice | None:
