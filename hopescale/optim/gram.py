@@ -52,28 +52,31 @@ def gather_gram(
             layer.weight.gram = x.new_zeros(whole.shape[-1], x.shape[-1])
         layer.weight.gram.addmm_(whole.mT, x, alpha=1 / count)
 
-    def see(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-        return _AtBackward.apply(output, inputs[0].detach(), add)
+    def see(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not torch.is_grad_enabled():
+            return None
+        x = inputs[0] if inputs[0].requires_grad else inputs[0].detach().requires_grad_()
+        return _AtBackward.apply(x, add), *inputs[1:]
 
-    return layer.register_forward_hook(see)
+    return layer.register_forward_pre_hook(see)
 
 
 class _AtBackward(torch.autograd.Function):
-    """The identity; hands over a tensor when its gradient comes by.
+    """The identity; hands over its input when the gradient comes by.
 
     What is saved here is saved by the layer anyway, and where activations are computed again so is this.
     """
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, x: Tensor, take: Callable[[Tensor], None]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, take: Callable[[Tensor], None]) -> Tensor:
         ctx.save_for_backward(x)
         ctx.take = take
-        return output.view_as(output)
+        return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None]:
         ctx.take(*ctx.saved_tensors)
-        return slope, None, None
+        return slope, None
 
 
 def gather_grams(
