@@ -71,11 +71,12 @@ def test_ranks_are_started_from_the_copy_of_the_code(job: Job, play, slurm: Fake
     assert slurm.calls("scontrol") == []
 
 
-def test_a_run_that_was_told_to_stop_is_requeued(play, slurm: FakeSlurm):
+def test_a_run_that_was_told_to_stop_is_requeued(job: Job, play, slurm: FakeSlurm):
     assert play(75)[0] == 75
     assert play(137, "stopped by SIGUSR1 at step 3 of 9")[0] == 75  # a rank was killed after the save
     assert play(138)[0] == 138  # killed by USR1 before python could listen
     assert requeued(slurm) == 3
+    assert not (job.run_dir / "failures").exists()
 
 
 def test_a_requeue_leaves_out_bad_nodes(job: Job, play, slurm: FakeSlurm):
@@ -130,6 +131,7 @@ def test_a_requeue_that_is_refused_ends_the_job_with_the_code_of_the_ranks(play,
     slurm.answer("scontrol", code=1)
     assert play(75)[0] == 75
     assert slurm.calls("scontrol") == ["requeue 7"]
+    assert slurm.calls("sleep") == []
 
 
 def test_nodes_are_checked_and_data_copied_before_the_ranks_start(job: Job, play, slurm: FakeSlurm):
