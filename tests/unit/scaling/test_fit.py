@@ -83,7 +83,7 @@ def test_a_few_bad_runs_weigh_little(isoflop_runs):
     assert law.beta == pytest.approx(REPLICATION.beta, abs=0.02)
 
 
-def test_intervals_hold_the_law(isoflop_runs, record_property):
+def test_intervals_hold_the_law(isoflop_runs, record_testsuite_property):
     inside = dict.fromkeys(REPLICATION.to_dict(), 0)
     for seed in range(100):
         points = isoflop_runs(noise=0.01, seed=seed)
@@ -91,7 +91,7 @@ def test_intervals_hold_the_law(isoflop_runs, record_property):
         for name, value in REPLICATION.to_dict().items():
             interval = Interval.of(np.array([law[name] for law in laws]))
             inside[name] += interval.low <= value <= interval.high
-    record_property("seeds inside the interval, of 100", inside)
+    record_testsuite_property("seeds inside the interval, of 100", inside)
     assert min(inside.values()) >= 90, inside
     assert max(inside.values()) <= 99, f"the intervals are too wide to say anything: {inside}"
 
