@@ -65,7 +65,9 @@ def test_every_verb_is_mounted():
     assert {"train", "generate", "config", "data"} <= named
 
 
-@pytest.mark.parametrize("args", ["--help", "config show hope_tiny", "train --help", "data --help", "generate --help"])
+@pytest.mark.parametrize(
+    "args", ["--help", "config show hope_tiny", "train --help", "data --help", "sweep plan hope_vs_transformer"]
+)
 def test_light_verbs_import_no_torch(args):
     code = f"""
 import sys
