@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 
 from hopescale.common.errors import ConfigError, Problem
-from hopescale.config import check_optim, check_parallel, plan, ranges
+from hopescale.config import check_optim, check_parallel, check_transfer, plan, ranges
 from hopescale.config.fields import leaves
 from hopescale.config.layout import Layout
 from hopescale.config.load import DEFAULT, Loaded
@@ -369,4 +369,5 @@ RULES: tuple[Rule, ...] = (
     kept_checkpoints_are_written,
     *check_optim.RULES,
     *check_parallel.RULES,
+    *check_transfer.RULES,
 )

@@ -74,7 +74,9 @@ def _matches(parameter: str, group: GroupConfig) -> bool:
     return any(fnmatchcase(parameter, pattern) for pattern in group.match or ())
 
 
-def group_table(assigned: Mapping[str, str], sizes: Mapping[str, int]) -> str:
-    """Write the assignment as text, a parameter a line: group, number of entries, name."""
+def group_table(assigned: Mapping[str, str], sizes: Mapping[str, int], rates: Mapping[str, float]) -> str:
+    """Write the assignment as text, a parameter a line: group, peak learning rate, number of entries, name."""
     width = max(map(len, assigned.values()))
-    return "\n".join(f"{group:<{width}}  {sizes[name]:>12,}  {name}" for name, group in assigned.items()) + "\n"
+    return "".join(
+        f"{group:<{width}}  {rates[group]:.3e}  {sizes[name]:>12,}  {name}\n" for name, group in assigned.items()
+    )

@@ -32,6 +32,8 @@ RANGES: dict[str, str] = {
     "model.attention.rope_scaling.low_freq_factor": _POSITIVE,
     "model.attention.rope_scaling.high_freq_factor": _POSITIVE,
     "model.attention.rope_scaling.first_context": _COUNT,
+    "model.transfer.base_width": _COUNT,
+    "model.transfer.base_head_dim": _COUNT,
     "model.cms.levels.*.d_ff": _COUNT,
     "model.cms.levels.*.update_every_steps": _COUNT,
     "model.cms.levels.*.phase": "[0, inf)",

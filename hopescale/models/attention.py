@@ -25,6 +25,7 @@ class Attention(nn.Module):
         norm_eps: Added under the root of the RMSNorm of queries and keys.
         out_std: Standard deviation of the out-projection's initial weights.
         mesh: Where this process stands.
+        scale: Factor on products of queries and keys; None is `D ** -0.5`.
     """
 
     def __init__(
@@ -37,9 +38,10 @@ class Attention(nn.Module):
         norm_eps: float,
         out_std: float,
         mesh: Mesh,
+        scale: float | None = None,
     ):
         super().__init__()
-        self.config, self.head_dim = config, head_dim
+        self.config, self.head_dim, self.scale = config, head_dim, scale
         kv_heads = config.num_kv_heads or num_heads
         self.kv_heads = kv_heads // mesh.tp_group.size()
         self.shared_by = num_heads // kv_heads
@@ -82,8 +84,8 @@ class Attention(nn.Module):
         if state.position:
             k, v = torch.cat([state.tensors["k"], k], dim=2), torch.cat([state.tensors["v"], v], dim=2)
         mask = self._mask(state.position, tokens, document_ids, x.device)
-        grouped = self.shared_by > 1
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+        how = {"is_causal": mask is None, "enable_gqa": self.shared_by > 1, "scale": self.scale}
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **how)
         y = self.out_proj(y.permute(2, 0, 1, 3).flatten(2))
         return y, LayerState(state.position + tokens, {"k": k, "v": v})
 

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from hopescale.config.plan import head_dim, levels_of_block
 from hopescale.config.schema import ModelConfig
+from hopescale.config.transfer import attention_scale
 from hopescale.models.attention import Attention
 from hopescale.models.cms import ContinuumMemory
 from hopescale.models.norm import stream_norm
@@ -50,7 +51,7 @@ class Block(nn.Module):
         sizes = (config.d_model, config.num_heads, head_dim(config))
         self.norm = stream_norm(config.d_model, eps=config.norm_eps, mesh=mesh)
         if config.mixer == "attention":
-            self.mixer = Attention(*sizes, config.attention, **shared)
+            self.mixer = Attention(*sizes, config.attention, scale=attention_scale(config), **shared)
         else:
             computed = {"recompute": recompute != "none", "compiled": compiled, "backend": backend}
             self.mixer = SelfModifying(*sizes, config.self_modifying, **shared, **computed)

@@ -98,13 +98,15 @@ class InitialMemory(nn.Module):
     def __init__(self, num_heads: int, size_in: int, size_out: int, hidden: int | None):
         super().__init__()
         shared = {"partition_dim": 0, "keep_fp32": True}
-        output_std = INITIAL_OUTPUT_STD / (hidden or size_in) ** 0.5
+        output_std, rows = INITIAL_OUTPUT_STD / (hidden or size_in) ** 0.5, "one" if size_out == 1 else "head"
         if hidden is None:
-            spec = ParameterSpec(std=output_std, identity=size_out == size_in, **shared)
+            spec = ParameterSpec(std=output_std, identity=size_out == size_in, sizes=(rows, "head"), **shared)
             self.w = new_parameter(num_heads, size_out, size_in, spec=spec)
         else:
-            self.w2 = new_parameter(num_heads, hidden, size_in, spec=ParameterSpec(std=2 * hidden**-0.5, **shared))
-            self.w1 = new_parameter(num_heads, size_out, hidden, spec=ParameterSpec(std=output_std, **shared))
+            first = ParameterSpec(std=2 * hidden**-0.5, sizes=("memory", "head"), **shared)
+            second = ParameterSpec(std=output_std, sizes=(rows, "memory"), **shared)
+            self.w2 = new_parameter(num_heads, hidden, size_in, spec=first)
+            self.w1 = new_parameter(num_heads, size_out, hidden, spec=second)
 
 
 class MemoryBank(nn.Module):

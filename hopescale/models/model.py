@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hopescale.config.plan import by_period, padded_vocab_size
 from hopescale.config.schema import LevelConfig, ModelConfig
+from hopescale.config.transfer import base_width, logit_multiplier
 from hopescale.models.block import Block
 from hopescale.models.init import initialize
 from hopescale.models.norm import stream_norm
@@ -72,10 +73,12 @@ class Model(nn.Module):
         self.blocks = nn.ModuleDict({str(n): Block(config, n, mesh, recompute, compiled, backend) for n in blocks})
         if self.is_last:
             # Logits of a fresh model stay near zero at any width, so that its loss starts at ln(vocabulary).
-            scale = min(1.0, INITIAL_LOGIT_STD / (config.init_std * config.d_model**0.5))
-            self.norm = stream_norm(config.d_model, eps=config.norm_eps, mesh=mesh, scale=scale)
+            scale = min(1.0, INITIAL_LOGIT_STD / (config.init_std * base_width(config) ** 0.5))
+            factors = {"scale": scale, "multiplier": logit_multiplier(config)}
+            self.norm = stream_norm(config.d_model, eps=config.norm_eps, mesh=mesh, **factors)
             if not config.tie_embeddings:
-                self.head = ColumnLinear(config.d_model, padded, std=config.init_std, mesh=mesh, shared_input=True)
+                shared = {"mesh": mesh, "shared_input": True, "sizes": ()}
+                self.head = ColumnLinear(config.d_model, padded, std=config.init_std, **shared)
         initialize(self, seed, mesh)
 
     def initial_state(self, batch: int) -> ModelState:

@@ -40,7 +40,8 @@ class Gate(nn.Module):
         self.bias = new_parameter(num_heads, spec=spec)
         self.weight = None
         if head_dim is not None:
-            self.weight = new_parameter(num_heads, head_dim, spec=ParameterSpec(std=0.1 / head_dim**0.5, **shared))
+            spec = ParameterSpec(std=0.1 / head_dim**0.5, sizes=("head",), **shared)
+            self.weight = new_parameter(num_heads, head_dim, spec=spec)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map inputs `[B, H, T, D]` to the gate's logits `[B, H, T]`, without what a memory adds."""

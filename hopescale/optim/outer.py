@@ -90,9 +90,15 @@ class OuterOptimizer:
         whole = self.parameters[name].spec.partition_dim is None
         return (not whole or self.mesh.tp_group.rank() == 0) and (name not in self.tied or self.mesh.is_first_stage)
 
+    def peak_rates(self) -> dict[str, float]:
+        """Return the highest learning rate of each group."""
+        return self._scaled(self.config.lr)
+
     def rates(self, step: int) -> dict[str, float]:
         """Return the learning rate of each group at a step."""
-        rate = learning_rate(step, self.config.lr, self.total_steps, self.config.schedule)
+        return self._scaled(learning_rate(step, self.config.lr, self.total_steps, self.config.schedule))
+
+    def _scaled(self, rate: float) -> dict[str, float]:
         return {name: rate * self.config.groups[name].lr_scale for name in sorted({*self.groups.values()})}
 
     def due(self, step: int) -> list[str]:

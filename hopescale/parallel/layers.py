@@ -21,6 +21,7 @@ from megatron.core.tensor_parallel import (
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from torch import Tensor, nn
 
+from hopescale.config.transfer import Size
 from hopescale.parallel.mesh import Mesh
 
 IGNORED_TARGET = -100
@@ -36,6 +37,8 @@ class ParameterSpec:
         identity: Whether a square matrix starts as the identity plus the above.
         partition_dim: Dimension split over tensor-parallel ranks; None if every rank holds the whole.
         keep_fp32: Whether it stays float32 in a model of lower precision (gates, norms, memories).
+        sizes: What a linear map has for its rows and columns, or a vector that inputs are multiplied with for its
+            entries; empty where each entry acts alone. By these its learning rate follows the width.
     """
 
     std: float = 0.0
@@ -43,6 +46,7 @@ class ParameterSpec:
     identity: bool = False
     partition_dim: int | None = None
     keep_fp32: bool = False
+    sizes: tuple[Size, ...] = ()
 
 
 def attach(parameter: nn.Parameter, spec: ParameterSpec) -> nn.Parameter:
@@ -83,10 +87,19 @@ class ColumnLinear(ColumnParallelLinear):
         mesh: Where this process stands.
         shared_input: Whether the input comes from `gather_tokens`, which communicates once for all layers it feeds.
         bias: Whether there is a bias, which starts at 0.
+        sizes: Of the weight's `ParameterSpec`.
     """
 
     def __init__(
-        self, size_in: int, size_out: int, *, std: float, mesh: Mesh, shared_input: bool = False, bias: bool = False
+        self,
+        size_in: int,
+        size_out: int,
+        *,
+        std: float,
+        mesh: Mesh,
+        shared_input: bool = False,
+        bias: bool = False,
+        sizes: tuple[Size, ...] = ("width", "width"),
     ):
         super().__init__(
             size_in,
@@ -97,7 +110,7 @@ class ColumnLinear(ColumnParallelLinear):
             tp_group=mesh.tp_group,
             disable_grad_reduce=shared_input,
         )
-        attach(self.weight, ParameterSpec(std=std, partition_dim=0))
+        attach(self.weight, ParameterSpec(std=std, partition_dim=0, sizes=sizes))
         if bias:
             attach(self.bias, ParameterSpec(partition_dim=0))
 
@@ -129,7 +142,7 @@ class RowLinear(RowParallelLinear):
             tp_group=mesh.tp_group,
         )
         self.partial = partial
-        attach(self.weight, ParameterSpec(std=std, partition_dim=1))
+        attach(self.weight, ParameterSpec(std=std, partition_dim=1, sizes=("width", "width")))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map this rank's `[T, B, in / tp]` to residual activations, or to its share `[T, B, out]` if `partial`."""

@@ -18,7 +18,7 @@ from hopescale.config.groups import assign_groups
 from hopescale.config.layout import Layout
 from hopescale.config.load import from_dict
 from hopescale.config.plan import head_dim, make_plan
-from hopescale.config.schema import RunConfig
+from hopescale.config.schema import OptimConfig, RunConfig
 from hopescale.config.show import Change, diff, format_diff, identity_problems, model_problems
 from hopescale.config.values import format_value
 from hopescale.cost.stages import slices_of_rank
@@ -29,6 +29,7 @@ from hopescale.optim import Cadence, OuterOptimizer, Updater
 from hopescale.optim.gram import gather_grams, linear_layers
 from hopescale.optim.replicated import ReplicatedUpdater
 from hopescale.optim.rules import changed_state
+from hopescale.optim.transfer import Sizes, transfer_groups
 from hopescale.parallel.control import Control
 from hopescale.parallel.mesh import Mesh
 from hopescale.train.compiler import check_compiler, check_kernels
@@ -53,7 +54,8 @@ def build_state(config: RunConfig, layout: Layout, mesh: Mesh, device: torch.dev
     data = Control(mesh).together(lambda: _open_data(config, layout, device))
     slices = _build_slices(config, mesh, device)
     parameters = {name: p for model in slices for name, p in model.named_parameters()}
-    shapes = _whole_shapes(parameters, mesh)
+    whole = _whole_parameters(parameters, mesh)
+    shapes = {name: parameter.shape for name, parameter in whole.items()}
     tied = ["embedding.weight"] if config.model.tie_embeddings and layout.pp > 1 else []
     levels = dict(slices[0].levels())
     cadences = {
@@ -64,19 +66,25 @@ def build_state(config: RunConfig, layout: Layout, mesh: Mesh, device: torch.dev
     }
     layers = {name: layer for model in slices for name, layer in linear_layers(model).items()}
     linear = [name for names in Control(mesh).gather(list(layers)) for name in names]
+
+    def group() -> tuple[dict[str, str], OptimConfig]:
+        assigned = assign_groups(shapes, config.optim.groups, tied, linear)
+        return transfer_groups(assigned, whole, config.model, config.optim)
+
+    groups, optim = Control(mesh).together(group)
     optimizer = OuterOptimizer(
         parameters,
-        config.optim,
+        optim,
         config.train.steps,
         cadences,
-        groups=Control(mesh).together(lambda: assign_groups(shapes, config.optim.groups, tied, linear)),
+        groups=groups,
         mesh=mesh,
         tied=tied,
         updater=_updater(config.parallel.zero, slices),
     )
     gather_grams(
         layers,
-        [name for name, group in optimizer.groups.items() if config.optim.groups[group].rule == "dgd"],
+        [name for name, group in optimizer.groups.items() if optim.groups[group].rule == "dgd"],
         config.train.global_batch_tokens,
         whole_matrices=config.optim.tp_mode == "gather",
         mesh=mesh,
@@ -115,14 +123,16 @@ def _updater(zero: int, slices: Sequence[Model]) -> Callable[..., Updater]:
     return partial(ZeroUpdater, stage=zero, model=slices[0], levels=levels)
 
 
-def _whole_shapes(parameters: Mapping[str, nn.Parameter], mesh: Mesh) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every parameter of the whole model, by name, in the order of the stages."""
+def _whole_parameters(parameters: Mapping[str, nn.Parameter], mesh: Mesh) -> dict[str, Sizes]:
+    """Return shape and sizes of every parameter of the whole model, by name, in the order of the stages."""
     tp = mesh.tp_group.size()
     own = {
-        name: tuple(size * tp if dim == p.spec.partition_dim else size for dim, size in enumerate(p.shape))
+        name: Sizes(
+            tuple(size * tp if dim == p.spec.partition_dim else size for dim, size in enumerate(p.shape)), p.spec.sizes
+        )
         for name, p in parameters.items()
     }
-    return {name: shape for of_rank in Control(mesh).gather(own) for name, shape in of_rank.items()}
+    return {name: sizes for of_rank in Control(mesh).gather(own) for name, sizes in of_rank.items()}
 
 
 def choose_checkpoint(folder: RunFolder, resume: Resume, *, reset_optimizer: bool = False) -> Path | None:
@@ -221,10 +231,11 @@ def _compare(state: TrainState, checkpoint: Path, last_step: int, reset_optimize
 
 def _changed_optimizer(old: RunConfig, state: TrainState) -> list[Problem]:
     """List the groups with a parameter whose state in the checkpoint is of another rule, or of another kind."""
-    groups, before = state.config.optim.groups, assign_groups(state.shapes, old.optim.groups)
+    groups = state.config.optim.groups
+    present, before = (assign_groups(state.shapes, config.optim.groups) for config in (state.config, old))
     hint = "set it back, or continue with the weights alone: --reset-optimizer, once"
     problems: dict[tuple[str, str], Problem] = {}
-    for parameter, group in state.optimizer.groups.items():
+    for parameter, group in present.items():
         rule, old_rule = groups[group].rule, old.optim.groups[before[parameter]].rule
         if rule != old_rule:
             message = f"is {rule}, but {parameter} was updated by {old_rule}, whose state the checkpoint holds"

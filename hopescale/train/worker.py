@@ -129,7 +129,7 @@ def train_on(
             restore(state, checkpoint, last_step, control, report, reset_optimizer=reset_optimizer)
         elif init is not None:
             begin_from(state, control.on_first(lambda: find_checkpoint(init)), control, report)
-        table = group_table(state.optimizer.groups, state.sizes)
+        table = group_table(state.optimizer.groups, state.sizes, state.optimizer.peak_rates())
         control.on_first(lambda: folder.describe(loaded, layout, overrides, table))
         checkpoints = open_checkpoints(folder, config, state.data, mesh)
         for line in _introduction(state, layout, device, run_dir):

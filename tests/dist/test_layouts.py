@@ -35,6 +35,10 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
             "train.recompute=memory",
         ),
     ),
+    "tp2 x pp2, wider than its base": (
+        4,
+        ("parallel.tp=2", "parallel.pp=2", "model.transfer={base_width: 16, base_head_dim: 4}"),
+    ),
     "tp2 x dp2": (4, ("parallel.tp=2",)),
     "tp2 x dp2 zero 3": (4, ("parallel.tp=2", "parallel.zero=3")),
     "pp2 x dp2": (4, ("parallel.pp=2",)),

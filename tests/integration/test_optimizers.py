@@ -121,3 +121,22 @@ def test_what_is_no_layer_is_refused_by_a_rule_that_needs_inputs(train):
     assert "is not the weight of one" in outcome.err and "with another rule, such as adamw" in outcome.err
     outcome = train("optim.groups.matrices={rule: dgd, match: ['embedding.weight']}")
     assert outcome.code == 2 and "of a linear layer, but embedding.weight is not the weight of one" in outcome.err
+
+
+def test_a_wider_model_trains_with_the_rates_of_its_base(train, run: Run):
+    transfer = ("model.transfer={base_width: 4}", using("m3"))
+    assert train(*transfer, "--stop-at", 5).code == 0
+    rates = {line.split()[-1]: line.split()[:2] for line in (run.path / "groups.txt").read_text().splitlines()}
+    assert rates["blocks.0.mixer.in_proj.weight"] == ["matrices*0.5", "1.500e-03"]
+    assert rates["blocks.0.mixer.banks.memory.mem.w2"] == ["matrices", "3.000e-03"]
+    assert rates["embedding.weight"] == ["decay", "3.000e-03"]
+    refused = train("model.transfer={base_width: 8}", using("m3"))
+    assert refused.code == 2 and "model.transfer.base_width: is 4 in the run folder, now 8" in refused.err
+    refused = train(*transfer[:1], using("muon"))
+    assert refused.code == 2 and "optim.groups.matrices.rule: is muon, but" in refused.err
+    assert train(*transfer).code == 0
+
+
+def test_a_rule_that_takes_an_embedding_for_a_matrix_is_refused_for_a_wider_model(train):
+    refused = train("model.transfer={base_width: 4}", "optim.groups.decay.rule=muon")
+    assert refused.code == 2 and "holds at every width for embedding.weight, which is no linear map" in refused.err

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from hopescale.config.schema import AttentionConfig, CmsConfig, RopeScalingConfig, SelfModifyingConfig
+from hopescale.config.schema import AttentionConfig, CmsConfig, RopeScalingConfig, SelfModifyingConfig, TransferConfig
 from hopescale.models import Model
 from hopescale.parallel.layers import IGNORED_TARGET, cross_entropy_sum
 from hopescale.parallel.mesh import Mesh
@@ -28,6 +28,7 @@ VARIANTS = {
     },
     "independent levels": {"cms": CmsConfig("independent", LEVELS)},
     "untied, no padding": {"tie_embeddings": False, "vocab_size": 256},
+    "attention, wider than its base": {"mixer": "attention", "transfer": TransferConfig(16, base_head_dim=4)},
 }
 
 

@@ -8,6 +8,7 @@ from hopescale.config.schema.model import (
     ModelConfig,
     RopeScalingConfig,
     SelfModifyingConfig,
+    TransferConfig,
 )
 from hopescale.config.schema.optim import (
     DeepMomentumConfig,
@@ -44,5 +45,6 @@ __all__ = [
     "SourceConfig",
     "SyntheticConfig",
     "TrainConfig",
+    "TransferConfig",
     "ValidationConfig",
 ]

@@ -116,6 +116,17 @@ class AttentionConfig:
 
 
 @dataclass(frozen=True)
+class TransferConfig:
+    """Learning rates of a narrower model for a wider one (muP); `docs/width_transfer.md` derives what changes."""
+
+    base_width: int = 256
+    """`model.d_model` of the model on which `optim.lr` was tuned. Widths of levels are taken to have grown with it."""
+    base_head_dim: int | None = None
+    """Its head dim; null is the present one: there are more heads, and none is wider. A set
+    `self_modifying.memory_dim` is taken to have stayed, one that is null to have grown with the head dim."""
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A stack of blocks, each a mixer followed by a continuum memory system, between embedding and head."""
 
@@ -144,3 +155,6 @@ class ModelConfig:
     init_std: float = 0.02
     """Standard deviation of the embedding and of an untied head. Other matrices follow their fan-in, as the
     `ParameterSpec` beside each says."""
+    transfer: TransferConfig | None = None
+    """The base at which learning rates were tuned: each class of parameters gets its rate, and logits their factor, by
+    how much the model is wider. Null changes nothing; at the base width it changes nothing either."""

@@ -79,5 +79,7 @@ def test_the_default_groups_keep_vectors_from_decay(mixer: str, variant: str):
 
 
 def test_the_table_has_a_line_per_parameter():
-    table = group_table({"a.weight": "decay", "norm.weight": "no_decay"}, {"a.weight": 12_345, "norm.weight": 7})
-    assert table.splitlines() == ["decay           12,345  a.weight", "no_decay             7  norm.weight"]
+    assigned, sizes = {"a.weight": "decay", "norm.weight": "no_decay"}, {"a.weight": 12_345, "norm.weight": 7}
+    table = group_table(assigned, sizes, {"decay": 3e-3, "no_decay": 1.5e-3})
+    expected = ["decay     3.000e-03        12,345  a.weight", "no_decay  1.500e-03             7  norm.weight"]
+    assert table.splitlines() == expected
