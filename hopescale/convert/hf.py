@@ -34,6 +34,7 @@ from hopescale.common.errors import CheckpointError
 from hopescale.common.staging import staged_folder
 from hopescale.config.load import from_dict, to_yaml
 from hopescale.config.schema import ModelConfig, RunConfig
+from hopescale.config.transfer import attention_scale, logit_multiplier
 from hopescale.convert.card import model_card
 from hopescale.convert.mapping import Pair, pairs, split, write_settings
 from hopescale.convert.tokenizer import write_tokenizer
@@ -92,6 +93,11 @@ def _native_pairs(config: RunConfig, source: Path) -> list[Pair]:
     if config.model.mixer != "attention" or len(levels) > 1 or config.model.cms.variant != "sequential":
         hint = "leave --native out"
         raise CheckpointError(f"{source} is no Transformer: only attention and one level are a Llama or Qwen", hint)
+    if logit_multiplier(config.model) != 1 or attention_scale(config.model) is not None:
+        message = (
+            f"{source} has factors that no Llama or Qwen has: model.transfer says it was trained wider than its base"
+        )
+        raise CheckpointError(message, "leave --native out")
     return list(pairs(config.model, lambda block: levels[0]))
 
 

@@ -32,16 +32,16 @@ class Columns(NamedTuple):
 
 
 class Norm(nn.Module):
-    """RMSNorm over the last dimension, in float32."""
+    """RMSNorm over the last dimension, in float32, times a constant."""
 
-    def __init__(self, *shape: int, eps: float):
+    def __init__(self, *shape: int, eps: float, multiplier: float = 1.0):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(shape)), eps
+        self.weight, self.eps, self.multiplier = nn.Parameter(torch.ones(shape)), eps, multiplier
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise `[..., *shape]`; returns the type of `x`."""
-        wide = x.float()
-        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps) * self.weight).to(x.dtype)
+        wide, weight = x.float(), self.weight if self.multiplier == 1 else self.weight * self.multiplier
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps) * weight).to(x.dtype)
 
 
 def _unit(x: Tensor) -> Tensor:

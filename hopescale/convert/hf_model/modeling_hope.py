@@ -48,8 +48,10 @@ class Attention(nn.Module):
 
     def __init__(self, model: SimpleNamespace, dim: int):
         super().__init__()
-        config = model.attention
-        self.config, self.dim = config, dim
+        config, transfer = model.attention, model.transfer
+        self.config, self.dim, self.scale = config, dim, None
+        if transfer is not None and transfer.base_head_dim not in (None, dim):
+            self.scale = transfer.base_head_dim**0.5 / dim  # products of wider heads, as at the base width
         self.groups = config.num_kv_heads or model.num_heads
         self.shared_by = model.num_heads // self.groups
         size = (model.num_heads + 2 * self.groups) * dim
@@ -72,8 +74,8 @@ class Attention(nn.Module):
         if state:
             k, v = torch.cat([state["k"], k], dim=2), torch.cat([state["v"], v], dim=2)
         mask = self._mask(tokens, columns.real)
-        grouped = self.shared_by > 1
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+        how = {"is_causal": mask is None, "enable_gqa": self.shared_by > 1, "scale": self.scale}
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **how)
         return self.out_proj(y.transpose(1, 2).flatten(2)), {"k": k, "v": v}
 
     def _rotated(self, q: Tensor, k: Tensor, columns: Columns) -> tuple[Tensor, Tensor]:
@@ -177,14 +179,15 @@ class HopeForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: HopeConfig):
         super().__init__(config)
-        model = _namespace(config.hope)
+        model = _namespace({"transfer": None} | config.hope)  # not known to configs older than the key
         rows = -(-model.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
         self.period = 1
         if model.mixer == "self_modifying":
             self.period = model.self_modifying.projection_chunk_size or model.self_modifying.chunk_size
         self.embedding = nn.Embedding(rows, model.d_model)
         self.blocks = nn.ModuleDict({str(number): Block(model, number) for number in range(model.num_layers)})
-        self.norm = Norm(model.d_model, eps=model.norm_eps)
+        multiplier = 1.0 if model.transfer is None else model.transfer.base_width / model.d_model
+        self.norm = Norm(model.d_model, eps=model.norm_eps, multiplier=multiplier)
         self.head = None if model.tie_embeddings else nn.Linear(model.d_model, rows, bias=False)
         self.post_init()
 

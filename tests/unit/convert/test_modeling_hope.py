@@ -9,7 +9,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from hopescale.config.schema import AttentionConfig, CmsConfig, RopeScalingConfig, SelfModifyingConfig
+from hopescale.config.schema import AttentionConfig, CmsConfig, RopeScalingConfig, SelfModifyingConfig, TransferConfig
 from hopescale.convert.hf_model.configuration_hope import HopeConfig
 from hopescale.convert.hf_model.modeling_hope import HopeForCausalLM
 from hopescale.models import Model
@@ -50,6 +50,8 @@ VARIANTS = {
         "cms": CmsConfig(placement="depth", levels={name: replace(level, d_ff=16) for name, level in LEVELS.items()}),
     },
     "untied, no padding": {"tie_embeddings": False, "vocab_size": 256},
+    "wider than its base": {"transfer": TransferConfig(16)},
+    "attention, wider than its base": {"mixer": "attention", "transfer": TransferConfig(24, base_head_dim=4)},
 }
 
 
