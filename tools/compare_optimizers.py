@@ -87,13 +87,13 @@ def plot(curves: dict[tuple[str, str], list[tuple[int, float]]], path: Path) -> 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
     for rule in dict.fromkeys(rule for rule, _ in curves):
         _, lr = min((curve[-1][1], lr) for (name, lr), curve in curves.items() if name == rule)
         tokens, losses = zip(*(point for point in curves[rule, lr] if math.isfinite(point[1])), strict=True)
         axes.plot([count / 1000 for count in tokens], losses, marker="o", markersize=3, label=f"{rule}, lr {lr}")
     axes.set(xlabel="thousand tokens", ylabel="held-out loss (nats)", title="Best learning rate of each rule")
-    axes.legend()
+    figure.legend(loc="outside right center")
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
 
