@@ -170,18 +170,26 @@ def _problems(sweep: SweepConfig) -> Iterator[Problem]:
 def _set_twice(sweep: SweepConfig) -> Iterator[Problem]:
     """Keys that two places decide for the same trial, so that one of them would do nothing."""
     rules = {key for part in (sweep, *sweep.series.values()) for key in part.rules}
-    varied = {key: f"axes.{key}" for key in sweep.axes}
-    varied |= {key: f"sizes.{name}.{key}" for name, size in sweep.sizes.items() for key in size}
-    for key, place in varied.items():
-        if key in rules:
+    given = {f"axes.{key}": (key, rules) for key in sweep.axes}
+    given |= {f"sizes.{name}.{key}": (key, rules) for name, size in sweep.sizes.items() for key in size}
+    given |= {f"set.{key}": (key, _blind(sweep.rules)) for key in sweep.set}
+    for name, own in sweep.series.items():
+        given |= {f"series.{name}.set.{key}": (key, _blind({**sweep.rules, **own.rules})) for key in own.set}
+    for place, (key, deciding) in given.items():
+        if key in deciding:
             yield Problem(place, "has no effect: a rule decides it", hint=f"take {key} out of `rules`, or out of here")
     if sweep.flops or sweep.tokens:
-        for key in {**dict.fromkeys(sorted(rules)), **varied, **sweep.set}:
-            if key == STEPS:
-                decided = "flops" if sweep.flops else "tokens"
-                yield Problem(varied.get(key, key), f"has no effect: `{decided}` decides it", hint="leave it out")
+        by = "flops" if sweep.flops else "tokens"
+        for place in [*(f"rules.{key}" for key in sorted(rules)), *given]:
+            if place.endswith(f".{STEPS}"):
+                yield Problem(place, f"has no effect: `{by}` decides it", hint="leave it out")
     for key in sorted(set(sweep.axes) & {key for size in sweep.sizes.values() for key in size}):
         yield Problem(f"axes.{key}", "is also set by `sizes`", hint="leave it out of one of them")
+
+
+def _blind(rules: Iterable[str]) -> set[str]:
+    """Return the keys whose values from elsewhere no rule knows, so that only the rule's counts."""
+    return {key for key in rules if not _is_of_size(key) and key not in (BATCH, STEPS)}
 
 
 def _points(sweep: Sweep) -> Iterator[_Point]:
@@ -194,7 +202,7 @@ def _points(sweep: Sweep) -> Iterator[_Point]:
         every_series.items(), config.sizes or [None], horizons, *axes
     ):
         labels = {} if size is None else {"size": size}
-        if flops or tokens:
+        if config.flops or config.tokens:
             labels["budget"] = f"{flops:.3g}".replace("e+", "e") if flops else str(tokens)
         labels |= {key: _text(value) for key, value in chosen}
         yield _Point(
@@ -235,20 +243,22 @@ def _make_trial(point: _Point) -> tuple[Trial | None, list[Problem]]:
     """
     settings = dict(point.settings)
     try:
-        of_size = {key: text for key, text in point.rules.items() if key.startswith("model.") or key == "train.seq_len"}
+        of_size = {key: text for key, text in point.rules.items() if _is_of_size(key)}
         config = _load(point.recipe, settings).config
         if of_size:
             settings |= _apply(of_size, _known_of_size(config))
             config = _load(point.recipe, settings).config
         counts = _counts(config)
         cost, known = counts["flops_per_token"], {**_known_of_size(config), "N": counts["params"]}
-        tokens = _tokens(point, known, cost) or config.train.steps * config.train.global_batch_tokens
+        tokens = _tokens(point, known, cost)
+        if not (has_horizon := tokens is not None):
+            tokens = config.train.steps * config.train.global_batch_tokens
         known |= {"D": tokens, "C": tokens * cost}
         settings |= _apply({key: text for key, text in point.rules.items() if key == BATCH}, known)
         known["batch"] = settings[BATCH] if BATCH in point.rules else config.train.global_batch_tokens
-        if point.flops or point.tokens:
-            settings[STEPS] = max(1, round(tokens / known["batch"]))
-        known["steps"] = settings[STEPS] if point.flops or point.tokens else config.train.steps
+        if has_horizon:
+            settings[STEPS] = _steps(tokens, known["batch"], "tokens" if point.flops is None else "flops")
+        known["steps"] = settings[STEPS] if has_horizon else config.train.steps
         settings |= _apply({key: text for key, text in point.rules.items() if key not in (*of_size, BATCH)}, known)
         loaded = _load(point.recipe, {**settings, "name": point.name})
     except ConfigError as error:
@@ -256,6 +266,10 @@ def _make_trial(point: _Point) -> tuple[Trial | None, list[Problem]]:
     problems = check(loaded.config, loaded.origins)
     overrides = _overrides({**settings, "name": point.name})
     return Trial(point.name, point.series, point.labels, point.recipe, overrides, loaded.config, **counts), problems
+
+
+def _is_of_size(key: str) -> bool:
+    return key.startswith("model.") or key == "train.seq_len"
 
 
 def _counts(config: RunConfig) -> dict[str, float]:
@@ -290,9 +304,26 @@ def _tokens(point: _Point, known: Mapping[str, float], cost: int) -> float | Non
     if point.tokens is None:
         return None
     try:
-        return parse_count(str(point.tokens))
+        tokens = parse_count(str(point.tokens))
     except ValueError:
-        return _evaluate("tokens", point.tokens, known)
+        tokens = _evaluate("tokens", point.tokens, known)
+    if tokens <= 0:
+        raise ConfigError([Problem("tokens", f"must be above 0, {point.tokens} is {tokens:g}")])
+    return tokens
+
+
+def _steps(tokens: float, batch: float, key: str) -> int:
+    """Return the steps nearest to a horizon.
+
+    Raises:
+        ConfigError: If that is none.
+    """
+    if batch < 1:
+        raise ConfigError([Problem(BATCH, f"must be at least 1, is {batch}")])
+    if not (steps := round(tokens / batch)):
+        message = f"a trial of {tokens:,.0f} tokens is less than half a step of {batch:,} tokens"
+        raise ConfigError([Problem(key, message, hint=f"give more, or smaller steps: {BATCH}")])
+    return steps
 
 
 def _apply(rules: Mapping[str, Any], known: Mapping[str, float]) -> dict[str, float]:

@@ -135,9 +135,45 @@ def test_what_would_do_nothing_is_an_error(sweep):
         "flops",
         "axes.model.num_layers",
         "sizes.s.model.d_model",
-        "train.steps",
+        "set.train.steps",
         "axes.optim.lr",
     }
+
+
+def test_a_value_that_a_rule_or_a_horizon_decides_is_an_error(sweep):
+    problems = problems_of(
+        lambda: sweep(
+            """
+            recipe: debug
+            flops: [1e12]
+            set: {optim.lr: 1, train.seq_len: 32}
+            series: {a: {set: {optim.lr: 2, train.seed: 3, train.steps: 4}, rules: {train.seed: 1}}, b: {}}
+            rules: {optim.lr: 0.1, train.seq_len: 2 * seq_len}
+            """
+        )
+    )
+    assert problems.keys() == {
+        "set.optim.lr",
+        "series.a.set.optim.lr",
+        "series.a.set.train.seed",
+        "series.a.set.train.steps",
+    }
+
+
+@pytest.mark.parametrize(
+    ("horizon", "key", "message"),
+    [
+        ("tokens: [0]", "tokens", "must be above 0"),
+        ("tokens: [-5]", "tokens", "must be above 0"),
+        ("tokens: [N - N]", "tokens", "must be above 0"),
+        ("tokens: [500]", "tokens", "less than half a step of 1,024 tokens"),
+        ("flops: [1e9]", "flops", "less than half a step of 1,024 tokens"),
+        ("flops: [1e9]\nrules: {train.global_batch_tokens: 0}", "train.global_batch_tokens", "at least 1"),
+    ],
+)
+def test_a_horizon_of_no_step_is_refused(sweep, horizon: str, key: str, message: str):
+    problems = problems_of(lambda: make_trials(sweep(f"recipe: debug\n{horizon}")))
+    assert problems.keys() == {key} and message in problems[key]
 
 
 def test_problems_of_trials_are_said_once_with_the_trials_named(sweep):
