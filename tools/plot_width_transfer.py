@@ -116,7 +116,7 @@ def plot(losses: dict[tuple[str, int, str], float], arguments: argparse.Namespac
         axes.grid(alpha=0.3)
     found = sorted(loss for loss in losses.values() if math.isfinite(loss))
     panels[0].set(ylabel="held-out loss (nats per token)", ylim=(found[0] - 0.1, found[0] + 1.5))
-    panels[0].legend()
+    panels[-1].legend()
     figure.savefig(arguments.plot, dpi=110)
 
 
