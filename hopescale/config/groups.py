@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from hopescale.common.errors import ConfigError, Problem
+from hopescale.common.units import format_count
 from hopescale.config.schema import GroupConfig
 
 
@@ -80,3 +81,11 @@ def group_table(assigned: Mapping[str, str], sizes: Mapping[str, int], rates: Ma
     return "".join(
         f"{group:<{width}}  {rates[group]:.3e}  {sizes[name]:>12,}  {name}\n" for name, group in assigned.items()
     )
+
+
+def group_summary(assigned: Mapping[str, str], sizes: Mapping[str, int]) -> str:
+    """Write the assignment in a line: each group, how many parameters it has, and how many entries these have."""
+    entries: dict[str, list[int]] = {}
+    for name, group in assigned.items():
+        entries.setdefault(group, []).append(sizes[name])
+    return ", ".join(f"{group} {len(own)} ({format_count(sum(own))})" for group, own in entries.items())

@@ -13,7 +13,7 @@ import torch
 from hopescale.checkpoint.manager import find_checkpoint
 from hopescale.common.errors import CheckpointError, StoppedEarly
 from hopescale.common.place import Place
-from hopescale.config.groups import group_table
+from hopescale.config.groups import group_summary, group_table
 from hopescale.config.layout import Layout
 from hopescale.config.load import Loaded
 from hopescale.config.schema import RunConfig
@@ -174,6 +174,7 @@ def _introduction(state: TrainState, layout: Layout, device: torch.device, run_d
     config, ranks = state.config, f", {layout.num_ranks} ranks (dp {layout.dp}, tp {layout.tp}, pp {layout.pp})"
     where = f"{device.type}{ranks if layout.num_ranks > 1 else ''}"
     yield f"{config.name}: {sum(state.sizes.values()):,} parameters on {where}, run folder {run_dir}"
+    yield f"parameter groups: {group_summary(state.optimizer.groups, state.sizes)}; all of them in groups.txt"
     for level in sorted(state.levels_never_due()):
         yield f"note: level {level} is due at no step up to train.steps={config.train.steps}; its weights stay"
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from hopescale.common.errors import ConfigError
-from hopescale.config.groups import assign_groups, group_table
+from hopescale.config.groups import assign_groups, group_summary, group_table
 from hopescale.config.schema import GroupConfig, LevelConfig, ModelConfig, OptimConfig
 from hopescale.config.schema.model import CmsConfig
 from hopescale.models import Model
@@ -83,3 +83,9 @@ def test_the_table_has_a_line_per_parameter():
     table = group_table(assigned, sizes, {"decay": 3e-3, "no_decay": 1.5e-3})
     expected = ["decay     3.000e-03        12,345  a.weight", "no_decay  1.500e-03             7  norm.weight"]
     assert table.splitlines() == expected
+
+
+def test_the_summary_counts_parameters_and_entries_of_each_group():
+    assigned = {"a.weight": "decay", "b.weight": "decay", "norm.weight": "no_decay"}
+    sizes = {"a.weight": 1200, "b.weight": 800, "norm.weight": 7}
+    assert group_summary(assigned, sizes) == "decay 2 (2k), no_decay 1 (7)"
