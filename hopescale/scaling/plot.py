@@ -93,7 +93,7 @@ def isoflop_figure(analysis: Analysis) -> Figure:
         _growth(axes[-1], name, series, color)
     _log_axis(axes[-1], "training FLOPs C", "best size N(C)", "compute-optimal size", log_y=True)
     _counts(axes[-1].yaxis)
-    axes[-1].legend(fontsize=8, frameon=False, loc="upper left")
+    axes[-1].legend(fontsize=8, frameon=False, loc="lower right")
     return figure
 
 
