@@ -13,30 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.sweeps import toy_sweep
+
 ROOT = Path(__file__).parents[2]
-SWEEP = """
-name: toy
-recipe: debug
-set:
-  model.d_model: 16
-  model.num_layers: 1
-  model.vocab_size: 32
-  model.self_modifying.chunk_size: 8
-  model.cms.levels.fast.d_ff: 16
-  model.cms.levels.mid.d_ff: 16
-  model.cms.levels.slow.d_ff: 16
-  data.sources.markov.synthetic.num_symbols: 12
-  train.seq_len: 16
-  train.micro_batch_size: 2
-  train.global_batch_tokens: 64
-  train.validation.tokens: 64
-  optim.schedule.warmup_steps: 2
-  checkpoint.every: 10
-  log.every: 1
-  log.tensorboard: false
-axes:
-  train.steps: [10, 400, 11]
-"""
+SWEEP = toy_sweep([10, 400, 11], "checkpoint.every: 10")
 
 
 @pytest.fixture

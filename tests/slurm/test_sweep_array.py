@@ -9,29 +9,9 @@ import pytest
 
 from hopescale.observe.metrics import read_metrics
 from tests.support.cluster import Cluster
+from tests.support.sweeps import toy_sweep
 
-SWEEP = """
-name: toy
-recipe: debug
-set:
-  model.d_model: 16
-  model.num_layers: 1
-  model.vocab_size: 32
-  model.self_modifying.chunk_size: 8
-  model.cms.levels.fast.d_ff: 16
-  model.cms.levels.mid.d_ff: 16
-  model.cms.levels.slow.d_ff: 16
-  data.sources.markov.synthetic.num_symbols: 12
-  train.seq_len: 16
-  train.micro_batch_size: 2
-  train.global_batch_tokens: 64
-  train.validation.tokens: 64
-  optim.schedule.warmup_steps: 2
-  log.every: 1
-  log.tensorboard: false
-axes:
-  train.steps: [6, 7, 8]
-"""
+SWEEP = toy_sweep([6, 7, 8])
 PROFILE = 'gpus_per_node: 0\nranks_per_node: 1\ncpus_per_node: 1\ntime: "10"\nsignal_lead_s: 60\n'
 
 

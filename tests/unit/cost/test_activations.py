@@ -11,6 +11,7 @@ from hopescale.config.plan import padded_vocab_size
 from hopescale.cost.activations import Sizes, block_activations, head_bytes
 from hopescale.models import Model
 from hopescale.parallel.layers import cross_entropy_sum
+from tests.support.mixers import MIXERS
 
 SMALL = (
     "model.d_model=48",
@@ -20,23 +21,8 @@ SMALL = (
     "train.seq_len=160",
     "train.micro_batch_size=2",
 )
-VARIANTS = {
-    "hope": [],
-    "linear": ["model.self_modifying.memory=linear"],
-    "narrow memories": ["model.self_modifying.memory_dim=10"],
-    "wide memories": ["model.self_modifying.memory_dim=40"],
-    "plain gradient descent": ["model.self_modifying.inner_rule=gd"],
-    "no momentum": ["model.self_modifying.momentum=false"],
-    "boundary, dot": ["model.self_modifying={read: boundary, objective: dot}"],
-    "titans": ["model.self_modifying={adaptive: [], targets: value, inner_rule: gd}"],
-    "two banks": ["model.self_modifying={adaptive: [k, eta], query: memory, projection_chunk_size: 32}"],
+CASES = MIXERS | {
     "gate, no convolution": ["model.self_modifying={gate: true, conv_width: null, error_cap: 1.0}"],
-    "deltanet": [
-        "model.self_modifying={memory: linear, adaptive: [], targets: value, objective: dot, momentum: false, "
-        "retention: false, read: inclusive}"
-    ],
-    "attention": ["model.mixer=attention"],
-    "grouped attention": ["model.mixer=attention", "model.attention={num_kv_heads: 1, qk_norm: true}"],
     "independent levels": ["model.mixer=attention", "model.cms.variant=independent"],
 }
 
@@ -70,7 +56,7 @@ def planned_bytes(overrides: list[str], recompute: str) -> float:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("recompute", ["none", "chunks"])
-@pytest.mark.parametrize("overrides", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize("overrides", CASES.values(), ids=CASES)
 def test_what_is_kept(overrides: list[str], recompute: str, precision: str):
     overrides = [*overrides, f"train.precision={precision}"]
     assert planned_bytes(overrides, recompute) == pytest.approx(kept_bytes(overrides, recompute), rel=0.05)

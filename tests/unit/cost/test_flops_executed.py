@@ -13,29 +13,15 @@ from hopescale.config.load import load_recipe
 from hopescale.cost.flops import executed_flops_per_token, flops_per_token
 from hopescale.models import Model
 from hopescale.parallel.layers import cross_entropy_sum
+from tests.support.mixers import MIXERS
 
 aten = torch.ops.aten
 SEQ_LEN, BATCH = 160, 1
 SMALL = ("model.d_model=48", "model.head_dim=24", "model.self_modifying.chunk_size=16", "model.vocab_size=128")
-MIXERS = {
-    "hope": [],
-    "linear": ["model.self_modifying.memory=linear"],
-    "narrow memories": ["model.self_modifying.memory_dim=10"],
-    "wide memories": ["model.self_modifying.memory_dim=40"],
-    "plain gradient descent": ["model.self_modifying.inner_rule=gd"],
-    "no momentum": ["model.self_modifying.momentum=false"],
-    "boundary, dot": ["model.self_modifying={read: boundary, objective: dot}"],
-    "titans": ["model.self_modifying={adaptive: [], targets: value, inner_rule: gd}"],
-    "two banks": ["model.self_modifying={adaptive: [k, eta], query: memory, gate: true, projection_chunk_size: 32}"],
-    "deltanet": [
-        "model.self_modifying={memory: linear, adaptive: [], targets: value, objective: dot, momentum: false, "
-        "retention: false, read: inclusive}"
-    ],
+CASES = MIXERS | {
     "momentum of static values": [
         "model.self_modifying={memory: linear, adaptive: [], targets: value, objective: dot}"
     ],
-    "attention": ["model.mixer=attention"],
-    "grouped attention": ["model.mixer=attention", "model.attention.num_kv_heads=1"],
 }
 
 
@@ -67,7 +53,7 @@ def config_of(overrides: list[str]):
     return load_recipe("debug", [*SMALL, *overrides]).config.model
 
 
-@pytest.mark.parametrize("overrides", MIXERS.values(), ids=MIXERS)
+@pytest.mark.parametrize("overrides", CASES.values(), ids=CASES)
 def test_model_flops_are_what_torch_executes(overrides: list[str]):
     model = config_of(overrides)
     expected = executed_flops_per_token(model, SEQ_LEN, "none")
