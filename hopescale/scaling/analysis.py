@@ -96,7 +96,8 @@ def analyse(table: Table, reference: str | None = None, resamples: int = RESAMPL
         resamples: Reweighted fits for the intervals; 0 leaves intervals out.
 
     Raises:
-        DataError: If a series has too few runs for a law, or there is no series of the reference's name.
+        DataError: If a series has too few runs for a law or FLOPs that do not rise with size, or there is no series of
+            the reference's name.
     """
     if reference is not None and reference not in table.series:
         raise DataError(f"{table.source} has no series {reference}, only {', '.join(table.series)}")
@@ -128,14 +129,14 @@ def common_budgets(series: Points, reference: Points, count: int = 5) -> list[fl
 
 def _analyse_series(name: str, points: Points, resamples: int, seed: int) -> SeriesAnalysis:
     try:
-        fit = fit_law(points)
+        fit, cost = fit_law(points), points.cost()
     except DataError as error:
         raise DataError(f"series {name}: {error.message}", error.hint) from None
     samples = reweighted_laws(points, fit, resamples, seed) if resamples else []
     return SeriesAnalysis(
         points=points,
         fit=fit,
-        frontier=Frontier(fit.law, samples, points.cost()),
+        frontier=Frontier(fit.law, samples, cost),
         isoflop=fit_isoflop(points, 5 * resamples, seed),
         envelope=lower_envelope(points),
         forecast=forecast_largest(points),

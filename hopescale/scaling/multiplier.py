@@ -55,9 +55,12 @@ class Frontier:
         return (law or self.law).loss(*self.optimal(flops, law))
 
     def flops_for(self, loss: float, law: Law | None = None) -> float:
-        """Return the least FLOPs for a loss; infinite where it is not above `E`."""
+        """Return the least FLOPs for a loss; infinite where it is not above `E`, or by less than numbers can say."""
         law = law or self.law
-        return law.flops_for(loss, self.cost.scale, self.cost.growth) if loss > law.E else math.inf
+        try:
+            return law.flops_for(loss, self.cost.scale, self.cost.growth) if loss > law.E else math.inf
+        except OverflowError:
+            return math.inf
 
 
 def multiplier(series: Frontier, reference: Frontier, flops: float) -> Multiplier:

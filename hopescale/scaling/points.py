@@ -26,6 +26,9 @@ COLUMNS: dict[str, tuple[str, ...]] = {
 }
 """Names a column may have, the first that is there is taken; case, spaces and punctuation do not count."""
 
+LEAST_GROWTH = 0.05
+"""Least power of the parameters with which the FLOPs of a token may rise over a table."""
+
 ONE_SERIES = "all"
 """Name of the series of a table that tells none apart."""
 
@@ -70,10 +73,17 @@ class Points:
         return Points(self.params[chosen], self.tokens[chosen], self.flops[chosen], self.loss[chosen])
 
     def cost(self) -> Cost:
-        """Return what a token costs by size: least squares of logs over the runs."""
+        """Return what a token costs by size: least squares of logs over the runs.
+
+        Raises:
+            DataError: If a token costs no more in large models than in small ones, which no best size follows from.
+        """
         per_param = np.log(self.flops / (self.params * self.tokens))
         sizes = np.log(self.params)
         growth, offset = np.polyfit(sizes - sizes.mean(), per_param, 1)
+        if 1 + growth < LEAST_GROWTH:
+            message = f"FLOP of a token goes with N^{1 + growth:.2f}, but must rise with the parameters"
+            raise DataError(message, "FLOP is that of all of a run's training; leave the column out to have 6 N D")
         return Cost(float(np.exp(offset - growth * sizes.mean())), float(growth))
 
 

@@ -40,6 +40,12 @@ def test_counted_flops_win_over_six_n_d(tmp_path):
     assert [cost.per_param_token(size) for size in (1e6, 2e6, 4e6)] == pytest.approx([9, 9 / 2**0.5, 4.5])
 
 
+def test_flops_that_do_not_rise_with_size_are_refused(tmp_path):
+    text = "N,D,FLOP,loss\n1e6,2e7,1e14,3.5\n4e6,2e7,1e14,3\n"
+    with pytest.raises(DataError, match="must rise with the parameters"):
+        read(tmp_path, text).series["all"].cost()
+
+
 def test_series_by_their_column(tmp_path):
     text = "series,mixer,N,D,loss\nhope,a,1e6,1e7,3\nplain,b,1e6,1e7,4\nhope,b,2e6,1e7,2\n"
     table = read(tmp_path, text)

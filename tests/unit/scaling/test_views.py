@@ -13,7 +13,7 @@ from hopescale.scaling.envelope import lower_envelope
 from hopescale.scaling.fit import fit_law
 from hopescale.scaling.isoflop import fit_isoflop, runs_by_budget
 from hopescale.scaling.multiplier import Frontier, multiplier
-from hopescale.scaling.points import Points, read_points
+from hopescale.scaling.points import Cost, Points, read_points
 from tests.unit.scaling.conftest import REPLICATION
 
 GROWTH = REPLICATION.beta / (REPLICATION.alpha + REPLICATION.beta)
@@ -149,6 +149,11 @@ def test_a_loss_below_the_references_e_is_never_reached(isoflop_runs):
     found = multiplier(better, frontier(isoflop_runs(), count=5), 1e22)
     assert found.loss < REPLICATION.E
     assert found.value == math.inf and found.interval.high == math.inf
+
+
+def test_a_loss_barely_above_the_references_e_is_never_reached():
+    law = Law(E=2.0, A=5.0, alpha=0.05, B=5.0, beta=0.05)
+    assert Frontier(law, [], Cost(6.0, 0.0)).flops_for(2.0 + 1e-12) == math.inf
 
 
 def test_intervals_hold_the_multiplier(isoflop_runs):
