@@ -32,7 +32,7 @@ def plan(
     gpus: Annotated[
         int | None, typer.Option(min=1, max=MOST_RANKS, help="Devices in all.", show_default="the fewest it runs on")
     ] = None,
-    device: Annotated[Name, typer.Option(help="What each rank computes on.")] = "H100",
+    device: Annotated[Name | None, typer.Option(help="What each rank computes on.", show_default="H100")] = None,
     search: Annotated[bool, typer.Option("--search", help="Propose layout, micro batch and recomputation.")] = False,
     flops: Annotated[
         str | None, typer.Option(metavar="COUNT", help="Training FLOPs to spend: propose the best size. With --law.")
@@ -57,6 +57,11 @@ def plan(
             "--flops and --law go together: the law says which size is best for so many FLOPs",
             "give both; `hopescale sweep fit` writes a law",
         )
+    of_a_run = {"--gpus": gpus, "--device": device, "--search": search or None, "--efficiency": efficiency}
+    given = {"--plot": plot, **(of_a_run if flops is not None else {})} if flops is not None or search else {}
+    if idle := [option for option, value in given.items() if value is not None]:
+        beside = "--search" if flops is None else "--flops, which asks of no devices"
+        raise ConfigError(f"{', '.join(idle)}: no effect beside {beside}", "leave it out")
     if flops is not None:
         _show_size(recipe, overrides or [], read_count("--flops", flops), law, json)
         return
@@ -65,7 +70,7 @@ def plan(
     if search:
         loaded = _freed(loaded)
     holdings = Holdings(loaded.config)
-    estimator = Estimator(holdings, planned_device(device, ranks), efficiency)
+    estimator = Estimator(holdings, planned_device(device or "H100", ranks), efficiency)
     if search:
         found = [describe_choice(choice) for choice in best_choices(estimator, ranks)]
         typer.echo(to_json.dumps(found, indent=2) if json else view.choices(found, estimator, ranks), nl=json)

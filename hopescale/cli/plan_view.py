@@ -12,6 +12,7 @@ from rich.table import Table
 from hopescale.common.units import format_bytes, format_count, format_duration
 from hopescale.cost.estimate import Estimator
 from hopescale.cost.memory import KINDS
+from hopescale.cost.search import can_be_shared_out
 
 WIDTH = 110
 MOST_STAGES = 4
@@ -127,6 +128,10 @@ def choices(found: Sequence[Mapping[str, Any]], estimator: Estimator, ranks: int
     """Write the ways that a search proposes, best first, and the settings of the best."""
     name = estimator.holdings.config.name
     if not found:
+        if not can_be_shared_out(estimator, ranks):
+            return (
+                f"{name}: model and batch cannot be shared out evenly over {ranks} ranks; another number of devices\n"
+            )
         return f"{name}: nothing fits on {ranks} x {estimator.device.name}; more devices, or a smaller model\n"
     columns = ("dp", "tp", "pp", "micro batch", "recompute", "memory", "tokens/s", "MFU", "run")
     table = _table(f"{name} on {ranks} x {estimator.device.name}", *columns)

@@ -83,6 +83,12 @@ def choices(estimator: Estimator, ranks: int) -> Iterator[Choice]:
                     yield Choice(candidate, layout, peak, estimator.step(candidate, layout))
 
 
+def can_be_shared_out(estimator: Estimator, ranks: int) -> bool:
+    """Tell whether ranks can share a model and a batch evenly, in whatever memory."""
+    layouts = _layouts(estimator.holdings.config, ranks, estimator.device.per_node)
+    return any(_micro_batches(config, layout) for config, layout in layouts)
+
+
 def best_choices(estimator: Estimator, ranks: int, count: int = 5) -> list[Choice]:
     """Return the fastest choices, each of other degrees, fastest first."""
 

@@ -34,7 +34,7 @@ def best_size(recipe: str, overrides: Sequence[str], flops: float, law: Law) -> 
         law: Loss by parameters and tokens.
 
     Raises:
-        ConfigError: If the best size is beyond the widths that are looked at.
+        ConfigError: If the budget buys no step, or the best size is beyond the widths that are looked at.
     """
     config = require_valid(load_recipe(recipe, overrides)).config
     best: dict[str, Any] = {}
@@ -53,6 +53,9 @@ def best_size(recipe: str, overrides: Sequence[str], flops: float, law: Law) -> 
                 "flops_per_token": each,
                 "settings": settings | {"train.steps": steps},
             }
+    if 2 * best["tokens"] < (batch := config.train.global_batch_tokens):
+        message = f"--flops {flops:.3g} buys {best['tokens']:.3g} tokens, less than half a step of {batch:,}"
+        raise ConfigError(message, "give more FLOPs, or set a smaller train.global_batch_tokens")
     if best["settings"]["model.d_model"] == members[-1][1].d_model:
         raise ConfigError(f"--flops {flops:.3g} asks for a model wider than {WIDEST}", "give fewer FLOPs")
     return best

@@ -79,6 +79,8 @@ def test_a_search_proposes_what_fits_and_can_be_run(capsys):
 def test_a_search_that_finds_nothing_says_so(capsys):
     code, out, _ = run(capsys, "hope_70b", "--search", "--gpus", "1")
     assert code == 0 and "nothing fits on 1 x H100" in out
+    code, out, _ = run(capsys, "debug", "--search", "--gpus", "7")
+    assert code == 0 and "cannot be shared out evenly over 7 ranks" in out
 
 
 def test_4096_devices_are_searched(capsys):
@@ -96,12 +98,22 @@ def test_the_best_size_of_a_budget(capsys, tmp_path: Path):
         assert numbers(capsys, "hope_170m", *settings)["parameters"]["by_part"]["total"] == found["parameters"]
 
 
+def test_a_budget_of_no_step_is_refused(capsys, tmp_path: Path):
+    law = tmp_path / "law.json"
+    law.write_text(json.dumps({"E": 1.8, "A": 480.0, "alpha": 0.35, "B": 2100.0, "beta": 0.37}))
+    code, out, err = run(capsys, "debug", "--flops", "1e6", "--law", str(law))
+    assert (code, out) == (2, "") and "less than half a step of 1,024" in err
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
         (["--flops", "1e20"], "--flops and --law go together"),
         (["--flops", "1e20", "--law", "nowhere.json"], "cannot read the law nowhere.json"),
         (["--gpus", "3"], "train.global_batch_tokens"),
+        (["--search", "--plot", "memory.png"], "--plot: no effect beside --search"),
+        (["--flops", "1e20", "--law", "law.json", "--gpus", "8", "--search"], "--gpus, --search: no effect"),
+        (["--flops", "1e20", "--law", "law.json", "--device", "A100"], "--device: no effect beside --flops"),
     ],
 )
 def test_mistakes_are_one_message(capsys, args: list[str], message: str):
