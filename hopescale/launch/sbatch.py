@@ -192,10 +192,14 @@ def _prepare(job: Job) -> Iterator[str]:
 
 
 def _environment(job: Job) -> dict[str, str]:
-    """Return what the ranks find in their environment besides what is there already."""
+    """Return what the ranks find in their environment besides what is there already.
+
+    PYTHONSAFEPATH keeps the working directory, which may be a checkout, from coming before the copy of the code.
+    """
     profile = job.profile
     threads = {"OMP_NUM_THREADS": str(profile.cpus_per_node // profile.ranks)} if profile.cpus_per_node else {}
-    return {"PYTHONPATH": f"${'array' if job.array else 'run'}/code", **threads, **profile.env}
+    code = {"PYTHONPATH": f"${'array' if job.array else 'run'}/code", "PYTHONSAFEPATH": "1"}
+    return {**code, **threads, **profile.env}
 
 
 def _step(job: Job) -> Iterator[str]:

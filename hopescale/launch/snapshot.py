@@ -5,14 +5,14 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from hopescale.common.paths import package_folder
+from hopescale.common.paths import package_folder, shipped_recipes
 from hopescale.common.software import REVISION, git, source_revision
 
 DIFF = "changes.diff"
 
 
 def take_snapshot(code: Path) -> None:
-    """Copy this package to `code/`, with the revision it is of and, if it differs, the difference.
+    """Copy this package and its recipes to `code/`, with the revision it is of and, if it differs, the difference.
 
     A copy that is there already is replaced, unless it is the one that runs.
 
@@ -27,6 +27,8 @@ def take_snapshot(code: Path) -> None:
         return
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(source, partial / source.name, ignore=shutil.ignore_patterns("__pycache__"))
+    if (recipes := shipped_recipes()).parent != source:
+        shutil.copytree(recipes, partial / recipes.name)
     (partial / REVISION).write_text(f"{source_revision()}\n", encoding="utf-8")
     if difference := git("diff", "HEAD"):
         (partial / DIFF).write_text(f"{difference}\n", encoding="utf-8")

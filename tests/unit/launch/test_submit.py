@@ -81,15 +81,21 @@ def test_a_job_is_submitted_with_all_it_needs(slurm: FakeSlurm, submit, tmp_path
 
 def test_the_copy_of_the_code_is_what_a_job_runs(slurm: FakeSlurm, submit, tmp_path: Path):
     submit()
-    code = tmp_path / "runs" / "debug" / "code"
-    ask = "import hopescale, hopescale.common.software as s; print(hopescale.__file__, s.source_revision())"
-    environ = {**os.environ, "PYTHONPATH": str(code)}
-    command = [sys.executable, "-c", ask]
-    done = subprocess.run(command, env=environ, cwd=tmp_path, capture_output=True, text=True, check=True)
-    file, revision = done.stdout.strip().split(" ", 1)
-    assert file == str(code / "hopescale" / "__init__.py")
-    assert revision == (code / "revision.txt").read_text().strip()
-    assert ("with local changes" in revision) >= (code / "changes.diff").exists()
+    run = tmp_path / "runs" / "debug"
+    (tmp_path / "hopescale").mkdir()  # the working directory may be a checkout
+    (tmp_path / "hopescale" / "__init__.py").write_text("")
+    (tmp_path / "ask.py").write_text(
+        "import hopescale, hopescale.common.software as s, hopescale.config.load as l\n"
+        "print(hopescale.__file__, l.load_recipe('debug').config.name, s.source_revision())"
+    )
+    exports = [line for line in (run / "submit.sbatch").read_text().splitlines() if line.startswith("export ")]
+    ask = f"{sys.executable} -c \"$(cat ask.py)\""
+    script = "\n".join([f"run='{run}'", *exports, ask])
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    file, name, revision = done.stdout.strip().split(" ", 2)
+    assert file == str(run / "code" / "hopescale" / "__init__.py") and name == "debug"
+    assert revision == (run / "code" / "revision.txt").read_text().strip()
+    assert ("with local changes" in revision) >= (run / "code" / "changes.diff").exists()
 
 
 def test_a_second_submission_forgets_how_the_first_ended(slurm: FakeSlurm, submit, tmp_path: Path):
