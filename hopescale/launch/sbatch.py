@@ -81,6 +81,7 @@ def render(job: Job) -> str:
         "directives": _lines(f"#SBATCH {option}" for option in _directives(job)),
         "identity": _lines(_identity(job)),
         "max_failures": str(profile.max_failures),
+        "signal_lead_s": str(profile.signal_lead_s),
         "setup": _lines([*(f"module load {shlex.quote(module)}" for module in profile.modules), *profile.setup]),
         "environment": _lines(f"export {name}={_shell(value)}" for name, value in _environment(job).items()),
         "step": _words(_step(job)),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from hopescale.launch.ledger import Entry, note, now
 from hopescale.launch.profile import ClusterProfile
 from hopescale.launch.sbatch import Array, Job, render
 from tests.support.fake_slurm import FakeSlurm
@@ -37,7 +38,9 @@ def slurm(tmp_path: Path) -> FakeSlurm:
 def play(job: Job, slurm: FakeSlurm, tmp_path: Path):
     """Run the script as the n-th start of a job; the ranks end with a code, leaving an outcome and a checkpoint."""
 
-    def run(code: int, outcome: str = "", checkpoint: str = "", *, start: int = 0, job: Job = job, **more: str):
+    def run(
+        code: int, outcome: str = "", checkpoint: str = "", *, start: int = 0, job: Job = job, error: str = "", **more: str
+    ):
         slurm.answer("srun", code=code)
         with (slurm.folder / "srun").open("r+") as script:
             lines = script.read().splitlines()
@@ -52,7 +55,7 @@ def play(job: Job, slurm: FakeSlurm, tmp_path: Path):
         path = f"{slurm.folder}{os.pathsep}{os.environ['PATH']}"
         options = {"env": {"PATH": path, **environ}, "cwd": tmp_path, "capture_output": True, "text": True}
         done = subprocess.run(["bash", "-s"], input=render(job), check=False, **options)
-        assert done.stderr == ""
+        assert error in done.stderr if error else done.stderr == ""
         return done.returncode, done.stdout
 
     return run
@@ -82,7 +85,7 @@ def test_a_run_that_was_told_to_stop_is_requeued(job: Job, play, slurm: FakeSlur
 def test_a_requeue_leaves_out_bad_nodes(job: Job, play, slurm: FakeSlurm):
     (job.run_dir / "bad_nodes").write_text("n2\nn1\nn2\n")
     play(75)
-    assert slurm.calls("scontrol") == ["requeue 7", "show job -o 7", "update JobId=7 ExcNodeList=n1,n2"]
+    assert slurm.calls("scontrol")[-3:] == ["requeue 7", "show job -o 7", "update JobId=7 ExcNodeList=n1,n2"]
     slurm.answer("scontrol", "JobId=7 ReqNodeList=(null) ExcNodeList=n[5-8] NodeList=n1")
     play(75)
     assert slurm.calls("scontrol")[-1] == "update JobId=7 ExcNodeList=n[5-8],n1,n2"
@@ -130,7 +133,7 @@ def test_a_new_submission_has_all_its_tries(play, slurm: FakeSlurm):
 def test_a_requeue_that_is_refused_ends_the_job_with_the_code_of_the_ranks(play, slurm: FakeSlurm):
     slurm.answer("scontrol", code=1)
     assert play(75)[0] == 75
-    assert slurm.calls("scontrol") == ["requeue 7"]
+    assert slurm.calls("scontrol")[-1] == "requeue 7"
     assert slurm.calls("sleep") == []
 
 
@@ -157,7 +160,7 @@ def test_an_element_requeues_itself_and_not_its_array(job: Job, play, slurm: Fak
     environ = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "5"}
     assert play(75, job=array, **environ)[0] == 75
     assert slurm.calls("srun")[-1].endswith("python -u -m hopescale train debug name=two words")
-    assert slurm.calls("scontrol") == ["requeue 7_5", "show job -o 7_5", "update JobId=7_5 ExcNodeList=n2"]
+    assert slurm.calls("scontrol")[-3:] == ["requeue 7_5", "show job -o 7_5", "update JobId=7_5 ExcNodeList=n2"]
     assert play(1, job=array, **environ)[0] == 1
     assert (run / "failures").read_text().startswith("none exit code 1, job 7_5, ")
     assert play(0, job=array, **environ)[0] == 0 and (run / "outcome").read_text() == "done\n"
@@ -173,7 +176,42 @@ def test_a_chain_leaves_the_rest_to_its_next_job_until_it_gives_up(job: Job, pla
     assert (job.run_dir / "outcome").read_text().startswith("gave up: exit code 1, failure 3")
     code, said = play(0, job=chained)
     assert code == 1 and "an earlier job gave up" in said
-    assert len(slurm.calls("srun")) == 4 and slurm.calls("scontrol") == []
+    assert len(slurm.calls("srun")) == 4 and requeued(slurm) == 0
+
+
+def test_later_jobs_of_a_chain_leave_out_bad_nodes(job: Job, play, slurm: FakeSlurm):
+    (job.run_dir / "bad_nodes").write_text("n2\n")
+    for id in ("6", "7", "8", "9"):
+        note(job.run_dir, Entry(id, now(), "test", 2, 4, "submit.sbatch", f"logs/{id}.log"))
+    assert play(75, job=replace(job, chained=True))[0] == 75
+    updates = [call for call in slurm.calls("scontrol") if call.startswith("update")]
+    assert updates == ["update JobId=8 ExcNodeList=n2", "update JobId=9 ExcNodeList=n2"]
+
+
+@pytest.mark.parametrize("limit", ["00:04:00", "0-00:04:00", "00:01:00"])
+def test_a_time_limit_that_leaves_no_time_for_a_step_counts_as_a_failure(job: Job, play, slurm: FakeSlurm, limit: str):
+    slurm.answer("scontrol", f"JobId=7 RunTime=00:00:59 TimeLimit={limit} TimeMin=N/A")
+    stopped = "stopped by SIGUSR1 at step 3 of 9"
+    assert play(75, stopped, "step-00000003")[0] == 75
+    assert not (job.run_dir / "failures").exists()
+    for start in (1, 2, 3):
+        code, said = play(75, stopped, start=start)
+    assert code == 75 and "gives up: time limit before a step was done, failure 3 without a newer checkpoint" in said
+    assert requeued(slurm) == 3
+
+
+@pytest.mark.parametrize("limit", ["00:05:00", "1-00:00:00", "UNLIMITED"])
+def test_being_told_to_stop_long_before_the_limit_is_no_failure(job: Job, play, slurm: FakeSlurm, limit: str):
+    slurm.answer("scontrol", f"JobId=7 RunTime=00:00:59 TimeLimit={limit} TimeMin=N/A")
+    assert play(75, "stopped by SIGUSR1 at step 0 of 9")[0] == 75
+    assert requeued(slurm) == 1 and not (job.run_dir / "failures").exists()
+
+
+def test_a_failure_that_cannot_be_noted_is_the_last(job: Job, play, slurm: FakeSlurm):
+    (job.run_dir / "failures").mkdir()  # as on a full disk: it would be counted as none, and tried again for ever
+    code, said = play(1, start=1, error="failures: Is a directory")
+    assert code == 1 and "gives up: exit code 1, and" in said
+    assert requeued(slurm) == 0
 
 
 def test_values_are_quoted_for_sbatch_and_for_the_shell(job: Job):
