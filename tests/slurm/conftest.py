@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 
 import pytest
 
@@ -14,7 +15,11 @@ def running() -> Iterator[cluster.Cluster]:
     """Start the cluster for this session; skip where there cannot be one."""
     if reason := cluster.missing():
         pytest.skip(reason)
-    with cluster.running_cluster() as made:
+    with ExitStack() as stack:
+        try:
+            made = stack.enter_context(cluster.running_cluster())
+        except LookupError as error:
+            pytest.skip(f"Slurm cannot be installed: {error}")
         yield made
 
 

@@ -62,7 +62,7 @@ def array(slurm: Cluster, folder: Path) -> None:
     def only_the_last_runs() -> bool:
         live = [job for job in Slurm().jobs(id) if job.live]
         assert live, "the last element has ended"
-        at_once.append(sum(job.state in ("RUNNING", "COMPLETING") for job in live))
+        at_once.append(sum(job.state == "RUNNING" for job in live))
         return [job.id for job in live] == [f"{id}_5"] and max(steps(last.run_dir), default=0) > 0
 
     slurm.wait(only_the_last_runs, "the last element to be alone")
