@@ -38,26 +38,26 @@ class Entry:
 
 
 def note(folder: Path, entry: Entry) -> None:
-    """Add a line."""
+    """Add a line; one that a kill or a full disk has torn ends before it."""
     content = {name: value for name, value in asdict(entry).items() if name != "elements" or value}
-    with (folder / JOBS).open("a", encoding="utf-8") as stream:
-        stream.write(f"{json.dumps(content)}\n")
+    path = folder / JOBS
+    torn = path.exists() and not path.read_bytes().endswith(b"\n")
+    with path.open("a", encoding="utf-8") as stream:
+        stream.write("\n" * torn + f"{json.dumps(content)}\n")
 
 
 def entries(folder: Path) -> list[Entry]:
-    """Return the submissions of a folder, oldest first; a last line torn by a kill is left out."""
+    """Return the submissions of a folder, oldest first; a torn line is left out."""
     try:
         lines = (folder / JOBS).read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
         return []
     names, found = {field.name for field in fields(Entry)}, []
-    for number, line in enumerate(lines):
+    for line in lines:
         try:
             content = {name: value for name, value in json.loads(line).items() if name in names}
         except ValueError:
-            if number + 1 < len(lines):
-                raise
-            break
+            continue
         found.append(Entry(**content | {"elements": tuple(map(tuple, content.get("elements", ())))}))
     return found
 
@@ -79,10 +79,11 @@ def submit_again(folder: Path, entry: Entry, slurm: Slurm) -> Entry:
     Raises:
         LaunchError: If it is refused.
     """
-    number, _, element = entry.job.partition("_")
+    element = entry.job.partition("_")[2]
     id = slurm.submit(folder / entry.script, *([f"--array={element}"] if element else []))
     forget_outcome(folder)
-    log = entry.log.replace(f"{number}_", f"{id}_") if element else entry.log.replace(number, id)
-    again = replace(entry, job=f"{id}_{element}" if element else id, submitted=now(), log=log)
+    job = f"{id}_{element}" if element else id
+    log = str(Path(entry.log).with_name(f"{job}.log"))
+    again = replace(entry, job=job, submitted=now(), log=log)
     note(folder, again)
     return again

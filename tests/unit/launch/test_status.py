@@ -119,15 +119,17 @@ def test_entries_survive_a_torn_line_and_more_keys(run: Path):
     with (run / "jobs.jsonl").open("a") as stream:
         stream.write(json.dumps({**vars(entry("8")), "later": 1}) + '\n{"job": "9')
     assert [found.job for found in entries(run)] == ["7", "8"]
+    note(run, entry("10"))
+    assert [found.job for found in entries(run)] == ["7", "8", "10"]
 
 
 def test_a_job_is_submitted_again(run: Path, fake):
     fake.answer("sbatch", "12")
     again = submit_again(run, entries(run)[-1], Slurm())
     assert (again.job, again.log) == ("12", "/runs/a/logs/12.log") and entries(run)[-1] == again
-    element = entry("9_3", script="/sweep/array-1/submit.sbatch", log="/sweep/array-1/logs/9_3.log")
+    element = entry("9_3", script="/sweep/array-1/submit.sbatch", log="/sweep/9_runs/array-1/logs/9_3.log")
     again = submit_again(run, element, Slurm())
-    assert (again.job, again.log) == ("12_3", "/sweep/array-1/logs/12_3.log")
+    assert (again.job, again.log) == ("12_3", "/sweep/9_runs/array-1/logs/12_3.log")
     assert fake.calls("sbatch") == [
         f"--parsable {run}/submit.sbatch",
         "--parsable --array=3 /sweep/array-1/submit.sbatch",
