@@ -26,6 +26,8 @@ _GPUS = re.compile(r"\bgpu(?::[^:,()]+)?:(\d+)(?=[,(]|$)")
 _MISSING = ("", "(null)", "None", "Unknown", "None assigned")
 _SACCT_FIELDS = ("JobID", "State", "ExitCode", "Reason", "NodeList", "Start")
 _DEFAULT_MAX_ARRAY_SIZE = 1001
+_ORDER_PATIENCE = 10
+"""An order is waited for so many times as long as an answer: one that is given up may have been carried out."""
 
 
 @dataclass(frozen=True)
@@ -69,11 +71,16 @@ class _CannotAsk(Exception):
     """A command that is missing, did not answer, or did not reach Slurm. The text is the reason."""
 
 
+class _NoAnswer(LaunchError):
+    """A command that did not end in time."""
+
+
 class Slurm:
     """Slurm as reached from this machine. Answers are kept: make a new object to ask again.
 
     Args:
-        timeout_s: How long to wait for an answer. Where the controller is down, commands try for 9 s and longer.
+        timeout_s: How long to wait for an answer, and a tenth of how long for an order to be taken. Where the
+            controller is down, commands try for 9 s and longer.
     """
 
     def __init__(self, *, timeout_s: float = 12):
@@ -144,9 +151,9 @@ class Slurm:
         return int(found[1]) if found else _DEFAULT_MAX_ARRAY_SIZE
 
     def partitions(self) -> list[Partition] | None:
-        """Return the cluster's partitions, the default one first; None where Slurm cannot be asked."""
+        """Return the cluster's partitions, hidden ones too, the default one first; None where Slurm cannot be asked."""
         try:
-            lines = self._asked("sinfo", "-h", "-o", "%P|%D|%G").stdout.splitlines()
+            lines = self._asked("sinfo", "--all", "-h", "-o", "%P|%D|%G").stdout.splitlines()
         except _CannotAsk:
             return None
         nodes, gpus, default = Counter[str](), Counter[str](), ""
@@ -201,23 +208,28 @@ class Slurm:
 
     def _told(self, *command: str) -> str:
         """Run a command that changes something; answers kept until now count no more."""
-        done = self._run(*command)
-        self._answers.clear()
+        try:
+            done = self._run(*command, timeout_s=_ORDER_PATIENCE * self._timeout_s)
+        except _NoAnswer as error:
+            raise LaunchError(error.message, "look with `squeue --me` whether it was carried out all the same") from None
+        finally:
+            self._answers.clear()
         if done.returncode:
             raise _refusal(command[0], done)
         return done.stdout
 
-    def _run(self, *command: str) -> subprocess.CompletedProcess[str]:
+    def _run(self, *command: str, timeout_s: float | None = None) -> subprocess.CompletedProcess[str]:
+        timeout_s = timeout_s or self._timeout_s
         # Long lists of elements end in "..." unless told otherwise; times and messages must not depend on a locale.
         environ = {**os.environ, "SLURM_BITSTR_LEN": "0", "SLURM_TIME_FORMAT": "standard", "LC_ALL": "C"}
         try:
             return subprocess.run(
-                command, capture_output=True, text=True, env=environ, timeout=self._timeout_s, stdin=subprocess.DEVNULL
+                command, capture_output=True, text=True, env=environ, timeout=timeout_s, stdin=subprocess.DEVNULL
             )
         except FileNotFoundError:
             raise LaunchError(f"there is no command {command[0]} here", "run this where jobs are submitted") from None
         except subprocess.TimeoutExpired:
-            raise LaunchError(f"{command[0]} gave no answer within {self._timeout_s:g} s", "try again later") from None
+            raise _NoAnswer(f"{command[0]} gave no answer within {timeout_s:g} s", "try again later") from None
         except OSError as error:
             raise LaunchError(f"cannot run {command[0]}: {error.strerror}") from error
 

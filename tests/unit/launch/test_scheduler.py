@@ -69,6 +69,16 @@ def test_a_silent_controller_is_unknown(fake):
     assert (job.state, job.reason) == (UNKNOWN, "scontrol gave no answer within 0.2 s")
 
 
+def test_an_order_is_not_given_up_as_soon_as_a_question(fake, tmp_path):
+    (fake.folder / "sbatch").write_text("#!/bin/sh\nsleep 1\necho 5\n")
+    (fake.folder / "sbatch").chmod(0o755)
+    assert Slurm(timeout_s=0.8).submit(tmp_path / "x") == "5"
+    (fake.folder / "sbatch").write_text("#!/bin/sh\nexec sleep 30\n")
+    with pytest.raises(LaunchError, match="no answer within 0.2 s") as caught:
+        Slurm(timeout_s=0.02).submit(tmp_path / "x")
+    assert "squeue" in caught.value.hint
+
+
 def test_elements_of_an_array(fake):
     lines = [
         record("4220", "PENDING", array="2-3,6%2", Reason="JobArrayTaskLimit", NodeList="", StartTime="Unknown"),
