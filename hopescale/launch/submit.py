@@ -132,17 +132,19 @@ def _cluster_problems(job: Job, slurm: Slurm) -> Iterator[Problem]:
     partitions, profile = slurm.partitions(), job.profile
     if not partitions:
         return
-    names = [partition.name for partition in partitions]
-    if profile.partition is not None and profile.partition not in names:
-        hint = f"the cluster has {', '.join(names)}"
-        yield Problem("partition", f"{profile.partition} is not on this cluster", f"profile {profile.name}", hint)
+    known = {partition.name: partition for partition in partitions}
+    wanted = (profile.partition or partitions[0].name).split(",")
+    if missing := [name for name in wanted if name not in known]:
+        hint = f"the cluster has {', '.join(known)}"
+        yield Problem("partition", f"{', '.join(missing)} is not on this cluster", f"profile {profile.name}", hint)
         return
-    partition = partitions[names.index(profile.partition) if profile.partition else 0]
-    if profile.gpus_per_node > partition.gpus_per_node:
-        message = f"{profile.gpus_per_node}, but nodes of partition {partition.name} have {partition.gpus_per_node}"
+    largest = max((known[name] for name in wanted), key=lambda partition: partition.gpus_per_node)
+    if profile.gpus_per_node > largest.gpus_per_node:
+        message = f"{profile.gpus_per_node}, but nodes of partition {largest.name} have {largest.gpus_per_node}"
         yield Problem("gpus_per_node", message, f"profile {profile.name}")
-    if job.nodes > partition.nodes:
-        message = f"{job.nodes}, but partition {partition.name} has {partition.nodes}"
+    largest = max((known[name] for name in wanted), key=lambda partition: partition.nodes)
+    if job.nodes > largest.nodes:
+        message = f"{job.nodes}, but partition {largest.name} has {largest.nodes}"
         yield Problem("--nodes", message, hint="the job would wait for ever")
 
 

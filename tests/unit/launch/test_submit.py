@@ -163,6 +163,14 @@ def test_what_the_cluster_cannot_run_is_refused(slurm: FakeSlurm, submit, text, 
     assert not Path("runs").exists() and slurm.calls("sbatch") == []
 
 
+def test_one_of_several_partitions_is_enough(slurm: FakeSlurm, submit):
+    args = ("train.global_batch_tokens=8Ki", "--dry-run")
+    assert submit(*args, profile=profile("partition: cpu,gpu\ngpus_per_node: 8\n"))[0] == 0
+    assert slurm.calls("sinfo")[0].startswith("--all ")  # hidden ones too
+    code, _, err = submit(*args, profile=profile("partition: cpu,tpu\ngpus_per_node: 8\n"))
+    assert code == 2 and "tpu is not on this cluster" in err
+
+
 def test_a_cluster_that_cannot_be_asked_is_not_asked(slurm: FakeSlurm, submit):
     slurm.answer("sinfo", error="slurm_load_partitions: Unable to contact slurm controller", code=1)
     assert submit(profile=profile("partition: gpus\n" + PROFILE))[0] == 0
