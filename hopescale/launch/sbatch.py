@@ -215,7 +215,7 @@ def _step(job: Job) -> Iterator[str]:
     if profile.container == "pyxis":
         yield f"--container-image={_shell(profile.image)}"
         yield f"--container-mounts={','.join(_mounts(job))}"
-        yield f"--container-workdir={_shell(str(job.work_dir))}"
+        yield f"--container-workdir={shlex.quote(str(job.work_dir))}"
         yield f"--container-env={','.join(_environment(job))}"
     yield from profile.srun
 
@@ -225,14 +225,16 @@ def _python(job: Job) -> Iterator[str]:
     profile = job.profile
     if profile.container == "apptainer":
         yield from ("apptainer", "exec", *(["--nv"] if profile.gpus_per_node else []))
-        yield from (f"--bind={','.join(_mounts(job))}", f"--pwd={_shell(str(job.work_dir))}", _shell(profile.image))
-    yield _shell(profile.python or (job.python if profile.container == "none" else "python"))
+        yield from (f"--bind={','.join(_mounts(job))}", f"--pwd={shlex.quote(str(job.work_dir))}")
+        yield _shell(profile.image)
+    outside = shlex.quote(job.python) if profile.container == "none" else "python"
+    yield _shell(profile.python) if profile.python else outside
     yield "-u"
 
 
 def _mounts(job: Job) -> list[str]:
-    same = dict.fromkeys(f"{path}:{path}" for path in (job.work_dir, job.run_dir))
-    return [_shell(mount) for mount in (*same, *job.profile.mounts)]
+    same = dict.fromkeys(shlex.quote(f"{path}:{path}") for path in (job.work_dir, job.run_dir))
+    return [*same, *map(_shell, job.profile.mounts)]
 
 
 def _launch(job: Job) -> str:

@@ -211,7 +211,8 @@ class Slurm:
         try:
             done = self._run(*command, timeout_s=_ORDER_PATIENCE * self._timeout_s)
         except _NoAnswer as error:
-            raise LaunchError(error.message, "look with `squeue --me` whether it was carried out all the same") from None
+            hint = "look with `squeue --me` whether it was carried out all the same"
+            raise LaunchError(error.message, hint) from None
         finally:
             self._answers.clear()
         if done.returncode:

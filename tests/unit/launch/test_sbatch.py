@@ -39,7 +39,14 @@ def play(job: Job, slurm: FakeSlurm, tmp_path: Path):
     """Run the script as the n-th start of a job; the ranks end with a code, leaving an outcome and a checkpoint."""
 
     def run(
-        code: int, outcome: str = "", checkpoint: str = "", *, start: int = 0, job: Job = job, error: str = "", **more: str
+        code: int,
+        outcome: str = "",
+        checkpoint: str = "",
+        *,
+        start: int = 0,
+        job: Job = job,
+        error: str = "",
+        **more: str,
     ):
         slurm.answer("srun", code=code)
         with (slurm.folder / "srun").open("r+") as script:
@@ -220,6 +227,20 @@ def test_values_are_quoted_for_sbatch_and_for_the_shell(job: Job):
     assert '#SBATCH --job-name="two \\"words\\""' in text and '#SBATCH --constraint="a&b"' in text
     assert "run 100%%/logs/%j.log" in text and "run 100%'" in text
     assert 'export X="say \\"hi\\" \\`now\\` $HOME"' in text
+
+
+@pytest.mark.parametrize("container", ["pyxis", "apptainer"])
+def test_variables_are_filled_in_in_a_profile_and_not_in_paths(job: Job, container: str):
+    profile = replace(CPUS, container=container, image="$IMAGES/x.sqsh")
+    folders = {"run_dir": Path("/r/it's $HOME `id`"), "work_dir": Path('/w/"$HOME"')}
+    text = render(replace(job, profile=profile, **folders))
+    words = text[text.index("step=(") : text.index("log() {")]
+    command = f"IMAGES=/i\n{words}printf '%s\\n' \"${{step[@]}}\" \"${{python[@]}}\""
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    for path in folders.values():
+        assert f"{path}:{path}" in done.stdout
+    assert f"workdir={folders['work_dir']}\n" in done.stdout or f"--pwd={folders['work_dir']}\n" in done.stdout
+    assert "/i/x.sqsh" in done.stdout
 
 
 def test_torchrun_starts_one_task_per_node(job: Job, play, slurm: FakeSlurm):
