@@ -56,13 +56,13 @@ def logs(
     rank: Annotated[int | None, typer.Option(min=0, help="Only lines of this rank.")] = None,
     lines: Annotated[int, typer.Option(min=0, help="Lines to begin with.")] = 40,
 ) -> None:
-    """Show the end of the log of a run's last job."""
-    known = entries(_run(run))
-    if not known:
-        raise LaunchError(f"{run} has no jobs.jsonl: it was not submitted", "its lines went to whoever started it")
-    if known[-1].elements:
+    """Show the end of the log of a run's last job, or of the one whose turn it is in a chain."""
+    if elements_of_array(_run(run)):
         raise LaunchError(f"{run} is the folder of an array", "name the run folder of one element")
-    log = Path(known[-1].log)
+    entry = run_status(run, Slurm()).entry
+    if entry is None:
+        raise LaunchError(f"{run} has no jobs.jsonl: it was not submitted", "its lines went to whoever started it")
+    log = Path(entry.log)
     if not log.exists() and not follow:
         raise LaunchError(f"there is no log yet: {log}", f"`hopescale jobs status {run}` says why")
     for line in _tail(log, rank, lines, (lambda: _goes_on(run)) if follow else None):
@@ -73,7 +73,7 @@ def logs(
 def cancel(run: Run) -> None:
     """End the jobs of a run for good, or of all elements of an array; a checkpoint stays as it is."""
     slurm, ended = Slurm(), []
-    for id in dict.fromkeys(entry.job for entry in entries(_run(run))):
+    for id in dict.fromkeys(entry.job for entry in reversed(entries(_run(run)))):  # none of a chain is to begin
         if any(job.live is not False for job in ([slurm.job(id)] if "_" in id else slurm.jobs(id))):
             slurm.cancel(id)
             ended.append(id)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,7 +31,7 @@ class Status:
         folder: The run folder.
         state: `running`, `waiting`, `done`, `failed`, `stopped`, `cancelled`, or `unknown`.
         reason: Why; for a job that waits, what for.
-        job: What Slurm says of its last job.
+        job: What Slurm says of its last job; of a chain, of the one whose turn it is.
         entry: That job's line in `jobs.jsonl`.
         failures: Failures since the last newer checkpoint.
         step: Last step that was recorded.
@@ -66,10 +66,10 @@ def run_status(folder: Path, slurm: Slurm) -> Status:
         slurm: Asked about the last job, unless the folder says that the run is done.
     """
     known, plan = entries(folder), _json(folder / PLAN)
-    entry, outcome = known[-1] if known else None, _text(folder / "outcome")
+    outcome = _text(folder / "outcome")
     checkpoint = _text(folder / "checkpoints" / "latest") or None
     failures = [line for line in _text(folder / "failures").splitlines() if line.startswith(f"{checkpoint or 'none'} ")]
-    job = slurm.job(entry.job) if entry and not outcome.startswith("done") else None
+    entry, job = (known[-1] if known else None, None) if outcome.startswith("done") else _current(known, slurm)
     state, reason = _state(folder, job, outcome, failures)
     sequences, batch = plan.get("total_sequences"), plan.get("global_batch_size")
     status = Status(
@@ -102,6 +102,19 @@ def _walk(root: Path) -> Iterator[Path]:
         names[:] = [name for name in names if name not in _NOT_SEARCHED and not name.startswith(".")]
         if (CONFIG in files and PLAN in files) or (JOBS in files and not elements_of_array(path)):
             yield path
+
+
+def _current(known: Sequence[Entry], slurm: Slurm) -> tuple[Entry | None, Job | None]:
+    """Return the last submission, or that which it waits for, and what Slurm says of its job."""
+    entry, job = None, None
+    for earlier in reversed(known):
+        found = slurm.job(earlier.job)
+        if job is not None and not found.live:
+            break
+        entry, job = earlier, found
+        if job.state != "PENDING" or job.reason != "Dependency":
+            break
+    return entry, job
 
 
 def _state(folder: Path, job: Job | None, outcome: str, failures: list[str]) -> tuple[str, str | None]:

@@ -76,6 +76,13 @@ def test_logs(hopescale, run):
     assert code == 5 and "there is no log yet" in out
 
 
+def test_a_chain(hopescale, fake, run):
+    note(run, Entry("8", "2026-11-22T05:00:00+00:00", "test", 2, 2, "submit.sbatch", str(run / "logs" / "8.log")))
+    fake.answer("scontrol", "\n".join([record("7", "RUNNING"), record("8", "PENDING", Reason="Dependency")]))
+    assert hopescale("jobs", "logs", run, "--lines", 1) == (0, "11: line 59\n")
+    assert hopescale("jobs", "cancel", run) == (0, "cancelled 8, 7\n")
+
+
 def test_following_ends_with_the_job(hopescale, fake, run, monkeypatch):
     monkeypatch.setattr("hopescale.cli.jobs._POLL_S", 0.01)
     monkeypatch.setattr("hopescale.cli.jobs._LOOK_S", 0.0)

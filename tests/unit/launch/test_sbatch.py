@@ -235,7 +235,7 @@ def test_variables_are_filled_in_in_a_profile_and_not_in_paths(job: Job, contain
     folders = {"run_dir": Path("/r/it's $HOME `id`"), "work_dir": Path('/w/"$HOME"')}
     text = render(replace(job, profile=profile, **folders))
     words = text[text.index("step=(") : text.index("log() {")]
-    command = f"IMAGES=/i\n{words}printf '%s\\n' \"${{step[@]}}\" \"${{python[@]}}\""
+    command = f'IMAGES=/i\n{words}printf \'%s\\n\' "${{step[@]}}" "${{python[@]}}"'
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
     for path in folders.values():
         assert f"{path}:{path}" in done.stdout

@@ -44,6 +44,18 @@ def test_a_run_that_is_running(run: Path, fake):
     assert (status.job.restarts, status.checkpoint) == (2, "step-00000015")
 
 
+def test_of_a_chain_the_job_counts_whose_turn_it_is(run: Path, fake):
+    note(run, entry("8"))
+    note(run, entry("9"))
+    waiting = [record(job, "PENDING", Reason="Dependency") for job in ("8", "9")]
+    fake.answer("scontrol", "\n".join([record("7", "RUNNING"), *waiting]))
+    status = run_status(run, Slurm())
+    assert (status.state, status.job.id, status.entry.job) == ("running", "7", "7")
+    fake.answer("scontrol", "\n".join([record("7", "FAILED"), *waiting]))
+    status = run_status(run, Slurm())
+    assert (status.state, status.reason, status.entry.job) == ("waiting", "Dependency", "8")
+
+
 @pytest.mark.parametrize(
     ("slurm", "outcome", "state", "reason"),
     [
