@@ -89,7 +89,7 @@ def test_the_copy_of_the_code_is_what_a_job_runs(slurm: FakeSlurm, submit, tmp_p
         "print(hopescale.__file__, l.load_recipe('debug').config.name, s.source_revision())"
     )
     exports = [line for line in (run / "submit.sbatch").read_text().splitlines() if line.startswith("export ")]
-    ask = f"{sys.executable} -c \"$(cat ask.py)\""
+    ask = f'{sys.executable} -c "$(cat ask.py)"'
     script = "\n".join([f"run='{run}'", *exports, ask])
     done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
     file, name, revision = done.stdout.strip().split(" ", 2)
