@@ -86,7 +86,12 @@ def _evaluate(path: Path, wanted: Wanted, out: Path | None, place: Place | None,
     for line in table(results):
         typer.echo(line)
     if (file := out or place_of_report(loaded[0])) is not None:
-        settings = {"limit": wanted.limit, "context": context_of(loaded[0], wanted)}
+        settings = {
+            "limit": wanted.limit,
+            "context": context_of(loaded[0], wanted),
+            "data": wanted.data and str(wanted.data),
+            "task_path": wanted.task_path and str(wanted.task_path),
+        }
         write_report(file, report(loaded[0], results, settings))
         typer.echo(f"written to {file}")
 

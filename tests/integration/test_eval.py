@@ -193,7 +193,8 @@ def test_results_lie_in_the_run_with_what_they_were_measured_on(hopescale, train
     results = body["results"]
     assert results["choice"]["shots"] == 2 and results["choice"]["samples"] == 4
     attention = trained.name == "attention"
-    assert body["settings"] == {"limit": 4, "context": 32 if attention else None}
+    settings = {"limit": 4, "context": 32 if attention else None, "data": None, "task_path": str(tasks)}
+    assert body["settings"] == settings
     assert body["config"]["model"]["vocab_size"] == 300 and set(body["versions"]) == {"hopescale", "torch", "lm_eval"}
     lines = done.out.splitlines()
     assert lines[0].split() == ["task", "version", "shots", "samples", "metric", "value", "stderr"]
