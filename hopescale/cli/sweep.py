@@ -100,7 +100,8 @@ def _find_table(sweep: Path | None, points: Path | None) -> tuple[Path, Path | N
 
     folder = sweep if sweep.is_dir() else load_sweep(sweep).folder
     if not (folder / "points.csv").is_file():
-        raise DataError(f"no runs are collected in {folder}", f"run or collect them: hopescale sweep collect {sweep}")
+        file = "SWEEP.yaml" if sweep.is_dir() else sweep
+        raise DataError(f"no runs are collected in {folder}", f"run or collect them: hopescale sweep collect {file}")
     return folder / "points.csv", folder
 
 

@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
 
 from hopescale.common.errors import ConfigError, LaunchError
@@ -53,7 +54,7 @@ def plan(sweep: SweepFile) -> None:
         train = trial.config.train
         counts = (format_count(trial.params), format_count(trial.tokens), f"{trial.steps:,}")
         batch, lr = f"{train.global_batch_tokens:,}", f"{trial.config.optim.lr:.3g}"
-        of_trial = (trial.labels.get(label, "") for label in labels)
+        of_trial = (escape(trial.labels.get(label, "")) for label in labels)
         table.add_row(trial.name, *of_trial, *counts, batch, lr, f"{trial.flops:.3g}")
     _print(table)
     by_series = dict.fromkeys(trial.series for trial in trials)
@@ -212,7 +213,7 @@ def _table(*left: str, right: Sequence[str]) -> Table:
 def _print(table: Table) -> None:
     """Print a table, on as many columns as it needs where nobody looks."""
     console = Console()
-    (console if console.is_terminal else Console(width=200)).print(table)
+    (console if console.is_terminal else Console(width=10_000)).print(table)
 
 
 def _summary(trials: Sequence[Trial], folder: Path) -> None:

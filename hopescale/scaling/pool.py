@@ -59,13 +59,14 @@ def locked(folder: Path) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / ".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield
+        lock = (folder / ".lock").open("w")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise LaunchError(f"sweep folder {folder} is in use by another process", "wait for it, or stop it") from error
     except OSError as error:
         raise LaunchError(f"cannot write the sweep folder {folder}: {error.strerror}") from error
+    with lock:
+        yield
 
 
 def run_trials(

@@ -77,6 +77,20 @@ def test_status_tells_what_every_trial_says(sweep, tmp_path: Path):
     assert out.splitlines()[-1] == "sweeps/toy: 4 trials, 3 waiting, 1 done"
 
 
+def test_a_pipe_gets_every_label_whole(sweep, tmp_path: Path):
+    size = "a" * 250
+    axes = "{model.self_modifying.adaptive: [[k, v]]}"
+    (tmp_path / "toy.yaml").write_text(f"recipe: debug\nsizes: {{{size}: {{}}}}\naxes: {axes}\n")
+    code, out = sweep("plan")
+    assert code == 0 and "[k, v]" in out and f" {size} " in out
+
+
+def test_a_folder_without_points_is_told_how_to_get_them(tmp_path: Path, capsys):
+    with pytest.raises(SystemExit):
+        main(["sweep", "fit", str(tmp_path)])
+    assert "hopescale sweep collect SWEEP.yaml" in capsys.readouterr().err
+
+
 def test_plan_shows_the_trials_in_the_order_of_the_file(sweep):
     code, out = sweep("plan")
     assert code == 0

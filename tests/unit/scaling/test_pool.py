@@ -159,6 +159,13 @@ def test_a_sweep_folder_is_one_processs(tmp_path: Path):
         pass
 
 
+def test_what_goes_wrong_while_a_folder_is_held_is_not_said_of_the_folder(tmp_path: Path):
+    with pytest.raises(BrokenPipeError), locked(tmp_path / "out"):
+        raise BrokenPipeError
+    with locked(tmp_path / "out"):
+        pass
+
+
 def test_ranks_of_a_trial_follow_from_its_degrees(run, tmp_path: Path):
     (tmp_path / "sweep.yaml").write_text("recipe: debug\nset: {parallel.tp: 2, train.steps: 3}\n")
     trials = make_trials(load_sweep(tmp_path / "sweep.yaml"))
