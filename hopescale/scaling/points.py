@@ -151,8 +151,11 @@ def _read_rows(path: Path) -> tuple[list[tuple[int, list[str]]], list[str]]:
     if not lines:
         raise DataError(f"{path} is empty", "give a table with columns N, D or FLOP, and loss")
     reader = csv.reader(lines, delimiter=max(",;\t", key=lines[0].count))
-    header = next(reader)
-    rows = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
+    try:
+        header = next(reader)
+        rows = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
+    except csv.Error as error:
+        raise DataError(f"{path}, row {reader.line_num}: {error}", "look for a quote that is never closed") from error
     for number, row in rows:
         if len(row) != len(header):
             raise DataError(f"{path}, row {number}: {len(row)} cells, but the first row names {len(header)} columns")

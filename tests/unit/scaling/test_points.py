@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -80,12 +81,14 @@ def test_the_highest_losses_can_be_left_out(chinchilla):
         ("N,D,loss\n1e6,1e7,-3\n", "row 2, column loss: -3, but must be above 0"),
         ("N,D,FLOP,loss\n1e6,1e7,0,3\n", "row 2, column FLOP: 0, but must be above 0"),
         ("N,D,loss\n1e6,1e7\n", "row 2: 2 cells, but the first row names 3 columns"),
+        ('N,D,loss\n1e6,1e7,"3\n' + "1e6,1e7,3\n" * 20_000, "a quote that is never closed"),
         ("N,D,loss\n1e6,1e7,nan\n", "no finished run \\(1 left out\\)"),
     ],
 )
 def test_a_bad_table_is_one_message(tmp_path, text, message):
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError) as caught:
         read(tmp_path, text)
+    assert re.search(message, f"{caught.value.message} {caught.value.hint}")
 
 
 def test_a_missing_file_or_column_is_one_message(tmp_path, chinchilla):
