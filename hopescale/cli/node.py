@@ -59,8 +59,9 @@ def check(
 
     staged = config.data.staged
     folders = [folder] if staged is None else [folder, folder_of_copies(staged)]
+    node, nodes = find_node(os.environ), find_nodes(os.environ)
     try:
-        verdict = check_nodes(place, find_node(os.environ), find_nodes(os.environ), config.train.device, folders)
+        verdict = check_nodes(place, node, nodes, config.train.device, folders)
     except LaunchError as error:
         if drain:
             raise
@@ -71,7 +72,9 @@ def check(
     if rank == 0:
         typer.echo("\n".join(lines or [f"check of nodes: all good: {verdict.summary}"]))
     if drain and verdict.bad:
-        if rank == 0:
+        # A node that cannot be trusted may not be able to write there.
+        trusted = next((other for other in nodes if other not in verdict.bad), node)
+        if node == trusted and (place is None or place.local_rank == 0):
             exclude(folder, list(verdict.bad))
         raise StoppedEarly(f"bad nodes: {', '.join(verdict.bad)}", "the job's next start leaves them out")
     if drain and verdict.shared:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from hopescale.common.disk import replace_text
+from hopescale.common.errors import LaunchError
 from hopescale.common.place import Place
 from hopescale.common.units import format_bytes
 from hopescale.parallel import process
@@ -80,10 +81,18 @@ def check_nodes(place: Place | None, node: str, nodes: Sequence[str], device: st
 
 
 def exclude(run_dir: Path, nodes: Sequence[str]) -> None:
-    """Add nodes to those that a run does not start on again."""
+    """Add nodes to those that a run does not start on again.
+
+    Raises:
+        LaunchError: If they cannot be written down.
+    """
     path = run_dir / BAD_NODES
-    known = path.read_text().split() if path.exists() else []
-    replace_text(path, "".join(f"{node}\n" for node in dict.fromkeys([*known, *nodes])))
+    try:
+        known = path.read_text().split() if path.exists() else []
+        replace_text(path, "".join(f"{node}\n" for node in dict.fromkeys([*known, *nodes])))
+    except OSError as error:
+        message = f"bad nodes ({', '.join(nodes)}) cannot be written to {path}: {error.strerror}"
+        raise LaunchError(message, "leave them out by hand: sbatch --exclude") from error
 
 
 def judge_faults(names: Mapping[int, str], faults: Mapping[int, Sequence[str]], nodes: Sequence[str]) -> Verdict:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from hopescale.cli.app import main
+from hopescale.train.preflight import Verdict
 
 CPU = ("train.device=cpu",)
 
@@ -45,3 +46,21 @@ def test_a_bad_node_is_named_and_with_drain_left_out(hopescale, tmp_path: Path, 
     code, out = hopescale(*bad, "--drain")
     assert code == 75 and "bad nodes: node7" in out
     assert (run / "bad_nodes").read_text() == "node7\n"
+
+
+def test_a_bad_node_is_written_down_by_a_good_one(hopescale, tmp_path: Path, monkeypatch):
+    """The first node's rank 0 may be the one that cannot write to the run folder."""
+    run = tmp_path / "run"
+    run.mkdir()
+    verdict = Verdict({"node7": "run: Stale file handle"})
+    monkeypatch.setattr("hopescale.train.preflight.check_nodes", lambda *_: verdict)
+    step = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "node[7-8]", "SLURM_JOB_ID": "1"}
+    for name, value in {**step, "SLURM_LOCALID": "0"}.items():
+        monkeypatch.setenv(name, value)
+    for rank, node in enumerate(("node7", "node8")):
+        monkeypatch.setenv("SLURM_PROCID", str(rank))
+        monkeypatch.setenv("SLURMD_NODENAME", node)
+        assert hopescale("node", "check", "debug", *CPU, "--run-dir", run, "--drain")[0] == 75
+        assert (run / "bad_nodes").exists() == (node == "node8")
+    code, out = hopescale("node", "check", "debug", *CPU, "--run-dir", tmp_path / "nothing", "--drain")
+    assert code == 5 and "bad nodes (node7) cannot be written to" in out
