@@ -70,6 +70,8 @@ def submit_array(
     """
     slurm = slurm or Slurm()
     chosen, ids, size = _choose(elements, only, slurm), [], slurm.max_array_size()
+    if size == 0:
+        raise LaunchError("this cluster takes no arrays: its MaxArraySize is 0", "submit each run as a job of its own")
     for start in range(0, len(chosen), size):
         part = chosen[start : start + size]
         try:

@@ -47,6 +47,13 @@ def test_an_array_has_a_script_and_a_file_per_element(fake, elements, tmp_path: 
     assert noted.log == f"{folder}/array-1/logs/100_4.log"
 
 
+def test_a_cluster_without_arrays(fake, elements, tmp_path: Path):
+    fake.answer("scontrol", "MaxArraySize            = 0")
+    with pytest.raises(LaunchError, match="takes no arrays"):
+        submit_array(elements, PROFILE, tmp_path / "sweep")
+    assert not fake.calls("sbatch")
+
+
 def test_an_array_that_is_too_large_is_split(fake, elements, tmp_path: Path, monkeypatch):
     monkeypatch.setattr("hopescale.launch.array.take_snapshot", lambda code: code.mkdir())
     fake.answer("scontrol", "MaxArraySize            = 4")
