@@ -47,18 +47,18 @@ def note(folder: Path, entry: Entry) -> None:
 
 
 def entries(folder: Path) -> list[Entry]:
-    """Return the submissions of a folder, oldest first; a torn line is left out."""
+    """Return the submissions of a folder, oldest first; a line that is torn, or no submission, is left out."""
     try:
-        lines = (folder / JOBS).read_text(encoding="utf-8").splitlines()
+        lines = (folder / JOBS).read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:
         return []
     names, found = {field.name for field in fields(Entry)}, []
     for line in lines:
         try:
             content = {name: value for name, value in json.loads(line).items() if name in names}
-        except ValueError:
+            found.append(Entry(**content | {"elements": tuple(map(tuple, content.get("elements", ())))}))
+        except (ValueError, AttributeError, TypeError):
             continue
-        found.append(Entry(**content | {"elements": tuple(map(tuple, content.get("elements", ())))}))
     return found
 
 

@@ -100,7 +100,7 @@ def _walk(root: Path) -> Iterator[Path]:
     for folder, names, files in os.walk(root):
         path = Path(folder)
         names[:] = [name for name in names if name not in _NOT_SEARCHED and not name.startswith(".")]
-        if (CONFIG in files and PLAN in files) or (JOBS in files and not elements_of_array(path)):
+        if (CONFIG in files and PLAN in files) or (JOBS in files and entries(path) and not elements_of_array(path)):
             yield path
 
 
@@ -157,16 +157,17 @@ def _with_progress(status: Status, records: list[dict[str, Any]], ranks: int) ->
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8").strip()
+        return path.read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
         return ""
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(_text(path))
+        content = json.loads(_text(path))
     except ValueError:
         return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _is_locked(folder: Path) -> bool:

@@ -127,6 +127,18 @@ def test_runs_are_found_and_folders_of_arrays_are_not(run: Path, tmp_path: Path)
     assert elements_of_array(sweep) == {"x": element} and elements_of_array(run) == {}
 
 
+def test_files_of_other_programs_are_no_runs(run: Path, fake):
+    other, damaged = run.parent / "other", run.parent / "damaged"
+    for folder in (other, damaged):
+        folder.mkdir()
+        (folder / "jobs.jsonl").write_bytes(b'{"id": 3}\n[1]\n\xff\n')
+    (damaged / "config.yaml").write_text("")
+    (damaged / "plan.json").write_text("[]")
+    (damaged / "outcome").write_bytes(b"\xff")
+    assert find_runs(run.parent) == [run, damaged]
+    assert run_status(damaged, Slurm()).state == "stopped"
+
+
 def test_entries_survive_a_torn_line_and_more_keys(run: Path):
     with (run / "jobs.jsonl").open("a") as stream:
         stream.write(json.dumps({**vars(entry("8")), "later": 1}) + '\n{"job": "9')
