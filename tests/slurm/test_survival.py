@@ -152,7 +152,7 @@ def time_limits(slurm: Cluster, folder: Path, profile: Path) -> None:
     log = scene.log()
     assert log.count("SIGUSR1 at step ") == log.count("] requeue: ") == scene.restarts() >= 2, log
     assert "4 ranks (dp 2, tp 2, pp 1)" in log and log.count("0: resumed from ") >= 2, log
-    assert log.count("requeue: told to stop") >= 2 and "exit code" not in log, log
+    assert log.count("requeue: told to stop") >= 2 and "requeue: exit code" not in log, log
 
 
 def image_of(process: int) -> str:
