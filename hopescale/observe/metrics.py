@@ -27,7 +27,9 @@ class Metric:
 METRICS: dict[str, Metric] = {
     "loss": Metric("nats", "Mean cross-entropy per token of this step's batch."),
     "grad_norm": Metric("1", "Global norm of the gradient before clipping."),
-    "lr/<group>": Metric("1", "Learning rate of a parameter group at this step."),
+    "lr/<group>": Metric(
+        "1", "Learning rate of a parameter group at this step; with `model.transfer` of each part, `<group>*<factor>`."
+    ),
     "tps": Metric("tokens/s", "Tokens per second per device since the last record."),
     "mfu": Metric("1", "Model FLOPs per second as a fraction of the device's peak, since the last record."),
     "time/step_s": Metric("s", "Mean duration of a step since the last record, waiting for data included."),
