@@ -26,14 +26,6 @@ def flops_per_token(model: ModelConfig, seq_len: int) -> float:
     return sum(part.total for part in flops_by_part(model, seq_len).values())
 
 
-def executed_flops_per_token(model: ModelConfig, seq_len: int, recompute: Recompute) -> float:
-    """Count the operations of one token that are executed, activations that are computed again included.
-
-    Attention's scores are computed again in every backward pass.
-    """
-    return sum(part.total for part in flops_by_part(model, seq_len, recompute=recompute).values())
-
-
 def flops_by_part(model: ModelConfig, seq_len: int, *, recompute: Recompute | None = None) -> dict[str, Flops]:
     """Count the operations of one token by part: `maps` of the mixers, their `mixing`, `levels`, `head`.
 

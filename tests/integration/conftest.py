@@ -17,32 +17,20 @@ from hopescale.checkpoint.manager import latest_checkpoint
 from hopescale.checkpoint.manifest import Manifest, folder_name, read_manifest, step_of
 from hopescale.cli.app import main
 from hopescale.observe.metrics import read_metrics
+from tests.support.tiny import TINY
 
 WORDS = ("memory", "level", "token", "state", "reads", "writes", "keeps", "a", "the", "of")
 MEASURED = ("time", "tps", "mfu", "time/step_s", "time/data_s", "device_memory/peak_gib")
 """What two equal runs need not agree on."""
 
-TINY = (
-    "model.d_model=16",
-    "model.num_layers=1",
-    "model.vocab_size=32",
-    "model.self_modifying.chunk_size=8",
-    "model.cms.levels.fast.d_ff=16",
-    "model.cms.levels.mid.d_ff=16",
-    "model.cms.levels.slow.d_ff=16",
-    "data.sources.markov.synthetic.num_symbols=12",
+RUN = (
+    *TINY,
     "data.seed=3",
     "train.steps=10",
-    "train.seq_len=16",
-    "train.micro_batch_size=2",
-    "train.global_batch_tokens=64",
     "train.validation.every=4",
     "train.validation.tokens=64",
-    "optim.schedule.warmup_steps=2",
     "checkpoint.every=4",
     "checkpoint.keep_last=9",
-    "log.every=1",
-    "log.tensorboard=false",
 )
 
 
@@ -124,7 +112,7 @@ def hopescale() -> Callable[..., Outcome]:
 @pytest.fixture(scope="session")
 def tiny() -> tuple[str, ...]:
     """Overrides that make the recipe `debug` smaller: levels of periods 1, 2 and 4, two micro batches a step."""
-    return TINY
+    return RUN
 
 
 @pytest.fixture
@@ -136,7 +124,7 @@ def run(tmp_path: Path) -> Run:
 @pytest.fixture
 def train(run: Run) -> Callable[..., Outcome]:
     """Run `hopescale train debug` with the tiny overrides, later ones winning, in the folder of `run`."""
-    return lambda *args: _hopescale("train", "debug", *TINY, *args, "--run-dir", run.path)
+    return lambda *args: _hopescale("train", "debug", *RUN, *args, "--run-dir", run.path)
 
 
 @pytest.fixture(scope="session")
@@ -148,7 +136,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
         if precision not in done:
             done[precision] = Run(tmp_path_factory.mktemp("whole") / precision)
             args = (f"train.precision={precision}", "--run-dir", done[precision].path)
-            assert _hopescale("train", "debug", *TINY, *args).code == 0
+            assert _hopescale("train", "debug", *RUN, *args).code == 0
         return done[precision]
 
     return of

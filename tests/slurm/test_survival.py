@@ -13,27 +13,15 @@ from pathlib import Path
 import pytest
 
 from tests.support.cluster import Cluster, steps
+from tests.support.tiny import TINY
 
 STEPS = 60
-TINY = (
+RUN = (
     "debug",
-    "model.d_model=16",
-    "model.num_layers=1",
-    "model.vocab_size=32",
-    "model.self_modifying.chunk_size=8",
-    "model.cms.levels.fast.d_ff=16",
-    "model.cms.levels.mid.d_ff=16",
-    "model.cms.levels.slow.d_ff=16",
-    "data.sources.markov.synthetic.num_symbols=12",
+    *TINY,
     f"train.steps={STEPS}",
-    "train.seq_len=16",
-    "train.micro_batch_size=2",
-    "train.global_batch_tokens=64",
     "train.validation.every=null",
-    "optim.schedule.warmup_steps=2",
     "checkpoint.every=5",
-    "log.every=1",
-    "log.tensorboard=false",
     "parallel.tp=2",
 )
 """Two tensor-parallel ranks, and as many replicas as ranks remain."""
@@ -60,7 +48,7 @@ class Scene:
 
     def __init__(self, slurm: Cluster, folder: Path, profile: Path, *args: object):
         self.slurm, self.run = slurm, folder / profile.stem
-        self.ids = slurm.submit(*TINY, *args, "--cluster", profile, "--run-dir", self.run, cwd=folder)
+        self.ids = slurm.submit(*RUN, *args, "--cluster", profile, "--run-dir", self.run, cwd=folder)
         self.id = self.ids[0]
 
     def log(self, id: str | None = None) -> str:
@@ -92,7 +80,7 @@ class Scene:
 @pytest.mark.timeout(900)
 def test_runs_survive(slurm: Cluster, tmp_path: Path, profile):
     def uninterrupted() -> Path:
-        slurm.hopescale("train", *TINY, "--nproc", "4", "--run-dir", tmp_path / "whole", cwd=tmp_path)
+        slurm.hopescale("train", *RUN, "--nproc", "4", "--run-dir", tmp_path / "whole", cwd=tmp_path)
         return tmp_path / "whole"
 
     container = ("container: pyxis", "image: some.sqsh", f"python: {sys.executable}")

@@ -10,7 +10,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from hopescale.config.load import load_recipe
-from hopescale.cost.flops import executed_flops_per_token, flops_per_token
+from hopescale.config.schema import ModelConfig
+from hopescale.cost.flops import flops_by_part, flops_per_token
 from hopescale.models import Model
 from hopescale.parallel.layers import cross_entropy_sum
 from tests.support.mixers import MIXERS
@@ -47,6 +48,10 @@ def executed(overrides: list[str], recompute: str, seq_len: int = SEQ_LEN) -> fl
     with FlopCounterMode(display=False, custom_mapping=counts) as counter:
         cross_entropy_sum(model(tokens)[0], tokens, model.mesh).backward()
     return counter.get_total_flops() / tokens.numel()
+
+
+def executed_flops_per_token(model: ModelConfig, seq_len: int, recompute: str) -> float:
+    return sum(part.total for part in flops_by_part(model, seq_len, recompute=recompute).values())
 
 
 def config_of(overrides: list[str]):
