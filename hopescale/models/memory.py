@@ -25,6 +25,7 @@ from hopescale.ops.delta_rule import (
     write_chunk,
 )
 from hopescale.ops.inner_gradient import InnerLoss, capped, mlp_writes
+from hopescale.ops.self_modifying import Weights
 from hopescale.parallel.layers import ParameterSpec, new_parameter
 
 INITIAL_OUTPUT_STD = 0.1
@@ -41,24 +42,6 @@ class InnerRule:
     objective: Literal["l2", "dot"]
     erase: bool
     error_cap: float | None
-
-
-class Weights(NamedTuple):
-    """Weights (or momenta) of the memories of a bank, one set per sequence. They act from the right: `x @ first`.
-
-    Attributes:
-        first: `[B, H, D, R]`, the matrices that read keys, side by side: wide memories, then narrow ones.
-        wide: Second layers of wide MLP memories `[B, H, Nw, E, D]`; None for linear memories.
-        narrow: Second layers of narrow MLP memories `[B, H, Nn, E, 1]`; None if there are none.
-    """
-
-    first: Tensor
-    wide: Tensor | None
-    narrow: Tensor | None
-
-    def zeros_like(self) -> Weights:
-        """Return zeros of the same shapes."""
-        return Weights(*(None if part is None else torch.zeros_like(part) for part in self))
 
 
 class BankState(NamedTuple):

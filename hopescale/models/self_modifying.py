@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from hopescale.config.plan import has_chunk_loop
 from hopescale.config.schema import SelfModifyingConfig
-from hopescale.models.memory import BankState, InnerRule, MemoryBank, Weights
+from hopescale.models.memory import BankState, InnerRule, MemoryBank
 from hopescale.models.norm import RMSNorm
 from hopescale.models.state import LayerState
 from hopescale.ops.delta_rule import Backend, chunk_tables, delta_rule
 from hopescale.ops.norm import l2_norm
 from hopescale.ops.scan import scan
+from hopescale.ops.self_modifying import Weights
 from hopescale.ops.short_conv import short_conv
 from hopescale.parallel.layers import ColumnLinear, ParameterSpec, RowLinear, new_parameter
 from hopescale.parallel.mesh import Mesh
