@@ -13,7 +13,7 @@ from hopescale.models.norm import stream_norm
 from hopescale.models.recompute import Recompute, recomputed
 from hopescale.models.self_modifying import SelfModifying
 from hopescale.models.state import LayerState
-from hopescale.ops.delta_rule import Backend
+from hopescale.ops.self_modifying import Backend
 from hopescale.parallel.mesh import Mesh
 
 
@@ -27,7 +27,7 @@ class Block(nn.Module):
         recompute: What is computed again in the backward pass instead of kept: the `block`, its mixer (`memory`), or
             the `chunks` of its memories, from the states they start with. The first two do the third as well.
         compiled: Whether a chunk of the memories is compiled.
-        backend: What computes memories that have no chunk loop.
+        backend: What computes memories.
     """
 
     def __init__(

@@ -16,7 +16,7 @@ from hopescale.models.init import initialize
 from hopescale.models.norm import stream_norm
 from hopescale.models.recompute import Recompute
 from hopescale.models.state import ModelState
-from hopescale.ops.delta_rule import Backend
+from hopescale.ops.self_modifying import Backend
 from hopescale.parallel.layers import ColumnLinear, Embedding
 from hopescale.parallel.mesh import Mesh
 from hopescale.parallel.regions import gather_tokens
@@ -38,7 +38,7 @@ class Model(nn.Module):
         blocks: Numbers of the blocks to hold, from 0; None is all.
         recompute: Activations computed again in the backward pass instead of kept; as `train.recompute`.
         compiled: Whether the chunk loop of memories is compiled; as `train.compile`.
-        backend: What computes memories that have no chunk loop; as `train.backend`.
+        backend: What computes memories; as `train.backend`.
 
     Attributes:
         is_first: Whether this slice begins the model.

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from hopescale.config.plan import has_chunk_loop
 from hopescale.config.schema import SelfModifyingConfig
-from hopescale.models.memory import BankState, InnerRule, MemoryBank
+from hopescale.models.memory import KEY_EPS, BankState, InnerRule, MemoryBank
 from hopescale.models.norm import RMSNorm
 from hopescale.models.state import LayerState
-from hopescale.ops.delta_rule import Backend, chunk_tables, delta_rule
+from hopescale.ops.delta_rule import chunk_tables, delta_rule
 from hopescale.ops.norm import l2_norm
 from hopescale.ops.scan import scan
-from hopescale.ops.self_modifying import Weights
+from hopescale.ops.self_modifying import Backend, ChunkRule, SelfModify, Streams, Weights, fused_chunks
 from hopescale.ops.short_conv import short_conv
 from hopescale.parallel.layers import ColumnLinear, ParameterSpec, RowLinear, new_parameter
 from hopescale.parallel.mesh import Mesh
@@ -84,7 +84,7 @@ class SelfModifying(nn.Module):
         mesh: Where this process stands.
         recompute: Whether the backward pass computes every chunk again from the state it started with.
         compiled: Whether a chunk is compiled (`torch.compile`), once for every number of tokens that is met.
-        backend: What computes a memory that has no chunk loop; as of `delta_rule`.
+        backend: What computes the chunks; as of `fused_chunks`, and of `delta_rule` where chunks have no loop.
     """
 
     def __init__(
@@ -102,7 +102,8 @@ class SelfModifying(nn.Module):
         backend: Backend = "auto",
     ):
         super().__init__()
-        self.recompute, self.has_loop, self.backend = recompute, has_chunk_loop(config), backend
+        self.has_loop, self.backend = has_chunk_loop(config), backend
+        self.recompute, self.compiled = recompute, compiled
         self._step = torch.compile(self._advance, fullgraph=True, dynamic=False) if compiled else self._advance
         self.config, self.head_dim = config, head_dim
         self.heads = num_heads // mesh.tp_group.size()
@@ -117,6 +118,7 @@ class SelfModifying(nn.Module):
         self.gates = nn.ModuleDict(self._gates(adaptive))
         self.chunks = (config.chunk_size, config.projection_chunk_size or config.chunk_size)
         self.banks = nn.ModuleDict(self._banks(adaptive))
+        self.rule = self._rule()
         self.norm = RMSNorm(self.heads, head_dim, eps=norm_eps, partition_dim=0)
         self.out_proj = RowLinear(num_heads * head_dim, d_model, std=out_std, mesh=mesh)
 
@@ -140,6 +142,11 @@ class SelfModifying(nn.Module):
         if self.chunks[0] == self.chunks[1]:
             return {"memory": MemoryBank(("mem", *wide), narrow, **sizes)}
         return {"memory": MemoryBank(("mem",), (), **sizes), "projection": MemoryBank(wide, narrow, **sizes)}
+
+    def _rule(self) -> ChunkRule:
+        bank, config = self.banks["memory"], self.config
+        learning = (bank.rule.objective, bank.rule.targets == "self", bank.rule.erase, bank.rule.error_cap, KEY_EPS)
+        return ChunkRule(bank.wide, bank.narrow, bank.hidden, self.chunks[0], *learning, config.eta_max, config.read)
 
     def initial_state(self, batch: int) -> LayerState:
         """Return the learned initial state for `batch` sequences."""
@@ -166,7 +173,9 @@ class SelfModifying(nn.Module):
         state = self.initial_state(x.shape[1]) if state is None else state
         streams, gate, tail = self._project(x, state.tensors.get("conv_tail"))
         carried = {name: tensor for name, tensor in state.tensors.items() if name != "conv_tail"}
-        if self.has_loop:
+        if (fused := self._fused(state.position, streams)) is not None:
+            y, seen, carried = self._in_one(fused, streams, carried)
+        elif self.has_loop:
             y, seen, carried = self._in_chunks(state.position, streams, carried)
         else:
             y, seen, carried = self._whole_sequence(streams, carried)
@@ -200,6 +209,24 @@ class SelfModifying(nn.Module):
             streams["v"] = mixed[..., STREAMS.index("v"), :].permute(1, 2, 0, 3)
         return streams | {name: module(streams["k"]) for name, module in self.gates.items()}, gate, tail
 
+    def _fused(self, position: int, streams: dict[str, Tensor]) -> SelfModify | None:
+        """Return what runs the chunks as one operation; None if they are run one by one.
+
+        That operation computes chunks again in the backward pass; without gradients there would be nothing to gain.
+        """
+        keeps = not self.recompute or self.compiled or len(self.banks) > 1
+        if keeps or position % self.chunks[0] or not torch.is_grad_enabled():
+            return None
+        return fused_chunks(_streams(streams), self.rule, self.backend)
+
+    def _in_one(
+        self, fused: SelfModify, streams: dict[str, Tensor], carried: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Do what `_in_chunks` does, as one operation."""
+        state = _unpack("memory", carried)
+        out = fused(_streams(streams), state.running, state.momentum, self.rule)
+        return out.y, out.seen, _pack("memory", BankState(out.running, out.momentum, out.boundary))
+
     def _whole_sequence(
         self, streams: dict[str, Tensor], carried: dict[str, Tensor]
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -217,7 +244,7 @@ class SelfModifying(nn.Module):
             erase=self.config.inner_rule == "dgd",
             read=self.config.read,
             chunk_size=self.chunks[0],
-            backend=self.backend,
+            backend="torch" if self.backend == "cpp" else self.backend,
         )
         running = Weights(result.state.mT, None, None)
         momentum = None if result.momentum is None else Weights(result.momentum.mT, None, None)
@@ -291,6 +318,10 @@ class SelfModifying(nn.Module):
         q = made.q if name == "memory" else None
         y, state = bank.advance(state, writes, tables, q, self.config.read)
         return y, writes.surprise, state
+
+
+def _streams(streams: dict[str, Tensor]) -> Streams:
+    return Streams(*(streams.get(name) for name in Streams._fields))
 
 
 def _pieces(position: int, tokens: int, size: int) -> list[int]:

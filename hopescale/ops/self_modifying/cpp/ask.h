@@ -1,0 +1,122 @@
+// Memories with fixed weights: what they answer, and what keys, values, queries and gates are made of the answers.
+#pragma once
+#include "rule.h"
+
+namespace hopescale {
+
+// What asking a memory leaves for the way back: the first layer's results and their sigmoid [c, E].
+struct Asked {
+    Matrix pre, gate;
+};
+
+inline Asked take_asked(Arena& arena, const Rule& rule, int c) {
+    if (!rule.is_mlp()) return {};
+    return {arena.take(c, rule.hidden), arena.take(c, rule.hidden)};
+}
+
+inline void sigmoids(Matrix x, Matrix result) {
+    for (int i = 0; i < x.rows; ++i)
+        for (int j = 0; j < x.width; j += LANES) store(result.row(i) + j, sigmoid(load(x.row(i) + j)));
+}
+
+inline Lanes slope(Lanes pre, Lanes gate) { return gate + pre * gate * (1.0f - gate); }
+
+// result = silu of x.pre
+inline void hidden(const Asked& x, Matrix result) {
+    for (int i = 0; i < result.rows; ++i)
+        for (int j = 0; j < result.width; j += LANES)
+            store(result.row(i) + j, load(x.pre.row(i) + j) * load(x.gate.row(i) + j));
+}
+
+// Answers of a memory to x; wide MLP memories add x.
+inline void ask(Arena& arena, const State& state, int memory, Matrix x, Asked& asked, Matrix answer) {
+    const Rule& rule = state.rule;
+    if (!rule.is_mlp()) {
+        product(x, state.first(memory), answer);
+        return;
+    }
+    Scope scope(arena);
+    product(x, state.first(memory), asked.pre);
+    sigmoids(asked.pre, asked.gate);
+    Matrix middle = arena.take(x.rows, rule.hidden);
+    hidden(asked, middle);
+    const bool residual = memory < rule.wide;
+    if (residual) copy(x, answer);
+    product(middle, state.second(memory), answer, residual ? ADD : SET);
+}
+
+// Adds to the gradients of the weights and of x.
+inline void ask_back(Arena& arena, const State& state, int memory, Matrix x, const Asked& asked, Matrix d_answer,
+                     const State& d_state, Matrix d_x) {
+    const Rule& rule = state.rule;
+    Scope scope(arena);
+    Matrix d_pre = d_answer;
+    if (rule.is_mlp()) {
+        Matrix middle = arena.take(x.rows, rule.hidden);
+        d_pre = arena.take(x.rows, rule.hidden);
+        hidden(asked, middle);
+        product_t(middle, d_answer, d_state.second(memory), ADD);
+        product(d_answer, transposed(arena, state.second(memory)), d_pre);
+        for (int i = 0; i < x.rows; ++i)
+            for (int j = 0; j < rule.hidden; j += LANES) {
+                float* at = d_pre.row(i) + j;
+                store(at, load(at) * slope(load(asked.pre.row(i) + j), load(asked.gate.row(i) + j)));
+            }
+        if (memory < rule.wide)
+            for (int i = 0; i < x.rows; ++i) add_scaled(d_x.row(i), 1, d_answer.row(i), x.width);
+    }
+    product_t(x, d_pre, d_state.first(memory), ADD);
+    product(d_pre, transposed(arena, state.first(memory)), d_x, ADD);
+}
+
+// Scales rows to unit length; keeps the factors.
+inline void normalize(Matrix x, float* factors) {
+    for (int i = 0; i < x.rows; ++i) {
+        float* row = x.row(i);
+        factors[i] = 1 / std::sqrt(dot(row, row, x.width) + UNIT_EPS);
+        for (int j = 0; j < x.width; j += LANES) store(row + j, factors[i] * load(row + j));
+    }
+}
+
+// Turns the gradient of unit rows y into that of what they were made of.
+inline void normalize_back(Matrix y, const float* factors, Matrix d) {
+    for (int i = 0; i < y.rows; ++i) {
+        const float along = dot(y.row(i), d.row(i), y.width);
+        for (int j = 0; j < y.width; j += LANES)
+            store(d.row(i) + j, factors[i] * (load(d.row(i) + j) - along * load(y.row(i) + j)));
+    }
+}
+
+// One of k, v, q: the stream itself, or the unit answer of a memory to it.
+struct Made {
+    int memory;  // -1: none
+    Matrix input, output;
+    Asked asked;
+    float* factors;
+};
+
+inline Made take_made(Arena& arena, const Rule& rule, int memory, Matrix input) {
+    if (memory < 0) return {memory, input, input, {}, nullptr};
+    return {memory, input, arena.take(input.rows, rule.dim), take_asked(arena, rule, input.rows),
+            arena.numbers(rule.chunk)};
+}
+
+inline void make(Arena& arena, const State& state, Made& x) {
+    if (x.memory < 0) return;
+    ask(arena, state, x.memory, x.input, x.asked, x.output);
+    normalize(x.output, x.factors);
+}
+
+// Turns the gradient of the output into that of the input, `d_input`. Overwrites the former.
+inline void make_back(Arena& arena, const State& state, const Made& x, Matrix d_output, const State& d_state,
+                      Matrix d_input) {
+    if (x.memory < 0) {
+        copy(d_output, d_input);
+        return;
+    }
+    normalize_back(x.output, x.factors, d_output);
+    fill(d_input, 0);
+    ask_back(arena, state, x.memory, x.input, x.asked, d_output, d_state, d_input);
+}
+
+}  // namespace hopescale

@@ -1,0 +1,113 @@
+// Self-modifying memories over whole sequences, one head of one sequence after the other. Called by function.py.
+#include <memory>
+
+#include "chunk_back.h"
+
+using namespace hopescale;
+
+namespace {
+
+// Scratch of one thread. Only what is touched becomes memory of the process.
+struct Scratch {
+    std::unique_ptr<float[]> numbers;
+    Arena arena;
+
+    explicit Scratch(const Rule& rule) {
+        const int64_t side = rule.chunk + rule.dim + rule.hidden + 4 * LANES;
+        numbers.reset(new float[160 * side * (rule.width() + side)]);
+        const auto address = reinterpret_cast<uintptr_t>(numbers.get());
+        arena.next = numbers.get() + (64 - address % 64) % 64 / sizeof(float);
+    }
+};
+
+struct Sequence {
+    int tokens, chunks;
+    int64_t state, slot;  // numbers of a state, and of a state with its momentum
+
+    Sequence(const Rule& rule, int tokens)
+        : tokens(tokens), chunks((tokens + rule.chunk - 1) / rule.chunk), state(rule.state_size()),
+          slot(state * (rule.momentum ? 2 : 1)) {}
+
+    State momentum(const Rule& rule, float* slot) const { return {rule, rule.momentum ? slot + state : nullptr}; }
+
+    int size(const Rule& rule, int index) const {
+        const int left = tokens - index * rule.chunk;
+        return left < rule.chunk ? left : rule.chunk;
+    }
+};
+
+Streams head_of(const Rule& rule, int tokens, int64_t head, float* const* x) {
+    const auto matrix = [&](float* at) { return Matrix{at + head * tokens * rule.dim, tokens, rule.dim, rule.dim}; };
+    const auto gate = [&](float* at) { return at ? at + head * tokens : nullptr; };
+    return {matrix(x[0]), matrix(x[1]), matrix(x[2]), gate(x[3]), gate(x[4]), gate(x[5])};
+}
+
+}  // namespace
+
+extern "C" {
+
+int64_t hopescale_state_size(const Rule* rule) { return rule->state_size(); }
+
+// Runs heads `begin` to `end` forward. `streams` are k, v, q [heads, T, D], eta, alpha, mu [heads, T]. `kept` holds
+// states and momenta at the start of each chunk [heads, chunks, slot], the first of which is given; `last` gets those
+// after the last one. `y` is [heads, T, D], `seen` [heads, T, 3].
+void hopescale_forward(const Rule* rule_, int tokens, int begin, int end, float* const* streams, float* kept, float* last,
+                       float* y, float* seen) {
+    const Rule& rule = *rule_;
+    const Sequence sequence(rule, tokens);
+    const FlushTiny flush;
+    Scratch scratch(rule);
+    Arena& arena = scratch.arena;
+    float* surprise = arena.numbers(rule.chunk);
+    for (int64_t head = begin; head < end; ++head) {
+        const Streams inputs = head_of(rule, tokens, head, streams);
+        for (int n = 0; n < sequence.chunks; ++n) {
+            Scope scope(arena);
+            const int at = n * rule.chunk, count = sequence.size(rule, n);
+            float* here = kept + (head * sequence.chunks + n) * sequence.slot;
+            float* next = n + 1 < sequence.chunks ? here + sequence.slot : last + head * sequence.slot;
+            const State state{rule, here}, momentum = sequence.momentum(rule, here);
+            const Streams part = rows_of(inputs, at, count);
+            Chunk chunk = take_chunk(arena, rule, part);
+            run(arena, state, momentum, part, chunk, surprise);
+            answer(arena, state, chunk, Matrix{y + (head * tokens + at) * rule.dim, count, rule.dim, rule.dim});
+            advance(arena, rule, chunk, {rule, next}, sequence.momentum(rule, next));
+            for (int t = 0; t < count; ++t) {
+                float* out = seen + (head * tokens + at + t) * 3;
+                out[0] = chunk.tables.eta[t], out[1] = chunk.tables.alpha[t], out[2] = surprise[t];
+            }
+        }
+    }
+}
+
+// Runs them back. `d_state` [heads, slot] holds gradients of `last` and gets those of the first state; `d_boundary` is
+// the gradient of the last chunk's first state, or null. `d_streams` are like `streams`.
+void hopescale_backward(const Rule* rule_, int tokens, int begin, int end, float* const* streams, float* kept, float* d_y,
+                        float* d_boundary, float* d_state, float* const* d_streams) {
+    const Rule& rule = *rule_;
+    const Sequence sequence(rule, tokens);
+    const FlushTiny flush;
+    Scratch scratch(rule);
+    Arena& arena = scratch.arena;
+    float* surprise = arena.numbers(rule.chunk);
+    Matrix unread = arena.take(rule.chunk, rule.dim);
+    for (int64_t head = begin; head < end; ++head) {
+        const Streams inputs = head_of(rule, tokens, head, streams), grads = head_of(rule, tokens, head, d_streams);
+        float* d = d_state + head * sequence.slot;
+        for (int n = sequence.chunks - 1; n >= 0; --n) {
+            Scope scope(arena);
+            const int at = n * rule.chunk, count = sequence.size(rule, n);
+            float* here = kept + (head * sequence.chunks + n) * sequence.slot;
+            const State state{rule, here}, momentum = sequence.momentum(rule, here);
+            const Streams part = rows_of(inputs, at, count);
+            Chunk chunk = take_chunk(arena, rule, part);
+            run(arena, state, momentum, part, chunk, surprise);
+            answer(arena, state, chunk, unread.block(0, count));
+            back(arena, state, part, chunk, Matrix{d_y + (head * tokens + at) * rule.dim, count, rule.dim, rule.dim},
+                 {rule, d}, sequence.momentum(rule, d), rows_of(grads, at, count));
+            if (d_boundary && n == sequence.chunks - 1)
+                for (int64_t i = 0; i < sequence.state; ++i) d[i] += d_boundary[head * sequence.state + i];
+        }
+    }
+}
+}

@@ -1,0 +1,196 @@
+// One linear layer during one chunk: what its keys hold, what is written, what a query reads, and the way back.
+#pragma once
+#include "tables.h"
+
+namespace hopescale {
+
+struct Layer {
+    Matrix keys, state, momentum;  // [c, K], [K, Do]; no momentum, no `pushes`
+    Matrix values;                 // what is written [c, Do]
+    Matrix answers, pushes;        // what keys read of state and momentum [c, Do]
+    Matrix held;                   // what they read before each write, what was erased before taken off [c, Do]
+    Matrix similar, inverse;       // keys @ keys^T, and the inverse of I + erase o that [c, c]
+
+    Layer columns(int first, int count) const {
+        Layer part = *this;
+        for (Matrix* x : {&part.state, &part.momentum, &part.values, &part.answers, &part.pushes, &part.held})
+            if (*x) *x = x->columns(first, count);
+        return part;
+    }
+};
+
+inline Layer take_layer(Arena& arena, const Rule& rule, Matrix keys, int outputs) {
+    const int c = keys.rows;
+    Layer x{};
+    x.keys = keys;
+    x.values = arena.take(c, outputs);
+    x.answers = arena.take(c, outputs);
+    if (rule.momentum) x.pushes = arena.take(c, outputs);
+    if (rule.erase) {
+        x.held = arena.take(c, outputs);
+        x.similar = arena.take(c, padded(rule.chunk));
+        x.inverse = arena.take(c, padded(rule.chunk));
+    }
+    return x;
+}
+
+// result[t, s] = weight[t, s] * x[t, s] for s < t (s <= t with the diagonal), 0 beyond.
+inline void weigh(Matrix weight, Matrix x, Matrix result, bool diagonal = false) {
+    for (int t = 0; t < x.rows; ++t) {
+        const int count = t + diagonal;
+        float* row = result.row(t);
+        for (int s = 0; s < count; s += LANES) store(row + s, load(weight.row(t) + s) * load(x.row(t) + s));
+        for (int s = count; s < padded(count); ++s) row[s] = 0;
+        for (int s = padded(count); s < result.width; s += LANES) store(row + s, Lanes{});
+    }
+}
+
+// result[t] (=, +=) scale[t] * x[t]
+inline void scale_rows(const float* scale, Matrix x, Matrix result, Update update = SET) {
+    for (int t = 0; t < x.rows; ++t)
+        for (int j = 0; j < x.width; j += LANES) {
+            const Lanes value = scale[t] * load(x.row(t) + j);
+            store(result.row(t) + j, update == SET ? value : load(result.row(t) + j) + value);
+        }
+}
+
+// sums[t] += factor * <x[t], y[t]>
+inline void add_row_dots(float factor, Matrix x, Matrix y, float* sums) {
+    for (int t = 0; t < x.rows; ++t) sums[t] += factor * dot(x.row(t), y.row(t), x.width);
+}
+
+inline float matrix_dot(Matrix x, Matrix y) {
+    Lanes sum{};
+    for (int i = 0; i < x.rows; ++i)
+        for (int j = 0; j < x.width; j += LANES) sum += load(x.row(i) + j) * load(y.row(i) + j);
+    return total(sum);
+}
+
+// Inverse of I + x for x strictly lower triangular, a block of LANES rows after the other.
+inline void invert_unit_lower(Arena& arena, Matrix x, Matrix result) {
+    Scope scope(arena);
+    Matrix carried = arena.take(LANES, x.width);
+    fill(result, 0);
+    for (int begin = 0; begin < x.rows; begin += LANES) {
+        const int count = x.rows - begin < LANES ? x.rows - begin : LANES;
+        Matrix own = result.columns(begin, LANES).block(begin, count);
+        for (int i = 0; i < count; ++i) {
+            Lanes row{};
+            row[i] = 1;
+            for (int j = 0; j < i; ++j) row -= x.row(begin + i)[begin + j] * load(own.row(j));
+            store(own.row(i), row);
+        }
+        if (!begin) continue;
+        Matrix before = carried.columns(0, begin).block(0, count);
+        product(x.columns(0, begin).block(begin, count), result.columns(0, begin).block(0, begin), before);
+        product(own, before, result.columns(0, begin).block(begin, count), SUBTRACT, LEFT_LOWER);
+    }
+}
+
+// Compares keys with each other; inverts what erasing does to later reads.
+inline void open_layer(Arena& arena, const Rule& rule, const Tables& tables, Layer& x) {
+    if (!rule.erase) return;
+    Scope scope(arena);
+    product(x.keys, transposed(arena, x.keys), x.similar, SET, RESULT_LOWER);
+    Matrix system = arena.take(x.keys.rows, x.similar.width);
+    weigh(tables.erase, x.similar, system);
+    invert_unit_lower(arena, system, x.inverse);
+}
+
+// Computes `held`, and `answers` and `pushes` on the way; `answers` of the first layer are known.
+inline void hold(Arena& arena, const Rule& rule, const Tables& tables, Layer& x, bool answered) {
+    if (!rule.erase) return;
+    Scope scope(arena);
+    const int c = x.keys.rows;
+    if (!answered) product(x.keys, x.state, x.answers);
+    Matrix weights = arena.take(c, x.similar.width), sum = arena.take(c, x.values.width);
+    weigh(tables.write, x.similar, weights);
+    product(weights, x.values, sum, SET, LEFT_LOWER);
+    scale_rows(tables.start, x.answers, sum, ADD);
+    if (rule.momentum) {
+        product(x.keys, x.momentum, x.pushes);
+        scale_rows(tables.push, x.pushes, sum, ADD);
+    }
+    product(x.inverse, sum, x.held, SET, LEFT_LOWER);
+}
+
+// What enters the state with each key, `write[c] o values - erase[c] o held`.
+inline void entering(const Rule& rule, const Tables& tables, const Layer& x, Matrix result) {
+    const float *write = tables.write.row(tables.size), *erase = tables.erase.row(tables.size);
+    for (int t = 0; t < result.rows; ++t)
+        for (int j = 0; j < result.width; j += LANES) {
+            Lanes value = write[t] * load(x.values.row(t) + j);
+            if (rule.erase) value -= erase[t] * load(x.held.row(t) + j);
+            store(result.row(t) + j, value);
+        }
+}
+
+// result = a * x + b * y; y may be missing.
+inline void combine(float a, Matrix x, float b, Matrix y, Matrix result) {
+    for (int i = 0; i < x.rows; ++i)
+        for (int j = 0; j < x.width; j += LANES) {
+            Lanes value = a * load(x.row(i) + j);
+            if (y) value += b * load(y.row(i) + j);
+            store(result.row(i) + j, value);
+        }
+}
+
+// Writes the state and the momentum after the chunk.
+inline void move(Arena& arena, const Rule& rule, const Tables& tables, const Layer& x, Matrix state, Matrix momentum) {
+    Scope scope(arena);
+    const int c = tables.size;
+    Matrix rows = arena.take(c, x.values.width);
+    entering(rule, tables, x, rows);
+    combine(tables.start[c], x.state, rule.momentum ? tables.push[c] : 0, x.momentum, state);
+    product_t(x.keys, rows, state, ADD);
+    if (!rule.momentum) return;
+    scale_rows(tables.last_push(), x.values, rows);
+    combine(tables.push_kept(), x.momentum, 0, {}, momentum);
+    product_t(x.keys, rows, momentum, ADD);
+}
+
+// What reading takes from the tables: rows of the states that tokens read.
+struct Reading {
+    const float *start, *push;
+    Matrix erase, write;
+    bool diagonal;
+};
+
+inline Reading reading(const Rule& rule, const Tables& x) {
+    const int after = rule.read == INCLUSIVE;
+    return {x.start + after, x.mu ? x.push + after : nullptr, x.erase.block(after, x.size), x.write.block(after, x.size),
+            after > 0};
+}
+
+// What a read computes and its way back needs again.
+struct Queried {
+    Matrix q, answers, pushes, similar;
+};
+
+inline Queried take_queried(Arena& arena, const Rule& rule, Matrix q, int outputs) {
+    Queried x{q, arena.take(q.rows, outputs), {}, arena.take(q.rows, padded(rule.chunk))};
+    if (rule.momentum) x.pushes = arena.take(q.rows, outputs);
+    return x;
+}
+
+// Reads with one query per token.
+inline void read(Arena& arena, const Rule& rule, const Tables& tables, const Layer& x, Queried& read, Matrix output) {
+    Scope scope(arena);
+    const Reading at = reading(rule, tables);
+    product(read.q, transposed(arena, x.keys), read.similar, SET, RESULT_LOWER);
+    Matrix weights = arena.take(read.q.rows, read.similar.width);
+    weigh(at.write, read.similar, weights, at.diagonal);
+    product(weights, x.values, output, SET, LEFT_LOWER);
+    if (rule.erase) {
+        weigh(at.erase, read.similar, weights, at.diagonal);
+        product(weights, x.held, output, SUBTRACT, LEFT_LOWER);
+    }
+    product(read.q, x.state, read.answers);
+    scale_rows(at.start, read.answers, output, ADD);
+    if (rule.momentum) {
+        product(read.q, x.momentum, read.pushes);
+        scale_rows(at.push, read.pushes, output, ADD);
+    }
+}
+
+}  // namespace hopescale

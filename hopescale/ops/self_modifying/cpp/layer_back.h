@@ -1,0 +1,142 @@
+// The way back through a layer (layer.h). Gradients are added to what is there.
+#pragma once
+#include "layer.h"
+
+namespace hopescale {
+
+struct LayerGrads {
+    Matrix keys, state, momentum, values, held;
+
+    LayerGrads columns(int first, int count) const {
+        LayerGrads part = *this;
+        for (Matrix* x : {&part.state, &part.momentum, &part.values, &part.held})
+            if (*x) *x = x->columns(first, count);
+        return part;
+    }
+};
+
+// sums[t, s] += factor * x[t, s] * y[t, s] for s < t (s <= t with the diagonal).
+inline void add_below(float factor, Matrix x, Matrix y, Matrix sums, bool diagonal) {
+    for (int t = 0; t < x.rows; ++t) {
+        const float *a = x.row(t), *b = y.row(t);
+        float* sum = sums.row(t);
+        const int count = t + diagonal, whole = count / LANES * LANES;
+        for (int s = 0; s < whole; s += LANES) store(sum + s, load(sum + s) + factor * load(a + s) * load(b + s));
+        for (int s = whole; s < count; ++s) sum[s] += factor * a[s] * b[s];
+    }
+}
+
+// x += factor * y o scale, by rows.
+inline void add_scaled_rows(float factor, const float* scale, Matrix y, Matrix x) {
+    for (int t = 0; t < x.rows; ++t) add_scaled(x.row(t), factor * scale[t], y.row(t), x.width);
+}
+
+// Through what a product with `similar` and its weights gave: `d_weights`, the gradient of `weight o similar`, adds to
+// that of the weight and of `similar`.
+inline void weigh_back(float factor, Matrix d_weights, Matrix weight, Matrix similar, Matrix d_weight, Matrix d_similar,
+                       bool diagonal) {
+    add_below(factor, d_weights, similar, d_weight, diagonal);
+    add_below(factor, d_weights, weight, d_similar, diagonal);
+}
+
+// Back through `read`.
+inline void read_back(Arena& arena, const Rule& rule, const Tables& tables, const Layer& x, const Queried& read,
+                      Matrix d_output, Matrix d_q, LayerGrads d, TableGrads& d_tables) {
+    Scope scope(arena);
+    const int c = read.q.rows, after = rule.read == INCLUSIVE;
+    const Reading at = reading(rule, tables);
+    Matrix rows = arena.take(c, d_output.width), weights = arena.take(c, read.similar.width);
+    Matrix d_weights = arena.take(c, read.similar.width), d_similar = arena.take(c, read.similar.width);
+    const auto answered = [&](const float* scale, Matrix answers, Matrix state, Matrix d_state, float* d_scale) {
+        Scope inner(arena);
+        add_row_dots(1, d_output, answers, d_scale);
+        scale_rows(scale, d_output, rows);
+        product_t(read.q, rows, d_state, ADD);
+        product(rows, transposed(arena, state), d_q, ADD);
+    };
+    answered(at.start, read.answers, x.state, d.state, d_tables.start + after);
+    if (rule.momentum) answered(at.push, read.pushes, x.momentum, d.momentum, d_tables.push + after);
+    fill(d_similar, 0);
+    const auto weighed = [&](float sign, Matrix weight, Matrix values, Matrix d_values, Matrix d_weight) {
+        Scope inner(arena);
+        weigh(weight, read.similar, weights, at.diagonal);
+        product_t(weights, d_output, d_values, sign > 0 ? ADD : SUBTRACT, LEFT_UPPER);
+        product(d_output, transposed(arena, values), d_weights, SET, RESULT_LOWER);
+        weigh_back(sign, d_weights, weight, read.similar, d_weight.block(after, c), d_similar, at.diagonal);
+    };
+    weighed(1, at.write, x.values, d.values, d_tables.write);
+    if (rule.erase) weighed(-1, at.erase, x.held, d.held, d_tables.erase);
+    product(d_similar, x.keys, d_q, ADD, LEFT_LOWER);
+    product_t(d_similar, read.q, d.keys, ADD, LEFT_UPPER);
+}
+
+// Back through `move`, the first step of the way back: turns gradients of state and momentum after the chunk into those
+// before it, to which the other steps add.
+inline void move_back(Arena& arena, const Rule& rule, const Tables& tables, const Layer& x, LayerGrads& d,
+                      TableGrads& d_tables) {
+    Scope scope(arena);
+    const int c = tables.size;
+    const float *write = tables.write.row(c), *erase = tables.erase.row(c);
+    Matrix rows = arena.take(c, x.values.width), d_rows = arena.take(c, x.values.width);
+    {
+        Scope inner(arena);
+        entering(rule, tables, x, rows);
+        product(x.keys, d.state, d_rows);
+        product(rows, transposed(arena, d.state), d.keys, ADD);
+    }
+    add_scaled_rows(1, write, d_rows, d.values);
+    add_row_dots(1, d_rows, x.values, d_tables.write.row(c));
+    if (rule.erase) {
+        add_scaled_rows(-1, erase, d_rows, d.held);
+        add_row_dots(-1, d_rows, x.held, d_tables.erase.row(c));
+    }
+    d_tables.start[c] += matrix_dot(d.state, x.state);
+    if (rule.momentum) {
+        Scope inner(arena);
+        d_tables.push[c] += matrix_dot(d.state, x.momentum);
+        d_tables.push_kept += matrix_dot(d.momentum, x.momentum);
+        scale_rows(tables.last_push(), x.values, rows);
+        product(x.keys, d.momentum, d_rows);
+        product(rows, transposed(arena, d.momentum), d.keys, ADD);
+        add_scaled_rows(1, tables.last_push(), d_rows, d.values);
+        add_row_dots(1, d_rows, x.values, d_tables.last_push);
+        combine(tables.push_kept(), d.momentum, tables.push[c], d.state, d.momentum);
+    }
+    combine(tables.start[c], d.state, 0, {}, d.state);
+}
+
+// Back through `hold` and `open_layer`, from the gradient of `held`. Leaves the gradient of `answers` in `d_answers`,
+// for the caller to take through the product with the state.
+inline void hold_back(Arena& arena, const Rule& rule, const Tables& tables, const Layer& x, LayerGrads& d,
+                      TableGrads& d_tables, Matrix d_answers) {
+    if (!rule.erase) {
+        fill(d_answers, 0);
+        return;
+    }
+    Scope scope(arena);
+    const int c = tables.size, width = x.similar.width;
+    Matrix d_sum = arena.take(c, x.values.width), rows = arena.take(c, x.values.width);
+    Matrix weights = arena.take(c, width), d_weights = arena.take(c, width), d_similar = arena.take(c, width);
+    product_t(x.inverse, d.held, d_sum, SET, LEFT_UPPER);
+    fill(d_similar, 0);
+    const auto weighed = [&](float sign, Matrix weight, Matrix right, Matrix d_weight) {
+        Scope inner(arena);
+        product(d_sum, transposed(arena, right), d_weights, SET, RESULT_LOWER);
+        weigh_back(sign, d_weights, weight, x.similar, d_weight, d_similar, false);
+    };
+    weighed(-1, tables.erase, x.held, d_tables.erase);
+    weighed(1, tables.write, x.values, d_tables.write);
+    weigh(tables.write, x.similar, weights);
+    product_t(weights, d_sum, d.values, ADD, LEFT_UPPER);
+    product(d_similar, x.keys, d.keys, ADD, LEFT_LOWER);
+    product_t(d_similar, x.keys, d.keys, ADD, LEFT_UPPER);
+    add_row_dots(1, d_sum, x.answers, d_tables.start);
+    scale_rows(tables.start, d_sum, d_answers);
+    if (!rule.momentum) return;
+    add_row_dots(1, d_sum, x.pushes, d_tables.push);
+    scale_rows(tables.push, d_sum, rows);
+    product_t(x.keys, rows, d.momentum, ADD);
+    product(rows, transposed(arena, x.momentum), d.keys, ADD);
+}
+
+}  // namespace hopescale

@@ -1,0 +1,236 @@
+// Views of row-major matrices, products of small ones, and the few functions that go with them, on vector registers.
+//
+// Widths are multiples of LANES: what is narrower is padded. Rows are any number.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <initializer_list>
+#ifdef __SSE__
+#include <xmmintrin.h>
+#endif
+
+namespace hopescale {
+
+constexpr int LANES = 16;
+#ifdef __AVX512F__
+constexpr int TILE_VECTORS = 4;
+#else
+constexpr int TILE_VECTORS = 1;
+#endif
+constexpr int TILE_ROWS = 4;
+
+typedef float Lanes __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef int32_t IntLanes __attribute__((vector_size(4 * LANES), aligned(4)));
+
+inline Lanes load(const float* x) { return *reinterpret_cast<const Lanes*>(x); }
+inline void store(float* x, Lanes value) { *reinterpret_cast<Lanes*>(x) = value; }
+inline Lanes broadcast(float x) { return x - Lanes{}; }
+inline int padded(int width) { return (width + LANES - 1) / LANES * LANES; }
+
+struct Matrix {
+    float* data = nullptr;
+    int rows = 0, width = 0, stride = 0;
+
+    float* row(int i) const { return data + int64_t(i) * stride; }
+    Matrix columns(int first, int count) const { return {data + first, rows, count, stride}; }
+    Matrix block(int first, int count) const { return {row(first), count, width, stride}; }
+    explicit operator bool() const { return data != nullptr; }
+};
+
+// Memory for matrices, taken from the front. `Scope` gives back what was taken since it began.
+struct Arena {
+    float* next;
+
+    Matrix take(int rows, int width) {
+        Matrix matrix{next, rows, width, width};
+        next += int64_t(rows) * width;
+        return matrix;
+    }
+    float* numbers(int count) { return take(1, padded(count)).data; }
+};
+
+struct Scope {
+    Arena& arena;
+    float* before;
+
+    explicit Scope(Arena& arena) : arena(arena), before(arena.next) {}
+    ~Scope() { arena.next = before; }
+};
+
+// Treats numbers below 1e-38 as zeros while it lives: a memory that forgets for long is full of them, and they take
+// a processor a hundred times as long as others.
+struct FlushTiny {
+#ifdef __SSE__
+    unsigned before = _mm_getcsr();
+    FlushTiny() { _mm_setcsr(before | 0x8040); }
+    ~FlushTiny() { _mm_setcsr(before); }
+#endif
+};
+
+// Where entries of a product lie that count. What is known to be zero is neither read nor multiplied.
+enum Shape {
+    FULL,
+    LEFT_LOWER,    // left[i, p] = 0 for p > i
+    LEFT_UPPER,    // left[i, p] = 0 for p < i
+    RESULT_LOWER,  // result[i, j] is wanted for j <= i; elsewhere it may become anything
+};
+
+enum Update { SET, ADD, SUBTRACT };
+
+template <int ROWS, int VECTORS, bool TRANSPOSED>
+inline void tile(const float* left, int64_t left_stride, const float* right, int64_t right_stride, float* result,
+                 int64_t stride, int from, int to, Update update) {
+    Lanes sum[ROWS][VECTORS] = {};
+    for (int p = from; p < to; ++p) {
+        Lanes b[VECTORS];
+        for (int v = 0; v < VECTORS; ++v) b[v] = load(right + p * right_stride + v * LANES);
+        for (int i = 0; i < ROWS; ++i) {
+            const Lanes a = broadcast(TRANSPOSED ? left[p * left_stride + i] : left[i * left_stride + p]);
+            for (int v = 0; v < VECTORS; ++v) sum[i][v] += a * b[v];
+        }
+    }
+    for (int i = 0; i < ROWS; ++i)
+        for (int v = 0; v < VECTORS; ++v) {
+            float* at = result + i * stride + v * LANES;
+            if (update == ADD) sum[i][v] = load(at) + sum[i][v];
+            if (update == SUBTRACT) sum[i][v] = load(at) - sum[i][v];
+            store(at, sum[i][v]);
+        }
+}
+
+template <int ROWS, bool TRANSPOSED>
+inline void product_rows(Matrix left, Matrix right, Matrix result, int i, Shape shape, Update update) {
+    const float* a = TRANSPOSED ? left.data + i : left.row(i);
+    const int from = shape == LEFT_UPPER ? i : 0;
+    const int to = shape == LEFT_LOWER && i + ROWS < right.rows ? i + ROWS : right.rows;
+    const int width = shape == RESULT_LOWER && padded(i + ROWS) < right.width ? padded(i + ROWS) : right.width;
+    constexpr int step = TILE_VECTORS * LANES;
+    int j = 0;
+    for (; j + step <= width; j += step)
+        tile<ROWS, TILE_VECTORS, TRANSPOSED>(a, left.stride, right.data + j, right.stride, result.row(i) + j,
+                                             result.stride, from, to, update);
+    for (; j < width; j += LANES)
+        tile<ROWS, 1, TRANSPOSED>(a, left.stride, right.data + j, right.stride, result.row(i) + j, result.stride, from,
+                                  to, update);
+}
+
+template <bool TRANSPOSED>
+inline void product_of(Matrix left, Matrix right, Matrix result, Shape shape, Update update) {
+    int i = 0;
+    for (; i + TILE_ROWS <= result.rows; i += TILE_ROWS)
+        product_rows<TILE_ROWS, TRANSPOSED>(left, right, result, i, shape, update);
+    for (; i < result.rows; ++i) product_rows<1, TRANSPOSED>(left, right, result, i, shape, update);
+}
+
+// result (=, +=, -=) left @ right.
+inline void product(Matrix left, Matrix right, Matrix result, Update update = SET, Shape shape = FULL) {
+    product_of<false>(left, right, result, shape, update);
+}
+
+// result (=, +=, -=) left^T @ right, for a left of [depth, rows]. LEFT_LOWER and LEFT_UPPER speak of left^T.
+inline void product_t(Matrix left, Matrix right, Matrix result, Update update = SET, Shape shape = FULL) {
+    product_of<true>(left, right, result, shape, update);
+}
+
+#ifdef __clang__
+#define HOPESCALE_SHUFFLE(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
+#else
+#define HOPESCALE_SHUFFLE(x, y, ...) __builtin_shuffle(x, y, IntLanes{__VA_ARGS__})
+#endif
+
+// Exchanges every second block of SPAN numbers of x with the one before it of y.
+template <int SPAN>
+inline void exchange(Lanes& x, Lanes& y) {
+    const Lanes a = x, b = y;
+    if constexpr (SPAN == 8) {
+        x = HOPESCALE_SHUFFLE(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
+        y = HOPESCALE_SHUFFLE(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    } else if constexpr (SPAN == 4) {
+        x = HOPESCALE_SHUFFLE(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27);
+        y = HOPESCALE_SHUFFLE(a, b, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
+    } else if constexpr (SPAN == 2) {
+        x = HOPESCALE_SHUFFLE(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
+        y = HOPESCALE_SHUFFLE(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+    } else {
+        x = HOPESCALE_SHUFFLE(a, b, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30);
+        y = HOPESCALE_SHUFFLE(a, b, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
+    }
+}
+
+template <int SPAN>
+inline void exchange_all(Lanes* x) {
+    for (int i = 0; i < LANES; ++i)
+        if (!(i & SPAN)) exchange<SPAN>(x[i], x[i + SPAN]);
+}
+
+// Transposes LANES x LANES numbers; rows from `rows` on count as zeros.
+inline void transpose_block(const float* from, int64_t from_stride, float* to, int64_t to_stride, int rows) {
+    Lanes x[LANES];
+    for (int i = 0; i < LANES; ++i) x[i] = i < rows ? load(from + i * from_stride) : Lanes{};
+    exchange_all<8>(x), exchange_all<4>(x), exchange_all<2>(x), exchange_all<1>(x);
+    for (int i = 0; i < LANES; ++i) store(to + i * to_stride, x[i]);
+}
+
+// Writes x^T; the result has as many columns as x has rows, padded with zeros.
+inline void transpose(Matrix x, Matrix result) {
+    for (int i = 0; i < x.rows; i += LANES)
+        for (int j = 0; j < x.width; j += LANES)
+            transpose_block(x.row(i) + j, x.stride, result.row(j) + i, result.stride, x.rows - i);
+}
+
+inline Matrix transposed(Arena& arena, Matrix x) {
+    Matrix result = arena.take(x.width, padded(x.rows));
+    transpose(x, result);
+    return result;
+}
+
+inline float total(Lanes x) {
+    float sum = 0;
+    for (int i = 0; i < LANES; ++i) sum += x[i];
+    return sum;
+}
+
+inline float dot(const float* x, const float* y, int count) {
+    Lanes sum{};
+    for (int i = 0; i < count; i += LANES) sum += load(x + i) * load(y + i);
+    return total(sum);
+}
+
+// target += factor * x
+inline void add_scaled(float* target, float factor, const float* x, int count) {
+    for (int i = 0; i < count; i += LANES) store(target + i, load(target + i) + factor * load(x + i));
+}
+
+inline void fill(Matrix x, float value) {
+    for (int i = 0; i < x.rows; ++i)
+        for (int j = 0; j < x.width; j += LANES) store(x.row(i) + j, broadcast(value));
+}
+
+inline void copy(Matrix from, Matrix to) {
+    for (int i = 0; i < from.rows; ++i) std::memcpy(to.row(i), from.row(i), sizeof(float) * from.width);
+}
+
+// e^x: 2^n times a polynomial in what is left, at most half of log 2. Relative error below 2e-7; NaN stays NaN.
+inline Lanes exponential(Lanes x) {
+    x = x > 88.0f ? broadcast(88.0f) : x;
+    x = x < -87.0f ? broadcast(-87.0f) : x;
+    const Lanes round = broadcast(12582912.0f);
+    const Lanes shifted = x * 1.44269504f + round;
+    const Lanes n = shifted - round;
+    const Lanes r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    Lanes p = broadcast(1.0f / 5040);
+    p = p * r + 1.0f / 720;
+    p = p * r + 1.0f / 120;
+    p = p * r + 1.0f / 24;
+    p = p * r + 1.0f / 6;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    const IntLanes power = ((IntLanes)shifted - 0x4B400000 + 127) << 23;
+    return p * (Lanes)power;
+}
+
+inline Lanes sigmoid(Lanes x) { return 1.0f / (1.0f + exponential(-x)); }
+
+}  // namespace hopescale
