@@ -17,10 +17,10 @@ from hopescale.models.memory import KEY_EPS, BankState, InnerRule, MemoryBank
 from hopescale.models.norm import RMSNorm
 from hopescale.models.state import LayerState
 from hopescale.ops.delta_rule import chunk_tables, delta_rule
+from hopescale.ops.head_streams import head_streams
 from hopescale.ops.norm import l2_norm
 from hopescale.ops.scan import scan
 from hopescale.ops.self_modifying import Backend, ChunkRule, SelfModify, Streams, Weights, fused_chunks
-from hopescale.ops.short_conv import short_conv
 from hopescale.parallel.layers import ColumnLinear, ParameterSpec, RowLinear, new_parameter
 from hopescale.parallel.mesh import Mesh
 
@@ -198,24 +198,17 @@ class SelfModifying(nn.Module):
         """
         mixed = self.in_proj(x).unflatten(-1, (self.heads, -1, self.head_dim))  # [T, B, H, S, D]
         gate = mixed[..., len(STREAMS), :] if self.config.gate else None
-        mixed = mixed[..., : len(STREAMS), :].flatten(2)
+        weight = None
         if self.conv is not None:
-            mixed, tail = short_conv(mixed, self.conv["weight"].to(x.dtype), tail.transpose(0, 1))
-        kind = torch.promote_types(x.dtype, torch.float32)
-        mixed = mixed.to(kind).unflatten(-1, (self.heads, len(STREAMS), self.head_dim))
-        unit = l2_norm(mixed)
-        streams = dict(zip(STREAMS, unit.permute(3, 1, 2, 0, 4).contiguous(), strict=True))
-        if self.config.targets == "value":
-            streams["v"] = mixed[..., STREAMS.index("v"), :].permute(1, 2, 0, 3)
+            weight, tail = self.conv["weight"], tail.transpose(0, 1)
+        unit = [name != "v" or self.config.targets != "value" for name in STREAMS]
+        made, tail = head_streams(mixed[..., : len(STREAMS), :], weight, tail, unit, cpp=self.backend != "torch")
+        streams = dict(zip(STREAMS, made, strict=True))
         return streams | {name: module(streams["k"]) for name, module in self.gates.items()}, gate, tail
 
     def _fused(self, position: int, streams: dict[str, Tensor]) -> SelfModify | None:
-        """Return what runs the chunks as one operation; None if they are run one by one.
-
-        That operation computes chunks again in the backward pass; without gradients there would be nothing to gain.
-        """
-        keeps = not self.recompute or self.compiled or len(self.banks) > 1
-        if keeps or position % self.chunks[0] or not torch.is_grad_enabled():
+        """Return what runs the chunks as one operation where a model is trained; None if they are run one by one."""
+        if self.compiled or len(self.banks) > 1 or position % self.chunks[0] or not torch.is_grad_enabled():
             return None
         return fused_chunks(_streams(streams), self.rule, self.backend)
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Literal
 
-import torch
-
-from hopescale.ops.self_modifying.cpp import LANES, BuildError, library, self_modify_cpp
+from hopescale.ops.cpp import LANES, obstacle
+from hopescale.ops.self_modifying.cpp import self_modify_cpp
 from hopescale.ops.self_modifying.types import ChunkRule, ChunksOutput, Streams, Weights
 
 Backend = Literal["auto", "torch", "triton", "cpp"]
@@ -16,24 +14,10 @@ Backend = Literal["auto", "torch", "triton", "cpp"]
 SelfModify = Callable[[Streams, Weights, Weights | None, ChunkRule], ChunksOutput]
 
 
-@cache
-def cpp_obstacle(device: torch.device) -> str | None:
-    """Return what keeps the C++ of the chunks from running on a device, None if nothing does. May compile it."""
-    if device.type != "cpu":
-        return f"it runs on CPUs, the device is {device}"
-    try:
-        library()
-    except BuildError as error:
-        return str(error)
-    return None
-
-
 def _cpp_shape_obstacle(streams: Streams, rule: ChunkRule) -> str | None:
-    if streams.k.dtype != torch.float32:
-        return f"it computes in float32, the streams are {streams.k.dtype}"
     widths = {"heads": streams.k.shape[-1], "memories": rule.hidden or LANES}
     odd = [f"{name} of width {width}" for name, width in widths.items() if width % LANES]
-    return f"it knows multiples of {LANES}, not {' and '.join(odd)}" if odd else None
+    return f"the C++ knows multiples of {LANES}, not {' and '.join(odd)}" if odd else None
 
 
 def fused_chunks(streams: Streams, rule: ChunkRule, backend: Backend) -> SelfModify | None:
@@ -55,9 +39,9 @@ def fused_chunks(streams: Streams, rule: ChunkRule, backend: Backend) -> SelfMod
     """
     if backend not in ("auto", "cpp") or (backend == "auto" and streams.k.device.type != "cpu"):
         return None
-    obstacle = _cpp_shape_obstacle(streams, rule) or cpp_obstacle(streams.k.device)
-    if obstacle is None:
+    why_not = _cpp_shape_obstacle(streams, rule) or obstacle(streams.k.device, streams.k.dtype)
+    if why_not is None:
         return self_modify_cpp
     if backend == "cpp":
-        raise ValueError(f"backend is 'cpp', but {obstacle}")
+        raise ValueError(f"backend is 'cpp', but {why_not}")
     return None

@@ -1,22 +1,42 @@
 // Self-modifying memories over whole sequences, one head of one sequence after the other. Called by function.py.
+#include <cstdlib>
 #include <memory>
+#include <new>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 #include "chunk_back.h"
 
 using namespace hopescale;
 
+// Asks for large pages where memory is fresh: to get it page by page costs as much as a tenth of the computation.
+extern "C" void hopescale_use_huge_pages(void* memory, int64_t bytes) {
+#ifdef __linux__
+    const uintptr_t page = 4096, begin = (reinterpret_cast<uintptr_t>(memory) + page - 1) / page * page;
+    const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) / page * page;
+    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+    (void)memory, (void)bytes;
+#endif
+}
+
 namespace {
+
+constexpr size_t HUGE_PAGE = 2 << 20;
 
 // Scratch of one thread. Only what is touched becomes memory of the process.
 struct Scratch {
-    std::unique_ptr<float[]> numbers;
-    Arena arena;
+    std::unique_ptr<void, decltype(&std::free)> memory{nullptr, std::free};
+    Arena arena{};
 
     explicit Scratch(const Rule& rule) {
-        const int64_t side = rule.chunk + rule.dim + rule.hidden + 4 * LANES;
-        numbers.reset(new float[160 * side * (rule.width() + side)]);
-        const auto address = reinterpret_cast<uintptr_t>(numbers.get());
-        arena.next = numbers.get() + (64 - address % 64) % 64 / sizeof(float);
+        const size_t side = rule.chunk + rule.dim + rule.hidden + 4 * LANES;
+        const size_t bytes = sizeof(float) * 160 * side * (rule.width() + side);
+        memory.reset(std::aligned_alloc(HUGE_PAGE, (bytes / HUGE_PAGE + 1) * HUGE_PAGE));
+        if (!memory) throw std::bad_alloc();
+        hopescale_use_huge_pages(memory.get(), bytes);
+        arena.next = static_cast<float*>(memory.get());
     }
 };
 
@@ -90,7 +110,6 @@ void hopescale_backward(const Rule* rule_, int tokens, int begin, int end, float
     Scratch scratch(rule);
     Arena& arena = scratch.arena;
     float* surprise = arena.numbers(rule.chunk);
-    Matrix unread = arena.take(rule.chunk, rule.dim);
     for (int64_t head = begin; head < end; ++head) {
         const Streams inputs = head_of(rule, tokens, head, streams), grads = head_of(rule, tokens, head, d_streams);
         float* d = d_state + head * sequence.slot;
@@ -102,7 +121,6 @@ void hopescale_backward(const Rule* rule_, int tokens, int begin, int end, float
             const Streams part = rows_of(inputs, at, count);
             Chunk chunk = take_chunk(arena, rule, part);
             run(arena, state, momentum, part, chunk, surprise);
-            answer(arena, state, chunk, unread.block(0, count));
             back(arena, state, part, chunk, Matrix{d_y + (head * tokens + at) * rule.dim, count, rule.dim, rule.dim},
                  {rule, d}, sequence.momentum(rule, d), rows_of(grads, at, count));
             if (d_boundary && n == sequence.chunks - 1)

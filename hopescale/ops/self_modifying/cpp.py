@@ -1,21 +1,16 @@
-"""The chunks of a sequence as one differentiable operation, computed by the C++ of this folder."""
+"""The chunks of a sequence as one differentiable operation, computed in C++."""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hopescale.ops.self_modifying.cpp.build import library
+from hopescale.ops.cpp import LANES, library, pointer, pointers, share_out
 from hopescale.ops.self_modifying.types import ChunkRule, ChunksOutput, Streams, Weights
-
-LANES = 16
-"""Widths are multiples of it (matrix.h)."""
 
 _READS = ("prefix", "inclusive", "boundary")
 
@@ -75,25 +70,6 @@ def _put(rows: Tensor, weights: Weights, rule: ChunkRule, dim: int) -> None:
             part.copy_(given)
 
 
-def _pointers(tensors: tuple[Tensor | None, ...]) -> ctypes.Array:
-    return (ctypes.c_void_p * len(tensors))(*(None if x is None else x.data_ptr() for x in tensors))
-
-
-def _share_out(run: Callable[[int, int], None], heads: int) -> None:
-    """Run heads in as many threads as torch has."""
-    threads = min(torch.get_num_threads(), heads)
-    if threads == 1:
-        run(0, heads)
-        return
-    bounds = [heads * n // threads for n in range(threads + 1)]
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(run, bounds[:-1], bounds[1:]))
-
-
-def _pointer(x: Tensor | None) -> ctypes.c_void_p | None:
-    return None if x is None else ctypes.c_void_p(x.data_ptr())
-
-
 class _Chunks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rule: ChunkRule, num_streams: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -104,18 +80,19 @@ class _Chunks(torch.autograd.Function):
         size = native.hopescale_state_size(ctypes.byref(c))
         slot = size * (2 if c.momentum else 1)
         kept = streams.k.new_empty(batch, heads, -(-tokens // rule.chunk_size), slot)
+        native.hopescale_use_huge_pages(pointer(kept), ctypes.c_int64(4 * kept.numel()))
         given = kept[:, :, 0].zero_()
         _put(given[..., :size], weights, rule, dim)
         if c.momentum:
             _put(given[..., size:], momentum, rule, dim)
         last, y = kept.new_empty(batch, heads, slot), torch.empty_like(streams.q)
         seen = kept.new_empty(batch, heads, tokens, 3)
-        inputs, outputs = _pointers(streams), [_pointer(x) for x in (kept, last, y, seen)]
+        inputs, outputs = pointers(streams), [pointer(x) for x in (kept, last, y, seen)]
 
         def run(begin: int, end: int) -> None:
             native.hopescale_forward(ctypes.byref(c), tokens, begin, end, inputs, *outputs)
 
-        _share_out(run, batch * heads)
+        share_out(run, batch * heads)
         ctx.rule, ctx.size = rule, size
         ctx.save_for_backward(*streams, kept)
         ctx.mark_non_differentiable(seen)
@@ -149,13 +126,13 @@ class _Chunks(torch.autograd.Function):
                     if grad is not None:
                         part.copy_(grad)
         d_streams = tuple(None if x is None else torch.empty_like(x) for x in streams)
-        inputs, gradients = _pointers(streams), _pointers(d_streams)
-        rest = [_pointer(x) for x in (kept, d_y, d_boundary, d_state)]
+        inputs, gradients = pointers(streams), pointers(d_streams)
+        rest = [pointer(x) for x in (kept, d_y, d_boundary, d_state)]
 
         def run(begin: int, end: int) -> None:
             native.hopescale_backward(ctypes.byref(c), tokens, begin, end, inputs, *rest, gradients)
 
-        _share_out(run, batch * heads)
+        share_out(run, batch * heads)
         d_weights = _weights(d_state[..., :size], rule, dim)
         d_momentum = _weights(d_state[..., size:], rule, dim) if c.momentum else (None, None, None)
         return None, None, *d_streams, *d_weights, *d_momentum

@@ -89,6 +89,21 @@ inline void make_inputs(Arena& arena, const State& state, const Streams& streams
     }
 }
 
+// Asks mem with the queries. All that the way back needs is known then.
+inline void query_mem(Arena& arena, const State& state, Chunk& x) {
+    const Rule& rule = state.rule;
+    if (rule.read == BOUNDARY) {
+        ask_first(state, 0, x.q.output, x.inner);
+        return;
+    }
+    query(arena, rule, x.mem(rule), x.first_read);
+    if (!rule.is_mlp()) return;
+    read(arena, rule, x.tables, x.mem(rule), x.first_read, x.inner.pre);
+    sigmoids(x.inner.pre, x.inner.gate);
+    hidden(x.inner, x.second_read.q);
+    query(arena, rule, x.second[0], x.second_read);
+}
+
 // Computes all that the way back needs, and what the layers hold. `surprise` gets the norms of mem's errors.
 inline void run(Arena& arena, const State& state, const State& momentum, const Streams& streams, Chunk& x,
                 float* surprise) {
@@ -114,24 +129,19 @@ inline void run(Arena& arena, const State& state, const State& momentum, const S
         hold(arena, rule, x.tables, layer, false);
     }
     hold(arena, rule, x.tables, x.first, true);
+    query_mem(arena, state, x);
 }
 
-// Reads mem with the queries. Without `y` only what the way back needs is computed.
-inline void answer(Arena& arena, const State& state, Chunk& x, Matrix y) {
+// What mem answers to the queries.
+inline void answer(Arena& arena, const State& state, const Chunk& x, Matrix y) {
     const Rule& rule = state.rule;
-    Scope scope(arena);
     if (rule.read == BOUNDARY) {
-        ask(arena, state, 0, x.q.output, x.inner, y);
+        ask_second(arena, state, 0, x.q.output, x.inner, y);
         return;
     }
-    if (!rule.is_mlp()) {
-        read(arena, rule, x.tables, x.mem(rule), x.first_read, y);
-        return;
-    }
-    read(arena, rule, x.tables, x.mem(rule), x.first_read, x.inner.pre);
-    sigmoids(x.inner.pre, x.inner.gate);
-    hidden(x.inner, x.second_read.q);
-    read(arena, rule, x.tables, x.second[0], x.second_read, y);
+    const bool mlp = rule.is_mlp();
+    read(arena, rule, x.tables, mlp ? x.second[0] : x.mem(rule), mlp ? x.second_read : x.first_read, y);
+    if (!mlp) return;
     for (int t = 0; t < y.rows; ++t) add_scaled(y.row(t), 1, x.q.output.row(t), y.width);
 }
 

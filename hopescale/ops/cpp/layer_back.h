@@ -17,18 +17,11 @@ struct LayerGrads {
 
 // sums[t, s] += factor * x[t, s] * y[t, s] for s < t (s <= t with the diagonal).
 inline void add_below(float factor, Matrix x, Matrix y, Matrix sums, bool diagonal) {
-    for (int t = 0; t < x.rows; ++t) {
-        const float *a = x.row(t), *b = y.row(t);
-        float* sum = sums.row(t);
-        const int count = t + diagonal, whole = count / LANES * LANES;
-        for (int s = 0; s < whole; s += LANES) store(sum + s, load(sum + s) + factor * load(a + s) * load(b + s));
-        for (int s = whole; s < count; ++s) sum[s] += factor * a[s] * b[s];
-    }
-}
-
-// x += factor * y o scale, by rows.
-inline void add_scaled_rows(float factor, const float* scale, Matrix y, Matrix x) {
-    for (int t = 0; t < x.rows; ++t) add_scaled(x.row(t), factor * scale[t], y.row(t), x.width);
+    for (int t = 0; t < x.rows; ++t)
+        for (int s = 0; s < t + diagonal; s += LANES) {
+            const Lanes product = factor * load(x.row(t) + s) * load(y.row(t) + s);
+            store(sums.row(t) + s, load(sums.row(t) + s) + first_lanes(t + diagonal - s, product));
+        }
 }
 
 // Through what a product with `similar` and its weights gave: `d_weights`, the gradient of `weight o similar`, adds to
@@ -50,7 +43,7 @@ inline void read_back(Arena& arena, const Rule& rule, const Tables& tables, cons
     const auto answered = [&](const float* scale, Matrix answers, Matrix state, Matrix d_state, float* d_scale) {
         Scope inner(arena);
         add_row_dots(1, d_output, answers, d_scale);
-        scale_rows(scale, d_output, rows);
+        scale_rows(1, scale, d_output, rows);
         product_t(read.q, rows, d_state, ADD);
         product(rows, transposed(arena, state), d_q, ADD);
     };
@@ -71,7 +64,7 @@ inline void read_back(Arena& arena, const Rule& rule, const Tables& tables, cons
 }
 
 // Back through `move`, the first step of the way back: turns gradients of state and momentum after the chunk into those
-// before it, to which the other steps add.
+// before it, and sets those of `values` and `held`. The other steps add.
 inline void move_back(Arena& arena, const Rule& rule, const Tables& tables, const Layer& x, LayerGrads& d,
                       TableGrads& d_tables) {
     Scope scope(arena);
@@ -84,10 +77,10 @@ inline void move_back(Arena& arena, const Rule& rule, const Tables& tables, cons
         product(x.keys, d.state, d_rows);
         product(rows, transposed(arena, d.state), d.keys, ADD);
     }
-    add_scaled_rows(1, write, d_rows, d.values);
+    scale_rows(1, write, d_rows, d.values);
     add_row_dots(1, d_rows, x.values, d_tables.write.row(c));
     if (rule.erase) {
-        add_scaled_rows(-1, erase, d_rows, d.held);
+        scale_rows(-1, erase, d_rows, d.held);
         add_row_dots(-1, d_rows, x.held, d_tables.erase.row(c));
     }
     d_tables.start[c] += matrix_dot(d.state, x.state);
@@ -95,10 +88,10 @@ inline void move_back(Arena& arena, const Rule& rule, const Tables& tables, cons
         Scope inner(arena);
         d_tables.push[c] += matrix_dot(d.state, x.momentum);
         d_tables.push_kept += matrix_dot(d.momentum, x.momentum);
-        scale_rows(tables.last_push(), x.values, rows);
+        scale_rows(1, tables.last_push(), x.values, rows);
         product(x.keys, d.momentum, d_rows);
         product(rows, transposed(arena, d.momentum), d.keys, ADD);
-        add_scaled_rows(1, tables.last_push(), d_rows, d.values);
+        scale_rows(1, tables.last_push(), d_rows, d.values, ADD);
         add_row_dots(1, d_rows, x.values, d_tables.last_push);
         combine(tables.push_kept(), d.momentum, tables.push[c], d.state, d.momentum);
     }
@@ -131,10 +124,10 @@ inline void hold_back(Arena& arena, const Rule& rule, const Tables& tables, cons
     product(d_similar, x.keys, d.keys, ADD, LEFT_LOWER);
     product_t(d_similar, x.keys, d.keys, ADD, LEFT_UPPER);
     add_row_dots(1, d_sum, x.answers, d_tables.start);
-    scale_rows(tables.start, d_sum, d_answers);
+    scale_rows(1, tables.start, d_sum, d_answers);
     if (!rule.momentum) return;
     add_row_dots(1, d_sum, x.pushes, d_tables.push);
-    scale_rows(tables.push, d_sum, rows);
+    scale_rows(1, tables.push, d_sum, rows);
     product_t(x.keys, rows, d.momentum, ADD);
     product(rows, transposed(arena, x.momentum), d.keys, ADD);
 }

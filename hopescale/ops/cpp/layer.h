@@ -34,22 +34,19 @@ inline Layer take_layer(Arena& arena, const Rule& rule, Matrix keys, int outputs
     return x;
 }
 
-// result[t, s] = weight[t, s] * x[t, s] for s < t (s <= t with the diagonal), 0 beyond.
+// result[t, s] = weight[t, s] * x[t, s] for s < t (s <= t with the diagonal), 0 from there to the end of LANES columns:
+// a product with LEFT_LOWER or LEFT_UPPER looks no further.
 inline void weigh(Matrix weight, Matrix x, Matrix result, bool diagonal = false) {
-    for (int t = 0; t < x.rows; ++t) {
-        const int count = t + diagonal;
-        float* row = result.row(t);
-        for (int s = 0; s < count; s += LANES) store(row + s, load(weight.row(t) + s) * load(x.row(t) + s));
-        for (int s = count; s < padded(count); ++s) row[s] = 0;
-        for (int s = padded(count); s < result.width; s += LANES) store(row + s, Lanes{});
-    }
+    for (int t = 0; t < x.rows; ++t)
+        for (int s = 0; s <= t; s += LANES)
+            store(result.row(t) + s, first_lanes(t + diagonal - s, load(weight.row(t) + s) * load(x.row(t) + s)));
 }
 
-// result[t] (=, +=) scale[t] * x[t]
-inline void scale_rows(const float* scale, Matrix x, Matrix result, Update update = SET) {
+// result[t] (=, +=) factor * scale[t] * x[t]
+inline void scale_rows(float factor, const float* scale, Matrix x, Matrix result, Update update = SET) {
     for (int t = 0; t < x.rows; ++t)
         for (int j = 0; j < x.width; j += LANES) {
-            const Lanes value = scale[t] * load(x.row(t) + j);
+            const Lanes value = factor * scale[t] * load(x.row(t) + j);
             store(result.row(t) + j, update == SET ? value : load(result.row(t) + j) + value);
         }
 }
@@ -106,10 +103,10 @@ inline void hold(Arena& arena, const Rule& rule, const Tables& tables, Layer& x,
     Matrix weights = arena.take(c, x.similar.width), sum = arena.take(c, x.values.width);
     weigh(tables.write, x.similar, weights);
     product(weights, x.values, sum, SET, LEFT_LOWER);
-    scale_rows(tables.start, x.answers, sum, ADD);
+    scale_rows(1, tables.start, x.answers, sum, ADD);
     if (rule.momentum) {
         product(x.keys, x.momentum, x.pushes);
-        scale_rows(tables.push, x.pushes, sum, ADD);
+        scale_rows(1, tables.push, x.pushes, sum, ADD);
     }
     product(x.inverse, sum, x.held, SET, LEFT_LOWER);
 }
@@ -144,7 +141,7 @@ inline void move(Arena& arena, const Rule& rule, const Tables& tables, const Lay
     combine(tables.start[c], x.state, rule.momentum ? tables.push[c] : 0, x.momentum, state);
     product_t(x.keys, rows, state, ADD);
     if (!rule.momentum) return;
-    scale_rows(tables.last_push(), x.values, rows);
+    scale_rows(1, tables.last_push(), x.values, rows);
     combine(tables.push_kept(), x.momentum, 0, {}, momentum);
     product_t(x.keys, rows, momentum, ADD);
 }
@@ -173,11 +170,19 @@ inline Queried take_queried(Arena& arena, const Rule& rule, Matrix q, int output
     return x;
 }
 
-// Reads with one query per token.
-inline void read(Arena& arena, const Rule& rule, const Tables& tables, const Layer& x, Queried& read, Matrix output) {
+// Asks with one query per token, and compares queries with keys.
+inline void query(Arena& arena, const Rule& rule, const Layer& x, Queried& read) {
+    Scope scope(arena);
+    product(read.q, transposed(arena, x.keys), read.similar, SET, RESULT_LOWER);
+    product(read.q, x.state, read.answers);
+    if (rule.momentum) product(read.q, x.momentum, read.pushes);
+}
+
+// Reads what a query asked for.
+inline void read(Arena& arena, const Rule& rule, const Tables& tables, const Layer& x, const Queried& read,
+                 Matrix output) {
     Scope scope(arena);
     const Reading at = reading(rule, tables);
-    product(read.q, transposed(arena, x.keys), read.similar, SET, RESULT_LOWER);
     Matrix weights = arena.take(read.q.rows, read.similar.width);
     weigh(at.write, read.similar, weights, at.diagonal);
     product(weights, x.values, output, SET, LEFT_LOWER);
@@ -185,12 +190,8 @@ inline void read(Arena& arena, const Rule& rule, const Tables& tables, const Lay
         weigh(at.erase, read.similar, weights, at.diagonal);
         product(weights, x.held, output, SUBTRACT, LEFT_LOWER);
     }
-    product(read.q, x.state, read.answers);
-    scale_rows(at.start, read.answers, output, ADD);
-    if (rule.momentum) {
-        product(read.q, x.momentum, read.pushes);
-        scale_rows(at.push, read.pushes, output, ADD);
-    }
+    scale_rows(1, at.start, read.answers, output, ADD);
+    if (rule.momentum) scale_rows(1, at.push, read.pushes, output, ADD);
 }
 
 }  // namespace hopescale

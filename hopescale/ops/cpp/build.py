@@ -9,8 +9,11 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import warnings
 from functools import cache
 from pathlib import Path
+
+import torch
 
 SOURCES = Path(__file__).parent
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
@@ -29,13 +32,29 @@ def compiler() -> str | None:
 
 
 @cache
+def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return what keeps the C++ from tensors of a type on a device, None if nothing does. May compile it.
+
+    Says once, as a warning, if it is the compiler.
+    """
+    if device.type != "cpu" or dtype != torch.float32:
+        return f"the C++ is for float32 on a CPU, not {str(dtype).removeprefix('torch.')} on {device}"
+    try:
+        library()
+    except BuildError as error:
+        warnings.warn(f"{error}: torch's operations do their work, several times slower", stacklevel=2)
+        return str(error)
+    return None
+
+
+@cache
 def library() -> ctypes.CDLL:
     """Load the library, after compiling it if no earlier process has for this source, compiler and processor.
 
     Raises:
         BuildError: If there is no compiler, or it fails.
     """
-    path = _cache() / f"self_modifying-{_digest()}.so"
+    path = _cache() / f"ops-{_digest()}.so"
     if not path.exists():
         _compile(path)
     return ctypes.CDLL(str(path))
@@ -70,12 +89,12 @@ def _processor() -> str:
 def _compile(path: Path) -> None:
     found = compiler()
     if found is None:
-        raise BuildError("there is no C++ compiler (c++, g++, clang++, or what CXX names)")
+        raise BuildError("there is no C++ compiler: neither c++, g++ nor clang++, nor what CXX names")
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / path.name
-        command = [found, *FLAGS, str(SOURCES / "chunks.cpp"), "-o", str(made)]
+        command = [found, *FLAGS, *map(str, sorted(SOURCES.glob("*.cpp"))), "-o", str(made)]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode:
             first = next((line for line in result.stderr.splitlines() if "error" in line), result.stderr.strip())
-            raise BuildError(f"{found} could not compile them: {first}")
+            raise BuildError(f"{found} could not compile {SOURCES.name}: {first}")
         made.replace(path)

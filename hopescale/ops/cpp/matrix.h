@@ -99,28 +99,54 @@ inline void tile(const float* left, int64_t left_stride, const float* right, int
         }
 }
 
-template <int ROWS, bool TRANSPOSED>
-inline void product_rows(Matrix left, Matrix right, Matrix result, int i, Shape shape, Update update) {
-    const float* a = TRANSPOSED ? left.data + i : left.row(i);
-    const int from = shape == LEFT_UPPER ? i : 0;
-    const int to = shape == LEFT_LOWER && i + ROWS < right.rows ? i + ROWS : right.rows;
-    const int width = shape == RESULT_LOWER && padded(i + ROWS) < right.width ? padded(i + ROWS) : right.width;
-    constexpr int step = TILE_VECTORS * LANES;
-    int j = 0;
-    for (; j + step <= width; j += step)
-        tile<ROWS, TILE_VECTORS, TRANSPOSED>(a, left.stride, right.data + j, right.stride, result.row(i) + j,
-                                             result.stride, from, to, update);
-    for (; j < width; j += LANES)
-        tile<ROWS, 1, TRANSPOSED>(a, left.stride, right.data + j, right.stride, result.row(i) + j, result.stride, from,
-                                  to, update);
+// Rows `begin` to `end` of a product whose right factor has VECTORS * LANES columns.
+template <int ROWS, int VECTORS, bool TRANSPOSED>
+inline int product_rows(Matrix left, Matrix right, Matrix result, int begin, int end, Shape shape, Update update) {
+    for (; begin + ROWS <= end; begin += ROWS) {
+        const int from = shape == LEFT_UPPER ? begin : 0;
+        const int to = shape == LEFT_LOWER && begin + ROWS < right.rows ? begin + ROWS : right.rows;
+        tile<ROWS, VECTORS, TRANSPOSED>(TRANSPOSED ? left.data + begin : left.row(begin), left.stride, right.data,
+                                        right.stride, result.row(begin), result.stride, from, to, update);
+    }
+    return begin;
+}
+
+template <int VECTORS, bool TRANSPOSED>
+inline void product_panel(Matrix left, Matrix right, Matrix result, int begin, int end, Shape shape, Update update) {
+    // Eight sums at least, so that none has to wait for the one before.
+    constexpr int rows = VECTORS > 1 ? TILE_ROWS : 2 * TILE_ROWS;
+    begin = product_rows<rows, VECTORS, TRANSPOSED>(left, right, result, begin, end, shape, update);
+    product_rows<1, VECTORS, TRANSPOSED>(left, right, result, begin, end, shape, update);
+}
+
+// A panel of columns is finished before the next one is begun: what it needs of the right factor stays in the first
+// cache.
+template <bool TRANSPOSED>
+inline void product_block(Matrix left, Matrix right, Matrix result, int begin, int end, Shape shape, Update update) {
+    for (int j = 0; j < right.width;) {
+        const int left_over = (right.width - j) / LANES, vectors = left_over < TILE_VECTORS ? left_over : TILE_VECTORS;
+        const Matrix b = right.columns(j, vectors * LANES), sum = result.columns(j, vectors * LANES);
+        if (vectors == 1) product_panel<1, TRANSPOSED>(left, b, sum, begin, end, shape, update);
+        if constexpr (TILE_VECTORS > 1) {
+            if (vectors == 2) product_panel<2, TRANSPOSED>(left, b, sum, begin, end, shape, update);
+            if (vectors == 3) product_panel<3, TRANSPOSED>(left, b, sum, begin, end, shape, update);
+            if (vectors == 4) product_panel<4, TRANSPOSED>(left, b, sum, begin, end, shape, update);
+        }
+        j += vectors * LANES;
+    }
 }
 
 template <bool TRANSPOSED>
 inline void product_of(Matrix left, Matrix right, Matrix result, Shape shape, Update update) {
-    int i = 0;
-    for (; i + TILE_ROWS <= result.rows; i += TILE_ROWS)
-        product_rows<TILE_ROWS, TRANSPOSED>(left, right, result, i, shape, update);
-    for (; i < result.rows; ++i) product_rows<1, TRANSPOSED>(left, right, result, i, shape, update);
+    if (shape != RESULT_LOWER) {
+        product_block<TRANSPOSED>(left, right, result, 0, result.rows, shape, update);
+        return;
+    }
+    for (int begin = 0; begin < result.rows; begin += LANES) {
+        const int end = begin + LANES < result.rows ? begin + LANES : result.rows;
+        const int width = begin + LANES < right.width ? begin + LANES : right.width;
+        product_block<TRANSPOSED>(left, right.columns(0, width), result, begin, end, FULL, update);
+    }
 }
 
 // result (=, +=, -=) left @ right.
@@ -185,10 +211,18 @@ inline Matrix transposed(Arena& arena, Matrix x) {
     return result;
 }
 
+// Keeps the first `count` numbers of x; others become zero.
+inline Lanes first_lanes(int count, Lanes x) {
+    constexpr IntLanes number = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return number < count ? x : Lanes{};
+}
+
 inline float total(Lanes x) {
-    float sum = 0;
-    for (int i = 0; i < LANES; ++i) sum += x[i];
-    return sum;
+    float sums[LANES];
+    store(sums, x);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
+    return sums[0];
 }
 
 inline float dot(const float* x, const float* y, int count) {

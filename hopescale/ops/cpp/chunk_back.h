@@ -13,7 +13,7 @@ inline Matrix zeros(Arena& arena, int rows, int width) {
 inline LayerGrads take_layer_grads(Arena& arena, const Rule& rule, const Layer& x, Matrix keys, Matrix state,
                                    Matrix momentum) {
     const int c = x.keys.rows, width = x.values.width;
-    return {keys, state, momentum, zeros(arena, c, width), rule.erase ? zeros(arena, c, width) : Matrix{}};
+    return {keys, state, momentum, arena.take(c, width), rule.erase ? arena.take(c, width) : Matrix{}};
 }
 
 inline LayerGrads second_grads(Arena& arena, const Rule& rule, const Chunk& x, int memory, const State& d_state,

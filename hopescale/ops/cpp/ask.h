@@ -28,21 +28,31 @@ inline void hidden(const Asked& x, Matrix result) {
             store(result.row(i) + j, load(x.pre.row(i) + j) * load(x.gate.row(i) + j));
 }
 
-// Answers of a memory to x; wide MLP memories add x.
-inline void ask(Arena& arena, const State& state, int memory, Matrix x, Asked& asked, Matrix answer) {
+// Asks the first layer of an MLP memory.
+inline void ask_first(const State& state, int memory, Matrix x, const Asked& asked) {
+    if (!state.rule.is_mlp()) return;
+    product(x, state.first(memory), asked.pre);
+    sigmoids(asked.pre, asked.gate);
+}
+
+// Answers of a memory whose first layer was asked; wide MLP memories add x.
+inline void ask_second(Arena& arena, const State& state, int memory, Matrix x, const Asked& asked, Matrix answer) {
     const Rule& rule = state.rule;
     if (!rule.is_mlp()) {
         product(x, state.first(memory), answer);
         return;
     }
     Scope scope(arena);
-    product(x, state.first(memory), asked.pre);
-    sigmoids(asked.pre, asked.gate);
     Matrix middle = arena.take(x.rows, rule.hidden);
     hidden(asked, middle);
     const bool residual = memory < rule.wide;
     if (residual) copy(x, answer);
     product(middle, state.second(memory), answer, residual ? ADD : SET);
+}
+
+inline void ask(Arena& arena, const State& state, int memory, Matrix x, const Asked& asked, Matrix answer) {
+    ask_first(state, memory, x, asked);
+    ask_second(arena, state, memory, x, asked, answer);
 }
 
 // Adds to the gradients of the weights and of x.
