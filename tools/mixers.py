@@ -15,6 +15,7 @@ from hopescale.config.load import load_recipe
 from hopescale.config.schema import ModelConfig, TrainConfig
 from hopescale.models import Model
 from hopescale.models.recompute import Recompute
+from hopescale.ops.self_modifying import Backend
 
 BASELINE = "transformer"
 """What every ratio is taken to."""
@@ -41,7 +42,7 @@ MIXERS: dict[str, dict[str, str]] = {
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a stack and of its input, and what it computes again in the backward pass."""
+    """Sizes of a stack and of its input, what it computes again in the backward pass, and what with."""
 
     d_model: int
     heads: int
@@ -49,6 +50,7 @@ class Shape:
     batch: int
     recompute: str
     compile: bool = False
+    backend: str = "auto"
 
 
 def add_shape(parser: argparse.ArgumentParser) -> None:
@@ -59,6 +61,7 @@ def add_shape(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=2, help="sequences")
     parser.add_argument("--recompute", default=TrainConfig().recompute, choices=get_args(Recompute))
     parser.add_argument("--compile", action="store_true", help="compile chunk loops: minutes before the first pass")
+    parser.add_argument("--backend", default=TrainConfig().backend, choices=get_args(Backend), help="of memories")
 
 
 def shape_of(arguments: argparse.Namespace) -> Shape:
@@ -94,7 +97,7 @@ def make_pass(mixer: str, shape: Shape, seq_len: int, device: torch.device) -> C
     On a CUDA device weights and activations are bfloat16, except where the model keeps float32.
     """
     blocks = range(1, shape.layers + 1)
-    computed = {"recompute": shape.recompute, "compiled": shape.compile}
+    computed = {"recompute": shape.recompute, "compiled": shape.compile, "backend": shape.backend}
     stack = Model(configure(mixer, shape), blocks=blocks, **computed).to(device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     stack.to_precision(dtype)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 
 from hopescale.common.errors import ConfigError, Problem
-from hopescale.config import check_optim, check_parallel, check_transfer, plan, ranges
+from hopescale.config import check_backend, check_optim, check_parallel, check_transfer, plan, ranges
 from hopescale.config.fields import leaves
 from hopescale.config.layout import Layout
 from hopescale.config.load import DEFAULT, Loaded
@@ -139,25 +139,6 @@ def memory_dim_needs_mlp(config: RunConfig, origins: Origins) -> Iterator[Proble
     if mixer.memory_dim is not None and mixer.memory != "mlp":
         message = f"{mixer.memory_dim} has no effect: memory is {mixer.memory}"
         yield Problem("model.self_modifying.memory_dim", message, hint="leave it null, or set memory to mlp")
-
-
-def compile_needs_a_chunk_loop(config: RunConfig, origins: Origins) -> Iterator[Problem]:
-    """Only the chunk loop of memories is compiled."""
-    model = config.model
-    if not config.train.compile or (model.mixer == "self_modifying" and plan.has_chunk_loop(model.self_modifying)):
-        return
-    why = "stores static values" if model.mixer == "self_modifying" else f"is {model.mixer}"
-    yield Problem("train.compile", f"true has no effect: the mixer {why}, without a chunk loop", hint="leave it false")
-
-
-def backend_needs_static_values(config: RunConfig, origins: Origins) -> Iterator[Problem]:
-    """Only memories without a chunk loop have kernels."""
-    model, backend = config.model, config.train.backend
-    if backend == "auto":
-        return
-    if model.mixer != "self_modifying" or plan.has_chunk_loop(model.self_modifying):
-        why = "runs in a chunk loop" if model.mixer == "self_modifying" else f"is {model.mixer}"
-        yield Problem("train.backend", f"{backend} has no effect: the mixer {why}", hint="leave it at auto")
 
 
 def adaptive_is_a_set(config: RunConfig, origins: Origins) -> Iterator[Problem]:
@@ -347,8 +328,6 @@ RULES: tuple[Rule, ...] = (
     rope_ramp_belongs_to_llama3,
     only_the_selected_mixer_is_set,
     memory_dim_needs_mlp,
-    compile_needs_a_chunk_loop,
-    backend_needs_static_values,
     adaptive_is_a_set,
     adaptive_alpha_needs_retention,
     value_targets_need_static_maps,
@@ -367,6 +346,7 @@ RULES: tuple[Rule, ...] = (
     mean_needs_a_slow_level,
     batch_is_whole_micro_batches,
     kept_checkpoints_are_written,
+    *check_backend.RULES,
     *check_optim.RULES,
     *check_parallel.RULES,
     *check_transfer.RULES,

@@ -11,6 +11,10 @@ VOCAB_MULTIPLE = 128
 """The stored vocabulary is padded to a multiple of this, for fast kernels and even tensor-parallel shards."""
 
 
+FUSED_MULTIPLE = 16
+"""Heads and memories of such widths can be run by `train.backend: cpp`."""
+
+
 @dataclass(frozen=True)
 class RunPlan:
     """Derived values of a run."""
@@ -101,6 +105,23 @@ def has_chunk_loop(mixer: SelfModifyingConfig) -> bool:
     static = not mixer.adaptive and mixer.query == "static"
     stores_values = mixer.memory == "linear" and mixer.objective == "dot" and mixer.read != "boundary"
     return not (static and stores_values)
+
+
+def fused_obstacle(config: RunConfig, backend: str) -> str | None:
+    """Return what keeps `cpp` or `triton` from running a model's chunks as one operation; None if nothing does."""
+    model, train = config.model, config.train
+    if not has_chunk_loop(model.self_modifying) and backend == "triton":
+        return None  # the kernels of the delta rule
+    if train.compile:
+        return "train.compile takes the chunk loop"
+    if projection_chunk_size(model) != model.self_modifying.chunk_size:
+        mixer = model.self_modifying
+        return f"projection_chunk_size is {mixer.projection_chunk_size}, chunk_size {mixer.chunk_size}"
+    if backend == "cpp":
+        widths = {"heads": head_dim(model), "memories": memory_dim(model) or FUSED_MULTIPLE}
+        odd = [f"{name} are {width} wide" for name, width in widths.items() if width % FUSED_MULTIPLE]
+        return f"{' and '.join(odd)}, not a multiple of {FUSED_MULTIPLE}" if odd else None
+    return None
 
 
 def by_period(levels: dict[str, LevelConfig]) -> list[tuple[str, LevelConfig]]:

@@ -9,6 +9,7 @@ import shutil
 import torch
 
 from hopescale.common.errors import ConfigError
+from hopescale.ops import cpp
 from hopescale.ops.delta_rule import KERNEL_DIMS, triton_obstacle
 
 
@@ -31,14 +32,19 @@ def check_compiler(device: torch.device) -> None:
         )
 
 
-def check_kernels(device: torch.device, head_dim: int) -> None:
-    """Refuse Triton kernels where they cannot run.
+def check_backend(backend: str, device: torch.device, head_dim: int) -> None:
+    """Refuse a `train.backend` where it cannot run.
 
     Raises:
-        ConfigError: If the device, the installation or the model's head dim keeps them from running.
+        ConfigError: If the device, the installation, the compiler or the model's head dim keeps it from running.
     """
-    obstacle = triton_obstacle(device)
-    if obstacle is None and head_dim not in KERNEL_DIMS:
-        obstacle = f"the kernels know heads of {', '.join(map(str, KERNEL_DIMS))}, model.head_dim is {head_dim}"
+    obstacle = None
+    if backend == "triton":
+        obstacle = triton_obstacle(device)
+        if obstacle is None and head_dim not in KERNEL_DIMS:
+            obstacle = f"the kernels know heads of {', '.join(map(str, KERNEL_DIMS))}, model.head_dim is {head_dim}"
+    if backend == "cpp":
+        obstacle = cpp.obstacle(device, torch.float32)
     if obstacle is not None:
-        raise ConfigError(f"train.backend is triton, but {obstacle}", "set train.backend=auto, which runs without them")
+        problem = f"train.backend is {backend}, but {obstacle}"
+        raise ConfigError(problem, "set train.backend=auto, which runs without it")

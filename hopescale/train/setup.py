@@ -32,7 +32,7 @@ from hopescale.optim.rules import changed_state
 from hopescale.optim.transfer import Sizes, transfer_groups
 from hopescale.parallel.control import Control
 from hopescale.parallel.mesh import Mesh
-from hopescale.train.compiler import check_compiler, check_kernels
+from hopescale.train.compiler import check_backend, check_compiler
 from hopescale.train.folder import RunFolder
 from hopescale.train.memory import check_memory
 from hopescale.train.state import TrainState
@@ -106,8 +106,7 @@ def _build_slices(config: RunConfig, mesh: Mesh, device: torch.device) -> list[M
     slices, computed = [], {"recompute": train.recompute, "compiled": train.compile, "backend": train.backend}
     if train.compile:
         check_compiler(device)
-    if train.backend == "triton":
-        check_kernels(device, head_dim(config.model))
+    check_backend(train.backend, device, head_dim(config.model))
     for blocks in slices_of_rank(config.model, train.seq_len, *stages):
         model = Model(config.model, seed=train.seed, mesh=mesh, blocks=blocks, **computed)
         slices.append(model.to(device).to_precision(PRECISIONS[train.precision]))

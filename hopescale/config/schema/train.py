@@ -63,10 +63,11 @@ class TrainConfig:
     `block`: only the input of every block."""
     compile: bool = False
     """Whether the chunk loop of memories is compiled (`torch.compile`): faster, after minutes for the first step. Needs
-    a C++ compiler on CPU, Triton on CUDA. Only with `model.mixer: self_modifying`."""
-    backend: Literal["auto", "torch", "triton"] = "auto"
-    """What computes memories that have no chunk loop (`memory: linear` that stores static values): torch's operations,
-    Triton kernels, or `auto`: the kernels on a GPU, for the sizes they know. Changes rounding and speed only."""
+    a C++ compiler on CPU, Triton on CUDA. Only with `model.mixer: self_modifying`. `backend: auto` is `torch` then."""
+    backend: Literal["auto", "torch", "triton", "cpp"] = "auto"
+    """What trains memories: torch's operations in a loop over chunks, one operation written in C++ (on a CPU; needs a
+    C++ compiler) or in Triton (on an NVIDIA GPU), or `auto`: the operation where it can run. It computes chunks again
+    in the backward pass, also with `recompute: none`. Changes rounding, memory and speed only."""
     replica_check_every: int | None = 100
     """Steps between two comparisons of the weights over data-parallel ranks, which must be bit-equal; null is never.
     With `parallel.zero` of 3 there is nothing to compare."""

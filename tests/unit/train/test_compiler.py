@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hopescale.common.errors import ConfigError
-from hopescale.train.compiler import check_compiler, check_kernels
+from hopescale.train.compiler import check_backend, check_compiler
 
 
 def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch):
@@ -24,8 +24,13 @@ def test_a_gpu_needs_triton(monkeypatch: pytest.MonkeyPatch):
 def test_kernels_need_a_gpu_and_a_head_they_know(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ConfigError, match="need an NVIDIA GPU, the device is cpu"):
-        check_kernels(torch.device("cpu"), 64)
+        check_backend("triton", torch.device("cpu"), 64)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    check_kernels(torch.device("cpu"), 64)
+    check_backend("triton", torch.device("cpu"), 64)
     with pytest.raises(ConfigError, match="model.head_dim is 24"):
-        check_kernels(torch.device("cpu"), 24)
+        check_backend("triton", torch.device("cpu"), 24)
+
+
+def test_cpp_needs_a_cpu():
+    with pytest.raises(ConfigError, match="train.backend is cpp, but .* on cuda"):
+        check_backend("cpp", torch.device("cuda"), 64)

@@ -1,0 +1,38 @@
+"""The rules about what computes memories: `train.backend` and `train.compile` must have something to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from hopescale.common.errors import Problem
+from hopescale.config import plan
+from hopescale.config.rules import Origins, Rule
+from hopescale.config.schema import RunConfig
+
+
+def compile_needs_a_chunk_loop(config: RunConfig, origins: Origins) -> Iterator[Problem]:
+    """Only the chunk loop of memories is compiled."""
+    model = config.model
+    if not config.train.compile or (model.mixer == "self_modifying" and plan.has_chunk_loop(model.self_modifying)):
+        return
+    why = "stores static values" if model.mixer == "self_modifying" else f"is {model.mixer}"
+    yield Problem("train.compile", f"true has no effect: the mixer {why}, without a chunk loop", hint="leave it false")
+
+
+def backend_needs_memories(config: RunConfig, origins: Origins) -> Iterator[Problem]:
+    """Attention has one implementation."""
+    if config.train.backend != "auto" and config.model.mixer != "self_modifying":
+        message = f"{config.train.backend} has no effect: the mixer is {config.model.mixer}"
+        yield Problem("train.backend", message, hint="leave it at auto")
+
+
+def fused_chunks_know_these_memories(config: RunConfig, origins: Origins) -> Iterator[Problem]:
+    """One operation runs all chunks if they are alike and nothing else is to run them."""
+    backend = config.train.backend
+    if backend not in ("cpp", "triton") or config.model.mixer != "self_modifying":
+        return
+    if obstacle := plan.fused_obstacle(config, backend):
+        yield Problem("train.backend", f"{backend} cannot run: {obstacle}", hint="leave it at auto")
+
+
+RULES: tuple[Rule, ...] = (compile_needs_a_chunk_loop, backend_needs_memories, fused_chunks_know_these_memories)
