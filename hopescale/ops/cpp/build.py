@@ -9,7 +9,6 @@ import platform
 import shutil
 import subprocess
 import tempfile
-import warnings
 from functools import cache
 from pathlib import Path
 
@@ -33,16 +32,12 @@ def compiler() -> str | None:
 
 @cache
 def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Return what keeps the C++ from tensors of a type on a device, None if nothing does. May compile it.
-
-    Says once, as a warning, if it is the compiler.
-    """
+    """Return what keeps the C++ from tensors of a type on a device, None if nothing does. May compile it."""
     if device.type != "cpu" or dtype != torch.float32:
         return f"the C++ is for float32 on a CPU, not {str(dtype).removeprefix('torch.')} on {device}"
     try:
         library()
     except BuildError as error:
-        warnings.warn(f"{error}: torch's operations do their work, several times slower", stacklevel=2)
         return str(error)
     return None
 

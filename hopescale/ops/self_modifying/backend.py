@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from functools import cache
 from typing import Literal
+
+import torch
 
 from hopescale.ops.cpp import LANES, obstacle
 from hopescale.ops.self_modifying.cpp import self_modify_cpp
@@ -44,4 +48,11 @@ def fused_chunks(streams: Streams, rule: ChunkRule, backend: Backend) -> SelfMod
         return self_modify_cpp
     if backend == "cpp":
         raise ValueError(f"backend is 'cpp', but {why_not}")
+    if streams.k.dtype == torch.float32 and not _cpp_shape_obstacle(streams, rule):
+        _warn(why_not)
     return None
+
+
+@cache
+def _warn(why: str) -> None:
+    warnings.warn(f"{why}: memories are trained by torch's operations, several times slower", stacklevel=2)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
 from hopescale.ops.cpp import build
+from hopescale.ops.self_modifying import ChunkRule, Streams, backend
 
 
 @pytest.fixture
@@ -31,11 +33,18 @@ def test_the_library_is_built_once(fresh: Path):
     assert [path.stat().st_mtime_ns for path in fresh.iterdir()] == [before]
 
 
-def test_without_a_compiler_one_warning_says_so(fresh: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_missing_compiler_is_named_once_and_the_loop_runs(fresh: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.warns(UserWarning, match="there is no C\\+\\+ compiler.*several times slower"):
-        why = build.obstacle(torch.device("cpu"), torch.float32)
-    assert "no C++ compiler" in why
+    backend._warn.cache_clear()
+    rule = ChunkRule(("mem",), (), 16, 8, "l2", True, True, None, 0.01, 1.0, "prefix")
+    streams = Streams(*(torch.zeros(1, 1, 9, 16) for _ in "kvq"), torch.zeros(1, 1, 9), None, None)
+    with pytest.warns(UserWarning, match="no C.. compiler.*CXX names: memories are trained by torch.*slower"):
+        assert backend.fused_chunks(streams, rule, "auto") is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert backend.fused_chunks(streams, rule, "auto") is None
+    with pytest.raises(ValueError, match="backend is 'cpp', but there is no C.. compiler"):
+        backend.fused_chunks(streams, rule, "cpp")
     assert not list(fresh.iterdir())
 
 
