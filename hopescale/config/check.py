@@ -7,7 +7,15 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 
 from hopescale.common.errors import ConfigError, Problem
-from hopescale.config import check_backend, check_optim, check_parallel, check_transfer, plan, ranges
+from hopescale.config import (
+    check_backend,
+    check_optim,
+    check_parallel,
+    check_recompute,
+    check_transfer,
+    plan,
+    ranges,
+)
 from hopescale.config.fields import leaves
 from hopescale.config.layout import Layout
 from hopescale.config.load import DEFAULT, Loaded
@@ -349,5 +357,6 @@ RULES: tuple[Rule, ...] = (
     *check_backend.RULES,
     *check_optim.RULES,
     *check_parallel.RULES,
+    *check_recompute.RULES,
     *check_transfer.RULES,
 )

@@ -14,6 +14,9 @@ VOCAB_MULTIPLE = 128
 FUSED_MULTIPLE = 16
 """Heads and memories of such widths can be run by `train.backend: cpp`."""
 
+REVERSE_PARTS = 16
+"""With `train.recompute: reverse`, of so many chunks in a row the state is kept with which the first one starts."""
+
 
 @dataclass(frozen=True)
 class RunPlan:
@@ -114,6 +117,8 @@ def fused_obstacle(config: RunConfig, backend: str) -> str | None:
         return None  # the kernels of the delta rule
     if train.compile:
         return "train.compile takes the chunk loop"
+    if train.recompute == "reverse":
+        return "train.recompute: reverse takes the chunk loop"
     if projection_chunk_size(model) != model.self_modifying.chunk_size:
         mixer = model.self_modifying
         return f"projection_chunk_size is {mixer.projection_chunk_size}, chunk_size {mixer.chunk_size}"
@@ -122,6 +127,47 @@ def fused_obstacle(config: RunConfig, backend: str) -> str | None:
         odd = [f"{name} are {width} wide" for name, width in widths.items() if width % FUSED_MULTIPLE]
         return f"{' and '.join(odd)}, not a multiple of {FUSED_MULTIPLE}" if odd else None
     return None
+
+
+def memory_banks(model: ModelConfig) -> dict[str, list[str]]:
+    """Return the names of the memories in each bank, those that answer with vectors first."""
+    mixer = model.self_modifying
+    others = [name for name in "kv" if name in mixer.adaptive] + ["q"] * (mixer.query == "memory")
+    others += [name for name in ("eta", "alpha") if name in mixer.adaptive]
+    if mixer.projection_chunk_size in (None, mixer.chunk_size):
+        return {"memory": ["mem", *others]}
+    return {"memory": ["mem"], "projection": others}
+
+
+def reverse_saves(model: ModelConfig) -> bool:
+    """Tell whether `train.recompute: reverse` keeps less than `chunks`."""
+    mixer = model.self_modifying
+    if model.mixer != "self_modifying" or not has_chunk_loop(mixer):
+        return False
+    names = list(memory_banks(model).values())[-1]
+    narrow, dim, hidden = len({"eta", "alpha"} & set(names)), head_dim(model), memory_dim(model)
+    layers = [(dim, (len(names) - narrow) * (hidden or dim) + narrow * (hidden or 1))]
+    if hidden is not None and len(names) > narrow:
+        layers.append((hidden, dim))
+    rule = {"momentum": mixer.momentum, "erase": mixer.inner_rule == "dgd"}
+    return any(is_trace_smaller(projection_chunk_size(model), *layer, **rule) for layer in layers)
+
+
+def is_moved_by_map(tokens: int, width: int, out: int, *, momentum: bool) -> bool:
+    """Tell whether a chunk moves a layer of `width` inputs by a matrix `width x width`, not by keys and values."""
+    return out > width and (momentum or tokens >= width)
+
+
+def is_trace_smaller(tokens: int, width: int, out: int, *, momentum: bool, erase: bool) -> bool:
+    """Tell whether less says how a chunk moves a layer than its weights, and their momentum, are themselves."""
+    return trace_size(tokens, width, out, momentum=momentum, erase=erase) < (1 + momentum) * width * out
+
+
+def trace_size(tokens: int, width: int, out: int, *, momentum: bool, erase: bool) -> int:
+    """Count the entries that say how a chunk moves a layer: `Entry` and `Move` of `ops.delta_rule`."""
+    if is_moved_by_map(tokens, width, out, momentum=momentum):
+        return (1 + momentum) * width * (width + tokens) + tokens * out
+    return (1 + (momentum and erase)) * tokens * (width + out)
 
 
 def by_period(levels: dict[str, LevelConfig]) -> list[tuple[str, LevelConfig]]:

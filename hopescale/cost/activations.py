@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from hopescale.config.layout import Layout
 from hopescale.config.plan import (
+    REVERSE_PARTS,
     has_chunk_loop,
     head_dim,
     kv_heads,
@@ -21,8 +22,8 @@ from hopescale.config.plan import (
     projection_chunk_size,
 )
 from hopescale.config.schema import ModelConfig, TrainConfig
-from hopescale.cost.chunk_flops import Bank, banks
-from hopescale.cost.chunk_memory import part_entries, whole_entries
+from hopescale.cost.chunk_flops import banks
+from hopescale.cost.chunk_memory import part_entries, trace_entries, whole_entries
 
 FP32 = 4
 
@@ -149,8 +150,7 @@ def _self_modifying(model: ModelConfig, sizes: Sizes, recompute: str) -> tuple[f
         return kept + inner * per_head, states * per_head, 6 * width * FP32
     all_banks, part = banks(model), projection_chunk_size(model)
     parts = -(-sizes.seq_len // part)
-    carried = sum(_carried(bank, mixer.momentum, main and len(all_banks) > 1) for main, bank in _numbered(all_banks))
-    states = parts * carried * per_head
+    states = parts * sum(bank.size for bank in all_banks) * (1 + mixer.momentum) * per_head
     # Of two parts at a time: what a part hands on, and the gradients of what was carried into it.
     handed_on = 2 * sum(bank.size for bank in all_banks) * (3 + 2 * mixer.momentum) * per_head
     open_part = part_entries(model, min(part, sizes.seq_len)) * per_head
@@ -159,16 +159,14 @@ def _self_modifying(model: ModelConfig, sizes: Sizes, recompute: str) -> tuple[f
         inner = inner / 2 * parts if parts > 1 else inner / 2
         return kept + inner * per_head, states, 4 * width * FP32 + handed_on
     # Gradients of streams and answers, and one part's tensors.
-    return kept, states, 5 * width * FP32 + handed_on + 1.3 * open_part
-
-
-def _numbered(all_banks: list[Bank]) -> list[tuple[bool, Bank]]:
-    return [(index == 0, bank) for index, bank in enumerate(all_banks)]
-
-
-def _carried(bank: Bank, momentum: bool, has_boundary: bool) -> int:
-    """Count the entries that are kept of a bank for each part: weights, momentum, and a boundary of their own."""
-    return bank.size * (1 + momentum + has_boundary)
+    workspace = 5 * width * FP32 + handed_on + 1.3 * open_part
+    if recompute != "reverse":
+        return kept, states, workspace
+    trace, found = (entries * per_head for entries in trace_entries(model, part))
+    rows = -(-parts // REVERSE_PARTS)
+    # States that are found again: of a row the last, and one for each half, quarter, ... before it.
+    again = (min(parts, REVERSE_PARTS) - 1).bit_length() * found
+    return kept, rows * states / parts + (parts - rows) * trace, workspace + again
 
 
 def logits_bytes(model: ModelConfig, sizes: Sizes) -> float:

@@ -8,9 +8,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hopescale.config.plan import has_chunk_loop, head_dim, memory_dim, projection_chunk_size
+from hopescale.config.plan import (
+    REVERSE_PARTS,
+    has_chunk_loop,
+    head_dim,
+    is_moved_by_map,
+    is_trace_smaller,
+    memory_banks,
+    memory_dim,
+    projection_chunk_size,
+)
 from hopescale.config.schema import ModelConfig, SelfModifyingConfig
-from hopescale.cost.inventory import memory_banks
 from hopescale.cost.operations import NOTHING, Flops, product, solve
 
 
@@ -49,6 +57,14 @@ class Bank:
         return self.dim * self.first + second
 
     @property
+    def layers(self) -> list[tuple[int, int, int]]:
+        """Inputs, outputs and number of the linear layers: the first ones, side by side, and the second ones."""
+        first = [(self.dim, self.first, 1)]
+        if self.hidden is None:
+            return first
+        return [*first, (self.hidden, self.dim, self.wide), (self.hidden, 1, self.narrow)]
+
+    @property
     def asked(self) -> int:
         """Wide memories that make keys, values or queries."""
         return self.wide - self.is_main
@@ -64,13 +80,14 @@ def banks(model: ModelConfig) -> list[Bank]:
     return result
 
 
-def memory_flops(model: ModelConfig, seq_len: int, *, recompute: bool = False) -> Flops:
+def memory_flops(model: ModelConfig, seq_len: int, *, recompute: bool = False, replay: bool = False) -> Flops:
     """Count a head's memories over a sequence, learned initial state to last token.
 
     Args:
         model: Sizes and switches.
         seq_len: Tokens.
         recompute: Whether the backward pass computes every chunk again.
+        replay: Whether it computes the states at their starts again, too.
     """
     mixer = model.self_modifying
     if not has_chunk_loop(mixer):
@@ -80,7 +97,25 @@ def memory_flops(model: ModelConfig, seq_len: int, *, recompute: bool = False) -
         tokens = min(size, seq_len - index * size)
         part = _part(model, tokens, first=index == 0 and not recompute, last=index == count - 1)
         total += part.times(count - 2 if index == 1 and count > 2 else 1)
-    return Flops(total.forward, total.backward + recompute * total.forward)
+    again = recompute * total.forward + replay * _replay(model, size, count)
+    return Flops(total.forward, total.backward + again)
+
+
+def _replay(model: ModelConfig, tokens: int, count: int) -> float:
+    """Count what finds again the states at the starts of `count` chunks, all but the last of them of `tokens`."""
+    mixer, bank = model.self_modifying, banks(model)[-1]
+    rule = {"momentum": mixer.momentum, "erase": mixer.inner_rule == "dgd"}
+    layers = [layer for layer in bank.layers if is_trace_smaller(tokens, *layer[:2], **rule)]
+    once = sum(number * _add(mixer, tokens, width, out, True).forward for width, out, number in layers)
+    return once * sum(_follows(min(REVERSE_PARTS, count - first) - 1) for first in range(0, count, REVERSE_PARTS))
+
+
+def _follows(traces: int) -> int:
+    """Count how often a trace is followed to have the states after so many in a row, as `ops.scan` halves the row."""
+    if not traces:
+        return 0
+    half = (traces + 1) // 2
+    return half + _follows(traces - half) + _follows(half - 1)
 
 
 def _part(model: ModelConfig, tokens: int, *, first: bool, last: bool) -> Flops:
@@ -119,16 +154,12 @@ def _move(mixer: SelfModifyingConfig, bank: Bank, tokens: int, first: bool, last
     """
     uses_chunk = reads and mixer.read != "boundary"
     shared = _tables(mixer, tokens) + _writes(mixer, bank, bank.wide, tokens, with_first=True)
-    layers = [(bank.dim, bank.first, 1)]
-    if bank.hidden is not None:
-        layers.append((bank.hidden, bank.dim, bank.wide))
-    shared += sum((_open(mixer, tokens, width).times(count) for width, _, count in layers), NOTHING)
+    shared += sum((_open(mixer, tokens, width).times(count) for width, _, count in bank.layers[:2]), NOTHING)
     unread = NOTHING
     if bank.hidden is not None and bank.narrow:
-        layers.append((bank.hidden, 1, bank.narrow))
         unread = _writes(mixer, bank, bank.narrow, tokens, with_first=False, out=1)
         unread += _open(mixer, tokens, bank.hidden).times(bank.narrow)
-    unread += sum((_after(mixer, tokens, width, out, first).times(n) for width, out, n in layers), NOTHING)
+    unread += sum((_after(mixer, tokens, width, out, first).times(n) for width, out, n in bank.layers), NOTHING)
     if not uses_chunk:
         shared, unread = NOTHING, shared + unread
     read = NOTHING
@@ -167,13 +198,19 @@ def _open(mixer: SelfModifyingConfig, tokens: int, width: int) -> Flops:
 
 def _after(mixer: SelfModifyingConfig, tokens: int, width: int, out: int, first: bool) -> Flops:
     """Count a layer's state after a chunk, `width` inputs to `out` outputs."""
+    if is_moved_by_map(tokens, width, out, momentum=mixer.momentum):
+        return _transition(mixer, tokens, width) + _add(mixer, tokens, width, out, first)
+    return _values(mixer, tokens, width, out, first) + _add(mixer, tokens, width, out, first)
+
+
+def _add(mixer: SelfModifyingConfig, tokens: int, width: int, out: int, first: bool) -> Flops:
+    """Count how what enters a layer in a chunk is added."""
     momentum, erase = mixer.momentum, mixer.inner_rule == "dgd"
-    pushed = product(width, tokens, out).times(momentum)
-    if out > width:
-        flops = _transition(mixer, tokens, width) + product(width, tokens, out) + product(width, width, out)
-        return flops + product(width, width, out, gradients=1 if first else 2).times(momentum) + pushed
-    flops = _values(mixer, tokens, width, out, first) + product(width, tokens, out)
-    return flops + product(width, tokens, out).times(momentum and erase) + pushed
+    entering = product(width, tokens, out)
+    if is_moved_by_map(tokens, width, out, momentum=momentum):
+        pushed = product(width, width, out, gradients=1 if first else 2) + entering
+        return entering + product(width, width, out) + pushed.times(momentum)
+    return entering.times(1 + momentum + (momentum and erase))
 
 
 def _transition(mixer: SelfModifyingConfig, tokens: int, width: int) -> Flops:

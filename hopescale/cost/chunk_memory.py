@@ -5,7 +5,7 @@ Letters as in `chunk_flops`. Tables of a chunk are `C x C`; what counts tokens a
 
 from __future__ import annotations
 
-from hopescale.config.plan import head_dim
+from hopescale.config.plan import head_dim, is_moved_by_map, is_trace_smaller, trace_size
 from hopescale.config.schema import ModelConfig, SelfModifyingConfig
 from hopescale.cost.chunk_flops import Bank, banks
 
@@ -35,10 +35,7 @@ def chunk_entries(mixer: SelfModifyingConfig, bank: Bank, tokens: int, *, reads:
     """Count a bank's chunk, but for the state after it."""
     erase, square = mixer.inner_rule == "dgd", tokens * tokens
     total = _tables(mixer, tokens) + _writes(mixer, bank, tokens)
-    layers = [(bank.dim, bank.first, 1)]
-    if bank.hidden is not None:
-        layers += [(bank.hidden, bank.dim, bank.wide), (bank.hidden, 1, bank.narrow)]
-    for width, out, count in layers:
+    for width, out, count in bank.layers:
         total += count * ((2 + mixer.momentum) * square + tokens * width) * erase
         total += count * _after(mixer, tokens, width, out)
     if not reads:
@@ -61,20 +58,23 @@ def _writes(mixer: SelfModifyingConfig, bank: Bank, tokens: int) -> float:
     own, asks = mixer.targets == "self", mixer.objective == "l2" or mixer.targets == "self"
     spread = 1 + mixer.momentum + (mixer.error_cap is not None)
     total = 2 * tokens * bank.dim * own
+    # What enters a state is all that is left of values where there is no momentum; a map takes them as they are.
+    taken_off = mixer.inner_rule == "dgd" and not mixer.momentum
+    first_off = taken_off and not is_moved_by_map(tokens, bank.dim, bank.first, momentum=False)
     if bank.hidden is None:
-        return total + tokens * bank.first * spread
+        return total + tokens * bank.first * (spread - first_off)
     copied = asks and own
     hidden = 3 * (1 + own) + copied + 2
     out = bank.wide * bank.dim + bank.narrow
     total += tokens * bank.hidden * (bank.wide + bank.narrow) * hidden
-    return total + tokens * out * (spread + 1) + tokens * bank.first
+    return total + tokens * (out * (spread + 1 - taken_off) + bank.first * (1 - first_off))
 
 
 def _after(mixer: SelfModifyingConfig, tokens: int, width: int, out: int) -> float:
     """Count what moving a layer's state over the chunk keeps."""
     erase, momentum = mixer.inner_rule == "dgd", mixer.momentum
     pushed = tokens * width * momentum
-    if out > width:
+    if is_moved_by_map(tokens, width, out, momentum=momentum):
         matrices = (1 + momentum) * width * width
         return matrices + tokens * width * ((1 + momentum) * erase + (momentum or not erase)) + pushed
     last = tokens * width * (momentum or not erase)
@@ -90,6 +90,22 @@ def _values(mixer: SelfModifyingConfig, tokens: int, out: int) -> float:
 
 def _carried(mixer: SelfModifyingConfig, tokens: int, out: int) -> float:
     return tokens * out * (1 + mixer.momentum)
+
+
+def trace_entries(model: ModelConfig, tokens: int) -> tuple[float, float]:
+    """Count what says how a projection chunk moves all layers, and the weights and momenta it says that of.
+
+    A main memory with chunks of its own moves several times: its result is kept instead.
+    """
+    mixer, (*others, source) = model.self_modifying, banks(model)
+    rule = {"momentum": mixer.momentum, "erase": mixer.inner_rule == "dgd"}
+    kept, found = sum(bank.size * (1 + mixer.momentum) for bank in others), 0
+    for width, out, count in source.layers:
+        state = width * out * (1 + mixer.momentum)
+        is_smaller = is_trace_smaller(tokens, width, out, **rule)
+        kept += count * (trace_size(tokens, width, out, **rule) if is_smaller else state)
+        found += count * state * is_smaller
+    return kept, found
 
 
 def whole_entries(model: ModelConfig, seq_len: int) -> tuple[float, float]:

@@ -14,7 +14,7 @@ from hopescale.cost.chunk_flops import memory_flops
 from hopescale.cost.inventory import num_projections
 from hopescale.cost.operations import NOTHING, Flops, product
 
-Recompute = Literal["none", "chunks", "memory", "block"]
+Recompute = Literal["none", "chunks", "reverse", "memory", "block"]
 
 
 def flops_per_token(model: ModelConfig, seq_len: int) -> float:
@@ -70,4 +70,5 @@ def _mixing(model: ModelConfig, seq_len: int, recompute: Recompute | None) -> Fl
         seen = product(1, head_dim(model), (seq_len + 1) / 2).times(2 * model.num_heads)
         return seen if recompute is None else Flops(seen.forward, 2.5 * seen.forward)
     again = recompute not in (None, "none") and has_chunk_loop(model.self_modifying)
-    return memory_flops(model, seq_len, recompute=again).times(model.num_heads / seq_len)
+    replay = recompute == "reverse"
+    return memory_flops(model, seq_len, recompute=again, replay=replay).times(model.num_heads / seq_len)

@@ -9,7 +9,14 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from hopescale.config.plan import head_dim, kv_heads, levels_of_block, memory_dim, padded_vocab_size
+from hopescale.config.plan import (
+    head_dim,
+    kv_heads,
+    levels_of_block,
+    memory_banks,
+    memory_dim,
+    padded_vocab_size,
+)
 from hopescale.config.schema import LevelConfig, ModelConfig
 
 
@@ -114,16 +121,6 @@ def _self_modifying(model: ModelConfig) -> Iterator[Parameter]:
 def num_projections(model: ModelConfig) -> int:
     """Count the slices of the in-projection: streams for keys, values and queries, and the output gate."""
     return 3 + model.self_modifying.gate
-
-
-def memory_banks(model: ModelConfig) -> dict[str, list[str]]:
-    """Return the names of the memories in each bank, those that answer with vectors first."""
-    mixer = model.self_modifying
-    others = [name for name in "kv" if name in mixer.adaptive] + ["q"] * (mixer.query == "memory")
-    others += [name for name in ("eta", "alpha") if name in mixer.adaptive]
-    if mixer.projection_chunk_size in (None, mixer.chunk_size):
-        return {"memory": ["mem", *others]}
-    return {"memory": ["mem"], "projection": others}
 
 
 def memory_matrices(model: ModelConfig, out_dim: int) -> list[tuple[str, int, int]]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from hopescale.config.layout import Layout
-from hopescale.config.plan import kv_heads, padded_vocab_size
+from hopescale.config.plan import kv_heads, padded_vocab_size, reverse_saves
 from hopescale.config.schema import RunConfig
 from hopescale.cost.estimate import Estimate, Estimator
 from hopescale.cost.holdings import Holdings
@@ -117,7 +117,10 @@ def cheapest_change(estimator: Estimator, config: RunConfig, layout: Layout) -> 
 
 def recompute_modes(config: RunConfig) -> tuple[str, ...]:
     """Return what can be computed again, from what keeps most to what keeps least."""
-    return ("none", "memory", "block") if config.model.mixer == "attention" else ("none", "chunks", "memory", "block")
+    if config.model.mixer == "attention":
+        return ("none", "memory", "block")
+    reverse = ("reverse",) if reverse_saves(config.model) else ()
+    return ("none", "chunks", *reverse, "memory", "block")
 
 
 def _layouts(config: RunConfig, ranks: int, per_node: int) -> Iterator[tuple[RunConfig, Layout]]:

@@ -25,7 +25,8 @@ class Block(nn.Module):
         number: Which block of the model it is, from 0.
         mesh: Where this process stands.
         recompute: What is computed again in the backward pass instead of kept: the `block`, its mixer (`memory`), or
-            the `chunks` of its memories, from the states they start with. The first two do the third as well.
+            the `chunks` of its memories, from the states they start with. The first two do the third as well. So does
+            `reverse`, which computes most of these states again, too.
         compiled: Whether a chunk of the memories is compiled.
         backend: What computes memories.
     """
@@ -53,7 +54,8 @@ class Block(nn.Module):
         if config.mixer == "attention":
             self.mixer = Attention(*sizes, config.attention, scale=attention_scale(config), **shared)
         else:
-            computed = {"recompute": recompute != "none", "compiled": compiled, "backend": backend}
+            again = {"recompute": recompute != "none", "reverse": recompute == "reverse"}
+            computed = {**again, "compiled": compiled, "backend": backend}
             self.mixer = SelfModifying(*sizes, config.self_modifying, **shared, **computed)
         levels = levels_of_block(config, number)
         shared = {"norm_eps": config.norm_eps, "out_scale": out_scale, "mesh": mesh}

@@ -13,15 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hopescale.config.plan import is_moved_by_map, is_trace_smaller
 from hopescale.ops.delta_rule import (
     Chunk,
     ChunkTables,
+    Entry,
+    Move,
     Read,
     chunk_values,
-    move,
+    move_chunk,
     open_chunk,
     read_chunk,
-    transition,
     write_chunk,
 )
 from hopescale.ops.inner_gradient import InnerLoss, capped, mlp_writes
@@ -73,6 +75,41 @@ class Writes(NamedTuple):
     wide: tuple[Tensor, Tensor] | None
     narrow: tuple[Tensor, Tensor] | None
     surprise: Tensor | None
+
+
+_ABSENT = Weights(None, None, None)
+
+
+class Result(NamedTuple):
+    """A layer after a chunk: its weight, and its momentum if it has one."""
+
+    weight: Tensor
+    momentum: Tensor | None
+
+    def add(self, weight: Tensor, momentum: Tensor | None) -> Result:
+        """Do what `Entry.add` does, whatever was before."""
+        return self
+
+
+class Trace(NamedTuple):
+    """What a chunk did to the layers of a bank; of a layer where that has more entries, what it made of it."""
+
+    first: Entry | Move | Result
+    wide: Entry | Move | Result | None
+    narrow: Entry | Move | Result | None
+
+    @classmethod
+    def of_state(cls, state: BankState) -> Trace:
+        """Return the trace that ends in a state."""
+        layers = zip(state.running, state.momentum or _ABSENT, strict=True)
+        return cls(*(None if weight is None else Result(weight, momentum) for weight, momentum in layers))
+
+    def add(self, state: BankState) -> BankState:
+        """Return the state after the chunk, from that before it."""
+        layers = zip(self, state.running, state.momentum or _ABSENT, strict=True)
+        after = [(None, None) if part is None else part.add(weight, momentum) for part, weight, momentum in layers]
+        running, pushed = (Weights(*parts) for parts in zip(*after, strict=True))
+        return BankState(running, pushed if state.momentum else None, state.boundary)
 
 
 class InitialMemory(nn.Module):
@@ -205,25 +242,24 @@ class MemoryBank(nn.Module):
 
     def advance(
         self, state: BankState, writes: Writes, tables: ChunkTables, q: Tensor | None, read: Read
-    ) -> tuple[Tensor | None, BankState]:
+    ) -> tuple[Tensor | None, BankState, Trace]:
         """Move all memories over one chunk, and read the first wide one with `q` `[B, H, C, D]` on the way.
 
         Returns:
-            The answers to `q`, `[B, H, C, D]` (None without `q`), and the state after the chunk.
+            The answers to `q`, `[B, H, C, D]` (None without `q`), the state after the chunk, and what led there.
         """
-        momentum = state.momentum or Weights(None, None, None)
         per_memory = tables.map(lambda table: table.unsqueeze(2))
         pairs = ((writes.key, writes.first), writes.wide, writes.narrow)
         layers = [
             None if pair is None else _Layer.open(table, *pair, weight, push, self.rule.erase)
             for table, pair, weight, push in zip(
-                (tables, per_memory, per_memory), pairs, state.running, momentum, strict=True
+                (tables, per_memory, per_memory), pairs, state.running, state.momentum or _ABSENT, strict=True
             )
         ]
         after = [(None, None) if layer is None else layer.after() for layer in layers]
-        running, pushed = (Weights(*parts) for parts in zip(*after, strict=True))
+        results, traces = (Trace(*parts) for parts in zip(*after, strict=True))
         output = None if q is None else self._read(state.boundary, layers, q, read)
-        return output, BankState(running, pushed if state.momentum else None, state.boundary)
+        return output, results.add(state), traces
 
     def _read(self, boundary: Weights, layers: list[_Layer | None], q: Tensor, read: Read) -> Tensor:
         """Read the first wide memory. Two reads in a row make an MLP's."""
@@ -248,11 +284,16 @@ class _Layer(NamedTuple):
     ) -> _Layer:
         return cls(open_chunk(tables, keys, erase=erase), values, weight, momentum)
 
-    def after(self) -> tuple[Tensor, Tensor | None]:
-        if self.values.shape[-1] > self.chunk.k.shape[-1]:
-            return move(self.chunk, transition(self.chunk), self.values, self.weight, self.momentum)
-        values = chunk_values(self.chunk, self.values, self.weight, self.momentum)
-        return write_chunk(self.chunk, values, self.weight, self.momentum)
+    def after(self) -> tuple[Result, Entry | Move | Result]:
+        """Return the layer after the chunk, and its part of the `Trace`."""
+        sizes, momentum = (*self.chunk.k.shape[-2:], self.values.shape[-1]), self.momentum is not None
+        if is_moved_by_map(*sizes, momentum=momentum):
+            entry = move_chunk(self.chunk, self.values)
+        else:
+            entry = write_chunk(self.chunk, chunk_values(self.chunk, self.values, self.weight, self.momentum))
+        result = Result(*entry.add(self.weight, self.momentum))
+        smaller = is_trace_smaller(*sizes, momentum=momentum, erase=self.chunk.erased is not None)
+        return result, entry if smaller else result
 
     def read(self, q: Tensor, read: Read) -> Tensor:
         values = chunk_values(self.chunk, self.values, self.weight, self.momentum)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-Recompute = Literal["none", "chunks", "memory", "block"]
+Recompute = Literal["none", "chunks", "reverse", "memory", "block"]
 
 
 def recomputed(run: Callable[..., Any], *inputs: Any, probe: dict[str, Tensor] | None) -> Any:

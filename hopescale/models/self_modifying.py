@@ -5,21 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from itertools import accumulate, repeat
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hopescale.config.plan import has_chunk_loop
+from hopescale.config.plan import REVERSE_PARTS, has_chunk_loop
 from hopescale.config.schema import SelfModifyingConfig
-from hopescale.models.memory import KEY_EPS, BankState, InnerRule, MemoryBank
+from hopescale.models.memory import KEY_EPS, BankState, InnerRule, MemoryBank, Trace
 from hopescale.models.norm import RMSNorm
 from hopescale.models.state import LayerState
 from hopescale.ops.delta_rule import chunk_tables, delta_rule
 from hopescale.ops.head_streams import head_streams
 from hopescale.ops.norm import l2_norm
-from hopescale.ops.scan import scan
+from hopescale.ops.scan import Replay, scan
 from hopescale.ops.self_modifying import Backend, ChunkRule, SelfModify, Streams, Weights, fused_chunks
 from hopescale.parallel.layers import ColumnLinear, ParameterSpec, RowLinear, new_parameter
 from hopescale.parallel.mesh import Mesh
@@ -83,6 +83,7 @@ class SelfModifying(nn.Module):
         out_std: Standard deviation of the out-projection's initial weights.
         mesh: Where this process stands.
         recompute: Whether the backward pass computes every chunk again from the state it started with.
+        reverse: Whether, with `recompute`, it computes most of these states again, too, from what chunks wrote.
         compiled: Whether a chunk is compiled (`torch.compile`), once for every number of tokens that is met.
         backend: What computes the chunks; as of `fused_chunks`, and of `delta_rule` where chunks have no loop.
     """
@@ -98,12 +99,13 @@ class SelfModifying(nn.Module):
         out_std: float,
         mesh: Mesh,
         recompute: bool = False,
+        reverse: bool = False,
         compiled: bool = False,
         backend: Backend = "auto",
     ):
         super().__init__()
         self.has_loop, self.backend = has_chunk_loop(config), backend
-        self.recompute, self.compiled = recompute, compiled
+        self.recompute, self.reverse, self.compiled = recompute, reverse, compiled
         self._step = torch.compile(self._advance, fullgraph=True, dynamic=False) if compiled else self._advance
         self.config, self.head_dim = config, head_dim
         self.heads = num_heads // mesh.tp_group.size()
@@ -208,7 +210,8 @@ class SelfModifying(nn.Module):
 
     def _fused(self, position: int, streams: dict[str, Tensor]) -> SelfModify | None:
         """Return what runs the chunks as one operation where a model is trained; None if they are run one by one."""
-        if self.compiled or len(self.banks) > 1 or position % self.chunks[0] or not torch.is_grad_enabled():
+        in_loop = self.compiled or self.reverse or len(self.banks) > 1
+        if in_loop or position % self.chunks[0] or not torch.is_grad_enabled():
             return None
         return fused_chunks(_streams(streams), self.rule, self.backend)
 
@@ -257,39 +260,54 @@ class SelfModifying(nn.Module):
         # The step lasts as long as the graph, so it holds names and no tensors.
         cut, kept = tuple(streams), tuple(carried)
 
-        def step(index: int, into: list[Tensor], parts: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        def step(index: int, into: list[Tensor], parts: list[Tensor]) -> tuple[list[Tensor], list[Tensor], Any]:
             banks = dict(zip(kept, into, strict=True))
-            *outputs, banks = self._step(offsets[index], dict(zip(cut, parts, strict=True)), banks)
-            return outputs, [banks[name] for name in kept]
+            *outputs, banks, traces = self._step(offsets[index], dict(zip(cut, parts, strict=True)), banks)
+            if index < len(sizes) - 1:
+                banks = _at_boundary(banks)
+            return outputs, [banks[name] for name in kept], traces
 
-        (y, seen), after = scan(step, sizes, list(streams.values()), list(carried.values()), recompute=self.recompute)
+        def follow(into: list[Tensor], traces: dict[str, Trace]) -> list[Tensor]:
+            banks = dict(zip(kept, into, strict=True))
+            for name, trace in traces.items():
+                banks |= _pack(name, trace.add(_unpack(name, banks)))
+            banks = _at_boundary(banks)
+            return [banks[name] for name in kept]
+
+        computed = {"recompute": self.recompute, "replay": Replay(follow, REVERSE_PARTS) if self.reverse else None}
+        (y, seen), after = scan(step, sizes, list(streams.values()), list(carried.values()), **computed)
         return y, seen, dict(zip(carried, after, strict=True))
 
     def _advance(
         self, offset: int, streams: dict[str, Tensor], carried: dict[str, Tensor]
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Do what `_in_chunks` does over a projection chunk, or a part of one that begins `offset` tokens into it."""
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor], dict[str, Trace]]:
+        """Do what `_in_chunks` does over a projection chunk, or a part of one that begins `offset` tokens into it.
+
+        With `reverse`, the last result is what led each bank from the beginning to the end.
+        """
         source = "projection" if "projection" in self.banks else "memory"
         banks = {name: _unpack(name, carried) for name in self.banks}
         if offset == 0:
             banks[source] = banks[source].at_boundary()
         made = self._made(self.banks[source], banks[source].boundary, streams)
-        outputs, surprises = [], []
+        outputs, surprises, traces = [], [], {}
         for part in made.split(_pieces(offset, made.k.shape[2], self.chunks[0])):
             if offset % self.chunks[0] == 0:
                 banks["memory"] = banks["memory"].at_boundary()
-            y, surprise, banks["memory"] = self._move("memory", banks["memory"], part)
+            y, surprise, banks["memory"], traces["memory"] = self._move("memory", banks["memory"], part)
             outputs.append(y)
             surprises.append(surprise[:, :, 0])
             offset += part.k.shape[2]
         if source == "projection":
-            _, _, banks[source] = self._move(source, banks[source], made)
+            _, _, banks[source], traces[source] = self._move(source, banks[source], made)
+        if len(outputs) > 1:
+            traces["memory"] = Trace.of_state(banks["memory"])
         y, surprise = (torch.cat(x, dim=2) if len(x) > 1 else x[0] for x in (outputs, surprises))
         seen = torch.stack([made.eta, made.alpha, surprise], dim=-1).detach()
         after: dict[str, Tensor] = {}
         for name, bank in banks.items():
             after |= _pack(name, bank)
-        return y, seen, after
+        return y, seen, after, traces if self.reverse else {}
 
     def _made(self, bank: MemoryBank, boundary: Weights, streams: dict[str, Tensor]) -> Projections:
         """Make keys, values, queries and gates, by memories where they are adaptive (Eq. 90)."""
@@ -303,14 +321,14 @@ class SelfModifying(nn.Module):
         eta = self.config.eta_max * gates["eta"]
         return Projections(q, k, v, eta, gates.get("alpha", torch.ones_like(eta)), gates.get("mu"))
 
-    def _move(self, name: str, state: BankState, made: Projections) -> tuple[Tensor | None, Tensor, BankState]:
-        """Move a bank over one of its chunks: answers to the queries, the errors' norms, and the state after it."""
+    def _move(self, name: str, state: BankState, made: Projections) -> tuple[Tensor | None, Tensor, BankState, Trace]:
+        """Move a bank over one of its chunks: answers to queries, norms of errors, the state after it, its trace."""
         bank = self.banks[name]
         tables = chunk_tables(made.eta, made.alpha, made.mu)
         writes = bank.writes(state.boundary, made.k, made.v, made.mu)
         q = made.q if name == "memory" else None
-        y, state = bank.advance(state, writes, tables, q, self.config.read)
-        return y, writes.surprise, state
+        y, state, trace = bank.advance(state, writes, tables, q, self.config.read)
+        return y, writes.surprise, state, trace
 
 
 def _streams(streams: dict[str, Tensor]) -> Streams:
@@ -322,6 +340,11 @@ def _pieces(position: int, tokens: int, size: int) -> list[int]:
     first = min(tokens, size - position % size)
     rest = tokens - first
     return [first, *[size] * (rest // size), *[rest % size] * (rest % size > 0)]
+
+
+def _at_boundary(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Do what `BankState.at_boundary` does, to all banks."""
+    return {name: tensors[name.replace("/boundary/", "/running/")] for name in tensors}
 
 
 def _pack(name: str, state: BankState) -> dict[str, Tensor]:

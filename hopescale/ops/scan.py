@@ -2,29 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-Step = Callable[[int, list[Tensor], list[Tensor]], tuple[list[Tensor], list[Tensor]]]
-"""Maps the index of a part, what is carried into it and its slices of the streams to outputs and what is carried on."""
+Step = Callable[[int, list[Tensor], list[Tensor]], tuple[list[Tensor], list[Tensor], Any]]
+"""Maps the index of a part, what is carried into it and its slices of the streams to outputs, what is carried on, and
+a trace for `Replay`: tensors and None in tuples and dicts of any depth."""
+
+
+class Replay(NamedTuple):
+    """How the backward pass finds again what was carried into parts.
+
+    Attributes:
+        follow: Maps what was carried into a part and its trace to what it handed on, at little cost.
+        parts: Of so many in a row, what is carried into the first is kept, and traces for the others.
+    """
+
+    follow: Callable[[list[Tensor], Any], list[Tensor]]
+    parts: int
 
 
 class _Scan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, step: Step, sizes: Sequence[int], num_streams: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, step: Step, replay: Replay | None, sizes: Sequence[int], num_streams: int, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
         streams, carried = list(tensors[:num_streams]), list(tensors[num_streams:])
-        kept, outputs = [], []
+        every = 1 if replay is None else replay.parts
+        held, outputs, trace = [], [], None  # held: of each part what is carried into it, or the trace of that before
         for index, parts in enumerate(_parts(streams, sizes)):
-            kept.append(carried)
-            output, carried = step(index, carried, parts)
+            held.append(tree_map(_alone, trace) if index % every else carried)
+            output, carried, trace = step(index, carried, parts)
             outputs.append(output)
         ctx.set_materialize_grads(False)
-        ctx.step, ctx.sizes = step, sizes
-        ctx.save_for_backward(*streams, *(tensor for part in kept for tensor in part))
+        ctx.step, ctx.replay, ctx.sizes = step, replay, sizes
+        kept, ctx.held = tree_flatten(held)
+        ctx.save_for_backward(*streams, *kept)
         joined = _joined(outputs)
         ctx.num_streams, ctx.num_outputs = num_streams, len(joined)
         # What no part has replaced must not be handed out as it came in.
@@ -34,18 +52,17 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
-        streams, kept = saved[: ctx.num_streams], saved[ctx.num_streams :]
+        streams, held = saved[: ctx.num_streams], tree_unflatten(saved[ctx.num_streams :], ctx.held)
         d_outputs, d_carried = grads[: ctx.num_outputs], list(grads[ctx.num_outputs :])
-        needed = ctx.needs_input_grad[3:][: ctx.num_streams]
+        needed = ctx.needs_input_grad[4:][: ctx.num_streams]
         d_streams = [torch.zeros_like(x) if need else None for x, need in zip(streams, needed, strict=True)]
         ends = list(accumulate(ctx.sizes))
-        for index in reversed(range(len(ends))):
+        for index, into in zip(reversed(range(len(ends))), _entered(held, ctx.replay), strict=True):
             here = slice(ends[index] - ctx.sizes[index], ends[index])
-            into = kept[index * len(d_carried) :][: len(d_carried)]
             carried = [x.detach().requires_grad_() for x in into]
             parts = [x[:, :, here].detach().requires_grad_(need) for x, need in zip(streams, needed, strict=True)]
             with torch.enable_grad():
-                outputs, after = ctx.step(index, carried, parts)
+                outputs, after, _ = ctx.step(index, carried, parts)
             d_here = [None if grad is None else grad[:, :, here] for grad in d_outputs]
             known = [
                 (x, grad)
@@ -59,7 +76,35 @@ class _Scan(torch.autograd.Function):
             for whole, grad in zip((x for x in d_streams if x is not None), found, strict=False):
                 if grad is not None:
                     whole[:, :, here] = grad
-        return (None, None, None, *d_streams, *d_carried)
+        return (None, None, None, None, *d_streams, *d_carried)
+
+
+def _entered(held: Sequence[Any], replay: Replay | None) -> Iterator[list[Tensor]]:
+    """Yield what was carried into each part, the last part first; `held` as in `forward`."""
+    every = 1 if replay is None else replay.parts
+    for first in reversed(range(0, len(held), every)):
+        carried, *traces = held[first : first + every]
+        yield from _followed(carried, traces, replay)
+
+
+def _followed(carried: list[Tensor], traces: Sequence[Any], replay: Replay | None) -> Iterator[list[Tensor]]:
+    """Yield what lies after each of the traces in a row, the last one first, and in the end what lies before them.
+
+    Of `n` at most `log2(n)` are there at a time, as the second half is done before the first begins again.
+    """
+    if not traces:
+        yield carried
+        return
+    half, middle = (len(traces) + 1) // 2, carried
+    for trace in traces[:half]:
+        middle = replay.follow(middle, trace)
+    yield from _followed(middle, traces[half:], replay)
+    yield from _followed(carried, traces[: half - 1], replay)
+
+
+def _alone(tensor: Tensor | None) -> Tensor | None:
+    """Return a tensor that keeps no more than itself in memory."""
+    return tensor.clone() if tensor is not None and tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
 
 
 def _parts(streams: Sequence[Tensor], sizes: Sequence[int]) -> list[list[Tensor]]:
@@ -71,7 +116,13 @@ def _joined(outputs: Sequence[Sequence[Tensor]]) -> list[Tensor]:
 
 
 def scan(
-    step: Step, sizes: Sequence[int], streams: Sequence[Tensor], carried: Sequence[Tensor], *, recompute: bool
+    step: Step,
+    sizes: Sequence[int],
+    streams: Sequence[Tensor],
+    carried: Sequence[Tensor],
+    *,
+    recompute: bool,
+    replay: Replay | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Run `step` over the parts of a sequence, one after the other.
 
@@ -82,15 +133,16 @@ def scan(
         carried: What the first part is given; each part hands on as many tensors of the same shapes.
         recompute: Whether, of all that a part computes, only what is carried into it is kept for the backward pass.
             Gradients are those of plain automatic differentiation, up to the order of sums.
+        replay: With `recompute`: how to find what is carried into most parts again; traces are kept instead.
 
     Returns:
         Outputs, joined along the tokens, and what the last part hands on.
     """
     if recompute and torch.is_grad_enabled():
-        result = list(_Scan.apply(step, sizes, len(streams), *streams, *carried))
+        result = list(_Scan.apply(step, replay, sizes, len(streams), *streams, *carried))
         return result[: -len(carried)], result[-len(carried) :]
     outputs, carried = [], list(carried)
     for index, parts in enumerate(_parts(streams, sizes)):
-        output, carried = step(index, carried, parts)
+        output, carried, _ = step(index, carried, parts)
         outputs.append(output)
     return _joined(outputs), carried

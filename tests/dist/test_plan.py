@@ -31,6 +31,12 @@ ALONE = {
     "bf16, blocks again": ["train.precision=bf16", "train.recompute=block"],
     "mixers again": ["train.recompute=memory", "train.micro_batch_size=8"],
     "all kept": ["train.recompute=none"],
+    "states again": ["train.recompute=reverse", "train.seq_len=512", "model.self_modifying.chunk_size=8"],
+    "states again, no momentum": [
+        "train.recompute=reverse",
+        "train.seq_len=256",
+        "model.self_modifying={chunk_size: 8, momentum: false, memory: linear}",
+    ],
     "transformer": [
         "model.mixer=attention",
         "model.self_modifying.chunk_size=64",

@@ -57,10 +57,11 @@ class TrainConfig:
     """Type of weights and activations. With bf16 the optimizer keeps fp32 master weights; memories are fp32 always."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; `auto` takes CUDA where there is one."""
-    recompute: Literal["none", "chunks", "memory", "block"] = "chunks"
+    recompute: Literal["none", "chunks", "reverse", "memory", "block"] = "chunks"
     """Activations computed again in the backward pass instead of kept. `chunks`: of memories only the state at the
-    start of every chunk is kept (attention has no chunks and keeps what it makes). `memory`: of a mixer only its input.
-    `block`: only the input of every block."""
+    start of every chunk is kept (attention has no chunks and keeps what it makes). `reverse`: of most chunks only what
+    they wrote, from which these states are found again on the way back; where `model.self_modifying.chunk_size` is well
+    below the head dim. `memory`: of a mixer only its input. `block`: only the input of every block."""
     compile: bool = False
     """Whether the chunk loop of memories is compiled (`torch.compile`): faster, after minutes for the first step. Needs
     a C++ compiler on CPU, Triton on CUDA. Only with `model.mixer: self_modifying`. `backend: auto` is `torch` then."""

@@ -3,17 +3,17 @@
 from hopescale.ops.delta_rule.backend import KERNEL_DIMS, Backend, delta_rule, triton_obstacle
 from hopescale.ops.delta_rule.chunked import (
     Chunk,
-    ChunkTables,
+    Entry,
+    Move,
     Values,
-    chunk_tables,
     chunk_values,
-    move,
+    move_chunk,
     open_chunk,
     read_chunk,
-    transition,
     write_chunk,
 )
 from hopescale.ops.delta_rule.naive import delta_rule_naive
+from hopescale.ops.delta_rule.tables import ChunkTables, chunk_tables
 from hopescale.ops.delta_rule.types import DeltaRuleOutput, Read
 
 __all__ = [
@@ -22,16 +22,17 @@ __all__ = [
     "Chunk",
     "ChunkTables",
     "DeltaRuleOutput",
+    "Entry",
+    "Move",
     "Read",
     "Values",
     "chunk_tables",
     "chunk_values",
     "delta_rule",
     "delta_rule_naive",
-    "move",
+    "move_chunk",
     "open_chunk",
     "read_chunk",
-    "transition",
     "triton_obstacle",
     "write_chunk",
 ]

@@ -7,115 +7,14 @@ states and momenta transposed, `[..., D, Do]`: products with small matrices from
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import repeat
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from hopescale.ops.delta_rule.tables import ChunkTables, Weighting, chunk_tables
 from hopescale.ops.delta_rule.types import DeltaRuleOutput, Read, check_arguments
-
-
-class Weighting(NamedTuple):
-    """What a state at each token of a chunk is made of. Rows are reading tokens, columns writing tokens.
-
-    Attributes:
-        start: Weight of the chunk's first state `[..., C]`.
-        push: Weight of the chunk's first momentum `[..., C]`; None without momentum.
-        write: Weight of each write value, its `eta` included `[..., C, C]`.
-        erase: Weight of what each write erased, its `eta` included; equals `write` without momentum.
-    """
-
-    start: Tensor
-    push: Tensor | None
-    write: Tensor
-    erase: Tensor
-
-
-class ChunkTables(NamedTuple):
-    """Weights of one chunk, in the type of the state. Row `t` is of the state before token `t`, the last of the end.
-
-    Attributes:
-        start: As in `Weighting`, `[..., C + 1]`.
-        push: The same; None without momentum.
-        write: The same, `[..., C + 1, C]`; equals `erase` without momentum.
-        erase: The same.
-        last_push: Weight of each write value in the last momentum, its `eta` included `[..., C]`; None without.
-        push_kept: Weight of the first momentum in the last one `[...]`; None without.
-    """
-
-    start: Tensor
-    push: Tensor | None
-    write: Tensor
-    erase: Tensor
-    last_push: Tensor | None
-    push_kept: Tensor | None
-
-    @property
-    def before(self) -> Weighting:
-        """Weights of the state before each token's own write, `S_{t-1}`."""
-        return self._rows(slice(-1))
-
-    @property
-    def after(self) -> Weighting:
-        """Weights of the state after it, `S_t`."""
-        return self._rows(slice(1, None))
-
-    def _rows(self, rows: slice) -> Weighting:
-        push = None if self.push is None else self.push[..., rows]
-        return Weighting(self.start[..., rows], push, self.write[..., rows, :], self.erase[..., rows, :])
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> ChunkTables:
-        """Apply a function to every table."""
-        return ChunkTables(*(None if table is None else function(table) for table in self))
-
-
-class _Ratios(torch.autograd.Function):
-    """Products of a gate between two tokens, from its logs `[..., C]`: `[..., C + 1, C]`.
-
-    Entry `(t, s)` is `prod_{s < r < t} gate_r`, 0 for `s >= t`: row t describes the state before token t's write.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, log_gate: Tensor) -> Tensor:
-        size = log_gate.shape[-1]
-        # The logs are summed from s on, never subtracted as two long sums, so that one tiny gate costs no precision.
-        steps = log_gate[..., None].expand(*log_gate.shape, size).tril(-1).cumsum_(-2).exp_().tril_()
-        products = F.pad(steps, (0, 0, 1, 0))
-        ctx.save_for_backward(products)
-        return products
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (products,) = ctx.saved_tensors
-        share = grad * products
-        # The log of gate r is in every entry with s < r < t.
-        entering = share.sum(-1)[..., 1:] - share.sum(-2)
-        return entering.flip(-1).cumsum_(-1).flip(-1)
-
-
-def _log(gate: Tensor) -> Tensor:
-    return gate.clamp_min(torch.finfo(gate.dtype).tiny).log()
-
-
-def chunk_tables(eta: Tensor, alpha: Tensor, mu: Tensor | None) -> ChunkTables:
-    """Compute the tables of one chunk from its gates, each `[..., C]`; `alpha` and `mu` in `[0, 1]`."""
-    log_alpha = _log(alpha)
-    kept = _Ratios.apply(log_alpha)
-    start = F.pad(log_alpha.cumsum(-1), (1, 0)).exp()
-    erase = kept * eta[..., None, :]
-    push = last_push = push_kept = None
-    if mu is None:
-        write = erase
-    else:
-        log_mu = _log(mu)
-        chain = _Ratios.apply(log_mu)[..., 1:, :] * eta[..., None, :]
-        from_start = log_mu.cumsum(-1).exp()
-        write, push = kept @ chain, (kept @ from_start[..., None])[..., 0]
-        last_push, push_kept = chain[..., -1, :], from_start[..., -1]
-    return ChunkTables(start, push, write, erase, last_push, push_kept)
 
 
 class Chunk(NamedTuple):
@@ -205,22 +104,56 @@ def read_chunk(chunk: Chunk, q: Tensor, values: Values, state: Tensor, momentum:
     return output + (weighting.write * similar) @ values.written - erased @ values.read
 
 
-def write_chunk(chunk: Chunk, values: Values, state: Tensor, momentum: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Return memory and momentum after the chunk's last token. Arguments as in `read_chunk`."""
-    after = chunk.tables.after
-    last = chunk.erased if momentum is None and chunk.erased is not None else after.write[..., -1, :, None] * chunk.k
-    moved = _plus_product(after.start[..., -1, None, None] * state, last.mT, values.written)
-    if momentum is None:
-        return moved, None
-    moved = torch.addcmul(moved, after.push[..., -1, None, None], momentum)
-    if values.read is not None:
-        moved = _plus_product(moved, chunk.erased.mT, values.read, sign=-1)
-    return moved, _pushed(chunk, values.written, momentum)
+class Entry(NamedTuple):
+    """What enters a state in a chunk. All but the first three are None without momentum.
+
+    Attributes:
+        kept: Weight of the chunk's first state in the last one `[...]`.
+        keys: `[..., C, D]`; without momentum their weights are in them.
+        values: `[..., C, Do]`.
+        weights: Of the values in the last state `[..., C]`.
+        push: Weight of the first momentum in the last state `[...]`.
+        erased: Keys of what is lost `[..., C, D]`; None if writes do not erase.
+        read: Values of what is lost `[..., C, Do]`; None if writes do not erase.
+        last_push: Weights of the values in the last momentum `[..., C]`.
+        push_kept: Weight of the first momentum in the last one `[...]`.
+    """
+
+    kept: Tensor
+    keys: Tensor
+    values: Tensor
+    weights: Tensor | None = None
+    push: Tensor | None = None
+    erased: Tensor | None = None
+    read: Tensor | None = None
+    last_push: Tensor | None = None
+    push_kept: Tensor | None = None
+
+    def add(self, state: Tensor, momentum: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return memory and momentum after the chunk, from those at its first token, as in `chunk_values`."""
+        keys = self.keys if self.weights is None else self.weights[..., None] * self.keys
+        moved = _plus_product(self.kept[..., None, None] * state, keys.mT, self.values)
+        if momentum is None:
+            return moved, None
+        moved = torch.addcmul(moved, self.push[..., None, None], momentum)
+        if self.erased is not None:
+            moved = _plus_product(moved, self.erased.mT, self.read, sign=-1)
+        return moved, _pushed(momentum, self.keys, self.values, self.last_push, self.push_kept)
 
 
-def _pushed(chunk: Chunk, u: Tensor, momentum: Tensor) -> Tensor:
-    tables = chunk.tables
-    return _plus_product(tables.push_kept[..., None, None] * momentum, (tables.last_push[..., None] * chunk.k).mT, u)
+def write_chunk(chunk: Chunk, values: Values) -> Entry:
+    """Return what enters the state in a chunk. Arguments as in `read_chunk`."""
+    tables, after = chunk.tables, chunk.tables.after
+    kept, weights = after.start[..., -1], after.write[..., -1, :]
+    if after.push is None:
+        return Entry(kept, weights[..., None] * chunk.k if chunk.erased is None else chunk.erased, values.written)
+    lost = (None, None) if values.read is None else (chunk.erased, values.read)
+    push = after.push[..., -1]
+    return Entry(kept, chunk.k, values.written, weights, push, *lost, tables.last_push, tables.push_kept)
+
+
+def _pushed(momentum: Tensor, keys: Tensor, u: Tensor, last_push: Tensor, push_kept: Tensor) -> Tensor:
+    return _plus_product(push_kept[..., None, None] * momentum, (last_push[..., None] * keys).mT, u)
 
 
 def _plus_product(x: Tensor, left: Tensor, right: Tensor, sign: int = 1) -> Tensor:
@@ -259,14 +192,37 @@ def transition(chunk: Chunk) -> Transition:
     return Transition(state, momentum, (after.write[..., -1, :, None] * k).mT - lost @ chunk.written)
 
 
-def move(
-    chunk: Chunk, by: Transition, u: Tensor, state: Tensor, momentum: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """Do what `write_chunk` does, with write values `u` and a transition."""
-    moved = _plus_product(by.values @ u, by.state, state)
-    if momentum is None:
-        return moved, None
-    return _plus_product(moved, by.momentum, momentum), _pushed(chunk, u, momentum)
+class Move(NamedTuple):
+    """A transition with what it moves in. The last three are None without momentum.
+
+    Attributes:
+        by: The transition.
+        values: Write values `[..., C, Do]`.
+        keys: `[..., C, D]`.
+        last_push: As in `Entry`.
+        push_kept: As in `Entry`.
+    """
+
+    by: Transition
+    values: Tensor
+    keys: Tensor | None
+    last_push: Tensor | None
+    push_kept: Tensor | None
+
+    def add(self, state: Tensor, momentum: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Do what `Entry.add` does."""
+        moved = _plus_product(self.by.values @ self.values, self.by.state, state)
+        if momentum is None:
+            return moved, None
+        pushed = _pushed(momentum, self.keys, self.values, self.last_push, self.push_kept)
+        return _plus_product(moved, self.by.momentum, momentum), pushed
+
+
+def move_chunk(chunk: Chunk, u: Tensor) -> Move:
+    """Return how a chunk in which `u` `[..., C, Do]` is written moves the state, in the form that `transition` is."""
+    tables = chunk.tables
+    keys = None if tables.push is None else chunk.k
+    return Move(transition(chunk), u, keys, tables.last_push, tables.push_kept)
 
 
 def delta_rule_chunked(

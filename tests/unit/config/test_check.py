@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from hopescale.common.errors import ConfigError
-from hopescale.config import check_backend, check_parallel
+from hopescale.config import check_backend, check_parallel, check_recompute
 from hopescale.config.check import RULES, check, check_layout, require_valid
 from hopescale.config.load import load_recipe
 from hopescale.config.schema import RunConfig
@@ -47,6 +47,19 @@ BROKEN = [
     (["train.backend=cpp", "train.compile=true"], "train.backend", "train.compile takes the chunk loop"),
     (["train.backend=cpp", f"{PROJECTION}=128"], "train.backend", "projection_chunk_size is 128, chunk_size 64"),
     (["train.backend=cpp", f"{MIXER}.memory_dim=24"], "train.backend", "memories are 24 wide, not a multiple of 16"),
+    ([ATTENTION, "train.recompute=reverse"], "train.recompute", "the mixer is attention"),
+    (
+        ["train.recompute=reverse", f"{MIXER}.memory=linear", f"{MIXER}.objective=dot", f"{MIXER}.adaptive=[]"],
+        "train.recompute",
+        "stores static values",
+    ),
+    (["train.recompute=reverse"], "train.recompute", "what chunk_size = 64 tokens write"),
+    (
+        ["train.recompute=reverse", f"{MIXER}.chunk_size=4", f"{PROJECTION}=16"],
+        "train.recompute",
+        "what projection_chunk_size = 16 tokens write",
+    ),
+    (["train.recompute=reverse", f"{MIXER}.chunk_size=4", "train.seq_len=4"], "train.recompute", "is one chunk"),
     (["checkpoint.keep_last=0"], "checkpoint.keep_last", "at least 1"),
     (["log.every=0"], "log.every", "at least 1"),
     (["name=a/b"], "name", "cannot name a folder"),
@@ -123,6 +136,8 @@ def problems_of(recipe, *overrides):
         ["train.compile=true"],
         ["train.backend=cpp", "model.num_heads=1"],
         ["train.backend=torch", f"{PROJECTION}=128"],
+        ["train.recompute=reverse", f"{MIXER}.chunk_size=4"],
+        ["train.recompute=reverse", f"{MIXER}.chunk_size=2", f"{PROJECTION}=4", f"{MIXER}.momentum=false"],
         ["train.backend=triton", f"{MIXER}.memory=linear", f"{MIXER}.objective=dot", f"{MIXER}.adaptive=[]"],
     ],
     ids=str,
@@ -171,7 +186,7 @@ def test_the_bare_schema_lacks_only_levels_and_data():
     assert {problem.key for problem in check(RunConfig())} == {"model.cms.levels", "data.sources"}
 
 
-@pytest.mark.parametrize("module", [sys.modules[check.__module__], check_backend, check_parallel])
+@pytest.mark.parametrize("module", [sys.modules[check.__module__], check_backend, check_parallel, check_recompute])
 def test_every_rule_is_registered(module):
     own = {name: value for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__}
     rules = {value for name, value in own.items() if not name.startswith("_")} - {check, check_layout, require_valid}

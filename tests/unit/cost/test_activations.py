@@ -55,7 +55,7 @@ def planned_bytes(overrides: list[str], recompute: str) -> float:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("recompute", ["none", "chunks"])
+@pytest.mark.parametrize("recompute", ["none", "chunks", "reverse"])
 @pytest.mark.parametrize("overrides", CASES.values(), ids=CASES)
 def test_what_is_kept(overrides: list[str], recompute: str, precision: str):
     overrides = [*overrides, f"train.precision={precision}"]

@@ -67,8 +67,8 @@ def test_model_flops_are_what_torch_executes(overrides: list[str]):
         assert flops_per_token(model, SEQ_LEN) == expected
 
 
-@pytest.mark.parametrize("recompute", ["chunks", "memory", "block"])
-@pytest.mark.parametrize("mixer", ["hope", "linear", "two banks", "deltanet", "attention"])
+@pytest.mark.parametrize("recompute", ["chunks", "reverse", "memory", "block"])
+@pytest.mark.parametrize("mixer", ["hope", "linear", "no momentum", "two banks", "deltanet", "attention"])
 def test_recomputation_is_counted_as_executed(mixer: str, recompute: str):
     expected = executed_flops_per_token(config_of(MIXERS[mixer]), SEQ_LEN, recompute)
     assert executed(MIXERS[mixer], recompute) == pytest.approx(expected, rel=0.01)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hopescale.config.schema import SelfModifyingConfig
 from hopescale.models import Model, ModelState, self_modifying
 from hopescale.parallel.layers import cross_entropy_sum
 from tests.support.models import BASE
@@ -77,6 +78,39 @@ def test_chunks_computed_again_give_the_gradients_of_plain_differentiation(varia
     for name, gradient in gradients.items():
         error = (gradients_again[name] - gradient).norm() / gradient.norm().clamp_min(1e-12)
         assert error < 1e-6, name
+
+
+SHORT = {"chunk_size": 2, "error_cap": 1.0}
+REVERSED = {
+    "hope": {},
+    "no momentum": {"momentum": False},
+    "linear": {"memory": "linear"},
+    "linear, no momentum": {"memory": "linear", "momentum": False},
+    "gradient descent": {"inner_rule": "gd", "eta_init": 0.01},
+    "gradient descent, no momentum": {"inner_rule": "gd", "momentum": False, "eta_init": 0.01},
+    "no retention": {"retention": False, "adaptive": ("k", "v", "eta"), "momentum": False},
+    "little retention": {"alpha_init": 0.1, "momentum": False},
+    "one memory, short hidden": {"adaptive": (), "targets": "value", "memory_dim": 4},
+    "two banks": {"query": "memory", "projection_chunk_size": 4},
+}
+
+
+@pytest.mark.parametrize("carried", [False, True])
+@pytest.mark.parametrize("settings", REVERSED.values(), ids=REVERSED)
+def test_states_found_again_are_the_same_bits(settings: dict, carried: bool):
+    config = replace(BASE, num_heads=2, self_modifying=SelfModifyingConfig(**(SHORT | settings)))
+    results, kept = {}, {}
+    for mode in ("none", "chunks", "reverse"):
+        model = Model(config, seed=2, recompute=mode)
+        loss = forward(model, model(TOKENS[:, :11])[1] if carried else None)
+        loss.backward()
+        results[mode] = {name: p.grad for name, p in model.named_parameters()} | {"loss": loss.detach()}
+        kept[mode] = kept_bytes(model)
+    assert kept["reverse"] < 0.95 * kept["chunks"]
+    for name, gradient in results["reverse"].items():
+        assert torch.equal(gradient, results["chunks"][name]), name
+        plain = results["none"][name]
+        assert (gradient - plain).abs().max() <= 1e-6 * plain.abs().max(), name
 
 
 def test_less_is_kept():
