@@ -129,6 +129,15 @@ def fused_obstacle(config: RunConfig, backend: str) -> str | None:
     return None
 
 
+def computed_again(config: RunConfig) -> str:
+    """Return what is computed again, as `train.recompute` says it: operations that run all chunks always do these."""
+    recompute, model = config.train.recompute, config.model
+    has_chunks = model.mixer == "self_modifying" and has_chunk_loop(model.self_modifying)
+    if recompute != "none" or not has_chunks or config.train.backend == "torch" or fused_obstacle(config, "cpp"):
+        return recompute
+    return "chunks"
+
+
 def memory_banks(model: ModelConfig) -> dict[str, list[str]]:
     """Return the names of the memories in each bank, those that answer with vectors first."""
     mixer = model.self_modifying

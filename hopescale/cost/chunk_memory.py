@@ -116,6 +116,6 @@ def whole_entries(model: ModelConfig, seq_len: int) -> tuple[float, float]:
     erase, momentum = mixer.inner_rule == "dgd", mixer.momentum
     square, wide = size * size, size * dim
     each = _tables(mixer, size) + ((2 + momentum) * square + wide) * erase
-    each += (1 + momentum) * dim * dim + wide * (1 + (1 + momentum) * erase + 2 * momentum)
+    each += (1 + momentum) * dim * dim + wide * ((1 + momentum) * erase + 2 * momentum)
     each += _values(mixer, size, dim) + _carried(mixer, size, dim) + (2 + (erase and momentum)) * square
     return each * chunks, 2 * (1 + momentum) * dim * dim * chunks

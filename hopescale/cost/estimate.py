@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hopescale.config.layout import Layout
-from hopescale.config.plan import has_chunk_loop, make_plan, projection_chunk_size
+from hopescale.config.plan import computed_again, has_chunk_loop, make_plan, projection_chunk_size
 from hopescale.config.schema import ModelConfig, RunConfig
 from hopescale.cost.comm import stream_bytes
 from hopescale.cost.flops import flops_by_part, flops_per_token
@@ -144,7 +144,7 @@ class Estimator:
         return lines
 
     def _flops(self, config: RunConfig) -> dict[str, Flops]:
-        how = config.train.recompute
+        how = computed_again(config)
         if how not in self._parts:
             self._parts[how] = flops_by_part(config.model, config.train.seq_len, recompute=how)
         return self._parts[how]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hopescale.config.layout import Layout
-from hopescale.config.plan import make_plan, padded_vocab_size
+from hopescale.config.plan import computed_again, make_plan, padded_vocab_size
 from hopescale.config.schema import RunConfig
 from hopescale.cost.activations import FP32, Sizes, block_activations, head_bytes, logits_bytes
 from hopescale.cost.holdings import Holding, Holdings, gathers
@@ -140,7 +140,7 @@ class _Passing:
         self.config, self.layout, self.holding = config, layout, holding
         self.micro_batches = make_plan(config, layout).grad_accumulation
         self.sizes = Sizes.of(config.train, layout)
-        self.block = block_activations(model, self.sizes, config.train.recompute)
+        self.block = block_activations(model, self.sizes, computed_again(config))
         self.blocks = sum(map(len, slices)) / len(slices)
         self.is_last = slices[-1].stop == model.num_layers
         waiting = layout.pp - stage

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from hopescale.config.layout import Layout
-from hopescale.config.plan import make_plan
+from hopescale.config.plan import computed_again, make_plan
 from hopescale.config.schema import RunConfig
 from hopescale.cost.comm import bytes_per_step
 from hopescale.cost.estimate import Estimate, Estimator
@@ -80,7 +80,7 @@ def _parameters(config: RunConfig, stages: list) -> dict[str, Any]:
 
 def _flops(config: RunConfig) -> dict[str, Any]:
     model, seq_len = config.model, config.train.seq_len
-    executed = flops_by_part(model, seq_len, recompute=config.train.recompute)
+    executed = flops_by_part(model, seq_len, recompute=computed_again(config))
     total = flops_per_token(model, seq_len)
     parts = {
         name: {"forward": part.forward, "backward": part.backward, "executed": executed[name].total}
