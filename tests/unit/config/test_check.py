@@ -45,6 +45,11 @@ BROKEN = [
     ),
     ([ATTENTION, "train.backend=torch"], "train.backend", "the mixer is attention"),
     (["train.backend=cpp", "train.compile=true"], "train.backend", "train.compile takes the chunk loop"),
+    (
+        ["train.backend=cpp", "train.recompute=reverse", "model.num_heads=1", f"{MIXER}.chunk_size=4"],
+        "train.backend",
+        "train.recompute: reverse takes the chunk loop",
+    ),
     (["train.backend=cpp", f"{PROJECTION}=128"], "train.backend", "projection_chunk_size is 128, chunk_size 64"),
     (["train.backend=cpp", f"{MIXER}.memory_dim=24"], "train.backend", "memories are 24 wide, not a multiple of 16"),
     ([ATTENTION, "train.recompute=reverse"], "train.recompute", "the mixer is attention"),

@@ -101,7 +101,7 @@ def test_states_found_again_are_the_same_bits(settings: dict, carried: bool):
     config = replace(BASE, num_heads=2, self_modifying=SelfModifyingConfig(**(SHORT | settings)))
     results, kept = {}, {}
     for mode in ("none", "chunks", "reverse"):
-        model = Model(config, seed=2, recompute=mode)
+        model = Model(config, seed=2, recompute=mode, backend="torch")
         loss = forward(model, model(TOKENS[:, :11])[1] if carried else None)
         loss.backward()
         results[mode] = {name: p.grad for name, p in model.named_parameters()} | {"loss": loss.detach()}
