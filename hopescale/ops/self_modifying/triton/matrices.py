@@ -1,0 +1,103 @@
+"""Products of what lies in memory, a block of rows at a time, and writes to memory that the program reads again.
+
+A piece's matrix of tokens is `[C, width]`, rows side by side. `exists` says which of its tokens there are.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tile(pointer, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Point to a whole matrix `[ROWS, WIDTH]`."""
+    return pointer + tl.arange(0, ROWS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+
+
+@triton.jit
+def put(pointers, values):
+    """Store what other threads of the program have read before, or will read."""
+    tl.debug_barrier()
+    tl.store(pointers, values)
+    tl.debug_barrier()
+
+
+@triton.jit
+def add(pointers, values):
+    """Add to what was stored by `put`."""
+    put(pointers, tl.load(pointers) + values)
+
+
+@triton.jit
+def load_rows(x, exists, WIDTH: tl.constexpr):
+    """Load a piece's matrix of tokens, 0 where there is no token."""
+    return tl.load(tile(x, exists.shape[0], WIDTH), mask=exists[:, None], other=0.0)
+
+
+@triton.jit
+def multiply(a, b, PLAN: tl.constexpr):
+    """Multiply two matrices in registers."""
+    return tl.dot(a, b, input_precision=PLAN.precision)
+
+
+@triton.jit
+def times(
+    x,
+    exists,
+    matrix,
+    ROW: tl.constexpr,
+    COLUMN: tl.constexpr,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    PLAN: tl.constexpr,
+):
+    """Multiply tokens `x` `[C, K]` with a matrix `[K, N]`, whose entry `(k, n)` lies at `k * ROW + n * COLUMN`."""
+    BLOCK: tl.constexpr = PLAN.block if PLAN.block < K else K
+    C: tl.constexpr = PLAN.rows
+    rows, n = tl.arange(0, C), tl.arange(0, N)
+    total = tl.zeros((C, N), tl.float32)
+    for first in range(0, K, BLOCK):
+        k = first + tl.arange(0, BLOCK)
+        left = tl.load(x + rows[:, None] * K + k[None, :], mask=exists[:, None], other=0.0)
+        right = tl.load(matrix + k[:, None] * ROW + n[None, :] * COLUMN)
+        total += tl.dot(left, right, input_precision=PLAN.precision)
+    return total
+
+
+@triton.jit
+def pairs(x, y, exists, K: tl.constexpr, PLAN: tl.constexpr):
+    """Multiply tokens `x` and `y` `[C, K]` with one another: `[C, C]`."""
+    BLOCK: tl.constexpr = PLAN.block if PLAN.block < K else K
+    C: tl.constexpr = PLAN.rows
+    rows = tl.arange(0, C)
+    total = tl.zeros((C, C), tl.float32)
+    for first in range(0, K, BLOCK):
+        k = first + tl.arange(0, BLOCK)
+        left = tl.load(x + rows[:, None] * K + k[None, :], mask=exists[:, None], other=0.0)
+        right = tl.load(y + rows[None, :] * K + k[:, None], mask=exists[None, :], other=0.0)
+        total += tl.dot(left, right, input_precision=PLAN.precision)
+    return total
+
+
+@triton.jit
+def outer(x, exists, values, k, K: tl.constexpr, PLAN: tl.constexpr):
+    """Multiply columns `k` of tokens `x` `[C, K]` with values `[C, N]`: `[k, N]`."""
+    rows = tl.arange(0, PLAN.rows)
+    left = tl.load(x + rows[None, :] * K + k[:, None], mask=exists[None, :], other=0.0)
+    return tl.dot(left, values, input_precision=PLAN.precision)
+
+
+@triton.jit
+def add_outer(matrix, ROW: tl.constexpr, x, exists, values, K: tl.constexpr, N: tl.constexpr, PLAN: tl.constexpr):
+    """Add `x^T values`, of tokens `[C, K]` and `[C, N]`, to a matrix `[K, N]` whose rows are `ROW` apart."""
+    BLOCK: tl.constexpr = PLAN.block if PLAN.block < K else K
+    for first in range(0, K, BLOCK):
+        k = first + tl.arange(0, BLOCK)
+        add(matrix + k[:, None] * ROW + tl.arange(0, N)[None, :], outer(x, exists, values, k, K, PLAN))
+
+
+@triton.jit
+def slope(gate, hidden):
+    """Differentiate `silu`, from `gate = sigmoid(x)` and `hidden = x gate`."""
+    return gate + hidden * (1 - gate)

@@ -1,0 +1,201 @@
+"""What memories answer, and what they write for keys and values, at the weights that a chunk begins with.
+
+`memory` counts wide memories from 0, and narrow ones from 0. `state` points to a packed set of weights.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from hopescale.ops.self_modifying.triton import scratch as at
+from hopescale.ops.self_modifying.triton.matrices import load_rows, put, slope, tile, times
+
+NORM_EPS = tl.constexpr(1e-6)
+"""Of `l2_norm`."""
+
+
+@triton.jit
+def first_layer(memory, NARROW: tl.constexpr, PLAN: tl.constexpr):
+    """Return where a memory's first layer begins in a packed set of weights; its rows are `PLAN.columns` apart."""
+    offset = memory * PLAN.hidden
+    if NARROW:
+        offset = PLAN.wide * PLAN.hidden + memory * PLAN.narrow_width
+    return offset
+
+
+@triton.jit
+def second_layer(memory, NARROW: tl.constexpr, PLAN: tl.constexpr):
+    """Return where a memory's second layer begins; its rows lie side by side."""
+    offset = PLAN.second + memory * PLAN.hidden * PLAN.dim
+    if NARROW:
+        offset = PLAN.second + PLAN.wide * PLAN.hidden * PLAN.dim + memory * PLAN.hidden * PLAN.narrow_columns
+    return offset
+
+
+@triton.jit
+def ask(x, exists, state, memory, scratch, NARROW: tl.constexpr, PLAN: tl.constexpr):
+    """Ask a memory with tokens `x` `[C, D]`; a narrow one answers in the first of its columns."""
+    N: tl.constexpr = PLAN.narrow_columns if NARROW else PLAN.dim
+    first = state + first_layer(memory, NARROW, PLAN)
+    if PLAN.mlp:
+        pre = times(x, exists, first, PLAN.columns, 1, PLAN.dim, PLAN.hidden, PLAN)
+        hidden = at.matrix(scratch, at.HIDDEN, PLAN)
+        put(tile(hidden, PLAN.rows, PLAN.hidden), pre * tl.sigmoid(pre))
+        second = state + second_layer(memory, NARROW, PLAN)
+        answer = times(hidden, exists, second, N, 1, PLAN.hidden, N, PLAN)
+        if not NARROW:
+            answer += load_rows(x, exists, PLAN.dim)
+    else:
+        answer = times(x, exists, first, PLAN.columns, 1, PLAN.dim, N, PLAN)
+    return answer
+
+
+@triton.jit
+def make(x, exists, state, scratch, MEMORY: tl.constexpr, SLOT: tl.constexpr, PLAN: tl.constexpr):
+    """Return where keys, values or queries lie: the stream `x` itself, or a memory's answers to it of unit length."""
+    made = x
+    if MEMORY >= 0:
+        made = at.matrix(scratch, SLOT, PLAN)
+        answer = ask(x, exists, state, MEMORY, scratch, False, PLAN)
+        length = tl.rsqrt(tl.sum(answer * answer, 1) + NORM_EPS)
+        put(tile(made, PLAN.rows, PLAN.dim), answer * length[:, None])
+    return made
+
+
+@triton.jit
+def make_gate(stream, k, exists, state, scratch, MEMORY: tl.constexpr, PLAN: tl.constexpr):
+    """Return `sigmoid` of a gate's logits `[C]`, to which a memory adds its answer to the stream of keys."""
+    logit = tl.load(stream + tl.arange(0, PLAN.rows), mask=exists, other=0.0)
+    if MEMORY >= 0:
+        logit += tl.sum(ask(k, exists, state, MEMORY, scratch, True, PLAN), 1)
+    return tl.sigmoid(logit)
+
+
+@triton.jit
+def gates_at(eta, alpha, mu, first, PLAN: tl.constexpr):
+    """Point to a token's logits of the gates; to those of `eta` where a gate is not there."""
+    eta += first
+    retention, push_retention = eta, eta
+    if PLAN.retention:
+        retention = alpha + first
+    if PLAN.momentum:
+        push_retention = mu + first
+    return eta, retention, push_retention
+
+
+@triton.jit
+def make_tokens(streams, exists, state, scratch, PLAN: tl.constexpr):
+    """Point to keys, values and queries of a piece, made from what `streams` point to."""
+    k = make(streams[0], exists, state, scratch, PLAN.made_k, at.K, PLAN)
+    v = make(streams[1], exists, state, scratch, PLAN.made_v, at.V, PLAN)
+    return k, v, make(streams[2], exists, state, scratch, PLAN.made_q, at.Q, PLAN)
+
+
+@triton.jit
+def make_gates(logits, k, exists, state, scratch, PLAN: tl.constexpr):
+    """Return `eta`, `alpha` and `mu` `[C]`, such that tokens that do not exist change nothing; keep the last two."""
+    eta, alpha, mu = logits
+    rate = tl.where(exists, PLAN.eta_max * make_gate(eta, k, exists, state, scratch, PLAN.made_eta, PLAN), 0.0)
+    retention = tl.full(rate.shape, 1.0, tl.float32)
+    if PLAN.retention:
+        retention = tl.where(exists, make_gate(alpha, k, exists, state, scratch, PLAN.made_alpha, PLAN), 1.0)
+    put(at.row(scratch, at.ALPHA, PLAN), retention)
+    push_retention = tl.full(rate.shape, 1.0, tl.float32)
+    if PLAN.momentum:
+        push_retention = tl.where(exists, make_gate(mu, k, exists, state, scratch, -1, PLAN), 1.0)
+        put(at.row(scratch, at.MU, PLAN), push_retention)
+    return rate, retention, push_retention
+
+
+@triton.jit
+def cap(error, PLAN: tl.constexpr):
+    """Limit the norm of errors `[C, N]`."""
+    if PLAN.error_cap is not None:
+        error *= tl.minimum(PLAN.error_cap * tl.rsqrt(tl.sum(error * error, 1) + 1e-12), 1.0)[:, None]
+    return error
+
+
+@triton.jit
+def offset_error(error, k, v, exists, NARROW: tl.constexpr, PLAN: tl.constexpr):
+    """Add to errors what wide memories err by whatever their second layers are."""
+    if not NARROW:
+        error -= load_rows(v, exists, PLAN.dim)
+        if PLAN.l2:
+            error += load_rows(k, exists, PLAN.dim)
+    return error
+
+
+@triton.jit
+def write(k, v, exists, piece, state, memory, scratch, NARROW: tl.constexpr, KEEP: tl.constexpr, PLAN: tl.constexpr):
+    """Return what a memory writes; keep keys of the second layer, and with `KEEP` what the backward kernel asks for.
+
+    Returns:
+        Write values of the first layer `[C, E]`, of the second `[C, N]` (the first again if there is no other), and the
+        norm of errors `[C]`.
+    """
+    fresh = piece[0][2]  # 1 without momentum
+    if PLAN.momentum:
+        fresh = 1 - fresh
+    if PLAN.mlp:
+        values, second, error = write_mlp(k, v, exists, fresh, state, memory, scratch, NARROW, KEEP, PLAN)
+    else:
+        values, error = write_linear(k, v, exists, fresh, state, memory, scratch, NARROW, KEEP, PLAN)
+        second = values
+    return values, second, error
+
+
+@triton.jit
+def write_linear(
+    k, v, exists, fresh, state, memory, scratch, NARROW: tl.constexpr, KEEP: tl.constexpr, PLAN: tl.constexpr
+):
+    """Do what `write` does for a linear memory, which has one layer."""
+    N: tl.constexpr = PLAN.narrow_columns if NARROW else PLAN.dim
+    first = state + first_layer(memory, NARROW, PLAN)
+    asks = times(k, exists, first, PLAN.columns, 1, PLAN.dim, N, PLAN)
+    if PLAN.own_target:
+        error = -times(v, exists, first, PLAN.columns, 1, PLAN.dim, N, PLAN)
+    else:
+        error = -load_rows(v, exists, N)
+    if PLAN.l2:
+        error += asks
+    if KEEP:
+        put(tile(at.matrix(scratch, at.RAW, PLAN), PLAN.rows, N), error)
+    error = cap(error, PLAN)
+    return -error * fresh[:, None], tl.sqrt(tl.sum(error * error, 1))
+
+
+@triton.jit
+def write_mlp(
+    k, v, exists, fresh, state, memory, scratch, NARROW: tl.constexpr, KEEP: tl.constexpr, PLAN: tl.constexpr
+):
+    """Do what `write` does for an MLP memory."""
+    N: tl.constexpr = PLAN.narrow_columns if NARROW else PLAN.dim
+    E: tl.constexpr = PLAN.hidden
+    C: tl.constexpr = PLAN.rows
+    first, second = state + first_layer(memory, NARROW, PLAN), state + second_layer(memory, NARROW, PLAN)
+    asks = times(k, exists, first, PLAN.columns, 1, PLAN.dim, E, PLAN)
+    gate = tl.sigmoid(asks)
+    hidden = asks * gate
+    error = tl.zeros((C, N), tl.float32)
+    if PLAN.l2 or PLAN.own_target:
+        asked = tl.zeros((C, E), tl.float32)
+        if PLAN.l2:
+            asked += hidden
+        if PLAN.own_target:
+            of_value = times(v, exists, first, PLAN.columns, 1, PLAN.dim, E, PLAN)
+            asked -= of_value * tl.sigmoid(of_value)
+            if KEEP:
+                put(tile(at.matrix(scratch, at.OF_VALUE, PLAN), C, E), of_value)
+        put(tile(at.matrix(scratch, at.HIDDEN, PLAN), C, E), asked)
+        error += times(at.matrix(scratch, at.HIDDEN, PLAN), exists, second, N, 1, E, N, PLAN)
+    error = offset_error(error, k, v, exists, NARROW, PLAN)
+    if KEEP:
+        put(tile(at.matrix(scratch, at.RAW, PLAN), C, N), error)
+    error = cap(error, PLAN)
+    push = error * fresh[:, None]
+    put(tile(at.matrix(scratch, at.PUSH, PLAN), C, N), push)
+    back = times(at.matrix(scratch, at.PUSH, PLAN), exists, second, 1, N, N, E, PLAN)
+    norm = tl.sqrt(tl.sum(hidden * hidden, 1) + PLAN.key_eps)[:, None]
+    put(tile(at.matrix(scratch, at.KEYS, PLAN), C, E), hidden / norm)
+    return -back * slope(gate, hidden), -norm * push, tl.sqrt(tl.sum(error * error, 1))

@@ -1,0 +1,137 @@
+"""The fused self-modifying kernels against the loop over chunks: on a GPU where there is one, else interpreted.
+
+Needs `TRITON_INTERPRET=1` before Triton is imported; `tests/unit/ops/test_self_modifying_triton.py` sees to that.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from hopescale.config.schema import SelfModifyingConfig
+from hopescale.models.memory import KEY_EPS, BankState
+from hopescale.models.self_modifying import SelfModifying, _pack, _unpack
+from hopescale.ops.self_modifying import ChunkRule, ChunksOutput, Streams, Weights
+from hopescale.parallel.mesh import Mesh
+
+pytest.importorskip("triton", reason="triton is not installed")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if not INTERPRETED and not torch.cuda.is_available():
+    pytest.skip("needs a GPU, or TRITON_INTERPRET=1", allow_module_level=True)
+DEVICE = "cpu" if INTERPRETED else "cuda"
+
+SWITCHES = {
+    "default": {},
+    "linear, all memories": {"memory": "linear", "query": "memory", "error_cap": 0.5, "read": "inclusive"},
+    "linear dot, plain gradient": {"memory": "linear", "objective": "dot", "inner_rule": "gd", "momentum": False},
+    "all memories, inclusive": {"query": "memory", "read": "inclusive", "error_cap": 0.3, "eta_max": 2.0},
+    "boundary, dot": {"read": "boundary", "objective": "dot", "momentum": False},
+    "linear boundary": {"read": "boundary", "memory": "linear", "adaptive": ("k",)},
+    "plain gradient": {"inner_rule": "gd", "adaptive": ("v", "eta"), "retention": False},
+    "value targets": {"adaptive": (), "targets": "value", "momentum": False, "retention": False},
+    "linear value targets": {"adaptive": (), "targets": "value", "memory": "linear"},
+    "value targets, dot": {"adaptive": (), "targets": "value", "objective": "dot"},
+}
+
+
+def make_mixer(config: SelfModifyingConfig, heads: int, dim: int) -> SelfModifying:
+    return SelfModifying(8, heads, dim, config, norm_eps=1e-6, out_std=0.3, mesh=Mesh.alone())
+
+
+def make_rule(mixer: SelfModifying) -> ChunkRule:
+    bank, config = mixer.banks["memory"], mixer.config
+    return ChunkRule(
+        wide=bank.wide,
+        narrow=bank.narrow,
+        hidden=bank.hidden,
+        chunk_size=config.chunk_size,
+        objective=config.objective,
+        own_target=config.targets == "self",
+        erase=config.inner_rule == "dgd",
+        error_cap=config.error_cap,
+        key_eps=KEY_EPS,
+        eta_max=config.eta_max,
+        read=config.read,
+    )
+
+
+def make_inputs(mixer: SelfModifying, tokens: int, batch: int) -> dict[str, Tensor]:
+    """Streams and what is carried, away from the structured start, so that every term of the equations matters."""
+    g = torch.Generator().manual_seed(0)
+    state = mixer.banks["memory"].initial_state(batch, mixer.config.momentum)
+    heads, dim = mixer.heads, mixer.head_dim
+
+    def rand(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g)
+
+    inputs = {name: torch.nn.functional.normalize(rand(batch, heads, tokens, dim), dim=-1) for name in "kvq"}
+    inputs |= {"eta": rand(batch, heads, tokens) - 1}
+    if mixer.config.retention:
+        inputs["alpha"] = rand(batch, heads, tokens) + 3
+    if mixer.config.momentum:
+        inputs["mu"] = rand(batch, heads, tokens)
+    for kind, weights in (("running", state.running), ("momentum", state.momentum)):
+        if weights is not None:
+            parts = {n: x for n, x in weights._asdict().items() if x is not None}
+            inputs |= {f"{kind}/{n}": 0.7 * rand(*x.shape) / x.shape[-2] ** 0.5 for n, x in parts.items()}
+    return inputs
+
+
+def split(inputs: dict[str, Tensor]) -> tuple[Streams, Weights, Weights | None]:
+    weights = {
+        kind: Weights(*(inputs.get(f"{kind}/{name}") for name in Weights._fields)) for kind in ("running", "momentum")
+    }
+    streams = Streams(*(inputs.get(name) for name in Streams._fields))
+    return streams, weights["running"], weights["momentum"] if "momentum/first" in inputs else None
+
+
+def fused(mixer: SelfModifying, inputs: dict[str, Tensor]) -> ChunksOutput:
+    from hopescale.ops.self_modifying.triton import self_modify_triton
+
+    return self_modify_triton(*split(inputs), make_rule(mixer))
+
+
+def looped(mixer: SelfModifying, inputs: dict[str, Tensor]) -> ChunksOutput:
+    streams, running, momentum = split(inputs)
+    given = {name: x for name, x in streams._asdict().items() if x is not None}
+    y, seen, carried = mixer._in_chunks(0, given, _pack("memory", BankState(running, momentum, running)))
+    state = _unpack("memory", carried)
+    return ChunksOutput(y, seen, *state)
+
+
+def results(function, mixer: SelfModifying, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Outputs by name."""
+    inputs = {name: tensor.detach().requires_grad_() for name, tensor in inputs.items()}
+    output = function(mixer, inputs)
+    found = {"y": output.y, "seen": output.seen}
+    for kind in ("running", "momentum", "boundary"):
+        weights = getattr(output, kind)
+        found |= {f"{kind}/{n}": x for n, x in (weights._asdict() if weights else {}).items() if x is not None}
+    return found
+
+
+def check(config: dict, tokens: int, *, batch: int = 1, heads: int = 1, dim: int = 16, tolerance: float = 1e-5) -> None:
+    mixer = make_mixer(replace(SelfModifyingConfig(chunk_size=16), **config), heads, dim)
+    inputs = {name: tensor.to(DEVICE) for name, tensor in make_inputs(mixer, tokens, batch).items()}
+    actual = results(fused, mixer, inputs)
+    expected = results(looped, mixer, {n: t.double() for n, t in inputs.items()})
+    assert actual.keys() == expected.keys()
+    for name, exact in expected.items():
+        scale = max(1.0, exact.abs().max().item())
+        torch.testing.assert_close(
+            actual[name].double(), exact, rtol=0, atol=tolerance * scale, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_every_variant_equals_the_loop(name: str):
+    check(SWITCHES[name], 37)
+
+
+@pytest.mark.parametrize(("chunk_size", "tokens"), [(40, 90), (64, 37), (7, 16), (1, 3)])
+def test_any_chunk_equals_the_loop(chunk_size: int, tokens: int):
+    check({"chunk_size": chunk_size, "read": "inclusive"}, tokens)

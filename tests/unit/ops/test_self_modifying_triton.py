@@ -1,0 +1,63 @@
+"""The fused self-modifying kernels without a GPU: results in the interpreter, code from the compiler."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from hopescale.ops.self_modifying import ChunkRule, Streams
+
+ROOT = Path(__file__).parents[3]
+INTEGERS = {"tokens", "chunk_size", "scratch_size"}
+KERNELS = ("forward.self_modify_kernel",)
+
+pytestmark = pytest.mark.skipif(
+    find_spec("triton") is None, reason="triton is not installed (it exists for Linux only)"
+)
+
+
+def test_kernels_equal_the_loop_in_the_interpreter():
+    """In a process of its own, as Triton looks for `TRITON_INTERPRET` when it is imported."""
+    command = [sys.executable, "-m", "pytest", "tests/gpu/test_self_modifying_triton.py", "-x"]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "passed" in done.stdout
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernels_compile_for_a_gpu(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from hopescale.ops.self_modifying.triton.plan import Plan
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    module, function = name.split(".")
+    kernel = getattr(import_module(f"hopescale.ops.self_modifying.triton.{module}"), function)
+    tokens = torch.zeros(1, 1, 16, 16)
+    rule = ChunkRule(
+        wide=("mem", "k"),
+        narrow=("eta",),
+        hidden=32,
+        chunk_size=16,
+        objective="l2",
+        own_target=True,
+        erase=True,
+        error_cap=1.0,
+        key_eps=1e-2,
+        eta_max=1.0,
+        read="inclusive",
+    )
+    plan = Plan.of(Streams(tokens, tokens, tokens, *[tokens[..., 0]] * 3), rule)
+    kinds = {name: "i32" if name in INTEGERS else "*fp32" for name in kernel.arg_names} | {"PLAN": "constexpr"}
+    source = ASTSource(kernel, signature=kinds, constexprs={"PLAN": plan})
+    assert triton.compile(source, target=GPUTarget("cuda", 80, 32), options={"num_stages": 1}).asm["cubin"]
