@@ -104,14 +104,18 @@ def looped(mixer: SelfModifying, inputs: dict[str, Tensor]) -> ChunksOutput:
 
 
 def results(function, mixer: SelfModifying, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Outputs by name."""
+    """Outputs, and gradients of a random sum of them."""
     inputs = {name: tensor.detach().requires_grad_() for name, tensor in inputs.items()}
     output = function(mixer, inputs)
     found = {"y": output.y, "seen": output.seen}
     for kind in ("running", "momentum", "boundary"):
         weights = getattr(output, kind)
         found |= {f"{kind}/{n}": x for n, x in (weights._asdict() if weights else {}).items() if x is not None}
-    return found
+    g = torch.Generator().manual_seed(7)
+    weights = {name: torch.randn(part.shape, generator=g).to(part) for name, part in found.items()}
+    loss = sum((part * weights[name]).sum() for name, part in found.items() if name != "seen")
+    grads = torch.autograd.grad(loss, list(inputs.values()), allow_unused=True, materialize_grads=True)
+    return found | {f"d_{name}": grad for name, grad in zip(inputs, grads, strict=True)}
 
 
 def check(config: dict, tokens: int, *, batch: int = 1, heads: int = 1, dim: int = 16, tolerance: float = 1e-5) -> None:

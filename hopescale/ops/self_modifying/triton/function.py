@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from hopescale.ops.self_modifying.triton import scratch
+from hopescale.ops.self_modifying.triton.backward import self_modify_back_kernel
 from hopescale.ops.self_modifying.triton.forward import self_modify_kernel
 from hopescale.ops.self_modifying.triton.plan import Plan
 from hopescale.ops.self_modifying.types import ChunkRule, ChunksOutput, Streams, Weights
@@ -41,6 +42,27 @@ class _SelfModify(torch.autograd.Function):
         ctx.mark_non_differentiable(seen)
         last_momentum = None if momenta is None else momenta[:, :, -1].clone()
         return y, seen, states[:, :, -1].clone(), last_momentum, states[:, :, -2].clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: FunctionCtx, d_y: Tensor, _: None, d_last: Tensor, d_last_momentum: Tensor | None, d_start: Tensor
+    ):
+        plan: Plan = ctx.plan
+        *streams, states, momenta = ctx.saved_tensors
+        replayed = states.new_empty(
+            *states.shape[:2], -(-min(ctx.chunk_size, d_y.shape[2]) // plan.rows) - 1, plan.size
+        )
+        replayed_momenta = None if momenta is None else torch.empty_like(replayed)
+        # The kernel changes these in place.
+        weights = [
+            None if x is None else x.clone(memory_format=torch.contiguous_format)
+            for x in (d_last, d_last_momentum, d_start)
+        ]
+        gradients = [None if x is None else torch.empty_like(x) for x in streams]
+        tensors = (states, momenta, replayed, replayed_momenta, d_y.contiguous(), *weights, *gradients)
+        _run(self_modify_back_kernel, plan, ctx.chunk_size, scratch.BACKWARD_MATRICES.value, *streams, *tensors)
+        return None, None, *gradients, *weights[:2]
 
 
 def self_modify_triton(streams: Streams, running: Weights, momentum: Weights | None, rule: ChunkRule) -> ChunksOutput:

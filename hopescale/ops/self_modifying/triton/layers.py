@@ -53,7 +53,7 @@ def hold(
 def move(
     keys, exists, piece, values, held, offset, before, after, ROW, K: tl.constexpr, N: tl.constexpr, PLAN: tl.constexpr
 ):
-    """Store a layer's state and momentum where `after` points to, maybe the same as `before`. The rest is as in `hold`."""
+    """Store a layer's state and momentum where `after` points to, maybe `before`. The rest is as in `hold`."""
     erase, first, wrote, pushed, link, push_kept = piece[2]
     written = piece[0][0][:, None] * values
     entered, pushes = wrote[:, None] * written, link[:, None] * written

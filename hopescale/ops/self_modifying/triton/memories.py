@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from hopescale.ops.self_modifying.triton import scratch as at
-from hopescale.ops.self_modifying.triton.matrices import load_rows, put, slope, tile, times
+from hopescale.ops.self_modifying.triton.matrices import load_rows, put, slope, times
 
 NORM_EPS = tl.constexpr(1e-6)
 """Of `l2_norm`."""
@@ -40,10 +40,9 @@ def ask(x, exists, state, memory, scratch, NARROW: tl.constexpr, PLAN: tl.conste
     first = state + first_layer(memory, NARROW, PLAN)
     if PLAN.mlp:
         pre = times(x, exists, first, PLAN.columns, 1, PLAN.dim, PLAN.hidden, PLAN)
-        hidden = at.matrix(scratch, at.HIDDEN, PLAN)
-        put(tile(hidden, PLAN.rows, PLAN.hidden), pre * tl.sigmoid(pre))
+        put(at.whole(scratch, at.HIDDEN, PLAN.hidden, PLAN), pre * tl.sigmoid(pre))
         second = state + second_layer(memory, NARROW, PLAN)
-        answer = times(hidden, exists, second, N, 1, PLAN.hidden, N, PLAN)
+        answer = times(at.matrix(scratch, at.HIDDEN, PLAN), exists, second, N, 1, PLAN.hidden, N, PLAN)
         if not NARROW:
             answer += load_rows(x, exists, PLAN.dim)
     else:
@@ -59,7 +58,7 @@ def make(x, exists, state, scratch, MEMORY: tl.constexpr, SLOT: tl.constexpr, PL
         made = at.matrix(scratch, SLOT, PLAN)
         answer = ask(x, exists, state, MEMORY, scratch, False, PLAN)
         length = tl.rsqrt(tl.sum(answer * answer, 1) + NORM_EPS)
-        put(tile(made, PLAN.rows, PLAN.dim), answer * length[:, None])
+        put(at.whole(scratch, SLOT, PLAN.dim, PLAN), answer * length[:, None])
     return made
 
 
@@ -160,7 +159,7 @@ def write_linear(
     if PLAN.l2:
         error += asks
     if KEEP:
-        put(tile(at.matrix(scratch, at.RAW, PLAN), PLAN.rows, N), error)
+        put(at.whole(scratch, at.RAW, N, PLAN), error)
     error = cap(error, PLAN)
     return -error * fresh[:, None], tl.sqrt(tl.sum(error * error, 1))
 
@@ -175,6 +174,8 @@ def write_mlp(
     C: tl.constexpr = PLAN.rows
     first, second = state + first_layer(memory, NARROW, PLAN), state + second_layer(memory, NARROW, PLAN)
     asks = times(k, exists, first, PLAN.columns, 1, PLAN.dim, E, PLAN)
+    if KEEP:
+        put(at.whole(scratch, at.OF_KEY, E, PLAN), asks)
     gate = tl.sigmoid(asks)
     hidden = asks * gate
     error = tl.zeros((C, N), tl.float32)
@@ -186,16 +187,18 @@ def write_mlp(
             of_value = times(v, exists, first, PLAN.columns, 1, PLAN.dim, E, PLAN)
             asked -= of_value * tl.sigmoid(of_value)
             if KEEP:
-                put(tile(at.matrix(scratch, at.OF_VALUE, PLAN), C, E), of_value)
-        put(tile(at.matrix(scratch, at.HIDDEN, PLAN), C, E), asked)
+                put(at.whole(scratch, at.OF_VALUE, E, PLAN), of_value)
+        put(at.whole(scratch, at.HIDDEN, E, PLAN), asked)
         error += times(at.matrix(scratch, at.HIDDEN, PLAN), exists, second, N, 1, E, N, PLAN)
     error = offset_error(error, k, v, exists, NARROW, PLAN)
     if KEEP:
-        put(tile(at.matrix(scratch, at.RAW, PLAN), C, N), error)
+        put(at.whole(scratch, at.RAW, N, PLAN), error)
     error = cap(error, PLAN)
     push = error * fresh[:, None]
-    put(tile(at.matrix(scratch, at.PUSH, PLAN), C, N), push)
+    put(at.whole(scratch, at.PUSH, N, PLAN), push)
     back = times(at.matrix(scratch, at.PUSH, PLAN), exists, second, 1, N, N, E, PLAN)
+    if KEEP:
+        put(at.whole(scratch, at.BACK, E, PLAN), back)
     norm = tl.sqrt(tl.sum(hidden * hidden, 1) + PLAN.key_eps)[:, None]
-    put(tile(at.matrix(scratch, at.KEYS, PLAN), C, E), hidden / norm)
+    put(at.whole(scratch, at.KEYS, E, PLAN), hidden / norm)
     return -back * slope(gate, hidden), -norm * push, tl.sqrt(tl.sum(error * error, 1))

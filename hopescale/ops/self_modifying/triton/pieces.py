@@ -8,7 +8,7 @@ import triton.language as tl
 from hopescale.ops.delta_rule.triton.tables import chunk_tables, last_weights
 from hopescale.ops.self_modifying.triton import scratch as at
 from hopescale.ops.self_modifying.triton.layers import hold, move, open_keys, read_layer
-from hopescale.ops.self_modifying.triton.matrices import load_rows, put, tile, times
+from hopescale.ops.self_modifying.triton.matrices import load_rows, put, tile
 from hopescale.ops.self_modifying.triton.memories import first_layer, make_gates, second_layer, write
 
 
@@ -78,24 +78,21 @@ def pass_memory(
     held = hold(k, exists, piece, of_keys, values, offset, before, PLAN.columns, PLAN.dim, FIRST, PLAN)
     if READ and not NARROW:
         tl.store(surprise + 3 * tl.arange(0, PLAN.rows), error, mask=exists & (memory == 0))
-    if READS:
-        if memory == 0:
-            found = read_layer(q, k, exists, piece, values, held, offset, before, PLAN.columns, PLAN.dim, FIRST, PLAN)
-            if PLAN.mlp:
-                inner = tile(at.matrix(scratch, at.INNER, PLAN), PLAN.rows, FIRST)
-                put(inner, found * tl.sigmoid(found))
-            else:
-                tl.store(tile(y, PLAN.rows, N), found, mask=exists[:, None])
+    if READS and memory == 0:
+        found = read_layer(q, k, exists, piece, values, held, offset, before, PLAN.columns, PLAN.dim, FIRST, PLAN)
+        if PLAN.mlp:
+            put(at.whole(scratch, at.INNER, FIRST, PLAN), found * tl.sigmoid(found))
+        else:
+            tl.store(tile(y, PLAN.rows, N), found, mask=exists[:, None])
     move(k, exists, piece, values, held, offset, before, after, PLAN.columns, PLAN.dim, FIRST, PLAN)
     if PLAN.mlp:
         offset, keys = second_layer(memory, NARROW, PLAN), at.matrix(scratch, at.KEYS, PLAN)
         of_keys = open_keys(keys, exists, piece, FIRST, PLAN)
         held = hold(keys, exists, piece, of_keys, second_values, offset, before, N, FIRST, N, PLAN)
-        if READS:
-            if memory == 0:
-                inner = at.matrix(scratch, at.INNER, PLAN)
-                found = read_layer(inner, keys, exists, piece, second_values, held, offset, before, N, FIRST, N, PLAN)
-                tl.store(tile(y, PLAN.rows, N), load_rows(q, exists, N) + found, mask=exists[:, None])
+        if READS and memory == 0:
+            inner = at.matrix(scratch, at.INNER, PLAN)
+            found = read_layer(inner, keys, exists, piece, second_values, held, offset, before, N, FIRST, N, PLAN)
+            tl.store(tile(y, PLAN.rows, N), load_rows(q, exists, N) + found, mask=exists[:, None])
         move(keys, exists, piece, second_values, held, offset, before, after, N, FIRST, N, PLAN)
 
 
@@ -103,8 +100,9 @@ def pass_memory(
 def pass_memories(made, exists, piece, places, out, scratch, READ: tl.constexpr, PLAN: tl.constexpr):
     """Move all memories over a piece. Arguments as in `pass_memory`."""
     of_keys = open_keys(made[0], exists, piece, PLAN.dim, PLAN)
-    for memory in range(PLAN.narrow):
-        pass_memory(memory, made, exists, piece, of_keys, places, out, scratch, READ, True, PLAN)
+    if PLAN.narrow:
+        for memory in range(PLAN.narrow):
+            pass_memory(memory, made, exists, piece, of_keys, places, out, scratch, READ, True, PLAN)
     for memory in range(PLAN.wide):
         pass_memory(memory, made, exists, piece, of_keys, places, out, scratch, READ, False, PLAN)
 

@@ -29,6 +29,7 @@ class Plan:
         hidden: `E`; `D` for linear memories.
         rows: Most tokens of a piece, a power of two.
         doublings: Its logarithm.
+        cut: Whether chunks have several pieces.
         block: Rows of a memory that are in registers at a time.
         wide: Number of wide memories.
         narrow: Number of narrow ones.
@@ -54,6 +55,7 @@ class Plan:
     hidden: int
     rows: int
     doublings: int
+    cut: bool
     block: int
     wide: int
     narrow: int
@@ -84,6 +86,7 @@ class Plan:
             hidden=rule.hidden or dim,
             rows=rows,
             doublings=rows.bit_length() - 1,
+            cut=min(rule.chunk_size, streams.k.shape[2]) > rows,
             block=min(dim, BLOCK),
             wide=len(rule.wide),
             narrow=len(rule.narrow),
