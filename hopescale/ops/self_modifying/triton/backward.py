@@ -6,9 +6,8 @@ import triton
 import triton.language as tl
 
 from hopescale.ops.self_modifying.triton import scratch as at
-from hopescale.ops.self_modifying.triton.layers import open_keys
 from hopescale.ops.self_modifying.triton.matrices import add, load_rows, put, tile
-from hopescale.ops.self_modifying.triton.memories import gates_at, make_tokens
+from hopescale.ops.self_modifying.triton.memories import gates_at
 from hopescale.ops.self_modifying.triton.memories_back import ask_back, make_back, make_gate_back
 from hopescale.ops.self_modifying.triton.pieces import (
     count_pieces,
@@ -21,14 +20,13 @@ from hopescale.ops.self_modifying.triton.pieces_back import clear_piece, pass_me
 
 
 @triton.jit
-def pass_memories_back(made, exists, piece, places, backs, d_y, scratch, PLAN: tl.constexpr):
+def pass_memories_back(made, exists, places, backs, d_y, scratch, PLAN: tl.constexpr):
     """Move gradients back over a piece, through all memories. Arguments as in `pass_memory_back`."""
-    of_keys = open_keys(made[0], exists, piece, PLAN.dim, PLAN)
     if PLAN.narrow:
         for memory in range(PLAN.narrow):
-            pass_memory_back(memory, made, exists, piece, of_keys, places, backs, d_y, scratch, True, PLAN)
+            pass_memory_back(memory, made, exists, places, backs, d_y, scratch, True, PLAN)
     for memory in range(PLAN.wide):
-        pass_memory_back(memory, made, exists, piece, of_keys, places, backs, d_y, scratch, False, PLAN)
+        pass_memory_back(memory, made, exists, places, backs, d_y, scratch, False, PLAN)
     if PLAN.read == "boundary":
         gradient = load_rows(d_y, exists, PLAN.dim)
         d_q = ask_back(made[2], exists, gradient, places[0][0], backs[0], 0, scratch, False, PLAN)
@@ -36,7 +34,7 @@ def pass_memories_back(made, exists, piece, places, backs, d_y, scratch, PLAN: t
 
 
 @triton.jit
-def streams_back(streams, exists, size, piece, boundary, d_start, d_streams, d_logits, scratch, PLAN: tl.constexpr):
+def streams_back(streams, exists, size, boundary, d_start, d_streams, d_logits, scratch, PLAN: tl.constexpr):
     """Store the gradients of a piece's streams, from those of all that was made of them.
 
     Args:
@@ -45,19 +43,20 @@ def streams_back(streams, exists, size, piece, boundary, d_start, d_streams, d_l
         d_streams: Point to the gradients of the first token's inputs of keys, values and queries.
         d_logits: Point to those of its logits of the gates.
     """
-    rate, retention, push_retention = piece[0]
-    d_alpha, d_mu = tables_back(piece, size, scratch, PLAN)
     k = streams[0]
+    d_alpha, d_mu = tables_back(size, scratch, PLAN)
     d_k = make_back(k, exists, boundary, d_start, scratch, PLAN.made_k, at.D_K, PLAN)
     put(at.whole(scratch, at.D_K, PLAN.dim, PLAN), d_k)
+    rate = tl.load(at.row(scratch, at.RATE, PLAN))
     d_rate = tl.load(at.row(scratch, at.D_RATE, PLAN)) * rate * (1 - rate / PLAN.eta_max)
     make_gate_back(d_rate, k, exists, boundary, d_start, d_logits[0], scratch, PLAN.made_eta, PLAN)
     if PLAN.retention:
+        retention = tl.load(at.row(scratch, at.ALPHA, PLAN))
         d_alpha *= retention * (1 - retention)
         make_gate_back(d_alpha, k, exists, boundary, d_start, d_logits[1], scratch, PLAN.made_alpha, PLAN)
     if PLAN.momentum:
-        d_mu -= tl.load(at.row(scratch, at.D_FRESH, PLAN))
-        d_mu *= push_retention * (1 - push_retention)
+        push_retention = tl.load(at.row(scratch, at.MU, PLAN))
+        d_mu = (d_mu - tl.load(at.row(scratch, at.D_FRESH, PLAN))) * push_retention * (1 - push_retention)
         make_gate_back(d_mu, k, exists, boundary, d_start, d_logits[2], scratch, -1, PLAN)
     d_k = tl.load(at.whole(scratch, at.D_K, PLAN.dim, PLAN))
     tl.store(tile(d_streams[0], PLAN.rows, PLAN.dim), d_k, mask=exists[:, None])
@@ -134,18 +133,17 @@ def self_modify_back_kernel(
             first, size = place_piece(n, p, tokens, chunk_size, PLAN)
             exists, first = rows < size, program * tokens + first
             streams = k + first * PLAN.dim, v + first * PLAN.dim, q + first * PLAN.dim
-            made = make_tokens(streams, exists, boundary[0], scratch, PLAN)
             logits = gates_at(eta, alpha, mu, first, PLAN)
-            piece = open_piece(logits, streams[0], exists, size, boundary[0], scratch, PLAN)
+            made = open_piece(logits, streams, exists, size, boundary[0], scratch, PLAN)
             if turn < passes - pieces:
                 after = packed(replayed_states, replayed_momenta, replays + p, PLAN)
-                pass_memories(made, exists, piece, (boundary, before, after), (d_y, d_y), scratch, False, PLAN)
+                pass_memories(made, exists, (boundary, before, after), (d_y, d_y), scratch, False, PLAN)
             else:
                 clear_piece(scratch, PLAN)
                 out = d_y + first * PLAN.dim
-                pass_memories_back(made, exists, piece, (boundary, before), backs, out, scratch, PLAN)
+                pass_memories_back(made, exists, (boundary, before), backs, out, scratch, PLAN)
                 d_streams = dk + first * PLAN.dim, dv + first * PLAN.dim, dq + first * PLAN.dim
                 d_logits = gates_at(d_eta, d_alpha, d_mu, first, PLAN)
-                streams_back(streams, exists, size, piece, boundary[0], backs[0], d_streams, d_logits, scratch, PLAN)
+                streams_back(streams, exists, size, boundary[0], backs[0], d_streams, d_logits, scratch, PLAN)
             tl.debug_barrier()
         enter_boundary(backs[1][0], backs[0], PLAN)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from hopescale.ops.self_modifying.triton import scratch as at
 from hopescale.ops.self_modifying.triton.matrices import tile
-from hopescale.ops.self_modifying.triton.memories import ask, gates_at, make_tokens
+from hopescale.ops.self_modifying.triton.memories import ask, gates_at
 from hopescale.ops.self_modifying.triton.pieces import (
     count_pieces,
     open_piece,
@@ -46,14 +47,12 @@ def self_modify_kernel(
             first, size = place_piece(n, p, tokens, chunk_size, PLAN)
             exists, first = rows < size, program * tokens + first
             streams = k + first * PLAN.dim, v + first * PLAN.dim, q + first * PLAN.dim
-            made = make_tokens(streams, exists, boundary[0], scratch, PLAN)
             logits = gates_at(eta, alpha, mu, first, PLAN)
-            piece = open_piece(logits, streams[0], exists, size, boundary[0], scratch, PLAN)
+            made = open_piece(logits, streams, exists, size, boundary[0], scratch, PLAN)
             out, report = y + first * PLAN.dim, seen + 3 * first
-            tl.store(report + 3 * rows, piece[0][0], mask=exists)
-            tl.store(report + 3 * rows + 1, piece[0][1], mask=exists)
-            places = (boundary, before, after)
-            pass_memories(made, exists, piece, places, (out, report + 2), scratch, True, PLAN)
+            tl.store(report + 3 * rows, tl.load(at.row(scratch, at.RATE, PLAN)), mask=exists)
+            tl.store(report + 3 * rows + 1, tl.load(at.row(scratch, at.ALPHA, PLAN)), mask=exists)
+            pass_memories(made, exists, (boundary, before, after), (out, report + 2), scratch, True, PLAN)
             if PLAN.read == "boundary":
                 found = ask(made[2], exists, boundary[0], 0, scratch, False, PLAN)
                 tl.store(tile(out, PLAN.rows, PLAN.dim), found, mask=exists[:, None])

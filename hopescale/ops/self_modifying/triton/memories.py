@@ -93,18 +93,18 @@ def make_tokens(streams, exists, state, scratch, PLAN: tl.constexpr):
 
 @triton.jit
 def make_gates(logits, k, exists, state, scratch, PLAN: tl.constexpr):
-    """Return `eta`, `alpha` and `mu` `[C]`, such that tokens that do not exist change nothing; keep the last two."""
+    """Keep `eta`, `alpha` and `mu`, such that tokens that do not exist change nothing; return `alpha` `[C]`."""
     eta, alpha, mu = logits
-    rate = tl.where(exists, PLAN.eta_max * make_gate(eta, k, exists, state, scratch, PLAN.made_eta, PLAN), 0.0)
+    rate = PLAN.eta_max * make_gate(eta, k, exists, state, scratch, PLAN.made_eta, PLAN)
+    put(at.row(scratch, at.RATE, PLAN), tl.where(exists, rate, 0.0))
     retention = tl.full(rate.shape, 1.0, tl.float32)
     if PLAN.retention:
         retention = tl.where(exists, make_gate(alpha, k, exists, state, scratch, PLAN.made_alpha, PLAN), 1.0)
     put(at.row(scratch, at.ALPHA, PLAN), retention)
-    push_retention = tl.full(rate.shape, 1.0, tl.float32)
     if PLAN.momentum:
-        push_retention = tl.where(exists, make_gate(mu, k, exists, state, scratch, -1, PLAN), 1.0)
-        put(at.row(scratch, at.MU, PLAN), push_retention)
-    return rate, retention, push_retention
+        push_retention = make_gate(mu, k, exists, state, scratch, -1, PLAN)
+        put(at.row(scratch, at.MU, PLAN), tl.where(exists, push_retention, 1.0))
+    return retention
 
 
 @triton.jit
@@ -126,28 +126,31 @@ def offset_error(error, k, v, exists, NARROW: tl.constexpr, PLAN: tl.constexpr):
 
 
 @triton.jit
-def write(k, v, exists, piece, state, memory, scratch, NARROW: tl.constexpr, KEEP: tl.constexpr, PLAN: tl.constexpr):
+def freshen(error, scratch, PLAN: tl.constexpr):
+    """Scale errors `[C, N]` to what enters: with momentum, what is not repeated from earlier writes."""
+    if PLAN.momentum:
+        error *= 1 - at.column(scratch, at.MU, PLAN)
+    return error
+
+
+@triton.jit
+def write(k, v, exists, state, memory, scratch, NARROW: tl.constexpr, KEEP: tl.constexpr, PLAN: tl.constexpr):
     """Return what a memory writes; keep keys of the second layer, and with `KEEP` what the backward kernel asks for.
 
     Returns:
         Write values of the first layer `[C, E]`, of the second `[C, N]` (the first again if there is no other), and the
         norm of errors `[C]`.
     """
-    fresh = piece[0][2]  # 1 without momentum
-    if PLAN.momentum:
-        fresh = 1 - fresh
     if PLAN.mlp:
-        values, second, error = write_mlp(k, v, exists, fresh, state, memory, scratch, NARROW, KEEP, PLAN)
+        values, second, error = write_mlp(k, v, exists, state, memory, scratch, NARROW, KEEP, PLAN)
     else:
-        values, error = write_linear(k, v, exists, fresh, state, memory, scratch, NARROW, KEEP, PLAN)
+        values, error = write_linear(k, v, exists, state, memory, scratch, NARROW, KEEP, PLAN)
         second = values
     return values, second, error
 
 
 @triton.jit
-def write_linear(
-    k, v, exists, fresh, state, memory, scratch, NARROW: tl.constexpr, KEEP: tl.constexpr, PLAN: tl.constexpr
-):
+def write_linear(k, v, exists, state, memory, scratch, NARROW: tl.constexpr, KEEP: tl.constexpr, PLAN: tl.constexpr):
     """Do what `write` does for a linear memory, which has one layer."""
     N: tl.constexpr = PLAN.narrow_columns if NARROW else PLAN.dim
     first = state + first_layer(memory, NARROW, PLAN)
@@ -161,13 +164,11 @@ def write_linear(
     if KEEP:
         put(at.whole(scratch, at.RAW, N, PLAN), error)
     error = cap(error, PLAN)
-    return -error * fresh[:, None], tl.sqrt(tl.sum(error * error, 1))
+    return -freshen(error, scratch, PLAN), tl.sqrt(tl.sum(error * error, 1))
 
 
 @triton.jit
-def write_mlp(
-    k, v, exists, fresh, state, memory, scratch, NARROW: tl.constexpr, KEEP: tl.constexpr, PLAN: tl.constexpr
-):
+def write_mlp(k, v, exists, state, memory, scratch, NARROW: tl.constexpr, KEEP: tl.constexpr, PLAN: tl.constexpr):
     """Do what `write` does for an MLP memory."""
     N: tl.constexpr = PLAN.narrow_columns if NARROW else PLAN.dim
     E: tl.constexpr = PLAN.hidden
@@ -194,7 +195,7 @@ def write_mlp(
     if KEEP:
         put(at.whole(scratch, at.RAW, N, PLAN), error)
     error = cap(error, PLAN)
-    push = error * fresh[:, None]
+    push = freshen(error, scratch, PLAN)
     put(at.whole(scratch, at.PUSH, N, PLAN), push)
     back = times(at.matrix(scratch, at.PUSH, PLAN), exists, second, 1, N, N, E, PLAN)
     if KEEP:

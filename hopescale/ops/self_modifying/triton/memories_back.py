@@ -7,7 +7,7 @@ import triton.language as tl
 
 from hopescale.ops.self_modifying.triton import scratch as at
 from hopescale.ops.self_modifying.triton.matrices import add, add_outer, put, slope, times
-from hopescale.ops.self_modifying.triton.memories import NORM_EPS, ask, cap, first_layer, second_layer
+from hopescale.ops.self_modifying.triton.memories import NORM_EPS, ask, cap, first_layer, freshen, second_layer
 
 
 @triton.jit
@@ -69,12 +69,12 @@ def cap_back(raw, gradient, PLAN: tl.constexpr):
 
 
 @triton.jit
-def error_back(d_push, piece, scratch, N: tl.constexpr, PLAN: tl.constexpr):
+def error_back(d_push, scratch, N: tl.constexpr, PLAN: tl.constexpr):
     """Move the gradient of what is pushed to the errors, before they were capped."""
     raw = tl.load(at.whole(scratch, at.RAW, N, PLAN))
     if PLAN.momentum:
         at.add_row(scratch, at.D_FRESH, tl.sum(d_push * cap(raw, PLAN), 1), PLAN)
-        d_push *= (1 - piece[0][2])[:, None]
+        d_push = freshen(d_push, scratch, PLAN)
     return cap_back(raw, d_push, PLAN)
 
 
@@ -89,11 +89,11 @@ def through_first(x, exists, d_pre, state, d_state, offset, scratch, D_X: tl.con
 
 
 @triton.jit
-def write_linear_back(k, v, exists, piece, state, d_state, memory, scratch, NARROW: tl.constexpr, PLAN: tl.constexpr):
+def write_linear_back(k, v, exists, state, d_state, memory, scratch, NARROW: tl.constexpr, PLAN: tl.constexpr):
     """Move the gradient of a linear memory's write values to its weights, keys and values."""
     N: tl.constexpr = PLAN.narrow_columns if NARROW else PLAN.dim
     offset = first_layer(memory, NARROW, PLAN)
-    d_error = error_back(-tl.load(at.whole(scratch, at.D_WRITTEN, N, PLAN)), piece, scratch, N, PLAN)
+    d_error = error_back(-tl.load(at.whole(scratch, at.D_VALUES, N, PLAN)), scratch, N, PLAN)
     if PLAN.l2:
         through_first(k, exists, d_error, state, d_state, offset, scratch, at.D_K, N, PLAN)
     if PLAN.own_target:
@@ -103,7 +103,7 @@ def write_linear_back(k, v, exists, piece, state, d_state, memory, scratch, NARR
 
 
 @triton.jit
-def write_mlp_back(k, v, exists, piece, state, d_state, memory, scratch, NARROW: tl.constexpr, PLAN: tl.constexpr):
+def write_mlp_back(k, v, exists, state, d_state, memory, scratch, NARROW: tl.constexpr, PLAN: tl.constexpr):
     """Move the gradients of an MLP memory's write values and second keys to its weights, keys and values."""
     N: tl.constexpr = PLAN.narrow_columns if NARROW else PLAN.dim
     E: tl.constexpr = PLAN.hidden
@@ -112,10 +112,8 @@ def write_mlp_back(k, v, exists, piece, state, d_state, memory, scratch, NARROW:
     pre = tl.load(at.whole(scratch, at.OF_KEY, E, PLAN))
     gate = tl.sigmoid(pre)
     hidden = pre * gate
-    d_values, d_second = (
-        tl.load(at.whole(scratch, at.D_WRITTEN, E, PLAN)),
-        tl.load(at.whole(scratch, at.D_SECOND, N, PLAN)),
-    )
+    d_values = tl.load(at.whole(scratch, at.D_VALUES, E, PLAN))
+    d_second = tl.load(at.whole(scratch, at.D_SECOND, N, PLAN))
     put(at.whole(scratch, at.TEMPORARY, E, PLAN), -d_values * slope(gate, hidden))
     norm = tl.sqrt(tl.sum(hidden * hidden, 1) + PLAN.key_eps)[:, None]
     d_push = times(temporary, exists, state + second, N, 1, E, N, PLAN) - norm * d_second
@@ -124,7 +122,7 @@ def write_mlp_back(k, v, exists, piece, state, d_state, memory, scratch, NARROW:
     d_keys = tl.load(at.whole(scratch, at.D_KEYS, E, PLAN))
     d_norm = -tl.sum(push * d_second, 1)[:, None] - tl.sum(d_keys * keys, 1)[:, None] / norm
     d_hidden = d_keys / norm + d_norm * keys
-    d_error = error_back(d_push, piece, scratch, N, PLAN)
+    d_error = error_back(d_push, scratch, N, PLAN)
     if not NARROW:
         add(at.whole(scratch, at.D_V, N, PLAN), -d_error)
         if PLAN.l2:

@@ -5,11 +5,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hopescale.ops.delta_rule.triton.tables import chunk_tables, last_weights
+from hopescale.ops.delta_rule.triton.tables import chunk_tables, last_weights, reading_tables
 from hopescale.ops.self_modifying.triton import scratch as at
 from hopescale.ops.self_modifying.triton.layers import hold, move, open_keys, read_layer
 from hopescale.ops.self_modifying.triton.matrices import load_rows, put, tile
-from hopescale.ops.self_modifying.triton.memories import first_layer, make_gates, second_layer, write
+from hopescale.ops.self_modifying.triton.memories import (
+    first_layer,
+    make_gates,
+    make_tokens,
+    second_layer,
+    write,
+)
 
 
 @triton.jit
@@ -26,44 +32,57 @@ def count_pieces(n, tokens, chunk_size, PLAN: tl.constexpr):
 
 
 @triton.jit
-def open_piece(logits, stream, exists, size, boundary, scratch, PLAN: tl.constexpr):
-    """Return gates `eta`, `alpha` and `mu` of a piece, the results of `chunk_tables`, and those of `last_weights`.
+def keep_tables(retention, size, scratch, PLAN: tl.constexpr):
+    """Keep the tables of a piece, and what they say of its end. Returns `chunk_tables`."""
+    rows, pushes = tl.arange(0, PLAN.rows), None
+    if PLAN.momentum:
+        pushes = scratch + at.MU * PLAN.rows
+    tables = chunk_tables(scratch + at.ALPHA * PLAN.rows, pushes, rows, 1, rows, size, PLAN.precision)
+    kept, start, chain, from_start, write, push = tables
+    tl.store(at.table(scratch, at.KEPT, PLAN), kept)
+    tl.store(at.table(scratch, at.WRITE, PLAN), write)
+    tl.store(at.row(scratch, at.START, PLAN), start)
+    tl.store(at.row(scratch, at.PUSHED, PLAN), push)
+    erase, first, wrote, pushed, link, push_kept = last_weights(tables, retention, rows, size, PLAN.momentum)
+    tl.store(at.row(scratch, at.ERASED, PLAN), erase)
+    tl.store(at.row(scratch, at.WROTE, PLAN), wrote)
+    tl.store(at.row(scratch, at.LINK, PLAN), link)
+    last = scratch + at.LAST * PLAN.rows
+    tl.store(last, first)
+    tl.store(last + 1, pushed)
+    tl.store(last + 2, push_kept)
+    kept, start, write, push = reading_tables(tables, retention, rows, PLAN.read, PLAN.momentum)
+    tl.store(at.table(scratch, at.READ_KEPT, PLAN), kept)
+    tl.store(at.table(scratch, at.READ_WRITE, PLAN), write)
+    tl.store(at.row(scratch, at.READ_START, PLAN), start)
+    tl.store(at.row(scratch, at.READ_PUSHED, PLAN), push)
+    tl.debug_barrier()
+
+
+@triton.jit
+def open_piece(logits, streams, exists, size, boundary, scratch, PLAN: tl.constexpr):
+    """Make keys, values, queries, gates and tables of a piece; return where the first three lie.
 
     Args:
         logits: Point to the first token's logits of the gates.
-        stream: Points to the inputs of keys, at which narrow memories are asked.
+        streams: Point to its inputs of keys, values and queries.
         size: Number of tokens.
         boundary: Points to packed weights at the chunk's start.
     """
-    rows = tl.arange(0, PLAN.rows)
-    gates = make_gates(logits, stream, exists, boundary, scratch, PLAN)
-    retention, pushes = scratch + at.ALPHA * PLAN.rows, None
-    if PLAN.momentum:
-        pushes = scratch + at.MU * PLAN.rows
-    tables = chunk_tables(retention, pushes, rows, 1, rows, size, PLAN.precision)
-    return gates, tables, last_weights(tables, gates[1], rows, size, PLAN.momentum)
+    made = make_tokens(streams, exists, boundary, scratch, PLAN)
+    keep_tables(make_gates(logits, streams[0], exists, boundary, scratch, PLAN), size, scratch, PLAN)
+    open_keys(made[0], exists, scratch, at.SIMILAR, PLAN.dim, PLAN)
+    return made
 
 
 @triton.jit
 def pass_memory(
-    memory,
-    made,
-    exists,
-    piece,
-    of_keys,
-    places,
-    out,
-    scratch,
-    READ: tl.constexpr,
-    NARROW: tl.constexpr,
-    PLAN: tl.constexpr,
+    memory, made, exists, places, out, scratch, READ: tl.constexpr, NARROW: tl.constexpr, PLAN: tl.constexpr
 ):
     """Move one memory over a piece; with `READ` read the first wide one on the way.
 
     Args:
-        made: Point to keys, values and queries.
-        piece: Result of `open_piece`.
-        of_keys: Result of `open_keys` for the keys.
+        made: Result of `open_piece`.
         places: Point to packed weights and momentum at the chunk's start, before the piece and after it.
         out: Point to the first token's output and to the norm of its error.
     """
@@ -74,37 +93,36 @@ def pass_memory(
     FIRST: tl.constexpr = PLAN.hidden if PLAN.mlp else N
     READS: tl.constexpr = READ and not NARROW and PLAN.read != "boundary"
     offset = first_layer(memory, NARROW, PLAN)
-    values, second_values, error = write(k, v, exists, piece, start[0], memory, scratch, NARROW, False, PLAN)
-    held = hold(k, exists, piece, of_keys, values, offset, before, PLAN.columns, PLAN.dim, FIRST, PLAN)
+    values, second_values, error = write(k, v, exists, start[0], memory, scratch, NARROW, False, PLAN)
+    held = hold(k, exists, values, offset, before, scratch, at.SIMILAR, PLAN.columns, PLAN.dim, FIRST, PLAN)
     if READ and not NARROW:
         tl.store(surprise + 3 * tl.arange(0, PLAN.rows), error, mask=exists & (memory == 0))
     if READS and memory == 0:
-        found = read_layer(q, k, exists, piece, values, held, offset, before, PLAN.columns, PLAN.dim, FIRST, PLAN)
+        found = read_layer(q, k, exists, values, held, offset, before, scratch, PLAN.columns, PLAN.dim, FIRST, PLAN)
         if PLAN.mlp:
             put(at.whole(scratch, at.INNER, FIRST, PLAN), found * tl.sigmoid(found))
         else:
             tl.store(tile(y, PLAN.rows, N), found, mask=exists[:, None])
-    move(k, exists, piece, values, held, offset, before, after, PLAN.columns, PLAN.dim, FIRST, PLAN)
+    move(k, exists, values, held, offset, before, after, scratch, PLAN.columns, PLAN.dim, FIRST, PLAN)
     if PLAN.mlp:
         offset, keys = second_layer(memory, NARROW, PLAN), at.matrix(scratch, at.KEYS, PLAN)
-        of_keys = open_keys(keys, exists, piece, FIRST, PLAN)
-        held = hold(keys, exists, piece, of_keys, second_values, offset, before, N, FIRST, N, PLAN)
+        open_keys(keys, exists, scratch, at.SECOND_SIMILAR, FIRST, PLAN)
+        held = hold(keys, exists, second_values, offset, before, scratch, at.SECOND_SIMILAR, N, FIRST, N, PLAN)
         if READS and memory == 0:
             inner = at.matrix(scratch, at.INNER, PLAN)
-            found = read_layer(inner, keys, exists, piece, second_values, held, offset, before, N, FIRST, N, PLAN)
+            found = read_layer(inner, keys, exists, second_values, held, offset, before, scratch, N, FIRST, N, PLAN)
             tl.store(tile(y, PLAN.rows, N), load_rows(q, exists, N) + found, mask=exists[:, None])
-        move(keys, exists, piece, second_values, held, offset, before, after, N, FIRST, N, PLAN)
+        move(keys, exists, second_values, held, offset, before, after, scratch, N, FIRST, N, PLAN)
 
 
 @triton.jit
-def pass_memories(made, exists, piece, places, out, scratch, READ: tl.constexpr, PLAN: tl.constexpr):
+def pass_memories(made, exists, places, out, scratch, READ: tl.constexpr, PLAN: tl.constexpr):
     """Move all memories over a piece. Arguments as in `pass_memory`."""
-    of_keys = open_keys(made[0], exists, piece, PLAN.dim, PLAN)
     if PLAN.narrow:
         for memory in range(PLAN.narrow):
-            pass_memory(memory, made, exists, piece, of_keys, places, out, scratch, READ, True, PLAN)
+            pass_memory(memory, made, exists, places, out, scratch, READ, True, PLAN)
     for memory in range(PLAN.wide):
-        pass_memory(memory, made, exists, piece, of_keys, places, out, scratch, READ, False, PLAN)
+        pass_memory(memory, made, exists, places, out, scratch, READ, False, PLAN)
 
 
 @triton.jit

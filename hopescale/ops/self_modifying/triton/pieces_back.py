@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from hopescale.ops.delta_rule.triton.gradients import gates_back
+from hopescale.ops.delta_rule.triton.tables import chunk_tables
 from hopescale.ops.self_modifying.triton import scratch as at
 from hopescale.ops.self_modifying.triton.layers import hold, open_keys, read_layer
 from hopescale.ops.self_modifying.triton.layers_back import carry_back, move_back, read_back, read_states_back
@@ -27,45 +28,62 @@ def clear_piece(scratch, PLAN: tl.constexpr):
     ROWS: tl.constexpr = PLAN.rows
     for index in tl.static_range(at.D_RATE, at.ROWS):
         put(at.row(scratch, index, PLAN), tl.zeros((ROWS,), tl.float32))
-    for index in tl.static_range(at.TABLES):
+    for index in tl.static_range(at.D_KEPT, at.TABLES):
         put(at.table(scratch, index, PLAN), tl.zeros((ROWS, ROWS), tl.float32))
     for index in tl.static_range(at.D_K, at.D_Q + 1):
         clear(scratch, index, PLAN.dim, PLAN)
 
 
 @triton.jit
-def read_memory_back(made, exists, piece, before, d_y, scratch, PLAN: tl.constexpr):
+def read_memory_back(made, exists, before, d_y, scratch, PLAN: tl.constexpr):
     """Move the gradient of outputs to keys, queries and writes of the memory that was read."""
     k, v, q = made
+    D: tl.constexpr = PLAN.dim
+    E: tl.constexpr = PLAN.hidden
+    gradient = d_y
     if PLAN.mlp:
-        E: tl.constexpr = PLAN.hidden
         inner, keys = at.matrix(scratch, at.INNER, PLAN), at.matrix(scratch, at.KEYS, PLAN)
         values, held = tl.load(at.whole(scratch, at.VALUES, E, PLAN)), tl.load(at.whole(scratch, at.HELD, E, PLAN))
-        found = read_layer(q, k, exists, piece, values, held, 0, before, PLAN.columns, PLAN.dim, E, PLAN)
+        found = read_layer(q, k, exists, values, held, 0, before, scratch, PLAN.columns, D, E, PLAN)
         gate = tl.sigmoid(found)
         put(at.whole(scratch, at.INNER, E, PLAN), found * gate)
-        d_inner, d_keys = read_back(
-            inner, keys, exists, piece, d_y, PLAN.second, before, scratch, at.SECOND, PLAN.dim, E, PLAN.dim, PLAN
-        )
+        d_inner, d_keys = read_back(inner, keys, exists, d_y, PLAN.second, before, scratch, at.SECOND, D, E, D, PLAN)
         put(at.whole(scratch, at.D_KEYS, E, PLAN), d_keys)
         put(at.whole(scratch, at.D_INNER, E, PLAN), d_inner * slope(gate, found * gate))
         gradient = at.matrix(scratch, at.D_INNER, PLAN)
-        add(at.whole(scratch, at.D_Q, PLAN.dim, PLAN), load_rows(d_y, exists, PLAN.dim))
-        d_q, d_k = read_back(
-            q, k, exists, piece, gradient, 0, before, scratch, at.VALUES, PLAN.columns, PLAN.dim, E, PLAN
-        )
-    else:
-        d_q, d_k = read_back(
-            q, k, exists, piece, d_y, 0, before, scratch, at.VALUES, PLAN.columns, PLAN.dim, PLAN.dim, PLAN
-        )
-    add(at.whole(scratch, at.D_Q, PLAN.dim, PLAN), d_q)
-    add(at.whole(scratch, at.D_K, PLAN.dim, PLAN), d_k)
+        add(at.whole(scratch, at.D_Q, D, PLAN), load_rows(d_y, exists, D))
+    d_q, d_k = read_back(q, k, exists, gradient, 0, before, scratch, at.VALUES, PLAN.columns, D, E, PLAN)
+    add(at.whole(scratch, at.D_Q, D, PLAN), d_q)
+    add(at.whole(scratch, at.D_K, D, PLAN), d_k)
 
 
 @triton.jit
-def pass_memory_back(
-    memory, made, exists, piece, of_keys, places, backs, d_y, scratch, NARROW: tl.constexpr, PLAN: tl.constexpr
-):
+def write_again(memory, made, exists, places, scratch, NARROW: tl.constexpr, PLAN: tl.constexpr):
+    """Compute again what a memory wrote and held, and keep it, with places for the gradients."""
+    k, v, q = made
+    start, before = places
+    N: tl.constexpr = PLAN.narrow_columns if NARROW else PLAN.dim
+    FIRST: tl.constexpr = PLAN.hidden if PLAN.mlp else N
+    offset = first_layer(memory, NARROW, PLAN)
+    values, second_values, error = write(k, v, exists, start[0], memory, scratch, NARROW, True, PLAN)
+    put(at.whole(scratch, at.VALUES, FIRST, PLAN), values)
+    held = hold(k, exists, values, offset, before, scratch, at.SIMILAR, PLAN.columns, PLAN.dim, FIRST, PLAN)
+    put(at.whole(scratch, at.HELD, FIRST, PLAN), held)
+    clear(scratch, at.D_VALUES, FIRST, PLAN)
+    clear(scratch, at.D_HELD, FIRST, PLAN)
+    if PLAN.mlp:
+        keys, offset = at.matrix(scratch, at.KEYS, PLAN), second_layer(memory, NARROW, PLAN)
+        open_keys(keys, exists, scratch, at.SECOND_SIMILAR, FIRST, PLAN)
+        put(at.whole(scratch, at.SECOND, N, PLAN), second_values)
+        held = hold(keys, exists, second_values, offset, before, scratch, at.SECOND_SIMILAR, N, FIRST, N, PLAN)
+        put(at.whole(scratch, at.SECOND_HELD, N, PLAN), held)
+        clear(scratch, at.D_SECOND, N, PLAN)
+        clear(scratch, at.D_SECOND_HELD, N, PLAN)
+        clear(scratch, at.D_KEYS, FIRST, PLAN)
+
+
+@triton.jit
+def pass_memory_back(memory, made, exists, places, backs, d_y, scratch, NARROW: tl.constexpr, PLAN: tl.constexpr):
     """Do the way back through `pass_memory`.
 
     Args:
@@ -79,84 +97,60 @@ def pass_memory_back(
     d_start, back = backs
     N: tl.constexpr = PLAN.narrow_columns if NARROW else PLAN.dim
     FIRST: tl.constexpr = PLAN.hidden if PLAN.mlp else N
+    ROW: tl.constexpr = PLAN.columns
     READS: tl.constexpr = not NARROW and PLAN.read != "boundary"
-    first, second = first_layer(memory, NARROW, PLAN), second_layer(memory, NARROW, PLAN)
-    values, second_values, error = write(k, v, exists, piece, start[0], memory, scratch, NARROW, True, PLAN)
-    put(at.whole(scratch, at.VALUES, FIRST, PLAN), values)
-    held = hold(k, exists, piece, of_keys, values, first, before, PLAN.columns, PLAN.dim, FIRST, PLAN)
-    put(at.whole(scratch, at.HELD, FIRST, PLAN), held)
-    clear(scratch, at.D_WRITTEN, FIRST, PLAN)
-    clear(scratch, at.D_ERASED, FIRST, PLAN)
-    keys, second_keys = at.matrix(scratch, at.KEYS, PLAN), of_keys
-    if PLAN.mlp:
-        second_keys = open_keys(keys, exists, piece, FIRST, PLAN)
-        put(at.whole(scratch, at.SECOND, N, PLAN), second_values)
-        held = hold(keys, exists, piece, second_keys, second_values, second, before, N, FIRST, N, PLAN)
-        put(at.whole(scratch, at.SECOND_HELD, N, PLAN), held)
-        clear(scratch, at.D_SECOND, N, PLAN)
-        clear(scratch, at.D_SECOND_ERASED, N, PLAN)
-        clear(scratch, at.D_KEYS, FIRST, PLAN)
+    write_again(memory, made, exists, places, scratch, NARROW, PLAN)
     if READS and memory == 0:
-        read_memory_back(made, exists, piece, before, d_y, scratch, PLAN)
+        read_memory_back(made, exists, before, d_y, scratch, PLAN)
     if PLAN.mlp:
-        d_keys = move_back(
-            keys, exists, piece, second_keys, second, before, back, scratch, at.SECOND, N, FIRST, N, PLAN
-        )
+        keys, offset = at.matrix(scratch, at.KEYS, PLAN), second_layer(memory, NARROW, PLAN)
+        d_keys = move_back(keys, exists, offset, before, back, scratch, at.SECOND_SIMILAR, at.SECOND, N, FIRST, N, PLAN)
         add(at.whole(scratch, at.D_KEYS, FIRST, PLAN), d_keys)
-        carry_back(keys, exists, piece, second, before, back, scratch, N, FIRST, N, PLAN)
+        carry_back(keys, exists, offset, before, back, scratch, N, FIRST, N, PLAN)
         if READS and memory == 0:
             inner = at.matrix(scratch, at.INNER, PLAN)
-            read_states_back(inner, exists, piece, d_y, second, back, N, FIRST, N, PLAN)
-    d_k = move_back(
-        k, exists, piece, of_keys, first, before, back, scratch, at.VALUES, PLAN.columns, PLAN.dim, FIRST, PLAN
-    )
+            read_states_back(inner, exists, d_y, offset, back, scratch, N, FIRST, N, PLAN)
+    offset = first_layer(memory, NARROW, PLAN)
+    d_k = move_back(k, exists, offset, before, back, scratch, at.SIMILAR, at.VALUES, ROW, PLAN.dim, FIRST, PLAN)
     add(at.whole(scratch, at.D_K, PLAN.dim, PLAN), d_k)
-    carry_back(k, exists, piece, first, before, back, scratch, PLAN.columns, PLAN.dim, FIRST, PLAN)
+    carry_back(k, exists, offset, before, back, scratch, ROW, PLAN.dim, FIRST, PLAN)
     if READS and memory == 0:
         gradient = d_y
         if PLAN.mlp:
             gradient = at.matrix(scratch, at.D_INNER, PLAN)
-        read_states_back(q, exists, piece, gradient, first, back, PLAN.columns, PLAN.dim, FIRST, PLAN)
+        read_states_back(q, exists, gradient, offset, back, scratch, ROW, PLAN.dim, FIRST, PLAN)
     if PLAN.mlp:
-        write_mlp_back(k, v, exists, piece, start[0], d_start, memory, scratch, NARROW, PLAN)
+        write_mlp_back(k, v, exists, start[0], d_start, memory, scratch, NARROW, PLAN)
     else:
-        write_linear_back(k, v, exists, piece, start[0], d_start, memory, scratch, NARROW, PLAN)
+        write_linear_back(k, v, exists, start[0], d_start, memory, scratch, NARROW, PLAN)
 
 
 @triton.jit
-def tables_back(piece, size, scratch, PLAN: tl.constexpr):
+def tables_back(size, scratch, PLAN: tl.constexpr):
     """Return the gradients of `alpha` and `mu` `[C]` from those of tables and of the last of their weights."""
-    rows = tl.arange(0, PLAN.rows)
-    ends = tl.where(rows == size - 1, 1.0, 0.0)
+    rows, pushes = tl.arange(0, PLAN.rows), None
+    retention = tl.load(at.row(scratch, at.ALPHA, PLAN))
+    push_retention = retention
+    if PLAN.momentum:
+        pushes = scratch + at.MU * PLAN.rows
+        push_retention = tl.load(at.row(scratch, at.MU, PLAN))
+    tables = chunk_tables(scratch + at.ALPHA * PLAN.rows, pushes, rows, 1, rows, size, PLAN.precision)
+    ends, last = tl.where(rows == size - 1, 1.0, 0.0), scratch + at.D_LAST * PLAN.rows
     kept, write = tl.load(at.table(scratch, at.D_KEPT, PLAN)), tl.load(at.table(scratch, at.D_WRITE, PLAN))
-    read_kept, read_write = (
-        tl.load(at.table(scratch, at.READ_KEPT, PLAN)),
-        tl.load(at.table(scratch, at.READ_WRITE, PLAN)),
-    )
-    wrote, erase = tl.load(at.row(scratch, at.D_WROTE, PLAN)), tl.load(at.row(scratch, at.D_ERASE, PLAN))
+    read_kept = tl.load(at.table(scratch, at.D_READ_KEPT, PLAN))
+    read_write = tl.load(at.table(scratch, at.D_READ_WRITE, PLAN))
+    wrote, erase = tl.load(at.row(scratch, at.D_WROTE, PLAN)), tl.load(at.row(scratch, at.D_ERASED, PLAN))
     if not PLAN.momentum:  # writes and erases weigh the same
         kept, read_kept, erase = kept + write, read_kept + read_write, erase + wrote
-    start, push = tl.load(at.row(scratch, at.D_START, PLAN)), tl.load(at.row(scratch, at.D_PUSH, PLAN))
+    start, push = tl.load(at.row(scratch, at.D_START, PLAN)), tl.load(at.row(scratch, at.D_PUSHED, PLAN))
     before = (kept, start, write, push)
-    last = scratch + at.D_LAST * PLAN.rows
     kept, write = ends[:, None] * erase[None, :], ends[:, None] * wrote[None, :]
     after = (kept, ends * tl.load(last), write, ends * tl.load(last + 1))
-    start, push = tl.load(at.row(scratch, at.READ_START, PLAN)), tl.load(at.row(scratch, at.READ_PUSH, PLAN))
+    start, push = tl.load(at.row(scratch, at.D_READ_START, PLAN)), tl.load(at.row(scratch, at.D_READ_PUSHED, PLAN))
     if PLAN.read == "inclusive":
         after = (after[0] + read_kept, after[1] + start, after[2] + read_write, after[3] + push)
     else:
         before = (before[0] + read_kept, before[1] + start, before[2] + read_write, before[3] + push)
     link = ends[:, None] * tl.load(at.row(scratch, at.D_LINK, PLAN))[None, :]
-    rate, retention, push_retention = piece[0]
-    return gates_back(
-        piece[1],
-        before,
-        after,
-        link,
-        ends * tl.load(last + 2),
-        retention,
-        push_retention,
-        rows,
-        PLAN.momentum,
-        PLAN.precision,
-    )
+    kept = ends * tl.load(last + 2)
+    return gates_back(tables, before, after, link, kept, retention, push_retention, rows, PLAN.momentum, PLAN.precision)

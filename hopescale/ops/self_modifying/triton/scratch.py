@@ -7,26 +7,43 @@ import triton.language as tl
 
 from hopescale.ops.self_modifying.triton.matrices import add, tile
 
-ALPHA = tl.constexpr(0)
-MU = tl.constexpr(1)
-D_RATE = tl.constexpr(2)
-D_FRESH = tl.constexpr(3)
-D_START = tl.constexpr(4)
-D_PUSH = tl.constexpr(5)
-READ_START = tl.constexpr(6)
-READ_PUSH = tl.constexpr(7)
-D_WROTE = tl.constexpr(8)
-D_ERASE = tl.constexpr(9)
-D_LINK = tl.constexpr(10)
-D_LAST = tl.constexpr(11)
-"""Gradients of the weights of the first state and momentum in the last ones: three numbers."""
-ROWS = tl.constexpr(12)
+RATE = tl.constexpr(0)
+ALPHA = tl.constexpr(1)
+MU = tl.constexpr(2)
+START = tl.constexpr(3)
+PUSHED = tl.constexpr(4)
+READ_START = tl.constexpr(5)
+READ_PUSHED = tl.constexpr(6)
+WROTE = tl.constexpr(7)
+ERASED = tl.constexpr(8)
+LINK = tl.constexpr(9)
+LAST = tl.constexpr(10)
+"""Weights of the first state and momentum in the last state, and of the first momentum in the last: three numbers."""
+D_RATE = tl.constexpr(11)
+D_FRESH = tl.constexpr(12)
+D_START = tl.constexpr(13)
+D_PUSHED = tl.constexpr(14)
+D_READ_START = tl.constexpr(15)
+D_READ_PUSHED = tl.constexpr(16)
+D_WROTE = tl.constexpr(17)
+D_ERASED = tl.constexpr(18)
+D_LINK = tl.constexpr(19)
+D_LAST = tl.constexpr(20)
+ROWS = tl.constexpr(21)
 
-D_KEPT = tl.constexpr(0)
-D_WRITE = tl.constexpr(1)
+KEPT = tl.constexpr(0)
+WRITE = tl.constexpr(1)
 READ_KEPT = tl.constexpr(2)
 READ_WRITE = tl.constexpr(3)
-TABLES = tl.constexpr(4)
+SIMILAR = tl.constexpr(4)
+INVERSE = tl.constexpr(5)
+SECOND_SIMILAR = tl.constexpr(6)
+SECOND_INVERSE = tl.constexpr(7)
+D_KEPT = tl.constexpr(8)
+D_WRITE = tl.constexpr(9)
+D_READ_KEPT = tl.constexpr(10)
+D_READ_WRITE = tl.constexpr(11)
+TABLES = tl.constexpr(12)
 
 K = tl.constexpr(0)
 V = tl.constexpr(1)
@@ -44,10 +61,10 @@ VALUES = tl.constexpr(11)
 HELD = tl.constexpr(12)
 SECOND = tl.constexpr(13)
 SECOND_HELD = tl.constexpr(14)
-D_WRITTEN = tl.constexpr(15)
-D_ERASED = tl.constexpr(16)
+D_VALUES = tl.constexpr(15)
+D_HELD = tl.constexpr(16)
 D_SECOND = tl.constexpr(17)
-D_SECOND_ERASED = tl.constexpr(18)
+D_SECOND_HELD = tl.constexpr(18)
 D_KEYS = tl.constexpr(19)
 D_INNER = tl.constexpr(20)
 SOLVED = tl.constexpr(21)
@@ -62,6 +79,12 @@ BACKWARD_MATRICES = tl.constexpr(26)
 def row(scratch, INDEX: tl.constexpr, PLAN: tl.constexpr):
     """Point to a row of numbers, entry by entry."""
     return scratch + INDEX * PLAN.rows + tl.arange(0, PLAN.rows)
+
+
+@triton.jit
+def column(scratch, INDEX: tl.constexpr, PLAN: tl.constexpr):
+    """Load a row of numbers as factors of a matrix's rows, `[C, 1]`."""
+    return tl.load(row(scratch, INDEX, PLAN))[:, None]
 
 
 @triton.jit
