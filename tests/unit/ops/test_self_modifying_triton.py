@@ -16,7 +16,8 @@ from hopescale.ops.self_modifying import ChunkRule, Streams
 
 ROOT = Path(__file__).parents[3]
 INTEGERS = {"tokens", "chunk_size", "scratch_size"}
-KERNELS = ("forward.self_modify_kernel",)
+KERNELS = {"forward.self_modify_kernel": ("eta",), "backward.self_modify_back_kernel": ()}
+"""Kernels, and the narrow memories of what they are compiled for: twice the code."""
 
 pytestmark = pytest.mark.skipif(
     find_spec("triton") is None, reason="triton is not installed (it exists for Linux only)"
@@ -45,8 +46,8 @@ def test_kernels_compile_for_a_gpu(name: str, tmp_path: Path, monkeypatch: pytes
     kernel = getattr(import_module(f"hopescale.ops.self_modifying.triton.{module}"), function)
     tokens = torch.zeros(1, 1, 16, 16)
     rule = ChunkRule(
-        wide=("mem", "k"),
-        narrow=("eta",),
+        wide=("mem",),
+        narrow=KERNELS[name],
         hidden=32,
         chunk_size=16,
         objective="l2",

@@ -79,7 +79,7 @@ def enter_boundary(d_states, d_boundary, PLAN: tl.constexpr):
     tl.debug_barrier()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "chunk_size"])
 def self_modify_back_kernel(
     k,
     v,
@@ -135,7 +135,7 @@ def self_modify_back_kernel(
             streams = k + first * PLAN.dim, v + first * PLAN.dim, q + first * PLAN.dim
             logits = gates_at(eta, alpha, mu, first, PLAN)
             made = open_piece(logits, streams, exists, size, boundary[0], scratch, PLAN)
-            if turn < passes - pieces:
+            if PLAN.cut and turn < passes - pieces:
                 after = packed(replayed_states, replayed_momenta, replays + p, PLAN)
                 pass_memories(made, exists, (boundary, before, after), (d_y, d_y), scratch, False, PLAN)
             else:

@@ -17,7 +17,7 @@ from hopescale.ops.self_modifying.triton.pieces import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "chunk_size"])
 def self_modify_kernel(
     k,
     v,

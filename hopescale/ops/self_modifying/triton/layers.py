@@ -1,9 +1,8 @@
 """How a piece of a chunk moves one linear layer, and what is read of it on the way.
 
-Everything is as in the page above, with the learning rate of a write beside its value instead of in the tables.
-`offset`
-is where the layer begins in a packed set of weights, its rows are `ROW` apart; `before` points to packed weights and
-momentum before the piece. Keys are `[C, K]`, write values `[C, N]`. `SIMILAR` says where `open_keys` kept what.
+Everything is as in the page above, with the learning rate of a write beside its value instead of in the tables. A layer
+begins at `offset` in a packed set of weights, its rows `ROW` apart; `before` points to packed weights and momentum
+before the piece. Keys are `[C, K]`, write values `[C, N]`. `SIMILAR` says where `open_keys` kept what.
 """
 
 from __future__ import annotations

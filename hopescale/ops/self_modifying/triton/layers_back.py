@@ -27,7 +27,7 @@ def read_back(
     N: tl.constexpr,
     PLAN: tl.constexpr,
 ):
-    """Move the gradient `[C, N]` of what `read_layer` read to queries and keys, `[C, K]` each, and keep that of writes."""
+    """Move the gradient of what `read_layer` read to queries and keys, `[C, K]` each, and keep that of writes."""
     rate, queries, d_found = at.column(scratch, at.RATE, PLAN), load_rows(q, exists, K), load_rows(gradient, exists, N)
     similar = pairs(q, keys, exists, K, PLAN)
     weights = tl.load(at.table(scratch, at.READ_WRITE, PLAN))
