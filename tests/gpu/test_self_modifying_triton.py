@@ -143,7 +143,7 @@ def test_any_chunk_equals_the_loop(chunk_size: int, tokens: int):
 
 
 def test_heads_and_sequences_are_apart():
-    check({"adaptive": ()}, 3, batch=2, heads=3)
+    check({"memory": "linear", "adaptive": ("eta",)}, 3, batch=2, heads=3)
 
 
 @pytest.mark.parametrize(("dim", "hidden", "tokens"), [(32, 16, 19), (64, 128, 3), (128, 32, 3)])

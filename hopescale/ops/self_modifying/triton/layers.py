@@ -2,7 +2,8 @@
 
 Everything is as in the page above, with the learning rate of a write beside its value instead of in the tables. A layer
 begins at `offset` in a packed set of weights, its rows `ROW` apart; `before` points to packed weights and momentum
-before the piece. Keys are `[C, K]`, write values `[C, N]`. `SIMILAR` says where `open_keys` kept what.
+before the piece. Keys are `[C, K]`. `SIMILAR` says where `open_keys` kept what, `VALUES` where write values `[C, N]`
+are kept, with what was held right behind them.
 """
 
 from __future__ import annotations
@@ -31,51 +32,48 @@ def open_keys(keys, exists, scratch, SIMILAR: tl.constexpr, K: tl.constexpr, PLA
 def hold(
     keys,
     exists,
-    values,
     offset,
     before,
     scratch,
     SIMILAR: tl.constexpr,
+    VALUES: tl.constexpr,
     ROW: tl.constexpr,
     K: tl.constexpr,
     N: tl.constexpr,
     PLAN: tl.constexpr,
 ):
-    """Return what a layer held under each key just before the write, `[C, N]`; unused where nothing is erased."""
-    held = values
+    """Keep what a layer held under each key just before the write."""
     if PLAN.erase:
         weights = tl.load(at.table(scratch, at.WRITE, PLAN)) * tl.load(at.table(scratch, SIMILAR, PLAN))
-        held = multiply(weights, at.column(scratch, at.RATE, PLAN) * values, PLAN)
+        held = multiply(weights, at.written(scratch, VALUES, N, PLAN), PLAN)
         asked = times(keys, exists, before[0] + offset, ROW, 1, K, N, PLAN)
         held += at.column(scratch, at.START, PLAN) * asked
         if PLAN.momentum:
             asked = times(keys, exists, before[1] + offset, ROW, 1, K, N, PLAN)
             held += at.column(scratch, at.PUSHED, PLAN) * asked
         held = multiply(tl.load(at.table(scratch, SIMILAR + 1, PLAN)), held, PLAN)
-    return held
+        put(at.whole(scratch, VALUES + 1, N, PLAN), held)
 
 
 @triton.jit
 def move(
     keys,
     exists,
-    values,
-    held,
     offset,
     before,
     after,
     scratch,
+    VALUES: tl.constexpr,
     ROW: tl.constexpr,
     K: tl.constexpr,
     N: tl.constexpr,
     PLAN: tl.constexpr,
 ):
     """Store a layer's state and momentum where `after` points to, maybe `before`."""
-    rate, last = at.column(scratch, at.RATE, PLAN), scratch + at.LAST * PLAN.rows
-    entered = at.column(scratch, at.WROTE, PLAN) * rate * values
-    pushes = at.column(scratch, at.LINK, PLAN) * rate * values
+    last, written = scratch + at.LAST * PLAN.rows, at.written(scratch, VALUES, N, PLAN)
+    entered, pushes = at.column(scratch, at.WROTE, PLAN) * written, at.column(scratch, at.LINK, PLAN) * written
     if PLAN.erase:
-        entered -= at.column(scratch, at.ERASED, PLAN) * rate * held
+        entered -= at.column(scratch, at.ERASED, PLAN) * at.written(scratch, VALUES + 1, N, PLAN)
     BLOCK: tl.constexpr = PLAN.block if PLAN.block < K else K
     for begin in range(0, K, BLOCK):
         k = begin + tl.arange(0, BLOCK)
@@ -94,21 +92,22 @@ def read_layer(
     q,
     keys,
     exists,
-    values,
-    held,
     offset,
     before,
     scratch,
+    VALUES: tl.constexpr,
     ROW: tl.constexpr,
     K: tl.constexpr,
     N: tl.constexpr,
     PLAN: tl.constexpr,
 ):
     """Read a layer with one query `[C, K]` per token: `[C, N]`."""
-    rate, similar = at.column(scratch, at.RATE, PLAN), pairs(q, keys, exists, K, PLAN)
-    found = multiply(tl.load(at.table(scratch, at.READ_WRITE, PLAN)) * similar, rate * values, PLAN)
+    similar = pairs(q, keys, exists, K, PLAN)
+    weights = tl.load(at.table(scratch, at.READ_WRITE, PLAN)) * similar
+    found = multiply(weights, at.written(scratch, VALUES, N, PLAN), PLAN)
     if PLAN.erase:
-        found -= multiply(tl.load(at.table(scratch, at.READ_KEPT, PLAN)) * similar, rate * held, PLAN)
+        weights = tl.load(at.table(scratch, at.READ_KEPT, PLAN)) * similar
+        found -= multiply(weights, at.written(scratch, VALUES + 1, N, PLAN), PLAN)
     asked = times(q, exists, before[0] + offset, ROW, 1, K, N, PLAN)
     found += at.column(scratch, at.READ_START, PLAN) * asked
     if PLAN.momentum:

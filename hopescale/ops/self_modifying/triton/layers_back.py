@@ -1,6 +1,7 @@
 """The way back through `layers.py`, in its words. Gradients gather in scratch memory, and in place in those of weights.
 
-`VALUES` says where write values are kept; what was held follows them, and their gradients lie as far apart.
+The gradients of write values and of what was held lie one behind the other, too; `gradients_at` says where. Those of
+keys are added to what is kept as `D_KEYS`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,12 @@ from hopescale.ops.self_modifying.triton.matrices import add, add_outer, load_ro
 
 
 @triton.jit
+def gradients_at(scratch, VALUES: tl.constexpr, WIDTH: tl.constexpr, PLAN: tl.constexpr):
+    """Point to the gradients of write values, or of what was held, entry by entry."""
+    return at.whole(scratch, VALUES - at.VALUES + at.D_VALUES, WIDTH, PLAN)
+
+
+@triton.jit
 def read_back(
     q,
     keys,
@@ -22,29 +29,30 @@ def read_back(
     before,
     scratch,
     VALUES: tl.constexpr,
+    D_KEYS: tl.constexpr,
     ROW: tl.constexpr,
     K: tl.constexpr,
     N: tl.constexpr,
     PLAN: tl.constexpr,
 ):
-    """Move the gradient of what `read_layer` read to queries and keys, `[C, K]` each, and keep that of writes."""
-    rate, queries, d_found = at.column(scratch, at.RATE, PLAN), load_rows(q, exists, K), load_rows(gradient, exists, N)
+    """Move the gradient of what `read_layer` read to keys, and keep that of writes; return that of queries `[C, K]`."""
+    queries, d_found = load_rows(q, exists, K), load_rows(gradient, exists, N)
     similar = pairs(q, keys, exists, K, PLAN)
     weights = tl.load(at.table(scratch, at.READ_WRITE, PLAN))
     d_values = multiply(tl.trans(weights * similar), d_found, PLAN)
-    put(at.whole(scratch, VALUES - at.VALUES + at.D_VALUES, N, PLAN), d_values)
-    d_weights = multiply(d_found, tl.trans(rate * tl.load(at.whole(scratch, VALUES, N, PLAN))), PLAN)
+    put(gradients_at(scratch, VALUES, N, PLAN), d_values)
+    d_weights = multiply(d_found, tl.trans(at.written(scratch, VALUES, N, PLAN)), PLAN)
     add(at.table(scratch, at.D_READ_WRITE, PLAN), d_weights * similar)
     d_similar = d_weights * weights
     if PLAN.erase:
         weights = tl.load(at.table(scratch, at.READ_KEPT, PLAN))
         d_held = -multiply(tl.trans(weights * similar), d_found, PLAN)
-        put(at.whole(scratch, VALUES - at.VALUES + at.D_HELD, N, PLAN), d_held)
-        d_weights = -multiply(d_found, tl.trans(rate * tl.load(at.whole(scratch, VALUES + 1, N, PLAN))), PLAN)
+        put(gradients_at(scratch, VALUES + 1, N, PLAN), d_held)
+        d_weights = -multiply(d_found, tl.trans(at.written(scratch, VALUES + 1, N, PLAN)), PLAN)
         add(at.table(scratch, at.D_READ_KEPT, PLAN), d_weights * similar)
         d_similar += d_weights * weights
     d_q = multiply(d_similar, load_rows(keys, exists, K), PLAN)
-    d_keys = multiply(tl.trans(d_similar), queries, PLAN)
+    add(at.whole(scratch, D_KEYS, K, PLAN), multiply(tl.trans(d_similar), queries, PLAN))
     asked = times(gradient, exists, before[0] + offset, 1, ROW, N, K, PLAN)
     at.add_row(scratch, at.D_READ_START, tl.sum(asked * queries, 1), PLAN)
     d_q += at.column(scratch, at.READ_START, PLAN) * asked
@@ -52,7 +60,7 @@ def read_back(
         asked = times(gradient, exists, before[1] + offset, 1, ROW, N, K, PLAN)
         at.add_row(scratch, at.D_READ_PUSHED, tl.sum(asked * queries, 1), PLAN)
         d_q += at.column(scratch, at.READ_PUSHED, PLAN) * asked
-    return d_q, d_keys
+    return d_q
 
 
 @triton.jit
@@ -87,16 +95,13 @@ def hold_back(
     scratch,
     SIMILAR: tl.constexpr,
     VALUES: tl.constexpr,
+    D_KEYS: tl.constexpr,
     ROW: tl.constexpr,
     K: tl.constexpr,
     N: tl.constexpr,
     PLAN: tl.constexpr,
 ):
-    """Move the gradient of what was held, times the learning rate, through `hold`; keep what was solved for.
-
-    Returns:
-        The gradients of write values, times the learning rate, and of keys.
-    """
+    """Move the gradient of what was held, times the learning rate, through `hold`; keep what was solved for."""
     rate, similar = at.column(scratch, at.RATE, PLAN), tl.load(at.table(scratch, SIMILAR, PLAN))
     solved = multiply(tl.trans(tl.load(at.table(scratch, SIMILAR + 1, PLAN))), rate * d_held, PLAN)
     put(at.whole(scratch, at.SOLVED, N, PLAN), solved)
@@ -107,20 +112,19 @@ def hold_back(
     add(at.table(scratch, at.D_KEPT, PLAN), d_weights * similar)
     d_similar = d_weights * weights
     weights = tl.load(at.table(scratch, at.WRITE, PLAN))
-    d_values = multiply(tl.trans(weights * similar), solved, PLAN)
-    d_weights = multiply(solved, tl.trans(rate * tl.load(at.whole(scratch, VALUES, N, PLAN))), PLAN)
+    add(gradients_at(scratch, VALUES, N, PLAN), multiply(tl.trans(weights * similar), solved, PLAN))
+    d_weights = multiply(solved, tl.trans(at.written(scratch, VALUES, N, PLAN)), PLAN)
     add(at.table(scratch, at.D_WRITE, PLAN), d_weights * similar)
     d_similar += d_weights * weights
     own = load_rows(keys, exists, K)
-    d_keys = multiply(d_similar + tl.trans(d_similar), own, PLAN)
+    add(at.whole(scratch, D_KEYS, K, PLAN), multiply(d_similar + tl.trans(d_similar), own, PLAN))
     asked = times(at.matrix(scratch, at.SOLVED, PLAN), exists, before[0] + offset, 1, ROW, N, K, PLAN)
     at.add_row(scratch, at.D_START, tl.sum(asked * own, 1), PLAN)
-    d_keys += at.column(scratch, at.START, PLAN) * asked
+    add(at.whole(scratch, D_KEYS, K, PLAN), at.column(scratch, at.START, PLAN) * asked)
     if PLAN.momentum:
         asked = times(at.matrix(scratch, at.SOLVED, PLAN), exists, before[1] + offset, 1, ROW, N, K, PLAN)
-        at.add_row(scratch, at.D_PUSHED, tl.sum(asked * own, 1), PLAN)
-        d_keys += at.column(scratch, at.PUSHED, PLAN) * asked
-    return d_values, d_keys
+        at.add_row(scratch, at.D_PUSHED, tl.sum(asked * load_rows(keys, exists, K), 1), PLAN)
+        add(at.whole(scratch, D_KEYS, K, PLAN), at.column(scratch, at.PUSHED, PLAN) * asked)
 
 
 @triton.jit
@@ -133,48 +137,38 @@ def move_back(
     scratch,
     SIMILAR: tl.constexpr,
     VALUES: tl.constexpr,
+    D_KEYS: tl.constexpr,
     ROW: tl.constexpr,
     K: tl.constexpr,
     N: tl.constexpr,
     PLAN: tl.constexpr,
 ):
-    """Move gradients of a layer's state and momentum after the piece, `back`, to its write values and keys.
-
-    Those of write values take the place of what was kept of them, without the learning rate.
-
-    Returns:
-        The gradient of keys `[C, K]`.
-    """
-    rate, temporary = at.column(scratch, at.RATE, PLAN), at.matrix(scratch, at.TEMPORARY, PLAN)
-    written = rate * tl.load(at.whole(scratch, VALUES, N, PLAN))
-    entering = times(keys, exists, back[0] + offset, ROW, 1, K, N, PLAN)
-    at.add_row(scratch, at.D_WROTE, tl.sum(entering * written, 1), PLAN)
-    gradient = at.whole(scratch, VALUES - at.VALUES + at.D_VALUES, N, PLAN)
-    add(gradient, at.column(scratch, at.WROTE, PLAN) * entering)
-    entered = at.column(scratch, at.WROTE, PLAN) * written
-    d_held = entering
-    if PLAN.erase:
-        erased, weights = rate * tl.load(at.whole(scratch, VALUES + 1, N, PLAN)), at.column(scratch, at.ERASED, PLAN)
-        at.add_row(scratch, at.D_ERASED, -tl.sum(entering * erased, 1), PLAN)
-        d_held = tl.load(at.whole(scratch, VALUES - at.VALUES + at.D_HELD, N, PLAN)) - weights * entering
-        entered -= weights * erased
-    put(at.whole(scratch, at.TEMPORARY, N, PLAN), entered)
-    d_keys = times(temporary, exists, back[0] + offset, 1, ROW, N, K, PLAN)
+    """Move gradients of a layer's state and momentum after the piece, `back`, to its keys and write values."""
+    temporary, gradient = at.matrix(scratch, at.TEMPORARY, PLAN), gradients_at(scratch, VALUES, N, PLAN)
     if PLAN.momentum:
-        weights = at.column(scratch, at.LINK, PLAN)
+        weights, written = at.column(scratch, at.LINK, PLAN), at.written(scratch, VALUES, N, PLAN)
         put(at.whole(scratch, at.TEMPORARY, N, PLAN), weights * written)
-        d_keys += times(temporary, exists, back[1] + offset, 1, ROW, N, K, PLAN)
         pushing = times(keys, exists, back[1] + offset, ROW, 1, K, N, PLAN)
         at.add_row(scratch, at.D_LINK, tl.sum(pushing * written, 1), PLAN)
         add(gradient, weights * pushing)
+        d_keys = times(temporary, exists, back[1] + offset, 1, ROW, N, K, PLAN)
+        add(at.whole(scratch, D_KEYS, K, PLAN), d_keys)
+    weights, written = at.column(scratch, at.WROTE, PLAN), at.written(scratch, VALUES, N, PLAN)
+    put(at.whole(scratch, at.TEMPORARY, N, PLAN), weights * written)
+    entering = times(keys, exists, back[0] + offset, ROW, 1, K, N, PLAN)
+    at.add_row(scratch, at.D_WROTE, tl.sum(entering * written, 1), PLAN)
+    add(gradient, weights * entering)
     if PLAN.erase:
-        d_written, more = hold_back(keys, exists, d_held, offset, before, scratch, SIMILAR, VALUES, ROW, K, N, PLAN)
-        add(gradient, d_written)
-        d_keys += more
+        weights, erased = at.column(scratch, at.ERASED, PLAN), at.written(scratch, VALUES + 1, N, PLAN)
+        add(at.whole(scratch, at.TEMPORARY, N, PLAN), -weights * erased)
+        at.add_row(scratch, at.D_ERASED, -tl.sum(entering * erased, 1), PLAN)
+        d_held = tl.load(gradients_at(scratch, VALUES + 1, N, PLAN)) - weights * entering
+        hold_back(keys, exists, d_held, offset, before, scratch, SIMILAR, VALUES, D_KEYS, ROW, K, N, PLAN)
+    d_keys = times(temporary, exists, back[0] + offset, 1, ROW, N, K, PLAN)
+    add(at.whole(scratch, D_KEYS, K, PLAN), d_keys)
     d_written = tl.load(gradient)
     at.add_row(scratch, at.D_RATE, tl.sum(d_written * tl.load(at.whole(scratch, VALUES, N, PLAN)), 1), PLAN)
     put(gradient, at.column(scratch, at.RATE, PLAN) * d_written)
-    return d_keys
 
 
 @triton.jit

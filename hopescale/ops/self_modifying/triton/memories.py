@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from hopescale.ops.self_modifying.triton import scratch as at
-from hopescale.ops.self_modifying.triton.matrices import load_rows, put, slope, times
+from hopescale.ops.self_modifying.triton.matrices import add, load_rows, put, slope, times
 
 NORM_EPS = tl.constexpr(1e-6)
 """Of `l2_norm`."""
@@ -135,18 +135,16 @@ def freshen(error, scratch, PLAN: tl.constexpr):
 
 @triton.jit
 def write(k, v, exists, state, memory, scratch, NARROW: tl.constexpr, KEEP: tl.constexpr, PLAN: tl.constexpr):
-    """Return what a memory writes; keep keys of the second layer, and with `KEEP` what the backward kernel asks for.
+    """Keep what a memory writes, and keys of its second layer; with `KEEP` what the backward kernel asks for, too.
 
     Returns:
-        Write values of the first layer `[C, E]`, of the second `[C, N]` (the first again if there is no other), and the
-        norm of errors `[C]`.
+        The norm of errors `[C]`.
     """
     if PLAN.mlp:
-        values, second, error = write_mlp(k, v, exists, state, memory, scratch, NARROW, KEEP, PLAN)
+        surprise = write_mlp(k, v, exists, state, memory, scratch, NARROW, KEEP, PLAN)
     else:
-        values, error = write_linear(k, v, exists, state, memory, scratch, NARROW, KEEP, PLAN)
-        second = values
-    return values, second, error
+        surprise = write_linear(k, v, exists, state, memory, scratch, NARROW, KEEP, PLAN)
+    return surprise
 
 
 @triton.jit
@@ -154,17 +152,17 @@ def write_linear(k, v, exists, state, memory, scratch, NARROW: tl.constexpr, KEE
     """Do what `write` does for a linear memory, which has one layer."""
     N: tl.constexpr = PLAN.narrow_columns if NARROW else PLAN.dim
     first = state + first_layer(memory, NARROW, PLAN)
-    asks = times(k, exists, first, PLAN.columns, 1, PLAN.dim, N, PLAN)
     if PLAN.own_target:
         error = -times(v, exists, first, PLAN.columns, 1, PLAN.dim, N, PLAN)
     else:
         error = -load_rows(v, exists, N)
     if PLAN.l2:
-        error += asks
+        error += times(k, exists, first, PLAN.columns, 1, PLAN.dim, N, PLAN)
     if KEEP:
         put(at.whole(scratch, at.RAW, N, PLAN), error)
     error = cap(error, PLAN)
-    return -freshen(error, scratch, PLAN), tl.sqrt(tl.sum(error * error, 1))
+    put(at.whole(scratch, at.VALUES, N, PLAN), -freshen(error, scratch, PLAN))
+    return tl.sqrt(tl.sum(error * error, 1))
 
 
 @triton.jit
@@ -174,22 +172,19 @@ def write_mlp(k, v, exists, state, memory, scratch, NARROW: tl.constexpr, KEEP: 
     E: tl.constexpr = PLAN.hidden
     C: tl.constexpr = PLAN.rows
     first, second = state + first_layer(memory, NARROW, PLAN), state + second_layer(memory, NARROW, PLAN)
-    asks = times(k, exists, first, PLAN.columns, 1, PLAN.dim, E, PLAN)
-    if KEEP:
-        put(at.whole(scratch, at.OF_KEY, E, PLAN), asks)
-    gate = tl.sigmoid(asks)
-    hidden = asks * gate
+    pre = times(k, exists, first, PLAN.columns, 1, PLAN.dim, E, PLAN)
+    put(at.whole(scratch, at.OF_KEY, E, PLAN), pre)
+    hidden = pre * tl.sigmoid(pre)
+    norm = tl.sqrt(tl.sum(hidden * hidden, 1) + PLAN.key_eps)[:, None]
+    put(at.whole(scratch, at.KEYS, E, PLAN), hidden / norm)
     error = tl.zeros((C, N), tl.float32)
     if PLAN.l2 or PLAN.own_target:
-        asked = tl.zeros((C, E), tl.float32)
-        if PLAN.l2:
-            asked += hidden
+        put(at.whole(scratch, at.HIDDEN, E, PLAN), hidden if PLAN.l2 else tl.zeros((C, E), tl.float32))
         if PLAN.own_target:
-            of_value = times(v, exists, first, PLAN.columns, 1, PLAN.dim, E, PLAN)
-            asked -= of_value * tl.sigmoid(of_value)
+            pre = times(v, exists, first, PLAN.columns, 1, PLAN.dim, E, PLAN)
+            add(at.whole(scratch, at.HIDDEN, E, PLAN), -pre * tl.sigmoid(pre))
             if KEEP:
-                put(at.whole(scratch, at.OF_VALUE, E, PLAN), of_value)
-        put(at.whole(scratch, at.HIDDEN, E, PLAN), asked)
+                put(at.whole(scratch, at.OF_VALUE, E, PLAN), pre)
         error += times(at.matrix(scratch, at.HIDDEN, PLAN), exists, second, N, 1, E, N, PLAN)
     error = offset_error(error, k, v, exists, NARROW, PLAN)
     if KEEP:
@@ -197,9 +192,11 @@ def write_mlp(k, v, exists, state, memory, scratch, NARROW: tl.constexpr, KEEP: 
     error = cap(error, PLAN)
     push = freshen(error, scratch, PLAN)
     put(at.whole(scratch, at.PUSH, N, PLAN), push)
+    put(at.whole(scratch, at.SECOND, N, PLAN), -norm * push)
     back = times(at.matrix(scratch, at.PUSH, PLAN), exists, second, 1, N, N, E, PLAN)
     if KEEP:
         put(at.whole(scratch, at.BACK, E, PLAN), back)
-    norm = tl.sqrt(tl.sum(hidden * hidden, 1) + PLAN.key_eps)[:, None]
-    put(at.whole(scratch, at.KEYS, E, PLAN), hidden / norm)
-    return -back * slope(gate, hidden), -norm * push, tl.sqrt(tl.sum(error * error, 1))
+    pre = tl.load(at.whole(scratch, at.OF_KEY, E, PLAN))
+    gate = tl.sigmoid(pre)
+    put(at.whole(scratch, at.VALUES, E, PLAN), -back * slope(gate, pre * gate))
+    return tl.sqrt(tl.sum(error * error, 1))

@@ -92,27 +92,28 @@ def pass_memory(
     N: tl.constexpr = PLAN.narrow_columns if NARROW else PLAN.dim
     FIRST: tl.constexpr = PLAN.hidden if PLAN.mlp else N
     READS: tl.constexpr = READ and not NARROW and PLAN.read != "boundary"
+    ROW: tl.constexpr = PLAN.columns
     offset = first_layer(memory, NARROW, PLAN)
-    values, second_values, error = write(k, v, exists, start[0], memory, scratch, NARROW, False, PLAN)
-    held = hold(k, exists, values, offset, before, scratch, at.SIMILAR, PLAN.columns, PLAN.dim, FIRST, PLAN)
+    error = write(k, v, exists, start[0], memory, scratch, NARROW, False, PLAN)
     if READ and not NARROW:
         tl.store(surprise + 3 * tl.arange(0, PLAN.rows), error, mask=exists & (memory == 0))
+    hold(k, exists, offset, before, scratch, at.SIMILAR, at.VALUES, ROW, PLAN.dim, FIRST, PLAN)
     if READS and memory == 0:
-        found = read_layer(q, k, exists, values, held, offset, before, scratch, PLAN.columns, PLAN.dim, FIRST, PLAN)
+        found = read_layer(q, k, exists, offset, before, scratch, at.VALUES, ROW, PLAN.dim, FIRST, PLAN)
         if PLAN.mlp:
             put(at.whole(scratch, at.INNER, FIRST, PLAN), found * tl.sigmoid(found))
         else:
             tl.store(tile(y, PLAN.rows, N), found, mask=exists[:, None])
-    move(k, exists, values, held, offset, before, after, scratch, PLAN.columns, PLAN.dim, FIRST, PLAN)
+    move(k, exists, offset, before, after, scratch, at.VALUES, ROW, PLAN.dim, FIRST, PLAN)
     if PLAN.mlp:
         offset, keys = second_layer(memory, NARROW, PLAN), at.matrix(scratch, at.KEYS, PLAN)
         open_keys(keys, exists, scratch, at.SECOND_SIMILAR, FIRST, PLAN)
-        held = hold(keys, exists, second_values, offset, before, scratch, at.SECOND_SIMILAR, N, FIRST, N, PLAN)
+        hold(keys, exists, offset, before, scratch, at.SECOND_SIMILAR, at.SECOND, N, FIRST, N, PLAN)
         if READS and memory == 0:
             inner = at.matrix(scratch, at.INNER, PLAN)
-            found = read_layer(inner, keys, exists, second_values, held, offset, before, scratch, N, FIRST, N, PLAN)
+            found = read_layer(inner, keys, exists, offset, before, scratch, at.SECOND, N, FIRST, N, PLAN)
             tl.store(tile(y, PLAN.rows, N), load_rows(q, exists, N) + found, mask=exists[:, None])
-        move(keys, exists, second_values, held, offset, before, after, scratch, N, FIRST, N, PLAN)
+        move(keys, exists, offset, before, after, scratch, at.SECOND, N, FIRST, N, PLAN)
 
 
 @triton.jit

@@ -42,41 +42,36 @@ def read_memory_back(made, exists, before, d_y, scratch, PLAN: tl.constexpr):
     E: tl.constexpr = PLAN.hidden
     gradient = d_y
     if PLAN.mlp:
-        inner, keys = at.matrix(scratch, at.INNER, PLAN), at.matrix(scratch, at.KEYS, PLAN)
-        values, held = tl.load(at.whole(scratch, at.VALUES, E, PLAN)), tl.load(at.whole(scratch, at.HELD, E, PLAN))
-        found = read_layer(q, k, exists, values, held, 0, before, scratch, PLAN.columns, D, E, PLAN)
-        gate = tl.sigmoid(found)
-        put(at.whole(scratch, at.INNER, E, PLAN), found * gate)
-        d_inner, d_keys = read_back(inner, keys, exists, d_y, PLAN.second, before, scratch, at.SECOND, D, E, D, PLAN)
-        put(at.whole(scratch, at.D_KEYS, E, PLAN), d_keys)
-        put(at.whole(scratch, at.D_INNER, E, PLAN), d_inner * slope(gate, found * gate))
-        gradient = at.matrix(scratch, at.D_INNER, PLAN)
         add(at.whole(scratch, at.D_Q, D, PLAN), load_rows(d_y, exists, D))
-    d_q, d_k = read_back(q, k, exists, gradient, 0, before, scratch, at.VALUES, PLAN.columns, D, E, PLAN)
+        inner, keys, gradient = at.matrix(scratch, at.INNER, PLAN), at.matrix(scratch, at.KEYS, PLAN), d_y
+        pre = read_layer(q, k, exists, 0, before, scratch, at.VALUES, PLAN.columns, D, E, PLAN)
+        put(at.whole(scratch, at.D_INNER, E, PLAN), pre)
+        put(at.whole(scratch, at.INNER, E, PLAN), pre * tl.sigmoid(pre))
+        d_inner = read_back(inner, keys, exists, d_y, PLAN.second, before, scratch, at.SECOND, at.D_KEYS, D, E, D, PLAN)
+        pre = tl.load(at.whole(scratch, at.D_INNER, E, PLAN))
+        gate = tl.sigmoid(pre)
+        put(at.whole(scratch, at.D_INNER, E, PLAN), d_inner * slope(gate, pre * gate))
+        gradient = at.matrix(scratch, at.D_INNER, PLAN)
+    d_q = read_back(q, k, exists, gradient, 0, before, scratch, at.VALUES, at.D_K, PLAN.columns, D, E, PLAN)
     add(at.whole(scratch, at.D_Q, D, PLAN), d_q)
-    add(at.whole(scratch, at.D_K, D, PLAN), d_k)
 
 
 @triton.jit
 def write_again(memory, made, exists, places, scratch, NARROW: tl.constexpr, PLAN: tl.constexpr):
-    """Compute again what a memory wrote and held, and keep it, with places for the gradients."""
+    """Compute again what a memory wrote and held, and make room for the gradients."""
     k, v, q = made
     start, before = places
     N: tl.constexpr = PLAN.narrow_columns if NARROW else PLAN.dim
     FIRST: tl.constexpr = PLAN.hidden if PLAN.mlp else N
     offset = first_layer(memory, NARROW, PLAN)
-    values, second_values, error = write(k, v, exists, start[0], memory, scratch, NARROW, True, PLAN)
-    put(at.whole(scratch, at.VALUES, FIRST, PLAN), values)
-    held = hold(k, exists, values, offset, before, scratch, at.SIMILAR, PLAN.columns, PLAN.dim, FIRST, PLAN)
-    put(at.whole(scratch, at.HELD, FIRST, PLAN), held)
+    write(k, v, exists, start[0], memory, scratch, NARROW, True, PLAN)
+    hold(k, exists, offset, before, scratch, at.SIMILAR, at.VALUES, PLAN.columns, PLAN.dim, FIRST, PLAN)
     clear(scratch, at.D_VALUES, FIRST, PLAN)
     clear(scratch, at.D_HELD, FIRST, PLAN)
     if PLAN.mlp:
         keys, offset = at.matrix(scratch, at.KEYS, PLAN), second_layer(memory, NARROW, PLAN)
         open_keys(keys, exists, scratch, at.SECOND_SIMILAR, FIRST, PLAN)
-        put(at.whole(scratch, at.SECOND, N, PLAN), second_values)
-        held = hold(keys, exists, second_values, offset, before, scratch, at.SECOND_SIMILAR, N, FIRST, N, PLAN)
-        put(at.whole(scratch, at.SECOND_HELD, N, PLAN), held)
+        hold(keys, exists, offset, before, scratch, at.SECOND_SIMILAR, at.SECOND, N, FIRST, N, PLAN)
         clear(scratch, at.D_SECOND, N, PLAN)
         clear(scratch, at.D_SECOND_HELD, N, PLAN)
         clear(scratch, at.D_KEYS, FIRST, PLAN)
@@ -103,16 +98,15 @@ def pass_memory_back(memory, made, exists, places, backs, d_y, scratch, NARROW: 
     if READS and memory == 0:
         read_memory_back(made, exists, before, d_y, scratch, PLAN)
     if PLAN.mlp:
+        SECOND: tl.constexpr = at.SECOND_SIMILAR
         keys, offset = at.matrix(scratch, at.KEYS, PLAN), second_layer(memory, NARROW, PLAN)
-        d_keys = move_back(keys, exists, offset, before, back, scratch, at.SECOND_SIMILAR, at.SECOND, N, FIRST, N, PLAN)
-        add(at.whole(scratch, at.D_KEYS, FIRST, PLAN), d_keys)
+        move_back(keys, exists, offset, before, back, scratch, SECOND, at.SECOND, at.D_KEYS, N, FIRST, N, PLAN)
         carry_back(keys, exists, offset, before, back, scratch, N, FIRST, N, PLAN)
         if READS and memory == 0:
             inner = at.matrix(scratch, at.INNER, PLAN)
             read_states_back(inner, exists, d_y, offset, back, scratch, N, FIRST, N, PLAN)
     offset = first_layer(memory, NARROW, PLAN)
-    d_k = move_back(k, exists, offset, before, back, scratch, at.SIMILAR, at.VALUES, ROW, PLAN.dim, FIRST, PLAN)
-    add(at.whole(scratch, at.D_K, PLAN.dim, PLAN), d_k)
+    move_back(k, exists, offset, before, back, scratch, at.SIMILAR, at.VALUES, at.D_K, ROW, PLAN.dim, FIRST, PLAN)
     carry_back(k, exists, offset, before, back, scratch, ROW, PLAN.dim, FIRST, PLAN)
     if READS and memory == 0:
         gradient = d_y
