@@ -114,7 +114,7 @@ def fused_obstacle(config: RunConfig, backend: str) -> str | None:
     """Return what keeps `cpp` or `triton` from running a model's chunks as one operation; None if nothing does."""
     model, train = config.model, config.train
     if not has_chunk_loop(model.self_modifying) and backend == "triton":
-        return None  # the kernels of the delta rule
+        return None
     if train.compile:
         return "train.compile takes the chunk loop"
     if train.recompute == "reverse":
@@ -122,11 +122,11 @@ def fused_obstacle(config: RunConfig, backend: str) -> str | None:
     if projection_chunk_size(model) != model.self_modifying.chunk_size:
         mixer = model.self_modifying
         return f"projection_chunk_size is {mixer.projection_chunk_size}, chunk_size {mixer.chunk_size}"
-    if backend == "cpp":
-        widths = {"heads": head_dim(model), "memories": memory_dim(model) or FUSED_MULTIPLE}
-        odd = [f"{name} are {width} wide" for name, width in widths.items() if width % FUSED_MULTIPLE]
-        return f"{' and '.join(odd)}, not a multiple of {FUSED_MULTIPLE}" if odd else None
-    return None
+    if backend == "triton":
+        return None
+    widths = {"heads": head_dim(model), "memories": memory_dim(model) or FUSED_MULTIPLE}
+    odd = [f"{name} are {width} wide" for name, width in widths.items() if width % FUSED_MULTIPLE]
+    return f"{' and '.join(odd)}, not a multiple of {FUSED_MULTIPLE}" if odd else None
 
 
 def computed_again(config: RunConfig) -> str:

@@ -20,7 +20,7 @@ from hopescale.ops.delta_rule import chunk_tables, delta_rule
 from hopescale.ops.head_streams import head_streams
 from hopescale.ops.norm import l2_norm
 from hopescale.ops.scan import Replay, scan
-from hopescale.ops.self_modifying import Backend, ChunkRule, SelfModify, Streams, Weights, fused_chunks
+from hopescale.ops.self_modifying import Backend, ChunkRule, Streams, Weights, fused_chunks
 from hopescale.parallel.layers import ColumnLinear, ParameterSpec, RowLinear, new_parameter
 from hopescale.parallel.mesh import Mesh
 
@@ -175,8 +175,8 @@ class SelfModifying(nn.Module):
         state = self.initial_state(x.shape[1]) if state is None else state
         streams, gate, tail = self._project(x, state.tensors.get("conv_tail"))
         carried = {name: tensor for name, tensor in state.tensors.items() if name != "conv_tail"}
-        if (fused := self._fused(state.position, streams)) is not None:
-            y, seen, carried = self._in_one(fused, streams, carried)
+        if (result := self._fused(state.position, streams, carried)) is not None:
+            y, seen, carried = result
         elif self.has_loop:
             y, seen, carried = self._in_chunks(state.position, streams, carried)
         else:
@@ -208,19 +208,20 @@ class SelfModifying(nn.Module):
         streams = dict(zip(STREAMS, made, strict=True))
         return streams | {name: module(streams["k"]) for name, module in self.gates.items()}, gate, tail
 
-    def _fused(self, position: int, streams: dict[str, Tensor]) -> SelfModify | None:
-        """Return what runs the chunks as one operation where a model is trained; None if they are run one by one."""
+    def _fused(
+        self, position: int, streams: dict[str, Tensor], carried: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]] | None:
+        """Do what `_in_chunks` does as one operation, where a model is trained and there is one for its memories."""
         in_loop = self.compiled or self.reverse or len(self.banks) > 1
-        if in_loop or position % self.chunks[0] or not torch.is_grad_enabled():
+        # Without a loop, kernels on a GPU run all chunks side by side.
+        side_by_side = not self.has_loop and (streams["k"].is_cuda or self.backend == "triton")
+        if in_loop or side_by_side or position % self.chunks[0] or not torch.is_grad_enabled():
             return None
-        return fused_chunks(_streams(streams), self.rule, self.backend)
-
-    def _in_one(
-        self, fused: SelfModify, streams: dict[str, Tensor], carried: dict[str, Tensor]
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Do what `_in_chunks` does, as one operation."""
-        state = _unpack("memory", carried)
-        out = fused(_streams(streams), state.running, state.momentum, self.rule)
+        given, state = Streams(*(streams.get(name) for name in Streams._fields)), _unpack("memory", carried)
+        run = fused_chunks(given, state.running, self.rule, self.backend)
+        if run is None:
+            return None
+        out = run(given, state.running, state.momentum, self.rule)
         return out.y, out.seen, _pack("memory", BankState(out.running, out.momentum, out.boundary))
 
     def _whole_sequence(
@@ -329,10 +330,6 @@ class SelfModifying(nn.Module):
         q = made.q if name == "memory" else None
         y, state, trace = bank.advance(state, writes, tables, q, self.config.read)
         return y, writes.surprise, state, trace
-
-
-def _streams(streams: dict[str, Tensor]) -> Streams:
-    return Streams(*(streams.get(name) for name in Streams._fields))
 
 
 def _pieces(position: int, tokens: int, size: int) -> list[int]:

@@ -32,17 +32,22 @@ def check_compiler(device: torch.device) -> None:
         )
 
 
-def check_backend(backend: str, device: torch.device, head_dim: int) -> None:
+def check_backend(backend: str, device: torch.device, head_dim: int, memory_dim: int | None) -> None:
     """Refuse a `train.backend` where it cannot run.
 
     Raises:
-        ConfigError: If the device, the installation, the compiler or the model's head dim keeps it from running.
+        ConfigError: If the device, the installation, the compiler or the width of heads or memories is in its way.
     """
     obstacle = None
     if backend == "triton":
-        obstacle = triton_obstacle(device)
-        if obstacle is None and head_dim not in KERNEL_DIMS:
-            obstacle = f"the kernels know heads of {', '.join(map(str, KERNEL_DIMS))}, model.head_dim is {head_dim}"
+        widths = {"heads": ("model.head_dim", head_dim), "memories": ("memory_dim", memory_dim)}
+        known = ", ".join(map(str, KERNEL_DIMS))
+        wrong = (
+            f"the kernels know {name} of {known}, {key} is {width}"
+            for name, (key, width) in widths.items()
+            if width is not None and width not in KERNEL_DIMS
+        )
+        obstacle = triton_obstacle(device) or next(wrong, None)
     if backend == "cpp":
         obstacle = cpp.obstacle(device, torch.float32)
     if obstacle is not None:

@@ -17,7 +17,7 @@ from hopescale.config.fields import leaves
 from hopescale.config.groups import assign_groups
 from hopescale.config.layout import Layout
 from hopescale.config.load import from_dict
-from hopescale.config.plan import head_dim, make_plan
+from hopescale.config.plan import head_dim, make_plan, memory_dim
 from hopescale.config.schema import OptimConfig, RunConfig
 from hopescale.config.show import Change, diff, format_diff, identity_problems, model_problems
 from hopescale.config.values import format_value
@@ -106,7 +106,7 @@ def _build_slices(config: RunConfig, mesh: Mesh, device: torch.device) -> list[M
     slices, computed = [], {"recompute": train.recompute, "compiled": train.compile, "backend": train.backend}
     if train.compile:
         check_compiler(device)
-    check_backend(train.backend, device, head_dim(config.model))
+    check_backend(train.backend, device, head_dim(config.model), memory_dim(config.model))
     for blocks in slices_of_rank(config.model, train.seq_len, *stages):
         model = Model(config.model, seed=train.seed, mesh=mesh, blocks=blocks, **computed)
         slices.append(model.to(device).to_precision(PRECISIONS[train.precision]))

@@ -10,7 +10,9 @@ from typing import Literal
 import torch
 
 from hopescale.ops.cpp import LANES, obstacle
+from hopescale.ops.delta_rule import triton_obstacle
 from hopescale.ops.self_modifying.cpp import self_modify_cpp
+from hopescale.ops.self_modifying.kernel_limits import shape_obstacle
 from hopescale.ops.self_modifying.types import ChunkRule, ChunksOutput, Streams, Weights
 
 Backend = Literal["auto", "torch", "triton", "cpp"]
@@ -18,13 +20,13 @@ Backend = Literal["auto", "torch", "triton", "cpp"]
 SelfModify = Callable[[Streams, Weights, Weights | None, ChunkRule], ChunksOutput]
 
 
-def _cpp_shape_obstacle(streams: Streams, rule: ChunkRule) -> str | None:
+def _cpp_obstacle(streams: Streams, rule: ChunkRule) -> str | None:
     widths = {"heads": streams.k.shape[-1], "memories": rule.hidden or LANES}
     odd = [f"{name} of width {width}" for name, width in widths.items() if width % LANES]
     return f"the C++ knows multiples of {LANES}, not {' and '.join(odd)}" if odd else None
 
 
-def fused_chunks(streams: Streams, rule: ChunkRule, backend: Backend) -> SelfModify | None:
+def fused_chunks(streams: Streams, running: Weights, rule: ChunkRule, backend: Backend) -> SelfModify | None:
     """Return what runs all chunks of a sequence as one operation: `(streams, running, momentum, rule)` to its output.
 
     The sequence must begin where a chunk does. Nothing that the operation computes on the way is kept for the backward
@@ -32,24 +34,35 @@ def fused_chunks(streams: Streams, rule: ChunkRule, backend: Backend) -> SelfMod
 
     Args:
         streams: Of the sequence.
+        running: Weights of the memories at its first token.
         rule: Of the memories.
-        backend: `cpp`, `torch` for none, or `auto`: C++ on a CPU, for shapes it knows and where there is a compiler.
+        backend: `cpp`, `triton`, `torch` for none, or `auto`: C++ on a CPU, Triton on a GPU, for shapes that they know
+            and where there is a compiler or Triton.
 
     Returns:
         None where torch's operations must do.
 
     Raises:
-        ValueError: If `backend` is `cpp` and it cannot run.
+        ValueError: If `backend` is `cpp` or `triton` and it cannot run.
     """
-    if backend not in ("auto", "cpp") or (backend == "auto" and streams.k.device.type != "cpu"):
+    device = streams.k.device
+    if backend == "torch" or streams.k.shape[2] == 0:
         return None
-    why_not = _cpp_shape_obstacle(streams, rule) or obstacle(streams.k.device, streams.k.dtype)
-    if why_not is None:
-        return self_modify_cpp
-    if backend == "cpp":
-        raise ValueError(f"backend is 'cpp', but {why_not}")
-    if streams.k.dtype == torch.float32 and not _cpp_shape_obstacle(streams, rule):
-        _warn(why_not)
+    if backend == "triton" or (backend == "auto" and device.type == "cuda"):
+        why_not = triton_obstacle(device) or shape_obstacle(streams, running, rule)
+        if why_not is None:
+            from hopescale.ops.self_modifying.triton import self_modify_triton
+
+            return self_modify_triton
+    elif backend == "cpp" or device.type == "cpu":
+        known = _cpp_obstacle(streams, rule)
+        why_not = known or obstacle(device, streams.k.dtype)
+        if why_not is None:
+            return self_modify_cpp
+        if backend == "auto" and known is None and streams.k.dtype == torch.float32:
+            _warn(why_not)
+    if backend != "auto":
+        raise ValueError(f"backend is {backend!r}, but {why_not}")
     return None
 
 

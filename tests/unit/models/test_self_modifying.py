@@ -135,9 +135,10 @@ def test_the_chunk_loop_is_traced_without_a_break(monkeypatch: pytest.MonkeyPatc
     assert_equal_up_to_rounding(mixer(x)[0], expected)
 
 
-def test_the_backend_reaches_the_delta_rule(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("memory", ["linear", "mlp"])
+def test_the_backend_reaches_what_computes(memory: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    config = SelfModifyingConfig(memory="linear", objective="dot", adaptive=())
+    config = SelfModifyingConfig(memory=memory, objective="dot", adaptive=())
     mixer = SelfModifying(32, 2, 16, config, norm_eps=1e-6, out_std=0.1, mesh=Mesh.alone(), backend="triton")
     with pytest.raises(ValueError, match="backend is 'triton', but"):
         mixer(torch.randn(1, 3, 32), None)

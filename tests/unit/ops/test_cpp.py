@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hopescale.ops.cpp import build
-from hopescale.ops.self_modifying import ChunkRule, Streams, backend
+from hopescale.ops.self_modifying import ChunkRule, Streams, Weights, backend
 
 
 @pytest.fixture
@@ -38,13 +38,14 @@ def test_a_missing_compiler_is_named_once_and_the_loop_runs(fresh: Path, monkeyp
     backend._warn.cache_clear()
     rule = ChunkRule(("mem",), (), 16, 8, "l2", True, True, None, 0.01, 1.0, "prefix")
     streams = Streams(*(torch.zeros(1, 1, 9, 16) for _ in "kvq"), torch.zeros(1, 1, 9), None, None)
+    running = Weights(torch.zeros(1, 1, 16, 16), torch.zeros(1, 1, 1, 16, 16), None)
     with pytest.warns(UserWarning, match="no C.. compiler.*CXX names: memories are trained by torch.*slower"):
-        assert backend.fused_chunks(streams, rule, "auto") is None
+        assert backend.fused_chunks(streams, running, rule, "auto") is None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert backend.fused_chunks(streams, rule, "auto") is None
+        assert backend.fused_chunks(streams, running, rule, "auto") is None
     with pytest.raises(ValueError, match="backend is 'cpp', but there is no C.. compiler"):
-        backend.fused_chunks(streams, rule, "cpp")
+        backend.fused_chunks(streams, running, rule, "cpp")
     assert not list(fresh.iterdir())
 
 
