@@ -25,14 +25,14 @@ namespace {
 
 constexpr size_t HUGE_PAGE = 2 << 20;
 
-// Scratch of one thread. Only what is touched becomes memory of the process.
+// Scratch of one thread: several times what any settings take. Only what is touched becomes memory of the process.
 struct Scratch {
     std::unique_ptr<void, decltype(&std::free)> memory{nullptr, std::free};
     Arena arena{};
 
     explicit Scratch(const Rule& rule) {
         const size_t side = rule.chunk + rule.dim + rule.hidden + 4 * LANES;
-        const size_t bytes = sizeof(float) * 160 * side * (rule.width() + side);
+        const size_t bytes = sizeof(float) * 40 * side * (rule.width() + side);
         memory.reset(std::aligned_alloc(HUGE_PAGE, (bytes / HUGE_PAGE + 1) * HUGE_PAGE));
         if (!memory) throw std::bad_alloc();
         hopescale_use_huge_pages(memory.get(), bytes);
