@@ -14,7 +14,8 @@ struct Streams {
 
 inline Streams rows_of(const Streams& x, int begin, int count) {
     const auto from = [&](float* gate) { return gate ? gate + begin : nullptr; };
-    return {x.k.block(begin, count), x.v.block(begin, count), x.q.block(begin, count), from(x.eta), from(x.alpha), from(x.mu)};
+    return {x.k.block(begin, count), x.v.block(begin, count), x.q.block(begin, count),
+            from(x.eta),             from(x.alpha),           from(x.mu)};
 }
 
 // What a chunk computes and its way back needs again.

@@ -62,6 +62,22 @@ Streams head_of(const Rule& rule, int tokens, int64_t head, float* const* x) {
     return {matrix(x[0]), matrix(x[1]), matrix(x[2]), gate(x[3]), gate(x[4]), gate(x[5])};
 }
 
+// One chunk of a head, run at the state that was kept for it.
+struct Part {
+    State state, momentum;
+    Streams streams;
+    Chunk chunk;
+};
+
+Part run_part(Arena& arena, const Rule& rule, const Sequence& sequence, const Streams& inputs, float* slot, int index,
+              float* surprise) {
+    const Streams streams = rows_of(inputs, index * rule.chunk, sequence.size(rule, index));
+    Part part{{rule, slot}, sequence.momentum(rule, slot), streams, {}};
+    part.chunk = take_chunk(arena, rule, part.streams);
+    run(arena, part.state, part.momentum, part.streams, part.chunk, surprise);
+    return part;
+}
+
 }  // namespace
 
 extern "C" {
@@ -71,8 +87,8 @@ int64_t hopescale_state_size(const Rule* rule) { return rule->state_size(); }
 // Runs heads `begin` to `end` forward. `streams` are k, v, q [heads, T, D], eta, alpha, mu [heads, T]. `kept` holds
 // states and momenta at the start of each chunk [heads, chunks, slot], the first of which is given; `last` gets those
 // after the last one. `y` is [heads, T, D], `seen` [heads, T, 3].
-void hopescale_forward(const Rule* rule_, int tokens, int begin, int end, float* const* streams, float* kept, float* last,
-                       float* y, float* seen) {
+void hopescale_forward(const Rule* rule_, int tokens, int begin, int end, float* const* streams, float* kept,
+                       float* last, float* y, float* seen) {
     const Rule& rule = *rule_;
     const Sequence sequence(rule, tokens);
     const FlushTiny flush;
@@ -83,18 +99,16 @@ void hopescale_forward(const Rule* rule_, int tokens, int begin, int end, float*
         const Streams inputs = head_of(rule, tokens, head, streams);
         for (int n = 0; n < sequence.chunks; ++n) {
             Scope scope(arena);
-            const int at = n * rule.chunk, count = sequence.size(rule, n);
-            float* here = kept + (head * sequence.chunks + n) * sequence.slot;
-            float* next = n + 1 < sequence.chunks ? here + sequence.slot : last + head * sequence.slot;
-            const State state{rule, here}, momentum = sequence.momentum(rule, here);
-            const Streams part = rows_of(inputs, at, count);
-            Chunk chunk = take_chunk(arena, rule, part);
-            run(arena, state, momentum, part, chunk, surprise);
-            answer(arena, state, chunk, Matrix{y + (head * tokens + at) * rule.dim, count, rule.dim, rule.dim});
-            advance(arena, rule, chunk, {rule, next}, sequence.momentum(rule, next));
+            float* slot = kept + (head * sequence.chunks + n) * sequence.slot;
+            float* next = n + 1 < sequence.chunks ? slot + sequence.slot : last + head * sequence.slot;
+            const Part part = run_part(arena, rule, sequence, inputs, slot, n, surprise);
+            const int64_t row = head * tokens + n * rule.chunk;
+            const int count = part.chunk.tables.size;
+            answer(arena, part.state, part.chunk, Matrix{y + row * rule.dim, count, rule.dim, rule.dim});
+            advance(arena, rule, part.chunk, {rule, next}, sequence.momentum(rule, next));
             for (int t = 0; t < count; ++t) {
-                float* out = seen + (head * tokens + at + t) * 3;
-                out[0] = chunk.tables.eta[t], out[1] = chunk.tables.alpha[t], out[2] = surprise[t];
+                float* out = seen + (row + t) * 3;
+                out[0] = part.chunk.tables.eta[t], out[1] = part.chunk.tables.alpha[t], out[2] = surprise[t];
             }
         }
     }
@@ -102,8 +116,8 @@ void hopescale_forward(const Rule* rule_, int tokens, int begin, int end, float*
 
 // Runs them back. `d_state` [heads, slot] holds gradients of `last` and gets those of the first state; `d_boundary` is
 // the gradient of the last chunk's first state, or null. `d_streams` are like `streams`.
-void hopescale_backward(const Rule* rule_, int tokens, int begin, int end, float* const* streams, float* kept, float* d_y,
-                        float* d_boundary, float* d_state, float* const* d_streams) {
+void hopescale_backward(const Rule* rule_, int tokens, int begin, int end, float* const* streams, float* kept,
+                        float* d_y, float* d_boundary, float* d_state, float* const* d_streams) {
     const Rule& rule = *rule_;
     const Sequence sequence(rule, tokens);
     const FlushTiny flush;
@@ -115,14 +129,12 @@ void hopescale_backward(const Rule* rule_, int tokens, int begin, int end, float
         float* d = d_state + head * sequence.slot;
         for (int n = sequence.chunks - 1; n >= 0; --n) {
             Scope scope(arena);
-            const int at = n * rule.chunk, count = sequence.size(rule, n);
-            float* here = kept + (head * sequence.chunks + n) * sequence.slot;
-            const State state{rule, here}, momentum = sequence.momentum(rule, here);
-            const Streams part = rows_of(inputs, at, count);
-            Chunk chunk = take_chunk(arena, rule, part);
-            run(arena, state, momentum, part, chunk, surprise);
-            back(arena, state, part, chunk, Matrix{d_y + (head * tokens + at) * rule.dim, count, rule.dim, rule.dim},
-                 {rule, d}, sequence.momentum(rule, d), rows_of(grads, at, count));
+            float* slot = kept + (head * sequence.chunks + n) * sequence.slot;
+            const Part part = run_part(arena, rule, sequence, inputs, slot, n, surprise);
+            const int at = n * rule.chunk, count = part.chunk.tables.size;
+            const Matrix d_answers{d_y + (head * tokens + at) * rule.dim, count, rule.dim, rule.dim};
+            back(arena, part.state, part.streams, part.chunk, d_answers, {rule, d}, sequence.momentum(rule, d),
+                 rows_of(grads, at, count));
             if (d_boundary && n == sequence.chunks - 1)
                 for (int64_t i = 0; i < sequence.state; ++i) d[i] += d_boundary[head * sequence.state + i];
         }

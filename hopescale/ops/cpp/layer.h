@@ -155,8 +155,8 @@ struct Reading {
 
 inline Reading reading(const Rule& rule, const Tables& x) {
     const int after = rule.read == INCLUSIVE;
-    return {x.start + after, x.mu ? x.push + after : nullptr, x.erase.block(after, x.size), x.write.block(after, x.size),
-            after > 0};
+    const float* push = x.mu ? x.push + after : nullptr;
+    return {x.start + after, push, x.erase.block(after, x.size), x.write.block(after, x.size), after > 0};
 }
 
 // What a read computes and its way back needs again.

@@ -64,7 +64,8 @@ void hopescale_streams_forward(const Layout* layout_, int begin, int end, const 
         for (int b = 0; b < layout.batch; ++b)
             for (int s = 0; s < layout.slices; ++s) {
                 const Channels channels(layout, b, h, s, x, weights, tail);
-                float* row = streams + ((int64_t(s) * layout.batch + b) * layout.heads + h) * layout.tokens * layout.dim;
+                const int64_t head = (int64_t(s) * layout.batch + b) * layout.heads + h;
+                float* row = streams + head * layout.tokens * layout.dim;
                 for (int t = 0; t < layout.tokens; ++t, row += layout.dim) {
                     for (int j = 0; j < layout.dim; j += LANES) {
                         const Lanes mixed = channels.mixed(t, j);
@@ -80,7 +81,8 @@ void hopescale_streams_forward(const Layout* layout_, int begin, int end, const 
 // The way back. `d_x` is [tokens, batch, heads, slices, dim]; `d_weights` and `d_tail` are like `weights` and `tail`;
 // the latter starts as zeros.
 void hopescale_streams_backward(const Layout* layout_, int begin, int end, const float* x, const float* weights,
-                                const float* tail, const float* d_streams, float* d_x, float* d_weights, float* d_tail) {
+                                const float* tail, const float* d_streams, float* d_x, float* d_weights,
+                                float* d_tail) {
     const Layout& layout = *layout_;
     const int dim = layout.dim, taps = layout.taps;
     const int64_t channels_all = int64_t(layout.heads) * layout.slices * dim, d_stride = layout.batch * channels_all;

@@ -98,11 +98,12 @@ inline float decay_row_back(const float* before, float gate, int t, float* d_aft
 inline void tables_back(Arena& arena, const Tables& x, TableGrads& d) {
     Scope scope(arena);
     const int width = x.erase.width;
-    float* first_row = arena.take(1, width).data;
+    float* row_before = arena.take(1, width).data;
     for (int t = x.size - 1; t >= 0; --t) {
         d.alpha[t] += d.start[t + 1] * x.start[t];
         d.start[t] += x.alpha[t] * d.start[t + 1];
-        d.alpha[t] += decay_row_back(x.erase.row(t), x.alpha[t], t, d.erase.row(t + 1), d.erase.row(t), &d.eta[t], width);
+        d.alpha[t] +=
+            decay_row_back(x.erase.row(t), x.alpha[t], t, d.erase.row(t + 1), d.erase.row(t), &d.eta[t], width);
     }
     if (!x.mu) return;
     float* d_chain = d.last_push;
@@ -114,9 +115,10 @@ inline void tables_back(Arena& arena, const Tables& x, TableGrads& d) {
         d.push[t] += x.alpha[t] * d.push[t + 1];
         add_scaled(d_chain, 1, d_write, width);
         // `d_chain` becomes the gradient of the row before.
-        std::memset(first_row, 0, sizeof(float) * width);
-        d.mu[t] += decay_row_back(t ? x.chain.row(t - 1) : x.write.row(0), x.mu[t], t, d_chain, first_row, &d.eta[t], width);
-        std::memcpy(d_chain, first_row, sizeof(float) * width);
+        std::memset(row_before, 0, sizeof(float) * width);
+        const float* before = t ? x.chain.row(t - 1) : x.write.row(0);
+        d.mu[t] += decay_row_back(before, x.mu[t], t, d_chain, row_before, &d.eta[t], width);
+        std::memcpy(d_chain, row_before, sizeof(float) * width);
         d_from_start += d.push[t + 1];
         d.mu[t] += d_from_start * (t ? x.from_start[t - 1] : 1);
         d_from_start *= x.mu[t];

@@ -150,7 +150,8 @@ inline void mlp_writes_back(Arena& arena, const Rule& rule, int memory, Matrix s
             const Lanes sum = d_hidden * slope(pre, gate) - load(d_first.row(t) + j) * load(x.back.row(t) + j) * bend;
             store(d_pre.row(t) + j, load(d_pre.row(t) + j) + sum);
             if (rule.own_target)
-                store(d_pre_v.row(t) + j, -load(d_difference.row(t) + j) * slope(load(x.at_v.pre.row(t) + j), load(x.at_v.gate.row(t) + j)));
+                store(d_pre_v.row(t) + j, -load(d_difference.row(t) + j) * slope(load(x.at_v.pre.row(t) + j),
+                                                                                 load(x.at_v.gate.row(t) + j)));
         }
 }
 
@@ -172,8 +173,8 @@ inline float square_of(const Rule& rule, const float* row, int memory) {
     return memory < rule.wide ? dot(at, at, rule.dim) : *at * *at;
 }
 
-inline void linear_writes(const Rule& rule, const Source& from, Matrix at_k, Matrix at_v, LinearWrites& x, Matrix values,
-                          float* surprise) {
+inline void linear_writes(const Rule& rule, const Source& from, Matrix at_k, Matrix at_v, LinearWrites& x,
+                          Matrix values, float* surprise) {
     const int width = rule.width();
     for (int t = 0; t < values.rows; ++t) {
         float *error = x.error.row(t), *scale = x.scale.row(t), *value = values.row(t);
