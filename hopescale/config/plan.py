@@ -129,13 +129,17 @@ def fused_obstacle(config: RunConfig, backend: str) -> str | None:
     return f"{' and '.join(odd)}, not a multiple of {FUSED_MULTIPLE}" if odd else None
 
 
+def is_fused(config: RunConfig) -> bool:
+    """Tell whether one operation runs the chunks of memories that wait for one another, where a machine has it."""
+    model, backend = config.model, config.train.backend
+    if model.mixer != "self_modifying" or not has_chunk_loop(model.self_modifying) or backend == "torch":
+        return False
+    return fused_obstacle(config, "cpp") is None
+
+
 def computed_again(config: RunConfig) -> str:
     """Return what is computed again, as `train.recompute` says it: operations that run all chunks always do these."""
-    recompute, model = config.train.recompute, config.model
-    has_chunks = model.mixer == "self_modifying" and has_chunk_loop(model.self_modifying)
-    if recompute != "none" or not has_chunks or config.train.backend == "torch" or fused_obstacle(config, "cpp"):
-        return recompute
-    return "chunks"
+    return "chunks" if config.train.recompute == "none" and is_fused(config) else config.train.recompute
 
 
 def memory_banks(model: ModelConfig) -> dict[str, list[str]]:

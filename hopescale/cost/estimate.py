@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hopescale.config.layout import Layout
-from hopescale.config.plan import computed_again, has_chunk_loop, make_plan, projection_chunk_size
+from hopescale.config.plan import computed_again, has_chunk_loop, is_fused, make_plan, projection_chunk_size
 from hopescale.config.schema import ModelConfig, RunConfig
 from hopescale.cost.comm import stream_bytes
 from hopescale.cost.flops import flops_by_part, flops_per_token
@@ -20,6 +20,10 @@ from hopescale.cost.updates import update_flops
 MIXING_RATE = {"mlp": 0.30, "linear": 0.29, "static": 0.20}
 """Speed of memories' products in parts of that of large ones: of self-modifying memories, and of those that store
 static values. Measured on a CPU (docs/performance.md)."""
+FUSED_RATE = {"mlp": 1.34, "linear": 1.44, "static": 1.21}
+"""The same where one operation runs all chunks, on a CPU: above 1, as it leaves out products that are known."""
+FUSED_GPU_RATE = 1 / 6
+"""The same on a GPU: float32 as three TF32 products, each at half the speed of bf16."""
 CALLS_PER_CHUNK = {"mlp": 1000, "linear": 450, "static": 400}
 """Operations of a chunk's forward and backward that compute something, chunks computed again; as counted."""
 UPDATE_PASSES = 6
@@ -130,8 +134,11 @@ class Estimator:
         model, device = self.holdings.config.model, self.device
         lines = [f"large products reach {self.rate / device.peak_flops:.0%} of the peak"]
         if model.mixer != "attention":
-            lines.append(f"products of memories reach {mixing_rate(model):.0%} of that, as on a CPU")
-            if self._calls_s(model, 1):
+            if is_fused(self.holdings.config):
+                lines.extend(self._fused_assumptions())
+            else:
+                lines.append(f"products of memories reach {mixing_rate(model):.0%} of that, as on a CPU")
+            if self._calls_s(self.holdings.config, 1):
                 calls = CALLS_PER_CHUNK[kind_of_memory(model)]
                 lines.append(
                     f"a chunk is {calls:,} calls, one after the other, of {1e6 * device.call_s:.0f} us at least"
@@ -142,6 +149,26 @@ class Estimator:
             )
             lines.append(f"a device sends {links}; nothing is sent while it computes")
         return lines
+
+    def _fused_assumptions(self) -> list[str]:
+        rate = self._fused_rate(self.holdings.config)
+        if self.device.name == "cpu":
+            return [f"one operation runs all chunks of memories, at {rate:.0%} of that"]
+        return [
+            f"one operation runs all chunks of memories, at {rate:.0%} of that: float32 by TF32",
+            f"a head of a sequence is one program, and {self.device.units} run at a time",
+        ]
+
+    def _fused_rate(self, config: RunConfig) -> float:
+        return FUSED_RATE[kind_of_memory(config.model)] if self.device.name == "cpu" else FUSED_GPU_RATE
+
+    def _mixing_s(self, config: RunConfig, layout: Layout, flops: float, blocks: int) -> float:
+        """Return the seconds of a micro batch's products between the maps, `flops` in all, of some blocks."""
+        if is_fused(config):
+            programs = config.model.num_heads / layout.tp * config.train.micro_batch_size
+            return flops / (self.rate * self._fused_rate(config) * min(1.0, programs / self.device.units))
+        in_calls = blocks * self._calls_s(config, config.train.seq_len)
+        return max(flops / (self.rate * mixing_rate(config.model)), in_calls)
 
     def _flops(self, config: RunConfig) -> dict[str, Flops]:
         how = computed_again(config)
@@ -158,12 +185,13 @@ class Estimator:
         dense = (parts["maps"].total + parts["levels"].total) * share
         if slices[-1].stop == model.num_layers:
             dense += parts["head"].total / layout.tp
-        mixing = parts["mixing"].total * share * tokens / (self.rate * mixing_rate(model))
-        return dense * tokens / self.rate + max(mixing, blocks * self._calls_s(model, train.seq_len))
+        mixing = self._mixing_s(config, layout, parts["mixing"].total * share * tokens, blocks)
+        return dense * tokens / self.rate + mixing
 
-    def _calls_s(self, model: ModelConfig, seq_len: int) -> float:
+    def _calls_s(self, config: RunConfig, seq_len: int) -> float:
         """Return the least seconds of a mixer's chunk loop: calls of operations, one after the other."""
-        if model.mixer == "attention" or not has_chunk_loop(model.self_modifying):
+        model = config.model
+        if model.mixer == "attention" or not has_chunk_loop(model.self_modifying) or is_fused(config):
             return 0.0
         chunks = seq_len / projection_chunk_size(model)
         return chunks * CALLS_PER_CHUNK[kind_of_memory(model)] * self.device.call_s
