@@ -6,6 +6,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -22,12 +23,11 @@ class BuildError(Exception):
     """Why there is no library, in one clause."""
 
 
-def compiler() -> str | None:
-    """Return the C++ compiler: what the environment variable CXX names, else the first of the usual names."""
-    named = os.environ.get("CXX")
-    return next(
-        (found for name in ([named] if named else ("c++", "g++", "clang++")) if (found := shutil.which(name))), None
-    )
+def compiler() -> list[str] | None:
+    """Return the command of the C++ compiler: what the environment variable CXX says, else the first usual name."""
+    named = shlex.split(os.environ.get("CXX", ""))
+    commands = [named] if named else [["c++"], ["g++"], ["clang++"]]
+    return next(([found, *options] for name, *options in commands if (found := shutil.which(name))), None)
 
 
 @cache
@@ -47,21 +47,30 @@ def library() -> ctypes.CDLL:
     """Load the library, after compiling it if no earlier process has for this source, compiler and processor.
 
     Raises:
-        BuildError: If there is no compiler, or it fails.
+        BuildError: If there is no compiler, it fails, or the library can be neither kept nor loaded.
     """
-    path = _cache() / f"ops-{_digest()}.so"
-    if not path.exists():
-        _compile(path)
-    return ctypes.CDLL(str(path))
+    try:
+        path = _cache() / f"ops-{_digest()}.so"
+        if not path.exists():
+            _compile(path)
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise BuildError(f"the C++ library could not be built or loaded: {error}") from error
 
 
 def _cache() -> Path:
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hopescale"
+    """Return a folder that this process may write to, and no other user: what lies there is run."""
     try:
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hopescale"
         root.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        root = Path(tempfile.gettempdir()) / f"hopescale-{os.getuid()}"
-        root.mkdir(mode=0o700, exist_ok=True)
+        if os.access(root, os.W_OK | os.X_OK):
+            return root
+    except (OSError, RuntimeError):  # the latter where nothing says which folder is home
+        pass
+    root = Path(tempfile.gettempdir()) / f"hopescale-{os.getuid()}"
+    root.mkdir(mode=0o700, exist_ok=True)
+    if root.lstat().st_uid != os.getuid():
+        raise BuildError(f"{root} belongs to another user, and there is no cache folder to write to")
     return root
 
 
@@ -87,9 +96,10 @@ def _compile(path: Path) -> None:
         raise BuildError("there is no C++ compiler: neither c++, g++ nor clang++, nor what CXX names")
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / path.name
-        command = [found, *FLAGS, *map(str, sorted(SOURCES.glob("*.cpp"))), "-o", str(made)]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        command = [*found, *FLAGS, *map(str, sorted(SOURCES.glob("*.cpp"))), "-o", str(made)]
+        english = os.environ | {"LC_ALL": "C"}
+        result = subprocess.run(command, env=english, capture_output=True, text=True, errors="replace", check=False)
         if result.returncode:
             first = next((line for line in result.stderr.splitlines() if "error" in line), result.stderr.strip())
-            raise BuildError(f"{found} could not compile {SOURCES.name}: {first}")
+            raise BuildError(f"{shlex.join(found)} could not compile {SOURCES.name}: {first}")
         made.replace(path)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -54,6 +57,43 @@ def test_an_error_of_the_compiler_is_shown(fresh: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(build, "FLAGS", ("-no-such-option",))
     with pytest.raises(build.BuildError, match="could not compile.*no-such-option"):
         build.library()
+
+
+@pytest.mark.skipif(build.compiler() is None, reason="there is no C++ compiler")
+def test_the_compiler_may_be_named_with_options(fresh: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CXX", f"{build.compiler()[0]} -no-such-option")
+    with pytest.raises(build.BuildError, match="could not compile.*no-such-option"):
+        build.library()
+
+
+def test_a_library_that_cannot_be_loaded_is_an_obstacle(fresh: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(build, "_compile", lambda path: path.write_text("not a library"))
+    assert "could not be built or loaded" in build.obstacle(torch.device("cpu"), torch.float32)
+
+
+def without_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", home)
+
+
+def read_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+
+
+@pytest.mark.parametrize("spoil", [without_home, read_only])
+def test_without_a_cache_folder_the_users_own_temporary_one_serves(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, spoil: Callable[[pytest.MonkeyPatch], None]
+):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    spoil(monkeypatch)
+    assert build._cache() == tmp_path / f"hopescale-{os.getuid()}"
+    somebody = os.getuid() + 1
+    monkeypatch.setattr(os, "getuid", lambda: somebody)
+    with pytest.raises(build.BuildError, match="belongs to another user"):
+        build._cache()
 
 
 def test_other_types_and_devices_are_left_alone():
