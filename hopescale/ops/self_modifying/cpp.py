@@ -33,7 +33,7 @@ class _Rule(ctypes.Structure):
             rule.hidden or 0,
             len(rule.wide),
             len(rule.narrow),
-            rule.chunk_size,
+            min(rule.chunk_size, streams.k.shape[2]),
             *(memories.get(name, -1) for name in ("k", "v", "q", "eta", "alpha")),
             streams.alpha is not None,
             streams.mu is not None,

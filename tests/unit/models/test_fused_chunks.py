@@ -82,7 +82,7 @@ def outputs(mixer: SelfModifying, tokens: int) -> tuple[list[Tensor], list[Tenso
 
 
 @pytest.mark.parametrize("switch", FUSED)
-@pytest.mark.parametrize(("chunk_size", "tokens"), [(20, 45), (16, 32), (64, 5)])
+@pytest.mark.parametrize(("chunk_size", "tokens"), [(20, 45), (16, 32), (1_000_000, 5)])
 def test_states_and_their_gradients_equal_the_chunk_loops(switch: str, chunk_size: int, tokens: int):
     chunk_size = FUSED[switch].get("chunk_size", chunk_size)
     results = [outputs(make_mixer(switch, chunk_size, backend), tokens) for backend in ("cpp", "torch")]
