@@ -28,8 +28,8 @@ def backend_needs_memories(config: RunConfig, origins: Origins) -> Iterator[Prob
 
 def fused_chunks_know_these_memories(config: RunConfig, origins: Origins) -> Iterator[Problem]:
     """One operation runs all chunks if they are alike and nothing else is to run them."""
-    backend = config.train.backend
-    if backend not in ("cpp", "triton") or config.model.mixer != "self_modifying":
+    backend, model = config.train.backend, config.model
+    if backend not in ("cpp", "triton") or model.mixer != "self_modifying" or model.num_heads < 1:
         return
     if obstacle := plan.fused_obstacle(config, backend):
         yield Problem("train.backend", f"{backend} cannot run: {obstacle}", hint="leave it at auto")

@@ -168,8 +168,9 @@ def test_all_rules_speak_at_once_with_origins(recipe):
 @pytest.mark.parametrize("key", ["model.num_heads", "train.seq_len", f"{MIXER}.chunk_size", "checkpoint.every"])
 @pytest.mark.parametrize("mixer", ["attention", "self_modifying"])
 @pytest.mark.parametrize("value", [0, -3])
-def test_numbers_out_of_range_break_no_rule(recipe, key, mixer, value):
-    overrides = [f"{key}={value}", f"model.mixer={mixer}", "checkpoint.keep_every=3"]
+@pytest.mark.parametrize("also", [[], ["train.backend=cpp"], ["train.recompute=reverse"]], ids=str)
+def test_numbers_out_of_range_break_no_rule(recipe, key, mixer, value, also):
+    overrides = [f"{key}={value}", f"model.mixer={mixer}", "checkpoint.keep_every=3", *also]
     assert key in [problem.key for problem in problems_of(recipe, *overrides)]
 
 
