@@ -26,7 +26,7 @@ def pointers(tensors: Sequence[Tensor | None]) -> ctypes.Array:
 def share_out(run: Callable[[int, int], None], heads: int) -> None:
     """Call `run(begin, end)` for parts of `heads`, in as many threads as torch has."""
     threads = min(torch.get_num_threads(), heads)
-    if threads == 1:
+    if threads <= 1:
         run(0, heads)
         return
     bounds = [heads * n // threads for n in range(threads + 1)]

@@ -48,7 +48,7 @@ class _HeadStreams(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_streams: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, tail = ctx.saved_tensors
-        layout, d_x = _Layout.of(x, weight, ctx.unit), torch.empty(x.shape)
+        layout, d_x = _Layout.of(x, weight, ctx.unit), x.new_empty(x.shape)
         d_weight = None if weight is None else torch.empty_like(weight)
         d_tail = None if tail is None else torch.zeros_like(tail)
         d_streams = d_streams.contiguous()

@@ -40,6 +40,16 @@ def test_one_pass_equals_torchs_operations(tokens: int, taps: int, unit: tuple[b
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_gradients_are_float32_whatever_the_default():
+    torch.set_default_dtype(torch.float64)
+    try:
+        x = torch.ones(5, BATCH, HEADS, SLICES, DIM, dtype=torch.float32, requires_grad=True)
+        head_streams(x, None, None, (False,) * SLICES)[0].sum().backward()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(x.grad, torch.ones_like(x))
+
+
 def test_a_sequence_cut_in_two_gives_the_same_bits():
     g = torch.Generator().manual_seed(2)
     x = torch.randn(11, BATCH, HEADS, SLICES, DIM, generator=g)
