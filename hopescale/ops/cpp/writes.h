@@ -22,11 +22,15 @@ struct Errors {
     float* scale;
 };
 
+// By how much an error of this squared length is capped; NaN stays NaN.
+inline float cap_scale(const Rule& rule, float square) {
+    const float scale = rule.error_cap > 0 ? rule.error_cap / std::sqrt(square + CAP_EPS) : 1;
+    return scale > 1 ? 1 : scale;
+}
+
 inline void cap(const Rule& rule, Errors& x) {
-    for (int t = 0; t < x.raw.rows; ++t) {
-        const float square = dot(x.raw.row(t), x.raw.row(t), x.raw.width) + CAP_EPS;
-        x.scale[t] = rule.error_cap > 0 ? std::fmin(1.0f, rule.error_cap / std::sqrt(square)) : 1;
-    }
+    for (int t = 0; t < x.raw.rows; ++t)
+        x.scale[t] = cap_scale(rule, dot(x.raw.row(t), x.raw.row(t), x.raw.width));
 }
 
 // Turns the gradient of capped errors into that of raw ones.
@@ -187,7 +191,7 @@ inline void linear_writes(const Rule& rule, const Source& from, Matrix at_k, Mat
             for (int m = 0; m < rule.wide; ++m) add_scaled(error + m * rule.dim, -1, from.v.row(t), rule.dim);
         for (int m = 0; m < rule.memories(); ++m) {
             const float square = square_of(rule, error, m);
-            scale[m] = rule.error_cap > 0 ? std::fmin(1.0f, rule.error_cap / std::sqrt(square + CAP_EPS)) : 1;
+            scale[m] = cap_scale(rule, square);
             if (!m) surprise[t] = scale[m] * std::sqrt(square);
             const int at = first_column(rule, m), count = m < rule.wide ? rule.dim : 1;
             for (int j = at; j < at + count; ++j) value[j] = -from.fresh[t] * scale[m] * error[j];
