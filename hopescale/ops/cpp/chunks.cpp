@@ -1,7 +1,7 @@
-// Self-modifying memories over whole sequences, one head of one sequence after the other. Called by function.py.
+// Self-modifying memories over whole sequences, one head of one sequence after the other. Called by
+// ops/self_modifying/cpp.py.
 #include <cstdlib>
 #include <memory>
-#include <new>
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
@@ -26,6 +26,7 @@ namespace {
 constexpr size_t HUGE_PAGE = 2 << 20;
 
 // Scratch of one thread: several times what any settings take. Only what is touched becomes memory of the process.
+// Without memory where the system grants none.
 struct Scratch {
     std::unique_ptr<void, decltype(&std::free)> memory{nullptr, std::free};
     Arena arena{};
@@ -34,7 +35,7 @@ struct Scratch {
         const size_t side = rule.chunk + rule.dim + rule.hidden + 4 * LANES;
         const size_t bytes = sizeof(float) * 40 * side * (rule.width() + side);
         memory.reset(std::aligned_alloc(HUGE_PAGE, (bytes / HUGE_PAGE + 1) * HUGE_PAGE));
-        if (!memory) throw std::bad_alloc();
+        if (!memory) return;
         hopescale_use_huge_pages(memory.get(), bytes);
         arena.next = static_cast<float*>(memory.get());
     }
@@ -86,13 +87,14 @@ int64_t hopescale_state_size(const Rule* rule) { return rule->state_size(); }
 
 // Runs heads `begin` to `end` forward. `streams` are k, v, q [heads, T, D], eta, alpha, mu [heads, T]. `kept` holds
 // states and momenta at the start of each chunk [heads, chunks, slot], the first of which is given; `last` gets those
-// after the last one. `y` is [heads, T, D], `seen` [heads, T, 3].
-void hopescale_forward(const Rule* rule_, int tokens, int begin, int end, float* const* streams, float* kept,
-                       float* last, float* y, float* seen) {
+// after the last one. `y` is [heads, T, D], `seen` [heads, T, 3]. Returns 0 if there is no memory for it.
+int hopescale_forward(const Rule* rule_, int tokens, int begin, int end, float* const* streams, float* kept,
+                      float* last, float* y, float* seen) {
     const Rule& rule = *rule_;
     const Sequence sequence(rule, tokens);
     const FlushTiny flush;
     Scratch scratch(rule);
+    if (!scratch.memory) return 0;
     Arena& arena = scratch.arena;
     float* surprise = arena.numbers(rule.chunk);
     for (int64_t head = begin; head < end; ++head) {
@@ -112,16 +114,18 @@ void hopescale_forward(const Rule* rule_, int tokens, int begin, int end, float*
             }
         }
     }
+    return 1;
 }
 
 // Runs them back. `d_state` [heads, slot] holds gradients of `last` and gets those of the first state; `d_boundary` is
-// the gradient of the last chunk's first state, or null. `d_streams` are like `streams`.
-void hopescale_backward(const Rule* rule_, int tokens, int begin, int end, float* const* streams, float* kept,
-                        float* d_y, float* d_boundary, float* d_state, float* const* d_streams) {
+// the gradient of the last chunk's first state, or null. `d_streams` are like `streams`. Returns as above.
+int hopescale_backward(const Rule* rule_, int tokens, int begin, int end, float* const* streams, float* kept,
+                       float* d_y, float* d_boundary, float* d_state, float* const* d_streams) {
     const Rule& rule = *rule_;
     const Sequence sequence(rule, tokens);
     const FlushTiny flush;
     Scratch scratch(rule);
+    if (!scratch.memory) return 0;
     Arena& arena = scratch.arena;
     float* surprise = arena.numbers(rule.chunk);
     for (int64_t head = begin; head < end; ++head) {
@@ -139,5 +143,6 @@ void hopescale_backward(const Rule* rule_, int tokens, int begin, int end, float
                 for (int64_t i = 0; i < sequence.state; ++i) d[i] += d_boundary[head * sequence.state + i];
         }
     }
+    return 1;
 }
 }

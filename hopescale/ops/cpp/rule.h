@@ -9,7 +9,7 @@ constexpr float CAP_EPS = 1e-12f;  // of ops/inner_gradient.py::capped
 
 enum Read { PREFIX, INCLUSIVE, BOUNDARY };
 
-// The fields of `ChunkRule`, as function.py passes them. Memories are numbered: wide ones, then narrow ones.
+// The fields of `_Rule` in ops/self_modifying/cpp.py. Memories are numbered: wide ones, then narrow ones.
 struct Rule {
     int32_t dim, hidden;           // hidden is 0 for linear memories
     int32_t wide, narrow, chunk;

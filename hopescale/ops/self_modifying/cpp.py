@@ -70,6 +70,13 @@ def _put(rows: Tensor, weights: Weights, rule: ChunkRule, dim: int) -> None:
             part.copy_(given)
 
 
+def _require(done: int, c: _Rule) -> None:
+    if not done:
+        raise MemoryError(
+            f"the system grants no memory to compute memories of width {c.dim} in chunks of {c.chunk} tokens"
+        )
+
+
 class _Chunks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rule: ChunkRule, num_streams: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -90,7 +97,7 @@ class _Chunks(torch.autograd.Function):
         inputs, outputs = pointers(streams), [pointer(x) for x in (kept, last, y, seen)]
 
         def run(begin: int, end: int) -> None:
-            native.hopescale_forward(ctypes.byref(c), tokens, begin, end, inputs, *outputs)
+            _require(native.hopescale_forward(ctypes.byref(c), tokens, begin, end, inputs, *outputs), c)
 
         share_out(run, batch * heads)
         ctx.rule, ctx.size = rule, size
@@ -130,7 +137,7 @@ class _Chunks(torch.autograd.Function):
         rest = [pointer(x) for x in (kept, d_y, d_boundary, d_state)]
 
         def run(begin: int, end: int) -> None:
-            native.hopescale_backward(ctypes.byref(c), tokens, begin, end, inputs, *rest, gradients)
+            _require(native.hopescale_backward(ctypes.byref(c), tokens, begin, end, inputs, *rest, gradients), c)
 
         share_out(run, batch * heads)
         d_weights = _weights(d_state[..., :size], rule, dim)

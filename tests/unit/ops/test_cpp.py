@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from hopescale.ops.cpp import build
-from hopescale.ops.self_modifying import ChunkRule, Streams, Weights, backend
+from hopescale.ops.self_modifying import ChunkRule, Streams, Weights, backend, cpp
 
 
 @pytest.fixture
@@ -99,3 +99,19 @@ def test_without_a_cache_folder_the_users_own_temporary_one_serves(
 def test_other_types_and_devices_are_left_alone():
     assert "not float64 on cpu" in build.obstacle(torch.device("cpu"), torch.float64)
     assert "not float32 on meta" in build.obstacle(torch.device("meta"), torch.float32)
+
+
+@pytest.mark.skipif(build.compiler() is None, reason="there is no C++ compiler")
+def test_chunks_too_large_for_the_machine_are_an_error(monkeypatch: pytest.MonkeyPatch):
+    given = cpp._Rule.of
+
+    def endless(*args: object) -> cpp._Rule:
+        c = given(*args)
+        c.chunk = 1 << 24
+        return c
+
+    monkeypatch.setattr(cpp._Rule, "of", endless)
+    rule = ChunkRule(("mem",), (), None, 8, "l2", False, True, None, 0.01, 1.0, "prefix")
+    streams = Streams(*(torch.zeros(1, 1, 9, 16) for _ in "kvq"), torch.zeros(1, 1, 9), None, None)
+    with pytest.raises(MemoryError, match=f"chunks of {1 << 24} tokens"):
+        cpp.self_modify_cpp(streams, Weights(torch.zeros(1, 1, 16, 16), None, None), None, rule)
