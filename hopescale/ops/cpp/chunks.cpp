@@ -25,7 +25,7 @@ namespace {
 
 constexpr size_t HUGE_PAGE = 2 << 20;
 
-// Scratch of one thread: several times what any settings take. Only what is touched becomes memory of the process.
+// Scratch of one thread: twice what the neediest settings were seen to take. Only what is touched becomes memory of the process.
 // Without memory where the system grants none.
 struct Scratch {
     std::unique_ptr<void, decltype(&std::free)> memory{nullptr, std::free};

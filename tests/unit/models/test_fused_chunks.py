@@ -88,8 +88,9 @@ def test_states_and_their_gradients_equal_the_chunk_loops(switch: str, chunk_siz
     results = [outputs(make_mixer(switch, chunk_size, backend), tokens) for backend in ("cpp", "torch")]
     for part in range(2):
         for actual, expected in zip(results[0][part], results[1][part], strict=True):
-            # Rates up to 2 turn what keys read around instead of erasing it, and rounding with it.
-            assert_close(actual, expected, 1e-4 if switch == "large eta" else 1e-5)
+            # From float64 each is up to 6e-6 away. Rates up to 2 turn what keys read around instead of erasing it, and
+            # rounding with it.
+            assert_close(actual, expected, 1e-4 if switch == "large eta" else 3e-5)
 
 
 def test_two_threads_give_the_same_bits():
