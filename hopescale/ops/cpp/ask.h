@@ -83,7 +83,7 @@ inline void ask_back(Arena& arena, const State& state, int memory, Matrix x, con
 inline void normalize(Matrix x, float* factors) {
     for (int i = 0; i < x.rows; ++i) {
         float* row = x.row(i);
-        factors[i] = 1 / std::sqrt(dot(row, row, x.width) + UNIT_EPS);
+        factors[i] = unit_scale(row, x.width);
         for (int j = 0; j < x.width; j += LANES) store(row + j, factors[i] * load(row + j));
     }
 }

@@ -25,8 +25,8 @@ namespace {
 
 constexpr size_t HUGE_PAGE = 2 << 20;
 
-// Scratch of one thread: twice what the neediest settings were seen to take. Only what is touched becomes memory of the process.
-// Without memory where the system grants none.
+// Scratch of one thread: twice what the neediest settings were seen to take. Only what is touched becomes memory of
+// the process. Without memory where the system grants none.
 struct Scratch {
     std::unique_ptr<void, decltype(&std::free)> memory{nullptr, std::free};
     Arena arena{};

@@ -59,7 +59,7 @@ struct Scope {
 };
 
 // Treats numbers below 1e-38 as zeros while it lives: a memory that forgets for long is full of them, and they take
-// a processor a hundred times as long as others.
+// a processor many times as long as others.
 struct FlushTiny {
 #ifdef __SSE__
     unsigned before = _mm_getcsr();
@@ -230,6 +230,9 @@ inline float dot(const float* x, const float* y, int count) {
     for (int i = 0; i < count; i += LANES) sum += load(x + i) * load(y + i);
     return total(sum);
 }
+
+// What scales x to unit length (ops/norm.py::l2_norm).
+inline float unit_scale(const float* x, int count) { return 1 / std::sqrt(dot(x, x, count) + 1e-6f); }
 
 // target += factor * x
 inline void add_scaled(float* target, float factor, const float* x, int count) {

@@ -4,7 +4,6 @@
 
 namespace hopescale {
 
-constexpr float UNIT_EPS = 1e-6f;  // of ops/norm.py::l2_norm
 constexpr float CAP_EPS = 1e-12f;  // of ops/inner_gradient.py::capped
 
 enum Read { PREFIX, INCLUSIVE, BOUNDARY };

@@ -9,8 +9,6 @@ using namespace hopescale;
 
 namespace {
 
-constexpr float UNIT_EPS = 1e-6f;  // of ops/norm.py::l2_norm
-
 // The fields of `_Layout` in ops/head_streams/cpp.py. Strides are in numbers.
 struct Layout {
     int32_t tokens, batch, heads, slices, dim, taps;  // no taps: no convolution and no SiLU
@@ -48,8 +46,6 @@ struct Channels {
         return sum;
     }
 };
-
-float unit_scale(const float* row, int count) { return 1 / std::sqrt(dot(row, row, count) + UNIT_EPS); }
 
 }  // namespace
 
