@@ -13,7 +13,7 @@ from hopescale.config import (
     check_parallel,
     check_recompute,
     check_transfer,
-    plan,
+    model_shape,
     ranges,
 )
 from hopescale.config.fields import leaves
@@ -105,7 +105,7 @@ def rotary_head_dim_is_even(config: RunConfig, origins: Origins) -> Iterator[Pro
     """Rotary positions turn pairs of channels."""
     if config.model.mixer != "attention" or config.model.num_heads < 1:
         return
-    head_dim = plan.head_dim(config.model)
+    head_dim = model_shape.head_dim(config.model)
     if head_dim % 2:
         yield Problem("model.head_dim", f"attention needs an even head dim, it is {head_dim}")
 
@@ -113,7 +113,7 @@ def rotary_head_dim_is_even(config: RunConfig, origins: Origins) -> Iterator[Pro
 def kv_heads_divide_heads(config: RunConfig, origins: Origins) -> Iterator[Problem]:
     """Each head of keys and values serves equally many heads of queries."""
     model = config.model
-    if model.mixer == "attention" and leaves_rest(model.num_heads, plan.kv_heads(model)):
+    if model.mixer == "attention" and leaves_rest(model.num_heads, model_shape.kv_heads(model)):
         message = f"{model.attention.num_kv_heads} does not divide model.num_heads = {model.num_heads}"
         yield Problem("model.attention.num_kv_heads", message)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from hopescale.common.errors import Problem
-from hopescale.config import plan
+from hopescale.config.execution import fused_obstacle
+from hopescale.config.model_shape import has_chunk_loop
 from hopescale.config.rules import Origins, Rule
 from hopescale.config.schema import RunConfig
 
@@ -13,7 +14,7 @@ from hopescale.config.schema import RunConfig
 def compile_needs_a_chunk_loop(config: RunConfig, origins: Origins) -> Iterator[Problem]:
     """Only the chunk loop of memories is compiled."""
     model = config.model
-    if not config.train.compile or (model.mixer == "self_modifying" and plan.has_chunk_loop(model.self_modifying)):
+    if not config.train.compile or (model.mixer == "self_modifying" and has_chunk_loop(model.self_modifying)):
         return
     why = "stores static values" if model.mixer == "self_modifying" else f"is {model.mixer}"
     yield Problem("train.compile", f"true has no effect: the mixer {why}, without a chunk loop", hint="leave it false")
@@ -31,7 +32,7 @@ def fused_chunks_know_these_memories(config: RunConfig, origins: Origins) -> Ite
     backend, model = config.train.backend, config.model
     if backend not in ("cpp", "triton") or model.mixer != "self_modifying" or model.num_heads < 1:
         return
-    if obstacle := plan.fused_obstacle(config, backend):
+    if obstacle := fused_obstacle(config, backend):
         yield Problem("train.backend", f"{backend} cannot run: {obstacle}", hint="leave it at auto")
 
 

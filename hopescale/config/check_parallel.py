@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from hopescale.common.errors import Problem
-from hopescale.config import plan
 from hopescale.config.layout import AXES
+from hopescale.config.model_shape import VOCAB_MULTIPLE, padded_vocab_size
 from hopescale.config.rules import Origins, Rule, leaves_rest, levels_of
 from hopescale.config.schema import RunConfig
 
@@ -50,9 +50,9 @@ def tensor_parallel_ranks_share_evenly(config: RunConfig, origins: Origins) -> I
     for key, size in sizes.items():
         if leaves_rest(size, tp):
             yield Problem(key, f"{size} is not a multiple of parallel.tp = {tp}", hint="change either")
-    rows = plan.padded_vocab_size(model)
+    rows = padded_vocab_size(model)
     if leaves_rest(rows, tp):
-        padded = f"{model.vocab_size}, padded to a multiple of {plan.VOCAB_MULTIPLE}, is {rows}"
+        padded = f"{model.vocab_size}, padded to a multiple of {VOCAB_MULTIPLE}, is {rows}"
         yield Problem("model.vocab_size", f"{padded}: not a multiple of parallel.tp = {tp}", hint="change either")
 
 

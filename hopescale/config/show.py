@@ -9,7 +9,7 @@ from typing import Any
 from hopescale.common.errors import Problem
 from hopescale.config.fields import leaves
 from hopescale.config.load import DEFAULT
-from hopescale.config.plan import by_period
+from hopescale.config.model_shape import by_period
 from hopescale.config.schema import RunConfig
 from hopescale.config.values import format_value
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-from hopescale.config.plan import head_dim
+from hopescale.config.model_shape import head_dim
 from hopescale.config.schema import ModelConfig
 
 Size = Literal["width", "head", "memory", "one"]

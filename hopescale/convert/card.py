@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hopescale.checkpoint.manifest import Manifest
 from hopescale.common.units import format_count
-from hopescale.config.plan import by_period
+from hopescale.config.model_shape import by_period
 from hopescale.config.schema import RunConfig
 from hopescale.cost.params import count_params
 

@@ -10,7 +10,7 @@ from hopescale.checkpoint.manifest import EXPORT, TOKENIZER, FileEntry, Manifest
 from hopescale.common.errors import CheckpointError
 from hopescale.common.units import format_bytes, format_count
 from hopescale.config.load import from_dict
-from hopescale.config.plan import by_period
+from hopescale.config.model_shape import by_period
 from hopescale.config.schema import RunConfig
 from hopescale.convert.hf import SafetensorsFolder, num_bytes
 from hopescale.cost.params import count_params

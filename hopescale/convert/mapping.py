@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hopescale.common.errors import CheckpointError
-from hopescale.config.plan import head_dim, kv_heads, padded_vocab_size
+from hopescale.config.model_shape import head_dim, kv_heads, padded_vocab_size
 from hopescale.config.schema import ModelConfig
 
 _ATTENTION, _MLP = "model.layers.{block}.self_attn", "model.layers.{block}.mlp"

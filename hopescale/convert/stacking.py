@@ -19,7 +19,7 @@ from hopescale.checkpoint.manifest import TOKENIZER, Manifest, fingerprint
 from hopescale.common.errors import CheckpointError, ConfigError, DataError
 from hopescale.config.check import check
 from hopescale.config.load import from_dict, to_dict
-from hopescale.config.plan import by_period, levels_of_block
+from hopescale.config.model_shape import by_period, levels_of_block
 from hopescale.config.schema import ModelConfig, RunConfig
 from hopescale.convert.hf import SafetensorsFolder, weight_entries, write_checkpoint
 from hopescale.convert.mapping import join, pairs, read_settings

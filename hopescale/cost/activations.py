@@ -12,8 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hopescale.config.layout import Layout
-from hopescale.config.plan import (
-    REVERSE_PARTS,
+from hopescale.config.model_shape import (
     has_chunk_loop,
     head_dim,
     kv_heads,
@@ -24,6 +23,7 @@ from hopescale.config.plan import (
 from hopescale.config.schema import ModelConfig, TrainConfig
 from hopescale.cost.chunk_flops import banks
 from hopescale.cost.chunk_memory import part_entries, trace_entries, whole_entries
+from hopescale.ops.limits import REVERSE_PARTS
 
 FP32 = 4
 

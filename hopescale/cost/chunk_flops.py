@@ -8,18 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hopescale.config.plan import (
-    REVERSE_PARTS,
-    has_chunk_loop,
-    head_dim,
-    is_moved_by_map,
-    is_trace_smaller,
-    memory_banks,
-    memory_dim,
-    projection_chunk_size,
-)
+from hopescale.config.model_shape import has_chunk_loop, head_dim, memory_banks, memory_dim, projection_chunk_size
 from hopescale.config.schema import ModelConfig, SelfModifyingConfig
 from hopescale.cost.operations import NOTHING, Flops, product, solve
+from hopescale.ops.limits import REVERSE_PARTS, is_moved_by_map, is_trace_smaller
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,10 @@ Letters as in `chunk_flops`. Tables of a chunk are `C x C`; what counts tokens a
 
 from __future__ import annotations
 
-from hopescale.config.plan import head_dim, is_moved_by_map, is_trace_smaller, trace_size
+from hopescale.config.model_shape import head_dim
 from hopescale.config.schema import ModelConfig, SelfModifyingConfig
 from hopescale.cost.chunk_flops import Bank, banks
+from hopescale.ops.limits import is_moved_by_map, is_trace_smaller, trace_size
 
 
 def part_entries(model: ModelConfig, tokens: int) -> float:

@@ -11,7 +11,8 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping
 
 from hopescale.config.layout import Layout
-from hopescale.config.plan import head_dim, make_plan, padded_vocab_size
+from hopescale.config.model_shape import head_dim, padded_vocab_size
+from hopescale.config.plan import make_plan
 from hopescale.config.schema import RunConfig
 from hopescale.cost.activations import FP32
 from hopescale.cost.holdings import Holdings, gathers

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hopescale.config.execution import computed_again, is_fused
 from hopescale.config.layout import Layout
-from hopescale.config.plan import computed_again, has_chunk_loop, is_fused, make_plan, projection_chunk_size
+from hopescale.config.model_shape import has_chunk_loop, projection_chunk_size
+from hopescale.config.plan import make_plan
 from hopescale.config.schema import ModelConfig, RunConfig
 from hopescale.cost.comm import stream_bytes
 from hopescale.cost.flops import flops_by_part, flops_per_token

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from hopescale.config.plan import has_chunk_loop, head_dim, kv_heads, levels_of_block, padded_vocab_size
+from hopescale.config.model_shape import has_chunk_loop, head_dim, kv_heads, levels_of_block, padded_vocab_size
 from hopescale.config.schema import ModelConfig
 from hopescale.cost.chunk_flops import memory_flops
 from hopescale.cost.inventory import num_projections

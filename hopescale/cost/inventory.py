@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from hopescale.config.plan import (
+from hopescale.config.model_shape import (
     head_dim,
     kv_heads,
     levels_of_block,

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hopescale.config.execution import computed_again
 from hopescale.config.layout import Layout
-from hopescale.config.plan import computed_again, make_plan, padded_vocab_size
+from hopescale.config.model_shape import padded_vocab_size
+from hopescale.config.plan import make_plan
 from hopescale.config.schema import RunConfig
 from hopescale.cost.activations import FP32, Sizes, block_activations, head_bytes, logits_bytes
 from hopescale.cost.holdings import Holding, Holdings, gathers

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from hopescale.config.plan import by_period, padded_vocab_size
+from hopescale.config.model_shape import by_period, padded_vocab_size
 from hopescale.config.schema import ModelConfig
 from hopescale.cost.inventory import block_parameters, model_parameters
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from hopescale.config.execution import computed_again
 from hopescale.config.layout import Layout
-from hopescale.config.plan import computed_again, make_plan
+from hopescale.config.plan import make_plan
 from hopescale.config.schema import RunConfig
 from hopescale.cost.comm import bytes_per_step
 from hopescale.cost.estimate import Estimate, Estimator

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 
+from hopescale.config.execution import reverse_saves
 from hopescale.config.layout import Layout
-from hopescale.config.plan import kv_heads, padded_vocab_size, reverse_saves
+from hopescale.config.model_shape import kv_heads, padded_vocab_size
 from hopescale.config.schema import RunConfig
 from hopescale.cost.estimate import Estimate, Estimator
 from hopescale.cost.holdings import Holdings

@@ -9,7 +9,7 @@ from typing import Any
 from hopescale.common.errors import ConfigError
 from hopescale.config.check import require_valid
 from hopescale.config.load import load_recipe
-from hopescale.config.plan import head_dim
+from hopescale.config.model_shape import head_dim
 from hopescale.config.schema import ModelConfig
 from hopescale.cost.flops import flops_per_token
 from hopescale.cost.law import Law

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from hopescale.config.plan import head_dim, levels_of_block
+from hopescale.config.model_shape import head_dim, levels_of_block
 from hopescale.config.schema import ModelConfig
 from hopescale.config.transfer import attention_scale
 from hopescale.models.attention import Attention

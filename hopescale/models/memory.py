@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hopescale.config.plan import is_moved_by_map, is_trace_smaller
 from hopescale.ops.delta_rule import (
     Chunk,
     ChunkTables,
@@ -27,6 +26,7 @@ from hopescale.ops.delta_rule import (
     write_chunk,
 )
 from hopescale.ops.inner_gradient import InnerLoss, capped, mlp_writes
+from hopescale.ops.limits import is_moved_by_map, is_trace_smaller
 from hopescale.ops.self_modifying import Weights
 from hopescale.parallel.layers import ParameterSpec, new_parameter
 

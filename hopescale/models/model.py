@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hopescale.config.plan import by_period, padded_vocab_size
+from hopescale.config.model_shape import by_period, padded_vocab_size
 from hopescale.config.schema import LevelConfig, ModelConfig
 from hopescale.config.transfer import base_width, logit_multiplier
 from hopescale.models.block import Block

@@ -11,13 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hopescale.config.plan import REVERSE_PARTS, has_chunk_loop
+from hopescale.config.model_shape import has_chunk_loop
 from hopescale.config.schema import SelfModifyingConfig
 from hopescale.models.memory import KEY_EPS, BankState, InnerRule, MemoryBank, Trace
 from hopescale.models.norm import RMSNorm
 from hopescale.models.state import LayerState
 from hopescale.ops.delta_rule import chunk_tables, delta_rule
 from hopescale.ops.head_streams import head_streams
+from hopescale.ops.limits import REVERSE_PARTS
 from hopescale.ops.norm import l2_norm
 from hopescale.ops.scan import Replay, scan
 from hopescale.ops.self_modifying import Backend, ChunkRule, Streams, Weights, fused_chunks

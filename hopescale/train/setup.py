@@ -17,7 +17,8 @@ from hopescale.config.fields import leaves
 from hopescale.config.groups import assign_groups
 from hopescale.config.layout import Layout
 from hopescale.config.load import from_dict
-from hopescale.config.plan import head_dim, make_plan, memory_dim
+from hopescale.config.model_shape import head_dim, memory_dim
+from hopescale.config.plan import make_plan
 from hopescale.config.schema import OptimConfig, RunConfig
 from hopescale.config.show import Change, diff, format_diff, identity_problems, model_problems
 from hopescale.config.values import format_value

@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hopescale.ops import delta_rule
-from hopescale.ops.delta_rule import delta_rule_naive
+from hopescale.ops.delta_rule import delta_rule, delta_rule_naive
 
 pytest.importorskip("triton", reason="triton is not installed")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

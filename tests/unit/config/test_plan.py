@@ -3,7 +3,8 @@ from __future__ import annotations
 import json
 
 from hopescale.config.layout import Layout
-from hopescale.config.plan import levels_of_block, make_plan
+from hopescale.config.model_shape import levels_of_block
+from hopescale.config.plan import make_plan
 from hopescale.config.schema import (
     CmsConfig,
     LevelConfig,

@@ -7,7 +7,7 @@ import torch
 
 from hopescale.config.layout import Layout
 from hopescale.config.load import load_recipe
-from hopescale.config.plan import padded_vocab_size
+from hopescale.config.model_shape import padded_vocab_size
 from hopescale.cost.activations import Sizes, block_activations, head_bytes
 from hopescale.models import Model
 from hopescale.parallel.layers import cross_entropy_sum

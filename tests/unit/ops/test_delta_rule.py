@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hopescale.ops import delta_rule
-from hopescale.ops.delta_rule import delta_rule_naive
+from hopescale.ops.delta_rule import delta_rule, delta_rule_naive
 
 LENGTHS = (1, 3, 16, 17, 63, 130)
 

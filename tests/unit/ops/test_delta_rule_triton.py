@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hopescale.ops import delta_rule
+from hopescale.ops.delta_rule import delta_rule
 
 ROOT = Path(__file__).parents[3]
 needs_triton = pytest.mark.skipif(

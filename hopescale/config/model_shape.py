@@ -1,0 +1,66 @@
+"""Sizes of a model that follow from its config: widths, heads, memories, levels of a block."""
+
+from __future__ import annotations
+
+from hopescale.config.schema import LevelConfig, ModelConfig, SelfModifyingConfig
+
+VOCAB_MULTIPLE = 128
+"""The stored vocabulary is padded to a multiple of this, for fast kernels and even tensor-parallel shards."""
+
+
+def head_dim(model: ModelConfig) -> int:
+    """Return the width of a head: as set, or an even share of the model's width."""
+    return model.head_dim or model.d_model // model.num_heads
+
+
+def kv_heads(model: ModelConfig) -> int:
+    """Return the heads of keys and values of attention: as set, or as many as there are of queries."""
+    return model.attention.num_kv_heads or model.num_heads
+
+
+def memory_dim(model: ModelConfig) -> int | None:
+    """Return the hidden width of the mixer's MLP memories, or None where it has none."""
+    if model.mixer != "self_modifying" or model.self_modifying.memory != "mlp":
+        return None
+    return model.self_modifying.memory_dim or head_dim(model)
+
+
+def projection_chunk_size(model: ModelConfig) -> int | None:
+    """Return the tokens between two boundaries of the projection memories, or None where there are none."""
+    mixer = model.self_modifying
+    return (mixer.projection_chunk_size or mixer.chunk_size) if model.mixer == "self_modifying" else None
+
+
+def padded_vocab_size(model: ModelConfig) -> int:
+    """Return the rows of the embedding: the vocabulary, padded."""
+    return -(-model.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+def has_chunk_loop(mixer: SelfModifyingConfig) -> bool:
+    """Tell whether what a mixer writes depends on what its memories hold, so that chunks follow one another."""
+    static = not mixer.adaptive and mixer.query == "static"
+    stores_values = mixer.memory == "linear" and mixer.objective == "dot" and mixer.read != "boundary"
+    return not (static and stores_values)
+
+
+def memory_banks(model: ModelConfig) -> dict[str, list[str]]:
+    """Return the names of the memories in each bank, those that answer with vectors first."""
+    mixer = model.self_modifying
+    others = [name for name in "kv" if name in mixer.adaptive] + ["q"] * (mixer.query == "memory")
+    others += [name for name in ("eta", "alpha") if name in mixer.adaptive]
+    if mixer.projection_chunk_size in (None, mixer.chunk_size):
+        return {"memory": ["mem", *others]}
+    return {"memory": ["mem"], "projection": others}
+
+
+def by_period(levels: dict[str, LevelConfig]) -> list[tuple[str, LevelConfig]]:
+    """Sort levels fast to slow; names break ties."""
+    return sorted(levels.items(), key=lambda item: (item[1].update_every_steps, item[0]))
+
+
+def levels_of_block(model: ModelConfig, number: int) -> dict[str, LevelConfig]:
+    """Return the levels of a block, counted from 0, fast to slow."""
+    levels = by_period(model.cms.levels)
+    if model.cms.placement == "depth":
+        levels = [levels[number * len(levels) // model.num_layers]]
+    return dict(levels)
