@@ -91,7 +91,7 @@ def measure(
 
     def gather() -> None:
         for name, gradient in zip(names, gradients, strict=True):
-            kept.gathered(name).copy_(gradient)
+            kept.accumulated_grad(name).copy_(gradient)
 
     alone = patch.dict(STACK_ELEMENTS, dict.fromkeys(STACK_ELEMENTS, 1))
     times: list[list[float]] = [[], [], []]

@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hopescale.checkpoint.manifest import EXPORT
-from hopescale.cli.ranks import own_place, run_on_ranks
+from hopescale.cli.ranks import own_rank_info, run_on_ranks
 from hopescale.common.errors import CheckpointError, ConfigError, HopescaleError
-from hopescale.common.place import Place
+from hopescale.common.rank_info import RankInfo
 from hopescale.config.layout import Layout
-from hopescale.evals.wanted import Wanted
+from hopescale.evals.request import EvalRequest
 
 if TYPE_CHECKING:
     import torch
 
-    from hopescale.infer.load import Loaded
+    from hopescale.infer.load import LoadedModel
 
 TIMEOUT = timedelta(hours=2)
 """How long a rank waits for the slowest: ranks meet when each has done its share of all questions."""
@@ -48,55 +48,55 @@ def evaluate(
 
     Exit codes: 0 done, 2 options, 3 data or tasks, 4 model, 5 launch.
     """
-    place = own_place(context, nproc)
+    rank_info = own_rank_info(context, nproc)
     try:
         names = [name for name in tasks.split(",") if name.strip()]
-        wanted = Wanted.read(names, data, task_path=task_path, limit=limit, context=window)
-        if wanted.tasks and find_spec("lm_eval") is None:
+        request = EvalRequest.read(names, data, task_path=task_path, limit=limit, context=window)
+        if request.tasks and find_spec("lm_eval") is None:
             raise ConfigError("tasks need lm-eval", "pip install 'hopescale[eval]'")
         if out is not None and out.exists():
             raise CheckpointError(f"output {out} already exists", "choose another file, or delete the old one first")
     except HopescaleError as error:
-        error.repeated = place is not None and place.rank > 0
+        error.repeated = rank_info is not None and rank_info.rank > 0
         raise
-    if place is None and (nproc or 1) > 1:
+    if rank_info is None and (nproc or 1) > 1:
         run_on_ranks(context, nproc)
-    _evaluate(model, wanted, out, place, device)
+    _evaluate(model, request, out, rank_info, device)
 
 
-def _evaluate(path: Path, wanted: Wanted, out: Path | None, place: Place | None, device: str) -> None:
-    from hopescale.evals.report import place_of_report, report, table, write_report
+def _evaluate(path: Path, request: EvalRequest, out: Path | None, rank_info: RankInfo | None, device: str) -> None:
+    from hopescale.evals.report import report, report_path, table, write_report
     from hopescale.evals.run import context_of
     from hopescale.evals.run import evaluate as run
     from hopescale.parallel import process
     from hopescale.parallel.control import Control
-    from hopescale.parallel.join import join
+    from hopescale.parallel.init_distributed import init_distributed
 
-    layout = Layout(dp=1 if place is None else place.world_size)
-    mesh, chosen = join(place, layout, device, "--device", timeout=TIMEOUT)
+    layout = Layout(dp=1 if rank_info is None else rank_info.world_size)
+    mesh, chosen = init_distributed(rank_info, layout, device, "--device", timeout=TIMEOUT)
     control = Control(mesh)
-    loaded: list[Loaded] = []
-    control.together(lambda: loaded.append(_load(path, chosen)))
+    loaded: list[LoadedModel] = []
+    control.all_ranks_or_raise(lambda: loaded.append(_load(path, chosen)))
     speak = partial(typer.echo, err=True) if control.is_first else lambda line: None
-    results = run(loaded[0], wanted, control, speak)
-    if place is not None:
+    results = run(loaded[0], request, control, speak)
+    if rank_info is not None:
         process.stop()
     if not control.is_first:
         return
     for line in table(results):
         typer.echo(line)
-    if (file := out or place_of_report(loaded[0])) is not None:
+    if (file := out or report_path(loaded[0])) is not None:
         settings = {
-            "limit": wanted.limit,
-            "context": context_of(loaded[0], wanted),
-            "data": wanted.data and str(wanted.data),
-            "task_path": wanted.task_path and str(wanted.task_path),
+            "limit": request.limit,
+            "context": context_of(loaded[0], request),
+            "data": request.data and str(request.data),
+            "task_path": request.task_path and str(request.task_path),
         }
         write_report(file, report(loaded[0], results, settings))
         typer.echo(f"written to {file}")
 
 
-def _load(path: Path, device: torch.device) -> Loaded:
+def _load(path: Path, device: torch.device) -> LoadedModel:
     """Load a checkpoint, or an export as the same model of ours."""
     if (path / "config.json").exists() or (path / EXPORT).exists():
         if missing := [name for name in ("transformers", "safetensors", "tokenizers") if find_spec(name) is None]:

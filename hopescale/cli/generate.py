@@ -33,7 +33,7 @@ def generate(
     """Continue a prompt, token by token, from the state a model carries."""
     import torch
 
-    from hopescale.infer.generate import Step, prefill
+    from hopescale.infer.generate import GeneratedToken, prefill
     from hopescale.infer.generate import generate as run
     from hopescale.infer.load import load_model
     from hopescale.infer.sampling import Sampling
@@ -58,7 +58,7 @@ def generate(
         typer.echo(text, nl=False)
         if tokenizer is None and text:
             typer.echo(" ", nl=False)
-        steps: list[Step] = []
+        steps: list[GeneratedToken] = []
 
         def tokens() -> Iterator[int]:
             generator, end = torch.Generator().manual_seed(seed), None if tokenizer is None else tokenizer.eos_id

@@ -11,7 +11,7 @@ import typer
 from hopescale.common.errors import ConfigError, LaunchError, StoppedEarly
 from hopescale.common.units import format_bytes
 from hopescale.config.load import load_recipe
-from hopescale.launch.environment import find_node, find_nodes, find_place
+from hopescale.launch.environment import find_node, find_nodes, find_rank_info
 
 app = typer.Typer(help="Prepare and check the nodes of a job; started by its script.", no_args_is_help=True)
 
@@ -50,8 +50,8 @@ def check(
     Bad nodes are named. With --drain they are also written to `bad_nodes` of the run folder, for its script to leave
     out at the next start.
     """
-    place = find_place(os.environ)
-    rank = context.obj["rank"] = place.rank if place else 0
+    rank_info = find_rank_info(os.environ)
+    rank = context.obj["rank"] = rank_info.rank if rank_info else 0
     config = load_recipe(recipe, overrides or ()).config
     folder = run_dir or Path("runs") / config.name
     from hopescale.data.staged import folder_of_copies
@@ -61,7 +61,7 @@ def check(
     folders = [folder] if staged is None else [folder, folder_of_copies(staged)]
     node, nodes = find_node(os.environ), find_nodes(os.environ)
     try:
-        verdict = check_nodes(place, node, nodes, config.train.device, folders)
+        verdict = check_nodes(rank_info, node, nodes, config.train.device, folders)
     except LaunchError as error:
         if drain:
             raise
@@ -74,7 +74,7 @@ def check(
     if drain and verdict.bad:
         # A node that cannot be trusted may not be able to write there.
         trusted = next((other for other in nodes if other not in verdict.bad), node)
-        if node == trusted and (place is None or place.local_rank == 0):
+        if node == trusted and (rank_info is None or rank_info.local_rank == 0):
             exclude(folder, list(verdict.bad))
         raise StoppedEarly(f"bad nodes: {', '.join(verdict.bad)}", "the job's next start leaves them out")
     if drain and verdict.shared:

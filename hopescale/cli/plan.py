@@ -14,7 +14,7 @@ from hopescale.cli.counts import read_count
 from hopescale.common.errors import ConfigError
 from hopescale.config.check import check_layout, require_valid
 from hopescale.config.layout import make_layout, smallest_layout
-from hopescale.config.load import Loaded, load_recipe
+from hopescale.config.load import LoadedConfig, load_recipe
 from hopescale.cost.estimate import Estimator
 from hopescale.cost.hardware import planned_device
 from hopescale.cost.holdings import Holdings
@@ -85,7 +85,7 @@ def plan(
     typer.echo(to_json.dumps(report, indent=2) if json else view.report(report), nl=json)
 
 
-def _freed(loaded: Loaded) -> Loaded:
+def _freed(loaded: LoadedConfig) -> LoadedConfig:
     """Leave the degrees open that a search chooses."""
     parallel = replace(loaded.config.parallel, dp=None, tp=1, pp=1, virtual_stages=1, sequence_parallel=False, zero=0)
     return replace(loaded, config=replace(loaded.config, parallel=parallel))

@@ -10,9 +10,9 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 
 from hopescale.common.units import format_bytes, format_count, format_duration
+from hopescale.cost.device_memory import KINDS
 from hopescale.cost.estimate import Estimator
-from hopescale.cost.memory import KINDS
-from hopescale.cost.search import can_be_shared_out
+from hopescale.cost.search import can_be_partitioned
 
 WIDTH = 110
 MOST_STAGES = 4
@@ -128,7 +128,7 @@ def choices(found: Sequence[Mapping[str, Any]], estimator: Estimator, ranks: int
     """Write the ways that a search proposes, best first, and the settings of the best."""
     name = estimator.holdings.config.name
     if not found:
-        if not can_be_shared_out(estimator, ranks):
+        if not can_be_partitioned(estimator, ranks):
             return (
                 f"{name}: model and batch cannot be shared out evenly over {ranks} ranks; another number of devices\n"
             )

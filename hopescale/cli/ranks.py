@@ -10,25 +10,25 @@ from functools import partial
 import typer
 
 from hopescale.common.errors import ConfigError
-from hopescale.common.place import Place
-from hopescale.launch.environment import find_place
+from hopescale.common.rank_info import RankInfo
+from hopescale.launch.environment import find_rank_info
 from hopescale.launch.local import run_local
 
 
-def own_place(context: typer.Context, nproc: int | None) -> Place | None:
+def own_rank_info(context: typer.Context, nproc: int | None) -> RankInfo | None:
     """Return which rank a launcher has made this process, and note it for `main`; None if it was started alone.
 
     Raises:
         ConfigError: If it is one of several, and `--nproc` asks for more.
         LaunchError: If the launcher's variables make no sense.
     """
-    place = find_place(os.environ)
-    if place is not None:
-        context.obj["rank"] = place.rank
+    rank_info = find_rank_info(os.environ)
+    if rank_info is not None:
+        context.obj["rank"] = rank_info.rank
         if nproc is not None:
-            message = f"--nproc {nproc}, but this is already rank {place.rank} of {place.world_size}"
+            message = f"--nproc {nproc}, but this is already rank {rank_info.rank} of {rank_info.world_size}"
             raise ConfigError(message, "leave --nproc out under torchrun and srun")
-    return place
+    return rank_info
 
 
 def run_on_ranks(context: typer.Context, num_ranks: int) -> None:

@@ -14,7 +14,7 @@ from hopescale.config.check import check_layout, require_valid
 from hopescale.config.layout import make_layout
 from hopescale.config.load import load_recipe
 from hopescale.launch.profile import load_profile
-from hopescale.launch.sbatch import Job, render
+from hopescale.launch.sbatch import BatchJob, render
 from hopescale.launch.scheduler import Slurm
 from hopescale.launch.submit import check_job, expected_start, log_of, write_run
 from hopescale.launch.submit import submit as submit_script
@@ -45,7 +45,7 @@ def submit(
     layout = make_layout(loaded.config, nodes * profile.ranks)
     check_layout(loaded.config, layout, loaded.origins)
     folder = (run_dir or Path("runs") / loaded.config.name).absolute()
-    job = Job(
+    job = BatchJob(
         loaded.config.name,
         profile,
         nodes,

@@ -9,11 +9,11 @@ from typing import Annotated
 
 import typer
 
-from hopescale.cli.ranks import own_place, run_on_ranks
+from hopescale.cli.ranks import own_rank_info, run_on_ranks
 from hopescale.common.errors import ConfigError, HopescaleError
 from hopescale.config.check import check_layout, require_valid
 from hopescale.config.layout import Layout, make_layout
-from hopescale.config.load import Loaded, load_recipe
+from hopescale.config.load import LoadedConfig, load_recipe
 from hopescale.config.plan import make_plan
 from hopescale.cost.params import count_params
 from hopescale.train.stop import StopRequest
@@ -43,23 +43,23 @@ def train(
     Exit codes: 0 done, 2 config, 3 data, 4 checkpoint, 5 run folder or launch, 6 diverged, 75 stopped early and
     resumable.
     """
-    place = own_place(context, nproc)
+    rank_info = own_rank_info(context, nproc)
     try:
         if init is not None and resume not in ("auto", "never"):
             raise ConfigError(f"--init has no effect with --resume {resume}, which continues a run", "leave one out")
-        loaded, layout = _checked(recipe, overrides or (), place.world_size if place else nproc or 1, stop_at)
+        loaded, layout = _checked(recipe, overrides or (), rank_info.world_size if rank_info else nproc or 1, stop_at)
     except HopescaleError as error:
-        error.repeated = place is not None and place.rank > 0
+        error.repeated = rank_info is not None and rank_info.rank > 0
         raise
     folder = run_dir or Path("runs") / loaded.config.name
-    speaks = place is None or place.rank == 0
+    speaks = rank_info is None or rank_info.rank == 0
     if dry_run:
         if speaks:
             _show_plan(loaded, layout, folder)
             command = ["hopescale", "plan", recipe, *(overrides or ()), "--gpus", str(layout.num_ranks)]
             typer.echo(f"cost: {shlex.join(command)}")
         return
-    if place is None and layout.num_ranks > 1:
+    if rank_info is None and layout.num_ranks > 1:
         run_on_ranks(context, layout.num_ranks)
 
     which = resume if resume in ("auto", "never", "must") else Path(resume)
@@ -71,7 +71,7 @@ def train(
             loaded,
             overrides or (),
             folder,
-            place=place,
+            rank_info=rank_info,
             layout=layout,
             stop=stop,
             resume=which,
@@ -82,7 +82,7 @@ def train(
         )
 
 
-def _checked(recipe: str, overrides: Sequence[str], num_ranks: int, stop_at: int | None) -> tuple[Loaded, Layout]:
+def _checked(recipe: str, overrides: Sequence[str], num_ranks: int, stop_at: int | None) -> tuple[LoadedConfig, Layout]:
     """Load a recipe and find out whether so many ranks can train it."""
     loaded = require_valid(load_recipe(recipe, overrides))
     layout = make_layout(loaded.config, num_ranks)
@@ -93,7 +93,7 @@ def _checked(recipe: str, overrides: Sequence[str], num_ranks: int, stop_at: int
     return loaded, layout
 
 
-def _show_plan(loaded: Loaded, layout: Layout, folder: Path) -> None:
+def _show_plan(loaded: LoadedConfig, layout: Layout, folder: Path) -> None:
     for name, value in {"run_dir": folder, **make_plan(loaded.config, layout).to_dict()}.items():
         typer.echo(f"{name}: {value}")
     for part, count in count_params(loaded.config.model).items():

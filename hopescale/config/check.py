@@ -16,10 +16,10 @@ from hopescale.config import (
     model_shape,
     ranges,
 )
+from hopescale.config.check_base import Check, Origins, leaves_rest, levels_of, set_keys
 from hopescale.config.fields import leaves
 from hopescale.config.layout import Layout
-from hopescale.config.load import DEFAULT, Loaded
-from hopescale.config.rules import Origins, Rule, leaves_rest, levels_of, set_keys
+from hopescale.config.load import DEFAULT, LoadedConfig
 from hopescale.config.schema import RopeScalingConfig, RunConfig
 from hopescale.config.values import format_value
 
@@ -37,15 +37,15 @@ def check(config: RunConfig, origins: Origins | None = None) -> list[Problem]:
         origins: Where each key was set, as loading returns it. Keys that are missing count as defaults.
     """
     origins = origins or {}
-    problems = [problem for rule in RULES for problem in rule(config, origins)]
+    problems = [problem for each in CHECKS for problem in each(config, origins)]
     return [replace(problem, origin=_origin(problem.key, origins)) for problem in problems]
 
 
-def require_valid(loaded: Loaded) -> Loaded:
+def require_valid(loaded: LoadedConfig) -> LoadedConfig:
     """Return a loaded recipe unchanged.
 
     Raises:
-        ConfigError: With every rule it breaks.
+        ConfigError: With every check it fails.
     """
     if problems := check(loaded.config, loaded.origins):
         raise ConfigError(problems)
@@ -327,7 +327,7 @@ def kept_checkpoints_are_written(config: RunConfig, origins: Origins) -> Iterato
         yield Problem(key, f"{keep} is not a multiple of checkpoint.every = {every}: no checkpoint is written there")
 
 
-RULES: tuple[Rule, ...] = (
+CHECKS: tuple[Check, ...] = (
     numbers_in_range,
     name_is_a_folder,
     heads_divide_width,
@@ -354,9 +354,9 @@ RULES: tuple[Rule, ...] = (
     mean_needs_a_slow_level,
     batch_is_whole_micro_batches,
     kept_checkpoints_are_written,
-    *check_backend.RULES,
-    *check_optim.RULES,
-    *check_parallel.RULES,
-    *check_recompute.RULES,
-    *check_transfer.RULES,
+    *check_backend.CHECKS,
+    *check_optim.CHECKS,
+    *check_parallel.CHECKS,
+    *check_recompute.CHECKS,
+    *check_transfer.CHECKS,
 )

@@ -1,13 +1,13 @@
-"""The rules about what computes memories: `train.backend` and `train.compile` must have something to do."""
+"""Checks of what computes memories: `train.backend` and `train.compile` must have something to do."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from hopescale.common.errors import Problem
-from hopescale.config.execution import fused_obstacle
+from hopescale.config.check_base import Check, Origins
+from hopescale.config.execution import fused_unsupported_reason
 from hopescale.config.model_shape import has_chunk_loop
-from hopescale.config.rules import Origins, Rule
 from hopescale.config.schema import RunConfig
 
 
@@ -32,8 +32,8 @@ def fused_chunks_know_these_memories(config: RunConfig, origins: Origins) -> Ite
     backend, model = config.train.backend, config.model
     if backend not in ("cpp", "triton") or model.mixer != "self_modifying" or model.num_heads < 1:
         return
-    if obstacle := fused_obstacle(config, backend):
-        yield Problem("train.backend", f"{backend} cannot run: {obstacle}", hint="leave it at auto")
+    if unsupported_reason := fused_unsupported_reason(config, backend):
+        yield Problem("train.backend", f"{backend} cannot run: {unsupported_reason}", hint="leave it at auto")
 
 
-RULES: tuple[Rule, ...] = (compile_needs_a_chunk_loop, backend_needs_memories, fused_chunks_know_these_memories)
+CHECKS: tuple[Check, ...] = (compile_needs_a_chunk_loop, backend_needs_memories, fused_chunks_know_these_memories)

@@ -1,11 +1,11 @@
-"""The rules about update rules: each setting has a group, and a way, in which it acts."""
+"""Checks of update rules: each setting has a group, and a way, in which it acts."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
 from hopescale.common.errors import Problem
-from hopescale.config.rules import Origins, Rule, set_keys
+from hopescale.config.check_base import Check, Origins, set_keys
 from hopescale.config.schema import OptimConfig, RunConfig
 
 MATRIX_RULES = ("muon", "m3", "delta_momentum", "deep_momentum", "dgd")
@@ -70,11 +70,11 @@ def betas_belong_to_adamw(config: RunConfig, origins: Origins) -> Iterator[Probl
 
 
 def matrices_are_not_cut(config: RunConfig, origins: Origins) -> Iterator[Problem]:
-    """DeepSpeed shards AdamW's groups; the others are shared out in whole matrices, which need whole gradients."""
+    """DeepSpeed shards AdamW's groups; the others are distributed in whole matrices, which need whole gradients."""
     zero, used = config.parallel.zero, rules_of(config.optim)
     if zero >= 1 and "adamw" not in used:
         message = f"{zero} has no effect: it shards groups with rule: adamw, and there is none"
-        yield Problem("parallel.zero", message, hint="set parallel.zero=0; the states of other rules are shared out")
+        yield Problem("parallel.zero", message, hint="set parallel.zero=0; the states of other rules are distributed")
     elif zero >= 2 and (rules := sorted(used - {"adamw"})):
         groups = ", ".join(name for name, group in config.optim.groups.items() if group.rule in rules)
         message = f"{zero} cuts the gradients of matrices to pieces, but groups with other rules than adamw ({groups})"
@@ -100,7 +100,7 @@ def deep_momentum_needs_whole_matrices(config: RunConfig, origins: Origins) -> I
         yield Problem("optim.tp_mode", message, hint="set optim.tp_mode=gather")
 
 
-RULES: tuple[Rule, ...] = (
+CHECKS: tuple[Check, ...] = (
     settings_need_a_group_with_the_rule,
     settings_need_each_other,
     one_setting_scales_the_updates_of_m3,

@@ -1,13 +1,13 @@
-"""The rules about how a run is split over ranks. A degree that is null is looked at once the layout is known."""
+"""Checks of how a run is split over ranks. A degree that is null is looked at once the layout is known."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from hopescale.common.errors import Problem
+from hopescale.config.check_base import Check, Origins, leaves_rest, levels_of
 from hopescale.config.layout import AXES
 from hopescale.config.model_shape import VOCAB_MULTIPLE, padded_vocab_size
-from hopescale.config.rules import Origins, Rule, leaves_rest, levels_of
 from hopescale.config.schema import RunConfig
 
 
@@ -28,7 +28,7 @@ def virtual_stages_need_a_pipeline(config: RunConfig, origins: Origins) -> Itera
 
 
 def sequence_parallel_splits_the_tokens(config: RunConfig, origins: Origins) -> Iterator[Problem]:
-    """Tokens are shared out among the ranks of a layer, of which there are several."""
+    """Tokens are distributed among the ranks of a layer, of which there are several."""
     tp, seq_len = config.parallel.tp, config.train.seq_len
     if not config.parallel.sequence_parallel or tp is None:
         return
@@ -41,7 +41,7 @@ def sequence_parallel_splits_the_tokens(config: RunConfig, origins: Origins) -> 
 
 
 def tensor_parallel_ranks_share_evenly(config: RunConfig, origins: Origins) -> Iterator[Problem]:
-    """Heads, level widths and rows of the embedding are shared out evenly."""
+    """Heads, level widths and rows of the embedding are distributed evenly."""
     tp, model = config.parallel.tp or 1, config.model
     sizes = {"model.num_heads": model.num_heads}
     if model.mixer == "attention" and model.attention.num_kv_heads is not None:
@@ -102,7 +102,7 @@ def the_first_step_may_take_longer(config: RunConfig, origins: Origins) -> Itera
         yield Problem("parallel.first_step_timeout_s", f"{first} is below parallel.timeout_s = {later}", hint=hint)
 
 
-RULES: tuple[Rule, ...] = (
+CHECKS: tuple[Check, ...] = (
     one_degree_at_most_is_open,
     virtual_stages_need_a_pipeline,
     sequence_parallel_splits_the_tokens,

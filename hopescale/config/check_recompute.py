@@ -1,13 +1,13 @@
-"""The rules about activations that are computed again: where it would save nothing, it is not asked for."""
+"""Checks of activations that are computed again: where it would save nothing, it is not asked for."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from hopescale.common.errors import Problem
+from hopescale.config.check_base import Check, Origins
 from hopescale.config.execution import reverse_saves
 from hopescale.config.model_shape import has_chunk_loop, head_dim, projection_chunk_size
-from hopescale.config.rules import Origins, Rule
 from hopescale.config.schema import RunConfig
 
 
@@ -32,4 +32,4 @@ def reverse_saves_memory(config: RunConfig, origins: Origins) -> Iterator[Proble
         yield Problem(key, message, hint="set it to chunks")
 
 
-RULES: tuple[Rule, ...] = (reverse_saves_memory,)
+CHECKS: tuple[Check, ...] = (reverse_saves_memory,)

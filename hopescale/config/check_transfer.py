@@ -1,11 +1,11 @@
-"""The rules about learning rates of another width: only what has been derived is allowed (`docs/width_transfer.md`)."""
+"""Checks of learning rates of another width: only what has been derived is allowed (`docs/width_transfer.md`)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from hopescale.common.errors import Problem
-from hopescale.config.rules import Origins, Rule
+from hopescale.config.check_base import Check, Origins
 from hopescale.config.schema import RunConfig
 
 TRANSFERS = ("adamw", "muon", "m3", "delta_momentum")
@@ -38,4 +38,4 @@ def _groups(config: RunConfig) -> list:
     return [] if config.model.transfer is None else list(config.optim.groups.items())
 
 
-RULES: tuple[Rule, ...] = (rates_follow_the_width, updates_have_a_known_length)
+CHECKS: tuple[Check, ...] = (rates_follow_the_width, updates_have_a_known_length)

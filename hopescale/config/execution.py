@@ -7,7 +7,7 @@ from hopescale.config.schema import ModelConfig, RunConfig
 from hopescale.ops.limits import FUSED_MULTIPLE, is_trace_smaller
 
 
-def fused_obstacle(config: RunConfig, backend: str) -> str | None:
+def fused_unsupported_reason(config: RunConfig, backend: str) -> str | None:
     """Return what keeps `cpp` or `triton` from running a model's chunks as one operation; None if nothing does."""
     model, train = config.model, config.train
     if not has_chunk_loop(model.self_modifying) and backend == "triton":
@@ -31,10 +31,10 @@ def is_fused(config: RunConfig) -> bool:
     model, backend = config.model, config.train.backend
     if model.mixer != "self_modifying" or not has_chunk_loop(model.self_modifying) or backend == "torch":
         return False
-    return fused_obstacle(config, "cpp") is None
+    return fused_unsupported_reason(config, "cpp") is None
 
 
-def computed_again(config: RunConfig) -> str:
+def effective_recompute(config: RunConfig) -> str:
     """Return what is computed again, as `train.recompute` says it: operations that run all chunks always do these."""
     return "chunks" if config.train.recompute == "none" and is_fused(config) else config.train.recompute
 

@@ -14,7 +14,7 @@ AXES = ("dp", "pp", "tp")
 
 @dataclass(frozen=True)
 class Layout:
-    """How ranks are shared out.
+    """How ranks are distributed.
 
     Attributes:
         dp: Data-parallel replicas.

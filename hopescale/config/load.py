@@ -34,7 +34,7 @@ _ENTRY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedConfig:
     """A config and where it came from.
 
     Attributes:
@@ -51,7 +51,7 @@ class Loaded:
 
 
 @dataclass(frozen=True)
-class _Layer:
+class _ConfigLayer:
     origin: str
     tree: dict[str, Any]
 
@@ -60,7 +60,7 @@ class _Text(str):
     """The value of an override: text that its key's type will read."""
 
 
-def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Loaded:
+def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig:
     """Resolve defaults, bases, recipe and `key=value` overrides, later ones winning.
 
     Types are checked here; what the values mean together is checked by `hopescale.config.check`.
@@ -82,7 +82,7 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Loaded:
     layers += [_read_override(text, problems) for text in overrides]
     config = _merge(RunConfig(), layers, problems)
     files = [file for file, _ in chain]
-    return Loaded(config, _origins(layers, config), files[-1], files)
+    return LoadedConfig(config, _origins(layers, config), files[-1], files)
 
 
 def load_settings(path: Path, schema: type[T]) -> T:
@@ -124,7 +124,7 @@ def from_dict(tree: dict[str, Any], origin: str) -> RunConfig:
         ConfigError: If the tree does not fit the schema.
     """
     problems: list[Problem] = []
-    layer = _Layer(origin, _read_section(tree, RunConfig, "", origin, problems))
+    layer = _ConfigLayer(origin, _read_section(tree, RunConfig, "", origin, problems))
     return _merge(map_entries(RunConfig(), lambda entries: {}), [layer], problems)
 
 
@@ -142,20 +142,20 @@ def to_yaml(config: RunConfig) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(replace(config, optim=replace(config.optim, groups=groups))))
 
 
-def _read_file(path: Path, tree: dict[Any, Any], problems: list[Problem], schema: type = RunConfig) -> _Layer:
+def _read_file(path: Path, tree: dict[Any, Any], problems: list[Problem], schema: type = RunConfig) -> _ConfigLayer:
     origin = display_path(path)
-    return _Layer(origin, _read_section(tree, schema, "", origin, problems, schema))
+    return _ConfigLayer(origin, _read_section(tree, schema, "", origin, problems, schema))
 
 
-def _read_override(text: str, problems: list[Problem]) -> _Layer:
+def _read_override(text: str, problems: list[Problem]) -> _ConfigLayer:
     key, equals, value = text.partition("=")
     if not equals:
         problems.append(Problem(text, "not an override", COMMAND_LINE, "write key=value, with a dotted key"))
-        return _Layer(COMMAND_LINE, {})
+        return _ConfigLayer(COMMAND_LINE, {})
     tree: Any = _Text(value)
     for name in reversed(key.strip().split(".")):
         tree = {name: tree}
-    return _Layer(COMMAND_LINE, _read_section(tree, RunConfig, "", COMMAND_LINE, problems))
+    return _ConfigLayer(COMMAND_LINE, _read_section(tree, RunConfig, "", COMMAND_LINE, problems))
 
 
 def _read_section(
@@ -199,7 +199,7 @@ def _unknown_key(prefix: str, name: str, value: Any, known: list[str], origin: s
     return Problem(f"{prefix}{name}{rest}", "unknown key", origin, suggest(prefix, name, rest, known, schema))
 
 
-def _merge(start: RunConfig, layers: list[_Layer], problems: list[Problem]) -> RunConfig:
+def _merge(start: RunConfig, layers: list[_ConfigLayer], problems: list[Problem]) -> RunConfig:
     if problems:
         raise ConfigError(problems)
     merged = OmegaConf.merge(OmegaConf.structured(start), *(layer.tree for layer in layers))
@@ -207,7 +207,7 @@ def _merge(start: RunConfig, layers: list[_Layer], problems: list[Problem]) -> R
     return map_entries(config, lambda entries: {name: entry for name, entry in entries.items() if entry is not None})
 
 
-def _origins(layers: list[_Layer], config: RunConfig) -> dict[str, str]:
+def _origins(layers: list[_ConfigLayer], config: RunConfig) -> dict[str, str]:
     found: dict[str, str] = {}
     for layer in layers:
         for key, value in leaves(layer.tree).items():

@@ -8,13 +8,13 @@ from pathlib import Path
 
 from hopescale.common.disk import replace_text
 from hopescale.config.layout import Layout
-from hopescale.config.load import COMMAND_LINE, Loaded, to_yaml
+from hopescale.config.load import COMMAND_LINE, LoadedConfig, to_yaml
 from hopescale.config.plan import make_plan
 
 CONFIG, PLAN = "config.yaml", "plan.json"
 
 
-def write_record(folder: Path, loaded: Loaded, layout: Layout, overrides: Sequence[str]) -> None:
+def write_record(folder: Path, loaded: LoadedConfig, layout: Layout, overrides: Sequence[str]) -> None:
     """Write `config.yaml`, `overrides.txt`, `origins.json` and `plan.json`.
 
     A run that is started from its own `config.yaml` keeps the overrides and origins of the start before.
@@ -22,7 +22,7 @@ def write_record(folder: Path, loaded: Loaded, layout: Layout, overrides: Sequen
     Args:
         folder: The run folder.
         loaded: A recipe that has passed its checks.
-        layout: How the ranks are shared out.
+        layout: How the ranks are distributed.
         overrides: As given on the command line.
     """
     origins, overrides = loaded.origins, [f"{override}\n" for override in overrides]

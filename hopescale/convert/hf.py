@@ -39,7 +39,7 @@ from hopescale.convert.card import model_card
 from hopescale.convert.mapping import Pair, pairs, split, write_settings
 from hopescale.convert.tokenizer import write_tokenizer
 from hopescale.data.tokenizer import Tokenizer
-from hopescale.infer.load import Loaded, empty_model, with_tokenizer
+from hopescale.infer.load import LoadedModel, empty_model, with_tokenizer
 from hopescale.models import Model
 
 INDEX = "model.safetensors.index.json"
@@ -234,7 +234,7 @@ def check_files(folder: Path, manifest: Manifest, suffix: str = "") -> None:
         raise damaged(folder, problems)
 
 
-def load_export(folder: Path, device: torch.device) -> Loaded:
+def load_export(folder: Path, device: torch.device) -> LoadedModel:
     """Load an export as our own model, as `load_model` does a checkpoint.
 
     Raises:

@@ -22,7 +22,7 @@ from hopescale.convert.mapping import layer_names
 from hopescale.convert.stacking import read_source, require_config
 from hopescale.data.loader import open_data
 from hopescale.infer.generate import generate, prefill
-from hopescale.infer.load import Loaded, load_model
+from hopescale.infer.load import LoadedModel, load_model
 from hopescale.infer.sampling import Sampling
 from hopescale.models import Model
 
@@ -107,7 +107,7 @@ def load_transformers(folder: Path, dtype: torch.dtype, *, trust_remote_code: bo
 
 
 @torch.no_grad()
-def compare(loaded: Loaded, theirs: nn.Module, limit: float, origin: str) -> Verified:
+def compare(loaded: LoadedModel, theirs: nn.Module, limit: float, origin: str) -> Verified:
     """Compare a model of transformers with a checkpoint's.
 
     Args:
@@ -135,7 +135,7 @@ def compare(loaded: Loaded, theirs: nn.Module, limit: float, origin: str) -> Ver
     return Verified(text, tokens.numel(), difference, limit, greedy)
 
 
-def _compare_greedy(loaded: Loaded, theirs: nn.Module, prompt: Tensor, limit: float, origin: str) -> str:
+def _compare_greedy(loaded: LoadedModel, theirs: nn.Module, prompt: Tensor, limit: float, origin: str) -> str:
     """Generate from a prompt with both; tokens are equal, up to the first place where two are equally likely.
 
     Raises:

@@ -22,7 +22,7 @@ from hopescale.config.model_shape import (
 )
 from hopescale.config.schema import ModelConfig, TrainConfig
 from hopescale.cost.chunk_flops import banks
-from hopescale.cost.chunk_memory import part_entries, trace_entries, whole_entries
+from hopescale.cost.mixer_activations import part_entries, trace_entries, whole_entries
 from hopescale.ops.limits import REVERSE_PARTS
 
 FP32 = 4
@@ -46,7 +46,7 @@ class BlockActivations:
 
 
 @dataclass(frozen=True)
-class Sizes:
+class BatchSizes:
     """What activations depend on, apart from the model.
 
     Attributes:
@@ -66,7 +66,7 @@ class Sizes:
     stream_share: float
 
     @classmethod
-    def of(cls, train: TrainConfig, layout: Layout) -> Sizes:
+    def of(cls, train: TrainConfig, layout: Layout) -> BatchSizes:
         """Return the sizes of a rank's micro batch."""
         share = 1 / layout.tp if layout.sequence_parallel else 1
         itemsize = 2 if train.precision == "bf16" else FP32
@@ -74,7 +74,7 @@ class Sizes:
         return cls(train.seq_len * batch, batch, train.seq_len, itemsize, layout.tp, share)
 
 
-def block_activations(model: ModelConfig, sizes: Sizes, recompute: str) -> BlockActivations:
+def block_activations(model: ModelConfig, sizes: BatchSizes, recompute: str) -> BlockActivations:
     """Count one block; all cost the same."""
     stream = sizes.tokens * model.d_model * sizes.itemsize
     norm, inner = _norm(model, sizes), stream * sizes.stream_share
@@ -96,12 +96,12 @@ def block_activations(model: ModelConfig, sizes: Sizes, recompute: str) -> Block
     return BlockActivations(kept, states, 0, max(level_workspace, mix_workspace - levels))
 
 
-def _norm(model: ModelConfig, sizes: Sizes) -> float:
+def _norm(model: ModelConfig, sizes: BatchSizes) -> float:
     """Count a norm of the stream: its input in float32, and the input scaled."""
     return sizes.tokens * sizes.stream_share * (2 * model.d_model + 1) * FP32
 
 
-def _levels(model: ModelConfig, sizes: Sizes, norm: float) -> tuple[float, float]:
+def _levels(model: ModelConfig, sizes: BatchSizes, norm: float) -> tuple[float, float]:
     """Count what a block's levels keep, and what the backward of the widest needs."""
     stream = sizes.tokens * model.d_model * sizes.itemsize
     widths = [level.d_ff / sizes.tp * sizes.tokens * sizes.itemsize for level in levels_of_block(model, 0).values()]
@@ -113,7 +113,7 @@ def _levels(model: ModelConfig, sizes: Sizes, norm: float) -> tuple[float, float
     return kept, 2 * max(widths) + stream
 
 
-def _attention(model: ModelConfig, sizes: Sizes) -> float:
+def _attention(model: ModelConfig, sizes: BatchSizes) -> float:
     """Count queries and keys after rotation, values within the in-projection's result, the answer, and it in order."""
     heads, groups = model.num_heads / sizes.tp, kv_heads(model) / sizes.tp
     rotated, projected = (heads + groups) * head_dim(model), (heads + 2 * groups) * head_dim(model)
@@ -125,13 +125,13 @@ def _attention(model: ModelConfig, sizes: Sizes) -> float:
     return kept
 
 
-def _attention_workspace(model: ModelConfig, sizes: Sizes) -> float:
+def _attention_workspace(model: ModelConfig, sizes: BatchSizes) -> float:
     """Count the gradients of queries, keys, values, and of the in-projection's result."""
     width = (model.num_heads + 2 * kv_heads(model)) / sizes.tp * head_dim(model)
     return sizes.tokens * (2 * width * sizes.itemsize + model.d_model * sizes.itemsize)
 
 
-def _self_modifying(model: ModelConfig, sizes: Sizes, recompute: str) -> tuple[float, float, float]:
+def _self_modifying(model: ModelConfig, sizes: BatchSizes, recompute: str) -> tuple[float, float, float]:
     """Count what a mixer keeps, its memories' states, and what its backward needs."""
     mixer, heads, dim = model.self_modifying, model.num_heads / sizes.tp, head_dim(model)
     width = sizes.tokens * heads * dim
@@ -169,12 +169,12 @@ def _self_modifying(model: ModelConfig, sizes: Sizes, recompute: str) -> tuple[f
     return kept, rows * states / parts + (parts - rows) * trace, workspace + again
 
 
-def logits_bytes(model: ModelConfig, sizes: Sizes) -> float:
+def logits_bytes(model: ModelConfig, sizes: BatchSizes) -> float:
     """Count the logits when the loss goes back: their log-softmax, its gradient, and theirs, in float32."""
     copies = 3 if sizes.tp == 1 else 2
     return copies * sizes.tokens * padded_vocab_size(model) / sizes.tp * FP32
 
 
-def head_bytes(model: ModelConfig, sizes: Sizes) -> float:
+def head_bytes(model: ModelConfig, sizes: BatchSizes) -> float:
     """Count the final norm, and what goes into the head."""
     return _norm(model, sizes) + sizes.tokens * model.d_model * sizes.itemsize

@@ -19,15 +19,15 @@ class Bank:
     """Memories of one head that are written at the same boundaries.
 
     Attributes:
-        wide: Memories that answer with vectors.
-        narrow: Memories that answer with one number.
+        vector_memories: Memories that answer with vectors.
+        gate_memories: Memories that answer with one number.
         dim: `D`.
         hidden: `E` of MLP memories; None if they are linear.
-        is_main: Whether the first wide one is the memory that is read.
+        is_main: Whether the first vector memory is the memory that is read.
     """
 
-    wide: int
-    narrow: int
+    vector_memories: int
+    gate_memories: int
     dim: int
     hidden: int | None
     is_main: bool
@@ -40,12 +40,12 @@ class Bank:
     @property
     def first(self) -> int:
         """Outputs of all first layers."""
-        return self.wide * self.rows + self.narrow * (self.hidden or 1)
+        return self.vector_memories * self.rows + self.gate_memories * (self.hidden or 1)
 
     @property
     def size(self) -> int:
         """Entries of all weights."""
-        second = 0 if self.hidden is None else self.hidden * (self.wide * self.dim + self.narrow)
+        second = 0 if self.hidden is None else self.hidden * (self.vector_memories * self.dim + self.gate_memories)
         return self.dim * self.first + second
 
     @property
@@ -54,20 +54,20 @@ class Bank:
         first = [(self.dim, self.first, 1)]
         if self.hidden is None:
             return first
-        return [*first, (self.hidden, self.dim, self.wide), (self.hidden, 1, self.narrow)]
+        return [*first, (self.hidden, self.dim, self.vector_memories), (self.hidden, 1, self.gate_memories)]
 
     @property
-    def asked(self) -> int:
-        """Wide memories that make keys, values or queries."""
-        return self.wide - self.is_main
+    def num_retrieved(self) -> int:
+        """Vector memories that make keys, values or queries."""
+        return self.vector_memories - self.is_main
 
 
 def banks(model: ModelConfig) -> list[Bank]:
     """Return the banks of a head, the one with the main memory first."""
     result = []
     for names in memory_banks(model).values():
-        narrow = sum(name in ("eta", "alpha") for name in names)
-        sizes = (len(names) - narrow, narrow, head_dim(model), memory_dim(model))
+        num_gates = sum(name in ("eta", "alpha") for name in names)
+        sizes = (len(names) - num_gates, num_gates, head_dim(model), memory_dim(model))
         result.append(Bank(*sizes, is_main=names[0] == "mem"))
     return result
 
@@ -114,7 +114,7 @@ def _part(model: ModelConfig, tokens: int, *, first: bool, last: bool) -> Flops:
     """Count a projection chunk: its projections made, the main memory's chunks, and all writes."""
     mixer, all_banks = model.self_modifying, banks(model)
     source = all_banks[-1]
-    flops = _ask(source, source.asked, tokens)
+    flops = _retrieve(source, source.num_retrieved, tokens)
     size = mixer.chunk_size if len(all_banks) > 1 else tokens
     count = -(-tokens // size)
     for index in range(count):
@@ -125,12 +125,12 @@ def _part(model: ModelConfig, tokens: int, *, first: bool, last: bool) -> Flops:
     return flops
 
 
-def _ask(bank: Bank, wide: int, tokens: int) -> Flops:
-    """Count the answers of wide memories and of all narrow ones to their inputs."""
-    flops = product(tokens, bank.dim, bank.rows).times(wide)
-    if bank.narrow:
-        flops += product(tokens, bank.dim, bank.narrow * (bank.hidden or 1))
-    return flops if bank.hidden is None else flops + product(tokens, bank.hidden, bank.dim).times(wide)
+def _retrieve(bank: Bank, count: int, tokens: int) -> Flops:
+    """Count the answers of vector memories and of all gate memories to their inputs."""
+    flops = product(tokens, bank.dim, bank.rows).times(count)
+    if bank.gate_memories:
+        flops += product(tokens, bank.dim, bank.gate_memories * (bank.hidden or 1))
+    return flops if bank.hidden is None else flops + product(tokens, bank.hidden, bank.dim).times(count)
 
 
 def _move(mixer: SelfModifyingConfig, bank: Bank, tokens: int, first: bool, last: bool, *, reads: bool) -> Flops:
@@ -145,18 +145,18 @@ def _move(mixer: SelfModifyingConfig, bank: Bank, tokens: int, first: bool, last
         reads: Whether the first memory answers queries.
     """
     uses_chunk = reads and mixer.read != "boundary"
-    shared = _tables(mixer, tokens) + _writes(mixer, bank, bank.wide, tokens, with_first=True)
+    shared = _tables(mixer, tokens) + _writes(mixer, bank, bank.vector_memories, tokens, with_first=True)
     shared += sum((_open(mixer, tokens, width).times(count) for width, _, count in bank.layers[:2]), NOTHING)
     unread = NOTHING
-    if bank.hidden is not None and bank.narrow:
-        unread = _writes(mixer, bank, bank.narrow, tokens, with_first=False, out=1)
-        unread += _open(mixer, tokens, bank.hidden).times(bank.narrow)
+    if bank.hidden is not None and bank.gate_memories:
+        unread = _writes(mixer, bank, bank.gate_memories, tokens, with_first=False, out=1)
+        unread += _open(mixer, tokens, bank.hidden).times(bank.gate_memories)
     unread += sum((_after(mixer, tokens, width, out, first).times(n) for width, out, n in bank.layers), NOTHING)
     if not uses_chunk:
         shared, unread = NOTHING, shared + unread
     read = NOTHING
     if reads and not uses_chunk:
-        read = _ask(Bank(1, 0, bank.dim, bank.hidden, True), 1, tokens)
+        read = _retrieve(Bank(1, 0, bank.dim, bank.hidden, True), 1, tokens)
     elif reads:
         for width, out in ((bank.dim, bank.rows), (bank.hidden, bank.dim))[: 1 + (bank.hidden is not None)]:
             read += _values(mixer, tokens, width, out, first) + _read(mixer, tokens, width, out, first)
@@ -216,11 +216,11 @@ def _values(mixer: SelfModifyingConfig, tokens: int, width: int, out: int, first
     """Count what keys read of the state at the chunk's start, and of what was written since."""
     if mixer.inner_rule != "dgd":
         return NOTHING
-    flops = _carried(mixer, tokens, width, out, first)
+    flops = _initial_reads(mixer, tokens, width, out, first)
     return flops + product(tokens, tokens, out).times(mixer.momentum)
 
 
-def _carried(mixer: SelfModifyingConfig, tokens: int, width: int, out: int, first: bool) -> Flops:
+def _initial_reads(mixer: SelfModifyingConfig, tokens: int, width: int, out: int, first: bool) -> Flops:
     push = product(tokens, width, out, gradients=1 if first else 2)
     return product(tokens, width, out) + push.times(mixer.momentum)
 
@@ -228,7 +228,7 @@ def _carried(mixer: SelfModifyingConfig, tokens: int, width: int, out: int, firs
 def _read(mixer: SelfModifyingConfig, tokens: int, width: int, out: int, first: bool) -> Flops:
     """Count a read inside a chunk: of the state at its start, of writes and of erases since."""
     erase = mixer.inner_rule == "dgd"
-    flops = product(tokens, width, tokens) + _carried(mixer, tokens, width, out, first)
+    flops = product(tokens, width, tokens) + _initial_reads(mixer, tokens, width, out, first)
     flops += solve(tokens, tokens).times(erase)
     return flops + product(tokens, tokens, out).times(1 + (erase and mixer.momentum))
 

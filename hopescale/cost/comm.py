@@ -16,8 +16,8 @@ from hopescale.config.plan import make_plan
 from hopescale.config.schema import RunConfig
 from hopescale.cost.activations import FP32
 from hopescale.cost.holdings import Holdings, gathers
-from hopescale.cost.inventory import Parameter
-from hopescale.cost.ownership import buckets, share_out
+from hopescale.cost.inventory import ParameterInfo
+from hopescale.cost.ownership import assign_owners, buckets
 
 AXES = ("tp", "dp", "pp", "embedding", "world")
 """Axes as the metrics name them."""
@@ -59,7 +59,7 @@ def bytes_of_step(
     Args:
         holdings: Of the config's model and optimizer.
         config: Settings.
-        layout: How ranks are shared out.
+        layout: How ranks are distributed.
         stage: Pipeline rank.
         due: Levels that the step updates.
         measured: Levels of period 1 whose change is measured, as on steps that are recorded.
@@ -178,7 +178,7 @@ def _matrices(
 
 
 def _places(
-    holdings: Holdings, config: RunConfig, parameters: list[Parameter], owners: Mapping[str, int]
+    holdings: Holdings, config: RunConfig, parameters: list[ParameterInfo], owners: Mapping[str, int]
 ) -> dict[str, tuple[int, int, int]]:
     """Return where the optimizer keeps each matrix: what is alike side by side, by owner."""
     classes: dict[tuple, int] = {}
@@ -200,11 +200,13 @@ def _rooms(sizes: Mapping[str, int], owners: Mapping[str, int], dp: int) -> list
     return rooms
 
 
-def _slices(holdings: Holdings, config: RunConfig, layout: Layout, stage: int, parameters: list[Parameter]) -> float:
+def _slices(
+    holdings: Holdings, config: RunConfig, layout: Layout, stage: int, parameters: list[ParameterInfo]
+) -> float:
     """Count slices of gradients that are sent to make wholes, with columns of Gram matrices, and weights sent back."""
     owners = holdings.owners(layout, stage)
     own = [p for p in holdings.parameters(layout, stage) if owners.get(p.name) == 0 and holdings.is_cut(p)]
-    held = share_out([holdings.work(p, layout) for p in own], layout.tp)
+    held = assign_owners([holdings.work(p, layout) for p in own], layout.tp)
     chosen = [p for p in parameters if p.name in held]
     wholes = sum(layout.tp * p.size * p.itemsize(config.train.precision) for p in chosen if held[p.name] == 0)
     return FP32 * sum(p.size + holdings.gram(p, layout.tp) for p in chosen) + wholes

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hopescale.config.execution import computed_again, is_fused
+from hopescale.config.execution import effective_recompute, is_fused
 from hopescale.config.layout import Layout
 from hopescale.config.model_shape import has_chunk_loop, projection_chunk_size
 from hopescale.config.plan import make_plan
@@ -173,7 +173,7 @@ class Estimator:
         return max(flops / (self.rate * mixing_rate(config.model)), in_calls)
 
     def _flops(self, config: RunConfig) -> dict[str, Flops]:
-        how = computed_again(config)
+        how = effective_recompute(config)
         if how not in self._parts:
             self._parts[how] = flops_by_part(config.model, config.train.seq_len, recompute=how)
         return self._parts[how]

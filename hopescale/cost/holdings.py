@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from hopescale.config.groups import assign_groups
 from hopescale.config.layout import Layout
 from hopescale.config.schema import RunConfig
-from hopescale.cost.inventory import Parameter, block_parameters, model_parameters
-from hopescale.cost.ownership import Work, share_out
+from hopescale.cost.inventory import ParameterInfo, block_parameters, model_parameters
+from hopescale.cost.ownership import Work, assign_owners
 from hopescale.cost.stages import cut_blocks
 from hopescale.cost.updates import state_entries, update_cost
 
@@ -34,7 +34,7 @@ class Kind:
 
 @dataclass(frozen=True)
 class Holding:
-    """Entries on one rank, before anything is shared out over replicas.
+    """Entries on one rank, before anything is distributed over replicas.
 
     Attributes:
         entries: Of weights by kind.
@@ -75,7 +75,7 @@ class Holdings:
         self._cache: dict[tuple, Holding] = {}
         self._cuts: dict[tuple[int, int], list[range]] = {}
 
-    def rule_of(self, parameter: Parameter) -> str:
+    def rule_of(self, parameter: ParameterInfo) -> str:
         """Return the name of the rule that updates a parameter."""
         return self.config.optim.groups[self.groups[parameter.name]].rule
 
@@ -87,12 +87,12 @@ class Holdings:
             self._cuts[key] = cut
         return self._cuts[key][stage :: layout.pp]
 
-    def is_cut(self, parameter: Parameter) -> bool:
+    def is_cut(self, parameter: ParameterInfo) -> bool:
         """Tell whether a tensor-parallel rank holds parts of what a parameter's rule looks at: matrices, or rows."""
         looks_at = 1 if self.rule_of(parameter) == "dgd" else 2
         return parameter.split is not None and parameter.split >= len(parameter.shape) - looks_at
 
-    def gram(self, parameter: Parameter, tp: int) -> int:
+    def gram(self, parameter: ParameterInfo, tp: int) -> int:
         """Count the entries of the Gram matrix that is gathered beside the gradient of a rank's slice."""
         if self.rule_of(parameter) != "dgd":
             return 0
@@ -112,7 +112,7 @@ class Holdings:
             self._cache[key] = _sum(parts)
         return self._cache[key]
 
-    def _of(self, key: tuple, parameters: Iterable[Parameter], tp: int) -> Holding:
+    def _of(self, key: tuple, parameters: Iterable[ParameterInfo], tp: int) -> Holding:
         if key in self._cache:
             return self._cache[key]
         entries: Counter[Kind] = Counter()
@@ -129,19 +129,19 @@ class Holdings:
         self._cache[key] = Holding(entries, state, grams, largest)
         return self._cache[key]
 
-    def parameters(self, layout: Layout, stage: int) -> list[Parameter]:
+    def parameters(self, layout: Layout, stage: int) -> list[ParameterInfo]:
         """List this rank's slices of the parameters of a stage, in the order in which the optimizer knows them."""
         parameters = model_parameters(self.config.model, self.slices(layout, stage))
         return [parameter.slice(layout.tp) for parameter in parameters]
 
-    def cadence(self, parameter: Parameter) -> tuple[int, int]:
+    def cadence(self, parameter: ParameterInfo) -> tuple[int, int]:
         """Return period and phase of a parameter's updates, in steps."""
         if parameter.level is None:
             return 1, 0
         level = self.config.model.cms.levels[parameter.level]
         return level.update_every_steps, level.phase
 
-    def work(self, parameter: Parameter, layout: Layout) -> Work:
+    def work(self, parameter: ParameterInfo, layout: Layout) -> Work:
         """Return the update of a matrix, given as this rank's slice, as the optimizer shares it out."""
         rule, shape = self.rule_of(parameter), list(parameter.shape)
         if gathers(self.config, layout) and self.is_cut(parameter):
@@ -152,7 +152,7 @@ class Holdings:
     def owners(self, layout: Layout, stage: int) -> dict[str, int]:
         """Return the replica that owns each parameter of a stage with a rule for matrices, as the optimizer does."""
         matrices = [p for p in self.parameters(layout, stage) if self.rule_of(p) != "adamw"]
-        return share_out([self.work(p, layout) for p in matrices], layout.dp)
+        return assign_owners([self.work(p, layout) for p in matrices], layout.dp)
 
     def owned_share(self, layout: Layout, stage: int) -> float:
         """Return the largest part of the matrices' entries that one replica owns."""

@@ -21,7 +21,7 @@ from hopescale.config.schema import LevelConfig, ModelConfig
 
 
 @dataclass(frozen=True)
-class Parameter:
+class ParameterInfo:
     """One parameter.
 
     Attributes:
@@ -43,7 +43,7 @@ class Parameter:
         """Entries."""
         return math.prod(self.shape)
 
-    def slice(self, tp: int) -> Parameter:
+    def slice(self, tp: int) -> ParameterInfo:
         """Return what one of `tp` tensor-parallel ranks holds."""
         if self.split is None or tp == 1:
             return self
@@ -55,7 +55,7 @@ class Parameter:
         return 4 if self.keep_fp32 or precision == "fp32" else 2
 
 
-def model_parameters(model: ModelConfig, slices: Sequence[range] | None = None) -> list[Parameter]:
+def model_parameters(model: ModelConfig, slices: Sequence[range] | None = None) -> list[ParameterInfo]:
     """List the parameters of a model, or of the slices that a pipeline rank holds, in the model's order.
 
     Args:
@@ -64,58 +64,58 @@ def model_parameters(model: ModelConfig, slices: Sequence[range] | None = None) 
     """
     slices = [range(model.num_layers)] if slices is None else slices
     width, rows = model.d_model, padded_vocab_size(model)
-    found: dict[str, Parameter] = {}
+    found: dict[str, ParameterInfo] = {}
     for blocks in slices:
         first, last = blocks.start == 0, blocks.stop == model.num_layers
-        parts: list[Parameter] = []
+        parts: list[ParameterInfo] = []
         if first or (last and model.tie_embeddings):
-            parts.append(Parameter("embedding.weight", (rows, width), 0))
+            parts.append(ParameterInfo("embedding.weight", (rows, width), 0))
         for number in blocks:
             parts += block_parameters(model, number)
         if last:
-            parts.append(Parameter("norm.weight", (width,), keep_fp32=True))
+            parts.append(ParameterInfo("norm.weight", (width,), keep_fp32=True))
             if not model.tie_embeddings:
-                parts.append(Parameter("head.weight", (rows, width), 0))
+                parts.append(ParameterInfo("head.weight", (rows, width), 0))
         found |= {part.name: part for part in parts}
     return list(found.values())
 
 
-def block_parameters(model: ModelConfig, number: int) -> list[Parameter]:
+def block_parameters(model: ModelConfig, number: int) -> list[ParameterInfo]:
     """List the parameters of a block, counted from 0."""
     here, levels = f"blocks.{number}", levels_of_block(model, number)
-    parts = [Parameter("norm.weight", (model.d_model,), keep_fp32=True)]
+    parts = [ParameterInfo("norm.weight", (model.d_model,), keep_fp32=True)]
     mixer = _attention(model) if model.mixer == "attention" else _self_modifying(model)
     parts += [replace(part, name=f"mixer.{part.name}") for part in mixer]
     parts += [replace(part, name=f"cms.{part.name}") for part in _levels(model, levels)]
     return [replace(part, name=f"{here}.{part.name}") for part in parts]
 
 
-def _attention(model: ModelConfig) -> Iterator[Parameter]:
+def _attention(model: ModelConfig) -> Iterator[ParameterInfo]:
     dim, settings = head_dim(model), model.attention
     size = (model.num_heads + 2 * kv_heads(model)) * dim
-    yield Parameter("qkv_proj.weight", (size, model.d_model), 0)
+    yield ParameterInfo("qkv_proj.weight", (size, model.d_model), 0)
     if settings.qkv_bias:
-        yield Parameter("qkv_proj.bias", (size,), 0)
-    yield Parameter("out_proj.weight", (model.d_model, model.num_heads * dim), 1)
+        yield ParameterInfo("qkv_proj.bias", (size,), 0)
+    yield ParameterInfo("out_proj.weight", (model.d_model, model.num_heads * dim), 1)
     for name in ("q_norm", "k_norm") if settings.qk_norm else ():
-        yield Parameter(f"{name}.weight", (dim,), keep_fp32=True)
+        yield ParameterInfo(f"{name}.weight", (dim,), keep_fp32=True)
 
 
-def _self_modifying(model: ModelConfig) -> Iterator[Parameter]:
+def _self_modifying(model: ModelConfig) -> Iterator[ParameterInfo]:
     mixer, heads, dim = model.self_modifying, model.num_heads, head_dim(model)
-    yield Parameter("in_proj.weight", (heads * dim * num_projections(model), model.d_model), 0)
+    yield ParameterInfo("in_proj.weight", (heads * dim * num_projections(model), model.d_model), 0)
     if mixer.conv_width:
-        yield Parameter("conv.weight", (heads * dim * 3, mixer.conv_width), 0, keep_fp32=True)
+        yield ParameterInfo("conv.weight", (heads * dim * 3, mixer.conv_width), 0, keep_fp32=True)
     for gate in ("eta", *["alpha"] * mixer.retention, *["mu"] * mixer.momentum):
-        yield Parameter(f"gates.{gate}.bias", (heads,), 0, keep_fp32=True)
+        yield ParameterInfo(f"gates.{gate}.bias", (heads,), 0, keep_fp32=True)
         if gate not in mixer.adaptive:
-            yield Parameter(f"gates.{gate}.weight", (heads, dim), 0, keep_fp32=True)
+            yield ParameterInfo(f"gates.{gate}.weight", (heads, dim), 0, keep_fp32=True)
     for bank, names in memory_banks(model).items():
         for name in names:
             for matrix, rows, columns in memory_matrices(model, 1 if name in ("eta", "alpha") else dim):
-                yield Parameter(f"banks.{bank}.{name}.{matrix}", (heads, rows, columns), 0, keep_fp32=True)
-    yield Parameter("norm.weight", (heads, dim), 0, keep_fp32=True)
-    yield Parameter("out_proj.weight", (model.d_model, heads * dim), 1)
+                yield ParameterInfo(f"banks.{bank}.{name}.{matrix}", (heads, rows, columns), 0, keep_fp32=True)
+    yield ParameterInfo("norm.weight", (heads, dim), 0, keep_fp32=True)
+    yield ParameterInfo("out_proj.weight", (model.d_model, heads * dim), 1)
 
 
 def num_projections(model: ModelConfig) -> int:
@@ -129,16 +129,16 @@ def memory_matrices(model: ModelConfig, out_dim: int) -> list[tuple[str, int, in
     return [("w", out_dim, dim)] if hidden is None else [("w2", hidden, dim), ("w1", out_dim, hidden)]
 
 
-def _levels(model: ModelConfig, levels: dict[str, LevelConfig]) -> Iterator[Parameter]:
+def _levels(model: ModelConfig, levels: dict[str, LevelConfig]) -> Iterator[ParameterInfo]:
     width, sequential = model.d_model, model.cms.variant == "sequential"
     if not sequential:
-        yield Parameter("mix", (len(levels),), keep_fp32=True)
+        yield ParameterInfo("mix", (len(levels),), keep_fp32=True)
     for name, level in levels.items():
         here = {"level": name}
         if sequential:
-            yield Parameter(f"levels.{name}.norm.weight", (width,), keep_fp32=True, **here)
-        yield Parameter(f"levels.{name}.gate.weight", (level.d_ff, width), 0, **here)
-        yield Parameter(f"levels.{name}.up.weight", (level.d_ff, width), 0, **here)
-        yield Parameter(f"levels.{name}.down.weight", (width, level.d_ff), 1, **here)
+            yield ParameterInfo(f"levels.{name}.norm.weight", (width,), keep_fp32=True, **here)
+        yield ParameterInfo(f"levels.{name}.gate.weight", (level.d_ff, width), 0, **here)
+        yield ParameterInfo(f"levels.{name}.up.weight", (level.d_ff, width), 0, **here)
+        yield ParameterInfo(f"levels.{name}.down.weight", (width, level.d_ff), 1, **here)
     if not sequential:
-        yield Parameter("norm.weight", (width,), keep_fp32=True)
+        yield ParameterInfo("norm.weight", (width,), keep_fp32=True)

@@ -16,7 +16,7 @@ class Work:
         name: Of the parameter.
         cost: In any unit.
         shape: What is updated in one batch with others of the same shape.
-        due: What is due together, such as a cadence: it is shared out evenly by itself.
+        due: What is due together, such as a cadence: it is distributed evenly by itself.
     """
 
     name: str
@@ -25,10 +25,10 @@ class Work:
     due: Hashable = None
 
 
-def share_out(work: Sequence[Work], owners: int) -> dict[str, int]:
+def assign_owners(work: Sequence[Work], owners: int) -> dict[str, int]:
     """Give each parameter to an owner, the same on every rank that asks.
 
-    What is due together is shared out by itself, costly shapes first, so that every step is balanced. Of equal shapes
+    What is due together is distributed by itself, costly shapes first, so that every step is balanced. Of equal shapes
     an owner takes a run at a time: its part of them, so that state is balanced too, as far as its share of the cost
     has room. No owner has more than the mean and the largest single cost.
 

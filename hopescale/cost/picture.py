@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hopescale.common.errors import ConfigError
-from hopescale.cost.memory import KINDS
+from hopescale.cost.device_memory import KINDS
 
 
 def draw_memory(report: Mapping[str, Any], path: Path) -> None:

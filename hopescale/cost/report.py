@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from hopescale.config.execution import computed_again
+from hopescale.config.execution import effective_recompute
 from hopescale.config.layout import Layout
 from hopescale.config.plan import make_plan
 from hopescale.config.schema import RunConfig
 from hopescale.cost.comm import bytes_per_step
+from hopescale.cost.device_memory import device_memory_of_stages
 from hopescale.cost.estimate import Estimate, Estimator
 from hopescale.cost.flops import flops_by_part, flops_per_token
-from hopescale.cost.memory import memory_of_stages
 from hopescale.cost.params import count_level_params, count_params
 from hopescale.cost.search import USABLE, Choice, cheapest_change, fullest, recompute_modes
 
@@ -23,10 +23,10 @@ def make_report(estimator: Estimator, config: RunConfig, layout: Layout) -> dict
     Args:
         estimator: Of the config and the device.
         config: The same config.
-        layout: How ranks are shared out.
+        layout: How ranks are distributed.
     """
     holdings, device = estimator.holdings, estimator.device
-    stages = memory_of_stages(holdings, config, layout)
+    stages = device_memory_of_stages(holdings, config, layout)
     room = USABLE * device.memory
     fits = max(stage.peak for stage in stages) <= room
     change = None if fits else cheapest_change(estimator, config, layout)
@@ -81,7 +81,7 @@ def _parameters(config: RunConfig, stages: list) -> dict[str, Any]:
 
 def _flops(config: RunConfig) -> dict[str, Any]:
     model, seq_len = config.model, config.train.seq_len
-    executed = flops_by_part(model, seq_len, recompute=computed_again(config))
+    executed = flops_by_part(model, seq_len, recompute=effective_recompute(config))
     total = flops_per_token(model, seq_len)
     parts = {
         name: {"forward": part.forward, "backward": part.backward, "executed": executed[name].total}

@@ -10,9 +10,9 @@ from hopescale.config.execution import reverse_saves
 from hopescale.config.layout import Layout
 from hopescale.config.model_shape import kv_heads, padded_vocab_size
 from hopescale.config.schema import RunConfig
+from hopescale.cost.device_memory import device_memory_of_stage
 from hopescale.cost.estimate import Estimate, Estimator
 from hopescale.cost.holdings import Holdings
-from hopescale.cost.memory import stage_memory
 
 MOST_RANKS = 4096
 """Devices that are looked at, at most."""
@@ -26,7 +26,7 @@ class Choice:
 
     Attributes:
         config: With its settings.
-        layout: How ranks are shared out.
+        layout: How ranks are distributed.
         peak: Bytes of the fullest rank.
         estimate: Of a step.
     """
@@ -59,7 +59,7 @@ class Choice:
 def fullest(holdings: Holdings, config: RunConfig, layout: Layout, *, exact: bool = False) -> float:
     """Return the bytes of the fullest rank: on the first stage, which waits longest, or the last, with the logits."""
     stages = {0, layout.pp - 1}
-    return max(stage_memory(holdings, config, layout, stage, exact=exact).peak for stage in stages)
+    return max(device_memory_of_stage(holdings, config, layout, stage, exact=exact).peak for stage in stages)
 
 
 def choices(estimator: Estimator, ranks: int) -> Iterator[Choice]:
@@ -84,7 +84,7 @@ def choices(estimator: Estimator, ranks: int) -> Iterator[Choice]:
                     yield Choice(candidate, layout, peak, estimator.step(candidate, layout))
 
 
-def can_be_shared_out(estimator: Estimator, ranks: int) -> bool:
+def can_be_partitioned(estimator: Estimator, ranks: int) -> bool:
     """Tell whether ranks can share a model and a batch evenly, in whatever memory."""
     layouts = _layouts(estimator.holdings.config, ranks, estimator.device.per_node)
     return any(_micro_batches(config, layout) for config, layout in layouts)

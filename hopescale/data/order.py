@@ -121,10 +121,10 @@ class Mixture:
             index: Place in the whole run, from 0.
             num_samples: Samples per epoch of each source.
         """
-        repeat, place = divmod(index, PATTERN_LENGTH)
-        number = int(self._pattern[place])
+        repeat, rank_info = divmod(index, PATTERN_LENGTH)
+        number = int(self._pattern[rank_info])
         name = self._names[number]
-        within = repeat * self.quotas[name] + int(self._before[number, place])
+        within = repeat * self.quotas[name] + int(self._before[number, rank_info])
         epoch, step = divmod(within, num_samples[name])
         return Position(
             name, epoch, sample_at(num_samples[name], seed=self._seed, stream=name, epoch=epoch, index=step)

@@ -24,7 +24,7 @@ class Gradients:
     Attributes:
         loss: Mean cross-entropy in nats over the step's targets.
         grad_norm: Global norm over the due parameters, before clipping.
-        waiting_norm: Finite if the gradients of the others are, which gather on.
+        waiting_norm: Finite if the gradients of the others are, which accumulate on.
         level_norms: Of each due level.
         level_bytes: What this rank handed over to sum the gradients of each due level over replicas.
         probe: Statistics of the memories on this rank, if asked for.

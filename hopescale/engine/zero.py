@@ -14,20 +14,20 @@ from hopescale.engine.zero_deepspeed import FlatShards, start_deepspeed
 from hopescale.engine.zero_partitioned import PartitionedModel, PartitionedShards
 from hopescale.models.block import Block
 from hopescale.optim import Cadence, RuleGroup
-from hopescale.optim.gathering import GatheringUpdater
+from hopescale.optim.accumulating import AccumulatingUpdater
 from hopescale.parallel.mesh import Mesh
 
 Shards = FlatShards | PartitionedShards
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class ZeroUpdater(GatheringUpdater):
+class ZeroUpdater(AccumulatingUpdater):
     """AdamW, an `Updater` that shards masters and moments over replicas, and from stage 2 on gradients too.
 
     Parameters of one level and one type are one set of shards: what is not due is not touched. At stage 1 gradients
-    gather whole on every replica and are sent when they are due, so that a slow level sends nothing in between. From
-    stage 2 on they are sent in every backward pass, and what gathers is a replica's shard of the sum. Stage 3 shards
-    weights as well, which are whole only while a module runs.
+    accumulate whole on every replica and are sent when they are due, so that a slow level sends nothing in between.
+    From stage 2 on they are sent in every backward pass, and what gathers is a replica's shard of the sum. Stage 3
+    shards weights as well, which are whole only while a module runs.
 
     Args:
         parameters: Parameters by name, on the device they stay on.
@@ -54,7 +54,7 @@ class ZeroUpdater(GatheringUpdater):
         levels: Collection[Collection[str]] = (),
         whole: Collection[type[nn.Module]] = (Block,),
     ):
-        super().__init__(parameters, cadences, mesh, gathers=stage == 1)
+        super().__init__(parameters, cadences, mesh, accumulates=stage == 1)
         self.cadences, self.stage = dict(cadences), stage
         self._device = next(iter(self.parameters.values())).device
         self._shapes = {name: parameter.shape for name, parameter in self.parameters.items()}
@@ -73,7 +73,7 @@ class ZeroUpdater(GatheringUpdater):
         ]
         self._set_of = {name: shards for shards in self._sets for name in shards.parameters}
 
-    def share(self, name: str) -> float:
+    def norm_weight(self, name: str) -> float:
         """Return 1: parts are disjoint."""
         return 1.0
 
@@ -85,12 +85,12 @@ class ZeroUpdater(GatheringUpdater):
                 shards.end_backward()
 
     def reduce(self, names: Sequence[str]) -> None:
-        """Sum gathered gradients over replicas, each part to the replica that has its master."""
+        """Sum accumulated gradients over replicas, each part to the replica that has its master."""
         self._reduced.update(names)
         if self.stage > 1:
             return
         for shards in self._due(names):
-            shards.reduce({name: self.gathered(name) for name in shards.parameters})
+            shards.reduce({name: self.accumulated_grad(name) for name in shards.parameters})
             for name in shards.parameters:
                 self.accumulators[name].clear()
 
@@ -101,9 +101,9 @@ class ZeroUpdater(GatheringUpdater):
         return sets
 
     def _gradient(self, name: str) -> Tensor:
-        """Return the part of a gathered gradient that is here: the whole of what stage 1 has not sent yet."""
+        """Return the part of an accumulated gradient that is here: the whole of what stage 1 has not sent yet."""
         if self.stage == 1 and name not in self._reduced:
-            return self.gathered(name)
+            return self.accumulated_grad(name)
         return self._set_of[name].part(name, "gradient")
 
     @torch.no_grad()

@@ -98,7 +98,7 @@ class PartitionedShards:
     """Parameters of a partitioned model that are updated together; as `FlatShards`, but cut parameter by parameter.
 
     Args:
-        model: Holds the weights and gathers the gradients.
+        model: Holds the weights and accumulates the gradients.
         parameters: By name, of one type.
         groups: Which share settings, every parameter in one.
         eps: Of AdamW.

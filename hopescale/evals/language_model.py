@@ -12,9 +12,9 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from hopescale.common.errors import ConfigError
-from hopescale.evals.reading import Scored, score, write
-from hopescale.evals.shares import cut, share_out
-from hopescale.infer.load import Loaded
+from hopescale.evals.distribute import distribute, group_by_length
+from hopescale.evals.scoring import Scored, score, write
+from hopescale.infer.load import LoadedModel
 from hopescale.infer.sampling import Sampling
 from hopescale.parallel.control import Control
 
@@ -41,7 +41,7 @@ class EvaluatedModel(TemplateLM):
         report: Takes a line for every tenth of the work that is done.
     """
 
-    def __init__(self, loaded: Loaded, control: Control, context: int | None, report: Callable[[str], None]):
+    def __init__(self, loaded: LoadedModel, control: Control, context: int | None, report: Callable[[str], None]):
         super().__init__()
         self.model, self.text, self.control = loaded.model, loaded.tokenizer, control
         self.context, self.report = context, report
@@ -79,8 +79,8 @@ class EvaluatedModel(TemplateLM):
             texts, counts = [context + after for context, after in chosen], [len(after) for _, after in chosen]
             return score(self.model, texts, counts)
 
-        batches = cut([len(context) + len(after) for context, after in pairs], tokens=BATCH_TOKENS)
-        return share_out(self.control, batches, work, self._tenths("scored"))
+        batches = group_by_length([len(context) + len(after) for context, after in pairs], tokens=BATCH_TOKENS)
+        return distribute(self.control, batches, work, self._tenths("scored"))
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
         """Score whole texts, from the end-of-text token before them on; in windows of `context` if there is one."""
@@ -133,8 +133,8 @@ class EvaluatedModel(TemplateLM):
             settings = {"max_tokens": max_tokens, "sampling": sampling, "seed": batch[0], "ended": ended}
             return write(self.model, rows, **settings)
 
-        batches = cut([len(row) for row in tokens], tokens=BATCH_TOKENS, spread=LATER_TOKENS)
-        written = share_out(self.control, batches, work, self._tenths("written"))
+        batches = group_by_length([len(row) for row in tokens], tokens=BATCH_TOKENS, spread=LATER_TOKENS)
+        written = distribute(self.control, batches, work, self._tenths("written"))
         return [postprocess_generated_text(tokenizer.decode(row), until, None) for row in written]
 
     def _tenths(self, what: str) -> Callable[[int, int], None]:

@@ -15,13 +15,13 @@ from hopescale.config.schema.data import SourceConfig
 from hopescale.data.loader import Data, open_data
 from hopescale.engine.schedule import Loop
 from hopescale.engine.step import num_targets
-from hopescale.evals.report import Result
-from hopescale.evals.shares import share_out
-from hopescale.infer.load import Loaded
+from hopescale.evals.distribute import distribute
+from hopescale.evals.report import TaskResult
+from hopescale.infer.load import LoadedModel
 from hopescale.parallel.control import Control
 
 
-def open_held_out(loaded: Loaded, folder: Path | None) -> Data:
+def open_held_out(loaded: LoadedModel, folder: Path | None) -> Data:
     """Open the sources of a run, or one prepared folder in their place.
 
     Raises:
@@ -42,7 +42,7 @@ def open_held_out(loaded: Loaded, folder: Path | None) -> Data:
     return data
 
 
-def held_out_loss(loaded: Loaded, data: Data, control: Control) -> list[Result]:
+def held_out_loss(loaded: LoadedModel, data: Data, control: Control) -> list[TaskResult]:
     """Measure each held-out set, as far as validation reads it. Called by all ranks, with equal results.
 
     Batches are those of validation on one process, and are added up in their order: the numbers are those that a run
@@ -57,11 +57,11 @@ def held_out_loss(loaded: Loaded, data: Data, control: Control) -> list[Result]:
         def work(numbers: list[int], batches: list = batches) -> list[Tensor]:
             return [passes.evaluate([batches[number]]).cpu() for number in numbers]
 
-        sums = share_out(control, [[number] for number in range(len(batches))], work)
+        sums = distribute(control, [[number] for number in range(len(batches))], work)
         loss = float(sum(sums, torch.zeros(()))) / max(1, num_targets(batches))
         metrics = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
         if (bits := data.bits_per_byte(name, loss)) is not None:
             metrics["bits_per_byte"] = bits
         samples = sum(len(batch.tokens) for batch in batches)
-        results.append(Result(f"perplexity/{name}", "", None, samples, metrics, {}))
+        results.append(TaskResult(f"perplexity/{name}", "", None, samples, metrics, {}))
     return results

@@ -12,13 +12,13 @@ from typing import Any
 
 from hopescale.common.disk import write_synced
 from hopescale.common.errors import CheckpointError
-from hopescale.infer.load import Loaded, weights_digest
+from hopescale.infer.load import LoadedModel, weights_digest
 
 _TITLES = ("task", "version", "shots", "samples", "metric", "value", "stderr")
 
 
 @dataclass(frozen=True)
-class Result:
+class TaskResult:
     """What was measured of one task, or of a group of them."""
 
     name: str
@@ -33,7 +33,7 @@ class Result:
     """Standard errors, by the same names, as far as they are known."""
 
 
-def table(results: Sequence[Result]) -> Iterator[str]:
+def table(results: Sequence[TaskResult]) -> Iterator[str]:
     """Write results in columns, a metric a line."""
     rows = [_TITLES]
     for result in results:
@@ -51,7 +51,7 @@ def _count(number: int | None) -> str:
     return "" if number is None else f"{number:,}"
 
 
-def report(loaded: Loaded, results: Sequence[Result], settings: Mapping[str, Any]) -> dict[str, Any]:
+def report(loaded: LoadedModel, results: Sequence[TaskResult], settings: Mapping[str, Any]) -> dict[str, Any]:
     """Put results together with what they were measured on.
 
     Args:
@@ -72,7 +72,7 @@ def report(loaded: Loaded, results: Sequence[Result], settings: Mapping[str, Any
     }
 
 
-def place_of_report(loaded: Loaded) -> Path | None:
+def report_path(loaded: LoadedModel) -> Path | None:
     """Return a new file in `evals/` of the run whose checkpoint it is; None if it is not in a run."""
     if loaded.folder.parent.name != "checkpoints":
         return None

@@ -8,18 +8,20 @@ from typing import Any
 from hopescale.common.errors import ConfigError, HopescaleError
 from hopescale.data.loader import Data
 from hopescale.evals.perplexity import held_out_loss, open_held_out
-from hopescale.evals.report import Result
-from hopescale.evals.wanted import PERPLEXITY, Wanted
-from hopescale.infer.load import Loaded
+from hopescale.evals.report import TaskResult
+from hopescale.evals.request import PERPLEXITY, EvalRequest
+from hopescale.infer.load import LoadedModel
 from hopescale.parallel.control import Control
 
 
-def evaluate(loaded: Loaded, wanted: Wanted, control: Control, report: Callable[[str], None]) -> list[Result]:
+def evaluate(
+    loaded: LoadedModel, request: EvalRequest, control: Control, report: Callable[[str], None]
+) -> list[TaskResult]:
     """Measure a model. Called by all ranks, with results that do not depend on their number.
 
     Args:
         loaded: The whole model, on every rank.
-        wanted: What to measure.
+        request: What to measure.
         control: Where ranks meet.
         report: Takes lines about what is done; those of the first rank stand for all.
 
@@ -27,15 +29,15 @@ def evaluate(loaded: Loaded, wanted: Wanted, control: Control, report: Callable[
         ConfigError: If a task is unknown or asks for what there is not, or the model has no tokenizer for text.
         DataError: If data is missing or damaged.
     """
-    data, tasks = control.together(lambda: _prepared(loaded, wanted))
-    results: list[Result] = []
+    data, tasks = control.all_ranks_or_raise(lambda: _prepared(loaded, request))
+    results: list[TaskResult] = []
     try:
-        if wanted.tasks:
+        if request.tasks:
             from hopescale.evals.language_model import EvaluatedModel
             from hopescale.evals.tasks import run_tasks
 
-            model = EvaluatedModel(loaded, control, context_of(loaded, wanted), report)
-            results += run_tasks(model, tasks, wanted.limit)
+            model = EvaluatedModel(loaded, control, context_of(loaded, request), report)
+            results += run_tasks(model, tasks, request.limit)
         if data is not None:
             results += held_out_loss(loaded, data, control)
     except HopescaleError as error:  # met by all ranks alike
@@ -44,21 +46,21 @@ def evaluate(loaded: Loaded, wanted: Wanted, control: Control, report: Callable[
     return results
 
 
-def _prepared(loaded: Loaded, wanted: Wanted) -> tuple[Data | None, dict[str, Any]]:
+def _prepared(loaded: LoadedModel, request: EvalRequest) -> tuple[Data | None, dict[str, Any]]:
     """Open all that will be read, before anything is computed."""
-    if wanted.tasks and loaded.tokenizer is None:
-        message = f"{loaded.folder} has no tokenizer, so it cannot be asked {', '.join(wanted.tasks)}, which are text"
+    if request.tasks and loaded.tokenizer is None:
+        message = f"{loaded.folder} has no tokenizer, so it cannot be asked {', '.join(request.tasks)}, which are text"
         raise ConfigError(message, f"--tasks {PERPLEXITY} needs none")
-    data, tasks = open_held_out(loaded, wanted.data) if wanted.perplexity else None, {}
-    if wanted.tasks:
+    data, tasks = open_held_out(loaded, request.data) if request.perplexity else None, {}
+    if request.tasks:
         from hopescale.evals.tasks import load_tasks
 
-        tasks = load_tasks(wanted.tasks, wanted.task_path)
+        tasks = load_tasks(request.tasks, request.task_path)
     return data, tasks
 
 
-def context_of(loaded: Loaded, wanted: Wanted) -> int | None:
+def context_of(loaded: LoadedModel, request: EvalRequest) -> int | None:
     """Return how many tokens are read at most before one that is predicted; None is all there are."""
-    if wanted.context is None and loaded.config.model.mixer == "attention":
+    if request.context is None and loaded.config.model.mixer == "attention":
         return loaded.config.train.seq_len
-    return wanted.context
+    return request.context

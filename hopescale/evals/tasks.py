@@ -16,7 +16,7 @@ from lm_eval.tasks import TaskManager
 from hopescale.checkpoint.load import first_line
 from hopescale.common.errors import ConfigError, DataError
 from hopescale.evals.language_model import EvaluatedModel
-from hopescale.evals.report import Result
+from hopescale.evals.report import TaskResult
 
 RESAMPLES = 1000
 """Samples drawn for the standard error of a metric that has no formula for it."""
@@ -79,7 +79,7 @@ def _prepare(task: Task, shots: int | None) -> None:
     task.set_fewshot_seed(seed=SEED)
 
 
-def run_tasks(model: EvaluatedModel, tasks: Mapping[str, Any], limit: int | None) -> list[Result]:
+def run_tasks(model: EvaluatedModel, tasks: Mapping[str, Any], limit: int | None) -> list[TaskResult]:
     """Run tasks. Called by all ranks, and returns the same on all, but standard errors on the first alone.
 
     Args:
@@ -116,11 +116,11 @@ def _one_process() -> Iterator[None]:
             os.environ["DISABLE_MULTIPROC"] = before
 
 
-def _result(name: str, found: Mapping[str, Any], results: Mapping[str, Any]) -> Result:
+def _result(name: str, found: Mapping[str, Any], results: Mapping[str, Any]) -> TaskResult:
     numbers = {key.removesuffix(",none"): value for key, value in found.items() if isinstance(value, int | float)}
     numbers.pop("sample_len", None)
     stderr = {key.replace("_stderr", "", 1): number for key, number in numbers.items() if "_stderr" in key}
-    return Result(
+    return TaskResult(
         name=name,
         version=str(results["versions"].get(name, "")),
         shots=results["n-shot"].get(name),

@@ -25,7 +25,7 @@ class Reading(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Step:
+class GeneratedToken:
     """A generated token and the state that has not yet read it."""
 
     token: Tensor
@@ -49,7 +49,7 @@ def generate(
     sampling: Sampling,
     generator: torch.Generator,
     end: int | None = None,
-) -> Iterator[Step]:
+) -> Iterator[GeneratedToken]:
     """Yield one token after the other. The last is not read.
 
     Args:
@@ -67,4 +67,4 @@ def generate(
         token = sample(reading.logits, sampling, generator)
         if end is not None and bool((token == end).all()):
             return
-        yield Step(token, reading.state)
+        yield GeneratedToken(token, reading.state)

@@ -18,7 +18,7 @@ from hopescale.models import Model
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedModel:
     """What a checkpoint holds for inference."""
 
     model: Model
@@ -28,7 +28,7 @@ class Loaded:
     folder: Path
 
 
-def load_model(path: Path, device: torch.device) -> Loaded:
+def load_model(path: Path, device: torch.device) -> LoadedModel:
     """Load the weights of a checkpoint in the precision they were trained in.
 
     Args:
@@ -58,10 +58,10 @@ def empty_model(manifest: Manifest, folder: Path) -> Model:
     return model.to_precision(torch.bfloat16) if config.train.precision == "bf16" else model
 
 
-def with_tokenizer(model: Model, manifest: Manifest, folder: Path, device: torch.device) -> Loaded:
+def with_tokenizer(model: Model, manifest: Manifest, folder: Path, device: torch.device) -> LoadedModel:
     """Put a filled model together with what lies beside it in a folder whose files have been checked."""
     tokenizer = Tokenizer.load(folder / TOKENIZER) if (folder / TOKENIZER).exists() else None
-    return Loaded(model.to(device).eval(), tokenizer, from_dict(manifest.config, str(folder)), manifest, folder)
+    return LoadedModel(model.to(device).eval(), tokenizer, from_dict(manifest.config, str(folder)), manifest, folder)
 
 
 def weights_digest(model: Model) -> str:

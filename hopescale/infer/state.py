@@ -24,7 +24,7 @@ from hopescale.common.errors import CheckpointError
 from hopescale.config.load import from_dict
 from hopescale.config.show import model_problems
 from hopescale.infer.generate import Reading
-from hopescale.infer.load import Loaded, weights_digest
+from hopescale.infer.load import LoadedModel, weights_digest
 from hopescale.models import ModelState
 from hopescale.models.state import LayerState
 
@@ -33,7 +33,7 @@ STATE = "state.json"
 TENSORS = "state.pt"
 
 
-def write_state(reading: Reading, loaded: Loaded, folder: Path) -> None:
+def write_state(reading: Reading, loaded: LoadedModel, folder: Path) -> None:
     """Write what a model carries, and what it predicts next, into an empty folder.
 
     Args:
@@ -54,7 +54,7 @@ def write_state(reading: Reading, loaded: Loaded, folder: Path) -> None:
     (folder / STATE).write_text(to_json(manifest), encoding="utf-8")
 
 
-def read_state(folder: Path, loaded: Loaded) -> Reading:
+def read_state(folder: Path, loaded: LoadedModel) -> Reading:
     """Read what `write_state` has written.
 
     Args:
@@ -93,13 +93,13 @@ def _entry(tensor: Tensor) -> TensorEntry:
     return TensorEntry(tuple(tensor.shape), dtype_name(tensor.dtype))
 
 
-def _identity(loaded: Loaded) -> dict[str, str]:
+def _identity(loaded: LoadedModel) -> dict[str, str]:
     tokenizer = loaded.tokenizer
     digests = {"weights": weights_digest(loaded.model)}
     return digests if tokenizer is None else digests | {"tokenizer": tokenizer.fingerprint}
 
 
-def _differences(manifest: Manifest, loaded: Loaded, folder: Path) -> list[str]:
+def _differences(manifest: Manifest, loaded: LoadedModel, folder: Path) -> list[str]:
     """Say at what the model is not the one that wrote a state: its config, else its weights and tokenizer."""
     old = from_dict(manifest.config, str(folder / STATE))
     before, after = old.train.precision, loaded.config.train.precision
@@ -121,7 +121,7 @@ def _shown(digest: str | None) -> str:
     return "none" if digest is None else f"have the SHA-256 {digest[:12]}"
 
 
-def _read(folder: Path, loaded: Loaded) -> dict[str, Any]:
+def _read(folder: Path, loaded: LoadedModel) -> dict[str, Any]:
     device = next(loaded.model.parameters()).device
     try:
         return torch.load(folder / TENSORS, map_location=device, weights_only=True)
@@ -129,7 +129,7 @@ def _read(folder: Path, loaded: Loaded) -> dict[str, Any]:
         raise CheckpointError(f"cannot read {folder / TENSORS}: {first_line(error)}") from error
 
 
-def _fits(tensors: dict[str, Tensor], loaded: Loaded) -> bool:
+def _fits(tensors: dict[str, Tensor], loaded: LoadedModel) -> bool:
     """Compare names and shapes with what the model carries; a dimension of 0 at the start grows with what is read."""
     rows = tensors["logits"].shape[0]
     expected = _named(loaded.model.initial_state(rows))

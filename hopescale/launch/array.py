@@ -11,9 +11,9 @@ from typing import Literal
 
 from hopescale.common.disk import replace_text
 from hopescale.common.errors import LaunchError
-from hopescale.launch.ledger import Entry, forget_outcome, note, now
+from hopescale.launch.ledger import LedgerEntry, forget_outcome, note, now
 from hopescale.launch.profile import ClusterProfile
-from hopescale.launch.sbatch import Array, Job, render
+from hopescale.launch.sbatch import Array, BatchJob, render
 from hopescale.launch.scheduler import Slurm
 from hopescale.launch.snapshot import take_snapshot
 from hopescale.launch.status import DONE, FAILED, run_status
@@ -105,7 +105,7 @@ def _write(
     nodes: int,
     max_at_once: int | None,
     time: str | None,
-) -> tuple[Job, Path]:
+) -> tuple[BatchJob, Path]:
     """Write the folder of one array; return the job and its script."""
     numbers = [int(path.name.removeprefix("array-")) for path in folder.glob("array-*") if path.name[6:].isdigit()]
     made = folder / f"array-{max(numbers, default=0) + 1}"
@@ -117,7 +117,7 @@ def _write(
         run, command = shlex.quote(str(element.run_dir.absolute())), " ".join(map(shlex.quote, element.command))
         replace_text(made / "elements" / f"{index}.sh", f"# {element.name}\nrun={run}\ncommand=({command})\n")
     take_snapshot(made / "code")
-    job = Job(
+    job = BatchJob(
         folder.name,
         profile,
         nodes,
@@ -132,12 +132,15 @@ def _write(
     return job, script
 
 
-def _note(elements: Sequence[Element], job: Job, id: str, script: Path, folder: Path) -> None:
+def _note(elements: Sequence[Element], job: BatchJob, id: str, script: Path, folder: Path) -> None:
     """Note the array in its folder, and each element in its run folder."""
     common = {"submitted": now(), "cluster": job.profile.name, "nodes": job.nodes, "ranks": job.ranks}
     runs = tuple((element.name, str(element.run_dir.absolute())) for element in elements)
     logs = job.run_dir / "logs"
-    note(folder, Entry(id, script=str(script.relative_to(folder.absolute())), log=str(logs), elements=runs, **common))
+    note(
+        folder,
+        LedgerEntry(id, script=str(script.relative_to(folder.absolute())), log=str(logs), elements=runs, **common),
+    )
     for index, element in enumerate(elements):
         log = str(logs / f"{id}_{index}.log")
-        note(element.run_dir, Entry(f"{id}_{index}", script=str(script), log=log, **common))
+        note(element.run_dir, LedgerEntry(f"{id}_{index}", script=str(script), log=log, **common))

@@ -8,7 +8,7 @@ import socket
 from collections.abc import Iterator, Mapping
 
 from hopescale.common.errors import LaunchError
-from hopescale.common.place import Place
+from hopescale.common.rank_info import RankInfo
 
 _FIRST_PORT, _NUM_PORTS = 15_000, 10_000
 """Ports that jobs of Slurm are spread over by their number."""
@@ -23,7 +23,7 @@ _SIGNS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_STEP_ID", "SLURM_STEP_NUM_T
 """Variables that show that a launcher is at work."""
 
 
-def find_place(environ: Mapping[str, str]) -> Place | None:
+def find_rank_info(environ: Mapping[str, str]) -> RankInfo | None:
     """Return this process's place as torchrun or, after that, srun states it; None for a process started alone.
 
     A batch script and an interactive allocation hold Slurm's variables too, but start one process: they count as alone.
@@ -35,30 +35,30 @@ def find_place(environ: Mapping[str, str]) -> Place | None:
         LaunchError: If the variables of a launcher are incomplete or make no sense.
     """
     if "RANK" in environ or "LOCAL_RANK" in environ:
-        return _torchrun_place(environ)
+        return _torchrun_rank_info(environ)
     if _is_task_of_a_step(environ):
-        return _srun_place(environ)
+        return _srun_rank_info(environ)
     if environ.get("WORLD_SIZE", "1") != "1":
-        return _torchrun_place(environ)
+        return _torchrun_rank_info(environ)
     return None
 
 
-def child_environ(environ: Mapping[str, str], place: Place, num_threads: int) -> dict[str, str]:
-    """Return the environment of a process that is to find `place` in it.
+def child_environ(environ: Mapping[str, str], rank_info: RankInfo, num_threads: int) -> dict[str, str]:
+    """Return the environment of a process that is to find `rank_info` in it.
 
     Args:
         environ: What it inherits. A number of threads set there stays.
-        place: Its place.
+        rank_info: Its place.
         num_threads: Threads of its operations on the CPU.
     """
     return {
         "OMP_NUM_THREADS": str(num_threads),
         **environ,
-        "RANK": str(place.rank),
-        "WORLD_SIZE": str(place.world_size),
-        "LOCAL_RANK": str(place.local_rank),
-        "MASTER_ADDR": place.address,
-        "MASTER_PORT": str(place.port),
+        "RANK": str(rank_info.rank),
+        "WORLD_SIZE": str(rank_info.world_size),
+        "LOCAL_RANK": str(rank_info.local_rank),
+        "MASTER_ADDR": rank_info.address,
+        "MASTER_PORT": str(rank_info.port),
     }
 
 
@@ -77,9 +77,9 @@ def find_nodes(environ: Mapping[str, str]) -> list[str]:
     return list(_hosts(environ[name], name)) if environ.get(name) else [find_node(environ)]
 
 
-def _torchrun_place(environ: Mapping[str, str]) -> Place:
+def _torchrun_rank_info(environ: Mapping[str, str]) -> RankInfo:
     world_size = _number(environ, "WORLD_SIZE", 1)
-    return Place(
+    return RankInfo(
         rank=_number(environ, "RANK", 0, world_size),
         world_size=world_size,
         local_rank=_number(environ, "LOCAL_RANK", 0, world_size),
@@ -103,14 +103,14 @@ def _tasks_name(environ: Mapping[str, str]) -> str:
     return "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environ else "SLURM_NTASKS"
 
 
-def _srun_place(environ: Mapping[str, str]) -> Place:
+def _srun_rank_info(environ: Mapping[str, str]) -> RankInfo:
     world_size = _number(environ, _tasks_name(environ), 1)
     nodes = _nodes_name(environ)
     if "MASTER_PORT" in environ:
         port = _port(environ)
     else:
         port = _FIRST_PORT + _number(environ, "SLURM_JOB_ID", 0) % _NUM_PORTS
-    return Place(
+    return RankInfo(
         rank=_number(environ, "SLURM_PROCID", 0, world_size),
         world_size=world_size,
         local_rank=_number(environ, "SLURM_LOCALID", 0, world_size),

@@ -13,7 +13,7 @@ JOBS = "jobs.jsonl"
 
 
 @dataclass(frozen=True)
-class Entry:
+class LedgerEntry:
     """One submission.
 
     Attributes:
@@ -37,7 +37,7 @@ class Entry:
     elements: tuple[tuple[str, str], ...] = ()
 
 
-def note(folder: Path, entry: Entry) -> None:
+def note(folder: Path, entry: LedgerEntry) -> None:
     """Add a line; one that a kill or a full disk has torn ends before it."""
     content = {name: value for name, value in asdict(entry).items() if name != "elements" or value}
     path = folder / JOBS
@@ -46,17 +46,17 @@ def note(folder: Path, entry: Entry) -> None:
         stream.write("\n" * torn + f"{json.dumps(content)}\n")
 
 
-def entries(folder: Path) -> list[Entry]:
+def entries(folder: Path) -> list[LedgerEntry]:
     """Return the submissions of a folder, oldest first; a line that is torn, or no submission, is left out."""
     try:
         lines = (folder / JOBS).read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:
         return []
-    names, found = {field.name for field in fields(Entry)}, []
+    names, found = {field.name for field in fields(LedgerEntry)}, []
     for line in lines:
         try:
             content = {name: value for name, value in json.loads(line).items() if name in names}
-            found.append(Entry(**content | {"elements": tuple(map(tuple, content.get("elements", ())))}))
+            found.append(LedgerEntry(**content | {"elements": tuple(map(tuple, content.get("elements", ())))}))
         except (ValueError, AttributeError, TypeError):
             continue
     return found
@@ -73,7 +73,7 @@ def forget_outcome(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def submit_again(folder: Path, entry: Entry, slurm: Slurm) -> Entry:
+def submit_again(folder: Path, entry: LedgerEntry, slurm: Slurm) -> LedgerEntry:
     """Submit the script of an earlier job once more, of an array the one element; return and note the new entry.
 
     Raises:

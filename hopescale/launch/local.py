@@ -15,7 +15,7 @@ from typing import IO
 
 from hopescale.common import signals
 from hopescale.common.errors import HopescaleError, LaunchError, StoppedEarly
-from hopescale.common.place import Place
+from hopescale.common.rank_info import RankInfo
 from hopescale.launch.environment import child_environ
 
 ORDERLY = (0, StoppedEarly.exit_code)
@@ -72,8 +72,8 @@ def run_local(
     with _reserved_port() as port, signals.noted(received):
         try:
             for rank in range(nproc):
-                place = Place(rank, nproc, rank, _ADDRESS, port)
-                children.append(_Child(rank, _start(command, place, environ)))
+                rank_info = RankInfo(rank, nproc, rank, _ADDRESS, port)
+                children.append(_Child(rank, _start(command, rank_info, environ)))
             readers = [_reader(child, relay) for child in children if child.process.stderr is not None]
             _wait(children, received, report, grace_s)
         finally:
@@ -126,19 +126,19 @@ class _Child:
         return f"{text} died with {_signal_name(-code)}" if code < 0 else f"{text} ended with exit code {code}"
 
 
-def _start(command: Sequence[str], place: Place, environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
+def _start(command: Sequence[str], rank_info: RankInfo, environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         return subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
-            stderr=subprocess.PIPE if place.rank else None,
-            env=child_environ(environ, place, max(1, cores // place.world_size)),
+            stderr=subprocess.PIPE if rank_info.rank else None,
+            env=child_environ(environ, rank_info, max(1, cores // rank_info.world_size)),
             start_new_session=True,
             preexec_fn=signals.follow_parent(),
         )
     except OSError as error:
-        raise LaunchError(f"cannot start rank {place.rank}, {command[0]}: {error.strerror}") from error
+        raise LaunchError(f"cannot start rank {rank_info.rank}, {command[0]}: {error.strerror}") from error
 
 
 def _reader(child: _Child, relay: Say) -> Thread:

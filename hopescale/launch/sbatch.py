@@ -36,7 +36,7 @@ class Array:
 
 
 @dataclass(frozen=True)
-class Job:
+class BatchJob:
     """One run, or an array of runs, as a job of Slurm.
 
     Attributes:
@@ -74,7 +74,7 @@ class Job:
         return f"{str(self.run_dir).replace('%', '%%')}/logs/{'%A_%a' if self.array else '%j'}.log"
 
 
-def render(job: Job) -> str:
+def render(job: BatchJob) -> str:
     """Write the batch script of a job."""
     profile = job.profile
     parts = {
@@ -117,7 +117,7 @@ def _words(words: Iterable[str]) -> str:
     return together if len(together) < _LONG else "\n  " + "\n  ".join(words) + "\n"
 
 
-def _directives(job: Job) -> Iterator[str]:
+def _directives(job: BatchJob) -> Iterator[str]:
     """List the options of sbatch."""
     profile = job.profile
     gpus = [profile.gpu_type, str(profile.gpus_per_node)] if profile.gpus_per_node else []
@@ -168,7 +168,7 @@ def _shell(value: str) -> str:
     return value if _PLAIN.fullmatch(value) else '"' + re.sub(r'([\\"`])', r"\\\1", value) + '"'
 
 
-def _identity(job: Job) -> Iterator[str]:
+def _identity(job: BatchJob) -> Iterator[str]:
     """List the lines that say which run and which job this is."""
     if job.array is None:
         yield f"run={shlex.quote(str(job.run_dir))}"
@@ -179,7 +179,7 @@ def _identity(job: Job) -> Iterator[str]:
         yield "job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID  # SLURM_JOB_ID of the last one is the whole array"
 
 
-def _prepare(job: Job) -> Iterator[str]:
+def _prepare(job: BatchJob) -> Iterator[str]:
     """List the steps before the ranks start; each has to succeed."""
     if job.array is not None:
         return
@@ -192,7 +192,7 @@ def _prepare(job: Job) -> Iterator[str]:
         yield f'"${{step[@]}}" {one} "${{python[@]}}" -m hopescale node stage "$run/config.yaml" &&'
 
 
-def _environment(job: Job) -> dict[str, str]:
+def _environment(job: BatchJob) -> dict[str, str]:
     """Return what the ranks find in their environment besides what is there already.
 
     PYTHONSAFEPATH keeps the working directory, which may be a checkout, from coming before the copy of the code.
@@ -203,7 +203,7 @@ def _environment(job: Job) -> dict[str, str]:
     return {**code, **threads, **profile.env}
 
 
-def _step(job: Job) -> Iterator[str]:
+def _step(job: BatchJob) -> Iterator[str]:
     """List srun and its options, for every step of the job.
 
     The first task that ends leaves the others a minute. Ending them at once would put their exit codes before its own.
@@ -220,7 +220,7 @@ def _step(job: Job) -> Iterator[str]:
     yield from profile.srun
 
 
-def _python(job: Job) -> Iterator[str]:
+def _python(job: BatchJob) -> Iterator[str]:
     """List the words that run Python on a node."""
     profile = job.profile
     if profile.container == "apptainer":
@@ -232,12 +232,12 @@ def _python(job: Job) -> Iterator[str]:
     yield "-u"
 
 
-def _mounts(job: Job) -> list[str]:
+def _mounts(job: BatchJob) -> list[str]:
     same = dict.fromkeys(shlex.quote(f"{path}:{path}") for path in (job.work_dir, job.run_dir))
     return [*same, *map(_shell, job.profile.mounts)]
 
 
-def _launch(job: Job) -> str:
+def _launch(job: BatchJob) -> str:
     """Write the command that runs the ranks."""
     command = '"${command[@]}"' if job.array else 'train "$run/config.yaml" --run-dir "$run" --resume auto'
     if job.profile.launcher == "srun":

@@ -31,7 +31,7 @@ _ORDER_PATIENCE = 10
 
 
 @dataclass(frozen=True)
-class Job:
+class SlurmJob:
     """What is known of a job, or of one element of an array.
 
     Attributes:
@@ -85,10 +85,10 @@ class Slurm:
 
     def __init__(self, *, timeout_s: float = 12):
         self._timeout_s = timeout_s
-        self._answers: dict[str, list[Job]] = {}
+        self._answers: dict[str, list[SlurmJob]] = {}
         self._unreachable: dict[str, str] = {}
 
-    def job(self, id: str) -> Job:
+    def job(self, id: str) -> SlurmJob:
         """Return what is known of a job or of one element; the state `UNKNOWN` if Slurm cannot be asked."""
         number, _, element = id.partition("_")
         known = self.jobs(number)
@@ -96,9 +96,9 @@ class Slurm:
         if found:
             return found[0]
         first = known[0]
-        return Job(id, first.state, first.reason) if first.state in (UNKNOWN, GONE) else Job(id, GONE)
+        return SlurmJob(id, first.state, first.reason) if first.state in (UNKNOWN, GONE) else SlurmJob(id, GONE)
 
-    def jobs(self, number: str) -> list[Job]:
+    def jobs(self, number: str) -> list[SlurmJob]:
         """Return what is known of a job; of an array, one entry per element. Never empty.
 
         Asks the controller, which forgets a job minutes after its end, then accounting where there is any.
@@ -165,7 +165,7 @@ class Slurm:
         names = sorted(nodes, key=lambda name: name != default)
         return [Partition(name, nodes[name], gpus[name]) for name in names]
 
-    def _controller(self, number: str) -> list[Job]:
+    def _controller(self, number: str) -> list[SlurmJob]:
         """Ask slurmctld; nothing if it has forgotten the job or cannot be asked."""
         try:
             done = self._asked("scontrol", "show", "job", "-o", number)
@@ -173,18 +173,18 @@ class Slurm:
             return []
         return [job for line in done.stdout.splitlines() for job in _parse_job(line)]
 
-    def _accounting(self, number: str) -> list[Job]:
+    def _accounting(self, number: str) -> list[SlurmJob]:
         """Ask slurmdbd. Without the controller's word, its own counts only if the job has ended."""
         reason = self._unreachable.get("scontrol")
         try:
             fields = ",".join(_SACCT_FIELDS)
             done = self._asked("sacct", "-X", "-n", "-P", "-j", number, "-o", fields)
         except _CannotAsk:
-            return [Job(number, UNKNOWN, reason) if reason else Job(number, GONE)]
+            return [SlurmJob(number, UNKNOWN, reason) if reason else SlurmJob(number, GONE)]
         jobs = [job for line in done.stdout.splitlines() for job in _parse_accounting(line)]
         if reason is not None:
-            jobs = [job if job.live is False else Job(job.id, UNKNOWN, reason) for job in jobs]
-        return jobs or [Job(number, UNKNOWN, reason) if reason else Job(number, GONE)]
+            jobs = [job if job.live is False else SlurmJob(job.id, UNKNOWN, reason) for job in jobs]
+        return jobs or [SlurmJob(number, UNKNOWN, reason) if reason else SlurmJob(number, GONE)]
 
     def _asked(self, *command: str) -> subprocess.CompletedProcess[str]:
         """Run a command that asks. One that could not reach Slurm is not tried again.
@@ -245,7 +245,7 @@ def elements_of(text: str) -> list[int]:
     return found
 
 
-def _parse_job(line: str) -> list[Job]:
+def _parse_job(line: str) -> list[SlurmJob]:
     """Read a line of `scontrol show job -o`: one job, or the elements that share one record."""
     fields: dict[str, str] = {}
     for name, value in _FIELD.findall(line):
@@ -257,7 +257,7 @@ def _parse_job(line: str) -> list[Job]:
     return [_job(id, *(fields.get(name, "") for name in names)) for id in ids]
 
 
-def _parse_accounting(line: str) -> list[Job]:
+def _parse_accounting(line: str) -> list[SlurmJob]:
     """Read a line of `sacct -P`; elements that never started share one: `4225_[4,6-8%1]`."""
     values = line.split("|")
     if len(values) != len(_SACCT_FIELDS):
@@ -271,8 +271,8 @@ def _element_ids(number: str, elements: str) -> list[str]:
     return [f"{number}_{element}" for element in elements_of(elements)]
 
 
-def _job(id: str, state: str, reason: str, nodes: str, restarts: str, exit_code: str, start: str) -> Job:
-    return Job(
+def _job(id: str, state: str, reason: str, nodes: str, restarts: str, exit_code: str, start: str) -> SlurmJob:
+    return SlurmJob(
         id,
         state,
         reason=_said(reason),

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from hopescale.config.record import CONFIG, PLAN
-from hopescale.launch.ledger import JOBS, Entry, entries
-from hopescale.launch.scheduler import GONE, UNKNOWN, Job, Slurm
+from hopescale.launch.ledger import JOBS, LedgerEntry, entries
+from hopescale.launch.scheduler import GONE, UNKNOWN, Slurm, SlurmJob
 from hopescale.observe.metrics import read_last
 
 DONE, FAILED, RUNNING, WAITING, STOPPED, CANCELLED = "done", "failed", "running", "waiting", "stopped", "cancelled"
@@ -46,8 +46,8 @@ class Status:
     folder: Path
     state: str
     reason: str | None = None
-    job: Job | None = None
-    entry: Entry | None = None
+    job: SlurmJob | None = None
+    entry: LedgerEntry | None = None
     failures: int = 0
     step: int | None = None
     steps: int | None = None
@@ -104,7 +104,7 @@ def _walk(root: Path) -> Iterator[Path]:
             yield path
 
 
-def _current(known: Sequence[Entry], slurm: Slurm) -> tuple[Entry | None, Job | None]:
+def _current(known: Sequence[LedgerEntry], slurm: Slurm) -> tuple[LedgerEntry | None, SlurmJob | None]:
     """Return the last submission, or that which it waits for, and what Slurm says of its job."""
     entry, job = None, None
     for earlier in reversed(known):
@@ -117,7 +117,7 @@ def _current(known: Sequence[Entry], slurm: Slurm) -> tuple[Entry | None, Job | 
     return entry, job
 
 
-def _state(folder: Path, job: Job | None, outcome: str, failures: list[str]) -> tuple[str, str | None]:
+def _state(folder: Path, job: SlurmJob | None, outcome: str, failures: list[str]) -> tuple[str, str | None]:
     """Return the state and its reason; what the folder says of an end counts more than what Slurm does."""
     if outcome.startswith("done"):
         return DONE, None

@@ -13,19 +13,19 @@ from hopescale.common.disk import replace_text
 from hopescale.common.errors import ConfigError, LaunchError, Problem
 from hopescale.common.software import describe_software
 from hopescale.config.layout import Layout
-from hopescale.config.load import Loaded, load_resolved
+from hopescale.config.load import LoadedConfig, load_resolved
 from hopescale.config.record import CONFIG, write_record
 from hopescale.config.show import identity_problems
-from hopescale.launch.ledger import Entry, entries, forget_outcome, note, now
+from hopescale.launch.ledger import LedgerEntry, entries, forget_outcome, note, now
 from hopescale.launch.profile import seconds_of
-from hopescale.launch.sbatch import Job, render
+from hopescale.launch.sbatch import BatchJob, render
 from hopescale.launch.scheduler import Slurm
 from hopescale.launch.snapshot import take_snapshot
 
 SCRIPT = "submit.sbatch"
 
 
-def check_job(job: Job, loaded: Loaded, slurm: Slurm) -> None:
+def check_job(job: BatchJob, loaded: LoadedConfig, slurm: Slurm) -> None:
     """Refuse a job that could not run, as far as that can be seen from here. Writes nothing.
 
     Args:
@@ -51,7 +51,7 @@ def check_job(job: Job, loaded: Loaded, slurm: Slurm) -> None:
             raise ConfigError(problems)
 
 
-def write_run(job: Job, loaded: Loaded, layout: Layout, overrides: Sequence[str]) -> Path:
+def write_run(job: BatchJob, loaded: LoadedConfig, layout: Layout, overrides: Sequence[str]) -> Path:
     """Write what the job needs into its run folder, and forget how earlier jobs ended.
 
     Returns:
@@ -74,7 +74,7 @@ def write_run(job: Job, loaded: Loaded, layout: Layout, overrides: Sequence[str]
     return script
 
 
-def submit(job: Job, script: Path, slurm: Slurm, *, jobs: int = 1) -> list[str]:
+def submit(job: BatchJob, script: Path, slurm: Slurm, *, jobs: int = 1) -> list[str]:
     """Submit a script, once or as a chain in which each job waits for the one before, and note the jobs.
 
     Returns:
@@ -91,18 +91,18 @@ def submit(job: Job, script: Path, slurm: Slurm, *, jobs: int = 1) -> list[str]:
     return ids
 
 
-def note_job(job: Job, id: str, script: Path) -> None:
+def note_job(job: BatchJob, id: str, script: Path) -> None:
     """Add a job to those of its run folder."""
     log = str(log_of(job, id))
-    note(job.run_dir, Entry(id, now(), job.profile.name, job.nodes, job.ranks, script.name, log))
+    note(job.run_dir, LedgerEntry(id, now(), job.profile.name, job.nodes, job.ranks, script.name, log))
 
 
-def log_of(job: Job, id: str) -> Path:
+def log_of(job: BatchJob, id: str) -> Path:
     """Return the log of a job."""
     return job.run_dir / "logs" / f"{id}.log"
 
 
-def expected_start(job: Job, slurm: Slurm) -> str:
+def expected_start(job: BatchJob, slurm: Slurm) -> str:
     """Return what Slurm says of when a job would start.
 
     Raises:
@@ -114,7 +114,7 @@ def expected_start(job: Job, slurm: Slurm) -> str:
         return slurm.expected_start(script)
 
 
-def _time_problems(job: Job) -> Iterator[Problem]:
+def _time_problems(job: BatchJob) -> Iterator[Problem]:
     limit = job.time or job.profile.time
     if limit is None:
         return
@@ -128,7 +128,7 @@ def _time_problems(job: Job) -> Iterator[Problem]:
         yield Problem("--time", message, hint="raise the limit, or lower signal_lead_s in the profile")
 
 
-def _cluster_problems(job: Job, slurm: Slurm) -> Iterator[Problem]:
+def _cluster_problems(job: BatchJob, slurm: Slurm) -> Iterator[Problem]:
     partitions, profile = slurm.partitions(), job.profile
     if not partitions:
         return

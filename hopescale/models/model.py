@@ -117,11 +117,11 @@ class Model(nn.Module):
         x = self._enter(tokens, hidden)
         states = []
         for index, (number, block) in enumerate(self.blocks.items()):
-            seen: dict[str, Tensor] | None = None if probe is None else {}
-            x, layer = block(x, None if state is None else state.layers[index], document_ids, seen)
+            stats: dict[str, Tensor] | None = None if probe is None else {}
+            x, layer = block(x, None if state is None else state.layers[index], document_ids, stats)
             states.append(layer)
             if probe is not None:
-                probe |= {f"memory/{number}/{name}": value for name, value in seen.items()}
+                probe |= {f"memory/{number}/{name}": value for name, value in stats.items()}
         # What goes to another rank must be contiguous.
         output = self._logits(x, last_only).transpose(0, 1) if self.is_last else x.contiguous()
         return output, ModelState(tuple(states))

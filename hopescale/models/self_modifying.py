@@ -13,17 +13,20 @@ from torch import Tensor, nn
 
 from hopescale.config.model_shape import has_chunk_loop
 from hopescale.config.schema import SelfModifyingConfig
-from hopescale.models.memory import KEY_EPS, BankState, InnerRule, MemoryBank, Trace
+from hopescale.models.memory import KEY_EPS, BankState, MemoryBank, Trace, WriteSpec
 from hopescale.models.norm import RMSNorm
 from hopescale.models.state import LayerState
-from hopescale.ops.delta_rule import chunk_tables, delta_rule
+from hopescale.ops.delta_rule import decay_weights, delta_rule
 from hopescale.ops.head_streams import head_streams
 from hopescale.ops.limits import REVERSE_PARTS
 from hopescale.ops.norm import l2_norm
 from hopescale.ops.scan import Replay, scan
-from hopescale.ops.self_modifying import Backend, ChunkRule, Streams, Weights, fused_chunks
+from hopescale.ops.self_modifying import Backend, MemorySpec, Streams, Weights, fused_chunks
 from hopescale.parallel.layers import ColumnLinear, ParameterSpec, RowLinear, new_parameter
 from hopescale.parallel.mesh import Mesh
+
+LAYER_KEYS = ("first", "wide", "narrow")
+"""Names of the fields of `Weights` in files."""
 
 
 class Gate(nn.Module):
@@ -121,7 +124,7 @@ class SelfModifying(nn.Module):
         self.gates = nn.ModuleDict(self._gates(adaptive))
         self.chunks = (config.chunk_size, config.projection_chunk_size or config.chunk_size)
         self.banks = nn.ModuleDict(self._banks(adaptive))
-        self.rule = self._rule()
+        self.spec = self._spec()
         self.norm = RMSNorm(self.heads, head_dim, eps=norm_eps, partition_dim=0)
         self.out_proj = RowLinear(num_heads * head_dim, d_model, std=out_std, mesh=mesh)
 
@@ -137,19 +140,30 @@ class SelfModifying(nn.Module):
     def _banks(self, adaptive: set[str]) -> dict[str, MemoryBank]:
         """One bank for all memories, or two if `mem` has boundaries of its own."""
         config = self.config
-        wide = tuple(name for name in "kv" if name in adaptive) + ("q",) * (config.query == "memory")
-        narrow = tuple(name for name in ("eta", "alpha") if name in adaptive)
-        rule = InnerRule(config.targets, config.objective, config.inner_rule == "dgd", config.error_cap)
+        vector_memories = tuple(name for name in "kv" if name in adaptive) + ("q",) * (config.query == "memory")
+        gate_memories = tuple(name for name in ("eta", "alpha") if name in adaptive)
+        spec = WriteSpec(config.targets, config.objective, config.inner_rule == "dgd", config.error_cap)
         hidden = (config.memory_dim or self.head_dim) if config.memory == "mlp" else None
-        sizes = {"num_heads": self.heads, "head_dim": self.head_dim, "hidden": hidden, "rule": rule}
+        sizes = {"num_heads": self.heads, "head_dim": self.head_dim, "hidden": hidden, "spec": spec}
         if self.chunks[0] == self.chunks[1]:
-            return {"memory": MemoryBank(("mem", *wide), narrow, **sizes)}
-        return {"memory": MemoryBank(("mem",), (), **sizes), "projection": MemoryBank(wide, narrow, **sizes)}
+            return {"memory": MemoryBank(("mem", *vector_memories), gate_memories, **sizes)}
+        return {
+            "memory": MemoryBank(("mem",), (), **sizes),
+            "projection": MemoryBank(vector_memories, gate_memories, **sizes),
+        }
 
-    def _rule(self) -> ChunkRule:
+    def _spec(self) -> MemorySpec:
         bank, config = self.banks["memory"], self.config
-        learning = (bank.rule.objective, bank.rule.targets == "self", bank.rule.erase, bank.rule.error_cap, KEY_EPS)
-        return ChunkRule(bank.wide, bank.narrow, bank.hidden, self.chunks[0], *learning, config.eta_max, config.read)
+        learning = (bank.spec.objective, bank.spec.targets == "self", bank.spec.erase, bank.spec.error_cap, KEY_EPS)
+        return MemorySpec(
+            bank.vector_memories,
+            bank.gate_memories,
+            bank.hidden,
+            self.chunks[0],
+            *learning,
+            config.eta_max,
+            config.read,
+        )
 
     def initial_state(self, batch: int) -> LayerState:
         """Return the learned initial state for `batch` sequences."""
@@ -175,21 +189,21 @@ class SelfModifying(nn.Module):
         """
         state = self.initial_state(x.shape[1]) if state is None else state
         streams, gate, tail = self._project(x, state.tensors.get("conv_tail"))
-        carried = {name: tensor for name, tensor in state.tensors.items() if name != "conv_tail"}
-        if (result := self._fused(state.position, streams, carried)) is not None:
-            y, seen, carried = result
+        carry = {name: tensor for name, tensor in state.tensors.items() if name != "conv_tail"}
+        if (result := self._fused(state.position, streams, carry)) is not None:
+            y, stats, carry = result
         elif self.has_loop:
-            y, seen, carried = self._in_chunks(state.position, streams, carried)
+            y, stats, carry = self._in_chunks(state.position, streams, carry)
         else:
-            y, seen, carried = self._whole_sequence(streams, carried)
+            y, stats, carry = self._whole_sequence(streams, carry)
         y = self.norm(y.permute(2, 0, 1, 3)).to(x.dtype)  # [T, B, H, D]
         if gate is not None:
             y = y * F.silu(gate)
         if probe is not None:
-            probe |= dict(zip(("eta_mean", "alpha_mean", "surprise"), seen.detach().mean((0, 1, 2)), strict=True))
+            probe |= dict(zip(("eta_mean", "alpha_mean", "surprise"), stats.detach().mean((0, 1, 2)), strict=True))
         if tail is not None:
-            carried = carried | {"conv_tail": tail.transpose(0, 1)}
-        return self.out_proj(y.flatten(2)), LayerState(state.position + x.shape[0], carried)
+            carry = carry | {"conv_tail": tail.transpose(0, 1)}
+        return self.out_proj(y.flatten(2)), LayerState(state.position + x.shape[0], carry)
 
     def _project(self, x: Tensor, tail: Tensor | None) -> tuple[dict[str, Tensor], Tensor | None, Tensor | None]:
         """Project and convolve: streams in fp32, the output gate `[T, B, H, D]`, the convolution's tail.
@@ -205,12 +219,12 @@ class SelfModifying(nn.Module):
         if self.conv is not None:
             weight, tail = self.conv["weight"], tail.transpose(0, 1)
         unit = [name != "v" or self.config.targets != "value" for name in STREAMS]
-        made, tail = head_streams(mixed[..., : len(STREAMS), :], weight, tail, unit, cpp=self.backend != "torch")
-        streams = dict(zip(STREAMS, made, strict=True))
+        inputs, tail = head_streams(mixed[..., : len(STREAMS), :], weight, tail, unit, cpp=self.backend != "torch")
+        streams = dict(zip(STREAMS, inputs, strict=True))
         return streams | {name: module(streams["k"]) for name, module in self.gates.items()}, gate, tail
 
     def _fused(
-        self, position: int, streams: dict[str, Tensor], carried: dict[str, Tensor]
+        self, position: int, streams: dict[str, Tensor], carry: dict[str, Tensor]
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]] | None:
         """Do what `_in_chunks` does as one operation, where a model is trained and there is one for its memories."""
         in_loop = self.compiled or self.reverse or len(self.banks) > 1
@@ -218,27 +232,27 @@ class SelfModifying(nn.Module):
         side_by_side = not self.has_loop and (streams["k"].is_cuda or self.backend == "triton")
         if in_loop or side_by_side or position % self.chunks[0] or not torch.is_grad_enabled():
             return None
-        given, state = Streams(*(streams.get(name) for name in Streams._fields)), _unpack("memory", carried)
-        run = fused_chunks(given, state.running, self.rule, self.backend)
+        fused_streams, state = Streams(*(streams.get(name) for name in Streams._fields)), _unpack("memory", carry)
+        run = fused_chunks(fused_streams, state.running, self.spec, self.backend)
         if run is None:
             return None
-        out = run(given, state.running, state.momentum, self.rule)
-        return out.y, out.seen, _pack("memory", BankState(out.running, out.momentum, out.boundary))
+        out = run(fused_streams, state.running, state.momentum, self.spec)
+        return out.y, out.stats, _pack("memory", BankState(out.running, out.momentum, out.boundary))
 
     def _whole_sequence(
-        self, streams: dict[str, Tensor], carried: dict[str, Tensor]
+        self, streams: dict[str, Tensor], carry: dict[str, Tensor]
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Do what `_in_chunks` does for a linear memory that stores static values."""
-        state = _unpack("memory", carried)
-        made = self._made(self.banks["memory"], state.boundary, streams)
-        u = made.v if made.mu is None else made.v * (1 - made.mu)[..., None]
-        tokens_first = (None if x is None else x.transpose(1, 2) for x in (made.k, u, made.eta, made.alpha))
+        state = _unpack("memory", carry)
+        inputs = self._make_qkv_and_gates(self.banks["memory"], state.boundary, streams)
+        u = inputs.v if inputs.mu is None else inputs.v * (1 - inputs.mu)[..., None]
+        tokens_first = (None if x is None else x.transpose(1, 2) for x in (inputs.k, u, inputs.eta, inputs.alpha))
         result = delta_rule(
             *tokens_first,
-            state.running.first.mT,
-            q=made.q.transpose(1, 2),
-            mu=None if made.mu is None else made.mu.transpose(1, 2),
-            momentum=None if state.momentum is None else state.momentum.first.mT,
+            state.running.w_in.mT,
+            q=inputs.q.transpose(1, 2),
+            mu=None if inputs.mu is None else inputs.mu.transpose(1, 2),
+            momentum=None if state.momentum is None else state.momentum.w_in.mT,
             erase=self.config.inner_rule == "dgd",
             read=self.config.read,
             chunk_size=self.chunks[0],
@@ -246,11 +260,11 @@ class SelfModifying(nn.Module):
         )
         running = Weights(result.state.mT, None, None)
         momentum = None if result.momentum is None else Weights(result.momentum.mT, None, None)
-        seen = torch.stack([made.eta, made.alpha, made.v.norm(dim=-1)], dim=-1)
-        return result.output.transpose(1, 2), seen, _pack("memory", BankState(running, momentum, running))
+        stats = torch.stack([inputs.eta, inputs.alpha, inputs.v.norm(dim=-1)], dim=-1)
+        return result.output.transpose(1, 2), stats, _pack("memory", BankState(running, momentum, running))
 
     def _in_chunks(
-        self, position: int, streams: dict[str, Tensor], carried: dict[str, Tensor]
+        self, position: int, streams: dict[str, Tensor], carry: dict[str, Tensor]
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Run the memories over the sequence: outputs `[B, H, T, D]`, what is probed, and what is carried on.
 
@@ -260,40 +274,40 @@ class SelfModifying(nn.Module):
         offsets = [(position + end - size) % self.chunks[1] for end, size in zip(accumulate(sizes), sizes, strict=True)]
 
         # The step lasts as long as the graph, so it holds names and no tensors.
-        cut, kept = tuple(streams), tuple(carried)
+        stream_names, carry_names = tuple(streams), tuple(carry)
 
         def step(index: int, into: list[Tensor], parts: list[Tensor]) -> tuple[list[Tensor], list[Tensor], Any]:
-            banks = dict(zip(kept, into, strict=True))
-            *outputs, banks, traces = self._step(offsets[index], dict(zip(cut, parts, strict=True)), banks)
+            banks = dict(zip(carry_names, into, strict=True))
+            *outputs, banks, traces = self._step(offsets[index], dict(zip(stream_names, parts, strict=True)), banks)
             if index < len(sizes) - 1:
                 banks = _at_boundary(banks)
-            return outputs, [banks[name] for name in kept], traces
+            return outputs, [banks[name] for name in carry_names], traces
 
         def follow(into: list[Tensor], traces: dict[str, Trace]) -> list[Tensor]:
-            banks = dict(zip(kept, into, strict=True))
+            banks = dict(zip(carry_names, into, strict=True))
             for name, trace in traces.items():
                 banks |= _pack(name, trace.add(_unpack(name, banks)))
             banks = _at_boundary(banks)
-            return [banks[name] for name in kept]
+            return [banks[name] for name in carry_names]
 
         computed = {"recompute": self.recompute, "replay": Replay(follow, REVERSE_PARTS) if self.reverse else None}
-        (y, seen), after = scan(step, sizes, list(streams.values()), list(carried.values()), **computed)
-        return y, seen, dict(zip(carried, after, strict=True))
+        (y, stats), after = scan(step, sizes, list(streams.values()), list(carry.values()), **computed)
+        return y, stats, dict(zip(carry, after, strict=True))
 
     def _advance(
-        self, offset: int, streams: dict[str, Tensor], carried: dict[str, Tensor]
+        self, offset: int, streams: dict[str, Tensor], carry: dict[str, Tensor]
     ) -> tuple[Tensor, Tensor, dict[str, Tensor], dict[str, Trace]]:
         """Do what `_in_chunks` does over a projection chunk, or a part of one that begins `offset` tokens into it.
 
         With `reverse`, the last result is what led each bank from the beginning to the end.
         """
         source = "projection" if "projection" in self.banks else "memory"
-        banks = {name: _unpack(name, carried) for name in self.banks}
+        banks = {name: _unpack(name, carry) for name in self.banks}
         if offset == 0:
             banks[source] = banks[source].at_boundary()
-        made = self._made(self.banks[source], banks[source].boundary, streams)
+        inputs = self._make_qkv_and_gates(self.banks[source], banks[source].boundary, streams)
         outputs, surprises, traces = [], [], {}
-        for part in made.split(_pieces(offset, made.k.shape[2], self.chunks[0])):
+        for part in inputs.split(_pieces(offset, inputs.k.shape[2], self.chunks[0])):
             if offset % self.chunks[0] == 0:
                 banks["memory"] = banks["memory"].at_boundary()
             y, surprise, banks["memory"], traces["memory"] = self._move("memory", banks["memory"], part)
@@ -301,20 +315,20 @@ class SelfModifying(nn.Module):
             surprises.append(surprise[:, :, 0])
             offset += part.k.shape[2]
         if source == "projection":
-            _, _, banks[source], traces[source] = self._move(source, banks[source], made)
+            _, _, banks[source], traces[source] = self._move(source, banks[source], inputs)
         if len(outputs) > 1:
             traces["memory"] = Trace.of_state(banks["memory"])
         y, surprise = (torch.cat(x, dim=2) if len(x) > 1 else x[0] for x in (outputs, surprises))
-        seen = torch.stack([made.eta, made.alpha, surprise], dim=-1).detach()
+        stats = torch.stack([inputs.eta, inputs.alpha, surprise], dim=-1).detach()
         after: dict[str, Tensor] = {}
         for name, bank in banks.items():
             after |= _pack(name, bank)
-        return y, seen, after, traces if self.reverse else {}
+        return y, stats, after, traces if self.reverse else {}
 
-    def _made(self, bank: MemoryBank, boundary: Weights, streams: dict[str, Tensor]) -> Projections:
+    def _make_qkv_and_gates(self, bank: MemoryBank, boundary: Weights, streams: dict[str, Tensor]) -> Projections:
         """Make keys, values, queries and gates, by memories where they are adaptive (Eq. 90)."""
-        asked = {name: streams[name] for name in bank.wide if name in streams}
-        answers = bank.ask(boundary, asked, streams["k"])
+        memory_inputs = {name: streams[name] for name in bank.vector_memories if name in streams}
+        answers = bank.retrieve(boundary, memory_inputs, streams["k"])
         q, k, v = (l2_norm(answers[name]) if name in answers else streams[name] for name in ("q", "k", "v"))
         gates = {
             name: torch.sigmoid(streams[name] + answers[name] if name in answers else streams[name])
@@ -323,13 +337,13 @@ class SelfModifying(nn.Module):
         eta = self.config.eta_max * gates["eta"]
         return Projections(q, k, v, eta, gates.get("alpha", torch.ones_like(eta)), gates.get("mu"))
 
-    def _move(self, name: str, state: BankState, made: Projections) -> tuple[Tensor | None, Tensor, BankState, Trace]:
+    def _move(self, name: str, state: BankState, inputs: Projections) -> tuple[Tensor | None, Tensor, BankState, Trace]:
         """Move a bank over one of its chunks: answers to queries, norms of errors, the state after it, its trace."""
         bank = self.banks[name]
-        tables = chunk_tables(made.eta, made.alpha, made.mu)
-        writes = bank.writes(state.boundary, made.k, made.v, made.mu)
-        q = made.q if name == "memory" else None
-        y, state, trace = bank.advance(state, writes, tables, q, self.config.read)
+        decay = decay_weights(inputs.eta, inputs.alpha, inputs.mu)
+        writes = bank.writes(state.boundary, inputs.k, inputs.v, inputs.mu)
+        q = inputs.q if name == "memory" else None
+        y, state, trace = bank.advance(state, writes, decay, q, self.config.read)
         return y, writes.surprise, state, trace
 
 
@@ -351,7 +365,7 @@ def _pack(name: str, state: BankState) -> dict[str, Tensor]:
         f"{name}/{kind}/{layer}": tensor
         for kind, weights in state._asdict().items()
         if weights is not None
-        for layer, tensor in weights._asdict().items()
+        for layer, tensor in zip(LAYER_KEYS, weights, strict=True)
         if tensor is not None
     }
 
@@ -360,6 +374,6 @@ def _unpack(name: str, tensors: dict[str, Tensor]) -> BankState:
     """Undo `_pack`."""
     kinds = {}
     for kind in BankState._fields:
-        parts = [tensors.get(f"{name}/{kind}/{layer}") for layer in Weights._fields]
+        parts = [tensors.get(f"{name}/{kind}/{layer}") for layer in LAYER_KEYS]
         kinds[kind] = None if parts[0] is None else Weights(*parts)
     return BankState(**kinds)

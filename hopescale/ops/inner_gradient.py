@@ -1,6 +1,6 @@
 """What MLP memories write for keys and values: the gradient of their inner loss, layer by layer, and its derivative.
 
-A memory answers `M(z) = z + silu(z W2) W1` (narrow ones, which answer with one number, without `z`). The gradient of
+A memory answers `M(z) = z + silu(z W2) W1` (gate memories, which answer with one number, without `z`). The gradient of
 the inner loss at the key gives every layer a key and a write value (Nested Learning, section 4.5 and Eq. 93).
 """
 
@@ -63,9 +63,9 @@ class _MlpWrites(torch.autograd.Function):
         hidden = pre * gate
         tokens = pre.shape[3] // (2 if loss.own_target else 1)
         of_key = hidden[..., :tokens, :]
-        asked, error = _asked(hidden, tokens, loss), None
-        if asked is not None:
-            error = asked @ w1
+        second_inputs, error = _second_inputs(hidden, tokens, loss), None
+        if second_inputs is not None:
+            error = second_inputs @ w1
         if v is not None:
             offset = (k - v if loss.objective == "l2" else -v)[:, :, None]
             error = offset.expand(*w1.shape[:3], *v.shape[2:]) if error is None else error.add_(offset)
@@ -80,14 +80,14 @@ class _MlpWrites(torch.autograd.Function):
         keys = of_key / norm
         back = push @ w1.mT
         first = -(back * _slope(gate, hidden)[..., :tokens, :]).transpose(2, 3).contiguous()
-        ctx.save_for_backward(pre, w1, gate, hidden, asked, raw, error, push, norm, keys, back, fresh)
+        ctx.save_for_backward(pre, w1, gate, hidden, second_inputs, raw, error, push, norm, keys, back, fresh)
         ctx.loss, ctx.wide = loss, v is not None
         ctx.mark_non_differentiable(surprise)
         return first.flatten(3), keys, -norm * push, surprise
 
     @staticmethod
     def backward(ctx: Any, d_first: Tensor, d_keys: Tensor, d_values: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        pre, w1, gate, hidden, asked, raw, error, push, norm, keys, back, fresh = ctx.saved_tensors
+        pre, w1, gate, hidden, second_inputs, raw, error, push, norm, keys, back, fresh = ctx.saved_tensors
         loss, tokens = ctx.loss, keys.shape[3]
         slope = _slope(gate, hidden)
         d_first = d_first.unflatten(-1, w1.shape[2:4]).transpose(2, 3)
@@ -106,13 +106,15 @@ class _MlpWrites(torch.autograd.Function):
             along = raw * ((raw * d_error).sum(-1, keepdim=True) / square)
             d_error = torch.where(scale < 1, scale * (d_error - along), d_error)
         d_hidden = torch.zeros_like(hidden)
-        if asked is not None:
-            d_w1 = torch.baddbmm(d_w1.flatten(0, 2), asked.mT.flatten(0, 2), d_error.flatten(0, 2)).view(w1.shape)
-            d_asked = d_error @ w1.mT
+        if second_inputs is not None:
+            d_w1 = torch.baddbmm(d_w1.flatten(0, 2), second_inputs.mT.flatten(0, 2), d_error.flatten(0, 2)).view(
+                w1.shape
+            )
+            d_second_inputs = d_error @ w1.mT
             if loss.objective == "l2":
-                d_hidden[..., :tokens, :] = d_asked
+                d_hidden[..., :tokens, :] = d_second_inputs
             if loss.own_target:
-                d_hidden[..., tokens:, :] = -d_asked
+                d_hidden[..., tokens:, :] = -d_second_inputs
         of_key = d_hidden[..., :tokens, :]
         of_key.addcdiv_(d_keys, norm).addcmul_(d_norm, keys)
         d_hidden.mul_(slope)
@@ -126,7 +128,7 @@ class _MlpWrites(torch.autograd.Function):
         return d_pre.flatten(3), d_w1, d_k, None if total is None else -total, d_fresh, None
 
 
-def _asked(hidden: Tensor, tokens: int, loss: InnerLoss) -> Tensor | None:
+def _second_inputs(hidden: Tensor, tokens: int, loss: InnerLoss) -> Tensor | None:
     """Return what the second layer maps to the error: hidden activations of the key minus those of the value."""
     if loss.objective == "l2":
         of_key = hidden[..., :tokens, :]
@@ -163,5 +165,5 @@ def mlp_writes(
         ValueError: If values are to be the targets and are not given.
     """
     if residual is None and not loss.own_target:
-        raise ValueError("targets are the values, but residual is None: narrow memories make their own targets")
+        raise ValueError("targets are the values, but residual is None: gate memories make their own targets")
     return MlpWrites(*_MlpWrites.apply(pre, w1, *(residual or (None, None)), fresh, loss))

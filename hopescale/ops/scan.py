@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-Step = Callable[[int, list[Tensor], list[Tensor]], tuple[list[Tensor], list[Tensor], Any]]
+ScanStep = Callable[[int, list[Tensor], list[Tensor]], tuple[list[Tensor], list[Tensor], Any]]
 """Maps the index of a part, what is carried into it and its slices of the streams to outputs, what is carried on, and
 a trace for `Replay`: tensors and None in tuples and dicts of any depth."""
 
@@ -30,76 +30,77 @@ class Replay(NamedTuple):
 class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, step: Step, replay: Replay | None, sizes: Sequence[int], num_streams: int, *tensors: Tensor
+        ctx: Any, step: ScanStep, replay: Replay | None, sizes: Sequence[int], num_streams: int, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
-        streams, carried = list(tensors[:num_streams]), list(tensors[num_streams:])
+        streams, carry = list(tensors[:num_streams]), list(tensors[num_streams:])
         every = 1 if replay is None else replay.parts
-        held, outputs, trace = [], [], None  # held: of each part what is carried into it, or the trace of that before
+        # Checkpoints: of each part what is carried into it, or the trace of that before.
+        checkpoints, outputs, trace = [], [], None
         for index, parts in enumerate(_parts(streams, sizes)):
-            held.append(tree_map(_alone, trace) if index % every else carried)
-            output, carried, trace = step(index, carried, parts)
+            checkpoints.append(tree_map(_alone, trace) if index % every else carry)
+            output, carry, trace = step(index, carry, parts)
             outputs.append(output)
         ctx.set_materialize_grads(False)
         ctx.step, ctx.replay, ctx.sizes = step, replay, sizes
-        kept, ctx.held = tree_flatten(held)
-        ctx.save_for_backward(*streams, *kept)
+        flat, ctx.checkpoints = tree_flatten(checkpoints)
+        ctx.save_for_backward(*streams, *flat)
         joined = _joined(outputs)
         ctx.num_streams, ctx.num_outputs = num_streams, len(joined)
         # What no part has replaced must not be handed out as it came in.
-        given = {id(tensor) for tensor in tensors}
-        return (*joined, *(x.view_as(x) if id(x) in given else x for x in carried))
+        input_ids = {id(tensor) for tensor in tensors}
+        return (*joined, *(x.view_as(x) if id(x) in input_ids else x for x in carry))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
-        streams, held = saved[: ctx.num_streams], tree_unflatten(saved[ctx.num_streams :], ctx.held)
-        d_outputs, d_carried = grads[: ctx.num_outputs], list(grads[ctx.num_outputs :])
+        streams, checkpoints = saved[: ctx.num_streams], tree_unflatten(saved[ctx.num_streams :], ctx.checkpoints)
+        d_outputs, d_carry = grads[: ctx.num_outputs], list(grads[ctx.num_outputs :])
         needed = ctx.needs_input_grad[4:][: ctx.num_streams]
         d_streams = [torch.zeros_like(x) if need else None for x, need in zip(streams, needed, strict=True)]
         ends = list(accumulate(ctx.sizes))
-        for index, into in zip(reversed(range(len(ends))), _entered(held, ctx.replay), strict=True):
+        for index, into in zip(reversed(range(len(ends))), _entered(checkpoints, ctx.replay), strict=True):
             here = slice(ends[index] - ctx.sizes[index], ends[index])
-            carried = [x.detach().requires_grad_() for x in into]
+            carry = [x.detach().requires_grad_() for x in into]
             parts = [x[:, :, here].detach().requires_grad_(need) for x, need in zip(streams, needed, strict=True)]
             with torch.enable_grad():
-                outputs, after, _ = ctx.step(index, carried, parts)
+                outputs, after, _ = ctx.step(index, carry, parts)
             d_here = [None if grad is None else grad[:, :, here] for grad in d_outputs]
-            known = [
+            pairs = [
                 (x, grad)
-                for x, grad in zip((*outputs, *after), (*d_here, *d_carried), strict=True)
+                for x, grad in zip((*outputs, *after), (*d_here, *d_carry), strict=True)
                 if grad is not None and x.requires_grad
             ]
-            asked = [x for x in (*parts, *carried) if x.requires_grad]
-            results, d_results = zip(*known, strict=True)
-            found = torch.autograd.grad(results, asked, d_results, allow_unused=True)
-            d_carried = list(found[len(asked) - len(carried) :])
-            for whole, grad in zip((x for x in d_streams if x is not None), found, strict=False):
+            sources = [x for x in (*parts, *carry) if x.requires_grad]
+            results, d_results = zip(*pairs, strict=True)
+            gradients = torch.autograd.grad(results, sources, d_results, allow_unused=True)
+            d_carry = list(gradients[len(sources) - len(carry) :])
+            for whole, grad in zip((x for x in d_streams if x is not None), gradients, strict=False):
                 if grad is not None:
                     whole[:, :, here] = grad
-        return (None, None, None, None, *d_streams, *d_carried)
+        return (None, None, None, None, *d_streams, *d_carry)
 
 
-def _entered(held: Sequence[Any], replay: Replay | None) -> Iterator[list[Tensor]]:
-    """Yield what was carried into each part, the last part first; `held` as in `forward`."""
+def _entered(checkpoints: Sequence[Any], replay: Replay | None) -> Iterator[list[Tensor]]:
+    """Yield what was carried into each part, the last part first; `checkpoints` as in `forward`."""
     every = 1 if replay is None else replay.parts
-    for first in reversed(range(0, len(held), every)):
-        carried, *traces = held[first : first + every]
-        yield from _followed(carried, traces, replay)
+    for first in reversed(range(0, len(checkpoints), every)):
+        carry, *traces = checkpoints[first : first + every]
+        yield from _followed(carry, traces, replay)
 
 
-def _followed(carried: list[Tensor], traces: Sequence[Any], replay: Replay | None) -> Iterator[list[Tensor]]:
+def _followed(carry: list[Tensor], traces: Sequence[Any], replay: Replay | None) -> Iterator[list[Tensor]]:
     """Yield what lies after each of the traces in a row, the last one first, and in the end what lies before them.
 
     Of `n` at most `log2(n)` are there at a time, as the second half is done before the first begins again.
     """
     if not traces:
-        yield carried
+        yield carry
         return
-    half, middle = (len(traces) + 1) // 2, carried
+    half, middle = (len(traces) + 1) // 2, carry
     for trace in traces[:half]:
         middle = replay.follow(middle, trace)
     yield from _followed(middle, traces[half:], replay)
-    yield from _followed(carried, traces[: half - 1], replay)
+    yield from _followed(carry, traces[: half - 1], replay)
 
 
 def _alone(tensor: Tensor | None) -> Tensor | None:
@@ -116,10 +117,10 @@ def _joined(outputs: Sequence[Sequence[Tensor]]) -> list[Tensor]:
 
 
 def scan(
-    step: Step,
+    step: ScanStep,
     sizes: Sequence[int],
     streams: Sequence[Tensor],
-    carried: Sequence[Tensor],
+    carry: Sequence[Tensor],
     *,
     recompute: bool,
     replay: Replay | None = None,
@@ -130,7 +131,7 @@ def scan(
         step: Depends on nothing that needs a gradient but its arguments. Draws no random numbers.
         sizes: Tokens of each part.
         streams: What the parts are cut from, tokens third: `[B, H, T, ...]`.
-        carried: What the first part is given; each part hands on as many tensors of the same shapes.
+        carry: What the first part is given; each part hands on as many tensors of the same shapes.
         recompute: Whether, of all that a part computes, only what is carried into it is kept for the backward pass.
             Gradients are those of plain automatic differentiation, up to the order of sums.
         replay: With `recompute`: how to find what is carried into most parts again; traces are kept instead.
@@ -139,10 +140,10 @@ def scan(
         Outputs, joined along the tokens, and what the last part hands on.
     """
     if recompute and torch.is_grad_enabled():
-        result = list(_Scan.apply(step, replay, sizes, len(streams), *streams, *carried))
-        return result[: -len(carried)], result[-len(carried) :]
-    outputs, carried = [], list(carried)
+        result = list(_Scan.apply(step, replay, sizes, len(streams), *streams, *carry))
+        return result[: -len(carry)], result[-len(carry) :]
+    outputs, carry = [], list(carry)
     for index, parts in enumerate(_parts(streams, sizes)):
-        output, carried, _ = step(index, carried, parts)
+        output, carry, _ = step(index, carry, parts)
         outputs.append(output)
-    return _joined(outputs), carried
+    return _joined(outputs), carry

@@ -1,4 +1,4 @@
-"""When a parameter is updated, and the gradients it gathers until then."""
+"""When a parameter is updated, and the gradients it accumulates until then."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ class Accumulator:
     Between updates of a slow level the sum is state of the run: it is saved and restored.
 
     Args:
-        parameter: Whose gradient is gathered.
+        parameter: Whose gradient is accumulated.
         cadence: When it is used.
-        place: Where to gather it, float32 zeros; None makes room, for a fast parameter in each step anew.
+        buffer: Where to accumulate it, float32 zeros; None makes room, for a fast parameter in each step anew.
     """
 
-    def __init__(self, parameter: Tensor, cadence: Cadence, place: Tensor | None = None):
+    def __init__(self, parameter: Tensor, cadence: Cadence, buffer: Tensor | None = None):
         self.parameter, self.cadence = parameter, cadence
-        self.kept = cadence.period > 1
-        if self.kept and place is None:
-            place = torch.zeros_like(parameter, dtype=torch.float32)
-        self.total = self._place = place
+        self.persists = cadence.period > 1
+        if self.persists and buffer is None:
+            buffer = torch.zeros_like(parameter, dtype=torch.float32)
+        self.total = self._buffer = buffer
 
     def take(self, _: Tensor | None = None) -> None:
         """Add the parameter's gradient to the sum and clear it: a hook for after each backward pass."""
@@ -58,7 +58,7 @@ class Accumulator:
         else:
             self.total.add_(gradient)
 
-    def gathered(self) -> Tensor:
+    def accumulated_grad(self) -> Tensor:
         """Return the sum so far: zeros if there was no gradient."""
         if self.total is None:
             self.total = torch.zeros_like(self.parameter, dtype=torch.float32)
@@ -66,6 +66,6 @@ class Accumulator:
 
     def clear(self) -> None:
         """Begin a new period."""
-        self.total = self._place
+        self.total = self._buffer
         if self.total is not None:
             self.total.zero_()

@@ -13,8 +13,8 @@ from hopescale.optim.updater import Updater
 class CompositeUpdater:
     """An `Updater` that hands every parameter to the one that keeps it, in a fixed order.
 
-    Gradients are all gathered by hooks in a single backward pass, which the first updater runs: updaters that must see
-    the end of their own backward passes (ZeRO 2 and 3) cannot be part of one.
+    Gradients are all accumulated by hooks in a single backward pass, which the first updater runs: updaters that must
+    see the end of their own backward passes (ZeRO 2 and 3) cannot be part of one.
 
     Args:
         updaters: The updaters and the names of the parameters of each.
@@ -34,9 +34,9 @@ class CompositeUpdater:
             parts[self._index[name]].append(name)
         return [(updater, part) for updater, part in zip(self.updaters, parts, strict=True) if part]
 
-    def share(self, name: str) -> float:
+    def norm_weight(self, name: str) -> float:
         """Return the weight of this rank's part of a parameter in sums over replicas."""
-        return self._of(name).share(name)
+        return self._of(name).norm_weight(name)
 
     def holds_whole(self, name: str) -> bool:
         """Tell whether state of a parameter is of the whole rather than of this rank's slice."""
@@ -46,17 +46,17 @@ class CompositeUpdater:
         """Run the backward pass of a micro batch."""
         self.updaters[0].backward(loss)
 
-    def gathered(self, name: str) -> Tensor:
+    def accumulated_grad(self, name: str) -> Tensor:
         """Return the sum of a parameter's gradients since its last update."""
-        return self._of(name).gathered(name)
+        return self._of(name).accumulated_grad(name)
 
     def reduce(self, names: Sequence[str]) -> None:
-        """Sum gathered gradients over replicas."""
+        """Sum accumulated gradients over replicas."""
         for updater, part in self._parts(names):
             updater.reduce(part)
 
     def square_norms(self, names: Sequence[str]) -> Tensor:
-        """Return the squared norm of the part of each gathered gradient that is here, `[len(names)]`."""
+        """Return the squared norm of the part of each accumulated gradient that is here, `[len(names)]`."""
         if not names:
             return torch.zeros(0)
         norms: dict[str, Tensor] = {}
@@ -65,7 +65,7 @@ class CompositeUpdater:
         return torch.stack([norms[name] for name in names])
 
     def update(self, names: Sequence[str], scales: Mapping[str, Tensor | float], rates: Mapping[str, float]) -> None:
-        """Update parameters with their gathered gradients, and begin a new period."""
+        """Update parameters with their accumulated gradients, and begin a new period."""
         for updater, part in self._parts(names):
             updater.update(part, scales, rates)
 

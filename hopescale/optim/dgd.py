@@ -42,7 +42,7 @@ class DGD(StackedOptimizer):
     """Delta gradient descent (Nested Learning, section 4.5) for the weights of linear layers.
 
     State per parameter: none. Beside its gradient a parameter has the Gram matrix of its inputs, `gram` `[C, C]` or
-    `[..., C, C]`, as `optim.gram.gather_gram` gathers it.
+    `[..., C, C]`, as `optim.gram.accumulate_gram` does.
 
     Args:
         params: Weights `[..., R, C]`.
@@ -72,7 +72,7 @@ class DGD(StackedOptimizer):
         return {"gram": gram.expand(*p.shape[:-2], -1, -1).contiguous()}
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Begin anew to gather gradients and Gram matrices."""
+        """Begin anew to accumulate gradients and Gram matrices."""
         super().zero_grad(set_to_none)
         for group in self.param_groups:
             for p in group["params"]:

@@ -1,4 +1,4 @@
-"""Gram matrices of the inputs of linear layers, gathered in backward passes as gradients are."""
+"""Gram matrices of the inputs of linear layers, accumulated in backward passes as gradients are."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {f"{name}.weight": layer for name, layer in model.named_modules() if isinstance(layer, kinds)}
 
 
-def gather_gram(
+def accumulate_gram(
     layer: nn.Module, count: int, *, all_tokens: Gather | None = None, all_columns: Gather | None = None
 ) -> RemovableHandle:
     """Let backward passes through a linear layer add up the Gram matrix of its inputs.
@@ -82,7 +82,8 @@ class _AtBackward(torch.autograd.Function):
 def gather_grams(
     layers: Mapping[str, nn.Module], names: Iterable[str], count: int, *, whole_matrices: bool, mesh: Mesh
 ) -> None:
-    """Let layers of a model, some maybe split over tensor-parallel ranks, gather Gram matrices. Called by all ranks.
+    """Let layers of a model, some maybe split over tensor-parallel ranks, accumulate Gram matrices. Called by all
+    ranks.
 
     A layer whose outputs are split has the whole inputs, and so the Gram matrix of the whole. One whose inputs are
     split has that of its slice, or with `whole_matrices` its columns of the whole.
@@ -101,4 +102,4 @@ def gather_grams(
         elif isinstance(layer, RowLinear) and whole_matrices and mesh.tp_group.size() > 1:
             gathers["all_columns"] = partial(gather_columns, mesh=mesh)
         if layer is not None:
-            gather_gram(layer, count, **gathers)
+            accumulate_gram(layer, count, **gathers)

@@ -59,7 +59,7 @@ class OuterOptimizer:
         self.groups = dict(groups or assign_groups(shapes, config.groups))
         self.cadences = {name: cadences.get(name, Cadence()) for name in self.parameters}
         self.updater = self._make_updater(updater)
-        self._weights = {name: self.updater.share(name) * self._is_counted(name) for name in self.parameters}
+        self._weights = {name: self.updater.norm_weight(name) * self._is_counted(name) for name in self.parameters}
 
     def _make_updater(self, elementwise: Callable[..., Updater]) -> Updater:
         groups = self._rule_groups()
@@ -111,14 +111,14 @@ class OuterOptimizer:
 
     @torch.no_grad()
     def reduce(self, names: Sequence[str]) -> None:
-        """Sum the gathered gradients of due parameters over replicas, and over the stages that share one."""
+        """Sum the accumulated gradients of due parameters over replicas, and over the stages that share one."""
         for name in self.tied:
             if name in names and self.mesh.embedding_group.size() > 1:
-                dist.all_reduce(self.updater.gathered(name), group=self.mesh.embedding_group)
+                dist.all_reduce(self.updater.accumulated_grad(name), group=self.mesh.embedding_group)
         self.updater.reduce(names)
 
     def grad_norms(self, sets: Mapping[str, Sequence[str]]) -> dict[str, Tensor]:
-        """Return the global norm of the gathered gradients of each set, of each the mean per step of its period.
+        """Return the global norm of the accumulated gradients of each set, of each the mean per step of its period.
 
         Called by all ranks with the same keys; a rank's part of a set may be empty. The norm of gradients that were not
         reduced tells only whether they are finite.

@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from hopescale.optim.accumulating import AccumulatingUpdater
 from hopescale.optim.adamw import AdamW
 from hopescale.optim.cadence import Cadence
-from hopescale.optim.gathering import GatheringUpdater
 from hopescale.optim.updater import RuleGroup
 from hopescale.parallel.mesh import Mesh
 
@@ -18,7 +18,7 @@ BUCKET_ELEMENTS = 1 << 24
 """Gradients are summed over replicas in packs of at most this many entries (64 MiB), or one tensor."""
 
 
-class ReplicatedUpdater(GatheringUpdater):
+class ReplicatedUpdater(AccumulatingUpdater):
     """AdamW, an `Updater` that shards nothing.
 
     Args:
@@ -45,15 +45,15 @@ class ReplicatedUpdater(GatheringUpdater):
         }
         self.rule = AdamW([group.of(self._masters) for group in groups], eps=eps, foreach=True)
 
-    def share(self, name: str) -> float:
+    def norm_weight(self, name: str) -> float:
         """Return 1 on one replica and 0 on the others: each holds the whole."""
         return float(self.dp_group.rank() == 0)
 
     def reduce(self, names: Sequence[str]) -> None:
-        """Sum gathered gradients over replicas, several tensors at a time."""
+        """Sum accumulated gradients over replicas, several tensors at a time."""
         if self.dp_group.size() == 1:
             return
-        for pack in _packs([self.gathered(name) for name in names]):
+        for pack in _packs([self.accumulated_grad(name) for name in names]):
             flat = torch.cat([tensor.flatten() for tensor in pack])
             dist.all_reduce(flat, group=self.dp_group)
             for tensor, part in zip(pack, flat.split([tensor.numel() for tensor in pack]), strict=True):
@@ -63,7 +63,7 @@ class ReplicatedUpdater(GatheringUpdater):
     def update(self, names: Sequence[str], scales: Mapping[str, Tensor | float], rates: Mapping[str, float]) -> None:
         """Take one step of AdamW with the parameters that are due."""
         for name in names:
-            self._masters[name].grad = self.gathered(name) * scales[name]
+            self._masters[name].grad = self.accumulated_grad(name) * scales[name]
         for group in self.rule.param_groups:
             group["lr"] = rates[group["name"]]
         self.rule.step()

@@ -55,7 +55,7 @@ class ShapeClass:
     Args:
         parameters: By name, in the order of the stacks; their storage is moved there.
         here: Which of them belong to this replica.
-        slices: How these are shared out over tensor-parallel ranks; None if they are whole here, or matrices as they
+        slices: How these are distributed over tensor-parallel ranks; None if they are whole here, or matrices as they
             are.
         gram: Shape of the Gram matrix, or of the columns of it, that each parameter gathers of its inputs; None if it
             gathers none.
@@ -78,14 +78,14 @@ class ShapeClass:
     ):
         self.names, self.here, self.slices = list(parameters), here, slices
         self.weights = torch.stack([parameter.detach() for parameter in parameters.values()])
-        for parameter, place in zip(parameters.values(), self.weights, strict=True):
-            parameter.data = place
+        for parameter, view in zip(parameters.values(), self.weights, strict=True):
+            parameter.data = view
         self.gradients = torch.zeros_like(self.weights, dtype=torch.float32)
         self.grams = None
         if gram is not None:
             self.grams = self.gradients.new_zeros(len(self.names), *gram)
-            for parameter, place in zip(parameters.values(), self.grams, strict=True):
-                parameter.gram = place
+            for parameter, view in zip(parameters.values(), self.grams, strict=True):
+                parameter.gram = view
         self.mastered = self.names[here] if slices is None else self.names[here][slices.mine]
         self.master = nn.Parameter(self._wholes(self.weights[here].float()))
 

@@ -12,10 +12,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hopescale.config.schema import OptimConfig
-from hopescale.cost.ownership import Work, buckets, share_out
+from hopescale.cost.ownership import Work, assign_owners, buckets
 from hopescale.cost.updates import update_cost
+from hopescale.optim.accumulating import AccumulatingUpdater
 from hopescale.optim.cadence import Cadence
-from hopescale.optim.gathering import GatheringUpdater
 from hopescale.optim.replicated import BUCKET_ELEMENTS
 from hopescale.optim.rules import make_rule
 from hopescale.optim.shape_class import ShapeClass, Slices
@@ -33,20 +33,20 @@ class _Bucket:
     last: int
 
 
-class LayerwiseUpdater(GatheringUpdater):
+class LayerwiseUpdater(AccumulatingUpdater):
     """Rules that look at whole matrices, an `Updater` in which every matrix belongs to one replica.
 
-    The owner alone holds float32 master and state of a matrix. Gradients gather on every replica, whole, and are summed
-    at the owner when they are due; updated weights go from owners to all. What is not due sends nothing. Both take one
-    exchange for all that is due together, or several if that is much, of which weights are on their way while others
-    are updated. What is alike and due together is one `ShapeClass`, updated at once.
+    The owner alone holds float32 master and state of a matrix. Gradients accumulate on every replica, whole, and are
+    summed at the owner when they are due; updated weights go from owners to all. What is not due sends nothing. Both
+    take one exchange for all that is due together, or several if that is much, of which weights are on their way while
+    others are updated. What is alike and due together is one `ShapeClass`, updated at once.
 
     Under tensor parallelism a matrix is this rank's slice, or with `tp_mode: gather` the whole: the tensor-parallel
     ranks of an owner share its matrices out among themselves, and exchange slices of gradients and weights. Matrices
     that are split between heads are whole on their rank as they are. DGD changes every row by itself: slices of rows
     are never gathered for it.
 
-    The Gram matrices that DGD needs are gathered and sent like gradients, beside them.
+    The Gram matrices that DGD needs are accumulated and sent like gradients, beside them.
 
     Args:
         parameters: Parameters by name; their gradients are taken from them as soon as they are complete, and their
@@ -70,12 +70,12 @@ class LayerwiseUpdater(GatheringUpdater):
         self._group_of = {name: group for group in groups for name in group.members}
         self._takes_mean = config.accumulate == "mean"
         gathers = config.tp_mode == "gather" and self.tp_group.size() > 1
-        self._gathered = {name for name, p in parameters.items() if gathers and self._cuts_matrices(name, p)}
-        self._share_out(parameters, config, cadences, mesh.dp_group.size())
+        self._tp_gathered = {name for name, p in parameters.items() if gathers and self._cuts_matrices(name, p)}
+        self._assign_owners(parameters, config, cadences, mesh.dp_group.size())
         self.classes = self._make_classes(parameters, cadences, mesh.dp_group.rank())
-        self._place = {name: (i, j) for i, each in enumerate(self.classes) for j, name in enumerate(each.names)}
-        places = {name: self.classes[i].gradients[j] for name, (i, j) in self._place.items()}
-        super().__init__(parameters, cadences, mesh, places=places)
+        self._position = {name: (i, j) for i, each in enumerate(self.classes) for j, name in enumerate(each.names)}
+        buffers = {name: self.classes[i].gradients[j] for name, (i, j) in self._position.items()}
+        super().__init__(parameters, cadences, mesh, buffers=buffers)
         self._masters = {
             name: master
             for each in self.classes
@@ -85,7 +85,7 @@ class LayerwiseUpdater(GatheringUpdater):
         self._reduced: set[str] = set()
         self._reducing = InFlight()
 
-    def _share_out(
+    def _assign_owners(
         self,
         parameters: Mapping[str, nn.Parameter],
         config: OptimConfig,
@@ -97,11 +97,11 @@ class LayerwiseUpdater(GatheringUpdater):
         for name, parameter in parameters.items():
             shape, rule = self._whole_shape(name, parameter), self._group_of[name].rule
             work.append(Work(name, update_cost(rule, shape, config), (rule, shape), cadences[name]))
-        self.owners = share_out(work, replicas)
+        self.owners = assign_owners(work, replicas)
         self.tp_owners: dict[str, int] = {}
         for owner in range(replicas):
-            cut = [each for each in work if self.owners[each.name] == owner and each.name in self._gathered]
-            self.tp_owners |= share_out(cut, self.tp_group.size())
+            cut = [each for each in work if self.owners[each.name] == owner and each.name in self._tp_gathered]
+            self.tp_owners |= assign_owners(cut, self.tp_group.size())
 
     def _cuts_matrices(self, name: str, parameter: nn.Parameter) -> bool:
         """Tell whether a tensor-parallel rank holds parts of what a rule looks at, rather than some of it whole."""
@@ -111,7 +111,7 @@ class LayerwiseUpdater(GatheringUpdater):
     def _whole_shape(self, name: str, parameter: nn.Parameter) -> tuple[int, ...]:
         """Return the shape that is updated."""
         shape = list(parameter.shape)
-        if name in self._gathered:
+        if name in self._tp_gathered:
             shape[parameter.spec.partition_dim] *= self.tp_group.size()
         return tuple(shape)
 
@@ -121,7 +121,7 @@ class LayerwiseUpdater(GatheringUpdater):
         """Put together what is alike and due together, in the same order on all ranks."""
         alike: dict[tuple, list[str]] = defaultdict(list)
         for name, p in parameters.items():
-            split = p.spec.partition_dim if name in self._gathered else None
+            split = p.spec.partition_dim if name in self._tp_gathered else None
             alike[self._group_of[name].name, cadences[name], p.dtype, p.shape, split].append(name)
         classes = []
         for (*_, split), names in alike.items():
@@ -153,61 +153,63 @@ class LayerwiseUpdater(GatheringUpdater):
     def _owns(self, name: str) -> bool:
         return self.owners[name] == self.dp_group.rank()
 
-    def share(self, name: str) -> float:
+    def norm_weight(self, name: str) -> float:
         """Return 1: parts are disjoint."""
         return 1.0
 
     def holds_whole(self, name: str) -> bool:
         """Tell whether state of a parameter is of the whole rather than of this rank's slice."""
-        return name in self._gathered
+        return name in self._tp_gathered
 
     def reduce(self, names: Sequence[str]) -> None:
-        """Sum what is gathered over replicas, each at the replica that owns it."""
+        """Sum what has accumulated over replicas, each at the replica that owns it."""
         self._reduced.update(names)
         if self.dp_group.size() == 1:
             return
         for bucket in self._buckets(names, "gradients", "grams"):
             spans = [self._spans(part, "gradients", "grams") for part in bucket.parts]
             flat = torch.zeros(len(spans), bucket.room, device=self.classes[0].gradients.device)
-            for tensors, place in zip(spans, flat, strict=True):
-                _pack(tensors, place)
+            for tensors, row in zip(spans, flat, strict=True):
+                _pack(tensors, row)
             own = flat.new_empty(bucket.room)
             work = dist.reduce_scatter_tensor(own, flat.view(-1), group=self.dp_group, async_op=True)
             self._reducing.add(work, partial(_take_sums, flat, own, spans[self.dp_group.rank()]))
         for tensor in self._spans([name for name in names if not self._owns(name)], "gradients", "grams"):
             tensor.zero_()
 
-    def gathered(self, name: str) -> Tensor:
+    def accumulated_grad(self, name: str) -> Tensor:
         """Return the sum of a parameter's gradients since its last update."""
         self._reducing.wait()
-        return super().gathered(name)
+        return super().accumulated_grad(name)
 
     def _spans(self, names: Iterable[str], *stacks: str) -> list[Tensor]:
         """Return the places of parameters in the stacks of their classes, neighbours as one tensor."""
         spans: list[list[int]] = []
-        for index, place in sorted(self._place[name] for name in names):
-            if spans and spans[-1][0] == index and spans[-1][2] == place:
+        for index, position in sorted(self._position[name] for name in names):
+            if spans and spans[-1][0] == index and spans[-1][2] == position:
                 spans[-1][2] += 1
             else:
-                spans.append([index, place, place + 1])
-        found = ((getattr(self.classes[index], stack), start, stop) for index, start, stop in spans for stack in stacks)
-        return [stack[start:stop] for stack, start, stop in found if stack is not None]
+                spans.append([index, position, position + 1])
+        pieces = (
+            (getattr(self.classes[index], stack), start, stop) for index, start, stop in spans for stack in stacks
+        )
+        return [stack[start:stop] for stack, start, stop in pieces if stack is not None]
 
     def _buckets(self, names: Sequence[str], *stacks: str) -> list[_Bucket]:
-        replicas, names = self.dp_group.size(), sorted(names, key=self._place.__getitem__)
+        replicas, names = self.dp_group.size(), sorted(names, key=self._position.__getitem__)
         sizes = {name: sum(span.numel() for span in self._spans([name], *stacks)) for name in names}
         result = []
         for bucket in buckets(names, self.owners, sizes, BUCKET_ELEMENTS // replicas):
             parts = [[name for name in bucket if self.owners[name] == owner] for owner in range(replicas)]
             room = max(sum(sizes[name] for name in part) for part in parts)
-            result.append(_Bucket(parts, room, max(self._place[name][0] for name in bucket)))
+            result.append(_Bucket(parts, room, max(self._position[name][0] for name in bucket)))
         return result
 
     def _gradient(self, name: str) -> Tensor:
-        """Return a gathered gradient, or nothing of one that was sent to its owner."""
+        """Return an accumulated gradient, or nothing of one that was sent to its owner."""
         if name in self._reduced and not self._owns(name):
             return torch.zeros(0, device=self.parameters[name].device)
-        return self.gathered(name)
+        return self.accumulated_grad(name)
 
     @torch.no_grad()
     def update(self, names: Sequence[str], scales: Mapping[str, Tensor | float], rates: Mapping[str, float]) -> None:
@@ -216,14 +218,14 @@ class LayerwiseUpdater(GatheringUpdater):
             for group in rule.param_groups:
                 group["lr"] = rates[group["name"]]
         self._reducing.wait()
-        sharing, complete = InFlight(), self._buckets_by_last_class(names)
+        pending, complete = InFlight(), self._buckets_by_last_class(names)
         for index in self._due(names):
             each = self.classes[index]
             self._update_class(each, scales[each.names[0]])
             for bucket in complete[index]:
                 # On its way while the next classes are updated.
-                self._share_weights(bucket, sharing)
-        sharing.wait()
+                self._all_gather_weights(bucket, pending)
+        pending.wait()
         self._reduced = set()
 
     def _due(self, names: Sequence[str]) -> list[int]:
@@ -257,14 +259,14 @@ class LayerwiseUpdater(GatheringUpdater):
                 result[bucket.last].append(bucket)
         return result
 
-    def _share_weights(self, bucket: _Bucket, sharing: InFlight) -> None:
+    def _all_gather_weights(self, bucket: _Bucket, pending: InFlight) -> None:
         """Begin to copy updated weights from their owners to all replicas."""
         spans, rank = [self._spans(part, "weights") for part in bucket.parts], self.dp_group.rank()
         own = self.classes[bucket.last].weights.new_zeros(bucket.room)
         _pack(spans[rank], own)
         flat = own.new_empty(len(spans), bucket.room)
         work = dist.all_gather_into_tensor(flat.view(-1), own, group=self.dp_group, async_op=True)
-        sharing.add(work, partial(_take_weights, own, flat, [*spans[:rank], [], *spans[rank + 1 :]]))
+        pending.add(work, partial(_take_weights, own, flat, [*spans[:rank], [], *spans[rank + 1 :]]))
 
     def masters(self, names: Sequence[str]) -> list[Tensor]:
         """Return the float32 masters that are here, whole; nothing of the others."""
@@ -307,7 +309,7 @@ class LayerwiseUpdater(GatheringUpdater):
         """Return the Gram matrices that outlive a step."""
         result = {}
         for each in self.classes:
-            if each.grams is not None and self.accumulators[each.names[0]].kept:
+            if each.grams is not None and self.accumulators[each.names[0]].persists:
                 result |= zip(each.names, each.grams, strict=True)
         return result
 

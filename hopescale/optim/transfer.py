@@ -16,7 +16,7 @@ from hopescale.optim.muon import adjusted_lr
 
 
 @dataclass(frozen=True)
-class Sizes:
+class ParameterSizes:
     """A parameter as its learning rate sees it.
 
     Attributes:
@@ -29,7 +29,7 @@ class Sizes:
 
 
 def transfer_groups(
-    assigned: Mapping[str, str], parameters: Mapping[str, Sizes], model: ModelConfig, optim: OptimConfig
+    assigned: Mapping[str, str], parameters: Mapping[str, ParameterSizes], model: ModelConfig, optim: OptimConfig
 ) -> tuple[dict[str, str], OptimConfig]:
     """Split groups so that each parameter has the rate that `model.transfer` asks for.
 
@@ -71,7 +71,7 @@ def transfer_groups(
     return members, replace(optim, groups=groups, eps=optim.eps / grown["width"], **smaller)
 
 
-def rate_factor(rule: str, parameter: Sizes, grown: Mapping[Size, float], optim: OptimConfig) -> float:
+def rate_factor(rule: str, parameter: ParameterSizes, grown: Mapping[Size, float], optim: OptimConfig) -> float:
     """Return the factor on a parameter's learning rate.
 
     An update is to move what a parameter answers as far as at the base width. The most it moves a linear map's answers
@@ -107,7 +107,7 @@ def _part(group: GroupConfig, factor: float, optim: OptimConfig) -> GroupConfig:
 
 
 def _misfits(
-    assigned: Mapping[str, str], parameters: Mapping[str, Sizes], groups: Mapping[str, GroupConfig]
+    assigned: Mapping[str, str], parameters: Mapping[str, ParameterSizes], groups: Mapping[str, GroupConfig]
 ) -> Iterator[Problem]:
     """Find what orthogonal updates and momenta have no rule for: embedding, head, gates, convolutions."""
     for parameter, name in assigned.items():

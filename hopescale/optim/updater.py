@@ -35,13 +35,14 @@ class RuleGroup:
 
 
 class Updater(Protocol):
-    """Gathers the gradients of its parameters, keeps float32 masters and rule state, whole or sharded over replicas.
+    """Accumulates the gradients of its parameters, keeps float32 masters and rule state, whole or sharded over
+    replicas.
 
-    A step is: backward passes, `reduce(due)`, `square_norms(...)`, `update(due, ...)`. What is not due gathers on.
+    A step is: backward passes, `reduce(due)`, `square_norms(...)`, `update(due, ...)`. What is not due accumulates on.
     Calls that communicate are made by all data-parallel ranks with the same names in the same order.
     """
 
-    def share(self, name: str) -> float:
+    def norm_weight(self, name: str) -> float:
         """Return the weight of this rank's part of a parameter in sums over all replicas.
 
         It is 1 if parts are disjoint, or 1 on one replica and 0 on the others if each holds the whole.
@@ -51,19 +52,19 @@ class Updater(Protocol):
         """Tell whether state of a parameter is of the whole parameter, not of this rank's tensor-parallel slice."""
 
     def backward(self, loss: Tensor) -> None:
-        """Run the backward pass of a micro batch; gradients are gathered as they become complete."""
+        """Run the backward pass of a micro batch; gradients are accumulated as they become complete."""
 
-    def gathered(self, name: str) -> Tensor:
+    def accumulated_grad(self, name: str) -> Tensor:
         """Return the sum of this rank's gradients of a parameter since its last update, to be changed in place."""
 
     def reduce(self, names: Sequence[str]) -> None:
-        """Sum the gathered gradients of parameters that are due over the data-parallel ranks."""
+        """Sum the accumulated gradients of parameters that are due over the data-parallel ranks."""
 
     def square_norms(self, names: Sequence[str]) -> Tensor:
-        """Return the squared norm of the part of each gathered gradient that is here, `[len(names)]` float32."""
+        """Return the squared norm of the part of each accumulated gradient that is here, `[len(names)]` float32."""
 
     def update(self, names: Sequence[str], scales: Mapping[str, Tensor | float], rates: Mapping[str, float]) -> None:
-        """Update parameters with their gathered gradients, and begin a new period.
+        """Update parameters with their accumulated gradients, and begin a new period.
 
         Args:
             names: All that is due.

@@ -44,7 +44,7 @@ class Control:
         """Whether this is rank 0, which alone prints and writes the record."""
         return self.rank == 0
 
-    def on_first(self, function: Callable[[], T]) -> T:
+    def broadcast_from_rank0(self, function: Callable[[], T]) -> T:
         """Call a function on rank 0 and return its result everywhere; it must pickle.
 
         Raises:
@@ -64,7 +64,7 @@ class Control:
             raise outcome[1]
         return outcome[0]
 
-    def together(self, function: Callable[[], T]) -> T:
+    def all_ranks_or_raise(self, function: Callable[[], T]) -> T:
         """Call a function that communicates nothing on every rank, and return each rank's result.
 
         Raises:

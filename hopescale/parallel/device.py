@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from hopescale.common.errors import ConfigError, LaunchError
-from hopescale.common.place import Place
+from hopescale.common.rank_info import RankInfo
 
 
 def choose_device(name: str, origin: str) -> torch.device:
@@ -26,20 +26,20 @@ def choose_device(name: str, origin: str) -> torch.device:
     return torch.device("cuda" if available and name != "cpu" else "cpu")
 
 
-def own_device(place: Place, origin: str) -> torch.device:
+def own_device(rank_info: RankInfo, origin: str) -> torch.device:
     """Return the CUDA device of a rank: by its number on the node, or the only one it is shown.
 
     Args:
-        place: Which rank it is.
+        rank_info: Which rank it is.
         origin: As of `choose_device`.
 
     Raises:
         LaunchError: If the node has fewer devices than ranks.
     """
     count = torch.cuda.device_count()
-    if count == 1 and place.bound:
+    if count == 1 and rank_info.bound:
         return torch.device("cuda", 0)
-    if place.local_rank >= count:
-        message = f"rank {place.rank} is number {place.local_rank} of its node, which has {count} CUDA devices"
+    if rank_info.local_rank >= count:
+        message = f"rank {rank_info.rank} is number {rank_info.local_rank} of its node, which has {count} CUDA devices"
         raise LaunchError(message, f"start one rank per device, or set {origin} to cpu")
-    return torch.device("cuda", place.local_rank)
+    return torch.device("cuda", rank_info.local_rank)

@@ -10,32 +10,32 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from hopescale.common.errors import LaunchError
-from hopescale.common.place import Place
+from hopescale.common.rank_info import RankInfo
 
 
-def meet(place: Place, timeout: timedelta, *, wait: bool = True) -> dist.TCPStore:
+def open_store(rank_info: RankInfo, timeout: timedelta, *, wait: bool = True) -> dist.TCPStore:
     """Open the store that all ranks of a job read and write; rank 0 holds it.
 
     Args:
-        place: Which rank this is and where the ranks meet.
+        rank_info: Which rank this is and where the ranks meet.
         timeout: How long to try, and how long to wait for a value later.
         wait: Whether to wait until all ranks have opened it.
 
     Raises:
         LaunchError: If the ranks do not meet.
     """
-    host, port, ranks = place.address, place.port, place.world_size
+    host, port, ranks = rank_info.address, rank_info.port, rank_info.world_size
     try:
-        return dist.TCPStore(host, port, ranks, is_master=place.rank == 0, timeout=timeout, wait_for_workers=wait)
+        return dist.TCPStore(host, port, ranks, is_master=rank_info.rank == 0, timeout=timeout, wait_for_workers=wait)
     except dist.DistError as error:
-        raise _not_met(place, error) from error
+        raise _rendezvous_error(rank_info, error) from error
 
 
-def start(place: Place, device: torch.device, timeout: timedelta, store: dist.Store | None = None) -> None:
+def start(rank_info: RankInfo, device: torch.device, timeout: timedelta, store: dist.Store | None = None) -> None:
     """Join the group of all ranks: NCCL for tensors on CUDA, gloo for those on the CPU.
 
     Args:
-        place: Which rank this is and where the ranks meet.
+        rank_info: Which rank this is and where the ranks meet.
         device: Where this rank computes; made the current one if it is a CUDA device.
         timeout: How long an exchange may wait for the other ranks.
         store: One in which the ranks have met; None lets them meet.
@@ -51,15 +51,18 @@ def start(place: Place, device: torch.device, timeout: timedelta, store: dist.St
     if device.type == "cuda":
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
-    store = meet(place, timeout) if store is None else store
+    store = open_store(rank_info, timeout) if store is None else store
     try:
-        dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size, timeout=timeout)
+        dist.init_process_group(
+            backend, store=store, rank=rank_info.rank, world_size=rank_info.world_size, timeout=timeout
+        )
     except dist.DistError as error:
-        raise _not_met(place, error) from error
+        raise _rendezvous_error(rank_info, error) from error
 
 
-def _not_met(place: Place, error: dist.DistError) -> LaunchError:
-    where = f"rank {place.rank} of {place.world_size} could not meet the others at {place.address}:{place.port}"
+def _rendezvous_error(rank_info: RankInfo, error: dist.DistError) -> LaunchError:
+    where = f"rank {rank_info.rank} of {rank_info.world_size} could not meet the others"
+    where += f" at {rank_info.address}:{rank_info.port}"
     hint = "MASTER_ADDR must be the host of rank 0, MASTER_PORT free there, and all ranks must have been started"
     return LaunchError(f"{where}: {str(error).splitlines()[0]}", hint)
 

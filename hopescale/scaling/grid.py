@@ -15,7 +15,7 @@ from hopescale.common.paths import display_path, shipped_recipes
 from hopescale.common.units import parse_count
 from hopescale.config.check import check
 from hopescale.config.files import find_recipe
-from hopescale.config.load import Loaded, load_recipe, load_settings
+from hopescale.config.load import LoadedConfig, load_recipe, load_settings
 from hopescale.config.schema import RunConfig
 from hopescale.config.values import format_value
 from hopescale.cost.flops import flops_per_token
@@ -280,7 +280,7 @@ def _counts(config: RunConfig) -> dict[str, float]:
     }
 
 
-def _load(recipe: Path, settings: Mapping[str, Any]) -> Loaded:
+def _load(recipe: Path, settings: Mapping[str, Any]) -> LoadedConfig:
     return _load_once(recipe, _overrides(settings))
 
 

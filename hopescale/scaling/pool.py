@@ -91,7 +91,7 @@ def run_trials(
         folder: The sweep's.
         jobs: Processes at a time.
         retries: Starts after the first that failed.
-        environ: Environment of the trials; threads are shared out among `jobs` where it does not set their number.
+        environ: Environment of the trials; threads are distributed among `jobs` where it does not set their number.
         report: Takes each line about a trial.
         show: Called about every second, as long as trials run.
 

@@ -10,7 +10,7 @@ import torch
 
 from hopescale.common.errors import ConfigError
 from hopescale.ops import cpp
-from hopescale.ops.delta_rule import KERNEL_DIMS, triton_obstacle
+from hopescale.ops.delta_rule import KERNEL_DIMS, triton_unsupported_reason
 
 
 def check_compiler(device: torch.device) -> None:
@@ -38,7 +38,7 @@ def check_backend(backend: str, device: torch.device, head_dim: int, memory_dim:
     Raises:
         ConfigError: If the device, the installation, the compiler or the width of heads or memories is in its way.
     """
-    obstacle = None
+    unsupported_reason = None
     if backend == "triton":
         widths = {"heads": ("model.head_dim", head_dim), "memories": ("memory_dim", memory_dim)}
         known = ", ".join(map(str, KERNEL_DIMS))
@@ -47,9 +47,9 @@ def check_backend(backend: str, device: torch.device, head_dim: int, memory_dim:
             for name, (key, width) in widths.items()
             if width is not None and width not in KERNEL_DIMS
         )
-        obstacle = triton_obstacle(device) or next(wrong, None)
+        unsupported_reason = triton_unsupported_reason(device) or next(wrong, None)
     if backend == "cpp":
-        obstacle = cpp.obstacle(device, torch.float32)
-    if obstacle is not None:
-        problem = f"train.backend is {backend}, but {obstacle}"
+        unsupported_reason = cpp.unsupported_reason(device, torch.float32)
+    if unsupported_reason is not None:
+        problem = f"train.backend is {backend}, but {unsupported_reason}"
         raise ConfigError(problem, "set train.backend=auto, which runs without it")

@@ -11,7 +11,7 @@ from hopescale.common.disk import replace_text
 from hopescale.common.errors import LaunchError
 from hopescale.common.software import describe_software
 from hopescale.config.layout import Layout
-from hopescale.config.load import Loaded
+from hopescale.config.load import LoadedConfig
 from hopescale.config.record import write_record
 from hopescale.data.tokenizer import Tokenizer
 
@@ -71,7 +71,7 @@ class RunFolder:
         except OSError as error:
             raise self._failure(error) from error
 
-    def describe(self, loaded: Loaded, layout: Layout, overrides: Sequence[str], groups: str) -> None:
+    def describe(self, loaded: LoadedConfig, layout: Layout, overrides: Sequence[str], groups: str) -> None:
         """Write what the run is: resolved config, overrides, origins, plan, parameter groups, environment.
 
         How the start before ended is forgotten.

@@ -16,12 +16,12 @@ import torch.distributed as dist
 
 from hopescale.common.disk import replace_text
 from hopescale.common.errors import LaunchError
-from hopescale.common.place import Place
+from hopescale.common.rank_info import RankInfo
 from hopescale.common.units import format_bytes
 from hopescale.parallel import process
+from hopescale.parallel.bandwidth import LinkTimes, measure
 from hopescale.parallel.device import choose_device, own_device
-from hopescale.parallel.links import Links, measure
-from hopescale.parallel.meeting import Meeting
+from hopescale.parallel.store_exchange import StoreExchange
 
 BAD_NODES = "bad_nodes"
 """File of a run folder with the names of nodes that the run does not start on again, one a line."""
@@ -50,11 +50,13 @@ class Verdict:
     summary: str = ""
 
 
-def check_nodes(place: Place | None, node: str, nodes: Sequence[str], device: str, folders: Sequence[Path]) -> Verdict:
+def check_nodes(
+    rank_info: RankInfo | None, node: str, nodes: Sequence[str], device: str, folders: Sequence[Path]
+) -> Verdict:
     """Check devices, disks and links of all nodes. Called by every rank; all return the same.
 
     Args:
-        place: Which rank this is; None is the only one.
+        rank_info: Which rank this is; None is the only one.
         node: Name of its node.
         nodes: Names of all nodes of the job.
         device: Where the run computes: `auto`, `cpu` or `cuda`.
@@ -63,19 +65,19 @@ def check_nodes(place: Place | None, node: str, nodes: Sequence[str], device: st
     Raises:
         LaunchError: If the ranks do not meet at rank 0.
     """
-    if place is None:
+    if rank_info is None:
         return judge_faults({0: node}, {0: list(_faults(device, None, folders, True))}, nodes)
-    store = process.meet(place, timedelta(seconds=_MEET_S), wait=False)
-    meeting = Meeting(store, place.rank, place.world_size, _MEET_S)
-    names = meeting.gather(node)
+    store = process.open_store(rank_info, timedelta(seconds=_MEET_S), wait=False)
+    exchange = StoreExchange(store, rank_info.rank, rank_info.world_size, _MEET_S)
+    names = exchange.gather(node)
     ranks_here = [rank for rank, name in names.items() if name == node]
-    alone, first = len(ranks_here) == 1, place.rank == min(ranks_here, default=place.rank)
-    found = meeting.gather(list(_faults(device, None if alone else place, folders if first else (), alone)))
+    alone, first = len(ranks_here) == 1, rank_info.rank == min(ranks_here, default=rank_info.rank)
+    found = exchange.gather(list(_faults(device, None if alone else rank_info, folders if first else (), alone)))
     verdict = judge_faults(names, found, nodes)
     if not verdict.bad and not verdict.shared:
-        links = _measure(place, device, [names[rank] for rank in sorted(names)], store, meeting)
-        verdict = judge_links(names, {rank: Links(**of_rank) for rank, of_rank in meeting.gather(links).items()})
-    meeting.leave()
+        links = _measure(rank_info, device, [names[rank] for rank in sorted(names)], store, exchange)
+        verdict = judge_links(names, {rank: LinkTimes(**of_rank) for rank, of_rank in exchange.gather(links).items()})
+    exchange.leave()
     process.stop()
     return verdict
 
@@ -117,7 +119,7 @@ def judge_faults(names: Mapping[int, str], faults: Mapping[int, Sequence[str]], 
     return _verdict(reasons, len(nodes), f"{len(nodes)} nodes, {len(names)} ranks")
 
 
-def judge_links(names: Mapping[int, str], links: Mapping[int, Links]) -> Verdict:
+def judge_links(names: Mapping[int, str], links: Mapping[int, LinkTimes]) -> Verdict:
     """Find the nodes that are slow, or unreachable, while others are not.
 
     Args:
@@ -168,20 +170,22 @@ def _verdict(bad: Mapping[str, str], num_nodes: int, summary: str) -> Verdict:
     return Verdict(dict(bad), [], summary)
 
 
-def _measure(place: Place, device: str, nodes: Sequence[str], store: dist.Store, meeting: Meeting) -> dict[str, object]:
+def _measure(
+    rank_info: RankInfo, device: str, nodes: Sequence[str], store: dist.Store, exchange: StoreExchange
+) -> dict[str, object]:
     where = choose_device(device, "train.device")
-    if where.type == "cuda" and nodes.count(nodes[place.rank]) > 1:
-        where = own_device(place, "train.device")
-    process.start(place, where, timedelta(seconds=_EXCHANGE_S), store)
-    return asdict(measure(nodes, where, lambda: meeting.gather(None)))
+    if where.type == "cuda" and nodes.count(nodes[rank_info.rank]) > 1:
+        where = own_device(rank_info, "train.device")
+    process.start(rank_info, where, timedelta(seconds=_EXCHANGE_S), store)
+    return asdict(measure(nodes, where, lambda: exchange.gather(None)))
 
 
-def _faults(device: str, place: Place | None, folders: Sequence[Path], alone: bool) -> Iterator[str]:
+def _faults(device: str, rank_info: RankInfo | None, folders: Sequence[Path], alone: bool) -> Iterator[str]:
     """Check what this rank alone can see.
 
     Args:
         device: Where the run computes.
-        place: Chooses the CUDA device; None checks all that are visible.
+        rank_info: Chooses the CUDA device; None checks all that are visible.
         folders: To be written to.
         alone: Whether this is the only rank on its node.
     """
@@ -196,7 +200,7 @@ def _faults(device: str, place: Place | None, folders: Sequence[Path], alone: bo
             devices = (
                 [torch.device("cuda", index) for index in range(count)]
                 if alone
-                else [own_device(place, "train.device")]
+                else [own_device(rank_info, "train.device")]
             )
         for each in devices:
             yield from _device_faults(each)

@@ -30,12 +30,12 @@ from hopescale.optim import Cadence, OuterOptimizer, Updater
 from hopescale.optim.gram import gather_grams, linear_layers
 from hopescale.optim.replicated import ReplicatedUpdater
 from hopescale.optim.rules import changed_state
-from hopescale.optim.transfer import Sizes, transfer_groups
+from hopescale.optim.transfer import ParameterSizes, transfer_groups
 from hopescale.parallel.control import Control
 from hopescale.parallel.mesh import Mesh
 from hopescale.train.compiler import check_backend, check_compiler
+from hopescale.train.device_memory import check_device_memory
 from hopescale.train.folder import RunFolder
-from hopescale.train.memory import check_memory
 from hopescale.train.state import TrainState
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -52,7 +52,7 @@ def build_state(config: RunConfig, layout: Layout, mesh: Mesh, device: torch.dev
         DataError: If files are missing or damaged.
     """
     torch.manual_seed(config.train.seed)
-    data = Control(mesh).together(lambda: _open_data(config, layout, device))
+    data = Control(mesh).all_ranks_or_raise(lambda: _open_data(config, layout, device))
     slices = _build_slices(config, mesh, device)
     parameters = {name: p for model in slices for name, p in model.named_parameters()}
     whole = _whole_parameters(parameters, mesh)
@@ -72,7 +72,7 @@ def build_state(config: RunConfig, layout: Layout, mesh: Mesh, device: torch.dev
         assigned = assign_groups(shapes, config.optim.groups, tied, linear)
         return transfer_groups(assigned, whole, config.model, config.optim)
 
-    groups, optim = Control(mesh).together(group)
+    groups, optim = Control(mesh).all_ranks_or_raise(group)
     optimizer = OuterOptimizer(
         parameters,
         optim,
@@ -95,7 +95,7 @@ def build_state(config: RunConfig, layout: Layout, mesh: Mesh, device: torch.dev
 
 def _open_data(config: RunConfig, layout: Layout, device: torch.device) -> Data:
     """Open the data, after a look at the device's memory: all that can be wrong before anything is built."""
-    check_memory(config, layout, device)
+    check_device_memory(config, layout, device)
     data = open_data(config.data, seq_len=config.train.seq_len, vocab_size=config.model.vocab_size)
     data.check_budget(make_plan(config).total_sequences)
     return data
@@ -123,11 +123,11 @@ def _updater(zero: int, slices: Sequence[Model]) -> Callable[..., Updater]:
     return partial(ZeroUpdater, stage=zero, model=slices[0], levels=levels)
 
 
-def _whole_parameters(parameters: Mapping[str, nn.Parameter], mesh: Mesh) -> dict[str, Sizes]:
+def _whole_parameters(parameters: Mapping[str, nn.Parameter], mesh: Mesh) -> dict[str, ParameterSizes]:
     """Return shape and sizes of every parameter of the whole model, by name, in the order of the stages."""
     tp = mesh.tp_group.size()
     own = {
-        name: Sizes(
+        name: ParameterSizes(
             tuple(size * tp if dim == p.spec.partition_dim else size for dim, size in enumerate(p.shape)), p.spec.sizes
         )
         for name, p in parameters.items()
@@ -177,7 +177,7 @@ def restore(
             the checkpoint is beyond `last_step`.
         CheckpointError: If the data under the same path is other data, or the checkpoint is damaged.
     """
-    changes = control.together(lambda: _compare(state, checkpoint, last_step, reset_optimizer))
+    changes = control.all_ranks_or_raise(lambda: _compare(state, checkpoint, last_step, reset_optimizer))
     if changes:
         report("changed since the checkpoint:\n" + format_diff(changes))
     state.restore(checkpoint, reset_optimizer=reset_optimizer)
@@ -192,7 +192,7 @@ def begin_from(state: TrainState, checkpoint: Path, control: Control, report: Re
         ConfigError: If its model is another.
         CheckpointError: If it is damaged, or of another precision.
     """
-    manifest = control.together(lambda: _same_model(state.config, checkpoint))
+    manifest = control.all_ranks_or_raise(lambda: _same_model(state.config, checkpoint))
     state.begin_from(checkpoint)
     report(f"weights from {checkpoint}, which is at step {manifest.step}")
 
@@ -256,5 +256,5 @@ def open_checkpoints(folder: RunFolder, config: RunConfig, data: Data, mesh: Mes
         LaunchError: If the tokenizer cannot be copied into the run folder.
     """
     group = mesh.checkpoint_group if mesh.checkpoint_group.size() > 1 else None
-    tokenizer = Control(mesh).on_first(lambda: folder.keep_tokenizer(data.tokenizer))
+    tokenizer = Control(mesh).broadcast_from_rank0(lambda: folder.keep_tokenizer(data.tokenizer))
     return CheckpointManager(folder.checkpoints, config.checkpoint, tokenizer=tokenizer, group=group)

@@ -12,21 +12,21 @@ import torch
 
 from hopescale.checkpoint.manager import find_checkpoint
 from hopescale.common.errors import CheckpointError, StoppedEarly
-from hopescale.common.place import Place
+from hopescale.common.rank_info import RankInfo
 from hopescale.config.groups import group_summary, group_table
 from hopescale.config.layout import Layout
-from hopescale.config.load import Loaded
+from hopescale.config.load import LoadedConfig
 from hopescale.config.schema import RunConfig
 from hopescale.cost.flops import flops_per_token
 from hopescale.cost.hardware import peak_bf16_flops
 from hopescale.observe.throughput import Throughput
 from hopescale.parallel import process
 from hopescale.parallel.control import Control
-from hopescale.parallel.join import join
+from hopescale.parallel.init_distributed import init_distributed
 from hopescale.parallel.mesh import Mesh
 from hopescale.parallel.traffic import Traffic
+from hopescale.train.device_memory import memory_errors_explained
 from hopescale.train.folder import RunFolder
-from hopescale.train.memory import memory_errors_explained
 from hopescale.train.record import Record
 from hopescale.train.setup import Report, Resume, begin_from, build_state, choose_checkpoint, open_checkpoints, restore
 from hopescale.train.state import TrainState
@@ -37,11 +37,11 @@ T = TypeVar("T")
 
 
 def train(
-    loaded: Loaded,
+    loaded: LoadedConfig,
     overrides: Sequence[str],
     run_dir: Path,
     *,
-    place: Place | None = None,
+    rank_info: RankInfo | None = None,
     layout: Layout,
     stop: StopRequest,
     resume: Resume = "auto",
@@ -56,8 +56,8 @@ def train(
         loaded: A recipe that has passed its checks.
         overrides: As given on the command line, for the record.
         run_dir: The run folder.
-        place: Which rank this process is; None is the only one.
-        layout: How the ranks are shared out.
+        rank_info: Which rank this process is; None is the only one.
+        layout: How the ranks are distributed.
         stop: Read between steps; its handlers are installed by the caller, before the slow imports.
         resume: See `choose_checkpoint`.
         reset_optimizer: Whether to continue with the weights of a checkpoint and a new optimizer.
@@ -73,7 +73,7 @@ def train(
     config = loaded.config
     last_step = config.train.steps if stop_at is None else stop_at
     timeout = timedelta(seconds=config.parallel.first_step_timeout_s)
-    mesh, device = join(place, layout, config.train.device, "train.device", timeout=timeout)
+    mesh, device = init_distributed(rank_info, layout, config.train.device, "train.device", timeout=timeout)
     step, reason = train_on(
         mesh,
         device,
@@ -88,7 +88,7 @@ def train(
         last_step=last_step,
         report=report,
     )
-    if place is not None:
+    if rank_info is not None:
         process.stop()
     where = f"step {step} of {config.train.steps}"
     if reason is not None:
@@ -101,7 +101,7 @@ def train(
 def train_on(
     mesh: Mesh,
     device: torch.device,
-    loaded: Loaded,
+    loaded: LoadedConfig,
     overrides: Sequence[str],
     run_dir: Path,
     *,
@@ -124,13 +124,15 @@ def train_on(
     folder = RunFolder(run_dir)
     with ExitStack() as stack, memory_errors_explained(config), _told_once(control):
         _open_on_first(control, stack, lambda: folder)
-        checkpoint = control.on_first(lambda: choose_checkpoint(folder, resume, reset_optimizer=reset_optimizer))
+        checkpoint = control.broadcast_from_rank0(
+            lambda: choose_checkpoint(folder, resume, reset_optimizer=reset_optimizer)
+        )
         if checkpoint is not None:
             restore(state, checkpoint, last_step, control, report, reset_optimizer=reset_optimizer)
         elif init is not None:
-            begin_from(state, control.on_first(lambda: find_checkpoint(init)), control, report)
+            begin_from(state, control.broadcast_from_rank0(lambda: find_checkpoint(init)), control, report)
         table = group_table(state.optimizer.groups, state.sizes, state.optimizer.peak_rates())
-        control.on_first(lambda: folder.describe(loaded, layout, overrides, table))
+        control.broadcast_from_rank0(lambda: folder.describe(loaded, layout, overrides, table))
         checkpoints = open_checkpoints(folder, config, state.data, mesh)
         for line in _introduction(state, layout, device, run_dir):
             report(line)
@@ -148,7 +150,7 @@ def train_on(
         )
         reason = trainer.run(last_step, stop)
         outcome = f"{_outcome(state.step, config, reason)} at step {state.step} of {config.train.steps}"
-        control.on_first(lambda: folder.note_outcome(outcome))
+        control.broadcast_from_rank0(lambda: folder.note_outcome(outcome))
     return state.step, reason
 
 
@@ -182,7 +184,7 @@ def _introduction(state: TrainState, layout: Layout, device: torch.device, run_d
 def _open_on_first(control: Control, stack: ExitStack, make: Callable[[], AbstractContextManager[T]]) -> T | None:
     """Enter a context on rank 0, until `stack` ends; return it there, None elsewhere. Called by all ranks."""
     opened: list[T] = []
-    control.on_first(lambda: opened.append(stack.enter_context(make())))
+    control.broadcast_from_rank0(lambda: opened.append(stack.enter_context(make())))
     return opened[0] if opened else None
 
 

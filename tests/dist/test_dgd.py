@@ -87,7 +87,7 @@ def check_sums(optimizer: OuterOptimizer, tp_mode: str) -> None:
     assert torch.equal(rows, gram) and columns.count_nonzero() == gram.count_nonzero()
     kept, before = {name: total.clone() for name, total in sums.items()}, gram.clone()
     optimizer.load_sums({})
-    assert not gram.any() and not optimizer.updater.gathered("up.slow.weight").any()
+    assert not gram.any() and not optimizer.updater.accumulated_grad("up.slow.weight").any()
     optimizer.load_sums(kept)
     assert torch.equal(gram, before)
     assert torch.equal(optimizer.parameters["up.slow.weight"].gram, kept["up.slow.weight.gram"])

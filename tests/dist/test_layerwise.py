@@ -1,4 +1,4 @@
-"""Matrices that are shared out over replicas are updated as one process would, whatever the rule and the cadence."""
+"""Matrices that are distributed over replicas are updated as one process would, whatever the rule and the cadence."""
 
 from __future__ import annotations
 
@@ -191,13 +191,13 @@ def check_traffic(rank: int) -> None:
             for name, parameter in run.optimizer.parameters.items():
                 parameter.backward(draw(name, step, mesh))
             due = [name for name in run.optimizer.due(step) if name in layerwise.parameters]
-            waiting = {name: layerwise.gathered(name).clone() for name in layerwise.parameters if name not in due}
+            waiting = {name: layerwise.accumulated_grad(name).clone() for name in layerwise.parameters if name not in due}
             held = [sum(SIZES[name] for name in due if layerwise.owners[name] == owner) for owner in range(owners)]
             traffic.bytes.clear()
             layerwise.reduce(due)
             layerwise.update(due, dict.fromkeys(due, 1.0), run.optimizer.rates(step))
             assert traffic.total() == 4 * max(held) * (owners + 1), f"step {step}"
-            assert all(torch.equal(layerwise.gathered(name), total) for name, total in waiting.items())
+            assert all(torch.equal(layerwise.accumulated_grad(name), total) for name, total in waiting.items())
             traffic.bytes.clear()
             layerwise.reduce([])
             layerwise.update([], {}, run.optimizer.rates(step))

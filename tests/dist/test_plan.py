@@ -16,7 +16,7 @@ from hopescale.config.plan import make_plan
 from hopescale.config.schema import RunConfig
 from hopescale.cost.comm import bytes_of_step, due_levels
 from hopescale.cost.holdings import Holdings
-from hopescale.cost.memory import stage_memory
+from hopescale.cost.device_memory import device_memory_of_stage
 from hopescale.engine import Engine, make_passes
 from hopescale.parallel.mesh import Mesh
 from hopescale.parallel.traffic import Traffic
@@ -115,7 +115,7 @@ def check(
         finally:
             parallel_state.destroy_model_parallel()
         stage, holdings = mesh.pp_group.rank(), Holdings(config)
-        planned = stage_memory(holdings, config, layout, stage)
+        planned = device_memory_of_stage(holdings, config, layout, stage)
         if most is not None and not 0.9 * peak < planned.peak < most * peak:
             wrong.append(f"{name}: {planned.peak / peak:.3f} of {peak} bytes planned, {planned}")
         if mesh.dp_group.rank() or mesh.tp_group.rank():

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from hopescale.common.place import Place
-from hopescale.parallel import links
-from hopescale.parallel.meeting import Meeting
+from hopescale.common.rank_info import RankInfo
+from hopescale.parallel import bandwidth
+from hopescale.parallel.store_exchange import StoreExchange
 from hopescale.train import preflight
 from tests.support.ranks import run_ranks
 
@@ -25,21 +25,21 @@ def free_port() -> int:
 
 
 def check(rank: int, port: int, device: str, folder: Path) -> preflight.Verdict:
-    place = Place(rank, 4, rank % 2, "127.0.0.1", port)
-    return preflight.check_nodes(place, f"n{rank // 2 + 1}", ["n1", "n2"], device, [folder])
+    rank_info = RankInfo(rank, 4, rank % 2, "127.0.0.1", port)
+    return preflight.check_nodes(rank_info, f"n{rank // 2 + 1}", ["n1", "n2"], device, [folder])
 
 
 def checks(rank: int, ports: list[int], folder: Path) -> None:
     store = dist.TCPStore("127.0.0.1", ports[0], 4, is_master=rank == 0, wait_for_workers=False)
-    meeting = Meeting(store, rank, 4, wait_s=3)
+    exchange = StoreExchange(store, rank, 4, wait_s=3)
     if rank != 2:  # it stays away, and is waited for once
-        assert meeting.gather(rank) == {0: 0, 1: 1, 3: 3}
-        assert meeting.gather([rank]) == {0: [0], 1: [1], 3: [3]}
-        meeting.leave()
+        assert exchange.gather(rank) == {0: 0, 1: 1, 3: 3}
+        assert exchange.gather([rank]) == {0: [0], 1: [1], 3: [3]}
+        exchange.leave()
 
     dist.barrier()
     nodes = ["n1", "n1", "n2", "n3"]
-    found = links.measure(nodes, torch.device("cpu"), dist.barrier)
+    found = bandwidth.measure(nodes, torch.device("cpu"), dist.barrier)
     assert (found.within is not None) == (rank < 2) and found.bandwidth > 0
     assert set(found.pairs) == (set() if rank == 1 else {"n1", "n2", "n3"} - {nodes[rank]})
 

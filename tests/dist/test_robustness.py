@@ -124,7 +124,7 @@ def test_a_record_that_rank_0_cannot_write_ends_the_run_on_all(tmp_path: Path):
 def check_control(rank: int) -> None:
     control = Control(Mesh.over_all(Layout(dp=3)))
     assert control.is_first == (rank == 0)
-    assert control.on_first(lambda: f"from {rank}") == "from 0"
+    assert control.broadcast_from_rank0(lambda: f"from {rank}") == "from 0"
     assert control.gather(rank) == [0, 1, 2]
     assert control.agree(None, None) is None
     assert control.agree("SIGUSR1" if rank == 2 else None, None) == "SIGUSR1"
@@ -136,10 +136,10 @@ def check_control(rank: int) -> None:
         raise ConfigError("the same everywhere")
 
     with pytest.raises(ConfigError, match="the same everywhere") as caught:
-        control.together(same)
+        control.all_ranks_or_raise(same)
     assert caught.value.repeated == (rank != 0)
     with pytest.raises(ConfigError, match="the same everywhere" if rank == 0 else "rank 0 failed") as caught:
-        control.on_first(same)
+        control.broadcast_from_rank0(same)
     assert caught.value.repeated == (rank != 0)
 
     def mine() -> None:
@@ -147,7 +147,7 @@ def check_control(rank: int) -> None:
             raise DataError("on one alone")
 
     with pytest.raises(DataError, match="on one alone" if rank == 2 else "rank 2 failed") as caught:
-        control.together(mine)
+        control.all_ranks_or_raise(mine)
     assert caught.value.repeated == (rank == 1)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from hopescale.common.paths import shipped_slurm
 from hopescale.launch.profile import load_profile
-from hopescale.launch.sbatch import Job, render
+from hopescale.launch.sbatch import BatchJob, render
 
 SCRIPTS = Path(__file__).with_name("sbatch")
 PROFILES = sorted(path.stem for path in (shipped_slurm() / "clusters").glob("*.yaml"))
@@ -18,7 +18,7 @@ CHAINED = "modules"
 
 
 def script(profile: str) -> str:
-    job = Job(
+    job = BatchJob(
         "hope_170m",
         load_profile(profile),
         nodes=2,

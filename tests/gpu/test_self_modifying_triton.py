@@ -15,7 +15,7 @@ from torch import Tensor
 from hopescale.config.schema import SelfModifyingConfig
 from hopescale.models.memory import KEY_EPS, BankState
 from hopescale.models.self_modifying import SelfModifying, _pack, _unpack
-from hopescale.ops.self_modifying import ChunkRule, ChunksOutput, Streams, Weights
+from hopescale.ops.self_modifying import ChunksOutput, MemorySpec, Streams, Weights
 from hopescale.parallel.mesh import Mesh
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -42,11 +42,11 @@ def make_mixer(config: SelfModifyingConfig, heads: int, dim: int) -> SelfModifyi
     return SelfModifying(8, heads, dim, config, norm_eps=1e-6, out_std=0.3, mesh=Mesh.alone(), backend="torch")
 
 
-def make_rule(mixer: SelfModifying) -> ChunkRule:
+def make_rule(mixer: SelfModifying) -> MemorySpec:
     bank, config = mixer.banks["memory"], mixer.config
-    return ChunkRule(
-        wide=bank.wide,
-        narrow=bank.narrow,
+    return MemorySpec(
+        vector_memories=bank.vector_memories,
+        gate_memories=bank.gate_memories,
         hidden=bank.hidden,
         chunk_size=config.chunk_size,
         objective=config.objective,
@@ -98,16 +98,16 @@ def fused(mixer: SelfModifying, inputs: dict[str, Tensor]) -> ChunksOutput:
 def looped(mixer: SelfModifying, inputs: dict[str, Tensor]) -> ChunksOutput:
     streams, running, momentum = split(inputs)
     given = {name: x for name, x in streams._asdict().items() if x is not None}
-    y, seen, carried = mixer._in_chunks(0, given, _pack("memory", BankState(running, momentum, running)))
-    state = _unpack("memory", carried)
-    return ChunksOutput(y, seen, *state)
+    y, stats, carry = mixer._in_chunks(0, given, _pack("memory", BankState(running, momentum, running)))
+    state = _unpack("memory", carry)
+    return ChunksOutput(y, stats, *state)
 
 
 def results(function, mixer: SelfModifying, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """Outputs, and gradients of a random sum of them."""
     inputs = {name: tensor.detach().requires_grad_() for name, tensor in inputs.items()}
     output = function(mixer, inputs)
-    found = {"y": output.y, "seen": output.seen}
+    found = {"y": output.y, "seen": output.stats}
     for kind in ("running", "momentum", "boundary"):
         weights = getattr(output, kind)
         found |= {f"{kind}/{n}": x for n, x in (weights._asdict() if weights else {}).items() if x is not None}
@@ -162,7 +162,7 @@ def test_an_empty_sequence_returns_the_state():
     inputs = {name: tensor.to(DEVICE) for name, tensor in make_inputs(mixer, 0, 1).items()}
     output = fused(mixer, inputs)
     assert output.y.shape == (1, 1, 0, 16)
-    assert torch.equal(output.running.first, inputs["running/first"])
+    assert torch.equal(output.running.w_in, inputs["running/first"])
 
 
 def test_a_loss_of_outputs_alone_has_the_loops_gradients():

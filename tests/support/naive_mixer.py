@@ -92,7 +92,9 @@ def naive_head(mixer: SelfModifying, head: int, streams: dict[str, Tensor]) -> T
     """Run one head over one sequence, token by token: streams `[T, D]` to outputs `[T, D]`."""
     config = mixer.config
     memories = {
-        name: Memory(getattr(bank, name), head) for bank in mixer.banks.values() for name in bank.wide + bank.narrow
+        name: Memory(getattr(bank, name), head)
+        for bank in mixer.banks.values()
+        for name in bank.vector_memories + bank.gate_memories
     }
 
     def gate(name: str, x: Tensor) -> Tensor:

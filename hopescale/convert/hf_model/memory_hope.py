@@ -56,7 +56,7 @@ class Tables(NamedTuple):
     write: Tensor
     erase: Tensor
     last_push: Tensor | None
-    push_kept: Tensor | None
+    momentum_decay: Tensor | None
 
     def before(self) -> Tables:
         """Return the same for the state before each token's own write."""
@@ -135,7 +135,7 @@ class Layer:
             return state, None
         pushes = (last.last_push[..., None] * self.values).mT @ self.keys
         state = state + last.push[..., -1, None, None] * self.momentum
-        return state, last.push_kept[..., None, None] * self.momentum + pushes
+        return state, last.momentum_decay[..., None, None] * self.momentum + pushes
 
 
 class Memory(nn.Module):
@@ -151,7 +151,7 @@ class Memory(nn.Module):
         for name, shape in shapes.items():
             self.register_parameter(name, nn.Parameter(torch.zeros(heads, *shape)))
 
-    def ask(self, weights: State, x: Tensor) -> Tensor:
+    def retrieve(self, weights: State, x: Tensor) -> Tensor:
         """Answer `x` `[B, H, C, D]` with fixed weights."""
         if "w" in weights:
             return x @ weights["w"].mT
@@ -169,7 +169,7 @@ class Memory(nn.Module):
         return {"w2": (k, -(error @ weights["w1"]) * slope), "w1": (hidden / length, -length * error)}
 
 
-class Gate(nn.Module):
+class HopeGate(nn.Module):
     """A number per head and token in (0, 1)."""
 
     def __init__(self, heads: int, dim: int | None):
@@ -183,7 +183,7 @@ class Gate(nn.Module):
         return torch.sigmoid(logit + self.bias[:, None])
 
 
-class SelfModifying(nn.Module):
+class HopeSelfModifying(nn.Module):
     """Hope's mixer: memories that make keys, values and gates for themselves, chunk by chunk."""
 
     def __init__(self, model: SimpleNamespace, dim: int):
@@ -196,7 +196,7 @@ class SelfModifying(nn.Module):
             self.conv = nn.ParameterDict({"weight": nn.Parameter(torch.zeros(heads * 3 * dim, config.conv_width))})
         adaptive = set(config.adaptive)
         gates = ["eta"] + ["alpha"] * config.retention + ["mu"] * config.momentum
-        self.gates = nn.ModuleDict({name: Gate(heads, None if name in adaptive else dim) for name in gates})
+        self.gates = nn.ModuleDict({name: HopeGate(heads, None if name in adaptive else dim) for name in gates})
         hidden = (config.memory_dim or dim) if config.memory == "mlp" else None
         names = [*(name for name in "kv" if name in adaptive), *["q"] * (config.query == "memory")]
         sizes = dict.fromkeys(["mem", *names], dim) | {name: 1 for name in ("eta", "alpha") if name in adaptive}
@@ -274,7 +274,9 @@ class SelfModifying(nn.Module):
                 state[key] = torch.where(begins, running, state[key])
             boundary[name] = self._weights(state, "boundary/", name)
         unit = dict(zip("kvq", _unit(streams), strict=True))
-        asked = {name: memory.ask(boundary[name], unit.get(name, unit["k"])) for name, memory in self.memories.items()}
+        asked = {
+            name: memory.retrieve(boundary[name], unit.get(name, unit["k"])) for name, memory in self.memories.items()
+        }
         gates = {name: gate(asked.get(name, unit["k"])) for name, gate in self.gates.items()}
         eta, mu = config.eta_max * gates["eta"], gates.get("mu")
         alpha = gates["alpha"] if config.retention else torch.ones_like(eta)
@@ -282,7 +284,7 @@ class SelfModifying(nn.Module):
         v = asked.get("v", streams[1])
         v = _unit(v) if config.targets == "self" else v
         tables = _tables(eta, alpha, mu)
-        output = self.memories["mem"].ask(boundary["mem"], q)
+        output = self.memories["mem"].retrieve(boundary["mem"], q)
         for name, memory in self.memories.items():
             error = self._error(memory, boundary[name], k, v)
             error = error if mu is None else error * (1 - mu)[..., None]
@@ -303,10 +305,10 @@ class SelfModifying(nn.Module):
 
     def _error(self, memory: Memory, weights: State, k: Tensor, v: Tensor) -> Tensor:
         """Return the gradient of the inner loss with respect to a memory's answers."""
-        target = memory.ask(weights, v) if self.config.targets == "self" else v
+        target = memory.retrieve(weights, v) if self.config.targets == "self" else v
         if self.config.objective == "dot":
             return -target
-        error = memory.ask(weights, k) - target
+        error = memory.retrieve(weights, k) - target
         if self.config.error_cap is None:
             return error
         scale = self.config.error_cap * torch.rsqrt(error.square().sum(-1, keepdim=True) + 1e-12)

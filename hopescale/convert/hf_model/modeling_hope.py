@@ -14,7 +14,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration_hope import HopeConfig
-from .memory_hope import Columns, Norm, SelfModifying, State
+from .memory_hope import Columns, HopeSelfModifying, Norm, State
 
 VOCAB_MULTIPLE = 128  # rows of the embedding are padded to a multiple of this
 
@@ -43,7 +43,7 @@ class HopeCache:
         self.layers = [{name: tensor[beam_idx] for name, tensor in layer.items()} for layer in self.layers]
 
 
-class Attention(nn.Module):
+class HopeAttention(nn.Module):
     """Causal softmax attention, heads of queries in groups that share a key and a value, with rotary positions."""
 
     def __init__(self, model: SimpleNamespace, dim: int):
@@ -113,7 +113,7 @@ class Attention(nn.Module):
         return ((own >= other) & real[:, None, :] | (own == other))[:, None]
 
 
-class Level(nn.Module):
+class HopeLevel(nn.Module):
     """A gated MLP, with a norm in front if it stands in a chain."""
 
     def __init__(self, width: int, d_ff: int, norm_eps: float | None):
@@ -128,7 +128,7 @@ class Level(nn.Module):
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
-class ContinuumMemory(nn.Module):
+class HopeContinuumMemory(nn.Module):
     """The levels of a block, fast to slow: a chain, or side by side with learned weights."""
 
     def __init__(self, model: SimpleNamespace, number: int):
@@ -138,7 +138,7 @@ class ContinuumMemory(nn.Module):
             levels = [levels[number * len(levels) // model.num_layers]]
         self.chained = model.cms.variant == "sequential"
         eps = model.norm_eps if self.chained else None
-        self.levels = nn.ModuleDict({name: Level(model.d_model, level["d_ff"], eps) for name, level in levels})
+        self.levels = nn.ModuleDict({name: HopeLevel(model.d_model, level["d_ff"], eps) for name, level in levels})
         if not self.chained:
             self.norm, self.mix = Norm(model.d_model, eps=model.norm_eps), nn.Parameter(torch.ones(len(levels)))
 
@@ -152,15 +152,15 @@ class ContinuumMemory(nn.Module):
         return x + sum(weight * level(shared) for weight, level in zip(weights, self.levels.values(), strict=True))
 
 
-class Block(nn.Module):
+class HopeBlock(nn.Module):
     """`x <- x + mixer(norm(x))`, then `x <- cms(x)`."""
 
     def __init__(self, model: SimpleNamespace, number: int):
         super().__init__()
         dim = model.head_dim or model.d_model // model.num_heads
         self.norm = Norm(model.d_model, eps=model.norm_eps)
-        self.mixer = (Attention if model.mixer == "attention" else SelfModifying)(model, dim)
-        self.cms = ContinuumMemory(model, number)
+        self.mixer = (HopeAttention if model.mixer == "attention" else HopeSelfModifying)(model, dim)
+        self.cms = HopeContinuumMemory(model, number)
 
     def forward(self, x: Tensor, state: State, columns: Columns) -> tuple[Tensor, State]:
         """Map the residual stream to itself, and return the mixer's state."""
@@ -174,7 +174,7 @@ class HopeForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = HopeConfig
     _supports_sdpa = True
     _is_stateful = True
-    _no_split_modules = ("Block",)
+    _no_split_modules = ("HopeBlock",)
     _keep_in_fp32_modules_strict = ("norm.weight", "mixer.gates", "mixer.conv", "mixer.banks", "cms.mix")
 
     def __init__(self, config: HopeConfig):
@@ -185,7 +185,7 @@ class HopeForCausalLM(PreTrainedModel, GenerationMixin):
         if model.mixer == "self_modifying":
             self.period = model.self_modifying.projection_chunk_size or model.self_modifying.chunk_size
         self.embedding = nn.Embedding(rows, model.d_model)
-        self.blocks = nn.ModuleDict({str(number): Block(model, number) for number in range(model.num_layers)})
+        self.blocks = nn.ModuleDict({str(number): HopeBlock(model, number) for number in range(model.num_layers)})
         multiplier = 1.0 if model.transfer is None else model.transfer.base_width / model.d_model
         self.norm = Norm(model.d_model, eps=model.norm_eps, multiplier=multiplier)
         self.head = None if model.tie_embeddings else nn.Linear(model.d_model, rows, bias=False)

@@ -31,7 +31,7 @@ def compiler() -> list[str] | None:
 
 
 @cache
-def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+def unsupported_reason(device: torch.device, dtype: torch.dtype) -> str | None:
     """Return what keeps the C++ from tensors of a type on a device, None if nothing does. May compile it."""
     if device.type != "cpu" or dtype != torch.float32:
         return f"the C++ is for float32 on a CPU, not {str(dtype).removeprefix('torch.')} on {device}"

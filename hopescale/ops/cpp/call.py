@@ -1,4 +1,4 @@
-"""How the C++ is called: addresses of tensors, and heads shared out over threads."""
+"""How the C++ is called: addresses of tensors, and heads distributed over threads."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def pointers(tensors: Sequence[Tensor | None]) -> ctypes.Array:
     return (ctypes.c_void_p * len(tensors))(*(None if x is None else x.data_ptr() for x in tensors))
 
 
-def share_out(run: Callable[[int, int], None], heads: int) -> None:
+def parallel_for(run: Callable[[int, int], None], heads: int) -> None:
     """Call `run(begin, end)` for parts of `heads`, in as many threads as torch has."""
     threads = min(torch.get_num_threads(), heads)
     if threads <= 1:

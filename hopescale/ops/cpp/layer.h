@@ -1,6 +1,6 @@
 // One linear layer during one chunk: what its keys hold, what is written, what a query reads, and the way back.
 #pragma once
-#include "tables.h"
+#include "decay.h"
 
 namespace hopescale {
 
@@ -19,17 +19,17 @@ struct Layer {
     }
 };
 
-inline Layer take_layer(Arena& arena, const Rule& rule, Matrix keys, int outputs) {
+inline Layer take_layer(Arena& arena, const MemorySpec& spec, Matrix keys, int outputs) {
     const int c = keys.rows;
     Layer x{};
     x.keys = keys;
     x.values = arena.take(c, outputs);
     x.answers = arena.take(c, outputs);
-    if (rule.momentum) x.pushes = arena.take(c, outputs);
-    if (rule.erase) {
+    if (spec.momentum) x.pushes = arena.take(c, outputs);
+    if (spec.erase) {
         x.held = arena.take(c, outputs);
-        x.similar = arena.take(c, padded(rule.chunk));
-        x.inverse = arena.take(c, padded(rule.chunk));
+        x.similar = arena.take(c, padded(spec.chunk));
+        x.inverse = arena.take(c, padded(spec.chunk));
     }
     return x;
 }
@@ -85,39 +85,39 @@ inline void invert_unit_lower(Arena& arena, Matrix x, Matrix result) {
 }
 
 // Compares keys with each other; inverts what erasing does to later reads.
-inline void open_layer(Arena& arena, const Rule& rule, const Tables& tables, Layer& x) {
-    if (!rule.erase) return;
+inline void open_layer(Arena& arena, const MemorySpec& spec, const DecayWeights& decay, Layer& x) {
+    if (!spec.erase) return;
     Scope scope(arena);
     product(x.keys, transposed(arena, x.keys), x.similar, SET, RESULT_LOWER);
     Matrix system = arena.take(x.keys.rows, x.similar.width);
-    weigh(tables.erase, x.similar, system);
+    weigh(decay.erase, x.similar, system);
     invert_unit_lower(arena, system, x.inverse);
 }
 
 // Computes `held`, and `answers` and `pushes` on the way; `answers` of the first layer are known.
-inline void hold(Arena& arena, const Rule& rule, const Tables& tables, Layer& x, bool answered) {
-    if (!rule.erase) return;
+inline void hold(Arena& arena, const MemorySpec& spec, const DecayWeights& decay, Layer& x, bool answered) {
+    if (!spec.erase) return;
     Scope scope(arena);
     const int c = x.keys.rows;
     if (!answered) product(x.keys, x.state, x.answers);
     Matrix weights = arena.take(c, x.similar.width), sum = arena.take(c, x.values.width);
-    weigh(tables.write, x.similar, weights);
+    weigh(decay.write, x.similar, weights);
     product(weights, x.values, sum, SET, LEFT_LOWER);
-    scale_rows(1, tables.start, x.answers, sum, ADD);
-    if (rule.momentum) {
+    scale_rows(1, decay.start, x.answers, sum, ADD);
+    if (spec.momentum) {
         product(x.keys, x.momentum, x.pushes);
-        scale_rows(1, tables.push, x.pushes, sum, ADD);
+        scale_rows(1, decay.push, x.pushes, sum, ADD);
     }
     product(x.inverse, sum, x.held, SET, LEFT_LOWER);
 }
 
 // What enters the state with each key, `write[c] o values - erase[c] o held`.
-inline void entering(const Rule& rule, const Tables& tables, const Layer& x, Matrix result) {
-    const float *write = tables.write.row(tables.size), *erase = tables.erase.row(tables.size);
+inline void entering(const MemorySpec& spec, const DecayWeights& decay, const Layer& x, Matrix result) {
+    const float *write = decay.write.row(decay.size), *erase = decay.erase.row(decay.size);
     for (int t = 0; t < result.rows; ++t)
         for (int j = 0; j < result.width; j += LANES) {
             Lanes value = write[t] * load(x.values.row(t) + j);
-            if (rule.erase) value -= erase[t] * load(x.held.row(t) + j);
+            if (spec.erase) value -= erase[t] * load(x.held.row(t) + j);
             store(result.row(t) + j, value);
         }
 }
@@ -133,16 +133,17 @@ inline void combine(float a, Matrix x, float b, Matrix y, Matrix result) {
 }
 
 // Writes the state and the momentum after the chunk.
-inline void move(Arena& arena, const Rule& rule, const Tables& tables, const Layer& x, Matrix state, Matrix momentum) {
+inline void move(Arena& arena, const MemorySpec& spec, const DecayWeights& decay, const Layer& x, Matrix state,
+                 Matrix momentum) {
     Scope scope(arena);
-    const int c = tables.size;
+    const int c = decay.size;
     Matrix rows = arena.take(c, x.values.width);
-    entering(rule, tables, x, rows);
-    combine(tables.start[c], x.state, rule.momentum ? tables.push[c] : 0, x.momentum, state);
+    entering(spec, decay, x, rows);
+    combine(decay.start[c], x.state, spec.momentum ? decay.push[c] : 0, x.momentum, state);
     product_t(x.keys, rows, state, ADD);
-    if (!rule.momentum) return;
-    scale_rows(1, tables.last_push(), x.values, rows);
-    combine(tables.push_kept(), x.momentum, 0, {}, momentum);
+    if (!spec.momentum) return;
+    scale_rows(1, decay.last_push(), x.values, rows);
+    combine(decay.momentum_decay(), x.momentum, 0, {}, momentum);
     product_t(x.keys, rows, momentum, ADD);
 }
 
@@ -153,8 +154,8 @@ struct Reading {
     bool diagonal;
 };
 
-inline Reading reading(const Rule& rule, const Tables& x) {
-    const int after = rule.read == INCLUSIVE;
+inline Reading reading(const MemorySpec& spec, const DecayWeights& x) {
+    const int after = spec.read == INCLUSIVE;
     const float* push = x.mu ? x.push + after : nullptr;
     return {x.start + after, push, x.erase.block(after, x.size), x.write.block(after, x.size), after > 0};
 }
@@ -164,34 +165,34 @@ struct Queried {
     Matrix q, answers, pushes, similar;
 };
 
-inline Queried take_queried(Arena& arena, const Rule& rule, Matrix q, int outputs) {
-    Queried x{q, arena.take(q.rows, outputs), {}, arena.take(q.rows, padded(rule.chunk))};
-    if (rule.momentum) x.pushes = arena.take(q.rows, outputs);
+inline Queried take_queried(Arena& arena, const MemorySpec& spec, Matrix q, int outputs) {
+    Queried x{q, arena.take(q.rows, outputs), {}, arena.take(q.rows, padded(spec.chunk))};
+    if (spec.momentum) x.pushes = arena.take(q.rows, outputs);
     return x;
 }
 
 // Asks with one query per token, and compares queries with keys.
-inline void query(Arena& arena, const Rule& rule, const Layer& x, Queried& read) {
+inline void query(Arena& arena, const MemorySpec& spec, const Layer& x, Queried& read) {
     Scope scope(arena);
     product(read.q, transposed(arena, x.keys), read.similar, SET, RESULT_LOWER);
     product(read.q, x.state, read.answers);
-    if (rule.momentum) product(read.q, x.momentum, read.pushes);
+    if (spec.momentum) product(read.q, x.momentum, read.pushes);
 }
 
 // Reads what a query asked for.
-inline void read(Arena& arena, const Rule& rule, const Tables& tables, const Layer& x, const Queried& read,
+inline void read(Arena& arena, const MemorySpec& spec, const DecayWeights& decay, const Layer& x, const Queried& read,
                  Matrix output) {
     Scope scope(arena);
-    const Reading at = reading(rule, tables);
+    const Reading at = reading(spec, decay);
     Matrix weights = arena.take(read.q.rows, read.similar.width);
     weigh(at.write, read.similar, weights, at.diagonal);
     product(weights, x.values, output, SET, LEFT_LOWER);
-    if (rule.erase) {
+    if (spec.erase) {
         weigh(at.erase, read.similar, weights, at.diagonal);
         product(weights, x.held, output, SUBTRACT, LEFT_LOWER);
     }
     scale_rows(1, at.start, read.answers, output, ADD);
-    if (rule.momentum) scale_rows(1, at.push, read.pushes, output, ADD);
+    if (spec.momentum) scale_rows(1, at.push, read.pushes, output, ADD);
 }
 
 }  // namespace hopescale

@@ -33,11 +33,12 @@ inline void weigh_back(float factor, Matrix d_weights, Matrix weight, Matrix sim
 }
 
 // Back through `read`.
-inline void read_back(Arena& arena, const Rule& rule, const Tables& tables, const Layer& x, const Queried& read,
-                      Matrix d_output, Matrix d_q, LayerGrads d, TableGrads& d_tables) {
+inline void read_back(Arena& arena, const MemorySpec& spec, const DecayWeights& decay, const Layer& x,
+                      const Queried& read,
+                      Matrix d_output, Matrix d_q, LayerGrads d, TableGrads& d_decay) {
     Scope scope(arena);
-    const int c = read.q.rows, after = rule.read == INCLUSIVE;
-    const Reading at = reading(rule, tables);
+    const int c = read.q.rows, after = spec.read == INCLUSIVE;
+    const Reading at = reading(spec, decay);
     Matrix rows = arena.take(c, d_output.width), weights = arena.take(c, read.similar.width);
     Matrix d_weights = arena.take(c, read.similar.width), d_similar = arena.take(c, read.similar.width);
     const auto answered = [&](const float* scale, Matrix answers, Matrix state, Matrix d_state, float* d_scale) {
@@ -47,8 +48,8 @@ inline void read_back(Arena& arena, const Rule& rule, const Tables& tables, cons
         product_t(read.q, rows, d_state, ADD);
         product(rows, transposed(arena, state), d_q, ADD);
     };
-    answered(at.start, read.answers, x.state, d.state, d_tables.start + after);
-    if (rule.momentum) answered(at.push, read.pushes, x.momentum, d.momentum, d_tables.push + after);
+    answered(at.start, read.answers, x.state, d.state, d_decay.start + after);
+    if (spec.momentum) answered(at.push, read.pushes, x.momentum, d.momentum, d_decay.push + after);
     fill(d_similar, 0);
     const auto weighed = [&](float sign, Matrix weight, Matrix values, Matrix d_values, Matrix d_weight) {
         Scope inner(arena);
@@ -57,57 +58,57 @@ inline void read_back(Arena& arena, const Rule& rule, const Tables& tables, cons
         product(d_output, transposed(arena, values), d_weights, SET, RESULT_LOWER);
         weigh_back(sign, d_weights, weight, read.similar, d_weight.block(after, c), d_similar, at.diagonal);
     };
-    weighed(1, at.write, x.values, d.values, d_tables.write);
-    if (rule.erase) weighed(-1, at.erase, x.held, d.held, d_tables.erase);
+    weighed(1, at.write, x.values, d.values, d_decay.write);
+    if (spec.erase) weighed(-1, at.erase, x.held, d.held, d_decay.erase);
     product(d_similar, x.keys, d_q, ADD, LEFT_LOWER);
     product_t(d_similar, read.q, d.keys, ADD, LEFT_UPPER);
 }
 
 // Back through `move`, the first step of the way back: turns gradients of state and momentum after the chunk into those
 // before it, and sets those of `values` and `held`. The other steps add.
-inline void move_back(Arena& arena, const Rule& rule, const Tables& tables, const Layer& x, LayerGrads& d,
-                      TableGrads& d_tables) {
+inline void move_back(Arena& arena, const MemorySpec& spec, const DecayWeights& decay, const Layer& x, LayerGrads& d,
+                      TableGrads& d_decay) {
     Scope scope(arena);
-    const int c = tables.size;
-    const float *write = tables.write.row(c), *erase = tables.erase.row(c);
+    const int c = decay.size;
+    const float *write = decay.write.row(c), *erase = decay.erase.row(c);
     Matrix rows = arena.take(c, x.values.width), d_rows = arena.take(c, x.values.width);
     {
         Scope inner(arena);
-        entering(rule, tables, x, rows);
+        entering(spec, decay, x, rows);
         product(x.keys, d.state, d_rows);
         product(rows, transposed(arena, d.state), d.keys, ADD);
     }
     scale_rows(1, write, d_rows, d.values);
-    add_row_dots(1, d_rows, x.values, d_tables.write.row(c));
-    if (rule.erase) {
+    add_row_dots(1, d_rows, x.values, d_decay.write.row(c));
+    if (spec.erase) {
         scale_rows(-1, erase, d_rows, d.held);
-        add_row_dots(-1, d_rows, x.held, d_tables.erase.row(c));
+        add_row_dots(-1, d_rows, x.held, d_decay.erase.row(c));
     }
-    d_tables.start[c] += matrix_dot(d.state, x.state);
-    if (rule.momentum) {
+    d_decay.start[c] += matrix_dot(d.state, x.state);
+    if (spec.momentum) {
         Scope inner(arena);
-        d_tables.push[c] += matrix_dot(d.state, x.momentum);
-        d_tables.push_kept += matrix_dot(d.momentum, x.momentum);
-        scale_rows(1, tables.last_push(), x.values, rows);
+        d_decay.push[c] += matrix_dot(d.state, x.momentum);
+        d_decay.momentum_decay += matrix_dot(d.momentum, x.momentum);
+        scale_rows(1, decay.last_push(), x.values, rows);
         product(x.keys, d.momentum, d_rows);
         product(rows, transposed(arena, d.momentum), d.keys, ADD);
-        scale_rows(1, tables.last_push(), d_rows, d.values, ADD);
-        add_row_dots(1, d_rows, x.values, d_tables.last_push);
-        combine(tables.push_kept(), d.momentum, tables.push[c], d.state, d.momentum);
+        scale_rows(1, decay.last_push(), d_rows, d.values, ADD);
+        add_row_dots(1, d_rows, x.values, d_decay.last_push);
+        combine(decay.momentum_decay(), d.momentum, decay.push[c], d.state, d.momentum);
     }
-    combine(tables.start[c], d.state, 0, {}, d.state);
+    combine(decay.start[c], d.state, 0, {}, d.state);
 }
 
 // Back through `hold` and `open_layer`, from the gradient of `held`. Leaves the gradient of `answers` in `d_answers`,
 // for the caller to take through the product with the state.
-inline void hold_back(Arena& arena, const Rule& rule, const Tables& tables, const Layer& x, LayerGrads& d,
-                      TableGrads& d_tables, Matrix d_answers) {
-    if (!rule.erase) {
+inline void hold_back(Arena& arena, const MemorySpec& spec, const DecayWeights& decay, const Layer& x, LayerGrads& d,
+                      TableGrads& d_decay, Matrix d_answers) {
+    if (!spec.erase) {
         fill(d_answers, 0);
         return;
     }
     Scope scope(arena);
-    const int c = tables.size, width = x.similar.width;
+    const int c = decay.size, width = x.similar.width;
     Matrix d_sum = arena.take(c, x.values.width), rows = arena.take(c, x.values.width);
     Matrix weights = arena.take(c, width), d_weights = arena.take(c, width), d_similar = arena.take(c, width);
     product_t(x.inverse, d.held, d_sum, SET, LEFT_UPPER);
@@ -117,17 +118,17 @@ inline void hold_back(Arena& arena, const Rule& rule, const Tables& tables, cons
         product(d_sum, transposed(arena, right), d_weights, SET, RESULT_LOWER);
         weigh_back(sign, d_weights, weight, x.similar, d_weight, d_similar, false);
     };
-    weighed(-1, tables.erase, x.held, d_tables.erase);
-    weighed(1, tables.write, x.values, d_tables.write);
-    weigh(tables.write, x.similar, weights);
+    weighed(-1, decay.erase, x.held, d_decay.erase);
+    weighed(1, decay.write, x.values, d_decay.write);
+    weigh(decay.write, x.similar, weights);
     product_t(weights, d_sum, d.values, ADD, LEFT_UPPER);
     product(d_similar, x.keys, d.keys, ADD, LEFT_LOWER);
     product_t(d_similar, x.keys, d.keys, ADD, LEFT_UPPER);
-    add_row_dots(1, d_sum, x.answers, d_tables.start);
-    scale_rows(1, tables.start, d_sum, d_answers);
-    if (!rule.momentum) return;
-    add_row_dots(1, d_sum, x.pushes, d_tables.push);
-    scale_rows(1, tables.push, d_sum, rows);
+    add_row_dots(1, d_sum, x.answers, d_decay.start);
+    scale_rows(1, decay.start, d_sum, d_answers);
+    if (!spec.momentum) return;
+    add_row_dots(1, d_sum, x.pushes, d_decay.push);
+    scale_rows(1, decay.push, d_sum, rows);
     product_t(x.keys, rows, d.momentum, ADD);
     product(rows, transposed(arena, x.momentum), d.keys, ADD);
 }

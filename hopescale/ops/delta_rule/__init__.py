@@ -1,9 +1,9 @@
 """The gated delta rule with momentum: the one recurrence under every memory of the model. See README.md."""
 
-from hopescale.ops.delta_rule.backend import KERNEL_DIMS, Backend, delta_rule, triton_obstacle
+from hopescale.ops.delta_rule.backend import KERNEL_DIMS, Backend, delta_rule, triton_unsupported_reason
 from hopescale.ops.delta_rule.chunked import (
     Chunk,
-    Entry,
+    ChunkUpdate,
     Move,
     Values,
     chunk_values,
@@ -12,27 +12,27 @@ from hopescale.ops.delta_rule.chunked import (
     read_chunk,
     write_chunk,
 )
+from hopescale.ops.delta_rule.decay import DecayWeights, decay_weights
 from hopescale.ops.delta_rule.naive import delta_rule_naive
-from hopescale.ops.delta_rule.tables import ChunkTables, chunk_tables
 from hopescale.ops.delta_rule.types import DeltaRuleOutput, Read
 
 __all__ = [
     "KERNEL_DIMS",
     "Backend",
     "Chunk",
-    "ChunkTables",
+    "DecayWeights",
     "DeltaRuleOutput",
-    "Entry",
+    "ChunkUpdate",
     "Move",
     "Read",
     "Values",
-    "chunk_tables",
+    "decay_weights",
     "chunk_values",
     "delta_rule",
     "delta_rule_naive",
     "move_chunk",
     "open_chunk",
     "read_chunk",
-    "triton_obstacle",
+    "triton_unsupported_reason",
     "write_chunk",
 ]

@@ -27,7 +27,7 @@ OLDEST_TRITON = (3, 3)
 
 
 @cache
-def _installation_obstacle() -> str | None:
+def _installation_problem() -> str | None:
     try:
         found = version("triton")
     except PackageNotFoundError:
@@ -37,13 +37,13 @@ def _installation_obstacle() -> str | None:
     return None
 
 
-def triton_obstacle(device: torch.device) -> str | None:
+def triton_unsupported_reason(device: torch.device) -> str | None:
     """Return what keeps Triton kernels from running on a device, None if nothing does.
 
     They run on CUDA devices, and anywhere in Triton's interpreter, which `TRITON_INTERPRET=1` turns on.
     """
-    if obstacle := _installation_obstacle():
-        return obstacle
+    if unsupported_reason := _installation_problem():
+        return unsupported_reason
     if os.environ.get("TRITON_INTERPRET") == "1":
         return None
     if device.type != "cuda" or torch.version.hip is not None:
@@ -51,7 +51,7 @@ def triton_obstacle(device: torch.device) -> str | None:
     return None
 
 
-def _shape_obstacle(k: Tensor, u: Tensor, state: Tensor, read: Read, chunk_size: int) -> str | None:
+def _shape_unsupported_reason(k: Tensor, u: Tensor, state: Tensor, read: Read, chunk_size: int) -> str | None:
     if state.dtype != torch.float32:
         return f"the kernels compute in float32, state is {state.dtype}"
     if k.shape[-1] not in KERNEL_DIMS:
@@ -108,11 +108,13 @@ def delta_rule(
         raise ValueError(f"backend is {backend!r}, not one of {', '.join(get_args(Backend))}")
     settings = {"q": q, "mu": mu, "momentum": momentum, "erase": erase, "read": read, "chunk_size": chunk_size}
     if backend == "triton" or (backend == "auto" and k.is_cuda):
-        obstacle = triton_obstacle(k.device) or _shape_obstacle(k, u, state, read, chunk_size)
-        if obstacle is None:
+        unsupported_reason = triton_unsupported_reason(k.device) or _shape_unsupported_reason(
+            k, u, state, read, chunk_size
+        )
+        if unsupported_reason is None:
             from hopescale.ops.delta_rule.triton import delta_rule_triton
 
             return delta_rule_triton(k, u, eta, alpha, state, **settings)
         if backend == "triton":
-            raise ValueError(f"backend is 'triton', but {obstacle}")
+            raise ValueError(f"backend is 'triton', but {unsupported_reason}")
     return delta_rule_chunked(k, u, eta, alpha, state, **settings)

@@ -1,8 +1,8 @@
 """The closed form of a chunk: matrix products and triangular solves. README.md derives it.
 
-The parts (`chunk_tables`, `open_chunk`, `read_chunk`, `write_chunk`) work on `[..., C, .]` with heads before tokens and
-broadcast over leading dimensions, so that memories which share keys and gates share the tables and the solve. They take
-states and momenta transposed, `[..., D, Do]`: products with small matrices from the left are the fast ones.
+The parts (`decay_weights`, `open_chunk`, `read_chunk`, `write_chunk`) work on `[..., C, .]` with heads before tokens
+and broadcast over leading dimensions, so that memories which share keys and gates share the tables and the solve. They
+take states and momenta transposed, `[..., D, Do]`: products with small matrices from the left are the fast ones.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hopescale.ops.delta_rule.tables import ChunkTables, Weighting, chunk_tables
+from hopescale.ops.delta_rule.decay import DecayWeights, Weighting, decay_weights
 from hopescale.ops.delta_rule.types import DeltaRuleOutput, Read, check_arguments
 
 
@@ -21,7 +21,7 @@ class Chunk(NamedTuple):
     """One chunk of a linear memory, before it is known what is written.
 
     Attributes:
-        tables: Of this chunk, broadcastable to the leading dimensions.
+        decay: Of this chunk, broadcastable to the leading dimensions.
         k: Keys `[..., C, D]`.
         system: `before.erase * K K^T` `[..., C, C]`, by how much a key erases what an earlier one wrote; None if writes
             do not erase.
@@ -29,7 +29,7 @@ class Chunk(NamedTuple):
         erased: What the last state loses for each value that a key reads, `[..., C, D]`; None if writes do not erase.
     """
 
-    tables: ChunkTables
+    decay: DecayWeights
     k: Tensor
     system: Tensor | None
     written: Tensor | None
@@ -49,19 +49,19 @@ class Values(NamedTuple):
     read: Tensor | None
 
 
-def open_chunk(tables: ChunkTables, k: Tensor, *, erase: bool) -> Chunk:
+def open_chunk(decay: DecayWeights, k: Tensor, *, erase: bool) -> Chunk:
     """Solve for how what the keys `k` `[..., C, D]` erase spreads over the chunk."""
     if not erase:
-        return Chunk(tables, k, None, None, None)
-    before, last = tables.before, tables.after.erase[..., -1, :, None]
+        return Chunk(decay, k, None, None, None)
+    before, last = decay.before, decay.after.erase[..., -1, :, None]
     similar = k @ k.mT  # [..., C, C]
     system = before.erase * similar
     written = system if before.push is None else before.write * similar
     erased = torch.linalg.solve_triangular(system.mT, last * k, upper=True, unitriangular=True)
-    return Chunk(tables, k, system, written, erased)
+    return Chunk(decay, k, system, written, erased)
 
 
-def _carried(weighting: Weighting, x: Tensor, state: Tensor, momentum: Tensor | None) -> Tensor:
+def _initial_reads(weighting: Weighting, x: Tensor, state: Tensor, momentum: Tensor | None) -> Tensor:
     """What `x` `[..., C, D]` reads of the chunk's first state and momentum `[..., D, Do]`: `[..., C, Do]`."""
     read = weighting.start[..., None] * (x @ state)
     return read if momentum is None else torch.addcmul(read, weighting.push[..., None], x @ momentum)
@@ -78,7 +78,7 @@ def chunk_values(chunk: Chunk, u: Tensor, state: Tensor, momentum: Tensor | None
     """
     if chunk.erased is None:
         return Values(u, None)
-    read = _carried(chunk.tables.before, chunk.k, state, momentum)
+    read = _initial_reads(chunk.decay.before, chunk.k, state, momentum)
     return Values(u - read, None) if momentum is None else Values(u, read + chunk.written @ u)
 
 
@@ -91,9 +91,9 @@ def read_chunk(chunk: Chunk, q: Tensor, values: Values, state: Tensor, momentum:
     Returns:
         Read values `[..., C, Do]`.
     """
-    weighting = chunk.tables.before if read == "prefix" else chunk.tables.after
+    weighting = chunk.decay.before if read == "prefix" else chunk.decay.after
     similar = q @ chunk.k.mT
-    output = _carried(weighting, q, state, momentum)
+    output = _initial_reads(weighting, q, state, momentum)
     if chunk.erased is None:
         return output + (weighting.write * similar) @ values.written
     erased = torch.linalg.solve_triangular(
@@ -104,7 +104,7 @@ def read_chunk(chunk: Chunk, q: Tensor, values: Values, state: Tensor, momentum:
     return output + (weighting.write * similar) @ values.written - erased @ values.read
 
 
-class Entry(NamedTuple):
+class ChunkUpdate(NamedTuple):
     """What enters a state in a chunk. All but the first three are None without momentum.
 
     Attributes:
@@ -116,7 +116,7 @@ class Entry(NamedTuple):
         erased: Keys of what is lost `[..., C, D]`; None if writes do not erase.
         read: Values of what is lost `[..., C, Do]`; None if writes do not erase.
         last_push: Weights of the values in the last momentum `[..., C]`.
-        push_kept: Weight of the first momentum in the last one `[...]`.
+        momentum_decay: Weight of the first momentum in the last one `[...]`.
     """
 
     kept: Tensor
@@ -127,7 +127,7 @@ class Entry(NamedTuple):
     erased: Tensor | None = None
     read: Tensor | None = None
     last_push: Tensor | None = None
-    push_kept: Tensor | None = None
+    momentum_decay: Tensor | None = None
 
     def add(self, state: Tensor, momentum: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return memory and momentum after the chunk, from those at its first token, as in `chunk_values`."""
@@ -138,22 +138,22 @@ class Entry(NamedTuple):
         moved = torch.addcmul(moved, self.push[..., None, None], momentum)
         if self.erased is not None:
             moved = _plus_product(moved, self.erased.mT, self.read, sign=-1)
-        return moved, _pushed(momentum, self.keys, self.values, self.last_push, self.push_kept)
+        return moved, _pushed(momentum, self.keys, self.values, self.last_push, self.momentum_decay)
 
 
-def write_chunk(chunk: Chunk, values: Values) -> Entry:
+def write_chunk(chunk: Chunk, values: Values) -> ChunkUpdate:
     """Return what enters the state in a chunk. Arguments as in `read_chunk`."""
-    tables, after = chunk.tables, chunk.tables.after
+    decay, after = chunk.decay, chunk.decay.after
     kept, weights = after.start[..., -1], after.write[..., -1, :]
     if after.push is None:
-        return Entry(kept, weights[..., None] * chunk.k if chunk.erased is None else chunk.erased, values.written)
+        return ChunkUpdate(kept, weights[..., None] * chunk.k if chunk.erased is None else chunk.erased, values.written)
     lost = (None, None) if values.read is None else (chunk.erased, values.read)
     push = after.push[..., -1]
-    return Entry(kept, chunk.k, values.written, weights, push, *lost, tables.last_push, tables.push_kept)
+    return ChunkUpdate(kept, chunk.k, values.written, weights, push, *lost, decay.last_push, decay.momentum_decay)
 
 
-def _pushed(momentum: Tensor, keys: Tensor, u: Tensor, last_push: Tensor, push_kept: Tensor) -> Tensor:
-    return _plus_product(push_kept[..., None, None] * momentum, (last_push[..., None] * keys).mT, u)
+def _pushed(momentum: Tensor, keys: Tensor, u: Tensor, last_push: Tensor, momentum_decay: Tensor) -> Tensor:
+    return _plus_product(momentum_decay[..., None, None] * momentum, (last_push[..., None] * keys).mT, u)
 
 
 def _plus_product(x: Tensor, left: Tensor, right: Tensor, sign: int = 1) -> Tensor:
@@ -178,7 +178,7 @@ class Transition(NamedTuple):
 
 def transition(chunk: Chunk) -> Transition:
     """Return the matrices that move states over a chunk: worth their cost if a memory has more outputs than inputs."""
-    after, before, k = chunk.tables.after, chunk.tables.before, chunk.k
+    after, before, k = chunk.decay.after, chunk.decay.before, chunk.k
     identity = torch.eye(k.shape[-1], dtype=k.dtype, device=k.device)
     state = after.start[..., -1, None, None] * identity
     momentum = None if after.push is None else after.push[..., -1, None, None] * identity
@@ -199,30 +199,30 @@ class Move(NamedTuple):
         by: The transition.
         values: Write values `[..., C, Do]`.
         keys: `[..., C, D]`.
-        last_push: As in `Entry`.
-        push_kept: As in `Entry`.
+        last_push: As in `ChunkUpdate`.
+        momentum_decay: As in `ChunkUpdate`.
     """
 
     by: Transition
     values: Tensor
     keys: Tensor | None
     last_push: Tensor | None
-    push_kept: Tensor | None
+    momentum_decay: Tensor | None
 
     def add(self, state: Tensor, momentum: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Do what `Entry.add` does."""
+        """Do what `ChunkUpdate.add` does."""
         moved = _plus_product(self.by.values @ self.values, self.by.state, state)
         if momentum is None:
             return moved, None
-        pushed = _pushed(momentum, self.keys, self.values, self.last_push, self.push_kept)
+        pushed = _pushed(momentum, self.keys, self.values, self.last_push, self.momentum_decay)
         return _plus_product(moved, self.by.momentum, momentum), pushed
 
 
 def move_chunk(chunk: Chunk, u: Tensor) -> Move:
     """Return how a chunk in which `u` `[..., C, Do]` is written moves the state, in the form that `transition` is."""
-    tables = chunk.tables
-    keys = None if tables.push is None else chunk.k
-    return Move(transition(chunk), u, keys, tables.last_push, tables.push_kept)
+    decay = chunk.decay
+    keys = None if decay.push is None else chunk.k
+    return Move(transition(chunk), u, keys, decay.last_push, decay.momentum_decay)
 
 
 def delta_rule_chunked(
@@ -283,17 +283,17 @@ def _run(
     read: Read,
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:
     """Run chunks of one length: inputs `[B, H, N, C, ...]`, memories `[B, H, D, Do]`, outputs `[B, H, N, C, Do]`."""
-    chunk = open_chunk(chunk_tables(eta, alpha, mu), k, erase=erase)
+    chunk = open_chunk(decay_weights(eta, alpha, mu), k, erase=erase)
     by = transition(chunk)
     moves = [repeat(None) if x is None else x.unbind(2) for x in (by.values @ u, *by[:2], *_pushes(chunk, u))]
     states, momenta = [], []
-    for entering, keep, push, pushed, push_kept in zip(*moves, strict=False):
+    for entering, keep, push, pushed, momentum_decay in zip(*moves, strict=False):
         states.append(state)
         momenta.append(momentum)
         state = _plus_product(entering, keep, state)
         if momentum is not None:
             state = _plus_product(state, push, momentum)
-            momentum = torch.addcmul(pushed, push_kept[..., None, None], momentum)
+            momentum = torch.addcmul(pushed, momentum_decay[..., None, None], momentum)
     if q is None:
         return None, state, momentum
     first, pushing = torch.stack(states, 2), None if momentum is None else torch.stack(momenta, 2)
@@ -304,7 +304,7 @@ def _run(
 
 def _pushes(chunk: Chunk, u: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """What enters the momentum in a chunk, and how much of it is kept."""
-    tables = chunk.tables
-    if tables.last_push is None:
+    decay = chunk.decay
+    if decay.last_push is None:
         return None, None
-    return (tables.last_push[..., None] * chunk.k).mT @ u, tables.push_kept
+    return (decay.last_push[..., None] * chunk.k).mT @ u, decay.momentum_decay

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hopescale.ops.cpp import LANES, obstacle
+from hopescale.ops.cpp import LANES, unsupported_reason
 from hopescale.ops.head_streams.cpp import head_streams_cpp
 from hopescale.ops.norm import l2_norm
 from hopescale.ops.short_conv import short_conv
@@ -29,7 +29,7 @@ def head_streams(
     Returns:
         Streams `[S, B, H, T, D]`, at least float32, and the tail for the next call.
     """
-    if cpp and x.shape[-1] % LANES == 0 and x.stride(-1) == 1 and obstacle(x.device, x.dtype) is None:
+    if cpp and x.shape[-1] % LANES == 0 and x.stride(-1) == 1 and unsupported_reason(x.device, x.dtype) is None:
         return head_streams_cpp(x, weight, tail, unit)
     kind = torch.promote_types(x.dtype, torch.float32)
     if weight is not None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hopescale.ops.cpp import library, pointer, share_out
+from hopescale.ops.cpp import library, parallel_for, pointer
 
 
 class _Layout(ctypes.Structure):
@@ -39,7 +39,7 @@ class _HeadStreams(torch.autograd.Function):
         def run(begin: int, end: int) -> None:
             library().hopescale_streams_forward(ctypes.byref(layout), begin, end, *tensors)
 
-        share_out(run, heads)
+        parallel_for(run, heads)
         ctx.unit = unit
         ctx.save_for_backward(x, weight, tail)
         return streams
@@ -57,7 +57,7 @@ class _HeadStreams(torch.autograd.Function):
         def run(begin: int, end: int) -> None:
             library().hopescale_streams_backward(ctypes.byref(layout), begin, end, *tensors)
 
-        share_out(run, x.shape[2])
+        parallel_for(run, x.shape[2])
         return d_x, d_weight, d_tail, None
 
 

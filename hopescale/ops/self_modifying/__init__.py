@@ -1,6 +1,6 @@
 """Self-modifying memories over a whole sequence, fused: what `models` loops over chunks for, in one operation."""
 
 from hopescale.ops.self_modifying.backend import Backend, SelfModify, fused_chunks
-from hopescale.ops.self_modifying.types import ChunkRule, ChunksOutput, Streams, Weights
+from hopescale.ops.self_modifying.types import ChunksOutput, MemorySpec, Streams, Weights
 
-__all__ = ["Backend", "ChunkRule", "ChunksOutput", "SelfModify", "Streams", "Weights", "fused_chunks"]
+__all__ = ["Backend", "MemorySpec", "ChunksOutput", "SelfModify", "Streams", "Weights", "fused_chunks"]

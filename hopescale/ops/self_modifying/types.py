@@ -12,17 +12,17 @@ from hopescale.ops.delta_rule.types import Read
 
 
 class Weights(NamedTuple):
-    """Weights (or momenta) of the memories of a bank, one set per sequence. They act from the right: `x @ first`.
+    """Weights (or momenta) of the memories of a bank, one set per sequence. They act from the right: `x @ w_in`.
 
     Attributes:
-        first: `[B, H, D, R]`, the matrices that read keys, side by side: wide memories, then narrow ones.
-        wide: Second layers of wide MLP memories `[B, H, Nw, E, D]`; None for linear memories.
-        narrow: Second layers of narrow MLP memories `[B, H, Nn, E, 1]`; None if there are none.
+        w_in: `[B, H, D, R]`, the matrices that read keys, side by side: vector memories, then gate memories.
+        w_out_vector: Second layers of vector MLP memories `[B, H, Nw, E, D]`; None for linear memories.
+        w_out_gate: Second layers of gate MLP memories `[B, H, Nn, E, 1]`; None if there are none.
     """
 
-    first: Tensor
-    wide: Tensor | None
-    narrow: Tensor | None
+    w_in: Tensor
+    w_out_vector: Tensor | None
+    w_out_gate: Tensor | None
 
     def zeros_like(self) -> Weights:
         """Return zeros of the same shapes."""
@@ -33,7 +33,7 @@ class Streams(NamedTuple):
     """What is known of a sequence before a memory is asked.
 
     Attributes:
-        k: Inputs of keys `[B, H, T, D]`, of unit length. Narrow memories are asked at them.
+        k: Inputs of keys `[B, H, T, D]`, of unit length. Gate memories are asked at them.
         v: Inputs of values, or the values themselves.
         q: Inputs of queries, or the queries themselves.
         eta: Logits of the inner learning rate `[B, H, T]`, without what a memory adds.
@@ -50,12 +50,13 @@ class Streams(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ChunkRule:
+class MemorySpec:
     """How a bank of memories reads and learns.
 
     Attributes:
-        wide: Names of the memories that answer with vectors: `mem`, then any of `k`, `v`, `q`, which make those.
-        narrow: Names of those that answer with one number, `eta` or `alpha`.
+        vector_memories: Names of the memories that answer with vectors: `mem`, then any of `k`, `v`, `q`, which make
+            those.
+        gate_memories: Names of those that answer with one number, `eta` or `alpha`.
         hidden: `E` of an MLP memory; None makes memories linear.
         chunk_size: Tokens of a chunk; gradients are taken at the weights it begins with.
         objective: Inner loss, as in `InnerLoss`.
@@ -67,8 +68,8 @@ class ChunkRule:
         read: Which state token t reads, as in `delta_rule`.
     """
 
-    wide: tuple[str, ...]
-    narrow: tuple[str, ...]
+    vector_memories: tuple[str, ...]
+    gate_memories: tuple[str, ...]
     hidden: int | None
     chunk_size: int
     objective: Literal["l2", "dot"]
@@ -85,14 +86,14 @@ class ChunksOutput(NamedTuple):
 
     Attributes:
         y: Answers of `mem` to the queries `[B, H, T, D]`.
-        seen: Inner learning rate, retention and norm of `mem`'s error `[B, H, T, 3]`, without a gradient.
+        stats: Inner learning rate, retention and norm of `mem`'s error `[B, H, T, 3]`, without a gradient.
         running: Weights after the last token.
         momentum: Their momentum; None without.
         boundary: Weights at the start of the last chunk.
     """
 
     y: Tensor
-    seen: Tensor
+    stats: Tensor
     running: Weights
     momentum: Weights | None
     boundary: Weights

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from hopescale.cli.app import main
-from hopescale.launch.ledger import Entry, entries, note
+from hopescale.launch.ledger import LedgerEntry, entries, note
 from tests.support.fake_slurm import FakeSlurm, record
 
 PLAN = {"dp": 2, "tp": 1, "pp": 1, "total_sequences": 480, "global_batch_size": 8}
@@ -34,7 +34,7 @@ def run(fake: FakeSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
     log = folder / "logs" / "7.log"
     log.write_text("job starts\n" + "".join(f"{n % 12:2}: line {n}\n" for n in range(60)))
-    note(folder, Entry("7", "2026-11-22T05:00:00+00:00", "test", 2, 2, "submit.sbatch", str(log)))
+    note(folder, LedgerEntry("7", "2026-11-22T05:00:00+00:00", "test", 2, 2, "submit.sbatch", str(log)))
     fake.answer("scontrol", record("7", "RUNNING", Restarts="2", NodeList="node[1-2]"))
     return folder
 
@@ -42,7 +42,7 @@ def run(fake: FakeSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 def test_list_and_status(hopescale, fake, run):
     other = run.parent / "b"
     other.mkdir()
-    note(other, Entry("8", "2026-11-22T05:00:00+00:00", "test", 1, 1, "submit.sbatch", "x.log"))
+    note(other, LedgerEntry("8", "2026-11-22T05:00:00+00:00", "test", 1, 1, "submit.sbatch", "x.log"))
     code, out = hopescale("jobs", "list")
     head, first, second = out.splitlines()
     assert code == 0
@@ -77,7 +77,7 @@ def test_logs(hopescale, run):
 
 
 def test_a_chain(hopescale, fake, run):
-    note(run, Entry("8", "2026-11-22T05:00:00+00:00", "test", 2, 2, "submit.sbatch", str(run / "logs" / "8.log")))
+    note(run, LedgerEntry("8", "2026-11-22T05:00:00+00:00", "test", 2, 2, "submit.sbatch", str(run / "logs" / "8.log")))
     fake.answer("scontrol", "\n".join([record("7", "RUNNING"), record("8", "PENDING", Reason="Dependency")]))
     assert hopescale("jobs", "logs", run, "--lines", 1) == (0, "11: line 59\n")
     assert hopescale("jobs", "cancel", run) == (0, "cancelled 8, 7\n")
@@ -128,9 +128,9 @@ def test_an_array_shows_its_elements(hopescale, fake, run, tmp_path):
     runs = {name: sweep / name for name in ("x", "y")}
     for index, folder in enumerate(runs.values()):
         folder.mkdir()
-        note(folder, Entry(f"50_{index}", "t", "test", 1, 1, str(sweep / "s"), f"/logs/50_{index}.log"))
+        note(folder, LedgerEntry(f"50_{index}", "t", "test", 1, 1, str(sweep / "s"), f"/logs/50_{index}.log"))
     elements = tuple((name, str(folder)) for name, folder in runs.items())
-    note(sweep, Entry("50", "t", "test", 1, 1, "s", "/logs", elements))
+    note(sweep, LedgerEntry("50", "t", "test", 1, 1, "s", "/logs", elements))
     lines = [record("50", "PENDING", array="1", Reason="JobArrayTaskLimit"), record("51", "RUNNING", array="0")]
     fake.answer("scontrol", "\n".join(lines).replace("ArrayJobId=51", "ArrayJobId=50"))
     _, out = hopescale("jobs", "status", sweep)

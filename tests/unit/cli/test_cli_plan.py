@@ -9,7 +9,7 @@ import pytest
 
 from hopescale.cli.app import main
 from hopescale.common.paths import shipped_recipes
-from hopescale.cost.memory import KINDS
+from hopescale.cost.device_memory import KINDS
 
 RECIPES = sorted(path.stem for path in shipped_recipes().glob("*.yaml"))
 

@@ -8,7 +8,7 @@ import pytest
 from hopescale.cli.app import main
 from hopescale.cli.ranks import without_nproc
 from hopescale.common.errors import ConfigError, DataError, StoppedEarly
-from hopescale.common.place import Place
+from hopescale.common.rank_info import RankInfo
 from hopescale.config.layout import Layout
 
 RANK_1 = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
@@ -128,18 +128,18 @@ def test_only_nproc_is_left_out(args, kept):
 def test_one_process_trains_here(capsys, launches, worker, nproc):
     code, out, _ = run(capsys, "train", "debug", *nproc)
     assert (code, out, launches) == (0, "a line\n", [])
-    assert worker.calls[0]["place"] is None and worker.calls[0]["layout"] == Layout()
+    assert worker.calls[0]["rank_info"] is None and worker.calls[0]["layout"] == Layout()
 
 
 @pytest.mark.parametrize(
-    ("environ", "place"),
-    [(RANK_1, Place(1, 2, 1, "node1", 29500)), (SRUN, Place(1, 2, 0, "node3", 15007, bound=True))],
+    ("environ", "rank_info"),
+    [(RANK_1, RankInfo(1, 2, 1, "node1", 29500)), (SRUN, RankInfo(1, 2, 0, "node3", 15007, bound=True))],
     ids=["torchrun", "srun"],
 )
-def test_a_launcher_s_process_takes_its_place_and_is_silent(capsys, worker, set_environ, environ, place):
+def test_a_launcher_s_process_takes_its_place_and_is_silent(capsys, worker, set_environ, environ, rank_info):
     set_environ(environ)
     assert run(capsys, "train", "debug") == (0, "", "")
-    assert worker.calls[0]["place"] == place and worker.calls[0]["layout"] == Layout(dp=2)
+    assert worker.calls[0]["rank_info"] == rank_info and worker.calls[0]["layout"] == Layout(dp=2)
     assert run(capsys, "train", "debug", "--dry-run") == (0, "", "")
 
 

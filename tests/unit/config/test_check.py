@@ -6,7 +6,7 @@ import pytest
 
 from hopescale.common.errors import ConfigError
 from hopescale.config import check_backend, check_parallel, check_recompute
-from hopescale.config.check import RULES, check, check_layout, require_valid
+from hopescale.config.check import CHECKS, check, check_layout, require_valid
 from hopescale.config.load import load_recipe
 from hopescale.config.schema import RunConfig
 
@@ -196,4 +196,4 @@ def test_the_bare_schema_lacks_only_levels_and_data():
 def test_every_rule_is_registered(module):
     own = {name: value for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__}
     rules = {value for name, value in own.items() if not name.startswith("_")} - {check, check_layout, require_valid}
-    assert rules <= set(module.RULES) <= set(RULES)
+    assert rules <= set(module.CHECKS) <= set(CHECKS)

@@ -8,7 +8,7 @@ import torch
 from hopescale.config.layout import Layout
 from hopescale.config.load import load_recipe
 from hopescale.config.model_shape import padded_vocab_size
-from hopescale.cost.activations import Sizes, block_activations, head_bytes
+from hopescale.cost.activations import BatchSizes, block_activations, head_bytes
 from hopescale.models import Model
 from hopescale.parallel.layers import cross_entropy_sum
 from tests.support.mixers import MIXERS
@@ -48,7 +48,7 @@ def kept_bytes(overrides: list[str], recompute: str) -> float:
 
 def planned_bytes(overrides: list[str], recompute: str) -> float:
     config = load_recipe("debug", [*SMALL, *overrides]).config
-    model, sizes = config.model, Sizes.of(config.train, Layout())
+    model, sizes = config.model, BatchSizes.of(config.train, Layout())
     block = block_activations(model, sizes, recompute)
     loss = 4 * sizes.tokens * padded_vocab_size(model)
     return model.num_layers * (block.kept + block.states) + head_bytes(model, sizes) + loss

@@ -1,4 +1,4 @@
-"""Shares of the work are of about equal cost, whatever is shared out."""
+"""Shares of the work are of about equal cost, whatever is distributed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from hopescale.config.schema import DeepMomentumConfig, M3Config, OptimConfig
-from hopescale.cost.ownership import Work, buckets, share_out
+from hopescale.cost.ownership import Work, assign_owners, buckets
 from hopescale.cost.updates import update_cost
 from hopescale.optim.rules import RULES
 
@@ -23,7 +23,7 @@ def test_no_owner_has_more_than_the_mean_and_one_update(owners: int, seed: int):
         for due in ("fast", "slow")
         for i, shape in enumerate(draw.choices(list(shapes), k=draw.randint(1, 60)))
     ]
-    result = share_out(work, owners)
+    result = assign_owners(work, owners)
     assert result.keys() == {each.name for each in work} and set(result.values()) <= set(range(owners))
     for due in ("fast", "slow"):
         members = [each for each in work if each.due == due]
@@ -32,18 +32,18 @@ def test_no_owner_has_more_than_the_mean_and_one_update(owners: int, seed: int):
             load[result[each.name]] += each.cost
         mean = sum(each.cost for each in members) / owners
         assert max(load.values()) <= mean + max(each.cost for each in members) * (1 + 1e-9)
-    assert share_out(work, owners) == result
+    assert assign_owners(work, owners) == result
 
 
 def test_equal_shapes_are_shared_evenly_and_in_runs():
     work = [Work(f"a{i}", 5.0, "a") for i in range(8)] + [Work(f"b{i}", 1.0, "b") for i in range(8)]
-    result = share_out(work, 4)
+    result = assign_owners(work, 4)
     assert {Counter(result[f"{shape}{i}"] for i in range(8))[owner] for shape in "ab" for owner in range(4)} == {2}
     assert [result[f"a{i}"] for i in range(8)] == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
 def test_what_is_due_apart_begins_with_the_owner_that_has_least():
-    result = share_out([Work("fast", 1.0, "a", 1), Work("slow", 1.0, "a", 2)], 2)
+    result = assign_owners([Work("fast", 1.0, "a", 1), Work("slow", 1.0, "a", 2)], 2)
     assert result == {"fast": 0, "slow": 1}
 
 

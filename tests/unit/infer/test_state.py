@@ -15,7 +15,7 @@ from hopescale.common.errors import CheckpointError
 from hopescale.config.load import from_dict, to_dict
 from hopescale.config.schema import RunConfig
 from hopescale.infer.generate import generate, prefill
-from hopescale.infer.load import Loaded
+from hopescale.infer.load import LoadedModel
 from hopescale.infer.sampling import Sampling
 from hopescale.infer.state import STATE, TENSORS, read_state, write_state
 from hopescale.models import Model
@@ -28,7 +28,7 @@ KINDS = {
 LENGTHS = (5, 8, 21)
 
 
-def make_loaded(kind: str = "hope", precision: str = "fp32", seed: int = 3, **model: object) -> Loaded:
+def make_loaded(kind: str = "hope", precision: str = "fp32", seed: int = 3, **model: object) -> LoadedModel:
     tree = to_dict(RunConfig())
     levels = {"fast": {"d_ff": 16}, "slow": {"d_ff": 16, "update_every_steps": 2}}
     tree["model"] = {"vocab_size": 32, "d_model": 16, "num_layers": 2, "num_heads": 2, "tie_embeddings": False}
@@ -38,14 +38,14 @@ def make_loaded(kind: str = "hope", precision: str = "fp32", seed: int = 3, **mo
     net = Model(config.model, seed=seed).eval()
     if precision == "bf16":
         net.to_precision(torch.bfloat16)
-    return Loaded(net, None, config, Manifest({"step": seed}, to_dict(config), {}), Path(f"step-{seed}"))
+    return LoadedModel(net, None, config, Manifest({"step": seed}, to_dict(config), {}), Path(f"step-{seed}"))
 
 
 def make_tokens(length: int, rows: int = 1) -> torch.Tensor:
     return torch.randint(32, (rows, length), generator=torch.Generator().manual_seed(length))
 
 
-def continued(loaded: Loaded, reading, count: int) -> tuple[list[int], torch.Tensor]:
+def continued(loaded: LoadedModel, reading, count: int) -> tuple[list[int], torch.Tensor]:
     """Return greedy tokens, and the logits after the last of them."""
     steps = list(generate(loaded.model, reading, max_tokens=count, sampling=Sampling(), generator=torch.Generator()))
     return [int(s.token[0]) for s in steps], prefill(loaded.model, steps[-1].token[:, None], steps[-1].state)

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 
 from hopescale.common.errors import LaunchError
-from hopescale.common.place import Place
-from hopescale.launch.environment import child_environ, find_node, find_nodes, find_place
+from hopescale.common.rank_info import RankInfo
+from hopescale.launch.environment import child_environ, find_node, find_nodes, find_rank_info
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
 SRUN = {
@@ -26,26 +26,26 @@ def without(environ, *names):
 
 
 def test_a_process_on_its_own_has_no_place():
-    assert find_place({}) is None
-    assert find_place({"MASTER_ADDR": "node1", "MASTER_PORT": "1", "WORLD_SIZE": "1"}) is None
+    assert find_rank_info({}) is None
+    assert find_rank_info({"MASTER_ADDR": "node1", "MASTER_PORT": "1", "WORLD_SIZE": "1"}) is None
 
 
 def test_torchrun_states_the_place():
-    assert find_place(TORCHRUN) == Place(3, 4, 1, "node1", 29500)
-    assert find_place(TORCHRUN | SRUN) == Place(3, 4, 1, "node1", 29500)
+    assert find_rank_info(TORCHRUN) == RankInfo(3, 4, 1, "node1", 29500)
+    assert find_rank_info(TORCHRUN | SRUN) == RankInfo(3, 4, 1, "node1", 29500)
     alone = TORCHRUN | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-    assert find_place(alone) == Place(0, 1, 0, "node1", 29500)
+    assert find_rank_info(alone) == RankInfo(0, 1, 0, "node1", 29500)
 
 
 def test_srun_states_the_place():
-    assert find_place(SRUN) == Place(5, 8, 1, "node02", 15000 + 4567, bound=True)
+    assert find_rank_info(SRUN) == RankInfo(5, 8, 1, "node02", 15000 + 4567, bound=True)
     older = without(SRUN, "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_TASKS")
-    assert find_place(older) == Place(5, 8, 1, "node01", 15000 + 4567, bound=True)
+    assert find_rank_info(older) == RankInfo(5, 8, 1, "node01", 15000 + 4567, bound=True)
 
 
 def test_a_job_script_may_say_where_ranks_meet():
     script = {"MASTER_ADDR": "head", "MASTER_PORT": "4242", "WORLD_SIZE": "8"}
-    assert find_place(SRUN | script) == Place(5, 8, 1, "head", 4242, bound=True)
+    assert find_rank_info(SRUN | script) == RankInfo(5, 8, 1, "head", 4242, bound=True)
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_a_job_script_may_say_where_ranks_meet():
     ],
 )
 def test_slurm_without_several_tasks_starts_one_process(environ):
-    assert find_place(environ) is None
+    assert find_rank_info(environ) is None
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_slurm_without_several_tasks_starts_one_process(environ):
     ],
 )
 def test_the_first_host_of_a_list(hosts, first):
-    assert find_place(SRUN | {"SLURM_STEP_NODELIST": hosts}).address == first
+    assert find_rank_info(SRUN | {"SLURM_STEP_NODELIST": hosts}).address == first
 
 
 def test_the_nodes_of_a_step():
@@ -101,14 +101,14 @@ def test_the_nodes_of_a_step():
 @pytest.mark.parametrize("hosts", ["[1-2", ",node1", "node[]", "node 1", "]["])
 def test_a_list_that_names_no_host(hosts):
     with pytest.raises(LaunchError, match="SLURM_STEP_NODELIST is .*, which names no host") as caught:
-        find_place(SRUN | {"SLURM_STEP_NODELIST": hosts})
+        find_rank_info(SRUN | {"SLURM_STEP_NODELIST": hosts})
     assert repr(hosts) in caught.value.message and "MASTER_ADDR" in caught.value.hint
 
 
 @pytest.mark.parametrize("name", TORCHRUN)
 def test_a_missing_variable_of_torchrun_is_named(name):
     with pytest.raises(LaunchError) as caught:
-        find_place(without(TORCHRUN, name))
+        find_rank_info(without(TORCHRUN, name))
     other = "WORLD_SIZE is '4'" if name != "WORLD_SIZE" else "RANK is '3'"
     assert f"{name} is not set" in caught.value.message and other in caught.value.message
 
@@ -116,7 +116,7 @@ def test_a_missing_variable_of_torchrun_is_named(name):
 @pytest.mark.parametrize("name", ["SLURM_PROCID", "SLURM_LOCALID", "SLURM_JOB_ID", "SLURM_JOB_NODELIST"])
 def test_a_missing_variable_of_srun_is_named(name):
     with pytest.raises(LaunchError, match=f"{name} is not set.*SLURM_NTASKS is '8'"):
-        find_place(without(SRUN, name, "SLURM_STEP_NODELIST"))
+        find_rank_info(without(SRUN, name, "SLURM_STEP_NODELIST"))
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_a_missing_variable_of_srun_is_named(name):
 )
 def test_nonsense_of_torchrun_is_named_with_its_value(change, message):
     with pytest.raises(LaunchError) as caught:
-        find_place(TORCHRUN | change)
+        find_rank_info(TORCHRUN | change)
     assert caught.value.message.startswith(message)
 
 
@@ -151,18 +151,18 @@ def test_nonsense_of_torchrun_is_named_with_its_value(change, message):
 )
 def test_nonsense_of_srun_is_named_with_its_value(change, message):
     with pytest.raises(LaunchError) as caught:
-        find_place(SRUN | change)
+        find_rank_info(SRUN | change)
     assert caught.value.message.startswith(message)
 
 
 def test_a_number_of_ranks_without_a_rank_is_not_taken_for_one_process():
     with pytest.raises(LaunchError, match="RANK is not set.*WORLD_SIZE is '4'"):
-        find_place({"WORLD_SIZE": "4"})
+        find_rank_info({"WORLD_SIZE": "4"})
 
 
 def test_a_child_finds_the_place_it_is_told():
-    place = Place(1, 2, 1, "127.0.0.1", 4711)
-    environ = child_environ({"HOME": "/home/me", "MASTER_PORT": "9"}, place, 3)
-    assert find_place(environ) == place
+    rank_info = RankInfo(1, 2, 1, "127.0.0.1", 4711)
+    environ = child_environ({"HOME": "/home/me", "MASTER_PORT": "9"}, rank_info, 3)
+    assert find_rank_info(environ) == rank_info
     assert environ["HOME"] == "/home/me" and environ["OMP_NUM_THREADS"] == "3"
-    assert child_environ({"OMP_NUM_THREADS": "8"}, place, 3)["OMP_NUM_THREADS"] == "8"
+    assert child_environ({"OMP_NUM_THREADS": "8"}, rank_info, 3)["OMP_NUM_THREADS"] == "8"

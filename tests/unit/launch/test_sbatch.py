@@ -9,19 +9,19 @@ from pathlib import Path
 
 import pytest
 
-from hopescale.launch.ledger import Entry, note, now
+from hopescale.launch.ledger import LedgerEntry, note, now
 from hopescale.launch.profile import ClusterProfile
-from hopescale.launch.sbatch import Array, Job, render
+from hopescale.launch.sbatch import Array, BatchJob, render
 from tests.support.fake_slurm import FakeSlurm
 
 CPUS = ClusterProfile(gpus_per_node=0, ranks_per_node=2, max_failures=2)
 
 
 @pytest.fixture
-def job(tmp_path: Path) -> Job:
+def job(tmp_path: Path) -> BatchJob:
     run = tmp_path / "run 100%"
     (run / "checkpoints").mkdir(parents=True)
-    return Job("tiny", CPUS, nodes=2, run_dir=run, work_dir=tmp_path, python="python")
+    return BatchJob("tiny", CPUS, nodes=2, run_dir=run, work_dir=tmp_path, python="python")
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def slurm(tmp_path: Path) -> FakeSlurm:
 
 
 @pytest.fixture
-def play(job: Job, slurm: FakeSlurm, tmp_path: Path):
+def play(job: BatchJob, slurm: FakeSlurm, tmp_path: Path):
     """Run the script as the n-th start of a job; the ranks end with a code, leaving an outcome and a checkpoint."""
 
     def run(
@@ -44,7 +44,7 @@ def play(job: Job, slurm: FakeSlurm, tmp_path: Path):
         checkpoint: str = "",
         *,
         start: int = 0,
-        job: Job = job,
+        job: BatchJob = job,
         error: str = "",
         **more: str,
     ):
@@ -72,7 +72,7 @@ def requeued(slurm: FakeSlurm) -> int:
     return slurm.calls("scontrol").count("requeue 7")
 
 
-def test_ranks_are_started_from_the_copy_of_the_code(job: Job, play, slurm: FakeSlurm):
+def test_ranks_are_started_from_the_copy_of_the_code(job: BatchJob, play, slurm: FakeSlurm):
     assert play(0, "done at step 3 of 3")[0] == 0
     (call,) = slurm.calls("srun")
     assert call.startswith("--export=ALL --label --kill-on-bad-exit=0 --wait=60 python -u -m hopescale train ")
@@ -81,7 +81,7 @@ def test_ranks_are_started_from_the_copy_of_the_code(job: Job, play, slurm: Fake
     assert slurm.calls("scontrol") == []
 
 
-def test_a_run_that_was_told_to_stop_is_requeued(job: Job, play, slurm: FakeSlurm):
+def test_a_run_that_was_told_to_stop_is_requeued(job: BatchJob, play, slurm: FakeSlurm):
     assert play(75)[0] == 75
     assert play(137, "stopped by SIGUSR1 at step 3 of 9")[0] == 75  # a rank was killed after the save
     assert play(138)[0] == 138  # killed by USR1 before python could listen
@@ -89,7 +89,7 @@ def test_a_run_that_was_told_to_stop_is_requeued(job: Job, play, slurm: FakeSlur
     assert not (job.run_dir / "failures").exists()
 
 
-def test_a_requeue_leaves_out_bad_nodes(job: Job, play, slurm: FakeSlurm):
+def test_a_requeue_leaves_out_bad_nodes(job: BatchJob, play, slurm: FakeSlurm):
     (job.run_dir / "bad_nodes").write_text("n2\nn1\nn2\n")
     play(75)
     assert slurm.calls("scontrol")[-3:] == ["requeue 7", "show job -o 7", "update JobId=7 ExcNodeList=n1,n2"]
@@ -105,13 +105,13 @@ def test_a_run_that_is_done_is_done_whatever_the_launcher_says(play, slurm: Fake
     assert len(slurm.calls("srun")) == 1 and requeued(slurm) == 0
 
 
-def test_an_old_outcome_does_not_count(job: Job, play, slurm: FakeSlurm):
+def test_an_old_outcome_does_not_count(job: BatchJob, play, slurm: FakeSlurm):
     (job.run_dir / "outcome").write_text("stopped by SIGTERM at step 3 of 9\n")
     assert play(1)[0] == 1
     assert (job.run_dir / "failures").read_text().startswith("none exit code 1, job 7, ")
 
 
-def test_a_run_that_diverged_is_not_started_again(job: Job, play, slurm: FakeSlurm):
+def test_a_run_that_diverged_is_not_started_again(job: BatchJob, play, slurm: FakeSlurm):
     assert play(6)[0] == 6
     assert requeued(slurm) == 0
     assert (job.run_dir / "outcome").read_text().startswith("gave up: diverged")
@@ -144,7 +144,7 @@ def test_a_requeue_that_is_refused_ends_the_job_with_the_code_of_the_ranks(play,
     assert slurm.calls("sleep") == []
 
 
-def test_nodes_are_checked_and_data_copied_before_the_ranks_start(job: Job, play, slurm: FakeSlurm):
+def test_nodes_are_checked_and_data_copied_before_the_ranks_start(job: BatchJob, play, slurm: FakeSlurm):
     checked = replace(job, profile=replace(CPUS, preflight="drain"), staged=True)
     play(0, "paused at step 3 of 9", job=checked)
     check, stage, train = slurm.calls("srun")
@@ -157,7 +157,7 @@ def test_nodes_are_checked_and_data_copied_before_the_ranks_start(job: Job, play
     assert check.endswith(f"--run-dir {job.run_dir}") and " train " in train
 
 
-def test_an_element_requeues_itself_and_not_its_array(job: Job, play, slurm: FakeSlurm):
+def test_an_element_requeues_itself_and_not_its_array(job: BatchJob, play, slurm: FakeSlurm):
     elements, run = job.run_dir / "elements", job.work_dir / "its run"
     elements.mkdir()
     run.mkdir()
@@ -174,7 +174,7 @@ def test_an_element_requeues_itself_and_not_its_array(job: Job, play, slurm: Fak
     assert "#SBATCH --array=0-5%2\n" in render(array) and "--array=0-5\n" in render(replace(job, array=Array(6)))
 
 
-def test_a_chain_leaves_the_rest_to_its_next_job_until_it_gives_up(job: Job, play, slurm: FakeSlurm):
+def test_a_chain_leaves_the_rest_to_its_next_job_until_it_gives_up(job: BatchJob, play, slurm: FakeSlurm):
     chained = replace(job, chained=True)
     code, said = play(75, job=chained)
     assert code == 75 and "left to the next job" in said
@@ -186,17 +186,19 @@ def test_a_chain_leaves_the_rest_to_its_next_job_until_it_gives_up(job: Job, pla
     assert len(slurm.calls("srun")) == 4 and requeued(slurm) == 0
 
 
-def test_later_jobs_of_a_chain_leave_out_bad_nodes(job: Job, play, slurm: FakeSlurm):
+def test_later_jobs_of_a_chain_leave_out_bad_nodes(job: BatchJob, play, slurm: FakeSlurm):
     (job.run_dir / "bad_nodes").write_text("n2\n")
     for id in ("6", "7", "8", "9"):
-        note(job.run_dir, Entry(id, now(), "test", 2, 4, "submit.sbatch", f"logs/{id}.log"))
+        note(job.run_dir, LedgerEntry(id, now(), "test", 2, 4, "submit.sbatch", f"logs/{id}.log"))
     assert play(75, job=replace(job, chained=True))[0] == 75
     updates = [call for call in slurm.calls("scontrol") if call.startswith("update")]
     assert updates == ["update JobId=8 ExcNodeList=n2", "update JobId=9 ExcNodeList=n2"]
 
 
 @pytest.mark.parametrize("limit", ["00:04:00", "0-00:04:00", "00:01:00"])
-def test_a_time_limit_that_leaves_no_time_for_a_step_counts_as_a_failure(job: Job, play, slurm: FakeSlurm, limit: str):
+def test_a_time_limit_that_leaves_no_time_for_a_step_counts_as_a_failure(
+    job: BatchJob, play, slurm: FakeSlurm, limit: str
+):
     slurm.answer("scontrol", f"JobId=7 RunTime=00:00:59 TimeLimit={limit} TimeMin=N/A")
     stopped = "stopped by SIGUSR1 at step 3 of 9"
     assert play(75, stopped, "step-00000003")[0] == 75
@@ -208,20 +210,20 @@ def test_a_time_limit_that_leaves_no_time_for_a_step_counts_as_a_failure(job: Jo
 
 
 @pytest.mark.parametrize("limit", ["00:05:00", "1-00:00:00", "UNLIMITED"])
-def test_being_told_to_stop_long_before_the_limit_is_no_failure(job: Job, play, slurm: FakeSlurm, limit: str):
+def test_being_told_to_stop_long_before_the_limit_is_no_failure(job: BatchJob, play, slurm: FakeSlurm, limit: str):
     slurm.answer("scontrol", f"JobId=7 RunTime=00:00:59 TimeLimit={limit} TimeMin=N/A")
     assert play(75, "stopped by SIGUSR1 at step 0 of 9")[0] == 75
     assert requeued(slurm) == 1 and not (job.run_dir / "failures").exists()
 
 
-def test_a_failure_that_cannot_be_noted_is_the_last(job: Job, play, slurm: FakeSlurm):
+def test_a_failure_that_cannot_be_noted_is_the_last(job: BatchJob, play, slurm: FakeSlurm):
     (job.run_dir / "failures").mkdir()  # as on a full disk: it would be counted as none, and tried again for ever
     code, said = play(1, start=1, error="failures: Is a directory")
     assert code == 1 and "gives up: exit code 1, and" in said
     assert requeued(slurm) == 0
 
 
-def test_values_are_quoted_for_sbatch_and_for_the_shell(job: Job):
+def test_values_are_quoted_for_sbatch_and_for_the_shell(job: BatchJob):
     profile = replace(CPUS, constraint="a&b", env={"X": 'say "hi" `now` $HOME'})
     text = render(replace(job, name='two "words"', profile=profile))
     assert '#SBATCH --job-name="two \\"words\\""' in text and '#SBATCH --constraint="a&b"' in text
@@ -230,7 +232,7 @@ def test_values_are_quoted_for_sbatch_and_for_the_shell(job: Job):
 
 
 @pytest.mark.parametrize("container", ["pyxis", "apptainer"])
-def test_variables_are_filled_in_in_a_profile_and_not_in_paths(job: Job, container: str):
+def test_variables_are_filled_in_in_a_profile_and_not_in_paths(job: BatchJob, container: str):
     profile = replace(CPUS, container=container, image="$IMAGES/x.sqsh")
     folders = {"run_dir": Path("/r/it's $HOME `id`"), "work_dir": Path('/w/"$HOME"')}
     text = render(replace(job, profile=profile, **folders))
@@ -243,7 +245,7 @@ def test_variables_are_filled_in_in_a_profile_and_not_in_paths(job: Job, contain
     assert "/i/x.sqsh" in done.stdout
 
 
-def test_torchrun_starts_one_task_per_node(job: Job, play, slurm: FakeSlurm):
+def test_torchrun_starts_one_task_per_node(job: BatchJob, play, slurm: FakeSlurm):
     slurm.answer("scontrol", "n1\nn2")
     profile = replace(CPUS, launcher="torchrun", cpus_per_node=8)
     torchrun = replace(job, profile=profile)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from hopescale.common.errors import LaunchError
-from hopescale.launch.scheduler import GONE, UNKNOWN, Job, Slurm, elements_of
+from hopescale.launch.scheduler import GONE, UNKNOWN, Slurm, SlurmJob, elements_of
 from tests.support.fake_slurm import CONTROLLER_DOWN, NO_ACCOUNTING, NOT_KNOWN, record
 
 
@@ -11,7 +11,7 @@ def test_the_controller_is_asked_first(fake):
     fake.answer("scontrol", record("4219", "RUNNING", Restarts="2", ExitCode="0:0", NodeList="node[1-2]"))
     fake.answer("sacct", "4219|PENDING|0:0|None|node1|2026-11-22T04:54:24")
     job = Slurm().job("4219")
-    assert job == Job("4219", "RUNNING", nodes="node[1-2]", restarts=2, start="2026-11-22T04:54:24")
+    assert job == SlurmJob("4219", "RUNNING", nodes="node[1-2]", restarts=2, start="2026-11-22T04:54:24")
     assert job.live is True and fake.calls("scontrol") == ["show job -o 4219"] and not fake.calls("sacct")
 
 
@@ -33,23 +33,23 @@ def test_a_job_nobody_knows_is_gone(fake, accounting):
     fake.answer("scontrol", error=NOT_KNOWN, code=1)
     out, error, code = accounting
     fake.answer("sacct", out, error=error, code=code)
-    assert Slurm().job("9") == Job("9", GONE)
-    assert Job("9", GONE).live is False
+    assert Slurm().job("9") == SlurmJob("9", GONE)
+    assert SlurmJob("9", GONE).live is False
 
 
 def test_a_controller_that_is_down_is_unknown_and_not_gone(fake):
     fake.controller_down()
     slurm = Slurm()
-    assert slurm.job("9") == Job("9", UNKNOWN, CONTROLLER_DOWN)
+    assert slurm.job("9") == SlurmJob("9", UNKNOWN, CONTROLLER_DOWN)
     assert slurm.job("9").live is None
-    assert slurm.job("10_3") == Job("10_3", UNKNOWN, CONTROLLER_DOWN)
+    assert slurm.job("10_3") == SlurmJob("10_3", UNKNOWN, CONTROLLER_DOWN)
     assert len(fake.calls("scontrol")) == 1  # each attempt takes seconds
 
 
 def test_accounting_alone_is_believed_of_what_has_ended(fake):
     fake.controller_down()
     fake.answer("sacct", "5|RUNNING|0:0|None|node1|2026-11-22T04:54:24")
-    assert Slurm().job("5") == Job("5", UNKNOWN, CONTROLLER_DOWN)
+    assert Slurm().job("5") == SlurmJob("5", UNKNOWN, CONTROLLER_DOWN)
     fake.answer("sacct", "5|COMPLETED|0:0|None|node1|2026-11-22T04:54:24")
     assert Slurm().job("5").state == "COMPLETED"
 
@@ -57,7 +57,7 @@ def test_accounting_alone_is_believed_of_what_has_ended(fake):
 def test_without_slurm_nothing_is_known(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     slurm = Slurm()
-    assert slurm.job("1") == Job("1", UNKNOWN, "there is no command scontrol here")
+    assert slurm.job("1") == SlurmJob("1", UNKNOWN, "there is no command scontrol here")
     assert slurm.max_array_size() == 1001
     with pytest.raises(LaunchError, match="no command sbatch"):
         slurm.submit(tmp_path / "x")
@@ -93,7 +93,7 @@ def test_elements_of_an_array(fake):
         "4220_1": "RUNNING",
         "4220_0": "FAILED",
     }
-    waiting = Job("4220_6", "PENDING", "JobArrayTaskLimit", restarts=0)
+    waiting = SlurmJob("4220_6", "PENDING", "JobArrayTaskLimit", restarts=0)
     assert slurm.job("4220_6") == waiting
     assert slurm.job("4220_0").exit_code == "3:0"
     assert slurm.job("4220_9").state == GONE

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hopescale.launch.ledger import Entry, entries, note, submit_again
+from hopescale.launch.ledger import LedgerEntry, entries, note, submit_again
 from hopescale.launch.scheduler import Slurm
 from hopescale.launch.status import elements_of_array, find_runs, run_status
 from tests.support.fake_slurm import CONTROLLER_DOWN, NOT_KNOWN, record
@@ -14,9 +14,9 @@ from tests.support.fake_slurm import CONTROLLER_DOWN, NOT_KNOWN, record
 PLAN = {"dp": 2, "tp": 2, "pp": 1, "total_sequences": 480, "global_batch_size": 8}
 
 
-def entry(job: str = "7", **more) -> Entry:
+def entry(job: str = "7", **more) -> LedgerEntry:
     values = {"submitted": "2026-11-22T05:00:00+00:00", "cluster": "test", "nodes": 2, "ranks": 4}
-    return Entry(job, **values | {"script": "submit.sbatch", "log": f"/runs/a/logs/{job}.log"} | more)
+    return LedgerEntry(job, **values | {"script": "submit.sbatch", "log": f"/runs/a/logs/{job}.log"} | more)
 
 
 @pytest.fixture

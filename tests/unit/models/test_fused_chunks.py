@@ -13,7 +13,7 @@ from hopescale.config.schema import SelfModifyingConfig
 from hopescale.models import self_modifying
 from hopescale.models.init import initialize
 from hopescale.models.self_modifying import SelfModifying
-from hopescale.ops.cpp import obstacle
+from hopescale.ops.cpp import unsupported_reason
 from hopescale.parallel.mesh import Mesh
 from tests.support.naive_mixer import SWITCHES, naive_mixer
 
@@ -22,7 +22,7 @@ OWN_WIDTHS = {"hidden width": {"memory_dim": 32}}
 FUSED = {name: switch | OWN_WIDTHS.get(name, {}) for name, switch in SWITCHES.items() if "two chunk" not in name}
 
 pytestmark = pytest.mark.skipif(
-    obstacle(torch.device("cpu"), torch.float32) is not None, reason="no C++ compiler could build the library"
+    unsupported_reason(torch.device("cpu"), torch.float32) is not None, reason="no C++ compiler could build the library"
 )
 
 

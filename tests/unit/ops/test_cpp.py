@@ -12,17 +12,17 @@ import pytest
 import torch
 
 from hopescale.ops.cpp import build
-from hopescale.ops.self_modifying import ChunkRule, Streams, Weights, backend, cpp
+from hopescale.ops.self_modifying import MemorySpec, Streams, Weights, backend, cpp
 
 
 @pytest.fixture
 def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return an empty cache, seen by functions that have forgotten what they found."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for function in (build.library, build.obstacle):
+    for function in (build.library, build.unsupported_reason):
         function.cache_clear()
     yield tmp_path / "hopescale"
-    for function in (build.library, build.obstacle):
+    for function in (build.library, build.unsupported_reason):
         function.cache_clear()
 
 
@@ -39,16 +39,16 @@ def test_the_library_is_built_once(fresh: Path):
 def test_a_missing_compiler_is_named_once_and_the_loop_runs(fresh: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     backend._warn.cache_clear()
-    rule = ChunkRule(("mem",), (), 16, 8, "l2", True, True, None, 0.01, 1.0, "prefix")
+    spec = MemorySpec(("mem",), (), 16, 8, "l2", True, True, None, 0.01, 1.0, "prefix")
     streams = Streams(*(torch.zeros(1, 1, 9, 16) for _ in "kvq"), torch.zeros(1, 1, 9), None, None)
     running = Weights(torch.zeros(1, 1, 16, 16), torch.zeros(1, 1, 1, 16, 16), None)
     with pytest.warns(UserWarning, match="no C.. compiler.*CXX names: memories are trained by torch.*slower"):
-        assert backend.fused_chunks(streams, running, rule, "auto") is None
+        assert backend.fused_chunks(streams, running, spec, "auto") is None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert backend.fused_chunks(streams, running, rule, "auto") is None
+        assert backend.fused_chunks(streams, running, spec, "auto") is None
     with pytest.raises(ValueError, match="backend is 'cpp', but there is no C.. compiler"):
-        backend.fused_chunks(streams, running, rule, "cpp")
+        backend.fused_chunks(streams, running, spec, "cpp")
     assert not list(fresh.iterdir())
 
 
@@ -68,7 +68,7 @@ def test_the_compiler_may_be_named_with_options(fresh: Path, monkeypatch: pytest
 
 def test_a_library_that_cannot_be_loaded_is_an_obstacle(fresh: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(build, "_compile", lambda path: path.write_text("not a library"))
-    assert "could not be built or loaded" in build.obstacle(torch.device("cpu"), torch.float32)
+    assert "could not be built or loaded" in build.unsupported_reason(torch.device("cpu"), torch.float32)
 
 
 def without_home(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,8 +97,8 @@ def test_without_a_cache_folder_the_users_own_temporary_one_serves(
 
 
 def test_other_types_and_devices_are_left_alone():
-    assert "not float64 on cpu" in build.obstacle(torch.device("cpu"), torch.float64)
-    assert "not float32 on meta" in build.obstacle(torch.device("meta"), torch.float32)
+    assert "not float64 on cpu" in build.unsupported_reason(torch.device("cpu"), torch.float64)
+    assert "not float32 on meta" in build.unsupported_reason(torch.device("meta"), torch.float32)
 
 
 @pytest.mark.skipif(build.compiler() is None, reason="there is no C++ compiler")
@@ -111,7 +111,7 @@ def test_chunks_too_large_for_the_machine_are_an_error(monkeypatch: pytest.Monke
         return c
 
     monkeypatch.setattr(cpp._Rule, "of", endless)
-    rule = ChunkRule(("mem",), (), None, 8, "l2", False, True, None, 0.01, 1.0, "prefix")
+    spec = MemorySpec(("mem",), (), None, 8, "l2", False, True, None, 0.01, 1.0, "prefix")
     streams = Streams(*(torch.zeros(1, 1, 9, 16) for _ in "kvq"), torch.zeros(1, 1, 9), None, None)
     with pytest.raises(MemoryError, match=f"chunks of {1 << 24} tokens"):
-        cpp.self_modify_cpp(streams, Weights(torch.zeros(1, 1, 16, 16), None, None), None, rule)
+        cpp.self_modify_cpp(streams, Weights(torch.zeros(1, 1, 16, 16), None, None), None, spec)

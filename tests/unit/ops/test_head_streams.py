@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from hopescale.ops.cpp import obstacle
+from hopescale.ops.cpp import unsupported_reason
 from hopescale.ops.head_streams import head_streams
 
 BATCH, HEADS, SLICES, DIM = 2, 3, 3, 16
 
 pytestmark = pytest.mark.skipif(
-    obstacle(torch.device("cpu"), torch.float32) is not None, reason="no C++ compiler could build the library"
+    unsupported_reason(torch.device("cpu"), torch.float32) is not None, reason="no C++ compiler could build the library"
 )
 
 

@@ -42,7 +42,7 @@ def test_writes_are_minus_the_gradient_of_the_inner_loss(
     objective: str, own_target: bool, cap: float | None, with_fresh: bool, wide: bool
 ):
     if not wide and not own_target:
-        pytest.skip("narrow memories make their own targets")
+        pytest.skip("gate memories make their own targets")
     inputs = make_inputs(wide, own_target)
     loss = InnerLoss(objective, own_target, cap, 1e-2)
     first, keys, values, surprise = written(inputs, loss, wide=wide, with_fresh=with_fresh)
@@ -72,7 +72,7 @@ def test_gradients_are_those_of_the_equations(
     objective: str, own_target: bool, cap: float | None, with_fresh: bool, wide: bool
 ):
     if not wide and not own_target:
-        pytest.skip("narrow memories make their own targets")
+        pytest.skip("gate memories make their own targets")
     inputs = make_inputs(wide, own_target)
     loss = InnerLoss(objective, own_target, cap, 1e-2)
 

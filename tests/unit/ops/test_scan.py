@@ -12,15 +12,15 @@ from torch import Tensor
 from hopescale.ops.scan import Replay, scan
 
 
-def step(index: int, carried: list[Tensor], parts: list[Tensor]) -> tuple[list[Tensor], list[Tensor], dict]:
-    state, untouched = carried
+def step(index: int, carry: list[Tensor], parts: list[Tensor]) -> tuple[list[Tensor], list[Tensor], dict]:
+    state, untouched = carry
     x, fixed = parts
     y = x * torch.tanh(state[:, :, None]) + (index + 1) * fixed.square()
     return [y, (2 * y).detach()], [state + y.sum(2), untouched], {"added": (y.sum(2), None)}
 
 
-def follow(carried: list[Tensor], trace: dict) -> list[Tensor]:
-    state, untouched = carried
+def follow(carry: list[Tensor], trace: dict) -> list[Tensor]:
+    state, untouched = carry
     return [state + trace["added"][0], untouched]
 
 
@@ -69,8 +69,8 @@ def test_traces_are_kept_instead_and_nothing_around_them():
         first = [torch.zeros(2, 3, 4), torch.zeros(5)]
 
         def with_view(*args) -> tuple:
-            outputs, carried, _ = step(*args)
-            return outputs, carried, {"added": (torch.zeros(9, 2, 3, 4)[4], None)}
+            outputs, carry, _ = step(*args)
+            return outputs, carry, {"added": (torch.zeros(9, 2, 3, 4)[4], None)}
 
         scan(with_view, [10] * 10, [x, x.detach()], first, recompute=True, replay=Replay(follow, 4))
     sizes = [tensor.untyped_storage().nbytes() // 4 for tensor in kept if tensor is not None]
@@ -81,9 +81,9 @@ def test_at_most_one_state_for_each_half_is_there_at_a_time():
     alive: set[int] = set()
     most = 0
 
-    def counted(carried: list[Tensor], trace: dict) -> list[Tensor]:
+    def counted(carry: list[Tensor], trace: dict) -> list[Tensor]:
         nonlocal most
-        state, untouched = follow(carried, trace)
+        state, untouched = follow(carry, trace)
         alive.add(id(state))
         weakref.finalize(state, alive.discard, id(state))
         most = max(most, len(alive))

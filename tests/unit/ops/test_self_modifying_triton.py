@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from hopescale.ops.self_modifying import ChunkRule, Streams
+from hopescale.ops.self_modifying import MemorySpec, Streams
 
 ROOT = Path(__file__).parents[3]
 INTEGERS = {"tokens", "chunk_size", "scratch_size"}
 KERNELS = {"forward.self_modify_kernel": True, "backward.self_modify_back_kernel": False}
-"""Kernels, and whether to compile them for momentum and for a narrow memory: they double the code, and more."""
+"""Kernels, and whether to compile them for momentum and for a gate memory: they double the code, and more."""
 
 pytestmark = pytest.mark.skipif(
     find_spec("triton") is None, reason="triton is not installed (it exists for Linux only)"
@@ -39,14 +39,14 @@ def test_kernels_compile_for_a_gpu(name: str, tmp_path: Path, monkeypatch: pytes
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from hopescale.ops.self_modifying.triton.plan import Plan
+    from hopescale.ops.self_modifying.triton.kernel_config import KernelConfig
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     module, function = name.split(".")
     kernel = getattr(import_module(f"hopescale.ops.self_modifying.triton.{module}"), function)
-    rule = ChunkRule(
-        wide=("mem",),
-        narrow=("eta",) if KERNELS[name] else (),
+    spec = MemorySpec(
+        vector_memories=("mem",),
+        gate_memories=("eta",) if KERNELS[name] else (),
         hidden=16,
         chunk_size=16,
         objective="l2",
@@ -59,7 +59,7 @@ def test_kernels_compile_for_a_gpu(name: str, tmp_path: Path, monkeypatch: pytes
     )
     tokens = torch.zeros(1, 1, 16, 16)
     gate = tokens[..., 0]
-    plan = Plan.of(Streams(tokens, tokens, tokens, gate, gate, gate if KERNELS[name] else None), rule)
-    kinds = {name: "i32" if name in INTEGERS else "*fp32" for name in kernel.arg_names} | {"PLAN": "constexpr"}
-    source = ASTSource(kernel, signature=kinds, constexprs={"PLAN": plan})
+    config = KernelConfig.of(Streams(tokens, tokens, tokens, gate, gate, gate if KERNELS[name] else None), spec)
+    kinds = {name: "i32" if name in INTEGERS else "*fp32" for name in kernel.arg_names} | {"CONFIG": "constexpr"}
+    source = ASTSource(kernel, signature=kinds, constexprs={"CONFIG": config})
     assert triton.compile(source, target=GPUTarget("cuda", 80, 32), options={"num_stages": 1}).asm["cubin"]

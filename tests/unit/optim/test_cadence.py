@@ -32,19 +32,19 @@ def test_gradients_are_summed_in_float32_and_taken_away(period: int, dtype: torc
         accumulator.take()
         assert parameter.grad is None
     accumulator.take()
-    assert accumulator.gathered().dtype == torch.float32
-    assert accumulator.gathered().tolist() == [258.0, 258.0]
+    assert accumulator.accumulated_grad().dtype == torch.float32
+    assert accumulator.accumulated_grad().tolist() == [258.0, 258.0]
     accumulator.clear()
-    assert accumulator.gathered().tolist() == [0.0, 0.0]
+    assert accumulator.accumulated_grad().tolist() == [0.0, 0.0]
 
 
 def test_only_slow_parameters_keep_a_tensor_between_steps():
     """What a checkpoint holds of a slow level must stay the same tensor, as loading copies into it."""
     parameter = torch.nn.Parameter(torch.zeros(2))
     fast, slow = Accumulator(parameter, Cadence()), Accumulator(parameter, Cadence(2))
-    assert fast.total is None and not fast.kept
+    assert fast.total is None and not fast.persists
     before = slow.total
     parameter.grad = torch.ones(2)
     slow.take()
     slow.clear()
-    assert slow.total is before and slow.kept
+    assert slow.total is before and slow.persists

@@ -28,7 +28,7 @@ from hopescale.config.schema import (
 )
 from hopescale.models import Model
 from hopescale.optim import OuterOptimizer
-from hopescale.optim.transfer import Sizes, transfer_groups
+from hopescale.optim.transfer import ParameterSizes, transfer_groups
 from hopescale.parallel.layers import cross_entropy_sum
 
 BASE, BASE_HEAD_DIM, VOCABULARY = 64, 16, 64
@@ -54,7 +54,7 @@ def make_model(width: int, *, transfer: bool, wider_heads: bool = False, **setti
 
 def make_optimizer(model: Model, optim: OptimConfig) -> OuterOptimizer:
     parameters = dict(model.named_parameters())
-    sizes = {name: Sizes(tuple(p.shape), p.spec.sizes) for name, p in parameters.items()}
+    sizes = {name: ParameterSizes(tuple(p.shape), p.spec.sizes) for name, p in parameters.items()}
     assigned = assign_groups({name: each.shape for name, each in sizes.items()}, optim.groups)
     groups, optim = transfer_groups(assigned, sizes, model.config, optim)
     return OuterOptimizer(parameters, optim, 1000, {}, groups=groups)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from hopescale.optim.dgd import DGD, dgd_update
-from hopescale.optim.gram import gather_gram
+from hopescale.optim.gram import accumulate_gram
 
 
 def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -50,7 +50,7 @@ def test_batches_of_matrices_and_low_precision():
 
 def test_a_layer_is_trained_with_the_inputs_of_all_its_passes():
     layer = nn.Linear(4, 3, bias=False)
-    gather_gram(layer, 20)
+    accumulate_gram(layer, 20)
     rule = DGD([layer.weight], 0.2, 0.1)
     expected = layer.weight.detach().clone().double()
     for step in range(3):

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hopescale.config.load import load_recipe
 from hopescale.models import Model
-from hopescale.optim.gram import gather_gram, linear_layers
+from hopescale.optim.gram import accumulate_gram, linear_layers
 
 
 def randn(*shape: int, seed: int) -> Tensor:
@@ -20,7 +20,7 @@ def randn(*shape: int, seed: int) -> Tensor:
 
 def test_only_a_backward_pass_counts():
     layer, x = nn.Linear(4, 3), randn(7, 4, seed=0)
-    handle = gather_gram(layer, 10)
+    handle = accumulate_gram(layer, 10)
     with torch.no_grad():
         layer(x)
     y = layer(x)
@@ -40,7 +40,7 @@ def test_gradients_stay_what_they_are_and_places_are_kept():
     x, slope = randn(2, 5, 4, seed=0).requires_grad_(), randn(2, 5, 3, seed=1)
     plain, seen = nn.Linear(4, 3), nn.Linear(4, 3)
     seen.load_state_dict(plain.state_dict())
-    gather_gram(seen, 1)
+    accumulate_gram(seen, 1)
     seen.weight.gram = place = torch.zeros(2, 4, 4)[1]
     (expected,) = torch.autograd.grad(plain(x), x, slope)
     plain(x).backward(slope)
@@ -66,7 +66,7 @@ def test_what_is_computed_again_counts_once_and_is_not_kept():
         for parameter, seed in zip(layers.parameters(), range(4), strict=True):
             parameter.data = randn(*parameter.shape, seed=seed)
         for layer in (layers[0], layers[2]):
-            gather_gram(layer, 6)
+            accumulate_gram(layer, 6)
         kept: list[torch.Size] = []
         with torch.autograd.graph.saved_tensors_hooks(partial(note, kept), lambda tensor: tensor):
             y = checkpoint(layers, x, use_reentrant=False) if again else layers(x)
@@ -81,11 +81,11 @@ def test_parts_are_made_whole():
     """Tokens that are split add up; columns that are split are the columns of the whole."""
     x = randn(3, 2, 4, seed=0)
     flat, layer = x.flatten(0, 1), nn.Linear(4, 3)
-    gather_gram(layer, 6, all_tokens=lambda part: torch.cat([part, x[1:]]))
+    accumulate_gram(layer, 6, all_tokens=lambda part: torch.cat([part, x[1:]]))
     layer(x[:1]).sum().backward()
     torch.testing.assert_close(layer.weight.gram, flat.T @ flat / 6)
     narrow = nn.Linear(2, 3)
-    gather_gram(narrow, 6, all_columns=lambda part: torch.cat([part, x[..., 2:]], dim=-1))
+    accumulate_gram(narrow, 6, all_columns=lambda part: torch.cat([part, x[..., 2:]], dim=-1))
     narrow(x[..., :2]).sum().backward()
     torch.testing.assert_close(narrow.weight.gram, (flat.T @ flat / 6)[:, :2])
 
@@ -96,7 +96,7 @@ def test_every_matrix_of_a_model_but_embedding_and_memories_has_inputs():
     for again in ("none", "chunks", "memory", "block"):
         model = Model(config.model, seed=1, recompute=again)
         for layer in linear_layers(model).values():
-            gather_gram(layer, 24)
+            accumulate_gram(layer, 24)
         model(torch.arange(24).view(2, 12))[0].logsumexp(-1).sum().backward()
         grams.append({name: p.gram for name, p in model.named_parameters() if hasattr(p, "gram")})
         assert grams[-1].keys() == linear_layers(model).keys()

@@ -47,7 +47,7 @@ def test_what_is_alike_and_due_together_is_one_class(dtype: torch.dtype):
     for each in updater.classes:
         for stack, parts in (
             (each.weights, [updater.parameters[name] for name in each.names]),
-            (each.gradients, [updater.gathered(name) for name in each.names]),
+            (each.gradients, [updater.accumulated_grad(name) for name in each.names]),
             (each.master, updater.masters(each.names)),
         ):
             assert parts[0].data_ptr() == stack.data_ptr()

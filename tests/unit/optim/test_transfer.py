@@ -25,7 +25,7 @@ from hopescale.config.schema import (
     TransferConfig,
 )
 from hopescale.models import Model
-from hopescale.optim.transfer import Sizes, transfer_groups
+from hopescale.optim.transfer import ParameterSizes, transfer_groups
 
 LEVELS = {"fast": LevelConfig(d_ff=96), "slow": LevelConfig(d_ff=96, update_every_steps=2)}
 HOPE = ModelConfig(vocab_size=64, d_model=64, num_layers=1, num_heads=4, cms=CmsConfig(levels=LEVELS))
@@ -68,8 +68,8 @@ ADAMW = {
 """Factors on AdamW's rate with more heads and with wider ones; the first pattern that matches counts."""
 
 
-def sizes_of(config: ModelConfig) -> dict[str, Sizes]:
-    return {name: Sizes(tuple(p.shape), p.spec.sizes) for name, p in Model(config).named_parameters()}
+def sizes_of(config: ModelConfig) -> dict[str, ParameterSizes]:
+    return {name: ParameterSizes(tuple(p.shape), p.spec.sizes) for name, p in Model(config).named_parameters()}
 
 
 def transferred(config: ModelConfig, optim: OptimConfig) -> tuple[dict[str, str], dict[str, float], OptimConfig]:
@@ -179,7 +179,7 @@ def test_initial_values_by_hand(name: str):
 )
 def test_what_is_no_linear_map_is_left_to_adamw(pattern: str):
     config = replace(MODELS["static"], transfer=MORE)
-    parameters = {"some": Sizes((8, 8), ("width", "width"))} | {
+    parameters = {"some": ParameterSizes((8, 8), ("width", "width"))} | {
         name: each for name, each in sizes_of(config).items() if fnmatchcase(name, pattern)
     }
     groups = {"all": GroupConfig(rule="muon")}

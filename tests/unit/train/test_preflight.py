@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from hopescale.parallel.links import Links, _rounds
+from hopescale.parallel.bandwidth import LinkTimes, _rounds
 from hopescale.train import preflight
 from hopescale.train.preflight import check_nodes, exclude, judge_faults, judge_links
 
@@ -38,7 +38,7 @@ def test_what_is_wrong_everywhere_is_no_nodes_fault():
 
 def links(*, within=None, pairs=None, bandwidth=1e9):
     """Links of ranks 0 to 7: `within` by rank, `pairs` by two nodes."""
-    found = {rank: Links(0.01, {}, bandwidth) for rank in range(8)}
+    found = {rank: LinkTimes(0.01, {}, bandwidth) for rank in range(8)}
     for number, node in enumerate(NODES):
         for other in (NODES[number - 1], NODES[(number + 1) % 4]):
             found[2 * number].pairs[other] = (pairs or {}).get(frozenset((node, other)), 0.1)
@@ -65,10 +65,10 @@ def test_a_slow_node_is_told_from_its_neighbours():
 
 def test_a_failure_without_a_culprit_blames_nobody():
     two = {0: "n1", 1: "n2"}
-    broken = {0: Links(None, {"n2": math.inf}), 1: Links(None, {"n1": math.inf})}
+    broken = {0: LinkTimes(None, {"n2": math.inf}), 1: LinkTimes(None, {"n1": math.inf})}
     verdict = judge_links(two, broken)
     assert verdict.bad == {} and len(verdict.shared) == 2
-    slow = {0: Links(None, {"n2": 5.0}, 1e9), 1: Links(None, {"n1": 5.0}, 1e9)}
+    slow = {0: LinkTimes(None, {"n2": 5.0}, 1e9), 1: LinkTimes(None, {"n1": 5.0}, 1e9)}
     assert judge_links(two, slow).bad == {}
     wrong = judge_links(NAMES, links(bandwidth=None))
     assert wrong.bad == {} and "wrong sums" in wrong.shared[0]

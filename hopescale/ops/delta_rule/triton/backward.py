@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from hopescale.ops.delta_rule.triton.tables import (
-    chunk_tables,
+    decay_weights,
     load_gate,
     load_tokens,
     locate,
@@ -39,9 +39,9 @@ def read_back_kernel(
 ):
     """Move gradients from what was read to what had been written and erased in the same chunk."""
     rows, v = tl.arange(0, C), tl.program_id(2) * BV + tl.arange(0, BV)
-    at, exists, size, place = locate(rows, tokens, heads, chunk)
-    tables = chunk_tables(alpha, mu, at, heads, rows, size, PRECISION)
-    kept, start, write, push = reading_tables(tables, load_gate(alpha, at, exists, 1.0), rows, READ, mu is not None)
+    at, exists, size, slot = locate(rows, tokens, heads, chunk)
+    decay = decay_weights(alpha, mu, at, heads, rows, size, PRECISION)
+    kept, start, write, push = reading_tables(decay, load_gate(alpha, at, exists, 1.0), rows, READ, mu is not None)
     similar = tl.trans(similarities(q, k, at, exists, D, BD, PRECISION))
     gradient = load_tokens(d_output, at, exists, v, DO)
     store_tokens(d_written, at, exists, v, tl.dot(tl.trans(write) * similar, gradient, input_precision=PRECISION), DO)
@@ -61,8 +61,8 @@ def states_back_kernel(
     shares,
     first_shares,
     read_shares,
-    asks,
-    push_asks,
+    state_keys,
+    momentum_keys,
     d_output,
     d_written,
     d_erased,
@@ -94,29 +94,29 @@ def states_back_kernel(
     chunks = tl.cdiv(tokens, chunk)
     for step in range(chunks):
         n = chunks - 1 - step
-        place = head * chunks + n
+        slot = head * chunks + n
         exists = rows < tl.minimum(chunk, tokens - n * chunk)
         at = (head // heads * tokens + n * chunk + rows) * heads + head % heads
-        tl.store(d_states + place * DO * D + tile, ds)
+        tl.store(d_states + slot * DO * D + tile, ds)
         keys = load_tokens(k, at, exists, d, D)
         seen = tl.dot(keys, ds, input_precision=PRECISION)
         written = load_tokens(d_written, at, exists, v, DO) + load_gate(shares + 1, 3 * at, exists, 0.0)[:, None] * seen
         erased = -written
         if MOMENTUM:
-            tl.store(d_momenta + place * DO * D + tile, dz)
+            tl.store(d_momenta + slot * DO * D + tile, dz)
             pushes = tl.dot(keys, dz, input_precision=PRECISION)
             written += load_gate(shares + 2, 3 * at, exists, 0.0)[:, None] * pushes
-            dz = tl.load(first_shares + 3 * place + 2) * dz + tl.load(first_shares + 3 * place + 1) * ds
+            dz = tl.load(first_shares + 3 * slot + 2) * dz + tl.load(first_shares + 3 * slot + 1) * ds
         store_tokens(d_written, at, exists, v, written, DO)
-        ds = tl.load(first_shares + 3 * place) * ds
+        ds = tl.load(first_shares + 3 * slot) * ds
         if d_erased is not None:
             erased = load_tokens(d_erased, at, exists, v, DO) - load_gate(shares, 3 * at, exists, 0.0)[:, None] * seen
             store_tokens(d_erased, at, exists, v, erased, DO)
-        if asks is not None:
+        if state_keys is not None:
             erased *= load_gate(eta, at, exists, 0.0)[:, None]
-            ds += tl.dot(tl.trans(load_tokens(asks, at, exists, d, D)), erased, input_precision=PRECISION)
+            ds += tl.dot(tl.trans(load_tokens(state_keys, at, exists, d, D)), erased, input_precision=PRECISION)
             if MOMENTUM:
-                dz += tl.dot(tl.trans(load_tokens(push_asks, at, exists, d, D)), erased, input_precision=PRECISION)
+                dz += tl.dot(tl.trans(load_tokens(momentum_keys, at, exists, d, D)), erased, input_precision=PRECISION)
         if q is not None:
             queries = tl.trans(load_tokens(q, at, exists, d, D))
             gradient = load_tokens(d_output, at, exists, v, DO)

@@ -19,7 +19,7 @@ LONGEST_CHUNK = 32
 
 
 class Grid(NamedTuple):
-    """How the work is shared out.
+    """How the work is distributed.
 
     Attributes:
         tokens: Of a sequence.
@@ -86,16 +86,17 @@ class Prepared(NamedTuple):
             `[B, T, H, 3]`.
         first_shares: Weights of the first state and momentum in the last state, and of the first momentum in the last
             `[B * H, N, 3]`.
-        asks: What `held` takes from the first state: `held = asks S^T + push_asks Z^T + known`. Like keys.
-        push_asks: What it takes from the first momentum.
+        state_keys: What `held` takes from the first state: `held = state_keys S^T + momentum_keys Z^T + known`. Like
+            keys.
+        momentum_keys: What it takes from the first momentum.
         known: What it takes from the chunk's own writes. Like values.
         inverses: Of the triangular system `[B * H, N, C, C]`.
     """
 
     shares: Tensor
     first_shares: Tensor
-    asks: Tensor | None
-    push_asks: Tensor | None
+    state_keys: Tensor | None
+    momentum_keys: Tensor | None
     known: Tensor | None
     inverses: Tensor | None
 
@@ -156,7 +157,7 @@ class _DeltaRule(torch.autograd.Function):
             d_output, read_shares = d_output.contiguous(), d_written.new_empty(*eta.shape, 2)
             grid.run(read_back_kernel, grid.blocks, k, q, alpha, mu, d_output, d_written, d_erased, read_shares)
         d_states, d_momenta, d_state, d_momentum = _like(states), _like(momenta), _like(d_last), _like(d_last_momentum)
-        weights = (prepared.shares, prepared.first_shares, read_shares, prepared.asks, prepared.push_asks)
+        weights = (prepared.shares, prepared.first_shares, read_shares, prepared.state_keys, prepared.momentum_keys)
         ends = (d_last.contiguous(), None if mu is None else d_last_momentum.contiguous())
         starts = (d_states, d_momenta, d_state, d_momentum)
         back = (d_output, d_written, d_erased)

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from hopescale.ops.delta_rule.triton.tables import (
-    chunk_tables,
+    decay_weights,
     gate_gradient,
     last_weights,
     load_gate,
@@ -34,7 +34,7 @@ def values_kernel(
     du,
     d_eta,
     solved,
-    d_tables,
+    d_decay,
     tokens,
     heads,
     chunk,
@@ -47,18 +47,18 @@ def values_kernel(
 ):
     """Solve backwards, and gather the gradients of values, of `eta`, and of what multiplies pairs of tokens.
 
-    Those come in `d_tables` as pairs for erases and for writes: two for the solve and two for the reads.
+    Those come in `d_decay` as pairs for erases and for writes: two for the solve and two for the reads.
     """
     MOMENTUM: tl.constexpr = mu is not None
     rows = tl.arange(0, C)
-    at, exists, size, place = locate(rows, tokens, heads, chunk)
+    at, exists, size, slot = locate(rows, tokens, heads, chunk)
     rate = load_gate(eta, at, exists, 0.0)
     square = rows[:, None] * C + rows[None, :]
     rate_gradient = tl.zeros((C,), tl.float32)
     solve_kept, solve_write = tl.zeros((C, C), tl.float32), tl.zeros((C, C), tl.float32)
     read_kept, read_write = tl.zeros((C, C), tl.float32), tl.zeros((C, C), tl.float32)
     if held is not None:
-        kept, start, chain, from_start, write, push = chunk_tables(alpha, mu, at, heads, rows, size, PRECISION)
+        kept, start, chain, from_start, write, push = decay_weights(alpha, mu, at, heads, rows, size, PRECISION)
         similar = tl.trans(similarities(k, k, at, exists, D, BD, PRECISION))
         kept, write = tl.trans(kept) * similar, tl.trans(write) * similar
     for first in range(0, DO, BV):
@@ -69,7 +69,7 @@ def values_kernel(
             found = load_tokens(held, at, exists, v, DO)
             erases = tl.trans(-rate[:, None] * found)
             erased = load_tokens(d_erased, at, exists, v, DO) if MOMENTUM else -written
-            inverse = tl.trans(tl.load(inverses + place * C * C + square))
+            inverse = tl.trans(tl.load(inverses + slot * C * C + square))
             right = tl.dot(inverse, rate[:, None] * erased, input_precision=PRECISION)
             store_tokens(solved, at, exists, v, right, DO)
             erased -= tl.dot(kept, right, input_precision=PRECISION)
@@ -91,7 +91,7 @@ def values_kernel(
             if held is not None or not MOMENTUM:
                 read_kept += tl.dot(gradient, erases, input_precision=PRECISION)
     tl.store(d_eta + at, rate_gradient, mask=exists)
-    table = d_tables + place * 4 * C * C + square
+    table = d_decay + slot * 4 * C * C + square
     tl.store(table, solve_kept)
     tl.store(table + C * C, solve_write)
     tl.store(table + 2 * C * C, read_kept)
@@ -144,7 +144,7 @@ def keys_kernel(
     solved,
     d_states,
     d_momenta,
-    d_tables,
+    d_decay,
     d_shares,
     d_first_shares,
     dk,
@@ -161,24 +161,24 @@ def keys_kernel(
     """Gather the gradients of keys, and of the weights of what enters and of what is asked."""
     MOMENTUM: tl.constexpr = mu is not None
     rows, d = tl.arange(0, C), tl.arange(0, D)
-    at, exists, size, place = locate(rows, tokens, heads, chunk)
+    at, exists, size, slot = locate(rows, tokens, heads, chunk)
     rate, retention = load_gate(eta, at, exists, 0.0), load_gate(alpha, at, exists, 1.0)
-    tables = chunk_tables(alpha, mu, at, heads, rows, size, PRECISION)
-    kept, start, chain, from_start, write, push = tables
-    erase, first, wrote, pushed, link, push_kept = last_weights(tables, retention, rows, size, MOMENTUM)
+    decay = decay_weights(alpha, mu, at, heads, rows, size, PRECISION)
+    kept, start, chain, from_start, write, push = decay
+    erase, first, wrote, pushed, link, momentum_decay = last_weights(decay, retention, rows, size, MOMENTUM)
     keys, ones = load_tokens(k, at, exists, d, D), tl.full((C,), 1.0, tl.float32)
-    s, ds = states + place * DO * D, d_states + place * DO * D
-    pairs = d_tables + place * 4 * C * C + rows[:, None] * C + rows[None, :]
+    s, ds = states + slot * DO * D, d_states + slot * DO * D
+    pairs = d_decay + slot * 4 * C * C + rows[:, None] * C + rows[None, :]
     gradient, d_wrote = pull(u, rate, ds, wrote, keys, at, exists, d, D, DO, BV, PRECISION)
     tl.store(d_shares + 7 * at, d_wrote, mask=exists)
-    tl.store(d_first_shares + 3 * place, inner(s, ds, d, D, DO, BV))
+    tl.store(d_first_shares + 3 * slot, inner(s, ds, d, D, DO, BV))
     if MOMENTUM:
-        z, dz = momenta + place * DO * D, d_momenta + place * DO * D
+        z, dz = momenta + slot * DO * D, d_momenta + slot * DO * D
         more, d_link = pull(u, rate, dz, link, keys, at, exists, d, D, DO, BV, PRECISION)
         gradient += more
         tl.store(d_shares + 7 * at + 1, d_link, mask=exists)
-        tl.store(d_first_shares + 3 * place + 1, inner(z, ds, d, D, DO, BV))
-        tl.store(d_first_shares + 3 * place + 2, inner(z, dz, d, D, DO, BV))
+        tl.store(d_first_shares + 3 * slot + 1, inner(z, ds, d, D, DO, BV))
+        tl.store(d_first_shares + 3 * slot + 2, inner(z, dz, d, D, DO, BV))
     if held is not None:
         more, d_erase = pull(held, -rate, ds, erase, keys, at, exists, d, D, DO, BV, PRECISION)
         rest, d_start = pull(solved, ones, s, start, keys, at, exists, d, D, DO, BV, PRECISION)
@@ -192,7 +192,7 @@ def keys_kernel(
         similar = tl.load(pairs) * kept + tl.load(pairs + C * C) * write
         gradient += tl.dot(similar + tl.trans(similar), keys, input_precision=PRECISION)
     if q is not None:
-        kept, start, write, push = reading_tables(tables, retention, rows, READ, MOMENTUM)
+        kept, start, write, push = reading_tables(decay, retention, rows, READ, MOMENTUM)
         similar = tl.load(pairs + 2 * C * C) * kept + tl.load(pairs + 3 * C * C) * write
         queries = load_tokens(q, at, exists, d, D)
         gradient += tl.dot(tl.trans(similar), queries, input_precision=PRECISION)
@@ -208,7 +208,7 @@ def queries_kernel(
     states,
     momenta,
     d_output,
-    d_tables,
+    d_decay,
     d_shares,
     dq,
     tokens,
@@ -224,37 +224,39 @@ def queries_kernel(
     """Gather the gradients of queries, and of the weights of what they read."""
     MOMENTUM: tl.constexpr = mu is not None
     rows, d = tl.arange(0, C), tl.arange(0, D)
-    at, exists, size, place = locate(rows, tokens, heads, chunk)
-    tables = chunk_tables(alpha, mu, at, heads, rows, size, PRECISION)
-    kept, start, write, push = reading_tables(tables, load_gate(alpha, at, exists, 1.0), rows, READ, MOMENTUM)
-    queries, ones, s = load_tokens(q, at, exists, d, D), tl.full((C,), 1.0, tl.float32), states + place * DO * D
+    at, exists, size, slot = locate(rows, tokens, heads, chunk)
+    decay = decay_weights(alpha, mu, at, heads, rows, size, PRECISION)
+    kept, start, write, push = reading_tables(decay, load_gate(alpha, at, exists, 1.0), rows, READ, MOMENTUM)
+    queries, ones, s = load_tokens(q, at, exists, d, D), tl.full((C,), 1.0, tl.float32), states + slot * DO * D
     gradient, d_start = pull(d_output, ones, s, start, queries, at, exists, d, D, DO, BV, PRECISION)
     tl.store(d_shares + 7 * at + 5, d_start, mask=exists)
     if MOMENTUM:
-        z = momenta + place * DO * D
+        z = momenta + slot * DO * D
         more, d_push = pull(d_output, ones, z, push, queries, at, exists, d, D, DO, BV, PRECISION)
         gradient += more
         tl.store(d_shares + 7 * at + 6, d_push, mask=exists)
-    pairs = d_tables + (place * 4 + 2) * C * C + rows[:, None] * C + rows[None, :]
+    pairs = d_decay + (slot * 4 + 2) * C * C + rows[:, None] * C + rows[None, :]
     similar = tl.load(pairs) * kept + tl.load(pairs + C * C) * write
     gradient += tl.dot(similar, load_tokens(k, at, exists, d, D), input_precision=PRECISION)
     store_tokens(dq, at, exists, d, gradient, D)
 
 
 @triton.jit
-def gates_back(tables, before, after, last_link, last_push_kept, retention, push_retention, rows, MOMENTUM, PRECISION):
+def gates_back(
+    decay, before, after, last_link, last_momentum_decay, retention, push_retention, rows, MOMENTUM, PRECISION
+):
     """Turn the gradients of a chunk's tables into those of `alpha` and `mu`, each `[C]`.
 
     Args:
-        tables: Result of `chunk_tables`.
+        decay: Result of `decay_weights`.
         before: Gradients of `kept`, `start`, `write` and `push` of the state before each token's write.
         after: The same of the state after it.
         last_link: Gradient of `chain` beyond that, `[C, C]`.
-        last_push_kept: Gradient of `from_start` beyond that, `[C]`.
+        last_momentum_decay: Gradient of `from_start` beyond that, `[C]`.
         retention: `alpha` `[C]`.
         push_retention: `mu` `[C]`; unused without momentum.
     """
-    kept, start, chain, from_start, write, push = tables
+    kept, start, chain, from_start, write, push = decay
     d_alpha = tl.sum(after[0] * kept, 1) + after[1] * start
     d_kept, d_start = before[0] + retention[:, None] * after[0], before[1] + retention * after[1]
     d_mu = d_alpha
@@ -262,7 +264,7 @@ def gates_back(tables, before, after, last_link, last_push_kept, retention, push
         d_alpha += tl.sum(after[2] * write, 1) + after[3] * push
         d_write, d_push = before[2] + retention[:, None] * after[2], before[3] + retention * after[3]
         d_chain = after[2] + last_link + tl.dot(tl.trans(kept), d_write, input_precision=PRECISION)
-        d_from_start = after[3] + last_push_kept + tl.sum(kept * d_push[:, None], 0)
+        d_from_start = after[3] + last_momentum_decay + tl.sum(kept * d_push[:, None], 0)
         d_mu = gate_gradient(d_chain * chain, d_from_start * from_start, push_retention, rows, 0, PRECISION)
         d_kept += tl.dot(d_write, tl.trans(chain), input_precision=PRECISION) + d_push[:, None] * from_start[None, :]
     d_alpha += gate_gradient(d_kept * kept, d_start * start, retention, rows, 1, PRECISION)
@@ -275,7 +277,7 @@ def gates_kernel(
     q,
     alpha,
     mu,
-    d_tables,
+    d_decay,
     d_shares,
     d_first_shares,
     d_alpha,
@@ -293,11 +295,11 @@ def gates_kernel(
     """Gather the gradients of retention and momentum."""
     MOMENTUM: tl.constexpr = mu is not None
     rows = tl.arange(0, C)
-    at, exists, size, place = locate(rows, tokens, heads, chunk)
+    at, exists, size, slot = locate(rows, tokens, heads, chunk)
     retention, last = load_gate(alpha, at, exists, 1.0), tl.where(rows == size - 1, 1.0, 0.0)
-    tables = chunk_tables(alpha, mu, at, heads, rows, size, PRECISION)
-    shares, first_shares = d_shares + 7 * at, d_first_shares + 3 * place
-    pairs = d_tables + place * 4 * C * C + rows[:, None] * C + rows[None, :]
+    decay = decay_weights(alpha, mu, at, heads, rows, size, PRECISION)
+    shares, first_shares = d_shares + 7 * at, d_first_shares + 3 * slot
+    pairs = d_decay + slot * 4 * C * C + rows[:, None] * C + rows[None, :]
     kept, write = tl.zeros((C, C), tl.float32), tl.zeros((C, C), tl.float32)
     if ERASE:
         similar = similarities(k, k, at, exists, D, BD, PRECISION)
@@ -320,9 +322,9 @@ def gates_kernel(
     if MOMENTUM:
         push_retention = load_gate(mu, at, exists, 1.0)
     link = last[:, None] * load_gate(shares, 1, exists, 0.0)[None, :]
-    push_kept = last * tl.load(first_shares + 2)
+    momentum_decay = last * tl.load(first_shares + 2)
     alpha_back, mu_back = gates_back(
-        tables, before, after, link, push_kept, retention, push_retention, rows, MOMENTUM, PRECISION
+        decay, before, after, link, momentum_decay, retention, push_retention, rows, MOMENTUM, PRECISION
     )
     tl.store(d_alpha + at, alpha_back, mask=exists)
     if MOMENTUM:

@@ -96,26 +96,27 @@ def answers(x, at, exists, state, rows, D: tl.constexpr, BD: tl.constexpr, PRECI
 
 
 @triton.jit
-def chunk_tables(alpha, mu, at, stride, rows, size, PRECISION: tl.constexpr):
+def decay_weights(alpha, mu, at, stride, rows, size, PRECISION: tl.constexpr):
     """Compute what the state before each token's write is made of, without `eta`.
 
     Returns:
-        `kept` and `start`, the products of `alpha`; `chain` and `from_start`, those of `mu` after each write; `write`
-        and `push`, the weights of writes and of the first momentum. The last four repeat the first without `mu`.
+        `alpha_products` and `start`, the products of `alpha`; `chain` and `from_start`, those of `mu` after each write;
+        `write` and `push`, the weights of writes and of the first momentum. The last four repeat the first without
+        `mu`.
     """
-    kept, start = gate_products(alpha, at, stride, rows, size, 1)
-    chain, from_start, write, push = kept, start, kept, start
+    alpha_products, start = gate_products(alpha, at, stride, rows, size, 1)
+    chain, from_start, write, push = alpha_products, start, alpha_products, start
     if mu is not None:
         chain, from_start = gate_products(mu, at, stride, rows, size, 0)
-        write = tl.dot(kept, chain, input_precision=PRECISION)
-        push = tl.sum(kept * from_start[None, :], 1)
-    return kept, start, chain, from_start, write, push
+        write = tl.dot(alpha_products, chain, input_precision=PRECISION)
+        push = tl.sum(alpha_products * from_start[None, :], 1)
+    return alpha_products, start, chain, from_start, write, push
 
 
 @triton.jit
-def reading_tables(tables, retention, rows, READ: tl.constexpr, MOMENTUM: tl.constexpr):
+def reading_tables(decay, retention, rows, READ: tl.constexpr, MOMENTUM: tl.constexpr):
     """Return `kept`, `start`, `write` and `push` of the state that each token reads; `retention` is `alpha` `[C]`."""
-    kept, start, chain, from_start, write, push = tables
+    kept, start, chain, from_start, write, push = decay
     if READ == "inclusive":
         kept = retention[:, None] * kept + tl.where(rows[:, None] == rows[None, :], 1.0, 0.0)
         start = retention * start
@@ -127,29 +128,29 @@ def reading_tables(tables, retention, rows, READ: tl.constexpr, MOMENTUM: tl.con
 
 
 @triton.jit
-def last_weights(tables, retention, rows, size, MOMENTUM: tl.constexpr):
+def last_weights(decay, retention, rows, size, MOMENTUM: tl.constexpr):
     """Weigh what enters the state and the momentum after the chunk's last token.
 
     Args:
-        tables: Result of `chunk_tables`.
+        decay: Result of `decay_weights`.
         retention: `alpha` `[C]`.
 
     Returns:
         Weights in the state of erases `[C]`, the first state, writes `[C]` and the first momentum; in the momentum, of
         writes `[C]` and the first momentum. Without momentum, those of writes are those of erases.
     """
-    kept, start, chain, from_start, write, push = tables
+    kept, start, chain, from_start, write, push = decay
     last = tl.where(rows == size - 1, 1.0, 0.0)
     gate = last * retention
     erase = tl.sum(gate[:, None] * kept, 0) + last
     first = tl.sum(gate * start, 0)
-    wrote, pushed, link, push_kept = erase, first, erase, first
+    wrote, pushed, link, momentum_decay = erase, first, erase, first
     if MOMENTUM:
         link = tl.sum(last[:, None] * chain, 0)
-        push_kept = tl.sum(last * from_start, 0)
+        momentum_decay = tl.sum(last * from_start, 0)
         wrote = tl.sum(gate[:, None] * write, 0) + link
-        pushed = tl.sum(gate * push, 0) + push_kept
-    return erase, first, wrote, pushed, link, push_kept
+        pushed = tl.sum(gate * push, 0) + momentum_decay
+    return erase, first, wrote, pushed, link, momentum_decay
 
 
 @triton.jit

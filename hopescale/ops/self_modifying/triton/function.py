@@ -10,48 +10,52 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from hopescale.ops.self_modifying.triton import scratch
 from hopescale.ops.self_modifying.triton.backward import self_modify_back_kernel
 from hopescale.ops.self_modifying.triton.forward import self_modify_kernel
-from hopescale.ops.self_modifying.triton.plan import Plan
-from hopescale.ops.self_modifying.types import ChunkRule, ChunksOutput, Streams, Weights
+from hopescale.ops.self_modifying.triton.kernel_config import KernelConfig
+from hopescale.ops.self_modifying.types import ChunksOutput, MemorySpec, Streams, Weights
 
 
-def _run(kernel: triton.JITFunction, plan: Plan, chunk_size: int, matrices: int, k: Tensor, *tensors: Tensor | None):
+def _run(
+    kernel: triton.JITFunction, config: KernelConfig, chunk_size: int, matrices: int, k: Tensor, *tensors: Tensor | None
+):
     """Run a kernel on every head of every sequence, with memory for that many matrices of a chunk's tokens."""
     batch, heads, tokens, _ = k.shape
-    size = scratch.ROWS.value * plan.rows + scratch.TABLES.value * plan.rows**2 + matrices * plan.matrix
+    size = scratch.ROWS.value * config.rows + scratch.TABLES.value * config.rows**2 + matrices * config.matrix
     space = k.new_empty(batch * heads, size)
     with torch.cuda.device_of(k):
         kernel[(batch * heads,)](
-            k, *tensors, space, tokens, chunk_size, size, PLAN=plan, num_warps=plan.warps, num_stages=1
+            k, *tensors, space, tokens, chunk_size, size, CONFIG=config, num_warps=config.warps, num_stages=1
         )
 
 
 class _SelfModify(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, plan: Plan, chunk_size: int, k, v, q, eta, alpha, mu, running, momentum):
+    def forward(ctx: FunctionCtx, config: KernelConfig, chunk_size: int, k, v, q, eta, alpha, mu, running, momentum):
         streams, chunks = (k, v, q, eta, alpha, mu), -(-k.shape[2] // chunk_size)
-        states = running.new_empty(*running.shape[:2], chunks + 1, plan.size)
+        states = running.new_empty(*running.shape[:2], chunks + 1, config.size)
         states[:, :, 0] = running
         momenta = None
         if momentum is not None:
             momenta = torch.empty_like(states)
             momenta[:, :, 0] = momentum
-        y, seen = torch.empty_like(q), q.new_empty(*q.shape[:3], 3)
-        _run(self_modify_kernel, plan, chunk_size, scratch.FORWARD_MATRICES.value, *streams, states, momenta, y, seen)
-        ctx.plan, ctx.chunk_size = plan, chunk_size
+        y, stats = torch.empty_like(q), q.new_empty(*q.shape[:3], 3)
+        _run(
+            self_modify_kernel, config, chunk_size, scratch.FORWARD_MATRICES.value, *streams, states, momenta, y, stats
+        )
+        ctx.config, ctx.chunk_size = config, chunk_size
         ctx.save_for_backward(*streams, states, momenta)
-        ctx.mark_non_differentiable(seen)
+        ctx.mark_non_differentiable(stats)
         last_momentum = None if momenta is None else momenta[:, :, -1].clone()
-        return y, seen, states[:, :, -1].clone(), last_momentum, states[:, :, -2].clone()
+        return y, stats, states[:, :, -1].clone(), last_momentum, states[:, :, -2].clone()
 
     @staticmethod
     @once_differentiable
     def backward(
         ctx: FunctionCtx, d_y: Tensor, _: None, d_last: Tensor, d_last_momentum: Tensor | None, d_start: Tensor
     ):
-        plan: Plan = ctx.plan
+        config: KernelConfig = ctx.config
         *streams, states, momenta = ctx.saved_tensors
         replayed = states.new_empty(
-            *states.shape[:2], -(-min(ctx.chunk_size, d_y.shape[2]) // plan.rows) - 1, plan.size
+            *states.shape[:2], -(-min(ctx.chunk_size, d_y.shape[2]) // config.rows) - 1, config.size
         )
         replayed_momenta = None if momenta is None else torch.empty_like(replayed)
         # The kernel changes these in place.
@@ -61,25 +65,25 @@ class _SelfModify(torch.autograd.Function):
         ]
         gradients = [None if x is None else torch.empty_like(x) for x in streams]
         tensors = (states, momenta, replayed, replayed_momenta, d_y.contiguous(), *weights, *gradients)
-        _run(self_modify_back_kernel, plan, ctx.chunk_size, scratch.BACKWARD_MATRICES.value, *streams, *tensors)
+        _run(self_modify_back_kernel, config, ctx.chunk_size, scratch.BACKWARD_MATRICES.value, *streams, *tensors)
         return None, None, *gradients, *weights[:2]
 
 
-def self_modify_triton(streams: Streams, running: Weights, momentum: Weights | None, rule: ChunkRule) -> ChunksOutput:
+def self_modify_triton(streams: Streams, running: Weights, momentum: Weights | None, spec: MemorySpec) -> ChunksOutput:
     """Run the memories over a sequence that begins at a chunk's boundary, by kernels.
 
-    Differentiable once in all tensors, through all outputs but `seen`.
+    Differentiable once in all tensors, through all outputs but `stats`.
 
     Args:
         streams: Float32.
         running: Weights at the first token, float32.
         momentum: Their momentum; None without `streams.mu`.
-        rule: How memories read and learn.
+        spec: How memories read and learn.
     """
     if streams.k.shape[2] == 0:
         return ChunksOutput(streams.q, streams.q.new_zeros(*streams.q.shape[:3], 3), running, momentum, running)
-    plan = Plan.of(streams, rule)
+    config = KernelConfig.of(streams, spec)
     inputs = (None if x is None else x.contiguous() for x in streams)
-    packed = plan.pack(running), None if momentum is None else plan.pack(momentum)
-    y, seen, *weights = _SelfModify.apply(plan, rule.chunk_size, *inputs, *packed)
-    return ChunksOutput(y, seen, *(None if x is None else plan.unpack(x) for x in weights))
+    packed = config.pack(running), None if momentum is None else config.pack(momentum)
+    y, stats, *weights = _SelfModify.apply(config, spec.chunk_size, *inputs, *packed)
+    return ChunksOutput(y, stats, *(None if x is None else config.unpack(x) for x in weights))

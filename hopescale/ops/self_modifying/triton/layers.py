@@ -17,15 +17,15 @@ from hopescale.ops.self_modifying.triton.matrices import multiply, outer, pairs,
 
 
 @triton.jit
-def open_keys(keys, exists, scratch, SIMILAR: tl.constexpr, K: tl.constexpr, PLAN: tl.constexpr):
+def open_keys(keys, exists, scratch, SIMILAR: tl.constexpr, K: tl.constexpr, CONFIG: tl.constexpr):
     """Keep the products of keys with one another and, in the next table, how erases spread over the piece."""
-    if PLAN.erase:
-        similar = pairs(keys, keys, exists, K, PLAN)
-        put(at.table(scratch, SIMILAR, PLAN), similar)
-        rate = tl.load(at.row(scratch, at.RATE, PLAN))
-        lower = tl.load(at.table(scratch, at.KEPT, PLAN)) * similar * rate[None, :]
-        inverse = unit_inverse(lower, tl.arange(0, PLAN.rows), PLAN.doublings, PLAN.precision)
-        put(at.table(scratch, SIMILAR + 1, PLAN), inverse)
+    if CONFIG.erase:
+        similar = pairs(keys, keys, exists, K, CONFIG)
+        put(at.table(scratch, SIMILAR, CONFIG), similar)
+        rate = tl.load(at.row(scratch, at.RATE, CONFIG))
+        lower = tl.load(at.table(scratch, at.KEPT, CONFIG)) * similar * rate[None, :]
+        inverse = unit_inverse(lower, tl.arange(0, CONFIG.rows), CONFIG.doublings, CONFIG.precision)
+        put(at.table(scratch, SIMILAR + 1, CONFIG), inverse)
 
 
 @triton.jit
@@ -40,19 +40,19 @@ def hold(
     ROW: tl.constexpr,
     K: tl.constexpr,
     N: tl.constexpr,
-    PLAN: tl.constexpr,
+    CONFIG: tl.constexpr,
 ):
     """Keep what a layer held under each key just before the write."""
-    if PLAN.erase:
-        weights = tl.load(at.table(scratch, at.WRITE, PLAN)) * tl.load(at.table(scratch, SIMILAR, PLAN))
-        held = multiply(weights, at.written(scratch, VALUES, N, PLAN), PLAN)
-        asked = times(keys, exists, before[0] + offset, ROW, 1, K, N, PLAN)
-        held += at.column(scratch, at.START, PLAN) * asked
-        if PLAN.momentum:
-            asked = times(keys, exists, before[1] + offset, ROW, 1, K, N, PLAN)
-            held += at.column(scratch, at.PUSHED, PLAN) * asked
-        held = multiply(tl.load(at.table(scratch, SIMILAR + 1, PLAN)), held, PLAN)
-        put(at.whole(scratch, VALUES + 1, N, PLAN), held)
+    if CONFIG.erase:
+        weights = tl.load(at.table(scratch, at.WRITE, CONFIG)) * tl.load(at.table(scratch, SIMILAR, CONFIG))
+        held = multiply(weights, at.written(scratch, VALUES, N, CONFIG), CONFIG)
+        retrieved = times(keys, exists, before[0] + offset, ROW, 1, K, N, CONFIG)
+        held += at.column(scratch, at.START, CONFIG) * retrieved
+        if CONFIG.momentum:
+            retrieved = times(keys, exists, before[1] + offset, ROW, 1, K, N, CONFIG)
+            held += at.column(scratch, at.PUSHED, CONFIG) * retrieved
+        held = multiply(tl.load(at.table(scratch, SIMILAR + 1, CONFIG)), held, CONFIG)
+        put(at.whole(scratch, VALUES + 1, N, CONFIG), held)
 
 
 @triton.jit
@@ -67,22 +67,22 @@ def move(
     ROW: tl.constexpr,
     K: tl.constexpr,
     N: tl.constexpr,
-    PLAN: tl.constexpr,
+    CONFIG: tl.constexpr,
 ):
     """Store a layer's state and momentum where `after` points to, maybe `before`."""
-    last, written = scratch + at.LAST * PLAN.rows, at.written(scratch, VALUES, N, PLAN)
-    entered, pushes = at.column(scratch, at.WROTE, PLAN) * written, at.column(scratch, at.LINK, PLAN) * written
-    if PLAN.erase:
-        entered -= at.column(scratch, at.ERASED, PLAN) * at.written(scratch, VALUES + 1, N, PLAN)
-    BLOCK: tl.constexpr = PLAN.block if PLAN.block < K else K
+    last, written = scratch + at.LAST * CONFIG.rows, at.written(scratch, VALUES, N, CONFIG)
+    entered, pushes = at.column(scratch, at.WROTE, CONFIG) * written, at.column(scratch, at.LINK, CONFIG) * written
+    if CONFIG.erase:
+        entered -= at.column(scratch, at.ERASED, CONFIG) * at.written(scratch, VALUES + 1, N, CONFIG)
+    BLOCK: tl.constexpr = CONFIG.block if CONFIG.block < K else K
     for begin in range(0, K, BLOCK):
         k = begin + tl.arange(0, BLOCK)
         here = offset + k[:, None] * ROW + tl.arange(0, N)[None, :]
-        state = tl.load(last) * tl.load(before[0] + here) + outer(keys, exists, entered, k, K, PLAN)
-        if PLAN.momentum:
+        state = tl.load(last) * tl.load(before[0] + here) + outer(keys, exists, entered, k, K, CONFIG)
+        if CONFIG.momentum:
             momentum = tl.load(before[1] + here)
             state += tl.load(last + 1) * momentum
-            momentum = tl.load(last + 2) * momentum + outer(keys, exists, pushes, k, K, PLAN)
+            momentum = tl.load(last + 2) * momentum + outer(keys, exists, pushes, k, K, CONFIG)
             put(after[1] + here, momentum)
         put(after[0] + here, state)
 
@@ -99,18 +99,18 @@ def read_layer(
     ROW: tl.constexpr,
     K: tl.constexpr,
     N: tl.constexpr,
-    PLAN: tl.constexpr,
+    CONFIG: tl.constexpr,
 ):
     """Read a layer with one query `[C, K]` per token: `[C, N]`."""
-    similar = pairs(q, keys, exists, K, PLAN)
-    weights = tl.load(at.table(scratch, at.READ_WRITE, PLAN)) * similar
-    found = multiply(weights, at.written(scratch, VALUES, N, PLAN), PLAN)
-    if PLAN.erase:
-        weights = tl.load(at.table(scratch, at.READ_KEPT, PLAN)) * similar
-        found -= multiply(weights, at.written(scratch, VALUES + 1, N, PLAN), PLAN)
-    asked = times(q, exists, before[0] + offset, ROW, 1, K, N, PLAN)
-    found += at.column(scratch, at.READ_START, PLAN) * asked
-    if PLAN.momentum:
-        asked = times(q, exists, before[1] + offset, ROW, 1, K, N, PLAN)
-        found += at.column(scratch, at.READ_PUSHED, PLAN) * asked
+    similar = pairs(q, keys, exists, K, CONFIG)
+    weights = tl.load(at.table(scratch, at.READ_WRITE, CONFIG)) * similar
+    found = multiply(weights, at.written(scratch, VALUES, N, CONFIG), CONFIG)
+    if CONFIG.erase:
+        weights = tl.load(at.table(scratch, at.READ_KEPT, CONFIG)) * similar
+        found -= multiply(weights, at.written(scratch, VALUES + 1, N, CONFIG), CONFIG)
+    retrieved = times(q, exists, before[0] + offset, ROW, 1, K, N, CONFIG)
+    found += at.column(scratch, at.READ_START, CONFIG) * retrieved
+    if CONFIG.momentum:
+        retrieved = times(q, exists, before[1] + offset, ROW, 1, K, N, CONFIG)
+        found += at.column(scratch, at.READ_PUSHED, CONFIG) * retrieved
     return found

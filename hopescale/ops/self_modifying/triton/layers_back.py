@@ -14,9 +14,9 @@ from hopescale.ops.self_modifying.triton.matrices import add, add_outer, load_ro
 
 
 @triton.jit
-def gradients_at(scratch, VALUES: tl.constexpr, WIDTH: tl.constexpr, PLAN: tl.constexpr):
+def gradients_at(scratch, VALUES: tl.constexpr, WIDTH: tl.constexpr, CONFIG: tl.constexpr):
     """Point to the gradients of write values, or of what was held, entry by entry."""
-    return at.whole(scratch, VALUES - at.VALUES + at.D_VALUES, WIDTH, PLAN)
+    return at.whole(scratch, VALUES - at.VALUES + at.D_VALUES, WIDTH, CONFIG)
 
 
 @triton.jit
@@ -33,33 +33,33 @@ def read_back(
     ROW: tl.constexpr,
     K: tl.constexpr,
     N: tl.constexpr,
-    PLAN: tl.constexpr,
+    CONFIG: tl.constexpr,
 ):
     """Move the gradient of what `read_layer` read to keys, and keep that of writes; return that of queries `[C, K]`."""
     queries, d_found = load_rows(q, exists, K), load_rows(gradient, exists, N)
-    similar = pairs(q, keys, exists, K, PLAN)
-    weights = tl.load(at.table(scratch, at.READ_WRITE, PLAN))
-    d_values = multiply(tl.trans(weights * similar), d_found, PLAN)
-    put(gradients_at(scratch, VALUES, N, PLAN), d_values)
-    d_weights = multiply(d_found, tl.trans(at.written(scratch, VALUES, N, PLAN)), PLAN)
-    add(at.table(scratch, at.D_READ_WRITE, PLAN), d_weights * similar)
+    similar = pairs(q, keys, exists, K, CONFIG)
+    weights = tl.load(at.table(scratch, at.READ_WRITE, CONFIG))
+    d_values = multiply(tl.trans(weights * similar), d_found, CONFIG)
+    put(gradients_at(scratch, VALUES, N, CONFIG), d_values)
+    d_weights = multiply(d_found, tl.trans(at.written(scratch, VALUES, N, CONFIG)), CONFIG)
+    add(at.table(scratch, at.D_READ_WRITE, CONFIG), d_weights * similar)
     d_similar = d_weights * weights
-    if PLAN.erase:
-        weights = tl.load(at.table(scratch, at.READ_KEPT, PLAN))
-        d_held = -multiply(tl.trans(weights * similar), d_found, PLAN)
-        put(gradients_at(scratch, VALUES + 1, N, PLAN), d_held)
-        d_weights = -multiply(d_found, tl.trans(at.written(scratch, VALUES + 1, N, PLAN)), PLAN)
-        add(at.table(scratch, at.D_READ_KEPT, PLAN), d_weights * similar)
+    if CONFIG.erase:
+        weights = tl.load(at.table(scratch, at.READ_KEPT, CONFIG))
+        d_held = -multiply(tl.trans(weights * similar), d_found, CONFIG)
+        put(gradients_at(scratch, VALUES + 1, N, CONFIG), d_held)
+        d_weights = -multiply(d_found, tl.trans(at.written(scratch, VALUES + 1, N, CONFIG)), CONFIG)
+        add(at.table(scratch, at.D_READ_KEPT, CONFIG), d_weights * similar)
         d_similar += d_weights * weights
-    d_q = multiply(d_similar, load_rows(keys, exists, K), PLAN)
-    add(at.whole(scratch, D_KEYS, K, PLAN), multiply(tl.trans(d_similar), queries, PLAN))
-    asked = times(gradient, exists, before[0] + offset, 1, ROW, N, K, PLAN)
-    at.add_row(scratch, at.D_READ_START, tl.sum(asked * queries, 1), PLAN)
-    d_q += at.column(scratch, at.READ_START, PLAN) * asked
-    if PLAN.momentum:
-        asked = times(gradient, exists, before[1] + offset, 1, ROW, N, K, PLAN)
-        at.add_row(scratch, at.D_READ_PUSHED, tl.sum(asked * queries, 1), PLAN)
-        d_q += at.column(scratch, at.READ_PUSHED, PLAN) * asked
+    d_q = multiply(d_similar, load_rows(keys, exists, K), CONFIG)
+    add(at.whole(scratch, D_KEYS, K, CONFIG), multiply(tl.trans(d_similar), queries, CONFIG))
+    asked = times(gradient, exists, before[0] + offset, 1, ROW, N, K, CONFIG)
+    at.add_row(scratch, at.D_READ_START, tl.sum(asked * queries, 1), CONFIG)
+    d_q += at.column(scratch, at.READ_START, CONFIG) * asked
+    if CONFIG.momentum:
+        asked = times(gradient, exists, before[1] + offset, 1, ROW, N, K, CONFIG)
+        at.add_row(scratch, at.D_READ_PUSHED, tl.sum(asked * queries, 1), CONFIG)
+        d_q += at.column(scratch, at.READ_PUSHED, CONFIG) * asked
     return d_q
 
 
@@ -74,15 +74,15 @@ def read_states_back(
     ROW: tl.constexpr,
     K: tl.constexpr,
     N: tl.constexpr,
-    PLAN: tl.constexpr,
+    CONFIG: tl.constexpr,
 ):
     """Add what `read_layer` asked of the first state and momentum to their gradients."""
     d_found = load_rows(gradient, exists, N)
-    asked = at.column(scratch, at.READ_START, PLAN) * d_found
-    add_outer(back[0] + offset, ROW, q, exists, asked, K, N, PLAN)
-    if PLAN.momentum:
-        asked = at.column(scratch, at.READ_PUSHED, PLAN) * d_found
-        add_outer(back[1] + offset, ROW, q, exists, asked, K, N, PLAN)
+    asked = at.column(scratch, at.READ_START, CONFIG) * d_found
+    add_outer(back[0] + offset, ROW, q, exists, asked, K, N, CONFIG)
+    if CONFIG.momentum:
+        asked = at.column(scratch, at.READ_PUSHED, CONFIG) * d_found
+        add_outer(back[1] + offset, ROW, q, exists, asked, K, N, CONFIG)
 
 
 @triton.jit
@@ -99,32 +99,32 @@ def hold_back(
     ROW: tl.constexpr,
     K: tl.constexpr,
     N: tl.constexpr,
-    PLAN: tl.constexpr,
+    CONFIG: tl.constexpr,
 ):
     """Move the gradient of what was held, times the learning rate, through `hold`; keep what was solved for."""
-    rate, similar = at.column(scratch, at.RATE, PLAN), tl.load(at.table(scratch, SIMILAR, PLAN))
-    solved = multiply(tl.trans(tl.load(at.table(scratch, SIMILAR + 1, PLAN))), rate * d_held, PLAN)
-    put(at.whole(scratch, at.SOLVED, N, PLAN), solved)
-    held, weights = tl.load(at.whole(scratch, VALUES + 1, N, PLAN)), tl.load(at.table(scratch, at.KEPT, PLAN))
-    d_held -= multiply(tl.trans(weights * similar), solved, PLAN)
-    at.add_row(scratch, at.D_RATE, tl.sum(d_held * held, 1), PLAN)
-    d_weights = -multiply(solved, tl.trans(rate * held), PLAN)
-    add(at.table(scratch, at.D_KEPT, PLAN), d_weights * similar)
+    rate, similar = at.column(scratch, at.RATE, CONFIG), tl.load(at.table(scratch, SIMILAR, CONFIG))
+    solved = multiply(tl.trans(tl.load(at.table(scratch, SIMILAR + 1, CONFIG))), rate * d_held, CONFIG)
+    put(at.whole(scratch, at.SOLVED, N, CONFIG), solved)
+    held, weights = tl.load(at.whole(scratch, VALUES + 1, N, CONFIG)), tl.load(at.table(scratch, at.KEPT, CONFIG))
+    d_held -= multiply(tl.trans(weights * similar), solved, CONFIG)
+    at.add_row(scratch, at.D_RATE, tl.sum(d_held * held, 1), CONFIG)
+    d_weights = -multiply(solved, tl.trans(rate * held), CONFIG)
+    add(at.table(scratch, at.D_KEPT, CONFIG), d_weights * similar)
     d_similar = d_weights * weights
-    weights = tl.load(at.table(scratch, at.WRITE, PLAN))
-    add(gradients_at(scratch, VALUES, N, PLAN), multiply(tl.trans(weights * similar), solved, PLAN))
-    d_weights = multiply(solved, tl.trans(at.written(scratch, VALUES, N, PLAN)), PLAN)
-    add(at.table(scratch, at.D_WRITE, PLAN), d_weights * similar)
+    weights = tl.load(at.table(scratch, at.WRITE, CONFIG))
+    add(gradients_at(scratch, VALUES, N, CONFIG), multiply(tl.trans(weights * similar), solved, CONFIG))
+    d_weights = multiply(solved, tl.trans(at.written(scratch, VALUES, N, CONFIG)), CONFIG)
+    add(at.table(scratch, at.D_WRITE, CONFIG), d_weights * similar)
     d_similar += d_weights * weights
     own = load_rows(keys, exists, K)
-    add(at.whole(scratch, D_KEYS, K, PLAN), multiply(d_similar + tl.trans(d_similar), own, PLAN))
-    asked = times(at.matrix(scratch, at.SOLVED, PLAN), exists, before[0] + offset, 1, ROW, N, K, PLAN)
-    at.add_row(scratch, at.D_START, tl.sum(asked * own, 1), PLAN)
-    add(at.whole(scratch, D_KEYS, K, PLAN), at.column(scratch, at.START, PLAN) * asked)
-    if PLAN.momentum:
-        asked = times(at.matrix(scratch, at.SOLVED, PLAN), exists, before[1] + offset, 1, ROW, N, K, PLAN)
-        at.add_row(scratch, at.D_PUSHED, tl.sum(asked * load_rows(keys, exists, K), 1), PLAN)
-        add(at.whole(scratch, D_KEYS, K, PLAN), at.column(scratch, at.PUSHED, PLAN) * asked)
+    add(at.whole(scratch, D_KEYS, K, CONFIG), multiply(d_similar + tl.trans(d_similar), own, CONFIG))
+    asked = times(at.matrix(scratch, at.SOLVED, CONFIG), exists, before[0] + offset, 1, ROW, N, K, CONFIG)
+    at.add_row(scratch, at.D_START, tl.sum(asked * own, 1), CONFIG)
+    add(at.whole(scratch, D_KEYS, K, CONFIG), at.column(scratch, at.START, CONFIG) * asked)
+    if CONFIG.momentum:
+        asked = times(at.matrix(scratch, at.SOLVED, CONFIG), exists, before[1] + offset, 1, ROW, N, K, CONFIG)
+        at.add_row(scratch, at.D_PUSHED, tl.sum(asked * load_rows(keys, exists, K), 1), CONFIG)
+        add(at.whole(scratch, D_KEYS, K, CONFIG), at.column(scratch, at.PUSHED, CONFIG) * asked)
 
 
 @triton.jit
@@ -141,34 +141,34 @@ def move_back(
     ROW: tl.constexpr,
     K: tl.constexpr,
     N: tl.constexpr,
-    PLAN: tl.constexpr,
+    CONFIG: tl.constexpr,
 ):
     """Move gradients of a layer's state and momentum after the piece, `back`, to its keys and write values."""
-    temporary, gradient = at.matrix(scratch, at.TEMPORARY, PLAN), gradients_at(scratch, VALUES, N, PLAN)
-    if PLAN.momentum:
-        weights, written = at.column(scratch, at.LINK, PLAN), at.written(scratch, VALUES, N, PLAN)
-        put(at.whole(scratch, at.TEMPORARY, N, PLAN), weights * written)
-        pushing = times(keys, exists, back[1] + offset, ROW, 1, K, N, PLAN)
-        at.add_row(scratch, at.D_LINK, tl.sum(pushing * written, 1), PLAN)
+    temporary, gradient = at.matrix(scratch, at.TEMPORARY, CONFIG), gradients_at(scratch, VALUES, N, CONFIG)
+    if CONFIG.momentum:
+        weights, written = at.column(scratch, at.LINK, CONFIG), at.written(scratch, VALUES, N, CONFIG)
+        put(at.whole(scratch, at.TEMPORARY, N, CONFIG), weights * written)
+        pushing = times(keys, exists, back[1] + offset, ROW, 1, K, N, CONFIG)
+        at.add_row(scratch, at.D_LINK, tl.sum(pushing * written, 1), CONFIG)
         add(gradient, weights * pushing)
-        d_keys = times(temporary, exists, back[1] + offset, 1, ROW, N, K, PLAN)
-        add(at.whole(scratch, D_KEYS, K, PLAN), d_keys)
-    weights, written = at.column(scratch, at.WROTE, PLAN), at.written(scratch, VALUES, N, PLAN)
-    put(at.whole(scratch, at.TEMPORARY, N, PLAN), weights * written)
-    entering = times(keys, exists, back[0] + offset, ROW, 1, K, N, PLAN)
-    at.add_row(scratch, at.D_WROTE, tl.sum(entering * written, 1), PLAN)
+        d_keys = times(temporary, exists, back[1] + offset, 1, ROW, N, K, CONFIG)
+        add(at.whole(scratch, D_KEYS, K, CONFIG), d_keys)
+    weights, written = at.column(scratch, at.WROTE, CONFIG), at.written(scratch, VALUES, N, CONFIG)
+    put(at.whole(scratch, at.TEMPORARY, N, CONFIG), weights * written)
+    entering = times(keys, exists, back[0] + offset, ROW, 1, K, N, CONFIG)
+    at.add_row(scratch, at.D_WROTE, tl.sum(entering * written, 1), CONFIG)
     add(gradient, weights * entering)
-    if PLAN.erase:
-        weights, erased = at.column(scratch, at.ERASED, PLAN), at.written(scratch, VALUES + 1, N, PLAN)
-        add(at.whole(scratch, at.TEMPORARY, N, PLAN), -weights * erased)
-        at.add_row(scratch, at.D_ERASED, -tl.sum(entering * erased, 1), PLAN)
-        d_held = tl.load(gradients_at(scratch, VALUES + 1, N, PLAN)) - weights * entering
-        hold_back(keys, exists, d_held, offset, before, scratch, SIMILAR, VALUES, D_KEYS, ROW, K, N, PLAN)
-    d_keys = times(temporary, exists, back[0] + offset, 1, ROW, N, K, PLAN)
-    add(at.whole(scratch, D_KEYS, K, PLAN), d_keys)
+    if CONFIG.erase:
+        weights, erased = at.column(scratch, at.ERASED, CONFIG), at.written(scratch, VALUES + 1, N, CONFIG)
+        add(at.whole(scratch, at.TEMPORARY, N, CONFIG), -weights * erased)
+        at.add_row(scratch, at.D_ERASED, -tl.sum(entering * erased, 1), CONFIG)
+        d_held = tl.load(gradients_at(scratch, VALUES + 1, N, CONFIG)) - weights * entering
+        hold_back(keys, exists, d_held, offset, before, scratch, SIMILAR, VALUES, D_KEYS, ROW, K, N, CONFIG)
+    d_keys = times(temporary, exists, back[0] + offset, 1, ROW, N, K, CONFIG)
+    add(at.whole(scratch, D_KEYS, K, CONFIG), d_keys)
     d_written = tl.load(gradient)
-    at.add_row(scratch, at.D_RATE, tl.sum(d_written * tl.load(at.whole(scratch, VALUES, N, PLAN)), 1), PLAN)
-    put(gradient, at.column(scratch, at.RATE, PLAN) * d_written)
+    at.add_row(scratch, at.D_RATE, tl.sum(d_written * tl.load(at.whole(scratch, VALUES, N, CONFIG)), 1), CONFIG)
+    put(gradient, at.column(scratch, at.RATE, CONFIG) * d_written)
 
 
 @triton.jit
@@ -182,31 +182,31 @@ def carry_back(
     ROW: tl.constexpr,
     K: tl.constexpr,
     N: tl.constexpr,
-    PLAN: tl.constexpr,
+    CONFIG: tl.constexpr,
 ):
     """Turn the gradients of a layer's state and momentum after the piece into those before it. After `move_back`."""
-    last, d_last = scratch + at.LAST * PLAN.rows, scratch + at.D_LAST * PLAN.rows
-    d_first, d_pushed, d_push_kept = 0.0, 0.0, 0.0
-    BLOCK: tl.constexpr = PLAN.block if PLAN.block < K else K
+    last, d_last = scratch + at.LAST * CONFIG.rows, scratch + at.D_LAST * CONFIG.rows
+    d_first, d_pushed, d_momentum_decay = 0.0, 0.0, 0.0
+    BLOCK: tl.constexpr = CONFIG.block if CONFIG.block < K else K
     for begin in range(0, K, BLOCK):
         k = begin + tl.arange(0, BLOCK)
         here = offset + k[:, None] * ROW + tl.arange(0, N)[None, :]
         d_state = tl.load(back[0] + here)
         d_first += tl.sum(d_state * tl.load(before[0] + here))
         d_before = tl.load(last) * d_state
-        if PLAN.erase:
-            solved = tl.load(at.whole(scratch, at.SOLVED, N, PLAN))
-            d_before += outer(keys, exists, at.column(scratch, at.START, PLAN) * solved, k, K, PLAN)
-        if PLAN.momentum:
+        if CONFIG.erase:
+            solved = tl.load(at.whole(scratch, at.SOLVED, N, CONFIG))
+            d_before += outer(keys, exists, at.column(scratch, at.START, CONFIG) * solved, k, K, CONFIG)
+        if CONFIG.momentum:
             d_momentum, momentum = tl.load(back[1] + here), tl.load(before[1] + here)
             d_pushed += tl.sum(d_state * momentum)
-            d_push_kept += tl.sum(d_momentum * momentum)
+            d_momentum_decay += tl.sum(d_momentum * momentum)
             d_momentum = tl.load(last + 2) * d_momentum + tl.load(last + 1) * d_state
-            if PLAN.erase:
-                d_momentum += outer(keys, exists, at.column(scratch, at.PUSHED, PLAN) * solved, k, K, PLAN)
+            if CONFIG.erase:
+                d_momentum += outer(keys, exists, at.column(scratch, at.PUSHED, CONFIG) * solved, k, K, CONFIG)
             put(back[1] + here, d_momentum)
         put(back[0] + here, d_before)
     add(d_last, d_first)
-    if PLAN.momentum:
+    if CONFIG.momentum:
         add(d_last + 1, d_pushed)
-        add(d_last + 2, d_push_kept)
+        add(d_last + 2, d_momentum_decay)

@@ -36,9 +36,9 @@ def load_rows(x, exists, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def multiply(a, b, PLAN: tl.constexpr):
+def multiply(a, b, CONFIG: tl.constexpr):
     """Multiply two matrices in registers."""
-    return tl.dot(a, b, input_precision=PLAN.precision)
+    return tl.dot(a, b, input_precision=CONFIG.precision)
 
 
 @triton.jit
@@ -50,51 +50,51 @@ def times(
     COLUMN: tl.constexpr,
     K: tl.constexpr,
     N: tl.constexpr,
-    PLAN: tl.constexpr,
+    CONFIG: tl.constexpr,
 ):
     """Multiply tokens `x` `[C, K]` with a matrix `[K, N]`, whose entry `(k, n)` lies at `k * ROW + n * COLUMN`."""
-    BLOCK: tl.constexpr = PLAN.block if PLAN.block < K else K
-    C: tl.constexpr = PLAN.rows
+    BLOCK: tl.constexpr = CONFIG.block if CONFIG.block < K else K
+    C: tl.constexpr = CONFIG.rows
     rows, n = tl.arange(0, C), tl.arange(0, N)
     total = tl.zeros((C, N), tl.float32)
     for first in range(0, K, BLOCK):
         k = first + tl.arange(0, BLOCK)
         left = tl.load(x + rows[:, None] * K + k[None, :], mask=exists[:, None], other=0.0)
         right = tl.load(matrix + k[:, None] * ROW + n[None, :] * COLUMN)
-        total += tl.dot(left, right, input_precision=PLAN.precision)
+        total += tl.dot(left, right, input_precision=CONFIG.precision)
     return total
 
 
 @triton.jit
-def pairs(x, y, exists, K: tl.constexpr, PLAN: tl.constexpr):
+def pairs(x, y, exists, K: tl.constexpr, CONFIG: tl.constexpr):
     """Multiply tokens `x` and `y` `[C, K]` with one another: `[C, C]`."""
-    BLOCK: tl.constexpr = PLAN.block if PLAN.block < K else K
-    C: tl.constexpr = PLAN.rows
+    BLOCK: tl.constexpr = CONFIG.block if CONFIG.block < K else K
+    C: tl.constexpr = CONFIG.rows
     rows = tl.arange(0, C)
     total = tl.zeros((C, C), tl.float32)
     for first in range(0, K, BLOCK):
         k = first + tl.arange(0, BLOCK)
         left = tl.load(x + rows[:, None] * K + k[None, :], mask=exists[:, None], other=0.0)
         right = tl.load(y + rows[None, :] * K + k[:, None], mask=exists[None, :], other=0.0)
-        total += tl.dot(left, right, input_precision=PLAN.precision)
+        total += tl.dot(left, right, input_precision=CONFIG.precision)
     return total
 
 
 @triton.jit
-def outer(x, exists, values, k, K: tl.constexpr, PLAN: tl.constexpr):
+def outer(x, exists, values, k, K: tl.constexpr, CONFIG: tl.constexpr):
     """Multiply columns `k` of tokens `x` `[C, K]` with values `[C, N]`: `[k, N]`."""
-    rows = tl.arange(0, PLAN.rows)
+    rows = tl.arange(0, CONFIG.rows)
     left = tl.load(x + rows[None, :] * K + k[:, None], mask=exists[None, :], other=0.0)
-    return tl.dot(left, values, input_precision=PLAN.precision)
+    return tl.dot(left, values, input_precision=CONFIG.precision)
 
 
 @triton.jit
-def add_outer(matrix, ROW: tl.constexpr, x, exists, values, K: tl.constexpr, N: tl.constexpr, PLAN: tl.constexpr):
+def add_outer(matrix, ROW: tl.constexpr, x, exists, values, K: tl.constexpr, N: tl.constexpr, CONFIG: tl.constexpr):
     """Add `x^T values`, of tokens `[C, K]` and `[C, N]`, to a matrix `[K, N]` whose rows are `ROW` apart."""
-    BLOCK: tl.constexpr = PLAN.block if PLAN.block < K else K
+    BLOCK: tl.constexpr = CONFIG.block if CONFIG.block < K else K
     for first in range(0, K, BLOCK):
         k = first + tl.arange(0, BLOCK)
-        add(matrix + k[:, None] * ROW + tl.arange(0, N)[None, :], outer(x, exists, values, k, K, PLAN))
+        add(matrix + k[:, None] * ROW + tl.arange(0, N)[None, :], outer(x, exists, values, k, K, CONFIG))
 
 
 @triton.jit

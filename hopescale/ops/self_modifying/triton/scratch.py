@@ -76,44 +76,44 @@ BACKWARD_MATRICES = tl.constexpr(26)
 
 
 @triton.jit
-def row(scratch, INDEX: tl.constexpr, PLAN: tl.constexpr):
+def row(scratch, INDEX: tl.constexpr, CONFIG: tl.constexpr):
     """Point to a row of numbers, entry by entry."""
-    return scratch + INDEX * PLAN.rows + tl.arange(0, PLAN.rows)
+    return scratch + INDEX * CONFIG.rows + tl.arange(0, CONFIG.rows)
 
 
 @triton.jit
-def column(scratch, INDEX: tl.constexpr, PLAN: tl.constexpr):
+def column(scratch, INDEX: tl.constexpr, CONFIG: tl.constexpr):
     """Load a row of numbers as factors of a matrix's rows, `[C, 1]`."""
-    return tl.load(row(scratch, INDEX, PLAN))[:, None]
+    return tl.load(row(scratch, INDEX, CONFIG))[:, None]
 
 
 @triton.jit
-def table(scratch, INDEX: tl.constexpr, PLAN: tl.constexpr):
+def table(scratch, INDEX: tl.constexpr, CONFIG: tl.constexpr):
     """Point to a table, entry by entry."""
-    rows = tl.arange(0, PLAN.rows)
-    begin = ROWS * PLAN.rows + INDEX * PLAN.rows * PLAN.rows
-    return scratch + begin + rows[:, None] * PLAN.rows + rows[None, :]
+    rows = tl.arange(0, CONFIG.rows)
+    begin = ROWS * CONFIG.rows + INDEX * CONFIG.rows * CONFIG.rows
+    return scratch + begin + rows[:, None] * CONFIG.rows + rows[None, :]
 
 
 @triton.jit
-def matrix(scratch, INDEX: tl.constexpr, PLAN: tl.constexpr):
+def matrix(scratch, INDEX: tl.constexpr, CONFIG: tl.constexpr):
     """Point to the first entry of a matrix of tokens."""
-    return scratch + ROWS * PLAN.rows + TABLES * PLAN.rows * PLAN.rows + INDEX * PLAN.matrix
+    return scratch + ROWS * CONFIG.rows + TABLES * CONFIG.rows * CONFIG.rows + INDEX * CONFIG.matrix
 
 
 @triton.jit
-def whole(scratch, INDEX: tl.constexpr, WIDTH: tl.constexpr, PLAN: tl.constexpr):
+def whole(scratch, INDEX: tl.constexpr, WIDTH: tl.constexpr, CONFIG: tl.constexpr):
     """Point to a matrix of tokens `[C, WIDTH]`, entry by entry."""
-    return tile(matrix(scratch, INDEX, PLAN), PLAN.rows, WIDTH)
+    return tile(matrix(scratch, INDEX, CONFIG), CONFIG.rows, WIDTH)
 
 
 @triton.jit
-def add_row(scratch, INDEX: tl.constexpr, values, PLAN: tl.constexpr):
+def add_row(scratch, INDEX: tl.constexpr, values, CONFIG: tl.constexpr):
     """Add to a row of numbers."""
-    add(row(scratch, INDEX, PLAN), values)
+    add(row(scratch, INDEX, CONFIG), values)
 
 
 @triton.jit
-def written(scratch, INDEX: tl.constexpr, WIDTH: tl.constexpr, PLAN: tl.constexpr):
+def written(scratch, INDEX: tl.constexpr, WIDTH: tl.constexpr, CONFIG: tl.constexpr):
     """Load write values, or what was held, times the learning rate: `[C, WIDTH]`."""
-    return column(scratch, RATE, PLAN) * tl.load(whole(scratch, INDEX, WIDTH, PLAN))
+    return column(scratch, RATE, CONFIG) * tl.load(whole(scratch, INDEX, WIDTH, CONFIG))

@@ -13,7 +13,7 @@ PERPLEXITY = "perplexity"
 
 
 @dataclass(frozen=True)
-class Wanted:
+class EvalRequest:
     """What is to be measured.
 
     Attributes:
@@ -47,7 +47,7 @@ class Wanted:
                 raise ConfigError(message, "leave it out")
 
     @classmethod
-    def read(cls, tasks: Sequence[str], data: Path | None, **settings: object) -> Wanted:
+    def read(cls, tasks: Sequence[str], data: Path | None, **settings: object) -> EvalRequest:
         """Read names of tasks, `arc_easy` or `arc_easy=5` for five examples before each question.
 
         Raises:

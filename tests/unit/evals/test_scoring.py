@@ -7,8 +7,8 @@ import torch
 
 from hopescale.config.schema import LevelConfig, ModelConfig, SelfModifyingConfig
 from hopescale.config.schema.model import CmsConfig
-from hopescale.evals import reading
-from hopescale.evals.reading import score, write
+from hopescale.evals import scoring
+from hopescale.evals.scoring import score, write
 from hopescale.infer.sampling import Sampling
 from hopescale.models import Model
 
@@ -48,7 +48,7 @@ def naive_continuation(model: Model, text: list[int], count: int) -> list[int]:
 
 def test_scores_together_equal_scores_alone(model: Model, monkeypatch: pytest.MonkeyPatch):
     """Rows of all lengths, read in parts that end within a chunk."""
-    monkeypatch.setattr(reading, "PREFILL_TOKENS", 11)
+    monkeypatch.setattr(scoring, "PREFILL_TOKENS", 11)
     texts = [make_text(length) for length in LENGTHS]
     texts.append(texts[3] + naive_continuation(model, texts[3], 4))
     counts = [1, 5, 12, 3, 2, 23, 4]

@@ -7,21 +7,21 @@ from datetime import timedelta
 
 import torch
 
-from hopescale.common.place import Place
+from hopescale.common.rank_info import RankInfo
 from hopescale.config.layout import Layout
 from hopescale.parallel import process
 from hopescale.parallel.device import choose_device, own_device
 from hopescale.parallel.mesh import Mesh
 
 
-def join(
-    place: Place | None, layout: Layout, device: str, origin: str, *, timeout: timedelta
+def init_distributed(
+    rank_info: RankInfo | None, layout: Layout, device: str, origin: str, *, timeout: timedelta
 ) -> tuple[Mesh, torch.device]:
     """Meet the other ranks. Called by all of them, once per process.
 
     Args:
-        place: Which rank this process is; None is the only one.
-        layout: How the ranks are shared out.
+        rank_info: Which rank this process is; None is the only one.
+        layout: How the ranks are distributed.
         device: As of `choose_device`.
         origin: The key or option that asked for it, for messages.
         timeout: How long an exchange may wait for the other ranks.
@@ -34,10 +34,10 @@ def join(
         LaunchError: If the ranks do not meet, or there are too few devices.
     """
     chosen = choose_device(device, origin)
-    if place is None or place.world_size == 1:
+    if rank_info is None or rank_info.world_size == 1:
         return Mesh.alone(), chosen
     faulthandler.enable()
     if chosen.type == "cuda":
-        chosen = own_device(place, origin)
-    process.start(place, chosen, timeout)
+        chosen = own_device(rank_info, origin)
+    process.start(rank_info, chosen, timeout)
     return Mesh.over_all(layout, device=chosen, timeout=timeout), chosen

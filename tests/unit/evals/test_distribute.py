@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from hopescale.evals.shares import cut, share_out
+from hopescale.evals.distribute import distribute, group_by_length
 from hopescale.parallel.control import Control
 from hopescale.parallel.mesh import Mesh
 
@@ -11,7 +11,7 @@ from hopescale.parallel.mesh import Mesh
 @pytest.mark.parametrize("spread", [None, 0, 5])
 def test_every_text_is_in_one_batch_that_is_not_too_large(tokens: int, spread: int | None):
     lengths = [(7 * number) % 23 + 1 for number in range(40)]
-    batches = cut(lengths, tokens=tokens, spread=spread)
+    batches = group_by_length(lengths, tokens=tokens, spread=spread)
     assert sorted(number for batch in batches for number in batch) == list(range(40))
     for batch in batches:
         sizes = [lengths[number] for number in batch]
@@ -22,10 +22,10 @@ def test_every_text_is_in_one_batch_that_is_not_too_large(tokens: int, spread: i
 
 
 def test_nothing_to_do_is_no_batch():
-    assert cut([], tokens=10) == []
-    assert share_out(Control(Mesh.alone()), [], lambda batch: batch) == []
+    assert group_by_length([], tokens=10) == []
+    assert distribute(Control(Mesh.alone()), [], lambda batch: batch) == []
 
 
 def test_results_come_back_in_order():
-    found = share_out(Control(Mesh.alone()), [[3, 0], [1], [4, 2]], lambda batch: [10 * number for number in batch])
+    found = distribute(Control(Mesh.alone()), [[3, 0], [1], [4, 2]], lambda batch: [10 * number for number in batch])
     assert found == [0, 10, 20, 30, 40]

@@ -1,34 +1,34 @@
 // How much of each write, and of what a chunk begins with, is in the state before each of its tokens.
 #pragma once
-#include "rule.h"
+#include "memory_spec.h"
 
 namespace hopescale {
 
 // Weights of one chunk of `size` tokens. Row t is of the state before token t, the last row of the end.
-struct Tables {
+struct DecayWeights {
     int size;
     float *eta, *alpha, *mu;       // [size]; mu is null without momentum
     float *start, *push;           // [size + 1]
     float* from_start;             // products of mu up to each token, [size]
     Matrix erase, write, chain;    // [size + 1, size], chain [size, size]; write is erase without momentum
 
-    float push_kept() const { return from_start[size - 1]; }
+    float momentum_decay() const { return from_start[size - 1]; }
     const float* last_push() const { return chain.row(size - 1); }
 };
 
-inline Tables take_tables(Arena& arena, const Rule& rule, int size) {
-    Tables x{};
+inline DecayWeights take_decay(Arena& arena, const MemorySpec& spec, int size) {
+    DecayWeights x{};
     x.size = size;
-    x.eta = arena.numbers(rule.chunk);
-    x.alpha = arena.numbers(rule.chunk);
-    x.start = arena.numbers(rule.chunk + 1);
-    x.erase = x.write = arena.take(rule.chunk + 1, padded(rule.chunk));
-    if (rule.momentum) {
-        x.mu = arena.numbers(rule.chunk);
-        x.push = arena.numbers(rule.chunk + 1);
-        x.from_start = arena.numbers(rule.chunk);
-        x.write = arena.take(rule.chunk + 1, padded(rule.chunk));
-        x.chain = arena.take(rule.chunk, padded(rule.chunk));
+    x.eta = arena.numbers(spec.chunk);
+    x.alpha = arena.numbers(spec.chunk);
+    x.start = arena.numbers(spec.chunk + 1);
+    x.erase = x.write = arena.take(spec.chunk + 1, padded(spec.chunk));
+    if (spec.momentum) {
+        x.mu = arena.numbers(spec.chunk);
+        x.push = arena.numbers(spec.chunk + 1);
+        x.from_start = arena.numbers(spec.chunk);
+        x.write = arena.take(spec.chunk + 1, padded(spec.chunk));
+        x.chain = arena.take(spec.chunk, padded(spec.chunk));
     }
     return x;
 }
@@ -39,7 +39,7 @@ inline void decay_row(const float* before, float gate, int t, float eta, float* 
     after[t] = eta;
 }
 
-inline void fill_tables(const Tables& x) {
+inline void fill_tables(const DecayWeights& x) {
     const int width = x.erase.width;
     x.start[0] = 1;
     fill(x.erase.block(0, 1), 0);
@@ -62,12 +62,12 @@ inline void fill_tables(const Tables& x) {
 
 // Gradients of tables; entries (t, s) with s >= t of `erase` and `write` stay zero.
 struct TableGrads {
-    float *start, *push, *last_push, push_kept;
+    float *start, *push, *last_push, momentum_decay;
     Matrix erase, write;
     float *eta, *alpha, *mu;
 };
 
-inline TableGrads take_table_grads(Arena& arena, const Tables& x) {
+inline TableGrads take_table_grads(Arena& arena, const DecayWeights& x) {
     const int width = x.erase.width;
     TableGrads d{};
     Matrix numbers = arena.take(6, padded(x.size + 1));
@@ -95,7 +95,7 @@ inline float decay_row_back(const float* before, float gate, int t, float* d_aft
 }
 
 // Turns gradients of tables into those of the gates. Overwrites the former.
-inline void tables_back(Arena& arena, const Tables& x, TableGrads& d) {
+inline void tables_back(Arena& arena, const DecayWeights& x, TableGrads& d) {
     Scope scope(arena);
     const int width = x.erase.width;
     float* row_before = arena.take(1, width).data;
@@ -107,7 +107,7 @@ inline void tables_back(Arena& arena, const Tables& x, TableGrads& d) {
     }
     if (!x.mu) return;
     float* d_chain = d.last_push;
-    float d_from_start = d.push_kept;
+    float d_from_start = d.momentum_decay;
     for (int t = x.size - 1; t >= 0; --t) {
         float* d_write = d.write.row(t + 1);
         d.alpha[t] += dot(d_write, x.write.row(t), width) + d.push[t + 1] * x.push[t];

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hopescale.config.execution import computed_again
+from hopescale.config.execution import effective_recompute
 from hopescale.config.layout import Layout
 from hopescale.config.model_shape import padded_vocab_size
 from hopescale.config.plan import make_plan
 from hopescale.config.schema import RunConfig
-from hopescale.cost.activations import FP32, Sizes, block_activations, head_bytes, logits_bytes
+from hopescale.cost.activations import FP32, BatchSizes, block_activations, head_bytes, logits_bytes
 from hopescale.cost.holdings import Holding, Holdings, gathers
 
 KINDS = (
@@ -37,7 +37,7 @@ MATRIX_WORKSPACE = 6
 
 
 @dataclass(frozen=True)
-class RankMemory:
+class DeviceMemory:
     """The most that a rank of a stage holds.
 
     Attributes:
@@ -58,15 +58,15 @@ class RankMemory:
         return sum(self.bytes.values())
 
 
-def stage_memory(
+def device_memory_of_stage(
     holdings: Holdings, config: RunConfig, layout: Layout, stage: int, *, exact: bool = True
-) -> RankMemory:
+) -> DeviceMemory:
     """Return the most that a rank of a pipeline stage holds.
 
     Args:
         holdings: Of the config's model and optimizer.
         config: Micro batch, precision and recomputation, which may differ from those `holdings` was made with.
-        layout: How ranks are shared out.
+        layout: How ranks are distributed.
         stage: Pipeline rank.
         exact: Whether shares of matrices are those of the replica that owns most, or of all on average.
     """
@@ -85,12 +85,14 @@ def stage_memory(
     totals = {name: sum(moment.values()) for name, moment in moments.items()}
     name = max(totals, key=totals.get)
     at_peak = {kind: lasting.get(kind, 0) + moments[name].get(kind, 0) for kind in KINDS}
-    return RankMemory(at_peak, name, passing.in_flight, holding.total())
+    return DeviceMemory(at_peak, name, passing.in_flight, holding.total())
 
 
-def memory_of_stages(holdings: Holdings, config: RunConfig, layout: Layout, *, exact: bool = True) -> list[RankMemory]:
+def device_memory_of_stages(
+    holdings: Holdings, config: RunConfig, layout: Layout, *, exact: bool = True
+) -> list[DeviceMemory]:
     """Return what the ranks of each pipeline stage hold."""
-    return [stage_memory(holdings, config, layout, stage, exact=exact) for stage in range(layout.pp)]
+    return [device_memory_of_stage(holdings, config, layout, stage, exact=exact) for stage in range(layout.pp)]
 
 
 def _lasting(config: RunConfig, layout: Layout, holding: Holding, owned: float) -> dict[str, float]:
@@ -141,8 +143,8 @@ class _Passing:
         model = config.model
         self.config, self.layout, self.holding = config, layout, holding
         self.micro_batches = make_plan(config, layout).grad_accumulation
-        self.sizes = Sizes.of(config.train, layout)
-        self.block = block_activations(model, self.sizes, computed_again(config))
+        self.sizes = BatchSizes.of(config.train, layout)
+        self.block = block_activations(model, self.sizes, effective_recompute(config))
         self.blocks = sum(map(len, slices)) / len(slices)
         self.is_last = slices[-1].stop == model.num_layers
         waiting = layout.pp - stage

@@ -7,18 +7,18 @@ import pytest
 from hopescale.config.layout import Layout
 from hopescale.config.load import load_recipe
 from hopescale.cost.comm import bytes_per_step
+from hopescale.cost.device_memory import DeviceMemory, device_memory_of_stage, device_memory_of_stages
 from hopescale.cost.holdings import Holdings
-from hopescale.cost.memory import RankMemory, memory_of_stages, stage_memory
 
 LASTING = ("weights", "gradients", "accumulators", "masters", "optimizer")
 
 
-def planned(overrides: list[str], layout: Layout) -> RankMemory:
+def planned(overrides: list[str], layout: Layout) -> DeviceMemory:
     config = load_recipe("debug", overrides).config
-    return stage_memory(Holdings(config), config, layout, 0)
+    return device_memory_of_stage(Holdings(config), config, layout, 0)
 
 
-def lasting(found: RankMemory) -> float:
+def lasting(found: DeviceMemory) -> float:
     return sum(found.bytes[kind] for kind in LASTING)
 
 
@@ -55,7 +55,7 @@ def test_matrices_are_shared_out_whole():
 
 def test_a_first_stage_waits_longest():
     config = load_recipe("debug", ["model.num_layers=8", "train.micro_batch_size=1"]).config
-    stages = memory_of_stages(Holdings(config), config, Layout(pp=4))
+    stages = device_memory_of_stages(Holdings(config), config, Layout(pp=4))
     assert [stage.in_flight for stage in stages] == [4, 3, 2, 1]
     assert stages[0].bytes["in flight"] > stages[2].bytes["in flight"] > stages[3].bytes["in flight"] == 0
 

@@ -1,4 +1,4 @@
-"""What updaters have in common that gather whole gradients on every replica."""
+"""What updaters have in common that accumulate whole gradients on every replica."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from hopescale.optim.cadence import Accumulator, Cadence
 from hopescale.parallel.mesh import Mesh
 
 
-class GatheringUpdater:
+class AccumulatingUpdater:
     """Takes the gradients of its parameters as soon as they are complete, and hands weights and state to checkpoints.
 
-    Subclasses provide the rest of an `Updater` - `share`, `reduce`, `update`, `masters`, `state_dict` - and
+    Subclasses provide the rest of an `Updater` - `norm_weight`, `reduce`, `update`, `masters`, `state_dict` - and
     `_set_masters`.
 
     Args:
         parameters: Parameters by name.
         cadences: Of every parameter.
         mesh: Where this process stands.
-        gathers: Whether gradients are gathered here; not if something else takes them.
-        places: Where to gather some of them, float32 zeros by name.
+        accumulates: Whether gradients are accumulated here; not if something else takes them.
+        buffers: Where to accumulate some of them, float32 zeros by name.
     """
 
     def __init__(
@@ -31,13 +31,13 @@ class GatheringUpdater:
         cadences: Mapping[str, Cadence],
         mesh: Mesh,
         *,
-        gathers: bool = True,
-        places: Mapping[str, Tensor] | None = None,
+        accumulates: bool = True,
+        buffers: Mapping[str, Tensor] | None = None,
     ):
         self.parameters, self.dp_group = dict(parameters), mesh.dp_group
         self.accumulators: dict[str, Accumulator] = {}
-        for name, parameter in self.parameters.items() if gathers else ():
-            self.accumulators[name] = Accumulator(parameter, cadences[name], (places or {}).get(name))
+        for name, parameter in self.parameters.items() if accumulates else ():
+            self.accumulators[name] = Accumulator(parameter, cadences[name], (buffers or {}).get(name))
             parameter.register_post_accumulate_grad_hook(self.accumulators[name].take)
 
     def holds_whole(self, name: str) -> bool:
@@ -48,19 +48,19 @@ class GatheringUpdater:
         """Run the backward pass of a micro batch."""
         loss.backward()
 
-    def gathered(self, name: str) -> Tensor:
+    def accumulated_grad(self, name: str) -> Tensor:
         """Return the sum of a parameter's gradients since its last update."""
-        return self.accumulators[name].gathered()
+        return self.accumulators[name].accumulated_grad()
 
     def square_norms(self, names: Sequence[str]) -> Tensor:
-        """Return the squared norm of the part of each gathered gradient that is here, `[len(names)]`."""
+        """Return the squared norm of the part of each accumulated gradient that is here, `[len(names)]`."""
         if not names:
             return torch.zeros(0)
         return torch.stack(torch._foreach_norm([self._gradient(name) for name in names])).square()
 
     def _gradient(self, name: str) -> Tensor:
-        """Return the part of a gathered gradient that is here."""
-        return self.gathered(name)
+        """Return the part of an accumulated gradient that is here."""
+        return self.accumulated_grad(name)
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -91,13 +91,13 @@ class GatheringUpdater:
 
     def sums(self) -> dict[str, Tensor]:
         """Return the running sums of slow parameters."""
-        return {name: accumulator.total for name, accumulator in self.accumulators.items() if accumulator.kept}
+        return {name: accumulator.total for name, accumulator in self.accumulators.items() if accumulator.persists}
 
     @torch.no_grad()
     def load_sums(self, sums: Mapping[str, Tensor]) -> None:
         """Take over running sums, given in parts that add up over replicas; what is missing is zero."""
         for name, accumulator in self.accumulators.items():
-            if not accumulator.kept:
+            if not accumulator.persists:
                 continue
             if name not in sums:
                 accumulator.total.zero_()

@@ -26,7 +26,7 @@ class Weighting(NamedTuple):
     erase: Tensor
 
 
-class ChunkTables(NamedTuple):
+class DecayWeights(NamedTuple):
     """Weights of one chunk, in the type of the state. Row `t` is of the state before token `t`, the last of the end.
 
     Attributes:
@@ -35,7 +35,7 @@ class ChunkTables(NamedTuple):
         write: The same, `[..., C + 1, C]`; equals `erase` without momentum.
         erase: The same.
         last_push: Weight of each write value in the last momentum, its `eta` included `[..., C]`; None without.
-        push_kept: Weight of the first momentum in the last one `[...]`; None without.
+        momentum_decay: Weight of the first momentum in the last one `[...]`; None without.
     """
 
     start: Tensor
@@ -43,7 +43,7 @@ class ChunkTables(NamedTuple):
     write: Tensor
     erase: Tensor
     last_push: Tensor | None
-    push_kept: Tensor | None
+    momentum_decay: Tensor | None
 
     @property
     def before(self) -> Weighting:
@@ -59,9 +59,9 @@ class ChunkTables(NamedTuple):
         push = None if self.push is None else self.push[..., rows]
         return Weighting(self.start[..., rows], push, self.write[..., rows, :], self.erase[..., rows, :])
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> ChunkTables:
+    def map(self, function: Callable[[Tensor], Tensor]) -> DecayWeights:
         """Apply a function to every table."""
-        return ChunkTables(*(None if table is None else function(table) for table in self))
+        return DecayWeights(*(None if table is None else function(table) for table in self))
 
 
 class _Ratios(torch.autograd.Function):
@@ -92,19 +92,19 @@ def _log(gate: Tensor) -> Tensor:
     return gate.clamp_min(torch.finfo(gate.dtype).tiny).log()
 
 
-def chunk_tables(eta: Tensor, alpha: Tensor, mu: Tensor | None) -> ChunkTables:
+def decay_weights(eta: Tensor, alpha: Tensor, mu: Tensor | None) -> DecayWeights:
     """Compute the tables of one chunk from its gates, each `[..., C]`; `alpha` and `mu` in `[0, 1]`."""
     log_alpha = _log(alpha)
-    kept = _Ratios.apply(log_alpha)
+    alpha_products = _Ratios.apply(log_alpha)
     start = F.pad(log_alpha.cumsum(-1), (1, 0)).exp()
-    erase = kept * eta[..., None, :]
-    push = last_push = push_kept = None
+    erase = alpha_products * eta[..., None, :]
+    push = last_push = momentum_decay = None
     if mu is None:
         write = erase
     else:
         log_mu = _log(mu)
         chain = _Ratios.apply(log_mu)[..., 1:, :] * eta[..., None, :]
         from_start = log_mu.cumsum(-1).exp()
-        write, push = kept @ chain, (kept @ from_start[..., None])[..., 0]
-        last_push, push_kept = chain[..., -1, :], from_start[..., -1]
-    return ChunkTables(start, push, write, erase, last_push, push_kept)
+        write, push = alpha_products @ chain, (alpha_products @ from_start[..., None])[..., 0]
+        last_push, momentum_decay = chain[..., -1, :], from_start[..., -1]
+    return DecayWeights(start, push, write, erase, last_push, momentum_decay)

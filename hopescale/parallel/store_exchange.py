@@ -14,7 +14,7 @@ from hopescale.common.errors import LaunchError
 _POLL_S = 0.05
 
 
-class Meeting:
+class StoreExchange:
     """Ranks that tell each other things through a store; every method is called by all of them, in the same order.
 
     A rank that did not come in time is not waited for again.

@@ -15,7 +15,7 @@ _NUM_BYTES = {"cuda": 64 * 2**20, "cpu": 4 * 2**20}
 
 
 @dataclass
-class Links:
+class LinkTimes:
     """What one rank has measured, in seconds; infinite where an exchange failed.
 
     Attributes:
@@ -29,7 +29,7 @@ class Links:
     bandwidth: float | None = None
 
 
-def measure(nodes: Sequence[str], device: torch.device, barrier: Callable[[], object]) -> Links:
+def measure(nodes: Sequence[str], device: torch.device, barrier: Callable[[], object]) -> LinkTimes:
     """Measure the links of this rank. Called by all ranks, in the group of all.
 
     Nodes exchange with their neighbours in a ring, so that each meets two others: one that is slow with both is at
@@ -40,7 +40,7 @@ def measure(nodes: Sequence[str], device: torch.device, barrier: Callable[[], ob
         device: Where this rank's tensors are.
         barrier: Waits until all ranks are there; must not rest on the links.
     """
-    rank, links = dist.get_rank(), Links()
+    rank, links = dist.get_rank(), LinkTimes()
     tensor = torch.zeros(_NUM_BYTES[device.type] // 4, device=device)
     names = list(dict.fromkeys(nodes))
     members = {name: [other for other, node in enumerate(nodes) if node == name] for name in names}

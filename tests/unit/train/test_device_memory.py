@@ -12,7 +12,7 @@ from hopescale.config.layout import Layout
 from hopescale.config.load import load_recipe
 from hopescale.cost.params import count_params
 from hopescale.parallel.mesh import Mesh
-from hopescale.train.memory import check_memory, memory_errors_explained
+from hopescale.train.device_memory import check_device_memory, memory_errors_explained
 from hopescale.train.setup import build_state
 
 CPU = torch.device("cpu")
@@ -26,16 +26,16 @@ def test_a_model_larger_than_the_memory_is_refused_before_it_is_built(overrides:
 
 
 def test_a_model_that_fits_passes():
-    check_memory(load_recipe("debug").config, Layout(), CPU)
+    check_device_memory(load_recipe("debug").config, Layout(), CPU)
 
 
 def test_a_model_too_large_for_one_rank_may_fit_on_many():
     config = load_recipe("debug", ["model.d_model=4096", "model.num_layers=1000"]).config
     with pytest.raises(ConfigError):
-        check_memory(config, Layout(dp=64), CPU)
+        check_device_memory(config, Layout(dp=64), CPU)
     with pytest.raises(ConfigError, match="on each of 16 ranks"):
-        check_memory(config, Layout(tp=4, pp=4), CPU)
-    check_memory(config, Layout(tp=64, pp=100), CPU)
+        check_device_memory(config, Layout(tp=4, pp=4), CPU)
+    check_device_memory(config, Layout(tp=64, pp=100), CPU)
 
 
 @pytest.mark.parametrize(("zero", "each"), [(0, 18), (1, 6 + 12 / 8), (2, 2 + 16 / 8), (3, 18 / 8)])
@@ -44,7 +44,7 @@ def test_what_zero_shards_counts_once_over_all_replicas(zero: int, each: float):
     config = load_recipe("debug", overrides).config
     need = count_params(config.model)["total"] * each / 2**40
     with pytest.raises(ConfigError, match=f"take {need:.1f}TiB on each of 8 ranks"):
-        check_memory(config, Layout(dp=8), CPU)
+        check_device_memory(config, Layout(dp=8), CPU)
 
 
 def test_a_failed_allocation_names_the_sizes_that_decide_it():

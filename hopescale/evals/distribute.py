@@ -10,7 +10,7 @@ from hopescale.parallel.control import Control
 T = TypeVar("T")
 
 
-def cut(lengths: Sequence[int], *, tokens: int, spread: int | None = None) -> list[list[int]]:
+def group_by_length(lengths: Sequence[int], *, tokens: int, spread: int | None = None) -> list[list[int]]:
     """Put the numbers of texts of similar length together.
 
     Args:
@@ -29,7 +29,7 @@ def cut(lengths: Sequence[int], *, tokens: int, spread: int | None = None) -> li
     return batches
 
 
-def share_out(
+def distribute(
     control: Control,
     batches: Sequence[Sequence[int]],
     work: Callable[[list[int]], Sequence[T]],

@@ -1,4 +1,4 @@
-"""What a rule about the values of a config is, and what rules share."""
+"""What a check of the values of a config is, and what checks share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hopescale.config.schema import LevelConfig, RunConfig
 Origins = Mapping[str, str]
 """Where each key was set, as loading returns it."""
 
-Rule = Callable[[RunConfig, Origins], Iterator[Problem]]
+Check = Callable[[RunConfig, Origins], Iterator[Problem]]
 """Yields what is wrong with a config. Numbers out of range are `numbers_in_range`'s to report, not a crash."""
 
 

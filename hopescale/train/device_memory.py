@@ -20,7 +20,7 @@ _BYTES = {"fp32": (4, 4, 8), "bf16": (2, 4, 12)}
 _SIGNS = ("can't allocate memory", "out of memory", "Storage size calculation overflowed")
 
 
-def check_memory(config: RunConfig, layout: Layout, device: torch.device) -> None:
+def check_device_memory(config: RunConfig, layout: Layout, device: torch.device) -> None:
     """Refuse a model whose weights and optimizer state alone exceed the device's memory, split over ranks evenly.
 
     Raises:

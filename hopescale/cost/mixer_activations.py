@@ -15,7 +15,7 @@ def part_entries(model: ModelConfig, tokens: int) -> float:
     """Count a projection chunk, states left out: projections, the main memory's chunks, and all writes."""
     mixer, all_banks = model.self_modifying, banks(model)
     source = all_banks[-1]
-    total = _asked(mixer, source, tokens)
+    total = _retrieval(mixer, source, tokens)
     if len(all_banks) == 1:
         return total + chunk_entries(mixer, source, tokens, reads=True)
     whole, rest = divmod(tokens, mixer.chunk_size)
@@ -25,11 +25,11 @@ def part_entries(model: ModelConfig, tokens: int) -> float:
     return total + chunk_entries(mixer, source, tokens, reads=False)
 
 
-def _asked(mixer: SelfModifyingConfig, bank: Bank, tokens: int) -> float:
+def _retrieval(mixer: SelfModifyingConfig, bank: Bank, tokens: int) -> float:
     """Count answers of memories: hidden values twice, the answer, and it at unit length where that is used."""
-    used = bank.asked - (mixer.targets == "self" and "v" in mixer.adaptive)
-    hidden = 0 if bank.hidden is None else 2 * tokens * bank.hidden * (bank.asked + bank.narrow)
-    return hidden + tokens * bank.dim * (bank.asked + used) + 5 * tokens
+    used = bank.num_retrieved - (mixer.targets == "self" and "v" in mixer.adaptive)
+    hidden = 0 if bank.hidden is None else 2 * tokens * bank.hidden * (bank.num_retrieved + bank.gate_memories)
+    return hidden + tokens * bank.dim * (bank.num_retrieved + used) + 5 * tokens
 
 
 def chunk_entries(mixer: SelfModifyingConfig, bank: Bank, tokens: int, *, reads: bool) -> float:
@@ -44,7 +44,9 @@ def chunk_entries(mixer: SelfModifyingConfig, bank: Bank, tokens: int, *, reads:
     if mixer.read == "boundary":
         return total + (0 if bank.hidden is None else 2 * tokens * bank.hidden)
     for out in [bank.rows] if bank.hidden is None else [bank.hidden, bank.dim]:
-        total += _values(mixer, tokens, out) + _carried(mixer, tokens, out) + (2 + (erase and mixer.momentum)) * square
+        total += (
+            _values(mixer, tokens, out) + _initial_reads(mixer, tokens, out) + (2 + (erase and mixer.momentum)) * square
+        )
     return total + (0 if bank.hidden is None else 2 * tokens * bank.hidden)
 
 
@@ -66,8 +68,8 @@ def _writes(mixer: SelfModifyingConfig, bank: Bank, tokens: int) -> float:
         return total + tokens * bank.first * (spread - first_off)
     copied = asks and own
     hidden = 3 * (1 + own) + copied + 2
-    out = bank.wide * bank.dim + bank.narrow
-    total += tokens * bank.hidden * (bank.wide + bank.narrow) * hidden
+    out = bank.vector_memories * bank.dim + bank.gate_memories
+    total += tokens * bank.hidden * (bank.vector_memories + bank.gate_memories) * hidden
     return total + tokens * (out * (spread + 1 - taken_off) + bank.first * (1 - first_off))
 
 
@@ -86,10 +88,10 @@ def _values(mixer: SelfModifyingConfig, tokens: int, out: int) -> float:
     """Count what keys read of the first state and momentum, and what becomes of it."""
     if mixer.inner_rule != "dgd":
         return 0
-    return _carried(mixer, tokens, out) + tokens * out
+    return _initial_reads(mixer, tokens, out) + tokens * out
 
 
-def _carried(mixer: SelfModifyingConfig, tokens: int, out: int) -> float:
+def _initial_reads(mixer: SelfModifyingConfig, tokens: int, out: int) -> float:
     return tokens * out * (1 + mixer.momentum)
 
 
@@ -118,5 +120,5 @@ def whole_entries(model: ModelConfig, seq_len: int) -> tuple[float, float]:
     square, wide = size * size, size * dim
     each = _tables(mixer, size) + ((2 + momentum) * square + wide) * erase
     each += (1 + momentum) * dim * dim + wide * ((1 + momentum) * erase + 2 * momentum)
-    each += _values(mixer, size, dim) + _carried(mixer, size, dim) + (2 + (erase and momentum)) * square
+    each += _values(mixer, size, dim) + _initial_reads(mixer, size, dim) + (2 + (erase and momentum)) * square
     return each * chunks, 2 * (1 + momentum) * dim * dim * chunks
