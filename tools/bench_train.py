@@ -29,7 +29,6 @@ from hopescale.engine import Engine, make_passes
 from hopescale.observe.throughput import peak_memory_gib
 from hopescale.parallel.device import choose_device
 from hopescale.parallel.mesh import Mesh
-from hopescale.parallel.traffic import Traffic
 from hopescale.train.setup import build_state
 
 
@@ -107,7 +106,7 @@ def train(config: RunConfig) -> Iterator[Step]:
     device, mesh = choose_device(config.train.device, "train.device"), Mesh.alone()
     state = build_state(config, make_layout(config, 1), mesh, device)
     passes = make_passes(state.slices, state.optimizer.backward, config.train.seq_len, device)
-    engine = Engine(passes, state.optimizer, state.levels, Traffic(mesh), device)
+    engine = Engine(passes, state.optimizer, state.levels, device)
     micro, count = config.train.micro_batch_size, make_plan(config).global_batch_size
     indices = (range(start, start + micro) for start in range(0, config.train.steps * count, micro))
     batches = prefetched(state.data, indices, config.data.prefetch * count // micro)

@@ -69,12 +69,11 @@ def _evaluate(path: Path, request: EvalRequest, out: Path | None, rank_info: Ran
     from hopescale.evals.run import context_of
     from hopescale.evals.run import evaluate as run
     from hopescale.parallel import process
-    from hopescale.parallel.control import Control
     from hopescale.parallel.init_distributed import init_distributed
 
     layout = Layout(dp=1 if rank_info is None else rank_info.world_size)
     mesh, chosen = init_distributed(rank_info, layout, device, "--device", timeout=TIMEOUT)
-    control = Control(mesh)
+    control = mesh.control
     loaded: list[LoadedModel] = []
     control.all_ranks_or_raise(lambda: loaded.append(_load(path, chosen)))
     speak = partial(typer.echo, err=True) if control.is_first else lambda line: None

@@ -16,6 +16,7 @@ from hopescale.config.layout import Layout, make_layout
 from hopescale.config.load import LoadedConfig, load_recipe
 from hopescale.config.plan import make_plan
 from hopescale.cost.params import count_params
+from hopescale.train.request import RunRequest
 from hopescale.train.stop import StopRequest
 
 
@@ -62,24 +63,20 @@ def train(
     if rank_info is None and layout.num_ranks > 1:
         run_on_ranks(context, layout.num_ranks)
 
-    which = resume if resume in ("auto", "never", "must") else Path(resume)
-    report = typer.echo if speaks else lambda line: None
+    request = RunRequest(
+        loaded,
+        layout,
+        folder,
+        overrides or (),
+        resume=resume if resume in ("auto", "never", "must") else Path(resume),
+        reset_optimizer=reset_optimizer,
+        init=init,
+        stop_at=stop_at,
+    )
     with StopRequest() as stop:
         from hopescale.train.worker import train as run
 
-        run(
-            loaded,
-            overrides or (),
-            folder,
-            rank_info=rank_info,
-            layout=layout,
-            stop=stop,
-            resume=which,
-            reset_optimizer=reset_optimizer,
-            init=init,
-            stop_at=stop_at,
-            report=report,
-        )
+        run(request, rank_info=rank_info, stop=stop, report=typer.echo if speaks else lambda line: None)
 
 
 def _checked(recipe: str, overrides: Sequence[str], num_ranks: int, stop_at: int | None) -> tuple[LoadedConfig, Layout]:

@@ -81,6 +81,14 @@ def bytes_of_step(
     return sent
 
 
+def bytes_to_sum_level(holdings: Holdings, config: RunConfig, layout: Layout, stage: int, level: str) -> int:
+    """Return the bytes by which a rank of a stage sums the gradients of a due level over replicas at `zero` 0, 1."""
+    entries = holdings.of_stage(layout, stage).entries
+    elementwise = sum(count for kind, count in entries.items() if kind.rule == "adamw" and kind.level == level)
+    matrices = [p for p in _ordered_matrices(holdings, config, layout, stage) if p.level == level]
+    return FP32 * elementwise + _gradients_of_matrices(holdings, layout, stage, matrices)
+
+
 def stream_bytes(config: RunConfig) -> int:
     """Return the bytes of a micro batch's residual stream."""
     train = config.train
@@ -160,15 +168,13 @@ def _matrices(
         return {}
     if layout.dp == layout.tp == 1:
         return {}
-    parameters = [p for p in holdings.parameters(layout, stage) if holdings.rule_of(p) != "adamw"]
     owners, precision = holdings.owners(layout, stage), config.train.precision
-    order = _places(holdings, config, parameters, owners)
-    parameters = sorted((p for p in parameters if p.level is None or p.level in due), key=lambda p: order[p.name])
+    parameters = [p for p in _ordered_matrices(holdings, config, layout, stage) if p.level is None or p.level in due]
     sent: Counter[str] = Counter()
     if layout.dp > 1:
         for level in {p.level for p in parameters}:
-            sizes = {p.name: p.size + holdings.gram(p, layout.tp) for p in parameters if p.level == level}
-            sent["dp"] += FP32 * layout.dp * sum(_rooms(sizes, owners, layout.dp))
+            of_level = [p for p in parameters if p.level == level]
+            sent["dp"] += _gradients_of_matrices(holdings, layout, stage, of_level)
         for itemsize in {p.itemsize(precision) for p in parameters}:
             sizes = {p.name: p.size for p in parameters if p.itemsize(precision) == itemsize}
             sent["dp"] += itemsize * sum(_rooms(sizes, owners, layout.dp))
@@ -177,16 +183,22 @@ def _matrices(
     return sent
 
 
-def _places(
-    holdings: Holdings, config: RunConfig, parameters: list[ParameterInfo], owners: Mapping[str, int]
-) -> dict[str, tuple[int, int, int]]:
-    """Return where the optimizer keeps each matrix: what is alike side by side, by owner."""
+def _gradients_of_matrices(holdings: Holdings, layout: Layout, stage: int, matrices: list[ParameterInfo]) -> int:
+    """Count gradients and Gram matrices of matrices that replicas sum together."""
+    sizes = {p.name: p.size + holdings.gram(p, layout.tp) for p in matrices}
+    return FP32 * layout.dp * sum(_rooms(sizes, holdings.owners(layout, stage), layout.dp))
+
+
+def _ordered_matrices(holdings: Holdings, config: RunConfig, layout: Layout, stage: int) -> list[ParameterInfo]:
+    """Return the matrices of a stage in the optimizer's order: equal shapes side by side, by owner."""
+    matrices = [p for p in holdings.parameters(layout, stage) if holdings.rule_of(p) != "adamw"]
+    owners = holdings.owners(layout, stage)
     classes: dict[tuple, int] = {}
-    places = {}
-    for index, p in enumerate(parameters):
+    order = {}
+    for index, p in enumerate(matrices):
         key = (holdings.groups[p.name], holdings.cadence(p), p.itemsize(config.train.precision), p.shape, p.split)
-        places[p.name] = (classes.setdefault(key, len(classes)), owners[p.name], index)
-    return places
+        order[p.name] = (classes.setdefault(key, len(classes)), owners[p.name], index)
+    return sorted(matrices, key=lambda p: order[p.name])
 
 
 def _rooms(sizes: Mapping[str, int], owners: Mapping[str, int], dp: int) -> list[int]:

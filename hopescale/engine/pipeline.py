@@ -48,8 +48,8 @@ class Pipeline:
     Args:
         slices: This rank's slices of the model, in order.
         seq_len: Tokens per sequence.
-        dtype: Of the residual stream.
-        device: Where batches are moved.
+        dtype: Type of the residual stream.
+        device: Device to which batches are moved.
     """
 
     def __init__(self, slices: Sequence[Model], seq_len: int, dtype: torch.dtype, device: torch.device):

@@ -23,8 +23,8 @@ class Passes(Protocol):
 
         Args:
             batches: Micro batches of one size.
-            count: Targets the loss is a mean over.
-            probe: Filled with statistics of the memories from the first micro batch.
+            count: Number of targets that the loss is a mean over.
+            probe: Dictionary to fill with statistics of the memories from the first micro batch.
 
         Returns:
             The loss, summed over the micro batches, on the last stage; 0 on others.
@@ -39,8 +39,8 @@ class Loop:
 
     Args:
         model: The whole model.
-        backward: Runs the backward pass of a loss.
-        device: Where batches are moved.
+        backward: Function that runs the backward pass of a loss.
+        device: Device to which batches are moved.
     """
 
     def __init__(self, model: Model, backward: Callable[[Tensor], None], device: torch.device):
@@ -72,10 +72,10 @@ def make_passes(
     """Return the way to run this rank's slices of the model.
 
     Args:
-        slices: In order.
-        backward: Runs the backward pass of a loss, where there is no pipeline.
+        slices: Slices of the model, in order.
+        backward: Function that runs the backward pass of a loss, where there is no pipeline.
         seq_len: Tokens per sequence.
-        device: Of the weights.
+        device: Device of the weights.
     """
     if slices[0].mesh.pp_group.size() == 1:
         return Loop(slices[0], backward, device)

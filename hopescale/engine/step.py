@@ -14,27 +14,24 @@ from hopescale.engine.schedule import Passes
 from hopescale.optim import OuterOptimizer
 from hopescale.parallel.layers import IGNORED_TARGET
 from hopescale.parallel.mesh import Mesh
-from hopescale.parallel.traffic import Traffic
 
 
 @dataclass(frozen=True)
 class Gradients:
-    """What forward and backward found, before anything is changed; equal on all ranks but for the last two.
+    """Results of forward and backward, before anything is changed; equal on all ranks but for the last.
 
     Attributes:
         loss: Mean cross-entropy in nats over the step's targets.
         grad_norm: Global norm over the due parameters, before clipping.
-        waiting_norm: Finite if the gradients of the others are, which accumulate on.
-        level_norms: Of each due level.
-        level_bytes: What this rank handed over to sum the gradients of each due level over replicas.
-        probe: Statistics of the memories on this rank, if asked for.
+        waiting_norm: A norm over the other parameters, whose gradients add up: finite if they are.
+        level_norms: Norm of each due level.
+        probe: Statistics of the memories on this rank, empty without a probe.
     """
 
     loss: float
     grad_norm: float
     waiting_norm: float
     level_norms: dict[str, float]
-    level_bytes: dict[str, int]
     probe: dict[str, Tensor]
 
 
@@ -44,11 +41,10 @@ class Engine:
     Every rank calls the same methods in the same order, each with the micro batches of its replica.
 
     Args:
-        passes: Runs the model.
-        optimizer: Over this rank's parameters.
+        passes: Forward and backward of the model.
+        optimizer: Optimizer of this rank's parameters.
         levels: This rank's parameter names of each level of the continuum memory system; the levels of all ranks.
-        traffic: Counts what is sent.
-        device: Of the parameters.
+        device: Device of the parameters.
     """
 
     def __init__(
@@ -56,63 +52,53 @@ class Engine:
         passes: Passes,
         optimizer: OuterOptimizer,
         levels: Mapping[str, Sequence[str]],
-        traffic: Traffic,
         device: torch.device,
     ):
-        self.passes, self.optimizer, self.levels = passes, optimizer, levels
-        self.traffic, self.device = traffic, device
+        self.passes, self.optimizer, self.levels, self.device = passes, optimizer, levels, device
         self.mesh: Mesh = optimizer.mesh
 
     def gradients(self, step: int, batches: Sequence[Batch], *, probe: bool = False) -> Gradients:
         """Run forward and backward over all micro batches of step `step`, counted from 1.
 
         Args:
-            step: Decides which levels are due.
+            step: Step number, which decides which levels are due.
             batches: Micro batches of this replica; each target of the step weighs the same, wherever it lies.
-            probe: Whether to gather statistics of the memories, from the first micro batch.
+            probe: Whether to take statistics of the memories, from the first micro batch.
         """
-        seen: dict[str, Tensor] = {}
-        count = self._over(self.mesh.dp_group, torch.tensor(num_targets(batches), device=self.device))
-        loss = self.passes.train(batches, max(1, int(count)), seen if probe else None)
+        stats: dict[str, Tensor] = {}
+        count = _all_reduce(torch.tensor(num_targets(batches), device=self.device), self.mesh.dp_group)
+        loss = self.passes.train(batches, max(1, int(count)), stats if probe else None)
         due = self.optimizer.due(step)
-        level_bytes = self._reduce(due)
+        due_levels = self._reduce(due)
         waiting = sorted(self.optimizer.parameters.keys() - due)
         sets = {"due": due, "waiting": waiting}
-        sets |= {f"level {level}": self.levels[level] for level in level_bytes}
+        sets |= {f"level {level}": self.levels[level] for level in due_levels}
         norms = self.optimizer.grad_norms(sets)
-        values = torch.stack([self._once(loss), *norms.values()]).tolist()
+        values = torch.stack([self._sum_of_last_stage(loss), *norms.values()]).tolist()
         grad_norm, waiting_norm, *level_norms = values[1:]
-        return Gradients(
-            values[0], grad_norm, waiting_norm, dict(zip(level_bytes, level_norms, strict=True)), level_bytes, seen
-        )
+        return Gradients(values[0], grad_norm, waiting_norm, dict(zip(due_levels, level_norms, strict=True)), stats)
 
-    def _reduce(self, due: Sequence[str]) -> dict[str, int]:
-        """Sum gradients over replicas, level by level; return the bytes handed over for each due level."""
-        chosen = {level: [name for name in names if name in set(due)] for level, names in self.levels.items()}
-        chosen = {level: names for level, names in chosen.items() if names}
-        in_levels = {name for names in chosen.values() for name in names}
+    def _reduce(self, due: Sequence[str]) -> list[str]:
+        """Sum gradients over replicas, level by level; return the due levels."""
+        of_levels = {level: [name for name in names if name in set(due)] for level, names in self.levels.items()}
+        of_levels = {level: names for level, names in of_levels.items() if names}
+        in_levels = {name for names in of_levels.values() for name in names}
         self.optimizer.reduce([name for name in due if name not in in_levels])
-        sent = {}
-        for level, names in chosen.items():
-            before = self.traffic.bytes["dp"]
+        for names in of_levels.values():
             self.optimizer.reduce(names)
-            sent[level] = self.traffic.bytes["dp"] - before
-        return sent
+        return list(of_levels)
 
-    def _once(self, value: Tensor) -> Tensor:
+    def _sum_of_last_stage(self, value: Tensor) -> Tensor:
         """Sum a value of the last stage over replicas; tensor-parallel ranks hold the same."""
-        counted = self.mesh.is_last_stage and self.mesh.tp_group.rank() == 0
-        return self._over(self.mesh.world_group, value * float(counted))
-
-    def _over(self, group: dist.ProcessGroup, value: Tensor) -> Tensor:
-        if group.size() > 1:
-            dist.all_reduce(value, group=group)
-        return value
+        is_counted = self.mesh.is_last_stage and self.mesh.tp_group.rank() == 0
+        return _all_reduce(value * float(is_counted), self.mesh.world_group)
 
     def update(self, step: int, gradients: Gradients, *, measure: bool = False) -> dict[str, float]:
         """Apply the gradients of step `step`.
 
         Args:
+            step: Step number, counted from 1.
+            gradients: Gradients of the step, as `gradients` returned them.
             measure: Whether to measure the levels that are updated every step; slow ones are measured always.
 
         Returns:
@@ -131,13 +117,13 @@ class Engine:
         """Return the mean cross-entropy in nats over the targets of `batches`, without training.
 
         Args:
-            batches: The same on every rank, which shares them out; the last may have fewer rows.
+            batches: Micro batches, the same on every rank, each of which takes its own; the last may have fewer rows.
         """
         batches = list(batches)
         count = max(1, num_targets(batches))
-        return float(self._once(self.passes.evaluate(self._share(batches)))) / count
+        return float(self._sum_of_last_stage(self.passes.evaluate(self._of_replica(batches)))) / count
 
-    def _share(self, batches: list[Batch]) -> list[Batch]:
+    def _of_replica(self, batches: list[Batch]) -> list[Batch]:
         """Return this replica's batches, as many as every other's, all of one size: nothing is counted in the rest."""
         if self.mesh.dp_group.size() == self.mesh.pp_group.size() == 1:
             return batches
@@ -145,6 +131,12 @@ class Engine:
         empty = batches[0]._replace(targets=torch.full_like(batches[0].targets, IGNORED_TARGET))
         full = [_filled(batch, empty) for batch in batches] + [empty] * (-len(batches) % unit)
         return full[self.mesh.dp_group.rank() :: self.mesh.dp_group.size()]
+
+
+def _all_reduce(value: Tensor, group: dist.ProcessGroup) -> Tensor:
+    if group.size() > 1:
+        dist.all_reduce(value, group=group)
+    return value
 
 
 def num_targets(batches: Iterable[Batch]) -> int:

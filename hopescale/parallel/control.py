@@ -17,7 +17,6 @@ from hopescale.common.errors import (
     HopescaleError,
     LaunchError,
 )
-from hopescale.parallel.mesh import Mesh
 
 T = TypeVar("T")
 _ERRORS = {error.exit_code: error for error in (ConfigError, DataError, CheckpointError, LaunchError, DivergedError)}
@@ -28,14 +27,14 @@ class Control:
     """Agreement of all ranks; every method is called by all of them, in the same order.
 
     Args:
-        mesh: Its `control_group` is used.
+        group: Process group of all ranks on the CPU.
 
     Attributes:
         verdict: Exit code of the failure that `agree` has met, the highest of all ranks'; 0 is none.
     """
 
-    def __init__(self, mesh: Mesh):
-        self._group = mesh.control_group
+    def __init__(self, group: dist.ProcessGroup):
+        self._group = group
         self.rank, self.num_ranks = self._group.rank(), self._group.size()
         self.verdict = 0
 
@@ -48,7 +47,7 @@ class Control:
         """Call a function on rank 0 and return its result everywhere; it must pickle.
 
         Raises:
-            HopescaleError: What the function raised, on every rank.
+            HopescaleError: The function's own error, on every rank.
         """
         outcome: list[Any] = [None, None]
         if self.is_first:
@@ -68,7 +67,7 @@ class Control:
         """Call a function that communicates nothing on every rank, and return each rank's result.
 
         Raises:
-            HopescaleError: What it raised on this rank, or the news that it failed on another.
+            HopescaleError: The function's own error if it failed on this rank, else the news that it failed on another.
         """
         result, error = None, None
         try:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
 from hopescale.config.layout import Layout
+from hopescale.parallel.control import Control
 from hopescale.parallel.cpu import let_megatron_use_the_cpu
 from hopescale.parallel.process import start_alone
 
@@ -29,7 +31,7 @@ class Mesh:
         pp_group: Ranks that hold the stages of one replica (pipeline parallel), in order.
         embedding_group: First and last stage, which both hold a tied embedding; of this process alone elsewhere.
         world_group: All ranks.
-        control_group: All ranks, on the CPU, for decisions (`Control`).
+        control_group: All ranks, on the CPU, for decisions (`control`).
         checkpoint_group: All ranks, on the CPU, for saves in the background alone.
         sequence_parallel: Whether activations between layers are split over `tp_group` along the tokens.
         virtual_stages: Slices of the model each rank of `pp_group` holds (interleaved pipeline).
@@ -52,9 +54,9 @@ class Mesh:
         Megatron keeps these groups in its own global state, where its schedules and its loss look for them.
 
         Args:
-            layout: Its degrees multiply to the number of processes.
-            device: Where this process computes.
-            timeout: How long an exchange may wait for the other ranks; None is torch's default.
+            layout: Degrees of the axes, whose product is the number of processes.
+            device: Device of this process.
+            timeout: Longest wait of an exchange for the other ranks; None is torch's default.
         """
         if device.type != "cuda":
             let_megatron_use_the_cpu()
@@ -100,6 +102,11 @@ class Mesh:
     def is_last_stage(self) -> bool:
         """Whether this process is on the last stage of the pipeline."""
         return self.pp_group.rank() == self.pp_group.size() - 1
+
+    @cached_property
+    def control(self) -> Control:
+        """The agreement of all ranks."""
+        return Control(self.control_group)
 
     def axes(self) -> dict[str, dist.ProcessGroup]:
         """Return the groups that move tensors of the model, by the name of their axis."""

@@ -1,26 +1,28 @@
-"""The run folder: what it holds before the first step, and that one process at a time uses it."""
+"""The run folder, which one process at a time uses: its description, its outcome and the record of its metrics."""
 
 from __future__ import annotations
 
 import fcntl
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
 
 from hopescale.common.disk import replace_text
 from hopescale.common.errors import LaunchError
 from hopescale.common.software import describe_software
-from hopescale.config.layout import Layout
-from hopescale.config.load import LoadedConfig
 from hopescale.config.record import write_record
+from hopescale.config.schema import LogConfig
 from hopescale.data.tokenizer import Tokenizer
+from hopescale.observe.metrics import MetricsLog
+from hopescale.observe.trackers import TensorBoardTracker, Tracker
+from hopescale.train.request import RunRequest
 
 
 class RunFolder:
     """A run's folder, locked for as long as the object is open; a context manager.
 
     Args:
-        path: The folder; made if missing.
+        path: The folder; it is made if missing.
 
     Raises:
         LaunchError: If it cannot be made or another process is training in it.
@@ -55,7 +57,7 @@ class RunFolder:
 
     @property
     def metrics(self) -> Path:
-        """The record of the run."""
+        """File of the run's record."""
         return self.path / "metrics.jsonl"
 
     def keep_tokenizer(self, tokenizer: Tokenizer | None) -> Path | None:
@@ -71,16 +73,20 @@ class RunFolder:
         except OSError as error:
             raise self._failure(error) from error
 
-    def describe(self, loaded: LoadedConfig, layout: Layout, overrides: Sequence[str], groups: str) -> None:
+    def describe(self, request: RunRequest, groups: str) -> None:
         """Write what the run is: resolved config, overrides, origins, plan, parameter groups, environment.
 
-        How the start before ended is forgotten.
+        The outcome of the start before is removed.
+
+        Args:
+            request: Request of this start.
+            groups: Table of the parameter groups.
 
         Raises:
             LaunchError: If the folder cannot be written.
         """
         try:
-            write_record(self.path, loaded, layout, overrides)
+            write_record(self.path, request.loaded, request.layout, request.overrides)
             replace_text(self.path / "groups.txt", groups)
             replace_text(self.path / "env.txt", describe_software())
             (self.path / "outcome").unlink(missing_ok=True)
@@ -88,7 +94,7 @@ class RunFolder:
             raise self._failure(error) from error
 
     def note_outcome(self, outcome: str) -> None:
-        """Keep how the run ended, until `describe` begins the next start.
+        """Write down how the run ended, until `describe` begins the next start.
 
         Raises:
             LaunchError: If the folder cannot be written.
@@ -97,3 +103,33 @@ class RunFolder:
             replace_text(self.path / "outcome", f"{outcome}\n")
         except OSError as error:
             raise self._failure(error) from error
+
+
+class Record:
+    """Writes each step's values to `metrics.jsonl` and its view in TensorBoard; a context manager.
+
+    Args:
+        folder: Folder of the run.
+        config: Settings, which say whether there is a TensorBoard view.
+        resume_step: Step the run continues from, whose later records are dropped; None begins anew.
+    """
+
+    def __init__(self, folder: RunFolder, config: LogConfig, *, resume_step: int | None):
+        self._metrics = MetricsLog(folder.metrics, resume_step=resume_step)
+        self._trackers: list[Tracker] = []
+        if config.tensorboard:
+            self._trackers.append(TensorBoardTracker(folder.path / "tb", resume_step=resume_step))
+
+    def __enter__(self) -> Record:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._metrics.close()
+        for tracker in self._trackers:
+            tracker.close()
+
+    def log(self, step: int, tokens_seen: int, values: Mapping[str, float]) -> None:
+        """Write the values of a step; the file comes first, as a full disk is reported there in one message."""
+        self._metrics.log(step, tokens_seen, values)
+        for tracker in self._trackers:
+            tracker.log(step, values)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import nn
@@ -31,16 +30,15 @@ from hopescale.optim.gram import gather_grams, linear_layers
 from hopescale.optim.replicated import ReplicatedUpdater
 from hopescale.optim.rules import changed_state
 from hopescale.optim.transfer import ParameterSizes, transfer_groups
-from hopescale.parallel.control import Control
 from hopescale.parallel.mesh import Mesh
 from hopescale.train.compiler import check_backend, check_compiler
 from hopescale.train.device_memory import check_device_memory
 from hopescale.train.folder import RunFolder
+from hopescale.train.request import RunRequest
 from hopescale.train.state import TrainState
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
-Resume = Literal["auto", "never", "must"] | Path
 Report = Callable[[str], None]
 
 
@@ -52,7 +50,7 @@ def build_state(config: RunConfig, layout: Layout, mesh: Mesh, device: torch.dev
         DataError: If files are missing or damaged.
     """
     torch.manual_seed(config.train.seed)
-    data = Control(mesh).all_ranks_or_raise(lambda: _open_data(config, layout, device))
+    data = mesh.control.all_ranks_or_raise(lambda: _open_data(config, layout, device))
     slices = _build_slices(config, mesh, device)
     parameters = {name: p for model in slices for name, p in model.named_parameters()}
     whole = _whole_parameters(parameters, mesh)
@@ -66,13 +64,13 @@ def build_state(config: RunConfig, layout: Layout, mesh: Mesh, device: torch.dev
         for name in names
     }
     layers = {name: layer for model in slices for name, layer in linear_layers(model).items()}
-    linear = [name for names in Control(mesh).gather(list(layers)) for name in names]
+    linear = [name for names in mesh.control.gather(list(layers)) for name in names]
 
     def group() -> tuple[dict[str, str], OptimConfig]:
         assigned = assign_groups(shapes, config.optim.groups, tied, linear)
         return transfer_groups(assigned, whole, config.model, config.optim)
 
-    groups, optim = Control(mesh).all_ranks_or_raise(group)
+    groups, optim = mesh.control.all_ranks_or_raise(group)
     optimizer = OuterOptimizer(
         parameters,
         optim,
@@ -132,21 +130,16 @@ def _whole_parameters(parameters: Mapping[str, nn.Parameter], mesh: Mesh) -> dic
         )
         for name, p in parameters.items()
     }
-    return {name: sizes for of_rank in Control(mesh).gather(own) for name, sizes in of_rank.items()}
+    return {name: sizes for of_rank in mesh.control.gather(own) for name, sizes in of_rank.items()}
 
 
-def choose_checkpoint(folder: RunFolder, resume: Resume, *, reset_optimizer: bool = False) -> Path | None:
+def choose_checkpoint(folder: RunFolder, request: RunRequest) -> Path | None:
     """Return the checkpoint to continue from, or None for a new run.
 
-    Args:
-        folder: Of the run.
-        resume: `auto` continues if there is a checkpoint, `never` refuses to, `must` refuses to begin anew; a path
-            continues from that checkpoint.
-        reset_optimizer: Whether the optimizer begins anew, which takes a checkpoint to continue from.
-
     Raises:
-        CheckpointError: If the folder does not hold what `resume` asks for.
+        CheckpointError: If the folder does not hold what `resume` asks for, or no checkpoint for a new optimizer.
     """
+    resume = request.resume
     if isinstance(resume, Path):
         return find_checkpoint(resume)
     latest = latest_checkpoint(folder.checkpoints)
@@ -155,44 +148,36 @@ def choose_checkpoint(folder: RunFolder, resume: Resume, *, reset_optimizer: boo
         raise CheckpointError(f"--resume never, but {folder.path} already holds {latest.name}", hint)
     if resume == "must" and latest is None:
         raise CheckpointError(f"--resume must, but {folder.checkpoints} holds no checkpoint", "check --run-dir")
-    if reset_optimizer and latest is None:
+    if request.reset_optimizer and latest is None:
         hint = "a new run has a new optimizer; leave the option out, or check --run-dir"
         raise CheckpointError(f"--reset-optimizer, but {folder.checkpoints} holds no checkpoint", hint)
     return latest
 
 
-def restore(
-    state: TrainState,
-    checkpoint: Path,
-    last_step: int,
-    control: Control,
-    report: Report,
-    *,
-    reset_optimizer: bool = False,
-) -> None:
+def restore(state: TrainState, checkpoint: Path, request: RunRequest, report: Report) -> None:
     """Continue `state` from a checkpoint, after comparing what a run keeps for life. Called by all ranks.
 
     Raises:
         ConfigError: If the config changes the run's identity, or the rule of a parameter without `reset_optimizer`, or
-            the checkpoint is beyond `last_step`.
+            the checkpoint is beyond the last step.
         CheckpointError: If the data under the same path is other data, or the checkpoint is damaged.
     """
-    changes = control.all_ranks_or_raise(lambda: _compare(state, checkpoint, last_step, reset_optimizer))
+    changes = state.mesh.control.all_ranks_or_raise(lambda: _compare(state, checkpoint, request))
     if changes:
         report("changed since the checkpoint:\n" + format_diff(changes))
-    state.restore(checkpoint, reset_optimizer=reset_optimizer)
-    how = " with a new optimizer" if reset_optimizer else ""
+    state.restore(checkpoint, reset_optimizer=request.reset_optimizer)
+    how = " with a new optimizer" if request.reset_optimizer else ""
     report(f"resumed from {checkpoint} at step {state.step}{how}")
 
 
-def begin_from(state: TrainState, checkpoint: Path, control: Control, report: Report) -> None:
+def begin_from(state: TrainState, checkpoint: Path, report: Report) -> None:
     """Begin `state` with the weights of a checkpoint of an equal model, whatever it has read. Called by all ranks.
 
     Raises:
         ConfigError: If its model is another.
         CheckpointError: If it is damaged, or of another precision.
     """
-    manifest = control.all_ranks_or_raise(lambda: _same_model(state.config, checkpoint))
+    manifest = state.mesh.control.all_ranks_or_raise(lambda: _same_model(state.config, checkpoint))
     state.begin_from(checkpoint)
     report(f"weights from {checkpoint}, which is at step {manifest.step}")
 
@@ -204,9 +189,9 @@ def _same_model(config: RunConfig, checkpoint: Path) -> Manifest:
     return manifest
 
 
-def _compare(state: TrainState, checkpoint: Path, last_step: int, reset_optimizer: bool) -> list[Change]:
-    """Return what the config changes, if it may."""
-    manifest = read_manifest(checkpoint)
+def _compare(state: TrainState, checkpoint: Path, request: RunRequest) -> list[Change]:
+    """Return the changes of the config, if they are allowed."""
+    manifest, reset_optimizer = read_manifest(checkpoint), request.reset_optimizer
     old = from_dict(manifest.config, str(checkpoint))
     if "data" not in manifest.identity:
         hint = f"begin a run with its weights: --init {checkpoint}, in another --run-dir"
@@ -224,8 +209,8 @@ def _compare(state: TrainState, checkpoint: Path, last_step: int, reset_optimize
         hint = "set train.steps higher"
         steps = state.config.train.steps
         raise ConfigError(f"{checkpoint} is at step {manifest.step}, beyond train.steps={steps}", hint)
-    if manifest.step > last_step:
-        raise ConfigError(f"--stop-at is {last_step}, but {checkpoint} is already at step {manifest.step}")
+    if manifest.step > request.last_step:
+        raise ConfigError(f"--stop-at is {request.last_step}, but {checkpoint} is already at step {manifest.step}")
     return diff(old, state.config)
 
 
@@ -256,5 +241,5 @@ def open_checkpoints(folder: RunFolder, config: RunConfig, data: Data, mesh: Mes
         LaunchError: If the tokenizer cannot be copied into the run folder.
     """
     group = mesh.checkpoint_group if mesh.checkpoint_group.size() > 1 else None
-    tokenizer = Control(mesh).broadcast_from_rank0(lambda: folder.keep_tokenizer(data.tokenizer))
+    tokenizer = mesh.control.broadcast_from_rank0(lambda: folder.keep_tokenizer(data.tokenizer))
     return CheckpointManager(folder.checkpoints, config.checkpoint, tokenizer=tokenizer, group=group)

@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
 
 from hopescale.checkpoint.load import load_into
 from hopescale.checkpoint.manifest import Manifest, TensorEntry, fingerprint, read_manifest
@@ -19,7 +21,6 @@ from hopescale.models import Model
 from hopescale.observe.health import LossWatch
 from hopescale.optim import OuterOptimizer
 from hopescale.parallel.mesh import Mesh
-from hopescale.parallel.shards import as_whole
 
 MAX_SUMS = 8
 """Up to so many replicas, each one's running sums of slow levels are saved apart, so that a resume is bit-equal. More
@@ -31,11 +32,11 @@ class TrainState:
 
     Args:
         config: The resolved config, kept in every manifest.
-        slices: This rank's slices of the model; weights under `model.`.
-        optimizer: Masters and moments, and the levels' gradient sums, under `optimizer.`.
+        slices: This rank's slices of the model; weights are saved under `model.`.
+        optimizer: Masters and moments, and the levels' gradient sums, which are saved under `optimizer.`.
         data: Identity of the data; its position follows from the step.
-        watch: Losses seen lately.
-        shapes: Of every parameter of the whole model, by name.
+        watch: Recent losses.
+        shapes: Shape of every parameter of the whole model, by name.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class TrainState:
 
     @property
     def mesh(self) -> Mesh:
-        """Where this process stands."""
+        """The ranks of the run."""
         return self.optimizer.mesh
 
     @property
@@ -99,7 +100,7 @@ class TrainState:
                 {name: part for name, part in tensors.items() if parameter_of(name, kind) not in elsewhere}
             )
             for kind, tensors in parts.items()
-        } | {"generators": self._generators() if mesh.control_group.rank() == 0 else {}}
+        } | {"generators": self._generators() if mesh.control.is_first else {}}
 
     def _whole(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Make slices of parameters, and of what is split like them, parts of the whole."""
@@ -227,11 +228,25 @@ class TrainState:
         self.watch.load_state_dict(manifest.progress["watch"])
 
 
+def as_whole(part: Tensor, split: int | None, mesh: Mesh) -> Tensor:
+    """Return a tensor of the whole's shape that shares memory with this rank's part, for any other layout to read.
+
+    Args:
+        part: Part of a parameter, or of anything that belongs to one (a master, a moment, a Gram matrix).
+        split: Dimension along which tensor-parallel ranks hold parts; None if each holds the whole.
+        mesh: The ranks of the run.
+    """
+    if split is None or mesh.tp_group.size() == 1:
+        return part
+    ranks = DeviceMesh.from_group(mesh.tp_group, part.device.type)
+    return DTensor.from_local(part, ranks, [Shard(split)], run_check=False)
+
+
 def parameter_of(name: str, kind: str) -> str:
     """Return the parameter that a saved tensor belongs to.
 
     Args:
-        name: Of the tensor: `<parameter>`, `<parameter>.exp_avg`, `<parameter>.accumulator.0` or
+        name: Name of the tensor: `<parameter>`, `<parameter>.exp_avg`, `<parameter>.accumulator.0` or
             `<parameter>.gram.accumulator.0`.
         kind: `model` or `optimizer`.
     """

@@ -13,15 +13,14 @@ import torch
 
 from hopescale.checkpoint.manager import CheckpointManager
 from hopescale.common.errors import CheckpointError, DataError, DivergedError, HopescaleError
+from hopescale.config.layout import Layout
 from hopescale.config.plan import make_plan
 from hopescale.data.loader import Batch, prefetched
-from hopescale.engine import Engine, Gradients, make_passes
-from hopescale.observe.console import format_step, format_validation
-from hopescale.observe.throughput import Throughput, peak_memory_gib
-from hopescale.parallel.control import Control
-from hopescale.parallel.replicas import differing
-from hopescale.parallel.traffic import Traffic
-from hopescale.train.record import Record
+from hopescale.engine import Engine, make_passes
+from hopescale.observe.console import format_validation
+from hopescale.train.folder import Record
+from hopescale.train.metrics import StepMetrics
+from hopescale.train.replicas import check_replicas
 from hopescale.train.state import TrainState
 from hopescale.train.stop import StopRequest
 
@@ -32,46 +31,39 @@ class Trainer:
     """Runs steps, validates, saves and records. On several ranks, each runs one, and all do the same at each step.
 
     Args:
-        state: What is trained; its step tells where to begin.
-        checkpoints: Where the state is saved.
-        record: Where metrics go; None on other ranks than the first.
-        throughput: Meter of speed.
-        traffic: Counts what is sent.
-        control: Where ranks agree.
-        device: Where to compute.
-        report: Takes each line meant for a person.
+        state: State to train; its step tells where to begin.
+        layout: Degrees of parallelism.
+        checkpoints: Manager that saves the state.
+        record: Record of the metrics; None on other ranks than the first.
+        device: Device of this rank.
+        report: Function that takes each line meant for a person.
     """
 
     def __init__(
         self,
         state: TrainState,
+        layout: Layout,
         checkpoints: CheckpointManager,
         record: Record | None,
-        throughput: Throughput,
-        traffic: Traffic,
-        control: Control,
         device: torch.device,
         report: Callable[[str], None],
     ):
         self.state, self.config, self.mesh = state, state.config, state.mesh
-        self.plan, self.control = make_plan(state.config), control
-        self.checkpoints, self.record, self.throughput, self.traffic = checkpoints, record, throughput, traffic
-        self.device, self.report = device, report
-        self.levels = state.levels
+        self.control, self.plan = state.mesh.control, make_plan(state.config, layout)
+        self.checkpoints, self.record, self.report = checkpoints, record, report
         passes = make_passes(state.slices, state.optimizer.backward, self.config.train.seq_len, device)
-        self.engine = Engine(passes, state.optimizer, self.levels, traffic, device)
-        sequences = self.config.train.micro_batch_size * self.mesh.dp_group.size()
-        self.micro_batches = self.plan.global_batch_size // sequences
-        self.saved = state.step
-        self.sent, self.counted = traffic.bytes.copy(), state.step
-        self.warm, self.failure = False, None
+        self.engine = Engine(passes, state.optimizer, state.levels, device)
+        self.metrics = StepMetrics(state, layout, device)
+        self.saved_step = state.step
+        self.failure: HopescaleError | None = None
+        self._has_short_timeout = False
 
     def run(self, last_step: int, stop: StopRequest) -> str | None:
         """Train until `last_step` or until a signal asks any rank to stop, and save.
 
         Args:
-            last_step: At most `train.steps`.
-            stop: Read between steps.
+            last_step: Step to end after, at most `train.steps`.
+            stop: Request to stop, read between steps.
 
         Returns:
             The signal's name if it ended the run early, else None.
@@ -81,176 +73,136 @@ class Trainer:
             DataError: If a batch cannot be read; what was trained until then is saved.
             CheckpointError: If the state could not be saved.
         """
-        batches = self._batches(last_step)
+        batches = self._prefetched_batches(last_step)
         try:
             if self.state.step == 0:
-                self._record(self._validate())
+                self.log(self.validate())
             while True:
                 begin = time.perf_counter()
-                micro = self._own(lambda: list(islice(batches, self.micro_batches)))
-                reason = self.control.agree(stop.reason, self.failure)
-                if reason is not None or self.state.step == last_step:
+                step_batches = self.next_batches(batches)
+                signal = self.control.agree(stop.reason, self.failure)
+                if signal is not None or self.state.step == last_step:
                     break
-                values = self._step(micro, begin)
-                self._record(values | (self._validate() if self._validation_due() else {}))
-                if self.checkpoints.due(self.state.step, self.config.train.steps):
-                    self._save()
-                self._own(self.checkpoints.poll)
-            self._finish()
+                metrics = self.train_step(step_batches, begin)
+                metrics |= self.validate_if_due()
+                self.log(metrics)
+                self.save_if_due()
+            self._save_at_end()
         except HopescaleError as error:
             if isinstance(error, DivergedError):  # found by all ranks at once
                 error.repeated = not self.control.is_first
-            self._finish_after(error)
+            self._save_after(error)
             raise
         finally:
             batches.close()
-        return reason if self.state.step < last_step else None
+        return signal if self.state.step < last_step else None
 
-    def _own(self, work: Callable[[], T]) -> T | None:
-        """Do what this rank may fail in alone; the failure is kept until all ranks learn of it."""
+    def next_batches(self, batches: Iterator[Batch]) -> list[Batch] | None:
+        """Return the micro batches of the next step, fewer where the run ends; None if they cannot be read."""
+        return self._defer_failure(lambda: list(islice(batches, self.plan.grad_accumulation)))
+
+    def train_step(self, batches: list[Batch], begin: float) -> dict[str, float]:
+        """Take one step; return its metrics, none on steps that are not recorded.
+
+        Args:
+            batches: Micro batches of the step.
+            begin: Time at which waiting for them began.
+        """
+        data_seconds = time.perf_counter() - begin
+        step = self.state.step + 1
+        is_recorded = step % self.config.log.every == 0 or step == self.config.train.steps
+        gradients = self.engine.gradients(step, batches, probe=is_recorded)
+        # A bad gradient that a slow level gathers would be saved with it, and only be seen when the level is due.
+        worst = gradients.grad_norm if math.isfinite(gradients.waiting_norm) else gradients.waiting_norm
+        self.state.watch.check(step, gradients.loss, worst, lambda: self._samples_of(step))
+        changes = self.engine.update(step, gradients, measure=is_recorded)
+        self.state.step = step
+        self._check_replicas_if_due()
+        self.metrics.add_step(time.perf_counter() - begin, data_seconds)
+        self._shorten_timeout()
+        metrics = self.metrics.of_updates(gradients, changes) if is_recorded or changes else {}
+        if is_recorded:
+            metrics |= self.metrics.of_interval(gradients)
+            self.report(self.metrics.line(gradients, metrics))
+        return metrics
+
+    def validate_if_due(self) -> dict[str, float]:
+        """Validate at the steps that `train.validation` names, and at the last one."""
+        every = self.config.train.validation.every
+        is_due = every is not None and (self.state.step % every == 0 or self.state.step == self.config.train.steps)
+        return self.validate() if is_due else {}
+
+    def validate(self) -> dict[str, float]:
+        """Measure the held-out loss of every source that has held-out samples."""
+        validation, data, metrics = self.config.train.validation, self.state.data, {}
+        for name in data.validation_sets if validation.every is not None else ():
+            batches = data.validation(name, validation.tokens, self.config.train.micro_batch_size)
+            loss = metrics[f"val/{name}/loss"] = self.engine.evaluate(batches)
+            if (bits := data.bits_per_byte(name, loss)) is not None:
+                metrics[f"val/{name}/bits_per_byte"] = bits
+            self.report(
+                format_validation(self.state.step, self.config.train.steps, name, loss=loss, bits_per_byte=bits)
+            )
+        return metrics
+
+    def log(self, metrics: dict[str, float]) -> None:
+        """Record metrics of the present step, if there are any."""
+        if metrics and self.record is not None:
+            self._defer_failure(lambda: self.record.log(self.state.step, self.state.tokens_seen, metrics))
+
+    def save_if_due(self) -> None:
+        """Save the state at the steps that `checkpoint` names; notice a failure of the save under way."""
+        if self.checkpoints.due(self.state.step, self.config.train.steps):
+            self._save()
+        self._defer_failure(self.checkpoints.poll)
+
+    def _save(self) -> None:
+        self.checkpoints.save(self.state.step, self.state.tensors(), self.state.manifest())
+        self.saved_step = self.state.step
+
+    def _save_at_end(self) -> None:
+        if self.saved_step != self.state.step:
+            self._save()
+        self.checkpoints.wait()
+
+    def _save_after(self, error: HopescaleError) -> None:
+        """Let the save in flight complete; a failure of its own must not hide the first one."""
+        try:
+            if self.control.verdict == DataError.exit_code:
+                self._save_at_end()
+            self.checkpoints.wait()
+        except CheckpointError as second:
+            self.report(str(second))
+
+    def _defer_failure(self, work: Callable[[], T]) -> T | None:
+        """Do what this rank may fail in alone; the failure waits until all ranks learn of it."""
         try:
             return work()
         except HopescaleError as error:
             self.failure = self.failure or error
             return None
 
-    def _batches(self, last_step: int) -> Iterator[Batch]:
-        """Micro batches of this replica from the present step on. What all replicas read depends on the step alone."""
-        size, micro = self.plan.global_batch_size, self.config.train.micro_batch_size
+    def _prefetched_batches(self, last_step: int) -> Iterator[Batch]:
+        """Return the micro batches of this replica from the present step on; the step alone decides what they are."""
+        size, rows = self.plan.global_batch_size, self.config.train.micro_batch_size
         replicas, replica = self.mesh.dp_group.size(), self.mesh.dp_group.rank()
-        starts = range(self.state.step * size + replica * micro, last_step * size, micro * replicas)
-        indices = (range(start, start + micro) for start in starts)
-        return prefetched(self.state.data, indices, self.config.data.prefetch * self.micro_batches)
+        starts = range(self.state.step * size + replica * rows, last_step * size, rows * replicas)
+        indices = (range(start, start + rows) for start in starts)
+        return prefetched(self.state.data, indices, self.config.data.prefetch * self.plan.grad_accumulation)
 
-    def _step(self, micro: list[Batch], begin: float) -> dict[str, float]:
-        """Take one step; return what is to be recorded of it, nothing on most steps.
-
-        Args:
-            micro: Its micro batches.
-            begin: When waiting for them began.
-        """
-        waited = time.perf_counter() - begin
-        step = self.state.step + 1
-        logged = step % self.config.log.every == 0 or step == self.config.train.steps
-        gradients = self.engine.gradients(step, micro, probe=logged)
-        # A bad gradient that a slow level gathers would be saved with it, and only be seen when the level is due.
-        worst = gradients.grad_norm if math.isfinite(gradients.waiting_norm) else gradients.waiting_norm
-        self.state.watch.check(step, gradients.loss, worst, lambda: self._where(step))
-        changes = self.engine.update(step, gradients, measure=logged)
-        self.state.step = step
-        self._check_replicas()
-        self.throughput.add(self.config.train.global_batch_tokens, time.perf_counter() - begin, waited)
-        if not self.warm:
-            self.mesh.set_timeout(timedelta(seconds=self.config.parallel.timeout_s))
-            self.warm = True
-        if not logged:
-            return self._values(gradients, changes) if changes else {}
-        values = self._values(gradients, changes) | self._traffic() | self.throughput.snapshot()
-        values |= self._over_ranks(gradients)
-        self.report(self._line(gradients, values))
-        return values
-
-    def _where(self, step: int) -> str:
+    def _samples_of(self, step: int) -> str:
         size = self.plan.global_batch_size
         first, last = (step - 1) * size, step * size - 1
         return f"samples {first} to {last}, from {self.state.data.locate(first)} to {self.state.data.locate(last)}"
 
-    def _check_replicas(self) -> None:
-        """Compare the weights of the replicas, now and then."""
+    def _check_replicas_if_due(self) -> None:
         every = self.config.train.replica_check_every
-        copies = self.mesh.dp_group.size() > 1 and self.config.parallel.zero < 3
-        if every is None or self.state.step % every or not copies:
-            return
-        with self.traffic.paused():
-            bad = differing(self.state.parameters, self.mesh.dp_group)
-        names = sorted({name for of_rank in self.control.gather(bad) for name in of_rank})
-        if names:
-            shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-            hint = "a device or its memory is at fault, or ranks run different code; continue from the last checkpoint"
-            raise DivergedError(f"after step {self.state.step} the replicas hold different weights: {shown}", hint)
+        are_copies = self.mesh.dp_group.size() > 1 and self.config.parallel.zero < 3
+        if every is not None and self.state.step % every == 0 and are_copies:
+            check_replicas(self.state.parameters, self.mesh, self.state.step)
 
-    def _values(self, gradients: Gradients, changes: dict[str, float]) -> dict[str, float]:
-        step, optimizer = self.state.step, self.state.optimizer
-        values = {"loss": gradients.loss, "grad_norm": gradients.grad_norm}
-        values |= {f"lr/{group}": rate for group, rate in optimizer.rates(step).items()}
-        for level, norm in gradients.level_norms.items():
-            values[f"level/{level}/grad_norm"] = norm
-            values[f"level/{level}/updates"] = optimizer.cadences[self.levels[level][0]].updates(step)
-            if self.mesh.dp_group.size() > 1 and self.config.parallel.zero < 2:
-                values[f"level/{level}/bytes"] = gradients.level_bytes[level]
-        return values | {f"level/{level}/update_rms": change for level, change in changes.items()}
-
-    def _traffic(self) -> dict[str, float]:
-        """Return what this rank has sent per step since the last record, in all and by axis."""
-        if self.control.num_ranks == 1:
-            return {}
-        steps = self.state.step - self.counted
-        sent = {axis: count - self.sent[axis] for axis, count in self.traffic.bytes.items()}
-        self.sent, self.counted = self.traffic.bytes.copy(), self.state.step
-        axes = {f"comm/{axis}/bytes_per_step": count / steps for axis, count in sent.items()}
-        return {"comm/bytes_per_step": sum(sent.values()) / steps} | axes
-
-    def _over_ranks(self, gradients: Gradients) -> dict[str, float]:
-        """Return what each rank has seen of its own: the mean of statistics of the memories, the highest memory."""
-        probe = {name: value.item() for name, value in gradients.probe.items()}
-        ranks = self.control.gather((probe, peak_memory_gib(self.device)))
-        names = dict.fromkeys(name for seen, _ in ranks for name in seen)
-        values = {name: [seen[name] for seen, _ in ranks if name in seen] for name in names}
-        means = {name: sum(seen) / len(seen) for name, seen in values.items()}
-        return {"device_memory/peak_gib": max(peak for _, peak in ranks)} | means
-
-    def _line(self, gradients: Gradients, values: dict[str, float]) -> str:
-        step, steps = self.state.step, self.config.train.steps
-        return format_step(
-            step,
-            steps,
-            loss=gradients.loss,
-            grad_norm=values["grad_norm"],
-            lr=max(self.state.optimizer.rates(step).values()),
-            memory_gib=values["device_memory/peak_gib"],
-            tps=values["tps"],
-            mfu=values.get("mfu"),
-            eta_s=(steps - step) * values["time/step_s"],
-            due=list(gradients.level_norms),
-        )
-
-    def _validation_due(self) -> bool:
-        every = self.config.train.validation.every
-        return every is not None and (self.state.step % every == 0 or self.state.step == self.config.train.steps)
-
-    def _validate(self) -> dict[str, float]:
-        """Measure the held-out loss of every source that has held-out samples."""
-        validation, data, values = self.config.train.validation, self.state.data, {}
-        for name in data.validation_sets if validation.every is not None else ():
-            batches = data.validation(name, validation.tokens, self.config.train.micro_batch_size)
-            with self.traffic.paused():
-                loss = values[f"val/{name}/loss"] = self.engine.evaluate(batches)
-            if (bits := data.bits_per_byte(name, loss)) is not None:
-                values[f"val/{name}/bits_per_byte"] = bits
-            self.report(
-                format_validation(self.state.step, self.config.train.steps, name, loss=loss, bits_per_byte=bits)
-            )
-        return values
-
-    def _record(self, values: dict[str, float]) -> None:
-        if values and self.record is not None:
-            self._own(lambda: self.record.log(self.state.step, self.state.tokens_seen, values))
-
-    def _finish(self) -> None:
-        if self.saved != self.state.step:
-            self._save()
-        self.checkpoints.wait()
-
-    def _finish_after(self, error: HopescaleError) -> None:
-        """Let the save in flight complete; a failure of its own must not hide the first one."""
-        try:
-            if self.control.verdict == DataError.exit_code:
-                self._finish()
-            self.checkpoints.wait()
-        except CheckpointError as second:
-            self.report(str(second))
-
-    def _save(self) -> None:
-        with self.traffic.paused():
-            self.checkpoints.save(self.state.step, self.state.tensors(), self.state.manifest())
-        self.saved = self.state.step
+    def _shorten_timeout(self) -> None:
+        """After the first step, which may compile, wait for other ranks no longer than `parallel.timeout_s`."""
+        if not self._has_short_timeout:
+            self.mesh.set_timeout(timedelta(seconds=self.config.parallel.timeout_s))
+            self._has_short_timeout = True

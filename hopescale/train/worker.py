@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import timedelta
-from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -14,21 +13,15 @@ from hopescale.checkpoint.manager import find_checkpoint
 from hopescale.common.errors import CheckpointError, StoppedEarly
 from hopescale.common.rank_info import RankInfo
 from hopescale.config.groups import group_summary, group_table
-from hopescale.config.layout import Layout
-from hopescale.config.load import LoadedConfig
 from hopescale.config.schema import RunConfig
-from hopescale.cost.flops import flops_per_token
-from hopescale.cost.hardware import peak_bf16_flops
-from hopescale.observe.throughput import Throughput
 from hopescale.parallel import process
 from hopescale.parallel.control import Control
 from hopescale.parallel.init_distributed import init_distributed
 from hopescale.parallel.mesh import Mesh
-from hopescale.parallel.traffic import Traffic
 from hopescale.train.device_memory import memory_errors_explained
-from hopescale.train.folder import RunFolder
-from hopescale.train.record import Record
-from hopescale.train.setup import Report, Resume, begin_from, build_state, choose_checkpoint, open_checkpoints, restore
+from hopescale.train.folder import Record, RunFolder
+from hopescale.train.request import RunRequest
+from hopescale.train.setup import Report, begin_from, build_state, choose_checkpoint, open_checkpoints, restore
 from hopescale.train.state import TrainState
 from hopescale.train.stop import StopRequest
 from hopescale.train.trainer import Trainer
@@ -36,119 +29,67 @@ from hopescale.train.trainer import Trainer
 T = TypeVar("T")
 
 
-def train(
-    loaded: LoadedConfig,
-    overrides: Sequence[str],
-    run_dir: Path,
-    *,
-    rank_info: RankInfo | None = None,
-    layout: Layout,
-    stop: StopRequest,
-    resume: Resume = "auto",
-    reset_optimizer: bool = False,
-    init: Path | None = None,
-    stop_at: int | None = None,
-    report: Report,
-) -> None:
+def train(request: RunRequest, *, rank_info: RankInfo | None = None, stop: StopRequest, report: Report) -> None:
     """Meet the other ranks, then train a run, or continue it, until its last step. Called by every rank.
 
     Args:
-        loaded: A recipe that has passed its checks.
-        overrides: As given on the command line, for the record.
-        run_dir: The run folder.
-        rank_info: Which rank this process is; None is the only one.
-        layout: How the ranks are distributed.
-        stop: Read between steps; its handlers are installed by the caller, before the slow imports.
-        resume: See `choose_checkpoint`.
-        reset_optimizer: Whether to continue with the weights of a checkpoint and a new optimizer.
-        init: Run folder or checkpoint whose weights a new run begins with; a run that has begun continues.
-        stop_at: Step to save and stop at, at most `train.steps`, without changing the learning rate's horizon; None is
-            `train.steps`.
-        report: Takes each line meant for a person; every rank has the same ones.
+        request: The run, and how to start it.
+        rank_info: Rank of this process; None is the only one.
+        stop: Request to stop, read between steps; the caller installs its handlers before the slow imports.
+        report: Function that takes each line meant for a person; every rank has the same ones.
 
     Raises:
         StoppedEarly: If a signal ended the run before its time; it has been saved.
         HopescaleError: Whatever else a user can cause.
     """
-    config = loaded.config
-    last_step = config.train.steps if stop_at is None else stop_at
+    config = request.loaded.config
     timeout = timedelta(seconds=config.parallel.first_step_timeout_s)
-    mesh, device = init_distributed(rank_info, layout, config.train.device, "train.device", timeout=timeout)
-    step, reason = train_on(
-        mesh,
-        device,
-        loaded,
-        overrides,
-        run_dir,
-        layout=layout,
-        stop=stop,
-        resume=resume,
-        reset_optimizer=reset_optimizer,
-        init=init,
-        last_step=last_step,
-        report=report,
-    )
+    mesh, device = init_distributed(rank_info, request.layout, config.train.device, "train.device", timeout=timeout)
+    step, reason = train_on(mesh, device, request, stop, report)
     if rank_info is not None:
         process.stop()
     where = f"step {step} of {config.train.steps}"
     if reason is not None:
         saved = "the state is saved" if step else "there was nothing to save yet"
-        again = "" if resume in ("auto", "must") else " with --resume auto"
+        again = "" if request.resume in ("auto", "must") else " with --resume auto"
         raise StoppedEarly(f"{reason} at {where}; {saved}", f"the same command{again} continues the run")
     report(f"done: {where}" if step == config.train.steps else f"stopped at {where}, as --stop-at asked")
 
 
 def train_on(
-    mesh: Mesh,
-    device: torch.device,
-    loaded: LoadedConfig,
-    overrides: Sequence[str],
-    run_dir: Path,
-    *,
-    layout: Layout,
-    stop: StopRequest,
-    resume: Resume,
-    reset_optimizer: bool = False,
-    init: Path | None = None,
-    last_step: int,
-    report: Report,
+    mesh: Mesh, device: torch.device, request: RunRequest, stop: StopRequest, report: Report
 ) -> tuple[int, str | None]:
-    """Train on ranks that have met; arguments as of `train`.
+    """Train on ranks that have met.
+
+    Args:
+        mesh: The ranks.
+        device: Device of this rank.
+        request: The run, and how to start it.
+        stop: Request to stop, read between steps.
+        report: Function that takes each line meant for a person.
 
     Returns:
         The last step done, and the name of the signal that ended the run before its time or None.
     """
-    config, control = loaded.config, Control(mesh)
+    config, control = request.loaded.config, mesh.control
     with memory_errors_explained(config):
-        state = build_state(config, layout, mesh, device)
-    folder = RunFolder(run_dir)
-    with ExitStack() as stack, memory_errors_explained(config), _told_once(control):
+        state = build_state(config, request.layout, mesh, device)
+    folder = RunFolder(request.folder)
+    with ExitStack() as stack, memory_errors_explained(config), _reported_once(control):
         _open_on_first(control, stack, lambda: folder)
-        checkpoint = control.broadcast_from_rank0(
-            lambda: choose_checkpoint(folder, resume, reset_optimizer=reset_optimizer)
-        )
+        checkpoint = control.broadcast_from_rank0(lambda: choose_checkpoint(folder, request))
         if checkpoint is not None:
-            restore(state, checkpoint, last_step, control, report, reset_optimizer=reset_optimizer)
-        elif init is not None:
-            begin_from(state, control.broadcast_from_rank0(lambda: find_checkpoint(init)), control, report)
+            restore(state, checkpoint, request, report)
+        elif request.init is not None:
+            begin_from(state, control.broadcast_from_rank0(lambda: find_checkpoint(request.init)), report)
         table = group_table(state.optimizer.groups, state.sizes, state.optimizer.peak_rates())
-        control.broadcast_from_rank0(lambda: folder.describe(loaded, layout, overrides, table))
+        control.broadcast_from_rank0(lambda: folder.describe(request, table))
         checkpoints = open_checkpoints(folder, config, state.data, mesh)
-        for line in _introduction(state, layout, device, run_dir):
+        for line in _introduction(state, request, device):
             report(line)
         resume_step = None if checkpoint is None else state.step
         record = _open_on_first(control, stack, lambda: Record(folder, config.log, resume_step=resume_step))
-        trainer = Trainer(
-            state,
-            checkpoints,
-            record,
-            _throughput(config, layout, device),
-            stack.enter_context(Traffic(mesh)),
-            control,
-            device,
-            report,
-        )
-        reason = trainer.run(last_step, stop)
+        reason = Trainer(state, request.layout, checkpoints, record, device, report).run(request.last_step, stop)
         outcome = f"{_outcome(state.step, config, reason)} at step {state.step} of {config.train.steps}"
         control.broadcast_from_rank0(lambda: folder.note_outcome(outcome))
     return state.step, reason
@@ -162,8 +103,8 @@ def _outcome(step: int, config: RunConfig, reason: str | None) -> str:
 
 
 @contextmanager
-def _told_once(control: Control) -> Iterator[None]:
-    """Mark what all ranks meet together: torch reports the failure of one rank's part of a checkpoint on every rank."""
+def _reported_once(control: Control) -> Iterator[None]:
+    """Let one rank report a checkpoint's failure: torch raises that of one rank's part on every rank."""
     try:
         yield
     except CheckpointError as error:
@@ -171,11 +112,12 @@ def _told_once(control: Control) -> Iterator[None]:
         raise
 
 
-def _introduction(state: TrainState, layout: Layout, device: torch.device, run_dir: Path) -> Iterator[str]:
-    """Say what is trained, and what of it never changes."""
-    config, ranks = state.config, f", {layout.num_ranks} ranks (dp {layout.dp}, tp {layout.tp}, pp {layout.pp})"
+def _introduction(state: TrainState, request: RunRequest, device: torch.device) -> Iterator[str]:
+    """Say what is trained, and which levels never change."""
+    config, layout = state.config, request.layout
+    ranks = f", {layout.num_ranks} ranks (dp {layout.dp}, tp {layout.tp}, pp {layout.pp})"
     where = f"{device.type}{ranks if layout.num_ranks > 1 else ''}"
-    yield f"{config.name}: {sum(state.sizes.values()):,} parameters on {where}, run folder {run_dir}"
+    yield f"{config.name}: {sum(state.sizes.values()):,} parameters on {where}, run folder {request.folder}"
     yield f"parameter groups: {group_summary(state.optimizer.groups, state.sizes)}; all of them in groups.txt"
     for level in sorted(state.levels_never_due()):
         yield f"note: level {level} is due at no step up to train.steps={config.train.steps}; its weights stay"
@@ -186,9 +128,3 @@ def _open_on_first(control: Control, stack: ExitStack, make: Callable[[], Abstra
     opened: list[T] = []
     control.broadcast_from_rank0(lambda: opened.append(stack.enter_context(make())))
     return opened[0] if opened else None
-
-
-def _throughput(config: RunConfig, layout: Layout, device: torch.device) -> Throughput:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    flops = flops_per_token(config.model, config.train.seq_len)
-    return Throughput(num_devices=layout.num_ranks, flops_per_token=flops, peak_flops=peak_bf16_flops(name))

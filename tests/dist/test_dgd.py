@@ -15,9 +15,9 @@ from hopescale.optim import Cadence, OuterOptimizer
 from hopescale.optim.gram import gather_grams, linear_layers
 from hopescale.parallel.layers import ColumnLinear, RowLinear
 from hopescale.parallel.mesh import Mesh
-from hopescale.parallel.traffic import Traffic
 from tests.support.layouts import fork, saved, train_run, values, weights, worst
 from tests.support.ranks import run_ranks
+from tests.support.traffic import Traffic
 
 TOKENS, SEQUENCES, WIDTH, HIDDEN = 6, 2, 6, 8
 COLUMNS = "['*.in_proj.weight','*.gate.weight','*.up.weight']"

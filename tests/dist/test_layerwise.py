@@ -29,9 +29,9 @@ from hopescale.optim import Cadence, OuterOptimizer
 from hopescale.optim.sharded import LayerwiseUpdater
 from hopescale.parallel.layers import ParameterSpec, attach
 from hopescale.parallel.mesh import Mesh
-from hopescale.parallel.traffic import Traffic
 from tests.support.layouts import fork, saved, train_run, values, weights, worst
 from tests.support.ranks import run_ranks
+from tests.support.traffic import Traffic
 
 RULES = ("muon", "m3", "delta_momentum", "deep_momentum", "dgd")
 STEPS, MICRO_BATCHES = 6, 4
@@ -196,12 +196,12 @@ def check_traffic(rank: int) -> None:
             traffic.bytes.clear()
             layerwise.reduce(due)
             layerwise.update(due, dict.fromkeys(due, 1.0), run.optimizer.rates(step))
-            assert traffic.total() == 4 * max(held) * (owners + 1), f"step {step}"
+            assert traffic.bytes.total() == 4 * max(held) * (owners + 1), f"step {step}"
             assert all(torch.equal(layerwise.accumulated_grad(name), total) for name, total in waiting.items())
             traffic.bytes.clear()
             layerwise.reduce([])
             layerwise.update([], {}, run.optimizer.rates(step))
-            assert traffic.total() == 0
+            assert traffic.bytes.total() == 0
 
 
 SIZES = {name: torch.Size(shape).numel() for name, (shape, _) in SHAPES.items()}

@@ -19,9 +19,9 @@ from hopescale.cost.holdings import Holdings
 from hopescale.cost.device_memory import device_memory_of_stage
 from hopescale.engine import Engine, make_passes
 from hopescale.parallel.mesh import Mesh
-from hopescale.parallel.traffic import Traffic
 from hopescale.train.setup import build_state
 from tests.support.ranks import run_ranks
+from tests.support.traffic import Traffic
 
 STEPS = 4
 SMALL = ("data.sources.markov.synthetic.num_symbols=16", "log.every=1")

@@ -13,10 +13,9 @@ from hopescale.common.errors import CheckpointError, ConfigError, DataError, Div
 from hopescale.config.layout import Layout
 from hopescale.data.loader import Data
 from hopescale.engine import Engine
-from hopescale.parallel.control import Control
 from hopescale.parallel.mesh import Mesh
-from hopescale.parallel.replicas import differing
-from hopescale.train.record import Record
+from hopescale.train.folder import Record
+from hopescale.train.replicas import differing
 from tests.support.layouts import train_run, values
 from tests.support.ranks import run_ranks
 
@@ -122,7 +121,7 @@ def test_a_record_that_rank_0_cannot_write_ends_the_run_on_all(tmp_path: Path):
 
 
 def check_control(rank: int) -> None:
-    control = Control(Mesh.over_all(Layout(dp=3)))
+    control = Mesh.over_all(Layout(dp=3)).control
     assert control.is_first == (rank == 0)
     assert control.broadcast_from_rank0(lambda: f"from {rank}") == "from 0"
     assert control.gather(rank) == [0, 1, 2]

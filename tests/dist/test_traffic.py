@@ -9,8 +9,8 @@ import torch.distributed as dist
 
 from hopescale.config.layout import Layout
 from hopescale.parallel.mesh import Mesh
-from hopescale.parallel.traffic import Traffic
 from tests.support.ranks import run_ranks
+from tests.support.traffic import Traffic
 
 
 def check_counts(rank: int) -> None:
@@ -39,7 +39,7 @@ def check_counts(rank: int) -> None:
             count = traffic.bytes["tp"]
             call()
             assert traffic.bytes["tp"] - count == expected, name
-        assert traffic.total() == traffic.bytes["tp"]
+        assert traffic.bytes.total() == traffic.bytes["tp"]
         peer = 1 - rank
         requests = [dist.isend(torch.zeros(7), peer, group=group), dist.irecv(torch.zeros(7), peer, group=group)]
         for request in requests:

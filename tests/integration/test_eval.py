@@ -19,7 +19,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hopescale.convert.hf import load_export
 from hopescale.evals.language_model import EvaluatedModel
 from hopescale.observe.metrics import read_metrics
-from hopescale.parallel.control import Control
 from hopescale.parallel.mesh import Mesh
 from tests.integration.conftest import WORDS
 
@@ -153,7 +152,7 @@ def test_the_export_gives_these_numbers_by_its_own_code_too(evaluate, exported: 
     assert results["choice"]["metrics"]["acc"] == pytest.approx(right / 9)
     assert results["rolling"]["metrics"]["bits_per_byte"] == pytest.approx(-total / size / math.log(2), rel=1e-5)
     said = []
-    ours = EvaluatedModel(load_export(exported, torch.device("cpu")), Control(Mesh.alone()), None, said.append)
+    ours = EvaluatedModel(load_export(exported, torch.device("cpu")), Mesh.alone().control, None, said.append)
     ask = {"until": ["e"], "max_gen_toks": 6}
     requests = [Instance("generate_until", {}, (text, ask), number) for number, text in enumerate(asked)]
     assert ours.generate_until(requests) == written and len(set(written)) > 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from datetime import timedelta
 from pathlib import Path
 
@@ -13,12 +14,15 @@ from torch import Tensor
 
 from hopescale.checkpoint.manifest import folder_name, read_manifest
 from hopescale.config.check import check_layout, require_valid
-from hopescale.config.layout import make_layout
+from hopescale.config.layout import Layout, make_layout
 from hopescale.config.load import load_recipe
+from hopescale.config.schema import RunConfig
 from hopescale.observe.metrics import read_metrics
 from hopescale.parallel.mesh import Mesh
+from hopescale.train.request import RunRequest
 from hopescale.train.stop import StopRequest
 from hopescale.train.worker import train_on
+from tests.support.traffic import StepBytes, counted_steps
 
 TINY = (
     "model.d_model=32",
@@ -53,22 +57,38 @@ def train_run(folder: Path, num_ranks: int, *overrides: str, last_step: int = 6,
     timeout = timedelta(seconds=loaded.config.parallel.first_step_timeout_s)
     mesh = Mesh.alone() if num_ranks == 1 else Mesh.over_all(layout, timeout=timeout)
     try:
-        train_on(
-            mesh,
-            torch.device("cpu"),
-            loaded,
-            overrides,
-            folder,
-            layout=layout,
-            stop=StopRequest(),
-            resume="auto",
-            init=init,
-            last_step=last_step,
-            report=lambda line: None,
-        )
+        request = RunRequest(loaded, layout, folder, overrides, init=init, stop_at=last_step)
+        with counted_steps(mesh) as sent:
+            train_on(mesh, torch.device("cpu"), request, StopRequest(), lambda line: None)
+        if mesh.control.is_first:
+            check_bytes_of_record(folder, loaded.config, layout, sent)
     finally:
         if num_ranks > 1:
             parallel_state.destroy_model_parallel()
+
+
+def check_bytes_of_record(folder: Path, config: RunConfig, layout: Layout, sent: dict[int, StepBytes]) -> None:
+    """Check that the bytes which a run has recorded, from its plan, are those which its first rank sent."""
+    since = min(sent, default=1)
+    for record in read_metrics(folder / "metrics.jsonl"):
+        step = record["step"]
+        if step not in sent:
+            continue
+        levels = sent[step].levels if layout.dp > 1 and config.parallel.zero < 2 else {}
+        recorded = {name: value for name, value in record.items() if name.startswith("level/") and "/bytes" in name}
+        if step % config.log.every == 0 or step == config.train.steps or recorded:
+            assert recorded == {f"level/{level}/bytes": count for level, count in levels.items()}, f"step {step}"
+        if "tps" not in record:
+            continue
+        steps, since = range(since, step + 1), step + 1
+        if config.parallel.zero == 3 and 1 in steps:
+            continue  # DeepSpeed compares its plan over all ranks once.
+        total = sum((Counter(sent[number].axes) for number in steps), Counter())
+        expected = {f"comm/{axis}/bytes_per_step": count / len(steps) for axis, count in total.items()}
+        if layout.num_ranks > 1:
+            expected["comm/bytes_per_step"] = total.total() / len(steps)
+        recorded = {name: value for name, value in record.items() if name.startswith("comm/")}
+        assert recorded == expected, f"steps {steps}"
 
 
 def fork(run: Path, other: Path, *, step: int) -> None:

@@ -42,9 +42,9 @@ def worker(monkeypatch: pytest.MonkeyPatch):
         error: Exception | None = None
 
         @staticmethod
-        def train(loaded, overrides, folder, **options):
-            calls.append(options)
-            options["report"]("a line")
+        def train(request, *, rank_info, stop, report):
+            calls.append((request, rank_info))
+            report("a line")
             if module.error:
                 raise module.error
 
@@ -128,7 +128,8 @@ def test_only_nproc_is_left_out(args, kept):
 def test_one_process_trains_here(capsys, launches, worker, nproc):
     code, out, _ = run(capsys, "train", "debug", *nproc)
     assert (code, out, launches) == (0, "a line\n", [])
-    assert worker.calls[0]["rank_info"] is None and worker.calls[0]["layout"] == Layout()
+    request, rank_info = worker.calls[0]
+    assert rank_info is None and request.layout == Layout()
 
 
 @pytest.mark.parametrize(
@@ -139,7 +140,8 @@ def test_one_process_trains_here(capsys, launches, worker, nproc):
 def test_a_launcher_s_process_takes_its_place_and_is_silent(capsys, worker, set_environ, environ, rank_info):
     set_environ(environ)
     assert run(capsys, "train", "debug") == (0, "", "")
-    assert worker.calls[0]["rank_info"] == rank_info and worker.calls[0]["layout"] == Layout(dp=2)
+    request, its_place = worker.calls[0]
+    assert its_place == rank_info and request.layout == Layout(dp=2)
     assert run(capsys, "train", "debug", "--dry-run") == (0, "", "")
 
 

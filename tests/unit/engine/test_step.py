@@ -15,7 +15,6 @@ from hopescale.data.loader import Batch
 from hopescale.engine import Engine, make_passes
 from hopescale.models import Model, level_of
 from hopescale.optim import Cadence, OuterOptimizer
-from hopescale.parallel.traffic import Traffic
 
 VOCAB, SEQ_LEN, ROWS = 32, 16, 4
 LEVELS = {
@@ -45,7 +44,7 @@ def make_engine(dtype: torch.dtype = torch.float32, **optim) -> Engine:
     optimizer = OuterOptimizer(dict(model.named_parameters()), settings, 100, cadences)
     device = torch.device("cpu")
     passes = make_passes([model], optimizer.backward, SEQ_LEN, device)
-    return Engine(passes, optimizer, levels, Traffic(model.mesh), device)
+    return Engine(passes, optimizer, levels, device)
 
 
 def make_batch(seed: int = 0) -> Batch:

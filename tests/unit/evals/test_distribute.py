@@ -3,7 +3,6 @@ from __future__ import annotations
 import pytest
 
 from hopescale.evals.distribute import distribute, group_by_length
-from hopescale.parallel.control import Control
 from hopescale.parallel.mesh import Mesh
 
 
@@ -23,9 +22,9 @@ def test_every_text_is_in_one_batch_that_is_not_too_large(tokens: int, spread: i
 
 def test_nothing_to_do_is_no_batch():
     assert group_by_length([], tokens=10) == []
-    assert distribute(Control(Mesh.alone()), [], lambda batch: batch) == []
+    assert distribute(Mesh.alone().control, [], lambda batch: batch) == []
 
 
 def test_results_come_back_in_order():
-    found = distribute(Control(Mesh.alone()), [[3, 0], [1], [4, 2]], lambda batch: [10 * number for number in batch])
+    found = distribute(Mesh.alone().control, [[3, 0], [1], [4, 2]], lambda batch: [10 * number for number in batch])
     assert found == [0, 10, 20, 30, 40]

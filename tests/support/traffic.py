@@ -1,15 +1,19 @@
-"""What a process hands to its collectives, counted as it happens."""
+"""Counts what a process hands to its collectives, to hold the plan to."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
 import torch.distributed as dist
 from torch import Tensor
 
+from hopescale.engine import Engine
+from hopescale.optim import OuterOptimizer
 from hopescale.parallel.mesh import Mesh
 
 _FIRST = ("allreduce", "allreduce_coalesced", "reduce", "broadcast", "send")
@@ -33,14 +37,13 @@ class Traffic:
     Whoever communicates - Megatron, DeepSpeed, this package - ends in the counted methods of `ProcessGroup`.
 
     Args:
-        mesh: Its axes are counted; decisions are not.
+        mesh: The ranks, whose axes are counted; decisions are not.
     """
 
     def __init__(self, mesh: Mesh):
         self.bytes: Counter[str] = Counter()
         self._axes = {group.group_name: axis for axis, group in mesh.axes().items() if group.size() > 1}
         self._originals: dict[str, Any] = {}
-        self._counts = True
 
     def __enter__(self) -> Traffic:
         for name, position in _SENT.items():
@@ -58,7 +61,7 @@ class Traffic:
     def _counting(self, name: str, original: Any, position: int) -> Any:
         def counted(group: dist.ProcessGroup, *arguments: Any, **options: Any) -> Any:
             axis = self._axes.get(group.group_name)
-            if self._counts and axis is not None and len(arguments) > position:
+            if axis is not None and len(arguments) > position:
                 # With two stages Megatron sends one way over the group of all ranks.
                 axis = "pp" if name == "send" else axis
                 self.bytes[axis] += _num_bytes(arguments[position])
@@ -66,21 +69,57 @@ class Traffic:
 
         return counted
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leave out what belongs to no training step."""
-        self._counts = False
-        try:
-            yield
-        finally:
-            self._counts = True
-
-    def total(self) -> int:
-        """Return the bytes of all axes since the beginning."""
-        return self.bytes.total()
-
 
 def _num_bytes(tensors: Any) -> int:
     if isinstance(tensors, Tensor):
         return tensors.nbytes
     return sum(_num_bytes(tensor) for tensor in tensors)
+
+
+@dataclass
+class StepBytes:
+    """Bytes that this rank sent in a training step.
+
+    Attributes:
+        axes: Bytes by axis, without axes that sent nothing.
+        levels: Bytes by which the gradients of each due level were summed over replicas.
+    """
+
+    axes: dict[str, int] = field(default_factory=dict)
+    levels: dict[str, int] = field(default_factory=dict)
+
+
+@contextmanager
+def counted_steps(mesh: Mesh) -> Iterator[dict[int, StepBytes]]:
+    """Count what this rank sends in each training step, by its number; all else, such as validation, is left out."""
+    gradients, update, reduce = Engine.gradients, Engine.update, OuterOptimizer.reduce
+    steps: dict[int, StepBytes] = {}
+
+    def counted_gradients(engine: Engine, step: int, *arguments: Any, **options: Any) -> Any:
+        def counted_reduce(optimizer: OuterOptimizer, names: list[str]) -> None:
+            before = traffic.bytes["dp"]
+            reduce(optimizer, names)
+            for level, members in engine.levels.items():
+                if names and set(names) <= set(members):
+                    steps[step].levels[level] = traffic.bytes["dp"] - before
+
+        traffic.bytes.clear()
+        steps[step] = StepBytes()
+        with patch.object(OuterOptimizer, "reduce", counted_reduce):
+            result = gradients(engine, step, *arguments, **options)
+        steps[step].axes = dict(traffic.bytes)
+        return result
+
+    def counted_update(engine: Engine, step: int, *arguments: Any, **options: Any) -> Any:
+        traffic.bytes.clear()
+        result = update(engine, step, *arguments, **options)
+        total = Counter(steps[step].axes) + traffic.bytes
+        steps[step].axes = {axis: count for axis, count in total.items() if count}
+        return result
+
+    with (
+        Traffic(mesh) as traffic,
+        patch.object(Engine, "gradients", counted_gradients),
+        patch.object(Engine, "update", counted_update),
+    ):
+        yield steps
