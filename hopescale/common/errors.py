@@ -9,8 +9,8 @@ class HopescaleError(Exception):
     """A failure the user can act on: printed as one message, without a traceback.
 
     Args:
-        message: What is wrong, with both values and where each came from. Lower case, no final full stop.
-        hint: What to do about it.
+        message: Statement of what is wrong, with both values and where each came from. Lower case, no final full stop.
+        hint: Advice on what to do about it.
 
     Attributes:
         repeated: Whether another rank of the same job says it, or says more.

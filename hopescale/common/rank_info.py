@@ -14,7 +14,7 @@ class RankInfo:
         world_size: Ranks of the job.
         local_rank: Counted on this node; chooses the CUDA device.
         address: Host of rank 0, where all ranks meet.
-        port: Its TCP port.
+        port: TCP port on that host.
         bound: Whether a scheduler may have shown this process its own device alone.
     """
 

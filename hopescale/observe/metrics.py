@@ -42,11 +42,11 @@ METRICS: dict[str, Metric] = {
     "level/<name>/update_rms": Metric("1", "Root mean square of the change of a level's weights at its last update."),
     "level/<name>/bytes": Metric(
         "bytes",
-        "What a rank sent to sum the gradients of a level over replicas, at its last update (zero 0, 1).",
+        "Bytes that rank 0 sent to sum the gradients of a level over replicas, at its last update (zero 0, 1); planned.",
     ),
     "comm/bytes_per_step": Metric(
         "bytes",
-        "Tensors that rank 0 sent, per training step since the last record; measured.",
+        "Tensors that rank 0 sent, per training step since the last record; planned.",
     ),
     "comm/<axis>/bytes_per_step": Metric("bytes", "The part of one axis (tp, dp, pp, embedding, world)."),
     "memory/<layer>/eta_mean": Metric("1", "Mean inner learning rate of a layer's memories over the last batch."),

@@ -12,8 +12,8 @@ def choose_device(name: str, origin: str) -> torch.device:
     """Return the device called `auto`, `cpu` or `cuda`; `auto` takes CUDA where there is one.
 
     Args:
-        name: What was asked for.
-        origin: The key or option that asked, for messages.
+        name: Name from the config or the command line.
+        origin: Key or option it came from, for messages.
 
     Raises:
         ConfigError: If the name is unknown, or asks for CUDA where there is none.
@@ -30,8 +30,8 @@ def own_device(rank_info: RankInfo, origin: str) -> torch.device:
     """Return the CUDA device of a rank: by its number on the node, or the only one it is shown.
 
     Args:
-        rank_info: Which rank it is.
-        origin: As of `choose_device`.
+        rank_info: Rank and node of the process.
+        origin: Key or option that chose CUDA, for messages.
 
     Raises:
         LaunchError: If the node has fewer devices than ranks.

@@ -21,8 +21,8 @@ class InFlight:
         """Take an exchange, after waiting for the earliest if there are too many.
 
         Args:
-            work: What a collective with `async_op=True` returned.
-            finish: Called when it is complete; keeps its buffers until then.
+            work: Handle that a collective with `async_op=True` returned.
+            finish: Function to call when it is complete; it keeps the buffers until then.
         """
         self._begun.append((work, finish))
         if len(self._begun) > AT_ONCE:

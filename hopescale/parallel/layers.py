@@ -37,8 +37,8 @@ class ParameterSpec:
         identity: Whether a square matrix starts as the identity plus the above.
         partition_dim: Dimension split over tensor-parallel ranks; None if every rank holds the whole.
         keep_fp32: Whether it stays float32 in a model of lower precision (gates, norms, memories).
-        sizes: What a linear map has for its rows and columns, or a vector that inputs are multiplied with for its
-            entries; empty where each entry acts alone. By these its learning rate follows the width.
+        sizes: Kinds of the rows and columns of a linear map, or of the entries of a vector that inputs are multiplied
+            with; empty where each entry acts alone. They decide how its learning rate follows the width.
     """
 
     std: float = 0.0
@@ -84,10 +84,10 @@ class ColumnLinear(ColumnParallelLinear):
         size_in: Width of the input.
         size_out: Width of the output over all ranks.
         std: Standard deviation of the initial weights.
-        mesh: Where this process stands.
+        mesh: Ranks that hold the layer.
         shared_input: Whether the input comes from `gather_tokens`, which communicates once for all layers it feeds.
         bias: Whether there is a bias, which starts at 0.
-        sizes: Of the weight's `ParameterSpec`.
+        sizes: Kinds of the weight's rows and columns, for its `ParameterSpec`.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class RowLinear(RowParallelLinear):
         size_in: Width of the input over all ranks.
         size_out: Width of the output.
         std: Standard deviation of the initial weights.
-        mesh: Where this process stands.
+        mesh: Ranks that hold the layer.
         partial: Whether the output is this rank's share of the sum only; `reduce_from_ranks` completes it.
     """
 

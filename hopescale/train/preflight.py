@@ -37,12 +37,12 @@ _SIZES = {"cuda": 1024, "cpu": 256}
 
 @dataclass
 class Verdict:
-    """What was found.
+    """Outcome of a check of nodes.
 
     Attributes:
-        bad: Nodes with what is wrong with each.
-        shared: What is wrong on all nodes alike, or cannot be told from one.
-        summary: What was measured, in words.
+        bad: Faulty nodes, with what is wrong with each.
+        shared: Faults of all nodes alike, or of no node in particular.
+        summary: Measurements, in words.
     """
 
     bad: dict[str, str] = field(default_factory=dict)
@@ -56,10 +56,10 @@ def check_nodes(
     """Check devices, disks and links of all nodes. Called by every rank; all return the same.
 
     Args:
-        rank_info: Which rank this is; None is the only one.
+        rank_info: Rank of this process; None is the only one.
         node: Name of its node.
         nodes: Names of all nodes of the job.
-        device: Where the run computes: `auto`, `cpu` or `cuda`.
+        device: Name of the run's device: `auto`, `cpu` or `cuda`.
         folders: Folders that every node must be able to write to.
 
     Raises:
@@ -102,7 +102,7 @@ def judge_faults(names: Mapping[int, str], faults: Mapping[int, Sequence[str]], 
 
     Args:
         names: Node of each rank that was there at first.
-        faults: What each rank has found wrong, of those that still were there afterwards.
+        faults: Faults that each rank reports, of those that still were there afterwards.
         nodes: Names of all nodes.
     """
     bad: dict[str, list[str]] = {}
@@ -124,7 +124,7 @@ def judge_links(names: Mapping[int, str], links: Mapping[int, LinkTimes]) -> Ver
 
     Args:
         names: Node of each rank.
-        links: What each rank has measured, of those that still were there afterwards.
+        links: Measurements of each rank, of those that still were there afterwards.
     """
     nodes = list(dict.fromkeys(names.values()))
     bad: dict[str, str] = {}
@@ -184,9 +184,9 @@ def _faults(device: str, rank_info: RankInfo | None, folders: Sequence[Path], al
     """Check what this rank alone can see.
 
     Args:
-        device: Where the run computes.
-        rank_info: Chooses the CUDA device; None checks all that are visible.
-        folders: To be written to.
+        device: Name of the run's device.
+        rank_info: Rank of this process, which chooses the CUDA device; None checks all that are visible.
+        folders: Folders that the node must be able to write to.
         alone: Whether this is the only rank on its node.
     """
     for folder in folders:

@@ -11,8 +11,8 @@ from hopescale.config.layout import Layout
 from hopescale.config.load import LoadedConfig
 
 Resume = Literal["auto", "never", "must"] | Path
-"""`auto` continues if there is a checkpoint, `never` refuses to, `must` refuses to begin anew; a path is a checkpoint
-to continue from."""
+"""`auto` continues if there is a checkpoint, `never` refuses to, `must` refuses to begin anew; a path names a
+checkpoint to continue from."""
 
 
 @dataclass(frozen=True)
