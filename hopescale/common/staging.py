@@ -23,7 +23,7 @@ def staged_folder(out: Path, error_class: type[HopescaleError] = DataError) -> I
     Readers of `out` see nothing or everything: files are on disk before the folder gets its name.
 
     Raises:
-        HopescaleError: Of `error_class`, if `out` holds something already, or the disk is full or not writable.
+        HopescaleError: The `error_class`, if `out` holds something already, or the disk is full or not writable.
     """
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise error_class(f"output {out} already exists", hint="choose another folder, or delete the old one first")

@@ -42,7 +42,7 @@ METRICS: dict[str, Metric] = {
     "level/<name>/update_rms": Metric("1", "Root mean square of the change of a level's weights at its last update."),
     "level/<name>/bytes": Metric(
         "bytes",
-        "Bytes that rank 0 sent to sum the gradients of a level over replicas, at its last update (zero 0, 1); planned.",
+        "Bytes that rank 0 sent to sum a level's gradients over replicas, at its last update (zero 0, 1); planned.",
     ),
     "comm/bytes_per_step": Metric(
         "bytes",

@@ -14,14 +14,14 @@ from hopescale.config.layout import Layout, make_layout
 from hopescale.config.load import load_recipe
 from hopescale.config.plan import make_plan
 from hopescale.config.schema import RunConfig
-from hopescale.cost.comm import bytes_of_step, due_levels
+from hopescale.cost.comm import bytes_of_step, bytes_to_sum_level, due_levels
 from hopescale.cost.holdings import Holdings
 from hopescale.cost.device_memory import device_memory_of_stage
 from hopescale.engine import Engine, make_passes
 from hopescale.parallel.mesh import Mesh
 from hopescale.train.setup import build_state
 from tests.support.ranks import run_ranks
-from tests.support.traffic import Traffic
+from tests.support.traffic import StepBytes, counted_steps
 
 STEPS = 4
 SMALL = ("data.sources.markov.synthetic.num_symbols=16", "log.every=1")
@@ -81,19 +81,16 @@ FOURS = {
 }
 
 
-def measure(config: RunConfig, layout: Layout, mesh: Mesh) -> tuple[int, list[dict[str, int]]]:
-    """Train some steps; return the most bytes that torch held, and the bytes sent by axis in each step."""
-    sent = []
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled, Traffic(mesh) as traffic:
+def measure(config: RunConfig, layout: Layout, mesh: Mesh) -> tuple[int, dict[int, StepBytes]]:
+    """Train some steps; return the most bytes that torch held, and the bytes sent in each step."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled, counted_steps(mesh) as sent:
         state = build_state(config, layout, mesh, torch.device("cpu"))
         passes = make_passes(state.slices, state.optimizer.backward, config.train.seq_len, torch.device("cpu"))
-        engine = Engine(passes, state.optimizer, state.levels, traffic, torch.device("cpu"))
+        engine = Engine(passes, state.optimizer, state.levels, torch.device("cpu"))
         micro, count = config.train.micro_batch_size, make_plan(config, layout).grad_accumulation
         for step in range(1, STEPS + 1):
-            before = traffic.bytes.copy()
             batches = [state.data.batch(range(i * micro, (i + 1) * micro)) for i in range(count)]
             engine.update(step, engine.gradients(step, batches), measure=True)
-            sent.append({axis: n - before[axis] for axis, n in traffic.bytes.items() if n > before[axis]})
     events = profiled.profiler.kineto_results.events()
     changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
     return max(accumulate(size for _, size in changes)), sent
@@ -121,14 +118,18 @@ def check(
         if mesh.dp_group.rank() or mesh.tp_group.rank():
             continue
         levels = config.model.cms.levels
-        for step, found in enumerate(sent, start=1):
+        for step, counted in sent.items():
             due = due_levels(config, step)
             fast = [level for level in due if levels[level].update_every_steps == 1]
             expected = bytes_of_step(holdings, config, layout, stage, due, measured=fast)
             expected = {axis: count for axis, count in expected.items() if count}
             # At its first step ZeRO 3 compares its plan over all ranks.
-            if found != expected and not (config.parallel.zero == 3 and step == 1):
-                wrong.append(f"{name}: step {step} sent {found}, planned {expected}")
+            if counted.axes != expected and not (config.parallel.zero == 3 and step == 1):
+                wrong.append(f"{name}: step {step} sent {counted.axes}, planned {expected}")
+            if layout.dp > 1 and config.parallel.zero < 2:
+                of_levels = {level: bytes_to_sum_level(holdings, config, layout, stage, level) for level in due}
+                if counted.levels != of_levels:
+                    wrong.append(f"{name}: step {step} summed levels by {counted.levels}, planned {of_levels}")
     assert not wrong, "\n".join(wrong)
 
 
