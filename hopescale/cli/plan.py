@@ -18,10 +18,10 @@ from hopescale.config.load import LoadedConfig, load_recipe
 from hopescale.cost.estimate import Estimator
 from hopescale.cost.hardware import planned_device
 from hopescale.cost.holdings import Holdings
-from hopescale.cost.law import read_law
 from hopescale.cost.report import describe_choice, make_report
 from hopescale.cost.search import MOST_RANKS, best_choices
-from hopescale.cost.sizes import best_size
+from hopescale.scaling.law import read_law
+from hopescale.scaling.sizes import best_size
 
 Name = Literal["A100", "H100", "H200", "B200", "cpu"]
 

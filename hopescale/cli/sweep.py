@@ -96,7 +96,7 @@ def _find_table(sweep: Path | None, points: Path | None) -> tuple[Path, Path | N
         )
     if points:
         return points, None
-    from hopescale.scaling.grid import load_sweep
+    from hopescale.sweep.grid import load_sweep
 
     folder = sweep if sweep.is_dir() else load_sweep(sweep).folder
     if not (folder / "points.csv").is_file():

@@ -24,10 +24,10 @@ from hopescale.config.check import check_layout
 from hopescale.config.layout import make_layout
 from hopescale.launch.array import Element, submit_array
 from hopescale.launch.profile import load_profile
-from hopescale.scaling.collect import collect as write_points
-from hopescale.scaling.grid import Sweep, Trial, columns, load_sweep, make_trials
-from hopescale.scaling.pool import locked, run_trials, train_words
-from hopescale.scaling.progress import (
+from hopescale.sweep.collect import collect as write_points
+from hopescale.sweep.grid import Sweep, Trial, columns, load_sweep, make_trials
+from hopescale.sweep.pool import locked, run_trials, train_words
+from hopescale.sweep.progress import (
     DIVERGED,
     DONE,
     FAILED,

@@ -1,1 +1,1 @@
-"""Sweeps: trials made, run and collected; laws of loss fitted to tables of runs and drawn. Imports no torch."""
+"""Scaling laws: fitted to tables of runs, compared, drawn, and asked for the best size. Imports no torch."""

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from hopescale.common.errors import DataError
-from hopescale.cost.law import Law
 from hopescale.scaling.fit import Fit, fit_law, fit_many
+from hopescale.scaling.law import Law
 from hopescale.scaling.points import Points
 
 LEVEL = 0.95

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hopescale.common.errors import DataError
-from hopescale.cost.law import Law
+from hopescale.scaling.law import Law
 from hopescale.scaling.points import Points
 
 DELTA = 1e-3

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hopescale.cost.law import Law
 from hopescale.scaling.bootstrap import Interval
+from hopescale.scaling.law import Law
 from hopescale.scaling.points import Cost
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from hopescale.common.errors import DataError
-from hopescale.cost.law import FLOPS_PER_PARAM_TOKEN
+from hopescale.scaling.law import FLOPS_PER_PARAM_TOKEN
 
 COLUMNS: dict[str, tuple[str, ...]] = {
     "N": ("n", "params", "parameters", "numparams", "numparameters", "modelsize", "size"),

@@ -1,4 +1,4 @@
-"""An analysis in words and as JSON; `law.json` is the latter, and `hopescale.cost.law.read_law` reads it."""
+"""An analysis in words and as JSON; `law.json` is the latter, and `hopescale.scaling.law.read_law` reads it."""
 
 from __future__ import annotations
 

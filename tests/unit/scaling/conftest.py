@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hopescale.cost.law import Law
+from hopescale.scaling.law import Law
 from hopescale.scaling.points import Points
 
 REPLICATION = Law(E=1.8172, A=482.01, alpha=0.3478, B=2085.43, beta=0.3658)

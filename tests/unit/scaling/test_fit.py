@@ -5,9 +5,9 @@ import pytest
 from scipy.optimize import minimize
 
 from hopescale.common.errors import DataError
-from hopescale.cost.law import Law
 from hopescale.scaling.bootstrap import Interval, reweighted_laws
 from hopescale.scaling.fit import DELTA, fit_law, fit_many
+from hopescale.scaling.law import Law
 from hopescale.scaling.points import Points, read_points
 from tests.unit.scaling.conftest import REPLICATION
 

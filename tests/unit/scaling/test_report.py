@@ -16,10 +16,10 @@ from typer.testing import CliRunner
 
 from hopescale.cli.app import app
 from hopescale.common.errors import ConfigError, DataError
-from hopescale.cost.law import Law, read_law
 from hopescale.observe.metrics import MetricsLog
 from hopescale.scaling.analysis import Analysis, analyse
 from hopescale.scaling.curves import read_curves
+from hopescale.scaling.law import Law, read_law
 from hopescale.scaling.points import Points, Table, read_points
 from hopescale.scaling.report import write_report
 from hopescale.scaling.summary import describe, to_json

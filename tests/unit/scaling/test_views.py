@@ -7,11 +7,11 @@ import math
 import numpy as np
 import pytest
 
-from hopescale.cost.law import Law
 from hopescale.scaling.bootstrap import forecast_largest, reweighted_laws
 from hopescale.scaling.envelope import lower_envelope
 from hopescale.scaling.fit import fit_law
 from hopescale.scaling.isoflop import fit_isoflop, runs_by_budget
+from hopescale.scaling.law import Law
 from hopescale.scaling.multiplier import Frontier, multiplier
 from hopescale.scaling.points import Cost, Points, read_points
 from tests.unit.scaling.conftest import REPLICATION

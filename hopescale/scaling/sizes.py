@@ -12,8 +12,8 @@ from hopescale.config.load import load_recipe
 from hopescale.config.model_shape import head_dim
 from hopescale.config.schema import ModelConfig
 from hopescale.cost.flops import flops_per_token
-from hopescale.cost.law import Law
 from hopescale.cost.params import count_params
+from hopescale.scaling.law import Law
 
 WIDEST = 32_768
 """Widths that are looked at, at most."""

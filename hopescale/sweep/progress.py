@@ -18,7 +18,7 @@ from hopescale.config.load import load_resolved
 from hopescale.config.record import CONFIG
 from hopescale.config.show import diff, format_diff
 from hopescale.observe.metrics import read_metrics
-from hopescale.scaling.grid import Sweep, Trial
+from hopescale.sweep.grid import Sweep, Trial
 
 WAITING, RUNNING, STOPPED, FAILED, DIVERGED, DONE = "waiting", "running", "stopped", "failed", "diverged", "done"
 """States of a trial. `stopped` has begun and would continue; `failed` too, but what ended it went wrong."""

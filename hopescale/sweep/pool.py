@@ -19,8 +19,8 @@ from hopescale.common import signals
 from hopescale.common.errors import ConfigError, DataError, DivergedError, LaunchError, StoppedEarly
 from hopescale.common.units import format_duration
 from hopescale.config.layout import smallest_layout
-from hopescale.scaling.grid import Trial
-from hopescale.scaling.progress import (
+from hopescale.sweep.grid import Trial
+from hopescale.sweep.progress import (
     DIVERGED,
     DONE,
     FAILED,

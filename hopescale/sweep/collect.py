@@ -9,8 +9,8 @@ from pathlib import Path
 
 from hopescale.common.disk import replace_text
 from hopescale.common.errors import LaunchError
-from hopescale.scaling.grid import Trial, columns
-from hopescale.scaling.progress import DONE, as_trained, look, trial_folder
+from hopescale.sweep.grid import Trial, columns
+from hopescale.sweep.progress import DONE, as_trained, look, trial_folder
 
 POINTS = "points.csv"
 

@@ -7,7 +7,7 @@ import pytest
 from hopescale.common.errors import ConfigError
 from hopescale.cost.flops import flops_per_token
 from hopescale.cost.params import count_params
-from hopescale.scaling.grid import columns, load_sweep, make_trials
+from hopescale.sweep.grid import columns, load_sweep, make_trials
 
 ISOFLOP = """
 name: toy

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from hopescale.scaling.expression import evaluate
+from hopescale.sweep.expression import evaluate
 
 
 @pytest.mark.parametrize(

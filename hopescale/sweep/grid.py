@@ -20,8 +20,8 @@ from hopescale.config.schema import RunConfig
 from hopescale.config.values import format_value
 from hopescale.cost.flops import flops_per_token
 from hopescale.cost.params import count_params
-from hopescale.scaling.expression import evaluate
-from hopescale.scaling.schema import SeriesConfig, SweepConfig
+from hopescale.sweep.expression import evaluate
+from hopescale.sweep.schema import SeriesConfig, SweepConfig
 
 BATCH, STEPS = "train.global_batch_tokens", "train.steps"
 

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from hopescale.common.errors import DataError
-from hopescale.cost.law import Law, read_law
+from hopescale.scaling.law import Law, read_law
 
 CHINCHILLA = Law(E=1.8172, A=482.01, alpha=0.3478, B=2085.43, beta=0.3658)
 

@@ -15,10 +15,10 @@ import pytest
 
 from hopescale.common.errors import ConfigError, LaunchError, StoppedEarly
 from hopescale.config.load import to_yaml
-from hopescale.scaling.collect import collect
-from hopescale.scaling.grid import load_sweep, make_trials
-from hopescale.scaling.pool import locked, run_trials
-from hopescale.scaling.progress import NOTE, as_trained, look, read_note, require_same, trial_folder
+from hopescale.sweep.collect import collect
+from hopescale.sweep.grid import load_sweep, make_trials
+from hopescale.sweep.pool import locked, run_trials
+from hopescale.sweep.progress import NOTE, as_trained, look, read_note, require_same, trial_folder
 
 PYTHON = sys.executable
 
