@@ -14,7 +14,8 @@ from hopescale.common.paths import display_path
 from hopescale.common.units import format_count, format_duration
 from hopescale.launch.ledger import entries, submit_again
 from hopescale.launch.scheduler import Slurm
-from hopescale.launch.status import DONE, WAITING, Status, elements_of_array, find_runs, run_status
+from hopescale.launch.status import JobStatus, elements_of_array, find_runs, run_status
+from hopescale.observe.run_status import DONE, WAITING
 
 app = typer.Typer(help="List, follow, end and restart runs.", no_args_is_help=True)
 
@@ -140,7 +141,7 @@ def _is_of(line: str, rank: int | None) -> bool:
     return rank is None or (label.isdigit() and int(label) == rank)
 
 
-def _echo_table(rows: Sequence[tuple[str, Status]]) -> None:
+def _echo_table(rows: Sequence[tuple[str, JobStatus]]) -> None:
     heads = ("run", "state", "step", "tokens", "loss", "tokens/s", "eta", "restarts", "job", "reason")
     table = [heads, *((name, *_cells(status)) for name, status in rows)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
@@ -149,7 +150,7 @@ def _echo_table(rows: Sequence[tuple[str, Status]]) -> None:
         typer.echo("  ".join(cells).rstrip())
 
 
-def _cells(status: Status) -> tuple[str, ...]:
+def _cells(status: JobStatus) -> tuple[str, ...]:
     job = status.job
     return (
         status.state,
@@ -164,11 +165,11 @@ def _cells(status: Status) -> tuple[str, ...]:
     )
 
 
-def _step(status: Status) -> str | None:
+def _step(status: JobStatus) -> str | None:
     return None if status.step is None else f"{status.step}/{status.steps or '?'}"
 
 
-def _details(status: Status) -> Iterator[tuple[str, str]]:
+def _details(status: JobStatus) -> Iterator[tuple[str, str]]:
     """List what is known of a run, with a name each."""
     job, entry = status.job, status.entry
     names = ("state", "step", "tokens", "loss", "tokens/s", "eta", "restarts", "job", "reason")

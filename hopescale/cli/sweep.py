@@ -1,120 +1,225 @@
-"""`hopescale sweep`: many runs planned, run and collected as one, and the law fitted to them."""
+"""`hopescale sweep`: many trials planned, run and collected as one, and the law fitted to them. Imports no torch."""
 
 from __future__ import annotations
 
-import json
-from importlib.util import find_spec
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from time import sleep
+from typing import Annotated
 
 import typer
+from rich.console import Console
+from rich.live import Live
+from rich.markup import escape
+from rich.table import Table
 
-from hopescale.cli import trials
-from hopescale.common.errors import ConfigError, DataError
-
-if TYPE_CHECKING:
-    from hopescale.scaling.analysis import Analysis
+from hopescale.cli import laws
+from hopescale.common.errors import ConfigError, LaunchError
+from hopescale.common.paths import display_path
+from hopescale.common.units import format_count
+from hopescale.config.check import check_layout
+from hopescale.config.layout import make_layout
+from hopescale.launch.array import Element, submit_array
+from hopescale.launch.profile import load_profile
+from hopescale.observe.run_status import DIVERGED, DONE, FAILED, RUNNING
+from hopescale.sweep.collect import collect as write_points
+from hopescale.sweep.grid import Sweep, Trial, columns, load_sweep, make_trials
+from hopescale.sweep.pool import locked, run_trials, train_words
+from hopescale.sweep.progress import TrialStatus, as_trained, require_same, trial_folder, trial_status
 
 app = typer.Typer(help="Plan and run many trials, fit laws to their losses, draw them.", no_args_is_help=True)
-for verb in (trials.plan, trials.run, trials.submit, trials.status, trials.collect):
-    app.command()(verb)
 
-SweepOrFolder = Annotated[
-    Path | None, typer.Argument(metavar="SWEEP", help="A sweep's file or its folder, with its points.csv.")
-]
-PointsFile = Annotated[
-    Path | None, typer.Option("--points", metavar="FILE", help="Any table of runs instead: N, D or FLOP, and loss.")
-]
-SeriesColumn = Annotated[
-    str | None,
-    typer.Option("--series", metavar="COLUMN", help="Column that tells series apart.", show_default="series"),
-]
-DropHighest = Annotated[int, typer.Option(metavar="K", min=0, help="Leave out the K runs of highest loss.")]
-Reference = Annotated[
-    str | None,
-    typer.Option(
-        metavar="SERIES", help="Series that others are compared with.", show_default="transformer, else first"
-    ),
-]
-Resamples = Annotated[int, typer.Option(metavar="N", min=0, help="Repeated fits for the intervals; 0 for none.")]
+SweepFile = Annotated[Path, typer.Argument(metavar="SWEEP.yaml", help="A sweep's file, or the name of a shipped one.")]
+SweepDir = Annotated[Path | None, typer.Option(help="Sweep folder.", show_default="sweeps/<name>")]
+
+_STYLES = {DONE: "green", RUNNING: "bold", FAILED: "red", DIVERGED: "magenta"}
 
 
 @app.command()
-def fit(
-    sweep: SweepOrFolder = None,
-    points: PointsFile = None,
-    series: SeriesColumn = None,
-    drop_highest: DropHighest = 0,
-    reference: Reference = None,
-    resamples: Resamples = 200,
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Where law.json goes.", show_default="SWEEP")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print all results as JSON.")] = False,
+def plan(sweep: SweepFile) -> None:
+    """Check every trial and show them all: parameters, tokens, steps, FLOPs. Trains nothing, writes nothing."""
+    _, trials = _read(sweep)
+    labels = columns(trials)
+    table = _table("trial", *labels, right=("parameters", "tokens", "steps", "batch", "lr", "FLOPs"))
+    for trial in trials:
+        train = trial.config.train
+        counts = (format_count(trial.params), format_count(trial.tokens), f"{trial.steps:,}")
+        batch, lr = f"{train.global_batch_tokens:,}", f"{trial.config.optim.lr:.3g}"
+        of_trial = (escape(trial.labels.get(label, "")) for label in labels)
+        table.add_row(trial.name, *of_trial, *counts, batch, lr, f"{trial.flops:.3g}")
+    _print(table)
+    by_series = dict.fromkeys(trial.series for trial in trials)
+    for series in by_series:
+        own = [trial for trial in trials if trial.series == series]
+        flops, tokens = sum(trial.flops for trial in own), sum(trial.tokens for trial in own)
+        typer.echo(f"{series}: {len(own)} trials, {format_count(tokens)} tokens, {flops:.3g} FLOPs")
+    if len(by_series) > 1:
+        typer.echo(f"in all: {len(trials)} trials, {sum(trial.flops for trial in trials):.3g} FLOPs")
+
+
+@app.command()
+def run(
+    sweep: SweepFile,
+    jobs: Annotated[int, typer.Option(min=1, help="Trials at a time.")] = 1,
+    retries: Annotated[int, typer.Option(min=0, help="Starts after the first that failed, for each trial.")] = 1,
+    sweep_dir: SweepDir = None,
 ) -> None:
-    """Fit L = E + A/N^alpha + B/D^beta to every series of a table of runs; write law.json."""
-    from hopescale.scaling.summary import describe, to_json
+    """Train the trials that are not done on this machine, then collect. The same command continues what was stopped.
 
-    table, folder = _find_table(sweep, points)
-    analysis = _analyse(table, series, drop_highest, reference, resamples)
-    content = json.dumps(to_json(analysis), indent=2)
-    typer.echo(content if as_json else "\n".join(describe(analysis)))
-    if out or folder:
-        path = (out or folder) / "law.json"
-        _write(path, content + "\n")
-        typer.echo(f"law: {path}", err=as_json)
+    Exit codes: 0 all trials are done or diverged, 2 config, 5 trials failed, 75 stopped early and resumable.
+    """
+    loaded, trials = _read(sweep)
+    folder = _folder(loaded, sweep_dir)
+    with locked(folder):
+        require_same(loaded, trials, folder)
+        _keep_file(loaded, folder)
+        live = _live(trials, folder)
+        try:
+            with live or nullcontext():
+                run_trials(
+                    trials,
+                    folder,
+                    jobs=jobs,
+                    retries=retries,
+                    environ=os.environ,
+                    report=partial(live.console.print, markup=False, highlight=False) if live else typer.echo,
+                    show=(lambda: live.update(_states(trials, folder), refresh=True)) if live else lambda: None,
+                )
+        finally:
+            write_points(trials, folder)
+    _summary(trials, folder)
 
 
 @app.command()
-def plot(
-    sweep: SweepOrFolder = None,
-    points: PointsFile = None,
-    series: SeriesColumn = None,
-    drop_highest: DropHighest = 0,
-    reference: Reference = None,
-    resamples: Resamples = 200,
-    out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder to write to.", show_default="SWEEP/report")
+def submit(
+    sweep: SweepFile,
+    *,
+    cluster: Annotated[str, typer.Option(help="A profile of a cluster: a file, or the name of a shipped one.")],
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes of each trial.")] = 1,
+    time: Annotated[str | None, typer.Option(help="Time limit of each, as of sbatch.")] = None,
+    max_at_once: Annotated[int | None, typer.Option(min=1, metavar="M", help="Trials at a time.")] = None,
+    first: Annotated[int | None, typer.Option(min=1, metavar="K", help="Only the first K trials.")] = None,
+    only: Annotated[str | None, typer.Option(metavar="failed", help="`failed`: those alone that have failed.")] = None,
+    sweep_dir: SweepDir = None,
+) -> None:
+    """Train what is not done as an array of jobs of Slurm; leave as soon as it is in the queue."""
+    if only not in (None, "failed"):
+        raise ConfigError(f"--only is {only}, but must be failed")
+    loaded, trials = _read(sweep)
+    profile, folder = load_profile(cluster), _folder(loaded, sweep_dir).absolute()
+    for trial in trials:
+        check_layout(trial.config, make_layout(trial.config, nodes * profile.ranks))
+    with locked(folder):
+        require_same(loaded, trials, folder)
+        _keep_file(loaded, folder)
+        chosen = [(trial, trial_folder(folder, trial)) for trial in trials[:first]]
+        elements = [
+            Element(trial.name, run_dir, tuple(train_words(trial, run_dir)))
+            for trial, run_dir in chosen
+            if trial_status(run_dir).state not in (DONE, DIVERGED)
+        ]
+        ids = submit_array(elements, profile, folder, nodes=nodes, max_at_once=max_at_once, time=time, only=only)
+    for id in ids:
+        typer.echo(f"job {id}, trials in {display_path(folder / 'trials')}")
+    if not ids:
+        typer.echo("nothing to submit: no trial is left" if only is None else "nothing to submit: no trial has failed")
+
+
+@app.command()
+def status(
+    sweep: SweepFile,
+    sweep_dir: SweepDir = None,
+    watch: Annotated[
+        float | None, typer.Option(metavar="SECONDS", min=0.1, help="Show again, until all ended.")
     ] = None,
 ) -> None:
-    """Draw the runs, their laws and what compares them: PNG files, and report.html which needs no other file."""
-    table, folder = _find_table(sweep, points)
-    if not (out or folder):
-        raise ConfigError("a table of runs has no folder for its report", "name one with --out")
-    if find_spec("matplotlib") is None:
-        raise ConfigError("sweep plot needs matplotlib", "pip install 'hopescale[scaling]'")
-    from hopescale.scaling.curves import read_curves
-    from hopescale.scaling.report import write_report
-
-    analysis = _analyse(table, series, drop_highest, reference, resamples)
-    typer.echo(f"report: {write_report(analysis, read_curves(table), out or folder / 'report')}")
-
-
-def _find_table(sweep: Path | None, points: Path | None) -> tuple[Path, Path | None]:
-    """Return the table that was named one way or the other, and the folder of its sweep, if it has one."""
-    if (sweep is None) == (points is None):
-        raise ConfigError(
-            "name a sweep or a table of runs, one of both", "as in: hopescale sweep fit --points runs.csv"
-        )
-    if points:
-        return points, None
-    from hopescale.sweep.grid import load_sweep
-
-    folder = sweep if sweep.is_dir() else load_sweep(sweep).folder
-    if not (folder / "points.csv").is_file():
-        file = "SWEEP.yaml" if sweep.is_dir() else sweep
-        raise DataError(f"no runs are collected in {folder}", f"run or collect them: hopescale sweep collect {file}")
-    return folder / "points.csv", folder
+    """Show how far every trial is, wherever it runs: read from the run folders."""
+    loaded, trials = _read(sweep)
+    folder = _folder(loaded, sweep_dir)
+    trials = as_trained(trials, folder)
+    if watch is None:
+        _print(_states(trials, folder))
+        _summary(trials, folder)
+        return
+    with Live(_states(trials, folder), auto_refresh=False) as live:
+        while any(current.state not in (DONE, DIVERGED, FAILED) for current in _statuses(trials, folder)):
+            sleep(watch)
+            live.update(_states(trials, folder), refresh=True)
 
 
-def _analyse(table: Path, series: str | None, drop_highest: int, reference: str | None, resamples: int) -> Analysis:
-    from hopescale.scaling.analysis import analyse
-    from hopescale.scaling.points import read_points
+@app.command()
+def collect(sweep: SweepFile, sweep_dir: SweepDir = None) -> None:
+    """Write points.csv: series, labels, N, D, FLOP, loss and state of every trial, as `sweep fit` reads it."""
+    loaded, trials = _read(sweep)
+    folder = _folder(loaded, sweep_dir)
+    if not folder.is_dir():
+        raise LaunchError(f"no sweep folder {folder}", f"start it with: hopescale sweep run {sweep}")
+    typer.echo(write_points(trials, folder))
+    _summary(trials, folder)
 
-    return analyse(read_points(table, series, drop_highest), reference, resamples)
+
+app.command()(laws.fit)
+app.command()(laws.plot)
 
 
-def _write(path: Path, content: str) -> None:
+def _read(path: Path) -> tuple[Sweep, list[Trial]]:
+    loaded = load_sweep(path)
+    return loaded, make_trials(loaded)
+
+
+def _folder(sweep: Sweep, sweep_dir: Path | None) -> Path:
+    return sweep_dir or sweep.folder
+
+
+def _keep_file(sweep: Sweep, folder: Path) -> None:
+    """Keep the sweep's file beside what came of it."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content, encoding="utf-8")
+        (folder / "sweep.yaml").write_bytes(sweep.path.read_bytes())
     except OSError as error:
-        raise DataError(f"cannot write {path}: {error.strerror}", "choose another folder with --out") from error
+        raise LaunchError(f"cannot write the sweep folder {folder}: {error.strerror}") from error
+
+
+def _statuses(trials: Sequence[Trial], folder: Path) -> list[TrialStatus]:
+    return [trial_status(trial_folder(folder, trial)) for trial in trials]
+
+
+def _live(trials: Sequence[Trial], folder: Path) -> Live | None:
+    """Return a table that is drawn again and again, where somebody looks."""
+    return Live(_states(trials, folder), auto_refresh=False) if sys.stdout.isatty() else None
+
+
+def _states(trials: Sequence[Trial], folder: Path) -> Table:
+    table = _table("trial", "state", right=("step", "of", "loss", "tokens/s", "starts"))
+    for trial, current in zip(trials, _statuses(trials, folder), strict=True):
+        style = _STYLES.get(current.state, "")
+        state = f"[{style}]{current.state}[/]" if style else current.state
+        loss = "" if current.loss is None else f"{current.loss:.4f}"
+        tps = "" if current.tps is None else f"{current.tps:,.0f}"
+        starts = str(current.starts or "")
+        table.add_row(trial.name, state, f"{current.step or 0:,}", f"{trial.steps:,}", loss, tps, starts)
+    return table
+
+
+def _table(*left: str, right: Sequence[str]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for name in left:
+        table.add_column(name, no_wrap=True)
+    for name in right:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def _print(table: Table) -> None:
+    """Print a table, on as many columns as it needs where nobody looks."""
+    console = Console()
+    (console if console.is_terminal else Console(width=10_000)).print(table)
+
+
+def _summary(trials: Sequence[Trial], folder: Path) -> None:
+    states = [current.state for current in _statuses(trials, folder)]
+    counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+    typer.echo(f"{folder}: {len(trials)} trials, {counts}")

@@ -16,7 +16,8 @@ from hopescale.launch.profile import ClusterProfile
 from hopescale.launch.sbatch import Array, BatchJob, render
 from hopescale.launch.scheduler import Slurm
 from hopescale.launch.snapshot import take_snapshot
-from hopescale.launch.status import DONE, FAILED, run_status
+from hopescale.launch.status import run_status
+from hopescale.observe.run_status import DONE, FAILED
 
 
 @dataclass(frozen=True)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from threading import Thread
 from typing import IO
 
-from hopescale.common import signals
-from hopescale.common.errors import HopescaleError, LaunchError, StoppedEarly
+from hopescale.common.children import Child, signal_name, start_child, supervised, threads_each
+from hopescale.common.errors import HopescaleError, StoppedEarly
 from hopescale.common.rank_info import RankInfo
 from hopescale.launch.environment import child_environ
 
@@ -55,9 +53,9 @@ def run_local(
     Args:
         command: Program and arguments.
         nproc: Number of processes.
-        environ: Their environment variables, to which their place and a number of threads are added.
-        report: Takes each line about a process that failed.
-        relay: Takes each line of standard error of the ranks above 0, marked `[rank N]`.
+        environ: Environment variables, to which their place and a number of threads are added.
+        report: Listener for each line about a process that failed.
+        relay: Listener for each line of standard error of the ranks above 0, marked `[rank N]`.
         grace_s: Seconds before each stronger signal.
 
     Returns:
@@ -67,83 +65,22 @@ def run_local(
     Raises:
         LaunchError: If a process cannot be started.
     """
-    received: list[int] = []
-    children: list[_Child] = []
-    with _reserved_port() as port, signals.noted(received):
-        try:
-            for rank in range(nproc):
-                rank_info = RankInfo(rank, nproc, rank, _ADDRESS, port)
-                children.append(_Child(rank, _start(command, rank_info, environ)))
-            readers = [_reader(child, relay) for child in children if child.process.stderr is not None]
-            _wait(children, received, report, grace_s)
-        finally:
-            for child in children:
-                child.kill()
+    children: list[Child] = []
+    with _reserved_port() as port, supervised(children) as received:
+        for rank in range(nproc):
+            rank_info = RankInfo(rank, nproc, rank, _ADDRESS, port)
+            own, stderr = child_environ(environ, rank_info, threads_each(nproc)), subprocess.PIPE if rank else None
+            children.append(start_child(f"rank {rank}", command, own, stderr=stderr))
+        readers = [_reader(rank, child, relay) for rank, child in enumerate(children) if rank]
+        _wait(children, received, report, grace_s)
         for reader in readers:
             reader.join(_DRAIN_S)
     return _outcome(children)
 
 
-@dataclass
-class _Child:
-    """One process of the job.
-
-    Attributes:
-        rank: Its rank.
-        process: It.
-        ended_s: When it was found to have ended, by the monotonic clock.
-        stopped: Whether it was ended from here, because of another one.
-    """
-
-    rank: int
-    process: subprocess.Popen[bytes]
-    ended_s: float | None = None
-    stopped: bool = False
-
-    def running(self) -> bool:
-        """Look whether the process runs."""
-        if self.ended_s is None and self.process.poll() is not None:
-            self.ended_s = time.monotonic()
-        return self.ended_s is None
-
-    @property
-    def code(self) -> int:
-        """Exit code as a shell gives it."""
-        code = self.process.returncode
-        return code if code >= 0 else 128 - code
-
-    def kill(self) -> None:
-        """End the process with all it has started, if it still runs."""
-        if self.running():
-            with suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-
-    def __str__(self) -> str:
-        text, code = f"rank {self.rank} (pid {self.process.pid})", self.process.returncode
-        if code is None:
-            return text
-        return f"{text} died with {_signal_name(-code)}" if code < 0 else f"{text} ended with exit code {code}"
-
-
-def _start(command: Sequence[str], rank_info: RankInfo, environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        return subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stderr=subprocess.PIPE if rank_info.rank else None,
-            env=child_environ(environ, rank_info, max(1, cores // rank_info.world_size)),
-            start_new_session=True,
-            preexec_fn=signals.follow_parent(),
-        )
-    except OSError as error:
-        raise LaunchError(f"cannot start rank {rank_info.rank}, {command[0]}: {error.strerror}") from error
-
-
-def _reader(child: _Child, relay: Say) -> Thread:
+def _reader(rank: int, child: Child, relay: Say) -> Thread:
     """Start a thread that passes on the lines of standard error until it is closed."""
-    thread = Thread(target=_pass_on, args=(child.process.stderr, child.rank, relay), daemon=True)
+    thread = Thread(target=_pass_on, args=(child.process.stderr, rank, relay), daemon=True)
     thread.start()
     return thread
 
@@ -161,7 +98,7 @@ def _tell(listener: Say, line: str) -> None:
         listener(line)
 
 
-def _wait(children: list[_Child], received: list[int], report: Say, grace_s: float) -> None:
+def _wait(children: list[Child], received: list[int], report: Say, grace_s: float) -> None:
     """Wait until all have ended: pass signals on, and stop what is left over by a failure."""
     interrupts, cause, deadline = 0, None, None
     stronger = [signal.SIGTERM, signal.SIGKILL]
@@ -179,23 +116,15 @@ def _wait(children: list[_Child], received: list[int], report: Say, grace_s: flo
                 _tell(report, f"{cause}; stopping the others")
         elif stronger and time.monotonic() > deadline:
             number = stronger.pop(0)
-            ranks = ", ".join(str(child.rank) for child in running)
-            _tell(report, f"still running after {cause}: rank {ranks}; sending {_signal_name(number)}")
-            _stop(running, number)
+            ranks = ", ".join(child.name.removeprefix("rank ") for child in running)
+            _tell(report, f"still running after {cause}: rank {ranks}; sending {signal_name(number)}")
+            for child in running:
+                child.stop(number)
             deadline = time.monotonic() + grace_s
         time.sleep(_POLL_S)
 
 
-def _stop(running: list[_Child], number: int) -> None:
-    for child in running:
-        child.stopped = True
-        if number == signal.SIGKILL:
-            child.kill()
-        else:
-            child.process.send_signal(number)
-
-
-def _outcome(children: list[_Child]) -> int:
+def _outcome(children: list[Child]) -> int:
     failed = sorted((child for child in children if child.code and not child.stopped), key=lambda child: child.ended_s)
     wrong = [child for child in failed if child.code not in ORDERLY]
     if not wrong:
@@ -205,13 +134,6 @@ def _outcome(children: list[_Child]) -> int:
     near = [child.code for child in failed if abs(child.ended_s - wrong[0].ended_s) <= SAME_TIME_S]
     explained = [code for code in near if code in EXPLAINED]
     return min(explained, key=lambda code: code in ORDERLY, default=wrong[0].code)
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
 
 
 @contextmanager

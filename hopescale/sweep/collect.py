@@ -9,8 +9,9 @@ from pathlib import Path
 
 from hopescale.common.disk import replace_text
 from hopescale.common.errors import LaunchError
+from hopescale.observe.run_status import DONE
 from hopescale.sweep.grid import Trial, columns
-from hopescale.sweep.progress import DONE, as_trained, look, trial_folder
+from hopescale.sweep.progress import as_trained, trial_folder, trial_status
 
 POINTS = "points.csv"
 
@@ -23,25 +24,25 @@ def collect(trials: Sequence[Trial], folder: Path) -> Path:
     losses. `loss_from` says which. A trial that is not done has no loss.
 
     Args:
-        trials: Of the sweep.
-        folder: The sweep's.
+        trials: Trials of the sweep.
+        folder: Folder of the sweep.
 
     Returns:
-        The file.
+        Path of the file.
 
     Raises:
         LaunchError: If it cannot be written.
     """
     labels, rows = columns(trials), []
     for trial in as_trained(trials, folder):
-        progress = look(trial_folder(folder, trial), trial.steps)
-        done = progress.state == DONE and progress.loss is not None
+        status = trial_status(trial_folder(folder, trial))
+        done = status.state == DONE and status.loss is not None
         head = {"trial": trial.name, "series": trial.series} | {label: trial.labels.get(label, "") for label in labels}
         counts = {"N": trial.params, "D": trial.tokens, "FLOP": trial.flops}
-        found = (
-            {"loss": f"{progress.loss:.6f}", "loss_from": progress.source} if done else {"loss": "", "loss_from": ""}
+        columns_of_loss = (
+            {"loss": f"{status.loss:.6f}", "loss_from": status.source} if done else {"loss": "", "loss_from": ""}
         )
-        rows.append({**head, **counts, **found, "state": progress.state})
+        rows.append({**head, **counts, **columns_of_loss, "state": status.state})
     path = folder / POINTS
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")

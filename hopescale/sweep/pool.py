@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import os
 import shlex
 import signal
 import socket
@@ -12,29 +11,19 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-from hopescale.common import signals
+from hopescale.common.children import Child, signal_name, start_child, supervised, threads_each
 from hopescale.common.errors import ConfigError, DataError, DivergedError, LaunchError, StoppedEarly
 from hopescale.common.units import format_duration
 from hopescale.config.layout import smallest_layout
+from hopescale.observe.run_status import DIVERGED, DONE, FAILED, RUNNING, STOPPED, is_locked
 from hopescale.sweep.grid import Trial
-from hopescale.sweep.progress import (
-    DIVERGED,
-    DONE,
-    FAILED,
-    RUNNING,
-    STOPPED,
-    Note,
-    look,
-    read_note,
-    trial_folder,
-    write_note,
-)
+from hopescale.sweep.progress import Note, read_note, trial_folder, trial_status, write_note
 
 LOG = "train.log"
-"""What a trial's process writes, in its run folder; every start appends."""
+"""Output of a trial's process, in its run folder; every start appends."""
 
 SETTLED = (ConfigError.exit_code, DataError.exit_code)
 """Exit codes of failures that a second try would repeat."""
@@ -87,28 +76,24 @@ def run_trials(
     asked to stop when this process dies.
 
     Args:
-        trials: Of the sweep, in the order of starting.
-        folder: The sweep's.
-        jobs: Processes at a time.
-        retries: Starts after the first that failed.
+        trials: Trials of the sweep, in the order of starting.
+        folder: Folder of the sweep.
+        jobs: Number of processes at a time.
+        retries: Number of starts after the first that failed.
         environ: Environment of the trials; threads are distributed among `jobs` where it does not set their number.
-        report: Takes each line about a trial.
-        show: Called about every second, as long as trials run.
+        report: Listener for each line about a trial.
+        show: Function that is called about every second, as long as trials run.
 
     Raises:
         StoppedEarly: If a signal ended it; the same call goes on.
         LaunchError: If trials failed more often than they may, once all others have ended.
     """
-    received: list[int] = []
-    pool = _Pool(folder, retries, _with_threads(environ, jobs), report)
+    pool = _Pool(folder, retries, {"OMP_NUM_THREADS": str(threads_each(jobs)), **environ}, report)
     pool.enqueue(trials)
-    with signals.noted(received):
-        try:
-            _loop(pool, received, jobs, show)
-        finally:
-            pool.kill()
+    with supervised(pool.children) as received:
+        _loop(pool, received, jobs, show)
     if received:
-        begun = f"{signal.Signals(received[0]).name}: {pool.left()} of {len(trials)} trials are not done"
+        begun = f"{signal_name(received[0])}: {pool.left()} of {len(trials)} trials are not done"
         raise StoppedEarly(begun, "the same command goes on with them")
     if pool.failed:
         logs = "\n".join(f"    {folder / 'trials' / name / LOG}: {why}" for name, why in pool.failed.items())
@@ -132,28 +117,14 @@ def _loop(pool: _Pool, received: list[int], jobs: int, show: Callable[[], None])
     show()
 
 
-@dataclass
-class _Running:
-    """A trial that was started.
-
-    Attributes:
-        trial: It.
-        process: Its process.
-        begin_s: When it was started, by the monotonic clock.
-    """
-
-    trial: Trial
-    process: subprocess.Popen[bytes]
-    begin_s: float
-
-
 class _Pool:
     """What waits, what runs, and what failed for good."""
 
     def __init__(self, folder: Path, retries: int, environ: Mapping[str, str], report: Say):
         self.folder, self.retries, self.environ, self.report = folder, retries, environ, report
         self.queue: list[Trial] = []
-        self.running: list[_Running] = []
+        self.running: dict[str, Trial] = {}
+        self.children: list[Child] = []
         self.failed: dict[str, str] = {}
         self.stopping = False
         self._waited_for: set[str] = set()
@@ -162,7 +133,7 @@ class _Pool:
         """Take the trials that are to be trained, and forget how often they failed in earlier calls."""
         for trial in trials:
             run_dir = trial_folder(self.folder, trial)
-            if look(run_dir, trial.steps).state in (DONE, DIVERGED):
+            if trial_status(run_dir).state in (DONE, DIVERGED):
                 continue
             if (note := read_note(run_dir)).failures:
                 write_note(run_dir, replace(note, failures=0))
@@ -178,16 +149,16 @@ class _Pool:
             if places < 1:
                 return
             run_dir = trial_folder(self.folder, trial)
-            if _held(run_dir):
+            if is_locked(run_dir):
                 if trial.name not in self._waited_for:
                     self.report(f"{trial.name}: waiting for a process that still trains it")
                     self._waited_for.add(trial.name)
                 continue
             self.queue.remove(trial)
-            self.running.append(self._start(trial, run_dir))
+            self._start(trial, run_dir)
             places -= 1
 
-    def _start(self, trial: Trial, run_dir: Path) -> _Running:
+    def _start(self, trial: Trial, run_dir: Path) -> None:
         nproc = smallest_layout(trial.config).num_ranks
         ranks = ["--nproc", str(nproc)] if nproc > 1 else []
         words = [sys.executable, "-m", "hopescale", *train_words(trial, run_dir), *ranks]
@@ -197,52 +168,36 @@ class _Pool:
             with (run_dir / LOG).open("ab") as log:
                 log.write(f"$ {shlex.join(words)}\n".encode())
                 log.flush()
-                process = subprocess.Popen(
-                    words,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    env=self.environ,
-                    start_new_session=True,
-                    preexec_fn=signals.follow_parent(),
-                )
+                child = start_child(f"trial {trial.name}", words, self.environ, stdout=log, stderr=subprocess.STDOUT)
         except OSError as error:
-            raise LaunchError(f"cannot start trial {trial.name}: {error.strerror}") from error
-        begun = replace(note, state=RUNNING, starts=note.starts + 1, host=socket.gethostname(), pid=process.pid)
+            raise LaunchError(f"cannot write {run_dir / LOG}: {error.strerror}") from error
+        self.children.append(child)
+        self.running[child.name] = trial
+        begun = replace(note, state=RUNNING, starts=note.starts + 1, host=socket.gethostname(), pid=child.process.pid)
         write_note(run_dir, begun)
         self.report(f"{trial.name}: started" + (f" again ({begun.starts} starts)" if note.starts else ""))
-        return _Running(trial, process, time.monotonic())
 
     def stop(self, *, kill: bool) -> None:
         """Ask all trials to save and end, or end them at once."""
         self.stopping = True
-        names = ", ".join(running.trial.name for running in self.running)
+        names = ", ".join(trial.name for trial in self.running.values())
         self.report(f"{'killing' if kill else 'stopping'} {names or 'nothing: no trial runs'}")
-        for running in self.running:
-            if kill:
-                _kill(running.process)
-            else:
-                running.process.send_signal(signal.SIGTERM)
-
-    def kill(self) -> None:
-        """End what still runs, where this process itself has failed."""
-        for running in self.running:
-            _kill(running.process)
+        for child in self.children:
+            child.stop(signal.SIGKILL if kill else signal.SIGTERM)
 
     def reap(self) -> None:
         """Record the trials that have ended; put those that may try again at the end of the queue."""
-        for running in [running for running in self.running if running.process.poll() is not None]:
-            self.running.remove(running)
-            self._record(running)
+        for child in [child for child in self.children if not child.running()]:
+            self.children.remove(child)
+            self._record(self.running.pop(child.name), child)
 
-    def _record(self, running: _Running) -> None:
-        trial, code = running.trial, running.process.returncode
-        run_dir = trial_folder(self.folder, trial)
-        note, took = read_note(run_dir), format_duration(time.monotonic() - running.begin_s)
-        if code == 0:
+    def _record(self, trial: Trial, child: Child) -> None:
+        run_dir, code = trial_folder(self.folder, trial), child.process.returncode
+        note, took = read_note(run_dir), format_duration(time.monotonic() - child.begin_s)
+        status = trial_status(run_dir)
+        if code == 0 and status.state == DONE:
             write_note(run_dir, replace(note, state=DONE))
-            progress = look(run_dir, trial.steps)
-            loss = "no loss" if progress.loss is None else f"loss {progress.loss:.4f} ({progress.source})"
+            loss = "no loss" if status.loss is None else f"loss {status.loss:.4f} ({status.source})"
             self.report(f"{trial.name}: done, {loss}, {took}")
         elif code == StoppedEarly.exit_code or (code < 0 and self.stopping):
             write_note(run_dir, replace(note, state=STOPPED))
@@ -266,33 +221,12 @@ class _Pool:
             self.queue.append(trial)
 
 
-def _with_threads(environ: Mapping[str, str], jobs: int) -> dict[str, str]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return {"OMP_NUM_THREADS": str(max(1, cores // jobs)), **environ}
-
-
-def _held(run_dir: Path) -> bool:
-    """Tell whether a process is training in a run folder."""
-    try:
-        with (run_dir / ".lock").open("r+") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
 def _reason(log: Path, code: int) -> str:
     """Say in one line why a trial failed: the first line of its message, else its exit code."""
     if code < 0:
-        return f"died with {signal.Signals(-code).name}"
+        return f"died with {signal_name(-code)}"
+    if code == 0:
+        return "ended with exit code 0 before its last step"
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-50:]
     start = max((number for number, line in enumerate(lines) if line.startswith("$ ")), default=-1)
     said = [line.strip() for line in lines[start + 1 :] if line.startswith("  ") and not line.startswith("    ")]

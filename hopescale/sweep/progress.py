@@ -1,4 +1,4 @@
-"""How far a trial is, read from its run folder alone: the record of the run, and a note of how it ended."""
+"""How a trial stands: the word of its run folder, and a note of the process that runs trials on how it ended."""
 
 from __future__ import annotations
 
@@ -12,20 +12,26 @@ from pathlib import Path
 from typing import Any
 
 from hopescale.common.disk import replace_text
-from hopescale.common.errors import ConfigError, DivergedError, LaunchError
+from hopescale.common.errors import ConfigError, LaunchError
 from hopescale.common.paths import display_path
 from hopescale.config.load import load_resolved
 from hopescale.config.record import CONFIG
 from hopescale.config.show import diff, format_diff
-from hopescale.observe.metrics import read_metrics
+from hopescale.observe.run_status import (
+    DIVERGED,
+    DONE,
+    FAILED,
+    OUTCOME,
+    RUNNING,
+    STOPPED,
+    WAITING,
+    RunStatus,
+    Word,
+    read_status,
+)
 from hopescale.sweep.grid import Sweep, Trial
 
-WAITING, RUNNING, STOPPED, FAILED, DIVERGED, DONE = "waiting", "running", "stopped", "failed", "diverged", "done"
-"""States of a trial. `stopped` has begun and would continue; `failed` too, but what ended it went wrong."""
-
 NOTE = "trial.json"
-GAVE_UP = "gave up"
-"""What the batch script of a job writes to `outcome` of a run that it will not start again, before the exit code."""
 
 FRESH_S = 120.0
 """A trial that somebody else started counts as running as long as its last record is no older."""
@@ -33,15 +39,15 @@ FRESH_S = 120.0
 
 @dataclass(frozen=True)
 class Note:
-    """What the process that runs trials keeps about one: how often it was started, and how it ended.
+    """A record of the process that runs trials about one of them: how often it was started, and how it ended.
 
     Attributes:
-        state: `running`, or how the last start ended.
-        starts: Starts so far.
-        failures: Starts that failed.
+        state: `running`, or the state in which the last start ended.
+        starts: Number of starts so far.
+        failures: Number of starts that failed.
         host: Machine of the last start.
-        pid: Its process there.
-        message: The last line it wrote, where it failed or diverged.
+        pid: Process of the last start there.
+        message: Last line of the process, if it failed or diverged.
     """
 
     state: str
@@ -65,26 +71,16 @@ class Note:
 
 
 @dataclass(frozen=True)
-class Progress:
-    """How far a trial is.
+class TrialStatus(RunStatus):
+    """How a trial stands. Its loss is the held-out one of the last step if it is done, else the last one recorded.
 
     Attributes:
-        state: One of the states above.
-        step: Step of the last record.
-        loss: Held-out loss of the last step of a trial that is done, else the last loss recorded; None before any.
-        source: Where `loss` comes from: `val/<set>`, or `train` and how many records it is the mean of.
-        tps: Tokens per second last recorded; None before any.
-        starts: How often it was started by `run`.
-        message: What it said as it failed or diverged.
+        source: Origin of `loss`: `val/<set>`, or `train` and the number of records in the mean.
+        starts: Number of starts by `run`.
     """
 
-    state: str
-    step: int = 0
-    loss: float | None = None
     source: str = ""
-    tps: float | None = None
     starts: int = 0
-    message: str = ""
 
 
 def trial_folder(folder: Path, trial: Trial) -> Path:
@@ -115,44 +111,32 @@ def write_note(run_dir: Path, note: Note) -> None:
         raise LaunchError(f"cannot write {run_dir}: {error.strerror}", "choose another --sweep-dir") from error
 
 
-def look(run_dir: Path, steps: int) -> Progress:
-    """Find out how far a trial is. Changes nothing, and may be called while it runs anywhere.
+def trial_status(run_dir: Path) -> TrialStatus:
+    """Find out how a trial stands. Changes nothing, and may be called while it is running anywhere.
 
     Args:
-        run_dir: Its run folder; need not exist.
-        steps: Its last step.
-
-    Raises:
-        DataError: If its record is damaged.
+        run_dir: Run folder of the trial; need not exist.
     """
-    note, metrics = read_note(run_dir), run_dir / "metrics.jsonl"
-    records = read_metrics(metrics) if metrics.exists() else []
-    step = records[-1]["step"] if records else 0
-    done = bool(records) and step >= steps
-    loss, source = _loss(records, done)
-    state = DONE if done else _state(run_dir, note)
-    tps = next((record["tps"] for record in reversed(records) if record.get("tps")), None)
-    message = note.message if state in (FAILED, DIVERGED) else ""
-    return Progress(state, step, loss, source, tps, note.starts, message)
+    note = read_note(run_dir)
+    status = read_status(run_dir, lambda: _word(run_dir, note))
+    loss, source = _loss(status.records, status.state == DONE)
+    return TrialStatus(**{**vars(status), "loss": loss}, source=source, starts=note.starts)
 
 
-def _state(run_dir: Path, note: Note) -> str:
-    """Return the state of a trial that is not done."""
-    metrics, outcome = run_dir / "metrics.jsonl", run_dir / "outcome"
-    if note.alive():
-        return RUNNING
-    if outcome.exists() and (text := outcome.read_text(encoding="utf-8")).startswith(GAVE_UP):
-        return DIVERGED if f"exit code {DivergedError.exit_code}," in text else FAILED
+def _word(run_dir: Path, note: Note) -> Word:
+    """Return the state of a trial by its note, and by the age of its record if another machine may run it."""
+    metrics, alive = run_dir / "metrics.jsonl", note.alive()
     written = metrics.stat().st_mtime if metrics.exists() else 0.0
     noted = (run_dir / NOTE).stat().st_mtime if note.state not in (WAITING, RUNNING) else 0.0
-    if time.time() - written < FRESH_S and written > noted and note.alive() is not False:
-        return RUNNING
+    is_fresh = time.time() - written < FRESH_S and written > noted and not (run_dir / OUTCOME).exists()
+    if alive or (is_fresh and alive is None):
+        return Word(RUNNING)
     if note.state in (DIVERGED, FAILED):
-        return note.state
-    return STOPPED if metrics.exists() or note.starts else WAITING
+        return Word(note.state, note.message or None)
+    return Word(STOPPED if metrics.exists() or note.starts else WAITING)
 
 
-def _loss(records: list[dict[str, Any]], done: bool, last: int = 10) -> tuple[float | None, str]:
+def _loss(records: Sequence[dict[str, Any]], done: bool, last: int = 10) -> tuple[float | None, str]:
     """Return the loss that stands for a run and where it comes from."""
     names = [name for name in (records[-1] if done else ()) if name.startswith("val/") and name.endswith("/loss")]
     if names:

@@ -39,6 +39,7 @@ def test_an_array_holds_the_trials_that_are_to_be_trained(sweep, tmp_path: Path)
     for name, line in {"steps3": {"step": 3, "val/main/loss": 2.0}, "steps4": {"step": 1, "loss": 2.0}}.items():
         (folder / "trials" / name).mkdir(parents=True)
         (folder / "trials" / name / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    (folder / "trials/steps3/outcome").write_text("done at step 3 of 3\n")
     (folder / "trials/steps4/trial.json").write_text('{"state": "diverged", "starts": 1}')
     code, out = sweep("submit", "--cluster", "cpus.yaml", "--first", 3, "--max-at-once", 1, "--time", 30)
     assert (code, out) == (0, "job 100, trials in sweeps/toy/trials\n")
@@ -70,6 +71,7 @@ def test_status_tells_what_every_trial_says(sweep, tmp_path: Path):
     run_dir = tmp_path / "sweeps/toy/trials/steps4"
     run_dir.mkdir(parents=True)
     (run_dir / "metrics.jsonl").write_text('{"step": 4, "val/main/loss": 2.25, "tps": 1500.0}\n')
+    (run_dir / "outcome").write_text("done at step 4 of 4\n")
     code, out = sweep("status")
     rows = [line.split() for line in out.splitlines()]
     assert code == 0 and ["steps4", "done", "4", "4", "2.2500", "1,500"] in rows

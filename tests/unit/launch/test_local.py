@@ -13,8 +13,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from hopescale.common.children import Child
 from hopescale.common.errors import LaunchError
-from hopescale.launch.local import _Child, _outcome, run_local
+from hopescale.launch.local import _outcome, run_local
 
 HEAD = """
 import os, signal, sys, time
@@ -159,7 +160,8 @@ def test_a_rank_that_ends_in_order_does_not_stop_the_others(code, folder: Path):
     ],
 )
 def test_the_code_of_the_job(ends, code):
-    children = [_Child(rank, SimpleNamespace(returncode=code), ended) for rank, (code, ended) in enumerate(ends)]
+    ended = [(SimpleNamespace(returncode=own), at) for own, at in ends]
+    children = [Child(f"rank {rank}", *one) for rank, one in enumerate(ended)]
     assert _outcome(children) == code
 
 

@@ -18,7 +18,7 @@ from hopescale.config.load import to_yaml
 from hopescale.sweep.collect import collect
 from hopescale.sweep.grid import load_sweep, make_trials
 from hopescale.sweep.pool import locked, run_trials
-from hopescale.sweep.progress import NOTE, as_trained, look, read_note, require_same, trial_folder
+from hopescale.sweep.progress import NOTE, as_trained, read_note, require_same, trial_folder, trial_status
 
 PYTHON = sys.executable
 
@@ -48,6 +48,10 @@ if act == "done":
     for step in range(1, steps + 1):
         record(step, loss=4.0 - step / steps, tps=7.0)
     record(steps, **{{"val/main/loss": 2.5 if steps > 3 else 2.75}})
+    (run_dir / "outcome").write_text(f"done at step {{steps}} of {{steps}}\\n")
+elif act == "0":
+    record(steps, loss=3.0)
+    sys.exit(0)
 elif act == "killed":
     os.kill(os.getpid(), signal.SIGKILL)
 else:
@@ -85,7 +89,7 @@ def run(tmp_path: Path, trials, monkeypatch):
 
 
 def states(trials, tmp_path: Path) -> list[str]:
-    return [look(trial_folder(tmp_path / "out", trial), trial.steps).state for trial in trials]
+    return [trial_status(trial_folder(tmp_path / "out", trial)).state for trial in trials]
 
 
 def calls(tmp_path: Path) -> list[str]:
@@ -116,7 +120,7 @@ def test_a_trial_that_keeps_failing_ends_the_sweep_in_an_error_after_the_others(
     assert "2 of 3 trials failed" in str(caught.value) and "no more room (exit code 1)" in str(caught.value)
     assert str(tmp_path / "out/trials/steps3/train.log") in str(caught.value)
     assert states(trials, tmp_path) == ["failed", "failed", "done"]
-    assert look(tmp_path / "out/trials/steps3", 3).message == "no more room (exit code 1)"
+    assert trial_status(tmp_path / "out/trials/steps3").reason == "no more room (exit code 1)"
     run({"steps3": ["done"], "steps4": ["done"]})
     assert states(trials, tmp_path) == ["done"] * 3
 
@@ -191,8 +195,9 @@ def test_points_hold_a_row_for_every_trial(run, trials, tmp_path: Path):
 def test_without_held_out_text_the_loss_is_the_mean_of_the_last_records(tmp_path: Path):
     lines = [{"step": step, "loss": float(step)} for step in range(1, 21)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert (look(tmp_path, 20).loss, look(tmp_path, 20).source) == (15.5, "train, mean of 10")
-    assert (look(tmp_path, 30).loss, look(tmp_path, 30).source) == (20.0, "train")
+    assert (trial_status(tmp_path).loss, trial_status(tmp_path).source) == (20.0, "train")
+    (tmp_path / "outcome").write_text("done at step 20 of 20\n")
+    assert (trial_status(tmp_path).loss, trial_status(tmp_path).source) == (15.5, "train, mean of 10")
 
 
 def test_a_trial_that_has_begun_counts_with_the_config_it_was_trained_with(trials, tmp_path: Path):
@@ -204,29 +209,35 @@ def test_a_trial_that_has_begun_counts_with_the_config_it_was_trained_with(trial
     assert second == trials[1]
 
 
-def test_a_job_that_gave_up_has_diverged_or_failed_by_its_exit_code(tmp_path: Path):
+def test_a_trial_that_ends_without_its_word_has_failed(run, trials, tmp_path: Path):
+    with pytest.raises(LaunchError, match="ended with exit code 0 before its last step"):
+        run({"steps3": ["0"]}, retries=0)
+    assert states(trials, tmp_path) == ["failed", "done", "done"]
+
+
+def test_a_job_that_gave_up_has_diverged_or_failed_by_its_word(tmp_path: Path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 3, "loss": 2.0}\n')
-    (tmp_path / "outcome").write_text("gave up: exit code 6, which another start does not mend\n")
-    assert look(tmp_path, 9).state == "diverged"
+    (tmp_path / "outcome").write_text("gave up: diverged, which another start would repeat\n")
+    assert trial_status(tmp_path).state == "diverged"
     (tmp_path / "outcome").write_text("gave up: 3 failures in a row\n")
-    assert look(tmp_path, 9).state == "failed"
+    assert trial_status(tmp_path).state == "failed"
 
 
 def test_states_of_trials_that_another_machine_runs(tmp_path: Path):
-    assert look(tmp_path / "none", 9).state == "waiting"
+    assert trial_status(tmp_path / "none").state == "waiting"
     (tmp_path / "metrics.jsonl").write_text('{"step": 3, "loss": 2.0}\n')
-    assert look(tmp_path, 9).state == "running"
+    assert trial_status(tmp_path).state == "running"
     os.utime(tmp_path / "metrics.jsonl", (0, 0))
-    assert look(tmp_path, 9).state == "stopped"
+    assert trial_status(tmp_path).state == "stopped"
     (tmp_path / NOTE).write_text('{"state": "running", "host": "elsewhere", "pid": 1}')
-    assert look(tmp_path, 9).state == "stopped"
+    assert trial_status(tmp_path).state == "stopped"
     (tmp_path / NOTE).write_text('{"state": "failed"}')
-    assert look(tmp_path, 9).state == "failed"
+    assert trial_status(tmp_path).state == "failed"
     os.utime(tmp_path / "metrics.jsonl", (time.time() + 1, time.time() + 1))
-    assert look(tmp_path, 9).state == "running"
+    assert trial_status(tmp_path).state == "running"
     (tmp_path / NOTE).write_text("{")
     with pytest.raises(LaunchError, match="cannot be read"):
-        look(tmp_path, 9)
+        trial_status(tmp_path)
 
 
 def test_a_sweep_that_changed_since_its_trials_began_is_refused(run, trials, tmp_path: Path):
