@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hopescale.cli.counts import read_count
+from hopescale.cli.options import read_count
 from hopescale.common.errors import ConfigError
 from hopescale.common.units import format_bytes
 

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from hopescale.cli.counts import read_count
+from hopescale.cli.options import read_count
 from hopescale.common.units import format_bytes
 
 if TYPE_CHECKING:

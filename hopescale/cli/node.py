@@ -8,15 +8,13 @@ from typing import Annotated
 
 import typer
 
+from hopescale.cli.options import Overrides, Recipe
 from hopescale.common.errors import ConfigError, LaunchError, StoppedEarly
 from hopescale.common.units import format_bytes
 from hopescale.config.load import load_recipe
 from hopescale.launch.environment import find_node, find_nodes, find_rank_info
 
 app = typer.Typer(help="Prepare and check the nodes of a job; started by its script.", no_args_is_help=True)
-
-Recipe = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to it.")]
 
 
 @app.command()

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from hopescale.cli import plan_view as view
-from hopescale.cli.counts import read_count
+from hopescale.cli.options import Overrides, Recipe, read_count
 from hopescale.common.errors import ConfigError
 from hopescale.config.check import check_layout, require_valid
 from hopescale.config.layout import make_layout, smallest_layout
@@ -27,8 +27,8 @@ Name = Literal["A100", "H100", "H200", "B200", "cpu"]
 
 
 def plan(
-    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to it.")] = None,
+    recipe: Recipe,
+    overrides: Overrides = None,
     gpus: Annotated[
         int | None, typer.Option(min=1, max=MOST_RANKS, help="Devices in all.", show_default="the fewest it runs on")
     ] = None,

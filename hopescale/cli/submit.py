@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from hopescale.cli.options import Overrides, Recipe
 from hopescale.common.errors import LaunchError
 from hopescale.common.paths import display_path
 from hopescale.config.check import check_layout, require_valid
@@ -21,8 +22,8 @@ from hopescale.launch.submit import submit as submit_script
 
 
 def submit(
-    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to it.")] = None,
+    recipe: Recipe,
+    overrides: Overrides = None,
     *,
     cluster: Annotated[str, typer.Option(help="A profile of a cluster: a file, or the name of a shipped one.")],
     nodes: Annotated[int, typer.Option(min=1, help="Nodes of the job.")] = 1,

@@ -27,9 +27,9 @@ class Child:
 
     Attributes:
         name: Name of the process, for messages.
-        process: The process as `subprocess` knows it.
+        process: Process as `subprocess` knows it.
         ended_s: Time when it was found to have ended, by the monotonic clock; None before.
-        stopped: Whether `stop` has ended it.
+        stopped: True if `stop` has ended it.
         begin_s: Time of its start, by the same clock.
     """
 

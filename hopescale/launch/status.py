@@ -88,5 +88,8 @@ def _word(job: SlurmJob) -> Word:
         return Word(table.UNKNOWN, f"Slurm cannot be asked: {job.reason}")
     if job.state == "CANCELLED":
         return Word(table.CANCELLED)
-    reason = "Slurm has forgotten the job" if job.state == GONE else " ".join(filter(None, (job.state, job.reason)))
-    return Word(table.ENDED if job.state in ("COMPLETED", GONE) else table.FAILED, reason)
+    if job.state == GONE:
+        return Word(table.ENDED, "Slurm has forgotten the job")
+    if job.state == "COMPLETED":
+        return Word(table.ENDED, "COMPLETED, but the run does not say that it is done")
+    return Word(table.FAILED, " ".join(filter(None, (job.state, job.reason))))

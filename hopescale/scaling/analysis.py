@@ -36,12 +36,12 @@ class SeriesAnalysis:
     """One series: its runs, its law by the three views, and how far the law is to be trusted.
 
     Attributes:
-        points: The runs.
-        fit: The law.
-        frontier: The law along its compute-optimal sizes, with the laws of reweighted fits.
+        points: Runs of the series.
+        fit: Law of the series, with its residuals.
+        frontier: Law along its compute-optimal sizes, with the laws of reweighted fits.
         isoflop: Parabolas by budget.
         envelope: Runs that no cheaper one beats.
-        forecast: The law without the largest runs against these; None where too few would be left.
+        forecast: Law without the largest runs against these; None where too few would be left.
     """
 
     points: Points
@@ -75,10 +75,10 @@ class Analysis:
     """All series of a table.
 
     Attributes:
-        table: What was read.
-        series: By name, in the table's order.
-        reference: What others are compared with; None where there is one series.
-        multipliers: For every other series its multipliers over the reference, at rising budgets.
+        table: Table that was read.
+        series: Analysis by name of the series, in the table's order.
+        reference: Series that others are compared with; None where there is one series.
+        multipliers: Multipliers of every other series multipliers over the reference, at rising budgets.
     """
 
     table: Table
@@ -91,7 +91,7 @@ def analyse(table: Table, reference: str | None = None, resamples: int = RESAMPL
     """Fit and compare the series of a table.
 
     Args:
-        table: The runs.
+        table: Table of runs.
         reference: Series that others are compared with; by default `transformer`, else the first.
         resamples: Reweighted fits for the intervals; 0 leaves intervals out.
 

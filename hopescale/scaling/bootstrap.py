@@ -39,7 +39,7 @@ class Forecast:
     """The law without the runs of most compute, held against these runs.
 
     Attributes:
-        law: Fitted without them.
+        law: Law that was fitted without them.
         flops: FLOPs from which on runs were left out.
         errors: Log of observed over predicted loss of the runs left out, `[m]`.
     """
@@ -56,10 +56,10 @@ def reweighted_laws(points: Points, fit: Fit, count: int, seed: int = 0) -> list
     run keeps a part, so that twelve runs of a small sweep still determine five numbers.
 
     Args:
-        points: The runs.
-        fit: The law of all of them, where each search starts.
-        count: Weightings.
-        seed: Of the weights: the same seed gives the same laws.
+        points: Runs.
+        fit: Law of all runs, where each search starts.
+        count: Number of weightings.
+        seed: Seed of the weights: the same seed gives the same laws.
     """
     weights = np.random.default_rng(seed).exponential(size=(count, len(points)))
     start = np.tile([fit.law.alpha, fit.law.beta], (count, 1))

@@ -19,8 +19,8 @@ class Curve:
     """Training loss of one trial.
 
     Attributes:
-        series: The series it belongs to.
-        params: Its parameters, as the table counts them.
+        series: Series of the trial.
+        params: Parameters of the trial, as the table counts them.
         flops: FLOPs spent, `[m]`.
         loss: Mean loss of the records around, nats per token, `[m]`.
     """

@@ -18,7 +18,7 @@ class Envelope:
     """The lower envelope of a table's runs over FLOPs.
 
     Attributes:
-        points: Its runs, the cheapest first.
+        points: Runs on the envelope, the cheapest first.
         params: `N(C)` through them; None where they are fewer than three.
         tokens: `D(C)`.
     """

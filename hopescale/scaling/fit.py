@@ -36,7 +36,7 @@ class Fit:
     """A law and how well it describes the runs it was fitted to.
 
     Attributes:
-        law: The five numbers.
+        law: Five numbers of the law.
         residuals: Log of observed over predicted loss of each run, `[n]`.
         objective: Mean Huber loss.
         undetermined: Numbers at the end of what they may be: the runs do not tell them.
@@ -96,8 +96,8 @@ def fit_many(points: Points, weights: np.ndarray, exponents: np.ndarray) -> tupl
     """Fit one law per row of weights, each from its own start.
 
     Args:
-        points: The runs.
-        weights: How much each run counts in each fit, `[K, n]`, not negative.
+        points: Runs.
+        weights: Weight of each run in each fit, `[K, n]`, not negative.
         exponents: `alpha` and `beta` to start from, `[K, 2]`.
 
     Returns:

@@ -56,7 +56,7 @@ class Parabola:
     """The runs of one budget and the parabola through them: `loss = c0 + c1 x + c2 x^2`, `x = ln(N / centre)`.
 
     Attributes:
-        points: The runs.
+        points: Runs.
         flops: Their median FLOPs.
         centre: Geometric mean of their sizes.
         coefficients: `c0 c1 c2`.
@@ -64,9 +64,9 @@ class Parabola:
         tokens: Tokens there.
         error: Standard error of the minimum's `x`, in units of the standard deviation of a run's loss.
         loss: Loss there, nats per token.
-        inside: Whether the parabola opens upwards with its minimum between the smallest and the largest size.
-        params_interval: Of `params`; None where no run is left over to judge the noise by.
-        loss_interval: Of `loss`.
+        inside: True if the parabola opens upwards with its minimum between the smallest and the largest size.
+        params_interval: Interval of `params`; None where no run is left over to judge the noise by.
+        loss_interval: Interval of `loss`.
     """
 
     points: Points
@@ -91,7 +91,7 @@ class IsoFlop:
     """The parabolas of a table, and power laws through those minima that lie between the sizes of their runs.
 
     Attributes:
-        parabolas: By budget, smallest first.
+        parabolas: Parabolas by budget, smallest first.
         params: `N(C)`; None where fewer than two budgets have a minimum.
         tokens: `D(C)`.
     """
@@ -132,9 +132,9 @@ def fit_isoflop(points: Points, count: int, seed: int = 0) -> IsoFlop:
     as a normal distribution of unknown variance has them, give each minimum's spread.
 
     Args:
-        points: The runs of one series.
+        points: Runs of one series.
         count: Draws; 0 gives no intervals.
-        seed: Of the draws.
+        seed: Seed of the draws.
     """
     groups = runs_by_budget(points)
     fits = [_least_squares(group) for group in groups]

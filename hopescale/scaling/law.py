@@ -24,9 +24,9 @@ class Law:
     Attributes:
         E: Loss that neither size nor data removes, nats per token.
         A: Scale of the loss due to finite size.
-        alpha: Its exponent.
+        alpha: Exponent of the size.
         B: Scale of the loss due to finite data.
-        beta: Its exponent.
+        beta: Exponent of the data.
     """
 
     E: float
@@ -47,7 +47,7 @@ class Law:
         Args:
             flops: Training FLOPs in all: `flops_per_param_token * params^(1 + growth) * tokens`.
             flops_per_param_token: Training FLOPs per parameter and token, of one parameter where they grow with size.
-            growth: How they grow: below 0 where small models cost more per parameter than large ones.
+            growth: Exponent of their growth with size: below 0 where small models cost more per parameter.
         """
         product = flops / flops_per_param_token
         log_ratio = math.log(self.alpha * self.A) - math.log((1 + growth) * self.beta * self.B)
@@ -83,7 +83,7 @@ def read_law(path: Path, series: str | None = None) -> Law:
 
     Args:
         path: A JSON object with `E A alpha B beta`, or with `series`: an object of such objects by name.
-        series: Which of them; may be left out where there is one.
+        series: Name of the series; may be left out where there is one.
 
     Raises:
         DataError: If the file is missing, is no JSON, lacks a number, or holds several series and none is chosen.

@@ -26,10 +26,10 @@ class Multiplier:
     """The multiplier of a series at one budget.
 
     Attributes:
-        flops: The budget of the series, FLOPs.
-        loss: What it reaches with it, nats per token.
+        flops: Budget of the series, FLOPs.
+        loss: Loss that it reaches with the budget, nats per token.
         value: `m(C)`; infinite where the reference's `E` is above that loss.
-        interval: Of `value`.
+        interval: Interval of `value`.
     """
 
     flops: float

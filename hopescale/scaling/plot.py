@@ -38,7 +38,7 @@ def draw(analysis: Analysis, curves: Sequence[Curve] = ()) -> dict[str, tuple[st
     """Return every figure by file name, with what it shows.
 
     Args:
-        analysis: What was fitted.
+        analysis: Analysis of the runs.
         curves: Losses over the course of the runs; none draws no such figure.
     """
     figures = {

@@ -56,8 +56,8 @@ class Points:
     Attributes:
         params: Parameters of each run, `[n]`, as the table counts them.
         tokens: Tokens it was trained on, `[n]`.
-        flops: Its training FLOPs in all, `[n]`: what the table says, else `6 N D`.
-        loss: Its loss, nats per token, `[n]`.
+        flops: Training FLOPs of each run in all, `[n]`: those of the table, else `6 N D`.
+        loss: Loss of each run, nats per token, `[n]`.
     """
 
     params: np.ndarray
@@ -92,9 +92,9 @@ class Table:
     """All that was read from a file.
 
     Attributes:
-        series: The runs of each series, in the order of the file.
+        series: Runs of each series, in the order of the file.
         left_out: A line for each run that is not among them, and why.
-        source: The file.
+        source: File of the table.
     """
 
     series: dict[str, Points]
@@ -109,7 +109,7 @@ def read_points(path: Path, series_column: str | None = None, drop_highest: int 
     diverged or have not finished, by their `state` or by a loss that is no finite number, are left out and named.
 
     Args:
-        path: The file.
+        path: File of the table.
         series_column: Column that tells series apart, where it is none of `COLUMNS`.
         drop_highest: Leave out so many runs of the highest losses, over all series.
 

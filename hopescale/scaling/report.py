@@ -42,7 +42,7 @@ def write_report(analysis: Analysis, curves: Sequence[Curve], folder: Path) -> P
     """Write `report.html` and a PNG of every figure.
 
     Args:
-        analysis: What was fitted.
+        analysis: Analysis of the runs.
         curves: Losses over the course of the runs, where there are any.
         folder: Made if missing; files of the same names are replaced.
 

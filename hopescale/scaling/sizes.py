@@ -28,7 +28,7 @@ def best_size(recipe: str, overrides: Sequence[str], flops: float, law: Law) -> 
     in proportion. Its tokens are the budget over the FLOPs per token that the member really takes.
 
     Args:
-        recipe: Of the family.
+        recipe: Recipe of the family.
         overrides: Changes to it.
         flops: Training FLOPs in all.
         law: Loss by parameters and tokens.

@@ -44,7 +44,7 @@ def evaluate(text: str, known: Mapping[str, float]) -> int | float:
     """Evaluate numbers, the names in `known`, `+ - * / // **`, brackets and `FUNCTIONS`.
 
     Args:
-        text: The expression.
+        text: Expression.
         known: Values by name.
 
     Returns:

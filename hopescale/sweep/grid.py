@@ -33,8 +33,8 @@ class Sweep:
     """A sweep's file.
 
     Attributes:
-        config: What it says.
-        path: Where it is.
+        config: Content of the file.
+        path: Path of the file.
     """
 
     config: SweepConfig
@@ -51,12 +51,12 @@ class Trial:
     """One run of a sweep.
 
     Attributes:
-        name: Its name, and that of its run folder.
-        series: The curve it belongs to.
-        labels: What tells it from the others of its series, by column: `size`, `budget`, and every axis's key.
+        name: Name of the trial and of its run folder.
+        series: Series of the trial.
+        labels: Labels that tell it from the others of its series, by column: `size`, `budget`, and every axis's key.
         recipe: File of its recipe.
-        overrides: What it changes, as `key=value`.
-        config: Both, resolved and checked.
+        overrides: Changes to the recipe, as `key=value`.
+        config: Config of both, resolved and checked.
         params: Parameters, embeddings included.
         flops_per_token: Training FLOPs of a token.
     """

@@ -13,6 +13,8 @@ from tests.support.fake_slurm import CONTROLLER_DOWN, NOT_KNOWN, record
 
 PLAN = {"dp": 2, "tp": 2, "pp": 1, "total_sequences": 480, "global_batch_size": 8}
 
+NO_WORD = "but the run does not say that it is done"
+
 
 def entry(job: str = "7", **more) -> LedgerEntry:
     values = {"submitted": "2026-11-22T05:00:00+00:00", "cluster": "test", "nodes": 2, "ranks": 4}
@@ -68,10 +70,10 @@ def test_of_a_chain_the_job_counts_whose_turn_it_is(run: Path, fake):
         ({"state": "CANCELLED"}, "stopped by SIGTERM at step 20 of 60", "cancelled", None),
         ({"state": "FAILED"}, "gave up: diverged, ever", "diverged", "gave up: diverged, ever"),
         ({"state": "COMPLETED"}, "done at step 60 of 60", "done", None),
-        ({"state": "COMPLETED"}, "", "failed", "COMPLETED"),
-        ({"state": "COMPLETED"}, "done", "failed", "COMPLETED"),
-        ({"state": "COMPLETED"}, "done at step 39 of 60", "failed", "COMPLETED"),
-        ({"state": "COMPLETED"}, "done at step 6 of 60", "failed", "COMPLETED"),
+        ({"state": "COMPLETED"}, "", "failed", f"COMPLETED, {NO_WORD}"),
+        ({"state": "COMPLETED"}, "done", "failed", f"COMPLETED, {NO_WORD}"),
+        ({"state": "COMPLETED"}, "done at step 39 of 60", "failed", f"COMPLETED, {NO_WORD}"),
+        ({"state": "COMPLETED"}, "done at step 6 of 60", "failed", f"COMPLETED, {NO_WORD}"),
         ({"state": "COMPLETED"}, "paused at step 20 of 60", "stopped", "paused at step 20 of 60"),
         ({}, "", "failed", "Slurm has forgotten the job"),
         ({}, "stopped by SIGUSR1 at step 20 of 60", "stopped", "stopped by SIGUSR1 at step 20 of 60"),

@@ -1,10 +1,15 @@
-"""Counts given as options, as people write them."""
+"""Arguments and options that several verbs share."""
 
 from __future__ import annotations
+
+from typing import Annotated
 
 import typer
 
 from hopescale.common.units import parse_count
+
+Recipe = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to it.")]
 
 
 def read_count(option: str, text: str) -> int:
