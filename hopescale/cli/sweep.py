@@ -42,7 +42,7 @@ _STYLES = {DONE: "green", RUNNING: "bold", FAILED: "red", DIVERGED: "magenta"}
 @app.command()
 def plan(sweep: SweepFile) -> None:
     """Check every trial and show them all: parameters, tokens, steps, FLOPs. Trains nothing, writes nothing."""
-    _, trials = _read(sweep)
+    _, trials, _ = _read(sweep)
     labels = columns(trials)
     table = _table("trial", *labels, right=("parameters", "tokens", "steps", "batch", "lr", "FLOPs"))
     for trial in trials:
@@ -72,8 +72,7 @@ def run(
 
     Exit codes: 0 all trials are done or diverged, 2 config, 5 trials failed, 75 stopped early and resumable.
     """
-    loaded, trials = _read(sweep)
-    folder = _folder(loaded, sweep_dir)
+    loaded, trials, folder = _read(sweep, sweep_dir)
     with locked(folder):
         require_same(loaded, trials, folder)
         _keep_file(loaded, folder)
@@ -109,8 +108,8 @@ def submit(
     """Train what is not done as an array of jobs of Slurm; leave as soon as it is in the queue."""
     if only not in (None, "failed"):
         raise ConfigError(f"--only is {only}, but must be failed")
-    loaded, trials = _read(sweep)
-    profile, folder = load_profile(cluster), _folder(loaded, sweep_dir).absolute()
+    loaded, trials, folder = _read(sweep, sweep_dir)
+    profile, folder = load_profile(cluster), folder.absolute()
     for trial in trials:
         check_layout(trial.config, make_layout(trial.config, nodes * profile.ranks))
     with locked(folder):
@@ -138,8 +137,7 @@ def status(
     ] = None,
 ) -> None:
     """Show how far every trial is, wherever it runs: read from the run folders."""
-    loaded, trials = _read(sweep)
-    folder = _folder(loaded, sweep_dir)
+    _, trials, folder = _read(sweep, sweep_dir)
     trials = as_trained(trials, folder)
     if watch is None:
         _print(_states(trials, folder))
@@ -154,8 +152,7 @@ def status(
 @app.command()
 def collect(sweep: SweepFile, sweep_dir: SweepDir = None) -> None:
     """Write points.csv: series, labels, N, D, FLOP, loss and state of every trial, as `sweep fit` reads it."""
-    loaded, trials = _read(sweep)
-    folder = _folder(loaded, sweep_dir)
+    _, trials, folder = _read(sweep, sweep_dir)
     if not folder.is_dir():
         raise LaunchError(f"no sweep folder {folder}", f"start it with: hopescale sweep run {sweep}")
     typer.echo(write_points(trials, folder))
@@ -166,13 +163,10 @@ app.command()(laws.fit)
 app.command()(laws.plot)
 
 
-def _read(path: Path) -> tuple[Sweep, list[Trial]]:
-    loaded = load_sweep(path)
-    return loaded, make_trials(loaded)
-
-
-def _folder(sweep: Sweep, sweep_dir: Path | None) -> Path:
-    return sweep_dir or sweep.folder
+def _read(path: Path, sweep_dir: Path | None = None) -> tuple[Sweep, list[Trial], Path]:
+    """Return a sweep, its trials, and its folder."""
+    sweep = load_sweep(path)
+    return sweep, make_trials(sweep), sweep_dir or sweep.folder
 
 
 def _keep_file(sweep: Sweep, folder: Path) -> None:

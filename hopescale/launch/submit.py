@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -21,6 +19,7 @@ from hopescale.launch.profile import seconds_of
 from hopescale.launch.sbatch import BatchJob, render
 from hopescale.launch.scheduler import Slurm
 from hopescale.launch.snapshot import take_snapshot
+from hopescale.observe.run_status import is_locked
 
 SCRIPT = "submit.sbatch"
 
@@ -154,9 +153,6 @@ def _check_folder(folder: Path) -> None:
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         reason = "cannot be written" if nearest.is_dir() else "is a file"
         raise LaunchError(f"run folder {folder}: {nearest} {reason}", "choose another --run-dir")
-    with suppress(FileNotFoundError), (folder / ".lock").open("r+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            hint = "wait for it, stop it, or choose another --run-dir"
-            raise LaunchError(f"run folder {folder} is in use by another process", hint) from None
+    if is_locked(folder):
+        hint = "wait for it, stop it, or choose another --run-dir"
+        raise LaunchError(f"run folder {folder} is in use by another process", hint)

@@ -138,9 +138,9 @@ def _word(run_dir: Path, note: Note) -> Word:
 
 def _loss(records: Sequence[dict[str, Any]], done: bool, last: int = 10) -> tuple[float | None, str]:
     """Return the loss that stands for a run and where it comes from."""
-    names = [name for name in (records[-1] if done else ()) if name.startswith("val/") and name.endswith("/loss")]
-    if names:
-        values = [records[-1][name] for name in names if records[-1][name] is not None]
+    end = records[-1] if done and records else {}
+    if names := [name for name in end if name.startswith("val/") and name.endswith("/loss")]:
+        values = [end[name] for name in names if end[name] is not None]
         mean = sum(values) / len(values) if len(values) == len(names) else None
         return mean, " ".join(name.removesuffix("/loss") for name in names)
     losses = [record["loss"] for record in records if record.get("loss") is not None]
