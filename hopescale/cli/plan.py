@@ -18,7 +18,7 @@ from hopescale.config.load import LoadedConfig, load_recipe
 from hopescale.cost.estimate import Estimator
 from hopescale.cost.hardware import planned_device
 from hopescale.cost.holdings import Holdings
-from hopescale.cost.report import describe_choice, make_report
+from hopescale.cost.report import make_report
 from hopescale.cost.search import MOST_RANKS, best_choices
 from hopescale.scaling.law import read_law
 from hopescale.scaling.sizes import best_size
@@ -72,16 +72,14 @@ def plan(
     holdings = Holdings(loaded.config)
     estimator = Estimator(holdings, planned_device(device or "H100", ranks), efficiency)
     if search:
-        found = [describe_choice(choice) for choice in best_choices(estimator, ranks)]
+        found = [choice.numbers() for choice in best_choices(estimator, ranks)]
         typer.echo(to_json.dumps(found, indent=2) if json else view.choices(found, estimator, ranks), nl=json)
         return
     layout = make_layout(loaded.config, ranks)
     check_layout(loaded.config, layout, loaded.origins)
     report = make_report(estimator, loaded.config, layout)
     if plot is not None:
-        from hopescale.cost.picture import draw_memory
-
-        draw_memory(report, plot)
+        view.draw_memory(report, plot)
     typer.echo(to_json.dumps(report, indent=2) if json else view.report(report), nl=json)
 
 

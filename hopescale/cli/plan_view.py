@@ -1,17 +1,19 @@
-"""A plan as text: short tables with units."""
+"""A plan as text, short tables with units, and its memory as a picture."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 
+from hopescale.common.errors import ConfigError
 from hopescale.common.units import format_bytes, format_count, format_duration
 from hopescale.cost.device_memory import KINDS
-from hopescale.cost.estimate import Estimator
+from hopescale.cost.estimate import PARTS, Estimator
 from hopescale.cost.search import can_be_partitioned
 
 WIDTH = 110
@@ -114,7 +116,7 @@ def _bytes(found: Mapping[str, Any]) -> Table:
 
 def _time(found: Mapping[str, Any]) -> Group:
     estimate, device = found["estimate"], found["device"]["name"]
-    parts = [part for part in ("compute", "idle", "tensor", "pipeline", "data", "update") if estimate[f"{part}_s"]]
+    parts = [part for part in PARTS if estimate[f"{part}_s"]]
     table = _table("a step, estimated", *parts, "total")
     table.add_row("seconds", *(_seconds(estimate[f"{part}_s"]) for part in (*parts, "step")))
     hours = f", {format_count(estimate['device_hours'])} {device}-hours" if device != "cpu" else ""
@@ -122,6 +124,56 @@ def _time(found: Mapping[str, Any]) -> Group:
         f"  {estimate['tps']:,.0f} tokens/s, {estimate['mfu']:.1%} MFU, {_long(estimate['wall_s'])} for the run{hours}"
     )
     return Group(table, line, "  assumed: " + "; ".join(found["assumptions"]))
+
+
+def draw_memory(found: Mapping[str, Any], path: Path) -> None:
+    """Draw a bar for each stage, of what takes memory, against what the device has. Needs matplotlib.
+
+    Args:
+        found: Plan that `make_report` returned.
+        path: Image to write; its ending is its format.
+
+    Raises:
+        ConfigError: If matplotlib is missing, or cannot write such a file.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ConfigError(
+            "--plot needs matplotlib, which is not installed", "pip install 'hopescale[scaling]'"
+        ) from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    stages, gib = found["memory"]["stages"], 2**30
+    device, layout = found["device"], found["layout"]
+    unit, scale = ("GiB", gib) if device["memory"] >= gib else ("MiB", 2**20)
+    figure, axes = pyplot.subplots(figsize=(max(4.5, 1.8 + 0.8 * len(stages)), 5))
+    numbers, bottom = range(len(stages)), [0.0] * len(stages)
+    colors = pyplot.get_cmap("tab10").colors
+    for kind, color in zip(KINDS, colors, strict=True):
+        heights = [stage[kind] / scale for stage in stages]
+        if any(heights):
+            axes.bar(numbers, heights, 0.7, bottom=bottom, label=kind, color=color)
+            bottom = [below + height for below, height in zip(bottom, heights, strict=True)]
+    most = device["memory"] / scale
+    if max(bottom) > 0.2 * most:
+        axes.axhline(most, color="black", linestyle="--", linewidth=1)
+        axes.annotate(f"{device['name']}: {most:.1f} {unit}", (-0.4, most), va="bottom", fontsize=8)
+    axes.set_xticks(numbers, [f"stage {number}" for number in numbers] if len(stages) > 1 else ["a rank"])
+    axes.set_ylabel(f"device memory at its most, {unit}")
+    axes.set_title(
+        f"{found['name']}: dp {layout['dp']}, tp {layout['tp']}, pp {layout['pp']}, "
+        f"micro batch {layout['micro_batch_size']}, recompute {layout['recompute']}",
+        fontsize=9,
+    )
+    handles, labels = axes.get_legend_handles_labels()
+    axes.legend(handles[::-1], labels[::-1], loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8, frameon=False)
+    try:
+        figure.savefig(path, bbox_inches="tight", dpi=150)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--plot cannot write {path}: {error}") from error
+    pyplot.close(figure)
 
 
 def choices(found: Sequence[Mapping[str, Any]], estimator: Estimator, ranks: int) -> str:

@@ -14,15 +14,12 @@ from hopescale.config.layout import Layout
 from hopescale.config.model_shape import head_dim, padded_vocab_size
 from hopescale.config.plan import make_plan
 from hopescale.config.schema import RunConfig
-from hopescale.cost.activations import FP32
 from hopescale.cost.holdings import Holdings, gathers
-from hopescale.cost.inventory import ParameterInfo
-from hopescale.cost.ownership import assign_owners, buckets
+from hopescale.cost.params import FP32, ParameterShape, itemsize
+from hopescale.cost.updates import BUCKET_ELEMENTS, assign_owners, buckets
 
 AXES = ("tp", "dp", "pp", "embedding", "world")
 """Axes as the metrics name them."""
-BUCKET_ELEMENTS = 1 << 24
-"""Most entries of gradients that replicas exchange at once."""
 LONGEST_CYCLE = 4096
 """Steps over which cadences are averaged at most."""
 
@@ -57,9 +54,9 @@ def bytes_of_step(
     """Return the bytes of a step by axis on the first rank of a stage.
 
     Args:
-        holdings: Of the config's model and optimizer.
-        config: Settings.
-        layout: How ranks are distributed.
+        holdings: Holdings of the config's model and optimizer.
+        config: Config that has passed its checks.
+        layout: Degrees of the axes.
         stage: Pipeline rank.
         due: Levels that the step updates.
         measured: Levels of period 1 whose change is measured, as on steps that are recorded.
@@ -92,7 +89,7 @@ def bytes_to_sum_level(holdings: Holdings, config: RunConfig, layout: Layout, st
 def stream_bytes(config: RunConfig) -> int:
     """Return the bytes of a micro batch's residual stream."""
     train = config.train
-    return train.seq_len * train.micro_batch_size * config.model.d_model * (2 if train.precision == "bf16" else FP32)
+    return train.seq_len * train.micro_batch_size * config.model.d_model * itemsize(train.precision)
 
 
 def _tensor(config: RunConfig, layout: Layout, slices: list[range]) -> float:
@@ -123,8 +120,7 @@ def _pipeline(config: RunConfig, layout: Layout, stage: int, micro_batches: int)
     sent = {"pp": (2 * layout.virtual_stages - ends) * micro_batches * stream}
     if ends and model.tie_embeddings:
         rows = padded_vocab_size(model) / layout.tp * model.d_model
-        itemsize = 2 if config.train.precision == "bf16" else FP32
-        sent["embedding"] = rows * (FP32 + (itemsize if layout.dp > 2 else 0))
+        sent["embedding"] = rows * (FP32 + (itemsize(config.train.precision) if layout.dp > 2 else 0))
     return sent
 
 
@@ -164,9 +160,8 @@ def _matrices(
     holdings: Holdings, config: RunConfig, layout: Layout, stage: int, due: Collection[str]
 ) -> Mapping[str, float]:
     """Count gradients and weights of matrices between replicas, and their slices between tensor-parallel ranks."""
-    if not any(group.rule != "adamw" for group in config.optim.groups.values()):
-        return {}
-    if layout.dp == layout.tp == 1:
+    parameters = holdings.matrices(layout, stage)
+    if not parameters or layout.dp == layout.tp == 1:
         return {}
     owners, precision = holdings.owners(layout, stage), config.train.precision
     parameters = [p for p in _ordered_matrices(holdings, config, layout, stage) if p.level is None or p.level in due]
@@ -175,23 +170,23 @@ def _matrices(
         for level in {p.level for p in parameters}:
             of_level = [p for p in parameters if p.level == level]
             sent["dp"] += _gradients_of_matrices(holdings, layout, stage, of_level)
-        for itemsize in {p.itemsize(precision) for p in parameters}:
-            sizes = {p.name: p.size for p in parameters if p.itemsize(precision) == itemsize}
-            sent["dp"] += itemsize * sum(_rooms(sizes, owners, layout.dp))
+        for width in {p.itemsize(precision) for p in parameters}:
+            sizes = {p.name: p.size for p in parameters if p.itemsize(precision) == width}
+            sent["dp"] += width * sum(_rooms(sizes, owners, layout.dp))
     if gathers(config, layout):
         sent["tp"] += _slices(holdings, config, layout, stage, parameters)
     return sent
 
 
-def _gradients_of_matrices(holdings: Holdings, layout: Layout, stage: int, matrices: list[ParameterInfo]) -> int:
+def _gradients_of_matrices(holdings: Holdings, layout: Layout, stage: int, matrices: list[ParameterShape]) -> int:
     """Count gradients and Gram matrices of matrices that replicas sum together."""
     sizes = {p.name: p.size + holdings.gram(p, layout.tp) for p in matrices}
     return FP32 * layout.dp * sum(_rooms(sizes, holdings.owners(layout, stage), layout.dp))
 
 
-def _ordered_matrices(holdings: Holdings, config: RunConfig, layout: Layout, stage: int) -> list[ParameterInfo]:
+def _ordered_matrices(holdings: Holdings, config: RunConfig, layout: Layout, stage: int) -> list[ParameterShape]:
     """Return the matrices of a stage in the optimizer's order: equal shapes side by side, by owner."""
-    matrices = [p for p in holdings.parameters(layout, stage) if holdings.rule_of(p) != "adamw"]
+    matrices = holdings.matrices(layout, stage)
     owners = holdings.owners(layout, stage)
     classes: dict[tuple, int] = {}
     order = {}
@@ -213,11 +208,11 @@ def _rooms(sizes: Mapping[str, int], owners: Mapping[str, int], dp: int) -> list
 
 
 def _slices(
-    holdings: Holdings, config: RunConfig, layout: Layout, stage: int, parameters: list[ParameterInfo]
+    holdings: Holdings, config: RunConfig, layout: Layout, stage: int, parameters: list[ParameterShape]
 ) -> float:
     """Count slices of gradients that are sent to make wholes, with columns of Gram matrices, and weights sent back."""
     owners = holdings.owners(layout, stage)
-    own = [p for p in holdings.parameters(layout, stage) if owners.get(p.name) == 0 and holdings.is_cut(p)]
+    own = [p for p in holdings.matrices(layout, stage) if owners[p.name] == 0 and holdings.is_cut(p)]
     held = assign_owners([holdings.work(p, layout) for p in own], layout.tp)
     chosen = [p for p in parameters if p.name in held]
     wholes = sum(layout.tp * p.size * p.itemsize(config.train.precision) for p in chosen if held[p.name] == 0)
@@ -227,7 +222,6 @@ def _slices(
 def _inputs(holdings: Holdings, config: RunConfig, layout: Layout, stage: int) -> float:
     """Count the inputs of layers that tensor-parallel ranks gather for Gram matrices in a micro batch."""
     train = config.train
-    itemsize = 2 if train.precision == "bf16" else FP32
     entries = 0.0
     for p in holdings.parameters(layout, stage):
         if holdings.rule_of(p) != "dgd":
@@ -237,4 +231,4 @@ def _inputs(holdings: Holdings, config: RunConfig, layout: Layout, stage: int) -
         elif ".mixer." in p.name and layout.sequence_parallel:
             # The layers of levels, and the head, have all tokens anyway.
             entries += p.shape[-1] / layout.tp
-    return entries * train.seq_len * train.micro_batch_size * itemsize
+    return entries * train.seq_len * train.micro_batch_size * itemsize(train.precision)

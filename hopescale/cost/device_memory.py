@@ -1,6 +1,8 @@
 """Device memory of each rank, by what takes it. Imports no torch.
 
-The most a rank holds is the largest of a few moments of a step; docs/planning.md derives them.
+The most a rank holds is the largest of a few moments of a step; docs/planning.md derives them. Activations are the
+tensors that torch keeps for the backward, as the modules of `models` make them on one rank; those of mixers are counted
+in `mixers`.
 """
 
 from __future__ import annotations
@@ -9,31 +11,90 @@ from dataclasses import dataclass
 
 from hopescale.config.execution import effective_recompute
 from hopescale.config.layout import Layout
-from hopescale.config.model_shape import padded_vocab_size
+from hopescale.config.model_shape import levels_of_block, padded_vocab_size
 from hopescale.config.plan import make_plan
-from hopescale.config.schema import RunConfig
-from hopescale.cost.activations import FP32, BatchSizes, block_activations, head_bytes, logits_bytes
-from hopescale.cost.holdings import Holding, Holdings, gathers
+from hopescale.config.schema import ModelConfig, RunConfig
+from hopescale.cost.holdings import Holding, Holdings, Kind, gathers
+from hopescale.cost.mixers import MicroBatch, mixer_activations
+from hopescale.cost.params import FP32, count_params, itemsize
 
-KINDS = (
-    "weights",
-    "gradients",
-    "accumulators",
-    "masters",
-    "optimizer",
-    "memory states",
-    "activations",
-    "in flight",
-    "logits",
-    "workspace",
-)
-"""What takes memory, from what lasts longest. `accumulators` are the gradient sums of slow levels, `in flight` what
-further micro batches of a pipeline have left, `workspace` what the moment itself computes with."""
+LASTING = ("weights", "gradients", "accumulators", "masters", "optimizer")
+"""Kinds of memory that outlive a micro batch; `accumulators` are the gradient sums of slow levels."""
+KINDS = (*LASTING, "memory states", "activations", "in flight", "logits", "workspace")
+"""Kinds of memory, from what lasts longest: `in flight` is what further micro batches of a pipeline have left,
+`workspace` what the moment itself computes with."""
 
 PACK_BYTES = 1 << 26
 """Most bytes of gradients that are sent at once, if no tensor is larger."""
 MATRIX_WORKSPACE = 6
 """Copies of a matrix that a rule for matrices computes with."""
+MOST_BLOCKS = 10_000
+"""Blocks of the largest model whose parameters are listed before a run starts."""
+
+
+@dataclass(frozen=True)
+class BlockActivations:
+    """Bytes of one block and micro batch.
+
+    Attributes:
+        kept: Bytes from forward to backward, without the states.
+        states: Bytes of memories at the start of chunks, from forward to backward.
+        again: Bytes that the block's backward computes again before it begins.
+        workspace: Bytes that its backward needs on top of all that, at most.
+    """
+
+    kept: float
+    states: float
+    again: float
+    workspace: float
+
+
+def block_activations(model: ModelConfig, micro: MicroBatch, recompute: str) -> BlockActivations:
+    """Count one block; all cost the same."""
+    norm, inner = _norm(model, micro), _stream(model, micro) * micro.stream_share
+    mixer = mixer_activations(model, micro, recompute)
+    levels, level_workspace = _levels(model, micro, norm)
+    outside, workspace = norm + inner + levels, max(level_workspace, mixer.workspace - levels)
+    if recompute == "block":
+        return BlockActivations(inner, 0, outside + mixer.kept + mixer.states, workspace)
+    if recompute == "memory":
+        # When the mixer is computed again, the levels are done.
+        again = mixer.kept + mixer.states + mixer.workspace - levels
+        return BlockActivations(outside, 0, 0, max(level_workspace, again))
+    return BlockActivations(outside + mixer.kept, mixer.states, 0, workspace)
+
+
+def _stream(model: ModelConfig, micro: MicroBatch) -> float:
+    """Count the residual stream of all tokens."""
+    return micro.tokens * model.d_model * micro.itemsize
+
+
+def _norm(model: ModelConfig, micro: MicroBatch) -> float:
+    """Count a norm of the stream: its input in float32, and the input scaled."""
+    return micro.tokens * micro.stream_share * (2 * model.d_model + 1) * FP32
+
+
+def _levels(model: ModelConfig, micro: MicroBatch, norm: float) -> tuple[float, float]:
+    """Count what a block's levels keep, and what the backward of the widest needs."""
+    stream = _stream(model, micro)
+    widths = [level.d_ff / micro.tp * micro.tokens * micro.itemsize for level in levels_of_block(model, 0).values()]
+    kept = 4 * sum(widths)  # gate, its activation, up, their product
+    if model.cms.variant == "sequential":
+        kept += len(widths) * (norm + stream)
+    else:
+        kept += norm + stream + len(widths) * stream
+    return kept, 2 * max(widths) + stream
+
+
+def logits_bytes(model: ModelConfig, micro: MicroBatch) -> float:
+    """Count the logits when the loss goes back: their log-softmax, its gradient, and theirs, in float32."""
+    copies = 3 if micro.tp == 1 else 2
+    return copies * micro.tokens * padded_vocab_size(model) / micro.tp * FP32
+
+
+def head_bytes(model: ModelConfig, micro: MicroBatch) -> float:
+    """Count the final norm, and what goes into the head."""
+    return _norm(model, micro) + _stream(model, micro)
 
 
 @dataclass(frozen=True)
@@ -41,8 +102,8 @@ class DeviceMemory:
     """The most that a rank of a stage holds.
 
     Attributes:
-        bytes: By kind, at that moment.
-        moment: `loss`, `backward`, `last block` (the first block's backward) or `update`.
+        bytes: Bytes by kind, at that moment.
+        moment: Name of the moment: `loss`, `backward`, `last block` (the first block's backward) or `update`.
         in_flight: Micro batches whose activations the rank holds at a time.
         parameters: Entries of its weights.
     """
@@ -64,74 +125,85 @@ def device_memory_of_stage(
     """Return the most that a rank of a pipeline stage holds.
 
     Args:
-        holdings: Of the config's model and optimizer.
+        holdings: Holdings of the config's model and optimizer.
         config: Micro batch, precision and recomputation, which may differ from those `holdings` was made with.
-        layout: How ranks are distributed.
+        layout: Degrees of the axes.
         stage: Pipeline rank.
         exact: Whether shares of matrices are those of the replica that owns most, or of all on average.
     """
     holding = holdings.of_stage(layout, stage)
     owned = holdings.owned_share(layout, stage) if exact else 1 / layout.dp
-    lasting = _lasting(config, layout, holding, owned)
+    lasting, fast = _lasting(config, layout, holding, owned), _fast_gradients(config, layout, holding)
     passing = _Passing(config, layout, holdings.slices(layout, stage), stage, holding)
-    fast = _fast_gradients(config, layout, holding)
-    several = passing.micro_batches > 1
+    before = fast * (passing.micro_batches > 1)
     moments = {
-        "loss": passing.loss() | {"gradients": fast * several},
-        "backward": passing.backward(several) | {"gradients": fast * several},
+        "loss": passing.loss() | {"gradients": before},
+        "backward": passing.backward() | {"gradients": before},
         "last block": passing.last_block() | {"gradients": fast},
-        "update": {"gradients": fast, "workspace": _update_workspace(config, layout, holding, owned)},
+        "update": {"gradients": fast, "workspace": _update_workspace(config, layout, holding)},
     }
-    totals = {name: sum(moment.values()) for name, moment in moments.items()}
-    name = max(totals, key=totals.get)
+    name = max(moments, key=lambda name: sum(moments[name].values()))
     at_peak = {kind: lasting.get(kind, 0) + moments[name].get(kind, 0) for kind in KINDS}
     return DeviceMemory(at_peak, name, passing.in_flight, holding.total())
 
 
-def device_memory_of_stages(
-    holdings: Holdings, config: RunConfig, layout: Layout, *, exact: bool = True
-) -> list[DeviceMemory]:
+def device_memory_of_stages(holdings: Holdings, config: RunConfig, layout: Layout) -> list[DeviceMemory]:
     """Return what the ranks of each pipeline stage hold."""
-    return [device_memory_of_stage(holdings, config, layout, stage, exact=exact) for stage in range(layout.pp)]
+    return [device_memory_of_stage(holdings, config, layout, stage) for stage in range(layout.pp)]
+
+
+def least_memory(config: RunConfig, layout: Layout) -> float:
+    """Return the bytes without which the fullest rank cannot train: weights, gradients and the optimizer's state.
+
+    Of a model with more blocks than `MOST_BLOCKS`, whose parameters would take too long to list, weights alone count.
+    """
+    if config.model.num_layers > MOST_BLOCKS:
+        weights = itemsize(config.train.precision) * count_params(config.model)["total"]
+        return weights / (layout.tp * layout.pp * (layout.dp if config.parallel.zero == 3 else 1))
+    holdings, totals = Holdings(config), []
+    for stage in range(layout.pp):
+        holding, owned = holdings.of_stage(layout, stage), holdings.owned_share(layout, stage)
+        lasting = _lasting(config, layout, holding, owned)
+        totals.append(sum(lasting.values()) + _fast_gradients(config, layout, holding))
+    return max(totals)
+
+
+def _is_fast(config: RunConfig, kind: Kind) -> bool:
+    """Tell whether parameters are updated at every step."""
+    return kind.level is None or config.model.cms.levels[kind.level].update_every_steps == 1
 
 
 def _lasting(config: RunConfig, layout: Layout, holding: Holding, owned: float) -> dict[str, float]:
-    """Count what a rank holds all the time, after what replicas share out."""
+    """Count what a rank holds all the time, after what replicas divide among themselves."""
     zero, dp, joined = config.parallel.zero, layout.dp, gathers(config, layout)
-    found = dict.fromkeys(("weights", "gradients", "accumulators", "masters", "optimizer"), 0.0)
+    result = dict.fromkeys(LASTING, 0.0)
     for kind, entries in holding.entries.items():
         matrix, bytes_ = kind.rule != "adamw", FP32 * entries
         share = owned if matrix else 1 / dp if zero else 1.0
-        found["weights"] += kind.itemsize * entries / (dp if zero == 3 else 1)
-        found["optimizer"] += FP32 * holding.state[kind] * share
+        result["weights"] += kind.itemsize * entries / (dp if zero == 3 else 1)
+        result["optimizer"] += FP32 * holding.state[kind] * share
         own_master = kind.itemsize < FP32 or (not matrix and zero in (1, 2)) or (matrix and joined)
-        found["masters"] += bytes_ * share * own_master
-        if kind.level is not None and config.model.cms.levels[kind.level].update_every_steps > 1:
-            found["accumulators"] += bytes_ / (dp if zero > 1 else 1) + FP32 * holding.grams[kind]
+        result["masters"] += bytes_ * share * own_master
+        if not _is_fast(config, kind):
+            result["accumulators"] += bytes_ / (dp if zero > 1 else 1) + FP32 * holding.grams[kind]
         elif matrix:
-            found["gradients"] += bytes_ + FP32 * holding.grams[kind]
-    return found
+            result["gradients"] += bytes_ + FP32 * holding.grams[kind]
+    return result
 
 
 def _fast_gradients(config: RunConfig, layout: Layout, holding: Holding) -> float:
     """Count the gradient sums that are made anew at each step: those of AdamW's parameters of period 1."""
-    entries = sum(
-        count
-        for kind, count in holding.entries.items()
-        if kind.rule == "adamw" and (kind.level is None or config.model.cms.levels[kind.level].update_every_steps == 1)
-    )
-    return FP32 * entries / (layout.dp if config.parallel.zero > 1 else 1)
+    fast = (kind for kind in holding.entries if kind.rule == "adamw" and _is_fast(config, kind))
+    return FP32 * sum(holding.entries[kind] for kind in fast) / (layout.dp if config.parallel.zero > 1 else 1)
 
 
-def _update_workspace(config: RunConfig, layout: Layout, holding: Holding, owned: float) -> float:
+def _update_workspace(config: RunConfig, layout: Layout, holding: Holding) -> float:
     """Count what an update of everything computes with: scaled gradients, roots, and weights before, to compare."""
-    zero, dp = config.parallel.zero, layout.dp
+    dp = layout.dp
     elementwise = sum(count for kind, count in holding.entries.items() if kind.rule == "adamw")
-    in_levels = sum(count * (1 / dp if zero else 1) for kind, count in holding.entries.items() if kind.level)
-    matrices = holding.total() - elementwise
-    workspace = 2 * elementwise / (dp if zero else 1) + in_levels
-    if matrices:
-        workspace += MATRIX_WORKSPACE * min(holding.largest, matrices)
+    in_levels = sum(count for kind, count in holding.entries.items() if kind.level)
+    workspace = (2 * elementwise + in_levels) / (dp if config.parallel.zero else 1)
+    workspace += MATRIX_WORKSPACE * min(holding.largest, holding.total() - elementwise)
     pack = min(max(PACK_BYTES, FP32 * holding.largest), FP32 * holding.total()) if dp > 1 else 0
     return max(FP32 * workspace, pack)
 
@@ -143,18 +215,19 @@ class _Passing:
         model = config.model
         self.config, self.layout, self.holding = config, layout, holding
         self.micro_batches = make_plan(config, layout).grad_accumulation
-        self.sizes = BatchSizes.of(config.train, layout)
-        self.block = block_activations(model, self.sizes, effective_recompute(config))
+        self.micro = MicroBatch.of(config.train, layout)
+        self.block = block_activations(model, self.micro, effective_recompute(config))
         self.blocks = sum(map(len, slices)) / len(slices)
         self.is_last = slices[-1].stop == model.num_layers
         waiting = layout.pp - stage
         if layout.virtual_stages > 1:
             waiting = 2 * (layout.pp - stage - 1) + (layout.virtual_stages - 1) * layout.pp + 1
         self.in_flight = min(waiting, self.micro_batches * layout.virtual_stages)
-        stream = self.sizes.tokens * model.d_model * self.sizes.itemsize * self.sizes.stream_share
-        self.between = 2 * stream if layout.pp > 1 else 0.0
-        rows = padded_vocab_size(model) / layout.tp * model.d_model
-        self.held_gradient = rows * self.sizes.itemsize if model.tie_embeddings and self.is_last and stage == 0 else 0.0
+        self.between = 2 * _stream(model, self.micro) * self.micro.stream_share if layout.pp > 1 else 0.0
+        self.vocabulary = padded_vocab_size(model) * model.d_model * self.micro.itemsize
+        ties_here = model.tie_embeddings and self.is_last and stage == 0
+        self.workspace = self.block.again + self.block.workspace + self._gathered()
+        self.workspace += self.vocabulary / layout.tp * ties_here  # the embedding's gradient, of the head
 
     def _kept(self) -> dict[str, float]:
         one = self.blocks * self.block.kept + self.between
@@ -165,25 +238,20 @@ class _Passing:
         """Return what there is when the loss goes back through the logits."""
         kept = self._kept()
         if self.is_last:
-            kept["activations"] += head_bytes(self.config.model, self.sizes)
-            kept["logits"] = logits_bytes(self.config.model, self.sizes)
+            kept["activations"] += head_bytes(self.config.model, self.micro)
+            kept["logits"] = logits_bytes(self.config.model, self.micro)
         return kept
 
-    def backward(self, several: bool) -> dict[str, float]:
+    def backward(self) -> dict[str, float]:
         """Return what there is in the backward of the last block here, with sums of gradients of others before it."""
-        new = self.sizes.itemsize * self._largest_in_block() * several
-        workspace = self.block.again + self.block.workspace + new + self.held_gradient + self._gathered()
-        return self._kept() | {"workspace": workspace}
+        model = self.config.model
+        widest = max(3 * model.d_model, *(3 * level.d_ff for level in model.cms.levels.values()))
+        fresh = self.micro.itemsize * widest * model.d_model / 3 / self.layout.tp * (self.micro_batches > 1)
+        return self._kept() | {"workspace": self.workspace + fresh}
 
     def last_block(self) -> dict[str, float]:
         """Return what there is when the first block here goes back, and all gradients are made."""
-        workspace = self.block.again + self.block.workspace + self.held_gradient + self._gathered()
-        return {"activations": self.block.kept, "memory states": self.block.states, "workspace": workspace}
-
-    def _largest_in_block(self) -> float:
-        model, tp = self.config.model, self.layout.tp
-        widths = [3 * level.d_ff for level in model.cms.levels.values()] + [3 * model.d_model]
-        return max(widths) * model.d_model / 3 / tp
+        return {"activations": self.block.kept, "memory states": self.block.states, "workspace": self.workspace}
 
     def _gathered(self) -> float:
         """Count what ZeRO 2 sends gradients in, and the weights that ZeRO 3 makes whole: two blocks, and the others."""
@@ -191,6 +259,4 @@ class _Passing:
         bucket = min(PACK_BYTES, FP32 * self.holding.total()) if zero > 1 else 0.0
         if zero != 3:
             return bucket
-        per_block = self.holding.weight_bytes() / max(1, self.config.model.num_layers)
-        rows = padded_vocab_size(self.config.model) * self.config.model.d_model
-        return bucket + 2 * per_block + self.sizes.itemsize * rows
+        return bucket + 2 * self.holding.weight_bytes() / self.config.model.num_layers + self.vocabulary

@@ -6,15 +6,13 @@ norms, activations and gates are elementwise and left out. A test holds the coun
 
 from __future__ import annotations
 
-from typing import Literal
-
-from hopescale.config.model_shape import has_chunk_loop, head_dim, kv_heads, levels_of_block, padded_vocab_size
+from hopescale.config.model_shape import levels_of_block, padded_vocab_size
 from hopescale.config.schema import ModelConfig
-from hopescale.cost.chunk_flops import memory_flops
-from hopescale.cost.inventory import num_projections
-from hopescale.cost.operations import NOTHING, Flops, product
+from hopescale.cost.mixers import maps_cost, mixing_cost
+from hopescale.cost.operation import NOTHING, OpCost, product
 
-Recompute = Literal["none", "chunks", "reverse", "memory", "block"]
+_RECOMPUTED = {"memory": ("maps", "mixing"), "block": ("maps", "mixing", "levels")}
+"""Parts of a block whose forward the backward runs again; `chunks` and `reverse` are for the mixer to count."""
 
 
 def flops_per_token(model: ModelConfig, seq_len: int) -> float:
@@ -26,49 +24,30 @@ def flops_per_token(model: ModelConfig, seq_len: int) -> float:
     return sum(part.total for part in flops_by_part(model, seq_len).values())
 
 
-def flops_by_part(model: ModelConfig, seq_len: int, *, recompute: Recompute | None = None) -> dict[str, Flops]:
+def flops_by_part(model: ModelConfig, seq_len: int, *, recompute: str | None = None) -> dict[str, OpCost]:
     """Count the operations of one token by part: `maps` of the mixers, their `mixing`, `levels`, `head`.
 
     Args:
         model: Sizes and switches.
         seq_len: Tokens per sequence.
-        recompute: What is computed again in the backward pass and counted with it; None counts the model alone.
+        recompute: Value of `train.recompute`, whose repeated operations count as backward; None counts the model alone.
     """
+    parts = _block(model, seq_len, recompute)
+    for name in _RECOMPUTED.get(recompute or "none", ()):
+        parts[name] += OpCost(0, _block(model, seq_len, None)[name].forward)
     head = product(1, model.d_model, padded_vocab_size(model))
-    again = {"memory": ("maps", "mixing"), "block": ("maps", "mixing", "levels")}.get(recompute or "none", ())
-    block = {"maps": _maps(model), "mixing": _mixing(model, seq_len, recompute), "levels": _levels(model)}
-    once = block | {"mixing": _mixing(model, seq_len, None)}
-    parts = {
-        name: Flops(flops.forward, flops.backward + (name in again) * once[name].forward).times(model.num_layers)
-        for name, flops in block.items()
-    }
-    return parts | {"head": head}
+    return {name: part.times(model.num_layers) for name, part in parts.items()} | {"head": head}
 
 
-def block_flops(model: ModelConfig, seq_len: int) -> Flops:
+def block_flops(model: ModelConfig, seq_len: int) -> OpCost:
     """Count one block for a token, which costs the same in all blocks."""
-    return _maps(model) + _mixing(model, seq_len, None) + _levels(model)
+    return sum(_block(model, seq_len, None).values(), NOTHING)
 
 
-def _levels(model: ModelConfig) -> Flops:
-    """Count one block's levels: three products each."""
-    return sum((product(1, model.d_model, 3 * level.d_ff) for level in levels_of_block(model, 0).values()), NOTHING)
-
-
-def _maps(model: ModelConfig) -> Flops:
-    """Count the mixer's maps in and out."""
-    width = model.num_heads * head_dim(model)
-    if model.mixer == "attention":
-        return product(1, model.d_model, 2 * width + 2 * kv_heads(model) * head_dim(model))
-    return product(1, model.d_model, width * (num_projections(model) + 1))
-
-
-def _mixing(model: ModelConfig, seq_len: int, recompute: Recompute | None) -> Flops:
-    """Count what a mixer does between its maps: scores and reads, or memories."""
-    if model.mixer == "attention":
-        # A token sees (seq_len + 1) / 2 on average. Each gradient is two products; the scores are a third.
-        seen = product(1, head_dim(model), (seq_len + 1) / 2).times(2 * model.num_heads)
-        return seen if recompute is None else Flops(seen.forward, 2.5 * seen.forward)
-    again = recompute not in (None, "none") and has_chunk_loop(model.self_modifying)
-    replay = recompute == "reverse"
-    return memory_flops(model, seq_len, recompute=again, replay=replay).times(model.num_heads / seq_len)
+def _block(model: ModelConfig, seq_len: int, recompute: str | None) -> dict[str, OpCost]:
+    levels = levels_of_block(model, 0).values()
+    return {
+        "maps": maps_cost(model),
+        "mixing": mixing_cost(model, seq_len, recompute),
+        "levels": sum((product(1, model.d_model, 3 * level.d_ff) for level in levels), NOTHING),
+    }

@@ -38,7 +38,7 @@ def peak_bf16_flops(device_name: str) -> float | None:
     """Return the peak dense bf16 FLOP/s of a device, or None where it is unknown, a CPU, or a slice of a GPU.
 
     Args:
-        device_name: As the driver names it: `NVIDIA H100 80GB HBM3`, or a bare `H100`.
+        device_name: Name that the driver gives it: `NVIDIA H100 80GB HBM3`, or a bare `H100`.
     """
     words = set(re.split(r"[\s_-]+", device_name.lower()))
     if "mig" in words:
@@ -54,7 +54,7 @@ class Device:
     """What a rank computes on, for an estimate.
 
     Attributes:
-        name: As a vendor calls it.
+        name: Name that its vendor gives it.
         peak_flops: Dense bf16 FLOP/s; float32 on a CPU.
         memory: Bytes that a process can have.
         bandwidth: Bytes per second between the device and its memory.

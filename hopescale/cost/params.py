@@ -1,12 +1,160 @@
-"""Parameters of a model, counted from its config alone. Imports no torch."""
+"""The parameters of a model by name, with shapes and how they are split, and their numbers. Imports no torch.
+
+A test holds names, shapes, splits and order to the real modules.
+"""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
-from hopescale.config.model_shape import by_period, padded_vocab_size
-from hopescale.config.schema import ModelConfig
-from hopescale.cost.inventory import block_parameters, model_parameters
+from hopescale.config.model_shape import (
+    by_period,
+    head_dim,
+    kv_heads,
+    levels_of_block,
+    memory_banks,
+    memory_dim,
+    padded_vocab_size,
+)
+from hopescale.config.schema import LevelConfig, ModelConfig
+
+FP32 = 4
+"""Bytes of a float32 entry."""
+EVERY_STEP = "every step"
+"""Name under which parameters of no level are counted."""
+
+
+@dataclass(frozen=True)
+class ParameterShape:
+    """One parameter.
+
+    Attributes:
+        name: Name in the model.
+        shape: Shape of the whole, or of this rank's slice.
+        split: Dimension that is split over tensor-parallel ranks; None if every rank holds the whole.
+        keep_fp32: Whether it stays float32 in a model of lower precision.
+        level: Name of the level it belongs to; None if it is updated at every step.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    split: int | None = None
+    keep_fp32: bool = False
+    level: str | None = None
+
+    @property
+    def size(self) -> int:
+        """Entries."""
+        return math.prod(self.shape)
+
+    def slice(self, tp: int) -> ParameterShape:
+        """Return what one of `tp` tensor-parallel ranks holds."""
+        if self.split is None or tp == 1:
+            return self
+        shape = tuple(n // tp if dim == self.split else n for dim, n in enumerate(self.shape))
+        return replace(self, shape=shape)
+
+    def itemsize(self, precision: str) -> int:
+        """Return the bytes of an entry in `bf16` or `fp32`."""
+        return FP32 if self.keep_fp32 else itemsize(precision)
+
+
+def itemsize(precision: str) -> int:
+    """Return the bytes of an entry of the residual stream, and of most weights, in `bf16` or `fp32`."""
+    return {"bf16": 2, "fp32": FP32}[precision]
+
+
+def model_parameters(model: ModelConfig, slices: Sequence[range] | None = None) -> list[ParameterShape]:
+    """List the parameters of a model, or of the slices that a pipeline rank holds, in the model's order.
+
+    Args:
+        model: Sizes and switches.
+        slices: Blocks of each slice; None is all in one.
+    """
+    slices = [range(model.num_layers)] if slices is None else slices
+    width, rows = model.d_model, padded_vocab_size(model)
+    found: dict[str, ParameterShape] = {}
+    for blocks in slices:
+        first, last = blocks.start == 0, blocks.stop == model.num_layers
+        parts: list[ParameterShape] = []
+        if first or (last and model.tie_embeddings):
+            parts.append(ParameterShape("embedding.weight", (rows, width), 0))
+        for number in blocks:
+            parts += block_parameters(model, number)
+        if last:
+            parts.append(ParameterShape("norm.weight", (width,), keep_fp32=True))
+            if not model.tie_embeddings:
+                parts.append(ParameterShape("head.weight", (rows, width), 0))
+        found |= {part.name: part for part in parts}
+    return list(found.values())
+
+
+def block_parameters(model: ModelConfig, number: int) -> list[ParameterShape]:
+    """List the parameters of a block, counted from 0."""
+    here, levels = f"blocks.{number}", levels_of_block(model, number)
+    mixer = _attention(model) if model.mixer == "attention" else _self_modifying(model)
+    return [
+        ParameterShape(f"{here}.norm.weight", (model.d_model,), keep_fp32=True),
+        *(replace(part, name=f"{here}.mixer.{part.name}") for part in mixer),
+        *(replace(part, name=f"{here}.cms.{part.name}") for part in _levels(model, levels)),
+    ]
+
+
+def _attention(model: ModelConfig) -> Iterator[ParameterShape]:
+    dim, settings = head_dim(model), model.attention
+    size = (model.num_heads + 2 * kv_heads(model)) * dim
+    yield ParameterShape("qkv_proj.weight", (size, model.d_model), 0)
+    if settings.qkv_bias:
+        yield ParameterShape("qkv_proj.bias", (size,), 0)
+    yield ParameterShape("out_proj.weight", (model.d_model, model.num_heads * dim), 1)
+    for name in ("q_norm", "k_norm") if settings.qk_norm else ():
+        yield ParameterShape(f"{name}.weight", (dim,), keep_fp32=True)
+
+
+def _self_modifying(model: ModelConfig) -> Iterator[ParameterShape]:
+    mixer, heads, dim = model.self_modifying, model.num_heads, head_dim(model)
+    yield ParameterShape("in_proj.weight", (heads * dim * num_projections(model), model.d_model), 0)
+    if mixer.conv_width:
+        yield ParameterShape("conv.weight", (heads * dim * 3, mixer.conv_width), 0, keep_fp32=True)
+    for gate in ("eta", *["alpha"] * mixer.retention, *["mu"] * mixer.momentum):
+        yield ParameterShape(f"gates.{gate}.bias", (heads,), 0, keep_fp32=True)
+        if gate not in mixer.adaptive:
+            yield ParameterShape(f"gates.{gate}.weight", (heads, dim), 0, keep_fp32=True)
+    for bank, names in memory_banks(model).items():
+        for name in names:
+            for matrix, rows, columns in memory_matrices(model, 1 if name in ("eta", "alpha") else dim):
+                yield ParameterShape(f"banks.{bank}.{name}.{matrix}", (heads, rows, columns), 0, keep_fp32=True)
+    yield ParameterShape("norm.weight", (heads, dim), 0, keep_fp32=True)
+    yield ParameterShape("out_proj.weight", (model.d_model, heads * dim), 1)
+
+
+def num_projections(model: ModelConfig) -> int:
+    """Count the slices of the in-projection: streams for keys, values and queries, and the output gate."""
+    return 3 + model.self_modifying.gate
+
+
+def memory_matrices(model: ModelConfig, out_dim: int) -> list[tuple[str, int, int]]:
+    """List the matrices of one memory as (name, rows, columns)."""
+    hidden, dim = memory_dim(model), head_dim(model)
+    return [("w", out_dim, dim)] if hidden is None else [("w2", hidden, dim), ("w1", out_dim, hidden)]
+
+
+def _levels(model: ModelConfig, levels: dict[str, LevelConfig]) -> Iterator[ParameterShape]:
+    width, sequential = model.d_model, model.cms.variant == "sequential"
+    if not sequential:
+        yield ParameterShape("mix", (len(levels),), keep_fp32=True)
+    for name, level in levels.items():
+        here = {"level": name}
+        if sequential:
+            yield ParameterShape(f"levels.{name}.norm.weight", (width,), keep_fp32=True, **here)
+        yield ParameterShape(f"levels.{name}.gate.weight", (level.d_ff, width), 0, **here)
+        yield ParameterShape(f"levels.{name}.up.weight", (level.d_ff, width), 0, **here)
+        yield ParameterShape(f"levels.{name}.down.weight", (width, level.d_ff), 1, **here)
+    if not sequential:
+        yield ParameterShape("norm.weight", (width,), keep_fp32=True)
 
 
 def count_params(model: ModelConfig) -> dict[str, int]:
@@ -30,10 +178,6 @@ def count_level_params(model: ModelConfig) -> dict[str, int]:
     for part in model_parameters(model):
         counts[part.level or EVERY_STEP] += part.size
     return dict(counts)
-
-
-EVERY_STEP = "every step"
-"""What belongs to no level is updated at every step."""
 
 
 def _kind(name: str) -> str:

@@ -11,19 +11,19 @@ from hopescale.config.plan import make_plan
 from hopescale.config.schema import RunConfig
 from hopescale.cost.comm import bytes_per_step
 from hopescale.cost.device_memory import device_memory_of_stages
-from hopescale.cost.estimate import Estimate, Estimator
+from hopescale.cost.estimate import Estimator
 from hopescale.cost.flops import flops_by_part, flops_per_token
 from hopescale.cost.params import count_level_params, count_params
-from hopescale.cost.search import USABLE, Choice, cheapest_change, fullest, recompute_modes
+from hopescale.cost.search import USABLE, cheapest_change, fullest, recompute_modes
 
 
 def make_report(estimator: Estimator, config: RunConfig, layout: Layout) -> dict[str, Any]:
     """Return the plan of a config that has passed its checks, on a layout and a device.
 
     Args:
-        estimator: Of the config and the device.
+        estimator: Estimator of the config and the device.
         config: The same config.
-        layout: How ranks are distributed.
+        layout: Degrees of the axes.
     """
     holdings, device = estimator.holdings, estimator.device
     stages = device_memory_of_stages(holdings, config, layout)
@@ -34,11 +34,15 @@ def make_report(estimator: Estimator, config: RunConfig, layout: Layout) -> dict
         "name": config.name,
         "device": {"name": device.name, "memory": device.memory, "usable": room, "peak_flops": device.peak_flops},
         "layout": _layout(config, layout),
-        "parameters": _parameters(config, stages),
+        "parameters": {
+            "by_part": count_params(config.model),
+            "by_level": count_level_params(config.model),
+            "per_rank": [stage.parameters for stage in stages],
+        },
         "flops_per_token": _flops(config),
         "memory": {
             "fits": fits,
-            "change": None if change is None else _change(change, config, layout),
+            "change": None if change is None else change.numbers() | {"settings": change.changes(config, layout)},
             "stages": [
                 {"peak": stage.peak, "moment": stage.moment, "in_flight": stage.in_flight, **stage.bytes}
                 for stage in stages
@@ -46,7 +50,7 @@ def make_report(estimator: Estimator, config: RunConfig, layout: Layout) -> dict
             "by_recompute": _by_recompute(estimator, config, layout),
         },
         "bytes_per_step": [bytes_per_step(holdings, config, layout, stage) for stage in range(layout.pp)],
-        "estimate": describe_estimate(estimator.step(config, layout)),
+        "estimate": estimator.step(config, layout).numbers(),
         "assumptions": estimator.assumptions(),
     }
 
@@ -71,14 +75,6 @@ def _layout(config: RunConfig, layout: Layout) -> dict[str, Any]:
     }
 
 
-def _parameters(config: RunConfig, stages: list) -> dict[str, Any]:
-    return {
-        "by_part": count_params(config.model),
-        "by_level": count_level_params(config.model),
-        "per_rank": [stage.parameters for stage in stages],
-    }
-
-
 def _flops(config: RunConfig) -> dict[str, Any]:
     model, seq_len = config.model, config.train.seq_len
     executed = flops_by_part(model, seq_len, recompute=effective_recompute(config))
@@ -96,37 +92,10 @@ def _flops(config: RunConfig) -> dict[str, Any]:
 
 
 def _by_recompute(estimator: Estimator, config: RunConfig, layout: Layout) -> dict[str, dict[str, float]]:
-    """Return the fullest rank's bytes and the tokens per second of each way to compute activations again."""
-    found = {}
+    """Return the fullest rank's bytes and the tokens per second of each value of `train.recompute`."""
+    modes = {}
     for how in recompute_modes(config):
         other = replace(config, train=replace(config.train, recompute=how))
         peak = fullest(estimator.holdings, other, layout, exact=True)
-        found[how] = {"peak": peak, "tps": estimator.step(other, layout).tps}
-    return found
-
-
-def _change(choice: Choice, config: RunConfig, layout: Layout) -> dict[str, Any]:
-    return describe_choice(choice) | {"settings": choice.changes(config, layout)}
-
-
-def describe_choice(choice: Choice) -> dict[str, Any]:
-    """Return a choice of settings as numbers."""
-    return {
-        "ranks": choice.layout.num_ranks,
-        "settings": choice.settings(),
-        "peak": choice.peak,
-        "estimate": describe_estimate(choice.estimate),
-    }
-
-
-def describe_estimate(estimate: Estimate) -> dict[str, float]:
-    """Return an estimate as numbers."""
-    parts = ("compute", "idle", "tensor", "pipeline", "data", "update")
-    return {
-        "step_s": estimate.step_s,
-        **{f"{part}_s": getattr(estimate, f"{part}_s") for part in parts},
-        "tps": estimate.tps,
-        "mfu": estimate.mfu,
-        "wall_s": estimate.wall_s,
-        "device_hours": estimate.device_hours,
-    }
+        modes[how] = {"peak": peak, "tps": estimator.step(other, layout).tps}
+    return modes

@@ -25,10 +25,10 @@ class Choice:
     """A way to run a config.
 
     Attributes:
-        config: With its settings.
-        layout: How ranks are distributed.
+        config: Config with these settings.
+        layout: Degrees of the axes.
         peak: Bytes of the fullest rank.
-        estimate: Of a step.
+        estimate: Estimate of a step.
     """
 
     config: RunConfig
@@ -55,6 +55,15 @@ class Choice:
         before = Choice(config, layout, 0, self.estimate).settings()
         return {key: value for key, value in self.settings().items() if value != before[key] and key != "parallel.dp"}
 
+    def numbers(self) -> dict[str, object]:
+        """Return the choice as numbers."""
+        return {
+            "ranks": self.layout.num_ranks,
+            "settings": self.settings(),
+            "peak": self.peak,
+            "estimate": self.estimate.numbers(),
+        }
+
 
 def fullest(holdings: Holdings, config: RunConfig, layout: Layout, *, exact: bool = False) -> float:
     """Return the bytes of the fullest rank: on the first stage, which waits longest, or the last, with the logits."""
@@ -66,7 +75,7 @@ def choices(estimator: Estimator, ranks: int) -> Iterator[Choice]:
     """Yield every way to share a config out over ranks that fits the device's memory.
 
     Args:
-        estimator: Of the config and the device.
+        estimator: Estimator of the config and the device.
         ranks: Devices in all.
     """
     holdings = estimator.holdings

@@ -12,8 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hopescale.config.schema import OptimConfig
-from hopescale.cost.ownership import Work, assign_owners, buckets
-from hopescale.cost.updates import update_cost
+from hopescale.cost.updates import Work, assign_owners, buckets, update_cost
 from hopescale.optim.accumulating import AccumulatingUpdater
 from hopescale.optim.cadence import Cadence
 from hopescale.optim.replicated import BUCKET_ELEMENTS

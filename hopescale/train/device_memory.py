@@ -12,25 +12,22 @@ from hopescale.common.errors import ConfigError
 from hopescale.common.units import format_bytes, format_count
 from hopescale.config.layout import Layout
 from hopescale.config.schema import RunConfig
+from hopescale.cost.device_memory import least_memory
 from hopescale.cost.params import count_params
-
-_BYTES = {"fp32": (4, 4, 8), "bf16": (2, 4, 12)}
-"""Per parameter: weight; gradient sum; two moments, with a master if there is one. Activations come on top."""
 
 _SIGNS = ("can't allocate memory", "out of memory", "Storage size calculation overflowed")
 
 
 def check_device_memory(config: RunConfig, layout: Layout, device: torch.device) -> None:
-    """Refuse a model whose weights and optimizer state alone exceed the device's memory, split over ranks evenly.
+    """Refuse a model whose weights, gradients and optimizer state alone exceed the device's memory, as a plan counts.
+
+    Activations are left out: a plan estimates parts of them, and what fits must not be refused.
 
     Raises:
         ConfigError: With both sizes.
     """
     count = count_params(config.model)["total"]
-    weight, gradient, state = _BYTES[config.train.precision]
-    zero, dp = config.parallel.zero, layout.dp
-    each = weight / (dp if zero == 3 else 1) + gradient / (dp if zero > 1 else 1) + state / (dp if zero else 1)
-    need = int(count * each / (layout.tp * layout.pp))
+    need = least_memory(config, layout)
     if device.type == "cuda":
         have = torch.cuda.get_device_properties(device).total_memory
     else:
@@ -39,7 +36,7 @@ def check_device_memory(config: RunConfig, layout: Layout, device: torch.device)
         share = f" on each of {layout.num_ranks} ranks" if layout.num_ranks > 1 else ""
         raise ConfigError(
             f"the model has {format_count(count)} parameters, whose weights and optimizer state take "
-            f"{format_bytes(need)}{share}, but {device} has {format_bytes(have)}",
+            f"{format_bytes(int(need))}{share}, but {device} has {format_bytes(have)}",
             "lower model.d_model, model.num_layers, model.vocab_size or the levels' d_ff",
         )
 

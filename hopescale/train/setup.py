@@ -21,7 +21,7 @@ from hopescale.config.plan import make_plan
 from hopescale.config.schema import OptimConfig, RunConfig
 from hopescale.config.show import Change, diff, format_diff, identity_problems, model_problems
 from hopescale.config.values import format_value
-from hopescale.cost.stages import slices_of_rank
+from hopescale.cost.holdings import slices_of_rank
 from hopescale.data.loader import Data, open_data
 from hopescale.models import Model
 from hopescale.observe.health import LossWatch

@@ -15,7 +15,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from hopescale.config.layout import Layout
 from hopescale.config.load import load_recipe
 from hopescale.cost.holdings import Holdings
-from hopescale.cost.inventory import model_parameters
+from hopescale.cost.params import model_parameters
 from hopescale.models import Model
 from hopescale.parallel.mesh import Mesh
 from tests.support.ranks import run_ranks

@@ -15,8 +15,8 @@ from hopescale.config.load import load_recipe
 from hopescale.config.plan import make_plan
 from hopescale.config.schema import RunConfig
 from hopescale.cost.comm import bytes_of_step, bytes_to_sum_level, due_levels
-from hopescale.cost.holdings import Holdings
 from hopescale.cost.device_memory import device_memory_of_stage
+from hopescale.cost.holdings import Holdings
 from hopescale.engine import Engine, make_passes
 from hopescale.parallel.mesh import Mesh
 from hopescale.train.setup import build_state

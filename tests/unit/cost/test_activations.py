@@ -8,7 +8,8 @@ import torch
 from hopescale.config.layout import Layout
 from hopescale.config.load import load_recipe
 from hopescale.config.model_shape import padded_vocab_size
-from hopescale.cost.activations import BatchSizes, block_activations, head_bytes
+from hopescale.cost.device_memory import block_activations, head_bytes
+from hopescale.cost.mixers import MicroBatch
 from hopescale.models import Model
 from hopescale.parallel.layers import cross_entropy_sum
 from tests.support.mixers import MIXERS
@@ -48,10 +49,10 @@ def kept_bytes(overrides: list[str], recompute: str) -> float:
 
 def planned_bytes(overrides: list[str], recompute: str) -> float:
     config = load_recipe("debug", [*SMALL, *overrides]).config
-    model, sizes = config.model, BatchSizes.of(config.train, Layout())
-    block = block_activations(model, sizes, recompute)
-    loss = 4 * sizes.tokens * padded_vocab_size(model)
-    return model.num_layers * (block.kept + block.states) + head_bytes(model, sizes) + loss
+    model, micro = config.model, MicroBatch.of(config.train, Layout())
+    block = block_activations(model, micro, recompute)
+    loss = 4 * micro.tokens * padded_vocab_size(model)
+    return model.num_layers * (block.kept + block.states) + head_bytes(model, micro) + loss
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

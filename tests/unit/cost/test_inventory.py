@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hopescale.config.load import load_recipe
-from hopescale.cost.inventory import ParameterInfo, model_parameters
+from hopescale.cost.params import ParameterShape, model_parameters
 from hopescale.models import Model
 from hopescale.models.model import level_of
 
@@ -29,17 +29,17 @@ def test_the_inventory_is_the_model(overrides: list[str], slices: list[range] | 
     with torch.device("meta"):
         model = Model(config, blocks=None if slices is None else slices[0])
     found = [
-        ParameterInfo(name, tuple(p.shape), p.spec.partition_dim, p.spec.keep_fp32, level_of(name))
+        ParameterShape(name, tuple(p.shape), p.spec.partition_dim, p.spec.keep_fp32, level_of(name))
         for name, p in model.named_parameters()
     ]
     assert model_parameters(config, slices) == found
 
 
 def test_a_slice_is_cut_along_its_split():
-    assert ParameterInfo("a", (6, 4), split=1).slice(2).shape == (6, 2)
-    assert ParameterInfo("a", (6, 4)).slice(2).shape == (6, 4)
+    assert ParameterShape("a", (6, 4), split=1).slice(2).shape == (6, 2)
+    assert ParameterShape("a", (6, 4)).slice(2).shape == (6, 4)
 
 
 def test_bytes_of_an_entry():
-    assert [ParameterInfo("a", (1,), keep_fp32=keep).itemsize("bf16") for keep in (True, False)] == [4, 2]
-    assert ParameterInfo("a", (1,)).itemsize("fp32") == 4
+    assert [ParameterShape("a", (1,), keep_fp32=keep).itemsize("bf16") for keep in (True, False)] == [4, 2]
+    assert ParameterShape("a", (1,)).itemsize("fp32") == 4

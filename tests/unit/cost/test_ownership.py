@@ -8,8 +8,7 @@ from collections import Counter
 import pytest
 
 from hopescale.config.schema import DeepMomentumConfig, M3Config, OptimConfig
-from hopescale.cost.ownership import Work, assign_owners, buckets
-from hopescale.cost.updates import update_cost
+from hopescale.cost.updates import Work, assign_owners, buckets, update_cost
 from hopescale.optim.rules import RULES
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from hopescale.config.schema import CmsConfig, LevelConfig, ModelConfig
 from hopescale.cost.flops import block_flops, flops_per_token
-from hopescale.cost.stages import cut_blocks, slices_of_rank
+from hopescale.cost.holdings import cut_blocks, slices_of_rank
 
 SMALL = ModelConfig(vocab_size=256, d_model=64, num_heads=4, cms=CmsConfig(levels={"mlp": LevelConfig(d_ff=128)}))
 

@@ -1,0 +1,394 @@
+"""Operations and activations of every mixer: the one file of `cost` that a new mixer is added to.
+
+Operations are counted per token; activations are the tensors that torch keeps for the backward, on one rank. Of a
+self-modifying mixer both are counted chunk by chunk, next to each other, as `models.memory` and `ops.delta_rule` run
+them, for one head and one sequence: matrix products and triangular solves, and the entries that they leave in float32.
+The first chunk and one that the sequence cuts short count like all others. Letters: `C` tokens of a chunk,
+`D` width of a head, `E` hidden width of a memory.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from hopescale.config.layout import Layout
+from hopescale.config.model_shape import (
+    has_chunk_loop,
+    head_dim,
+    kv_heads,
+    memory_banks,
+    memory_dim,
+    projection_chunk_size,
+)
+from hopescale.config.schema import ModelConfig, SelfModifyingConfig, TrainConfig
+from hopescale.cost.operation import NOTHING, OpCost, product, saved, solve
+from hopescale.cost.params import FP32, itemsize, num_projections
+from hopescale.ops.limits import REVERSE_PARTS, is_moved_by_map, is_trace_smaller, trace_size
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """A rank's micro batch: what activations depend on, apart from the model.
+
+    Attributes:
+        tokens: Tokens of all sequences.
+        batch: Number of sequences.
+        seq_len: Tokens of a sequence.
+        itemsize: Bytes of an entry of the residual stream.
+        tp: Ranks that share a layer.
+        stream_share: Part of the tokens' residual stream that a rank holds between layers.
+    """
+
+    tokens: int
+    batch: int
+    seq_len: int
+    itemsize: int
+    tp: int
+    stream_share: float
+
+    @classmethod
+    def of(cls, train: TrainConfig, layout: Layout) -> MicroBatch:
+        """Return the micro batch of each rank of a layout."""
+        share = 1 / layout.tp if layout.sequence_parallel else 1
+        batch, size = train.micro_batch_size, itemsize(train.precision)
+        return cls(train.seq_len * batch, batch, train.seq_len, size, layout.tp, share)
+
+
+def maps_cost(model: ModelConfig) -> OpCost:
+    """Count the mixer's maps in and out for a token."""
+    width = model.num_heads * head_dim(model)
+    if model.mixer == "attention":
+        return product(1, model.d_model, 2 * width + 2 * kv_heads(model) * head_dim(model))
+    return product(1, model.d_model, width * (num_projections(model) + 1))
+
+
+def mixing_cost(model: ModelConfig, seq_len: int, recompute: str | None) -> OpCost:
+    """Count what a mixer does between its maps for a token: scores and reads, or memories.
+
+    Args:
+        model: Sizes and switches.
+        seq_len: Tokens per sequence.
+        recompute: Value of `train.recompute`; None counts the model alone.
+    """
+    if model.mixer == "attention":
+        # A token sees (seq_len + 1) / 2 on average. Each gradient is two products; the scores are a third.
+        reads = product(1, head_dim(model), (seq_len + 1) / 2).times(2 * model.num_heads)
+        return reads if recompute is None else OpCost(reads.forward, 2.5 * reads.forward)
+    once = _sequence(model, seq_len).times(model.num_heads / seq_len)
+    if recompute in (None, "none") or not has_chunk_loop(model.self_modifying):
+        return once
+    replay = _replay(model, seq_len) * model.num_heads / seq_len if recompute == "reverse" else 0
+    return OpCost(once.forward, once.backward + once.forward + replay)
+
+
+@dataclass(frozen=True)
+class MixerActivations:
+    """Bytes of one mixer and micro batch.
+
+    Attributes:
+        kept: Bytes from forward to backward, without the states.
+        states: Bytes of memories at the start of chunks, from forward to backward.
+        workspace: Bytes that the backward needs on top of these, at most.
+    """
+
+    kept: float
+    states: float
+    workspace: float
+
+
+def mixer_activations(model: ModelConfig, micro: MicroBatch, recompute: str) -> MixerActivations:
+    """Count a mixer, without its norm's result, where `recompute` is what the mixer itself computes again."""
+    if model.mixer == "attention":
+        return _attention(model, micro)
+    return _self_modifying(model, micro, recompute)
+
+
+def _attention(model: ModelConfig, micro: MicroBatch) -> MixerActivations:
+    """Count queries and keys after rotation, values within the in-projection's result, the answer, and it in order."""
+    heads, groups, dim = model.num_heads / micro.tp, kv_heads(model) / micro.tp, head_dim(model)
+    rotated, projected = (heads + groups) * dim, (heads + 2 * groups) * dim
+    kept = micro.tokens * ((rotated + projected + 2 * heads * dim) * micro.itemsize + heads * FP32)
+    if model.attention.qk_norm:
+        copies = 1 if micro.itemsize == FP32 else 2
+        kept += micro.tokens * (rotated * copies + heads + groups) * FP32
+    # The gradients of queries, keys and values, of the in-projection's result, and of its input.
+    return MixerActivations(kept, 0, micro.tokens * (2 * projected + model.d_model) * micro.itemsize)
+
+
+def _self_modifying(model: ModelConfig, micro: MicroBatch, recompute: str) -> MixerActivations:
+    mixer, heads, dim = model.self_modifying, model.num_heads / micro.tp, head_dim(model)
+    width, per_head = micro.tokens * heads * dim, micro.batch * heads * FP32
+    kept = _streams(mixer, micro, heads, dim)
+    if not has_chunk_loop(mixer):
+        # The states between chunks are there twice: as they come, and side by side.
+        states = 2 * (1 + mixer.momentum) * dim * dim * max(1, micro.seq_len / mixer.chunk_size)
+        return MixerActivations(
+            kept + _sequence(model, micro.seq_len).saved * per_head, states * per_head, 6 * width * FP32
+        )
+    banks, chunk = _banks(model), min(projection_chunk_size(model), micro.seq_len)
+    chunks, entries = -(-micro.seq_len // chunk), sum(bank.size for bank in banks)
+    states = chunks * entries * (1 + mixer.momentum) * per_head
+    # Of two chunks at a time: what a chunk hands on, and the gradients of what was carried into it.
+    handed_on = 2 * entries * (3 + 2 * mixer.momentum) * per_head
+    if recompute == "none":
+        kept += _sequence(model, micro.seq_len).saved * per_head
+        return MixerActivations(kept, states, 4 * width * FP32 + handed_on)
+    # Gradients of streams and answers, and one chunk's tensors.
+    workspace = 5 * width * FP32 + handed_on + 1.3 * _chunk(model, chunk).saved * per_head
+    if recompute != "reverse":
+        return MixerActivations(kept, states, workspace)
+    trace, restored = (entries * per_head for entries in _trace(model, chunk))
+    rows = -(-chunks // REVERSE_PARTS)
+    # States that are computed again: of a row the last, and one for each half, quarter, ... before it.
+    workspace += (min(chunks, REVERSE_PARTS) - 1).bit_length() * restored
+    return MixerActivations(kept, rows * states / chunks + (chunks - rows) * trace, workspace)
+
+
+def _streams(mixer: SelfModifyingConfig, micro: MicroBatch, heads: float, dim: int) -> float:
+    """Count what enters the memories and leaves them, in bytes."""
+    numbers = micro.tokens * heads * FP32
+    # Streams: into the convolution, out of it in float32, and as unit vectors by head.
+    conv = (micro.tokens + (mixer.conv_width - 1) * micro.batch) * heads * dim if mixer.conv_width else 0
+    kept = 3 * (conv * micro.itemsize + (2 * dim + 1) * numbers)
+    kept += (1 + mixer.momentum + mixer.retention - len({"eta", "alpha"} & set(mixer.adaptive))) * numbers
+    # The answers and their norm per head in float32, what goes into the out-projection, and the output gate.
+    kept += (2 * dim + 1) * numbers
+    return kept + (1 + 6 * mixer.gate) * micro.tokens * heads * dim * micro.itemsize
+
+
+@dataclass(frozen=True)
+class _Bank:
+    """Memories of one head that are written at the same boundaries.
+
+    Attributes:
+        vectors: Memories that answer with vectors.
+        gates: Memories that answer with one number.
+        dim: Width `D` of a head.
+        hidden: Hidden width `E` of MLP memories; None if they are linear.
+        is_main: Whether the first of the vectors is the memory that is read.
+    """
+
+    vectors: int
+    gates: int
+    dim: int
+    hidden: int | None
+    is_main: bool
+
+    @property
+    def rows(self) -> int:
+        """Outputs of the first layer of a memory that answers with vectors."""
+        return self.hidden or self.dim
+
+    @property
+    def outputs(self) -> int:
+        """Outputs of all first layers."""
+        return self.vectors * self.rows + self.gates * (self.hidden or 1)
+
+    @property
+    def layers(self) -> list[tuple[int, int, int]]:
+        """Inputs, outputs and number of the linear layers: the first ones, side by side, and the second ones."""
+        first = [(self.dim, self.outputs, 1)]
+        if self.hidden is None:
+            return first
+        return [*first, (self.hidden, self.dim, self.vectors), (self.hidden, 1, self.gates)]
+
+    @property
+    def size(self) -> int:
+        """Entries of all weights."""
+        return sum(width * out * count for width, out, count in self.layers)
+
+    @property
+    def inputs(self) -> int:
+        """Memories that make keys, values or queries."""
+        return self.vectors - self.is_main
+
+
+def _banks(model: ModelConfig) -> list[_Bank]:
+    """Return the banks of a head, the one with the main memory first."""
+    result = []
+    for names in memory_banks(model).values():
+        gates = sum(name in ("eta", "alpha") for name in names)
+        result.append(_Bank(len(names) - gates, gates, head_dim(model), memory_dim(model), names[0] == "mem"))
+    return result
+
+
+def _sequence(model: ModelConfig, seq_len: int) -> OpCost:
+    """Count the memories of a head over a sequence."""
+    mixer, dim = model.self_modifying, head_dim(model)
+    if has_chunk_loop(mixer):
+        chunk = min(projection_chunk_size(model), seq_len)
+        # Nobody reads the states after the last chunk, which get no gradient.
+        (main, *others), size = _banks(model), min(mixer.chunk_size, chunk)
+        last = sum((_states(mixer, bank, chunk) for bank in others), _states(mixer, main, size if others else chunk))
+        return _chunk(model, chunk).times(seq_len / chunk) + OpCost(0, -last.backward)
+    chunk = min(mixer.chunk_size, seq_len)
+    each = _tables(mixer, chunk) + _open(mixer, chunk, dim) + _transition(mixer, chunk, dim)
+    each += _added(mixer, chunk, dim, dim, by_map=True)
+    each += _values(mixer, chunk, dim, dim) + _read(mixer, chunk, dim, dim)
+    return each.times(seq_len / chunk)
+
+
+def _chunk(model: ModelConfig, tokens: int) -> OpCost:
+    """Count a projection chunk: the projections that memories make, the main memory's chunks, and all writes.
+
+    States at the start of a projection chunk are left out; those at the start of the main memory's chunks in it count.
+    """
+    mixer, (main, *others) = model.self_modifying, _banks(model)
+    source = others[0] if others else main
+    cost = _inputs(mixer, source, tokens)
+    if not others:
+        return cost + _move(mixer, main, tokens, reads=True)
+    size = min(mixer.chunk_size, tokens)
+    each = _move(mixer, main, size, reads=True) + saved(main.size * (1 + mixer.momentum))
+    return cost + each.times(tokens / size) + _move(mixer, source, tokens, reads=False)
+
+
+def _inputs(mixer: SelfModifyingConfig, bank: _Bank, tokens: int) -> OpCost:
+    """Count keys, values, queries and gates that memories answer: hidden values twice, answers, and unit vectors."""
+    unit_vectors = bank.inputs - (mixer.targets == "self" and "v" in mixer.adaptive)
+    cost = _answer(bank, tokens, bank.inputs) + saved(tokens * bank.dim * (bank.inputs + unit_vectors) + 5 * tokens)
+    gates = product(tokens, bank.dim, bank.gates * (bank.hidden or 1))
+    return cost + gates + saved(2 * tokens * (bank.hidden or 0) * bank.gates)
+
+
+def _answer(bank: _Bank, tokens: int, memories: int) -> OpCost:
+    """Count the answers of memories with fixed weights, hidden values kept twice."""
+    cost = product(tokens, bank.dim, bank.rows)
+    if bank.hidden is not None:
+        cost += product(tokens, bank.hidden, bank.dim) + saved(2 * tokens * bank.hidden)
+    return cost.times(memories)
+
+
+def _move(mixer: SelfModifyingConfig, bank: _Bank, tokens: int, *, reads: bool) -> OpCost:
+    """Count a bank's chunk: decay weights, writes, its layers moved, and the main memory read if there are queries."""
+    cost = _tables(mixer, tokens) + _writes(mixer, bank, tokens) + _states(mixer, bank, tokens)
+    for width, _, count in bank.layers:
+        cost += _open(mixer, tokens, width).times(count)
+    if not reads:
+        return cost
+    if mixer.read == "boundary":
+        return cost + _answer(bank, tokens, 1)._replace(saved=2 * tokens * (bank.hidden or 0))
+    for width, out in [(bank.dim, bank.rows), (bank.hidden, bank.dim)][: 1 if bank.hidden is None else 2]:
+        cost += _values(mixer, tokens, width, out) + _read(mixer, tokens, width, out)
+    return cost + saved(2 * tokens * (bank.hidden or 0))
+
+
+def _tables(mixer: SelfModifyingConfig, tokens: int) -> OpCost:
+    """Count the products of gates between tokens: retention, momentum and both, and with the learning rates."""
+    row = (tokens + 1) * tokens
+    if not mixer.momentum:
+        return saved(2 * row)
+    erase = mixer.inner_rule == "dgd"
+    return product(tokens + 1, tokens, tokens + 1) + saved((3 + erase) * row + tokens * tokens)
+
+
+def _writes(mixer: SelfModifyingConfig, bank: _Bank, tokens: int) -> OpCost:
+    """Count keys, values, and the inner gradient: first layers at keys and targets, and the way back through second."""
+    own = mixer.targets == "self"
+    cost = product((1 + own) * tokens, bank.dim, bank.outputs) + saved(2 * tokens * bank.dim * own)
+    spread = 1 + mixer.momentum + (mixer.error_cap is not None)
+    # What enters a state is all that is left of values where there is no momentum; a map takes them as they are.
+    erased = mixer.inner_rule == "dgd" and not mixer.momentum
+    first_erased = erased and not is_moved_by_map(tokens, bank.dim, bank.outputs, momentum=False)
+    if bank.hidden is None:
+        return cost + saved(tokens * bank.outputs * (spread - first_erased))
+    asks = mixer.objective == "l2" or own
+    out = bank.vectors * bank.dim + bank.gates
+    cost += product(tokens, bank.hidden, out).times(1 + asks)
+    hidden = tokens * bank.hidden * (bank.vectors + bank.gates) * (3 * (1 + own) + (asks and own) + 2)
+    return cost + saved(hidden + tokens * (out * (spread + 1 - erased) + bank.outputs * (1 - first_erased)))
+
+
+def _open(mixer: SelfModifyingConfig, tokens: int, width: int) -> OpCost:
+    """Count the keys' similarities and the solve for what they erase."""
+    if mixer.inner_rule != "dgd":
+        return NOTHING
+    kept = (2 + mixer.momentum) * tokens * tokens + tokens * width
+    return product(tokens, width, tokens) + solve(tokens, width) + saved(kept)
+
+
+def _states(mixer: SelfModifyingConfig, bank: _Bank, tokens: int) -> OpCost:
+    """Count the states of all layers after a chunk."""
+    return sum((_after(mixer, tokens, width, out).times(count) for width, out, count in bank.layers), NOTHING)
+
+
+def _after(mixer: SelfModifyingConfig, tokens: int, width: int, out: int) -> OpCost:
+    """Count a layer's state after a chunk, `width` inputs to `out` outputs."""
+    if is_moved_by_map(tokens, width, out, momentum=mixer.momentum):
+        return _transition(mixer, tokens, width) + _added(mixer, tokens, width, out, by_map=True)
+    last = tokens * width * (mixer.momentum or mixer.inner_rule != "dgd")
+    return _values(mixer, tokens, width, out) + _added(mixer, tokens, width, out, by_map=False) + saved(last)
+
+
+def _added(mixer: SelfModifyingConfig, tokens: int, width: int, out: int, *, by_map: bool) -> OpCost:
+    """Count how what enters a layer in a chunk is added, after its state was multiplied by a matrix or erased."""
+    momentum, entering = mixer.momentum, product(width, tokens, out)
+    if by_map:
+        cost = (entering + product(width, width, out)).times(1 + momentum)
+    else:
+        cost = entering.times(1 + momentum + (momentum and mixer.inner_rule == "dgd"))
+    return cost + saved(tokens * width * momentum)
+
+
+def _transition(mixer: SelfModifyingConfig, tokens: int, width: int) -> OpCost:
+    """Count the matrix `width x width` by which a chunk moves a layer."""
+    momentum, erase = mixer.momentum, mixer.inner_rule == "dgd"
+    kept = (1 + momentum) * width * width + tokens * width * ((1 + momentum) * erase + (momentum or not erase))
+    if not erase:
+        return saved(kept)
+    cost = product(width, tokens, width).times(1 + momentum) + product(width, tokens, tokens).times(momentum)
+    return cost + saved(kept)
+
+
+def _values(mixer: SelfModifyingConfig, tokens: int, width: int, out: int) -> OpCost:
+    """Count what keys read of the state at the chunk's start, and of what was written since."""
+    if mixer.inner_rule != "dgd":
+        return NOTHING
+    cost = _from_start(mixer, tokens, width, out) + saved(tokens * out)
+    return cost + product(tokens, tokens, out).times(mixer.momentum)
+
+
+def _from_start(mixer: SelfModifyingConfig, tokens: int, width: int, out: int) -> OpCost:
+    """Count what keys or queries read of the state and the momentum at the chunk's start."""
+    return (product(tokens, width, out) + saved(tokens * out)).times(1 + mixer.momentum)
+
+
+def _read(mixer: SelfModifyingConfig, tokens: int, width: int, out: int) -> OpCost:
+    """Count a read inside a chunk: of the state at its start, of writes and of erases since."""
+    erase, both = mixer.inner_rule == "dgd", mixer.inner_rule == "dgd" and mixer.momentum
+    cost = product(tokens, width, tokens) + _from_start(mixer, tokens, width, out)
+    cost += solve(tokens, tokens).times(erase) + product(tokens, tokens, out).times(1 + both)
+    return cost + saved((2 + both) * tokens * tokens)
+
+
+def _layers(model: ModelConfig, tokens: int) -> list[tuple[int, int, int, bool]]:
+    """Return width, outputs, number and `is_trace_smaller` of the layers that are written at projection chunks."""
+    mixer = model.self_modifying
+    rule = {"momentum": mixer.momentum, "erase": mixer.inner_rule == "dgd"}
+    return [(*layer, is_trace_smaller(tokens, *layer[:2], **rule)) for layer in _banks(model)[-1].layers]
+
+
+def _replay(model: ModelConfig, seq_len: int) -> float:
+    """Count what `train.recompute: reverse` adds to compute the states of a sequence again, half a row at a time."""
+    mixer, tokens = model.self_modifying, projection_chunk_size(model)
+    chunks, once = seq_len / tokens, 0.0
+    for width, out, count, is_smaller in _layers(model, tokens):
+        by_map = is_moved_by_map(tokens, width, out, momentum=mixer.momentum)
+        once += count * is_smaller * _added(mixer, tokens, width, out, by_map=by_map).forward
+    return once * chunks / 2 * math.log2(max(1, min(REVERSE_PARTS, chunks)))
+
+
+def _trace(model: ModelConfig, tokens: int) -> tuple[float, float]:
+    """Count what says how a projection chunk moves all layers, and the weights and momenta it says that of.
+
+    A main memory with chunks of its own moves several times: its result is kept instead.
+    """
+    mixer, rates = model.self_modifying, 1 + model.self_modifying.momentum
+    rule = {"momentum": mixer.momentum, "erase": mixer.inner_rule == "dgd"}
+    kept, restored = sum(bank.size * rates for bank in _banks(model)[:-1]), 0
+    for width, out, count, is_smaller in _layers(model, tokens):
+        state = width * out * rates
+        kept += count * (trace_size(tokens, width, out, **rule) if is_smaller else state)
+        restored += count * state * is_smaller
+    return kept, restored
