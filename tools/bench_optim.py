@@ -18,8 +18,8 @@ from hopescale.config.load import load_recipe
 from hopescale.config.schema import OptimConfig
 from hopescale.models import Model
 from hopescale.optim import Cadence
+from hopescale.optim.layerwise import LayerwiseOptimizer
 from hopescale.optim.rules import RULES, make_rule
-from hopescale.optim.sharded import LayerwiseUpdater
 from hopescale.optim.stacked import STACK_ELEMENTS
 from hopescale.optim.updater import RuleGroup
 from hopescale.parallel.layers import ParameterSpec, attach
@@ -109,13 +109,13 @@ def measure(
     return looped, stacked, whole
 
 
-def make_updater(rule: str, config: OptimConfig, weights: list[nn.Parameter]) -> LayerwiseUpdater:
+def make_updater(rule: str, config: OptimConfig, weights: list[nn.Parameter]) -> LayerwiseOptimizer:
     """Return the trainer's keeper of masters and state over copies of weights."""
     copies = (nn.Parameter(weight.detach().clone()) for weight in weights)
     parameters = {str(index): attach(copy, ParameterSpec()) for index, copy in enumerate(copies)}
     groups = [RuleGroup("matrices", tuple(parameters), 0.1, None, rule)]
     cadences = dict.fromkeys(parameters, Cadence())
-    return LayerwiseUpdater(parameters, groups, config=config, cadences=cadences, mesh=Mesh.alone())
+    return LayerwiseOptimizer(parameters, groups, config=config, cadences=cadences, mesh=Mesh.alone())
 
 
 def seconds(call: Callable[[], object], device: str) -> float:

@@ -21,22 +21,22 @@ Shards = FlatShards | PartitionedShards
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class ZeroUpdater(AccumulatingUpdater):
+class ZeroAdamW(AccumulatingUpdater):
     """AdamW, an `Updater` that shards masters and moments over replicas, and from stage 2 on gradients too.
 
-    Parameters of one level and one type are one set of shards: what is not due is not touched. At stage 1 gradients
-    accumulate whole on every replica and are sent when they are due, so that a slow level sends nothing in between.
-    From stage 2 on they are sent in every backward pass, and what gathers is a replica's shard of the sum. Stage 3
-    shards weights as well, which are whole only while a module runs.
+    Parameters of one level and one type are one set of shards: a set that is not due is not touched. At stage 1
+    gradients accumulate whole on every replica and are sent when they are due, so that a slow level sends nothing in
+    between. From stage 2 on they are sent in every backward pass, and each replica accumulates its shard of the sum.
+    Stage 3 shards weights as well, which are whole only while a module runs.
 
     Args:
         parameters: Parameters by name, on the device they stay on.
-        groups: Which share settings, every parameter in one.
-        eps: Added to the root of the second moment.
-        cadences: Of every parameter.
-        mesh: Where this process stands.
-        stage: 1, 2 or 3.
-        model: Whose parameters these are, all of them; stage 3 partitions it.
+        groups: Groups that share settings, every parameter in one.
+        eps: Term added to the root of the second moment.
+        cadences: Cadence of every parameter.
+        mesh: Ranks of this process.
+        stage: ZeRO stage: 1, 2 or 3.
+        model: Model with exactly these parameters; stage 3 partitions it.
         levels: Names of parameters that are reduced together and apart from the others.
         whole: Kinds of modules whose parameters stage 3 gathers at once.
     """

@@ -12,11 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from hopescale.cost.updates import BUCKET_ELEMENTS
 from hopescale.optim import RuleGroup
 from hopescale.optim.adamw import adamw_state
-
-BUCKET_ELEMENTS = 1 << 24
-"""Gradients are reduced in packs of at most this many entries (64 MiB in float32), or one tensor."""
 
 
 @contextmanager

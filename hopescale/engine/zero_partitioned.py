@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hopescale.engine.zero_deepspeed import BUCKET_ELEMENTS
+from hopescale.cost.updates import BUCKET_ELEMENTS
 from hopescale.optim import RuleGroup
 from hopescale.optim.adamw import AdamW
 

@@ -1,4 +1,4 @@
-"""What updaters have in common that accumulate whole gradients on every replica."""
+"""The common part of updaters that accumulate whole gradients on every replica."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class AccumulatingUpdater:
 
     Args:
         parameters: Parameters by name.
-        cadences: Of every parameter.
-        mesh: Where this process stands.
+        cadences: Cadence of every parameter.
+        mesh: Ranks of this process.
         accumulates: Whether gradients are accumulated here; not if something else takes them.
-        buffers: Where to accumulate some of them, float32 zeros by name.
+        buffers: Float32 zeros in which some of them accumulate, by name.
     """
 
     def __init__(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from hopescale.config.groups import assign_groups
 from hopescale.config.schema import OptimConfig
 from hopescale.optim.cadence import Cadence
-from hopescale.optim.composite import CompositeUpdater
-from hopescale.optim.replicated import ReplicatedUpdater
+from hopescale.optim.layerwise import LayerwiseOptimizer
+from hopescale.optim.replicated import ReplicatedAdamW
 from hopescale.optim.schedule import learning_rate
-from hopescale.optim.sharded import LayerwiseUpdater
 from hopescale.optim.updater import RuleGroup, Updater
 from hopescale.parallel.mesh import Mesh
 
@@ -23,8 +22,12 @@ from hopescale.parallel.mesh import Mesh
 class OuterOptimizer:
     """Updates named parameters, each at its cadence, with the gradients of all ranks.
 
+    It holds one updater for the groups with AdamW and one for the groups with rules for matrices, as far as there are
+    such groups. Hooks accumulate all gradients in a single backward pass, which the first updater runs: ZeRO 2 and 3,
+    which must see the end of their own backward passes, therefore allow no second updater.
+
     A step is: backward passes, `reduce(due(step))`, `grad_norms(...)`, `step(step, norm)`. A parameter that is not due
-    keeps gathering and sends nothing. Low-precision parameters have a float32 master that alone is updated.
+    keeps accumulating and sends nothing. Low-precision parameters have a float32 master that alone is updated.
 
     Args:
         parameters: Parameters of this rank by name, each with a `ParameterSpec`.
@@ -33,9 +36,9 @@ class OuterOptimizer:
         cadences: Cadence of every parameter that is not updated at each step, by name.
         groups: Group of every parameter, as `assign_groups` returns it; may name parameters of other ranks. None
             assigns the parameters given.
-        mesh: Where this process stands; None is a process of its own.
+        mesh: Ranks of this process; None is a process of its own.
         tied: Parameters that the first and the last pipeline stage both hold.
-        updater: Makes the keeper of masters and state of the groups with AdamW; the others have a `LayerwiseUpdater`.
+        updater: Constructor of the updater for the groups with AdamW; the others have a `LayerwiseOptimizer`.
 
     Raises:
         ConfigError: If a parameter is in no group or in two, or a group takes none, or a rule that cannot update it.
@@ -51,29 +54,36 @@ class OuterOptimizer:
         groups: Mapping[str, str] | None = None,
         mesh: Mesh | None = None,
         tied: Collection[str] = (),
-        updater: Callable[..., Updater] = ReplicatedUpdater,
+        updater: Callable[..., Updater] = ReplicatedAdamW,
     ):
         self.config, self.total_steps, self.mesh = config, total_steps, mesh or Mesh.alone()
         self.parameters, self.tied = dict(parameters), [name for name in tied if name in parameters]
         shapes = {name: tuple(parameter.shape) for name, parameter in self.parameters.items()}
         self.groups = dict(groups or assign_groups(shapes, config.groups))
         self.cadences = {name: cadences.get(name, Cadence()) for name in self.parameters}
-        self.updater = self._make_updater(updater)
-        self._weights = {name: self.updater.norm_weight(name) * self._is_counted(name) for name in self.parameters}
+        self.updaters = self._make_updaters(updater)
+        self._updater_of = {name: each for each in self.updaters for name in each.parameters}
+        self._weights = {
+            name: self._updater_of[name].norm_weight(name) * self._is_counted(name) for name in self.parameters
+        }
 
-    def _make_updater(self, elementwise: Callable[..., Updater]) -> Updater:
-        groups = self._rule_groups()
-        kinds = (
-            ([group for group in groups if group.rule == "adamw"], partial(elementwise, eps=self.config.eps)),
-            ([group for group in groups if group.rule != "adamw"], partial(LayerwiseUpdater, config=self.config)),
-        )
-        made = []
-        for chosen, make in kinds:
+    def _make_updaters(self, elementwise: Callable[..., Updater]) -> list[Updater]:
+        groups, result = self._rule_groups(), []
+        for make, chosen in (
+            (partial(elementwise, eps=self.config.eps), [group for group in groups if group.rule == "adamw"]),
+            (partial(LayerwiseOptimizer, config=self.config), [group for group in groups if group.rule != "adamw"]),
+        ):
             names = {name for group in chosen for name in group.members}
             members = {name: parameter for name, parameter in self.parameters.items() if name in names}
             if members:
-                made.append((make(members, chosen, cadences=self.cadences, mesh=self.mesh), list(members)))
-        return made[0][0] if len(made) == 1 else CompositeUpdater(made)
+                result.append(make(members, chosen, cadences=self.cadences, mesh=self.mesh))
+        return result
+
+    def _by_updater(self, names: Sequence[str]) -> Iterator[tuple[Updater, list[str]]]:
+        """Yield each updater that has some of the parameters, with their names in the given order."""
+        for updater in self.updaters:
+            if part := [name for name in names if self._updater_of[name] is updater]:
+                yield updater, part
 
     def _rule_groups(self) -> list[RuleGroup]:
         result = []
@@ -106,16 +116,21 @@ class OuterOptimizer:
         return [name for name, cadence in self.cadences.items() if cadence.is_due(step)]
 
     def backward(self, loss: Tensor) -> None:
-        """Run the backward pass of a micro batch."""
-        self.updater.backward(loss)
+        """Run the backward pass of a micro batch; gradients are accumulated as they become complete."""
+        self.updaters[0].backward(loss)
 
     @torch.no_grad()
     def reduce(self, names: Sequence[str]) -> None:
-        """Sum the accumulated gradients of due parameters over replicas, and over the stages that share one."""
+        """Sum the accumulated gradients of due parameters over replicas, and over the stages that hold one together."""
         for name in self.tied:
             if name in names and self.mesh.embedding_group.size() > 1:
-                dist.all_reduce(self.updater.accumulated_grad(name), group=self.mesh.embedding_group)
-        self.updater.reduce(names)
+                dist.all_reduce(self.accumulated_grad(name), group=self.mesh.embedding_group)
+        for updater, part in self._by_updater(names):
+            updater.reduce(part)
+
+    def accumulated_grad(self, name: str) -> Tensor:
+        """Return the sum of this rank's gradients of a parameter since its last update, to be changed in place."""
+        return self._updater_of[name].accumulated_grad(name)
 
     def grad_norms(self, sets: Mapping[str, Sequence[str]]) -> dict[str, Tensor]:
         """Return the global norm of the accumulated gradients of each set, of each the mean per step of its period.
@@ -124,7 +139,9 @@ class OuterOptimizer:
         reduced tells only whether they are finite.
         """
         names = sorted({name for members in sets.values() for name in members})
-        squares = dict(zip(names, self.updater.square_norms(names).unbind(), strict=True))
+        squares: dict[str, Tensor] = {}
+        for updater, part in self._by_updater(names):
+            squares |= zip(part, updater.square_norms(part).unbind(), strict=True)
         totals = [
             # A weight of 0 keeps what is not finite visible: 0 * inf is nan.
             sum(
@@ -141,13 +158,15 @@ class OuterOptimizer:
 
         Args:
             step: Counted from 1.
-            grad_norm: Of all due parameters.
+            grad_norm: Global norm of the gradients of all due parameters.
         """
         clip, names = self.config.grad_clip, self.due(step)
         scale = 1.0 if clip is None else (clip / (grad_norm + 1e-6)).clamp_max(1.0)
         mean = self.config.accumulate == "mean"
         scales = {name: scale / self.cadences[name].period if mean else scale for name in names}
-        self.updater.update(names, scales, self.rates(step))
+        rates = self.rates(step)
+        for updater, part in self._by_updater(names):
+            updater.update(part, scales, rates)
         if self.mesh.dp_group.size() > 2:
             # Sums of three and more replicas may differ between the stages in the last bit; the copies must not.
             for name in set(self.tied) & set(names):
@@ -155,19 +174,25 @@ class OuterOptimizer:
 
     def masters(self, names: Sequence[str]) -> list[Tensor]:
         """Return copies of the parts of float32 masters that are here."""
-        return [master.clone() for master in self.updater.masters(names)]
+        return [master.clone() for master in self._masters(names)]
+
+    def _masters(self, names: Sequence[str]) -> list[Tensor]:
+        masters: dict[str, Tensor] = {}
+        for updater, part in self._by_updater(names):
+            masters |= zip(part, updater.masters(part), strict=True)
+        return [masters[name] for name in names]
 
     def change(self, names: Mapping[str, Sequence[str]], before: Mapping[str, Sequence[Tensor]]) -> dict[str, float]:
         """Return the root mean square of the change of each set's masters, over all ranks.
 
         Args:
             names: Parameters of each set that are here.
-            before: What `masters` returned for each set.
+            before: Masters of each set before the update, as `masters` returned them.
         """
         sums = []
         for key, members in names.items():
             square, count = self._zero(), 0.0
-            for name, old, new in zip(members, before[key], self.updater.masters(members), strict=True):
+            for name, old, new in zip(members, before[key], self._masters(members), strict=True):
                 square = square + (old - new).square().sum() * self._weights[name]
                 count += new.numel() * self._weights[name]
             sums += [square, square.new_tensor(count)]
@@ -184,34 +209,38 @@ class OuterOptimizer:
             dist.all_reduce(values, group=self.mesh.world_group)
         return values
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return masters and the rule's state, by name; a rank returns what it alone has, or what all have."""
-        return self.updater.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what `state_dict` returned, after its tensors have been filled."""
-        self.updater.load_state_dict(state)
-
     def holds_whole(self, name: str) -> bool:
         """Tell whether state of a parameter is of the whole parameter, not of this rank's tensor-parallel slice."""
-        return self.updater.holds_whole(name)
+        return self._updater_of[name].holds_whole(name)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return masters and the rules' state, by name; a rank returns what it alone has, or what all have."""
+        return {name: tensor for updater in self.updaters for name, tensor in updater.state_dict().items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over the tensors of `state_dict`, after they have been filled; each updater picks its own."""
+        for updater in self.updaters:
+            updater.load_state_dict(state)
 
     def weights(self) -> dict[str, Tensor]:
         """Return the weights that a checkpoint takes from this rank, by parameter name."""
-        return self.updater.weights()
+        return {name: tensor for updater in self.updaters for name, tensor in updater.weights().items()}
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Take over what `weights` returned, after its tensors have been filled; before `load_state_dict`."""
-        self.updater.load_weights(weights)
+        """Take over the tensors of `weights`, after they have been filled; before `load_state_dict`."""
+        for updater in self.updaters:
+            updater.load_weights(weights)
 
     def reset_masters(self) -> None:
         """Set masters to the weights, as in a new run: in place of `load_state_dict`."""
-        self.updater.reset_masters()
+        for updater in self.updaters:
+            updater.reset_masters()
 
     def sums(self) -> dict[str, Tensor]:
         """Return the running sums of slow parameters, in parts that add up over replicas."""
-        return self.updater.sums()
+        return {name: tensor for updater in self.updaters for name, tensor in updater.sums().items()}
 
     def load_sums(self, sums: Mapping[str, Tensor]) -> None:
-        """Take over running sums, in parts that add up over replicas in any way; what is missing is zero."""
-        self.updater.load_sums(sums)
+        """Take over running sums, in parts that add up over replicas in any way; a missing sum is zero."""
+        for updater in self.updaters:
+            updater.load_sums(sums)

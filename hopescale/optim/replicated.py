@@ -8,25 +8,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from hopescale.cost.updates import BUCKET_ELEMENTS
 from hopescale.optim.accumulating import AccumulatingUpdater
 from hopescale.optim.adamw import AdamW
 from hopescale.optim.cadence import Cadence
 from hopescale.optim.updater import RuleGroup
 from hopescale.parallel.mesh import Mesh
 
-BUCKET_ELEMENTS = 1 << 24
-"""Gradients are summed over replicas in packs of at most this many entries (64 MiB), or one tensor."""
 
-
-class ReplicatedUpdater(AccumulatingUpdater):
+class ReplicatedAdamW(AccumulatingUpdater):
     """AdamW, an `Updater` that shards nothing.
 
     Args:
         parameters: Parameters by name; their gradients are taken from them as soon as they are complete.
-        groups: Which share settings, every parameter in one.
-        eps: Added to the root of the second moment.
-        cadences: Of every parameter.
-        mesh: Where this process stands.
+        groups: Groups that share settings, every parameter in one.
+        eps: Term added to the root of the second moment.
+        cadences: Cadence of every parameter.
+        mesh: Ranks of this process.
     """
 
     def __init__(
@@ -53,10 +51,10 @@ class ReplicatedUpdater(AccumulatingUpdater):
         """Sum accumulated gradients over replicas, several tensors at a time."""
         if self.dp_group.size() == 1:
             return
-        for pack in _packs([self.accumulated_grad(name) for name in names]):
-            flat = torch.cat([tensor.flatten() for tensor in pack])
+        for bucket in _buckets([self.accumulated_grad(name) for name in names]):
+            flat = torch.cat([tensor.flatten() for tensor in bucket])
             dist.all_reduce(flat, group=self.dp_group)
-            for tensor, part in zip(pack, flat.split([tensor.numel() for tensor in pack]), strict=True):
+            for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
                 tensor.copy_(part.view_as(tensor))
 
     @torch.no_grad()
@@ -92,14 +90,14 @@ class ReplicatedUpdater(AccumulatingUpdater):
             self._masters[name].copy_(self.parameters[name])
 
 
-def _packs(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
     """Group tensors in order so that each group has at most `BUCKET_ELEMENTS` entries, or one tensor."""
-    packs: list[list[Tensor]] = []
+    buckets: list[list[Tensor]] = []
     room = 0
     for tensor in tensors:
-        if not packs or tensor.numel() > room:
-            packs.append([])
+        if not buckets or tensor.numel() > room:
+            buckets.append([])
             room = BUCKET_ELEMENTS
-        packs[-1].append(tensor)
+        buckets[-1].append(tensor)
         room -= tensor.numel()
-    return packs
+    return buckets

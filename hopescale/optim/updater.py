@@ -1,4 +1,4 @@
-"""What the outer optimizer asks of whoever keeps masters and state of some parameters."""
+"""The interface between the outer optimizer and the updaters that keep masters and state of its parameters."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -14,9 +14,9 @@ class RuleGroup:
     """Parameters that share the settings of the update rule.
 
     Attributes:
-        name: Of the group in `optim.groups`.
+        name: Name of the group in `optim.groups`.
         members: Parameter names.
-        weight_decay: Decoupled, per unit of learning rate.
+        weight_decay: Decoupled weight decay per unit of learning rate.
         betas: Decay rates of the two moments of AdamW; None with another rule.
         rule: Name of the update rule.
     """
@@ -34,22 +34,20 @@ class RuleGroup:
         return group if self.betas is None else group | {"betas": self.betas}
 
 
-class Updater(Protocol):
-    """Accumulates the gradients of its parameters, keeps float32 masters and rule state, whole or sharded over
-    replicas.
+class Stepper(Protocol):
+    """The half of an updater that takes steps.
 
     A step is: backward passes, `reduce(due)`, `square_norms(...)`, `update(due, ...)`. What is not due accumulates on.
     Calls that communicate are made by all data-parallel ranks with the same names in the same order.
     """
+
+    parameters: Mapping[str, nn.Parameter]
 
     def norm_weight(self, name: str) -> float:
         """Return the weight of this rank's part of a parameter in sums over all replicas.
 
         It is 1 if parts are disjoint, or 1 on one replica and 0 on the others if each holds the whole.
         """
-
-    def holds_whole(self, name: str) -> bool:
-        """Tell whether state of a parameter is of the whole parameter, not of this rank's tensor-parallel slice."""
 
     def backward(self, loss: Tensor) -> None:
         """Run the backward pass of a micro batch; gradients are accumulated as they become complete."""
@@ -67,25 +65,35 @@ class Updater(Protocol):
         """Update parameters with their accumulated gradients, and begin a new period.
 
         Args:
-            names: All that is due.
-            scales: Factor on each one's gradient.
+            names: Names of all parameters that are due.
+            scales: Factor on the gradient of each parameter.
             rates: Learning rate of each group.
         """
 
     def masters(self, names: Sequence[str]) -> list[Tensor]:
         """Return the parts of float32 masters that are here."""
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return this rank's part of the masters and the rule's state, by name; nothing of it may be a view."""
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what `state_dict` returned, after its tensors have been filled."""
+class Stateful(Protocol):
+    """The half of an updater that a checkpoint sees.
+
+    A `load_...` takes the tensors that its counterpart returned, after they have been filled.
+    """
+
+    def holds_whole(self, name: str) -> bool:
+        """Tell whether state of a parameter is of the whole parameter, not of this rank's tensor-parallel slice."""
 
     def weights(self) -> dict[str, Tensor]:
         """Return the weights that a checkpoint takes from this rank, by parameter name."""
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Take over what `weights` returned, after its tensors have been filled; before `load_state_dict`."""
+        """Take over weights; before `load_state_dict`."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return this rank's part of the masters and the rule's state, by name; nothing of it may be a view."""
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over masters and state."""
 
     def reset_masters(self) -> None:
         """Set masters to the weights, as in a new run: in place of `load_state_dict`."""
@@ -93,9 +101,13 @@ class Updater(Protocol):
     def sums(self) -> dict[str, Tensor]:
         """Return the running sums of slow parameters, in parts that add up over replicas.
 
-        By parameter name those of gradients; as `<parameter>.gram` those of Gram matrices, split along their columns if
-        the parameter's are.
+        A parameter's name has its gradient's sum; `<parameter>.gram` has that of its Gram matrix, split along its
+        columns if the parameter's are.
         """
 
     def load_sums(self, sums: Mapping[str, Tensor]) -> None:
-        """Take over running sums, given in parts that add up over replicas in any way; what is missing is zero."""
+        """Take over running sums, in parts that add up over replicas in any way; a missing sum is zero."""
+
+
+class Updater(Stepper, Stateful, Protocol):
+    """Accumulates the gradients of its parameters, keeps their float32 masters and rule state, whole or sharded."""

@@ -27,7 +27,7 @@ from hopescale.models import Model
 from hopescale.observe.health import LossWatch
 from hopescale.optim import Cadence, OuterOptimizer, Updater
 from hopescale.optim.gram import gather_grams, linear_layers
-from hopescale.optim.replicated import ReplicatedUpdater
+from hopescale.optim.replicated import ReplicatedAdamW
 from hopescale.optim.rules import changed_state
 from hopescale.optim.transfer import ParameterSizes, transfer_groups
 from hopescale.parallel.mesh import Mesh
@@ -114,11 +114,11 @@ def _build_slices(config: RunConfig, mesh: Mesh, device: torch.device) -> list[M
 
 def _updater(zero: int, slices: Sequence[Model]) -> Callable[..., Updater]:
     if zero == 0:
-        return ReplicatedUpdater
-    from hopescale.engine.zero import ZeroUpdater
+        return ReplicatedAdamW
+    from hopescale.engine.zero import ZeroAdamW
 
     levels = [[name for model in slices for name in model.level_parameters()[level]] for level, _ in slices[0].levels()]
-    return partial(ZeroUpdater, stage=zero, model=slices[0], levels=levels)
+    return partial(ZeroAdamW, stage=zero, model=slices[0], levels=levels)
 
 
 def _whole_parameters(parameters: Mapping[str, nn.Parameter], mesh: Mesh) -> dict[str, ParameterSizes]:

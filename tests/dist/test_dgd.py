@@ -43,7 +43,7 @@ class Layers(nn.Module):
         return x
 
 
-def gathered(mesh: Mesh, tp_mode: str) -> tuple[Layers, OuterOptimizer]:
+def accumulated_grad(mesh: Mesh, tp_mode: str) -> tuple[Layers, OuterOptimizer]:
     """Layers after a backward pass over two sequences, of which a replica sees some and a rank maybe some tokens."""
     layers = Layers(mesh)
     parameters = dict(layers.named_parameters())
@@ -87,7 +87,7 @@ def check_sums(optimizer: OuterOptimizer, tp_mode: str) -> None:
     assert torch.equal(rows, gram) and columns.count_nonzero() == gram.count_nonzero()
     kept, before = {name: total.clone() for name, total in sums.items()}, gram.clone()
     optimizer.load_sums({})
-    assert not gram.any() and not optimizer.updater.accumulated_grad("up.slow.weight").any()
+    assert not gram.any() and not optimizer.accumulated_grad("up.slow.weight").any()
     optimizer.load_sums(kept)
     assert torch.equal(gram, before)
     assert torch.equal(optimizer.parameters["up.slow.weight"].gram, kept["up.slow.weight.gram"])
@@ -95,10 +95,10 @@ def check_sums(optimizer: OuterOptimizer, tp_mode: str) -> None:
 
 def check_sending(mesh: Mesh, optimizer: OuterOptimizer) -> None:
     """A step without the slow level sends nothing of it; with it gradients and Gram matrices go out once."""
-    updater, replicas = optimizer.updater, mesh.dp_group.size()
+    (updater,), replicas = optimizer.updaters, mesh.dp_group.size()
     for step in (1, 2):
         due, before = optimizer.due(step), optimizer.parameters["up.slow.weight"].gram.clone()
-        parts = [[name for name in due if updater.owners[name] == owner] for owner in range(replicas)]
+        parts = [[name for name in due if updater.ownership.replica[name] == owner] for owner in range(replicas)]
         held = [sum(optimizer.parameters[n].numel() + optimizer.parameters[n].gram.numel() for n in p) for p in parts]
         weights = [sum(optimizer.parameters[n].numel() for n in p) for p in parts]
         with Traffic(mesh) as traffic:

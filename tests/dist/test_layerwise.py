@@ -23,10 +23,10 @@ from hopescale.config.schema import (
     OptimConfig,
     ScheduleConfig,
 )
-from hopescale.engine.zero import ZeroUpdater
+from hopescale.engine.zero import ZeroAdamW
 from hopescale.models import Model
 from hopescale.optim import Cadence, OuterOptimizer
-from hopescale.optim.sharded import LayerwiseUpdater
+from hopescale.optim.layerwise import LayerwiseOptimizer
 from hopescale.parallel.layers import ParameterSpec, attach
 from hopescale.parallel.mesh import Mesh
 from tests.support.layouts import fork, saved, train_run, values, weights, worst
@@ -98,7 +98,7 @@ class Run:
         }
         cadences = {name: CADENCES[name.split(".")[0]] for name in SHAPES if name.split(".")[0] in CADENCES}
         self.optimizer = OuterOptimizer(parameters, config, STEPS, cadences, mesh=mesh, **settings)
-        self.updater = self.optimizer.updater
+        self.updaters = self.optimizer.updaters
 
     def step(self, step: int) -> float:
         group = self.mesh.dp_group
@@ -150,13 +150,13 @@ def check_training(rank: int, tp: int) -> None:
             for step in range(1, STEPS + 1):
                 expected = reference.step(step)
                 for run in runs:
-                    what = f"{rule}, {dtype}, step {step}, {type(run.updater.updaters[0]).__name__}"
+                    what = f"{rule}, {dtype}, step {step}, {type(run.updaters[0]).__name__}"
                     assert run.step(step) == pytest.approx(expected, rel=max(1e-5, tolerance)), what
                     assert_equal(run.whole(), reference.whole(), tolerance, what)
 
 
-def sharded_adamw(*arguments, **settings) -> ZeroUpdater:
-    return ZeroUpdater(*arguments, stage=1, **settings)
+def sharded_adamw(*arguments, **settings) -> ZeroAdamW:
+    return ZeroAdamW(*arguments, stage=1, **settings)
 
 
 @pytest.mark.parametrize(("ranks", "tp"), [(2, 1), (4, 1), (2, 2), (4, 2)])
@@ -185,14 +185,14 @@ def test_shard_updates_each_slice_by_itself(tmp_path: Path):
 def check_traffic(rank: int) -> None:
     mesh = Mesh.over_all(Layout(dp=2))
     run = Run(mesh, make_config("muon"))
-    (_, layerwise), owners = run.updater.updaters, 2
+    (_, layerwise), owners = run.updaters, 2
     with Traffic(mesh) as traffic:
         for step in range(1, STEPS + 1):
             for name, parameter in run.optimizer.parameters.items():
                 parameter.backward(draw(name, step, mesh))
             due = [name for name in run.optimizer.due(step) if name in layerwise.parameters]
             waiting = {name: layerwise.accumulated_grad(name).clone() for name in layerwise.parameters if name not in due}
-            held = [sum(SIZES[name] for name in due if layerwise.owners[name] == owner) for owner in range(owners)]
+            held = [sum(SIZES[name] for name in due if layerwise.ownership.replica[name] == owner) for owner in range(owners)]
             traffic.bytes.clear()
             layerwise.reduce(due)
             layerwise.update(due, dict.fromkeys(due, 1.0), run.optimizer.rates(step))
@@ -215,7 +215,7 @@ def test_what_is_not_due_sends_nothing(tmp_path: Path):
 def check_overlap(rank: int) -> None:
     """Small buckets leave while later classes are updated, and change no bit; two summands have one order."""
     mesh, begun = Mesh.over_all(Layout(dp=2)), []
-    events = {"gather": dist.all_gather_into_tensor, "update": LayerwiseUpdater._update_class}
+    events = {"gather": dist.all_gather_into_tensor, "update": LayerwiseOptimizer._update_class}
 
     def noted(event: str) -> Callable:
         def call(*arguments, **options):
@@ -229,9 +229,9 @@ def check_overlap(rank: int) -> None:
         for step in range(1, STEPS + 1):
             measured = whole.step(step)
             with (
-                patch("hopescale.optim.sharded.BUCKET_ELEMENTS", 120),
+                patch("hopescale.optim.layerwise.BUCKET_ELEMENTS", 120),
                 patch.object(dist, "all_gather_into_tensor", noted("gather")),
-                patch.object(LayerwiseUpdater, "_update_class", noted("update")),
+                patch.object(LayerwiseOptimizer, "_update_class", noted("update")),
             ):
                 assert parts.step(step) == measured
             for run in (whole, parts):
@@ -239,7 +239,7 @@ def check_overlap(rank: int) -> None:
                     assert torch.equal(parameter, whole.optimizer.parameters[name]), f"step {step}: {name}"
     order = "".join(event[0] for event in begun)
     assert order.count("g") >= STEPS and re.search("ugu", order), order
-    assert not parts.updater.updaters[1]._reducing._begun
+    assert not parts.updaters[1]._reducing._begun
 
 
 def test_weights_leave_while_others_are_updated(tmp_path: Path):
@@ -262,7 +262,7 @@ def check_bytes(rank: int) -> None:
             for parameter in model.level_parameters()[key]
         }
         optimizer = OuterOptimizer(dict(model.named_parameters()), config.optim, 10, cadences, mesh=mesh)
-        layerwise = optimizer.updater.updaters[1]
+        layerwise = optimizer.updaters[1]
         held[name] = sum(tensor.nbytes for tensor in layerwise.state_dict().values())
     share = held["dp4"] / held["dp1"]
     assert 0.20 <= share <= 0.30

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from hopescale.config.layout import Layout
 from hopescale.config.schema import AttentionConfig, GroupConfig, ModelConfig, OptimConfig, ScheduleConfig
-from hopescale.engine.zero import ZeroUpdater
+from hopescale.engine.zero import ZeroAdamW
 from hopescale.models import Model
 from hopescale.optim import Cadence, OuterOptimizer
-from hopescale.optim.replicated import ReplicatedUpdater
+from hopescale.optim.replicated import ReplicatedAdamW
 from hopescale.parallel.layers import ParameterSpec, attach, cross_entropy_sum
 from hopescale.parallel.mesh import Mesh
 from hopescale.parallel.regions import reduce_from_ranks, share_with_ranks
@@ -92,13 +92,13 @@ class Run:
 
     def __init__(self, mesh: Mesh, stage: int, dtype: torch.dtype = torch.float32):
         self.mesh, self.net, self.stage = mesh, Net(mesh, dtype), stage
-        updater = ReplicatedUpdater
+        updater = ReplicatedAdamW
         if stage:
-            updater = partial(ZeroUpdater, stage=stage, model=self.net, whole=(Layer,))
+            updater = partial(ZeroAdamW, stage=stage, model=self.net, whole=(Layer,))
         parameters = dict(self.net.named_parameters())
         cadences = {name: CADENCES[name.split(".")[-1]] for name in parameters if name.split(".")[-1] in CADENCES}
         self.optimizer = OuterOptimizer(parameters, CONFIG, HORIZON, cadences, mesh=mesh, updater=updater)
-        self.updater = self.optimizer.updater
+        (self.updater,) = self.optimizer.updaters
 
     def step(self, step: int) -> list[float]:
         for micro in range(MICRO_BATCHES):
@@ -274,7 +274,7 @@ def check_model_of(config: ModelConfig, dtype: torch.dtype, tolerance: float, me
     for stage in (0, 1, 3):
         model = Model(config, seed=2, mesh=mesh, recompute="block").to_precision(dtype)
         cadences = {name: Cadence(2) for name in model.level_parameters()["slow"]}
-        updater = partial(ZeroUpdater, stage=stage, model=model) if stage else ReplicatedUpdater
+        updater = partial(ZeroAdamW, stage=stage, model=model) if stage else ReplicatedAdamW
         parameters, rule = dict(model.named_parameters()), OptimConfig(lr=0.01, eps=1e-3)
         runs[stage] = model, OuterOptimizer(parameters, rule, HORIZON, cadences, mesh=mesh, updater=updater)
     for step in range(1, 5):

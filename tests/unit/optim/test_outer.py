@@ -140,7 +140,7 @@ def test_a_slow_level_takes_one_step_per_period_with_the_sum(period: int, phase:
         set_rate(rule, step, config)
         rule.step()
         assert_close(values(ours), values(theirs))
-    assert optimizer.updater.rule.state[ours["a.weight"]]["step"] == cadence.updates(12)
+    assert optimizer.updaters[0].rule.state[ours["a.weight"]]["step"] == cadence.updates(12)
 
 
 def test_a_constant_gradient_has_the_same_norm_at_every_period():
@@ -234,7 +234,7 @@ def test_low_precision_weights_follow_float32_masters():
 def test_float32_weights_are_their_own_masters():
     parameters = make_parameters()
     optimizer = make_optimizer(parameters, make_config())
-    masters = optimizer.updater.masters(list(parameters))
+    masters = optimizer.updaters[0].masters(list(parameters))
     assert all(m.data_ptr() == p.data_ptr() for m, p in zip(masters, parameters.values(), strict=True))
     assert not any(name.endswith(".master") for name in optimizer.state_dict())
 

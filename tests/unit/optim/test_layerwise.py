@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from hopescale.config.schema import GroupConfig, OptimConfig, ScheduleConfig
 from hopescale.optim import Cadence, OuterOptimizer
+from hopescale.optim.layerwise import LayerwiseOptimizer
 from hopescale.optim.rules import make_rule
-from hopescale.optim.sharded import LayerwiseUpdater
 from hopescale.parallel.layers import ParameterSpec, attach
 
 SHAPES = {"a.0": (4, 6), "b": (6, 4), "a.1": (4, 6), "slow": (4, 6), "heads": (3, 4, 6), "a.2": (4, 6)}
@@ -29,9 +29,9 @@ def make_parameters(dtype: torch.dtype) -> dict[str, nn.Parameter]:
     return {name: attach(nn.Parameter(value), ParameterSpec()) for name, value in values.items()}
 
 
-def make_updater(dtype: torch.dtype) -> tuple[OuterOptimizer, LayerwiseUpdater]:
+def make_updater(dtype: torch.dtype) -> tuple[OuterOptimizer, LayerwiseOptimizer]:
     optimizer = OuterOptimizer(make_parameters(dtype), CONFIG, 10, {"slow": Cadence(2)})
-    return optimizer, optimizer.updater
+    return optimizer, optimizer.updaters[0]
 
 
 def take_step(optimizer: OuterOptimizer, step: int) -> None:

@@ -1,10 +1,9 @@
-"""Update rules for matrices, shared out in whole matrices over replicas (layer-wise ZeRO, stage 1)."""
+"""Update rules for matrices, each of which belongs to one replica (layer-wise ZeRO, stage 1)."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -12,10 +11,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hopescale.config.schema import OptimConfig
-from hopescale.cost.updates import Work, assign_owners, buckets, update_cost
+from hopescale.cost.updates import BUCKET_ELEMENTS, buckets
 from hopescale.optim.accumulating import AccumulatingUpdater
+from hopescale.optim.buckets import Bucket, pack, take_sums, take_weights
 from hopescale.optim.cadence import Cadence
-from hopescale.optim.replicated import BUCKET_ELEMENTS
+from hopescale.optim.ownership import Ownership
 from hopescale.optim.rules import make_rule
 from hopescale.optim.shape_class import ShapeClass, Slices
 from hopescale.optim.updater import RuleGroup
@@ -23,25 +23,17 @@ from hopescale.parallel.in_flight import InFlight
 from hopescale.parallel.mesh import Mesh
 
 
-@dataclass(frozen=True)
-class _Bucket:
-    """What is sent at once: the names of every owner, the entries of the largest of these parts, the last class."""
-
-    parts: list[list[str]]
-    room: int
-    last: int
-
-
-class LayerwiseUpdater(AccumulatingUpdater):
+class LayerwiseOptimizer(AccumulatingUpdater):
     """Rules that look at whole matrices, an `Updater` in which every matrix belongs to one replica.
 
-    The owner alone holds float32 master and state of a matrix. Gradients accumulate on every replica, whole, and are
-    summed at the owner when they are due; updated weights go from owners to all. What is not due sends nothing. Both
-    take one exchange for all that is due together, or several if that is much, of which weights are on their way while
-    others are updated. What is alike and due together is one `ShapeClass`, updated at once.
+    `Ownership` says which. The owner alone holds float32 master and state of a matrix. Gradients accumulate whole on
+    every replica and are summed at the owner when they are due; updated weights go from owners to all. A parameter that
+    is not due sends nothing. All that is due together takes one exchange of each kind, or several if that is much; then
+    weights are on their way while others are updated. Matrices that are alike and due together are one `ShapeClass`,
+    updated at once.
 
     Under tensor parallelism a matrix is this rank's slice, or with `tp_mode: gather` the whole: the tensor-parallel
-    ranks of an owner share its matrices out among themselves, and exchange slices of gradients and weights. Matrices
+    ranks of an owner divide its matrices among themselves, and exchange slices of gradients and weights. Matrices
     that are split between heads are whole on their rank as they are. DGD changes every row by itself: slices of rows
     are never gathered for it.
 
@@ -50,10 +42,10 @@ class LayerwiseUpdater(AccumulatingUpdater):
     Args:
         parameters: Parameters by name; their gradients are taken from them as soon as they are complete, and their
             storage becomes part of larger tensors.
-        groups: Which share settings and rule, every parameter in one.
+        groups: Groups that share settings and rule, every parameter in one.
         config: Settings of the rules, and `tp_mode`.
-        cadences: Of every parameter.
-        mesh: Where this process stands.
+        cadences: Cadence of every parameter.
+        mesh: Ranks of this process.
     """
 
     def __init__(
@@ -68,9 +60,8 @@ class LayerwiseUpdater(AccumulatingUpdater):
         self.tp_group = mesh.tp_group
         self._group_of = {name: group for group in groups for name in group.members}
         self._takes_mean = config.accumulate == "mean"
-        gathers = config.tp_mode == "gather" and self.tp_group.size() > 1
-        self._tp_gathered = {name for name, p in parameters.items() if gathers and self._cuts_matrices(name, p)}
-        self._assign_owners(parameters, config, cadences, mesh.dp_group.size())
+        rules = {name: self._group_of[name].rule for name in parameters}
+        self.ownership = Ownership(parameters, rules, config, cadences, mesh)
         self.classes = self._make_classes(parameters, cadences, mesh.dp_group.rank())
         self._position = {name: (i, j) for i, each in enumerate(self.classes) for j, name in enumerate(each.names)}
         buffers = {name: self.classes[i].gradients[j] for name, (i, j) in self._position.items()}
@@ -84,56 +75,26 @@ class LayerwiseUpdater(AccumulatingUpdater):
         self._reduced: set[str] = set()
         self._reducing = InFlight()
 
-    def _assign_owners(
-        self,
-        parameters: Mapping[str, nn.Parameter],
-        config: OptimConfig,
-        cadences: Mapping[str, Cadence],
-        replicas: int,
-    ) -> None:
-        """Find the replica that owns each parameter, and the tensor-parallel rank of it that owns a gathered one."""
-        work = []
-        for name, parameter in parameters.items():
-            shape, rule = self._whole_shape(name, parameter), self._group_of[name].rule
-            work.append(Work(name, update_cost(rule, shape, config), (rule, shape), cadences[name]))
-        self.owners = assign_owners(work, replicas)
-        self.tp_owners: dict[str, int] = {}
-        for owner in range(replicas):
-            cut = [each for each in work if self.owners[each.name] == owner and each.name in self._tp_gathered]
-            self.tp_owners |= assign_owners(cut, self.tp_group.size())
-
-    def _cuts_matrices(self, name: str, parameter: nn.Parameter) -> bool:
-        """Tell whether a tensor-parallel rank holds parts of what a rule looks at, rather than some of it whole."""
-        split, looks_at = parameter.spec.partition_dim, 1 if self._group_of[name].rule == "dgd" else 2
-        return split is not None and split >= parameter.dim() - looks_at
-
-    def _whole_shape(self, name: str, parameter: nn.Parameter) -> tuple[int, ...]:
-        """Return the shape that is updated."""
-        shape = list(parameter.shape)
-        if name in self._tp_gathered:
-            shape[parameter.spec.partition_dim] *= self.tp_group.size()
-        return tuple(shape)
-
     def _make_classes(
         self, parameters: Mapping[str, nn.Parameter], cadences: Mapping[str, Cadence], replica: int
     ) -> list[ShapeClass]:
         """Put together what is alike and due together, in the same order on all ranks."""
         alike: dict[tuple, list[str]] = defaultdict(list)
         for name, p in parameters.items():
-            split = p.spec.partition_dim if name in self._tp_gathered else None
+            split = p.spec.partition_dim if self.ownership.is_gathered(name) else None
             alike[self._group_of[name].name, cadences[name], p.dtype, p.shape, split].append(name)
         classes = []
         for (*_, split), names in alike.items():
-            names = sorted(names, key=lambda name: (self.owners[name], self.tp_owners.get(name)))
-            owners = [self.owners[name] for name in names]
+            names = sorted(names, key=lambda name: (self.ownership.replica[name], self.ownership.tp_rank.get(name)))
+            owners = [self.ownership.replica[name] for name in names]
             here = slice(sum(owner < replica for owner in owners), sum(owner <= replica for owner in owners))
             slices = None
             if split is not None:
-                held = [self.tp_owners[name] for name in names[here]]
-                slices = Slices(self.tp_group, split, [held.count(rank) for rank in range(self.tp_group.size())])
+                ranks = [self.ownership.tp_rank[name] for name in names[here]]
+                slices = Slices(self.tp_group, split, [ranks.count(rank) for rank in range(self.tp_group.size())])
             gram = None
             if self._group_of[names[0]].rule == "dgd":
-                gram = self._whole_shape(names[0], parameters[names[0]])[-1], parameters[names[0]].shape[-1]
+                gram = self.ownership.shape(names[0])[-1], parameters[names[0]].shape[-1]
             classes.append(ShapeClass({name: parameters[name] for name in names}, here, slices, gram))
         return classes
 
@@ -149,19 +110,16 @@ class LayerwiseUpdater(AccumulatingUpdater):
     def _rule_of(self, each: ShapeClass) -> torch.optim.Optimizer:
         return self.rules[self._group_of[each.names[0]].rule]
 
-    def _owns(self, name: str) -> bool:
-        return self.owners[name] == self.dp_group.rank()
-
     def norm_weight(self, name: str) -> float:
         """Return 1: parts are disjoint."""
         return 1.0
 
     def holds_whole(self, name: str) -> bool:
         """Tell whether state of a parameter is of the whole rather than of this rank's slice."""
-        return name in self._tp_gathered
+        return self.ownership.is_gathered(name)
 
     def reduce(self, names: Sequence[str]) -> None:
-        """Sum what has accumulated over replicas, each at the replica that owns it."""
+        """Sum accumulated gradients over replicas, each at the replica that owns it."""
         self._reduced.update(names)
         if self.dp_group.size() == 1:
             return
@@ -169,11 +127,11 @@ class LayerwiseUpdater(AccumulatingUpdater):
             spans = [self._spans(part, "gradients", "grams") for part in bucket.parts]
             flat = torch.zeros(len(spans), bucket.room, device=self.classes[0].gradients.device)
             for tensors, row in zip(spans, flat, strict=True):
-                _pack(tensors, row)
+                pack(tensors, row)
             own = flat.new_empty(bucket.room)
             work = dist.reduce_scatter_tensor(own, flat.view(-1), group=self.dp_group, async_op=True)
-            self._reducing.add(work, partial(_take_sums, flat, own, spans[self.dp_group.rank()]))
-        for tensor in self._spans([name for name in names if not self._owns(name)], "gradients", "grams"):
+            self._reducing.add(work, partial(take_sums, flat, own, spans[self.dp_group.rank()]))
+        for tensor in self._spans([name for name in names if not self.ownership.is_here(name)], "gradients", "grams"):
             tensor.zero_()
 
     def accumulated_grad(self, name: str) -> Tensor:
@@ -194,19 +152,19 @@ class LayerwiseUpdater(AccumulatingUpdater):
         )
         return [stack[start:stop] for stack, start, stop in pieces if stack is not None]
 
-    def _buckets(self, names: Sequence[str], *stacks: str) -> list[_Bucket]:
+    def _buckets(self, names: Sequence[str], *stacks: str) -> list[Bucket]:
         replicas, names = self.dp_group.size(), sorted(names, key=self._position.__getitem__)
         sizes = {name: sum(span.numel() for span in self._spans([name], *stacks)) for name in names}
         result = []
-        for bucket in buckets(names, self.owners, sizes, BUCKET_ELEMENTS // replicas):
-            parts = [[name for name in bucket if self.owners[name] == owner] for owner in range(replicas)]
+        for bucket in buckets(names, self.ownership.replica, sizes, BUCKET_ELEMENTS // replicas):
+            parts = [[name for name in bucket if self.ownership.replica[name] == owner] for owner in range(replicas)]
             room = max(sum(sizes[name] for name in part) for part in parts)
-            result.append(_Bucket(parts, room, max(self._position[name][0] for name in bucket)))
+            result.append(Bucket(parts, room, max(self._position[name][0] for name in bucket)))
         return result
 
     def _gradient(self, name: str) -> Tensor:
         """Return an accumulated gradient, or nothing of one that was sent to its owner."""
-        if name in self._reduced and not self._owns(name):
+        if name in self._reduced and not self.ownership.is_here(name):
             return torch.zeros(0, device=self.parameters[name].device)
         return self.accumulated_grad(name)
 
@@ -217,14 +175,14 @@ class LayerwiseUpdater(AccumulatingUpdater):
             for group in rule.param_groups:
                 group["lr"] = rates[group["name"]]
         self._reducing.wait()
-        pending, complete = InFlight(), self._buckets_by_last_class(names)
+        gathering, complete = InFlight(), self._buckets_by_last_class(names)
         for index in self._due(names):
             each = self.classes[index]
             self._update_class(each, scales[each.names[0]])
             for bucket in complete[index]:
                 # On its way while the next classes are updated.
-                self._all_gather_weights(bucket, pending)
-        pending.wait()
+                self._all_gather_weights(bucket, gathering)
+        gathering.wait()
         self._reduced = set()
 
     def _due(self, names: Sequence[str]) -> list[int]:
@@ -245,9 +203,9 @@ class LayerwiseUpdater(AccumulatingUpdater):
         each.clear()
         each.set_weights()
 
-    def _buckets_by_last_class(self, names: Sequence[str]) -> dict[int, list[_Bucket]]:
+    def _buckets_by_last_class(self, names: Sequence[str]) -> dict[int, list[Bucket]]:
         """Return buckets of weights of one type each, by the class after whose update they are complete."""
-        result: dict[int, list[_Bucket]] = defaultdict(list)
+        result: dict[int, list[Bucket]] = defaultdict(list)
         if self.dp_group.size() == 1:
             return result
         alike: dict[torch.dtype, list[str]] = defaultdict(list)
@@ -258,14 +216,14 @@ class LayerwiseUpdater(AccumulatingUpdater):
                 result[bucket.last].append(bucket)
         return result
 
-    def _all_gather_weights(self, bucket: _Bucket, pending: InFlight) -> None:
+    def _all_gather_weights(self, bucket: Bucket, gathering: InFlight) -> None:
         """Begin to copy updated weights from their owners to all replicas."""
         spans, rank = [self._spans(part, "weights") for part in bucket.parts], self.dp_group.rank()
         own = self.classes[bucket.last].weights.new_zeros(bucket.room)
-        _pack(spans[rank], own)
+        pack(spans[rank], own)
         flat = own.new_empty(len(spans), bucket.room)
         work = dist.all_gather_into_tensor(flat.view(-1), own, group=self.dp_group, async_op=True)
-        pending.add(work, partial(_take_weights, own, flat, [*spans[:rank], [], *spans[rank + 1 :]]))
+        gathering.add(work, partial(take_weights, own, flat, [*spans[:rank], [], *spans[rank + 1 :]]))
 
     def masters(self, names: Sequence[str]) -> list[Tensor]:
         """Return the float32 masters that are here, whole; nothing of the others."""
@@ -328,31 +286,3 @@ class LayerwiseUpdater(AccumulatingUpdater):
         for each in self.classes:
             if not names.isdisjoint(each.names):
                 each.set_master()
-
-
-def _take_sums(_: Tensor, own: Tensor, gradients: Sequence[Tensor]) -> None:
-    """Take what a reduce-scatter has left here; its input is kept until then."""
-    _copy(gradients, _unpacked(own, gradients))
-
-
-def _take_weights(_: Tensor, flat: Tensor, weights: Sequence[Sequence[Tensor]]) -> None:
-    """Take what an all-gather has brought from each owner; its input is kept until then."""
-    for tensors, packed in zip(weights, flat, strict=True):
-        _copy(tensors, _unpacked(packed, tensors))
-
-
-def _pack(tensors: Sequence[Tensor], flat: Tensor) -> None:
-    """Write tensors end to end to the beginning of `flat`."""
-    _copy(_unpacked(flat, tensors), tensors)
-
-
-def _copy(into: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
-    if into:
-        torch._foreach_copy_(into, tensors)
-
-
-def _unpacked(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """Return the tensors at the beginning of `flat`, in the shapes of `like`."""
-    sizes = [tensor.numel() for tensor in like]
-    parts = flat[: sum(sizes)].split(sizes) if sizes else ()
-    return [part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True)]

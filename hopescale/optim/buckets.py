@@ -1,0 +1,52 @@
+"""Buckets in which gradients and weights of matrices travel between replicas: one exchange for many tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Parameters that travel in one exchange.
+
+    Attributes:
+        parts: Names of the parameters of every owner.
+        room: Entries of the largest of these parts.
+        last: Index of the last shape class in the bucket.
+    """
+
+    parts: list[list[str]]
+    room: int
+    last: int
+
+
+def take_sums(_: Tensor, own: Tensor, gradients: Sequence[Tensor]) -> None:
+    """Copy the result of a reduce-scatter to the gradients; the first argument keeps its input alive until then."""
+    _copy(gradients, unpacked(own, gradients))
+
+
+def take_weights(_: Tensor, flat: Tensor, weights: Sequence[Sequence[Tensor]]) -> None:
+    """Copy the result of an all-gather to the weights of each owner; the first argument keeps its input alive."""
+    for tensors, packed in zip(weights, flat, strict=True):
+        _copy(tensors, unpacked(packed, tensors))
+
+
+def pack(tensors: Sequence[Tensor], flat: Tensor) -> None:
+    """Write tensors end to end to the beginning of `flat`."""
+    _copy(unpacked(flat, tensors), tensors)
+
+
+def _copy(into: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
+    if into:
+        torch._foreach_copy_(into, tensors)
+
+
+def unpacked(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Return the tensors at the beginning of `flat`, in the shapes of `like`."""
+    sizes = [tensor.numel() for tensor in like]
+    parts = flat[: sum(sizes)].split(sizes) if sizes else ()
+    return [part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True)]

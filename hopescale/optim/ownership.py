@@ -1,0 +1,74 @@
+"""The owner of each matrix: the replica, and where slices are gathered the tensor-parallel rank, that updates it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from hopescale.config.schema import OptimConfig
+from hopescale.cost.updates import Work, assign_owners, update_cost
+from hopescale.optim.cadence import Cadence
+from hopescale.parallel.mesh import Mesh
+
+
+class Ownership:
+    """Owners of matrices, in parts of equal cost for each cadence, the same on every rank.
+
+    Args:
+        parameters: Parameters by name.
+        rules: Name of the update rule of each parameter.
+        config: Settings of the rules, and `tp_mode`.
+        cadences: Cadence of every parameter.
+        mesh: Ranks of this process.
+
+    Attributes:
+        replica: Data-parallel rank that owns each parameter.
+        tp_rank: Tensor-parallel rank that owns each parameter whose slices are gathered; no others.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        rules: Mapping[str, str],
+        config: OptimConfig,
+        cadences: Mapping[str, Cadence],
+        mesh: Mesh,
+    ):
+        self._tp_size, self._dp_group = mesh.tp_group.size(), mesh.dp_group
+        gathers = config.tp_mode == "gather" and self._tp_size > 1
+        sliced = {name for name, p in parameters.items() if gathers and _slices_matrices(p, rules[name])}
+        self._shapes = {name: self._whole_shape(p, name in sliced) for name, p in parameters.items()}
+        work = [
+            Work(name, update_cost(rules[name], shape, config), (rules[name], shape), cadences[name])
+            for name, shape in self._shapes.items()
+        ]
+        self.replica = assign_owners(work, self._dp_group.size())
+        self.tp_rank: dict[str, int] = {}
+        for replica in range(self._dp_group.size()):
+            gathered = [each for each in work if self.replica[each.name] == replica and each.name in sliced]
+            self.tp_rank |= assign_owners(gathered, self._tp_size)
+
+    def _whole_shape(self, parameter: nn.Parameter, is_sliced: bool) -> tuple[int, ...]:
+        shape = list(parameter.shape)
+        if is_sliced:
+            shape[parameter.spec.partition_dim] *= self._tp_size
+        return tuple(shape)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape in which a parameter is updated: whole if its slices are gathered."""
+        return self._shapes[name]
+
+    def is_gathered(self, name: str) -> bool:
+        """Tell whether the slices of a parameter are gathered on one tensor-parallel rank for its update."""
+        return name in self.tp_rank
+
+    def is_here(self, name: str) -> bool:
+        """Tell whether this replica owns a parameter."""
+        return self.replica[name] == self._dp_group.rank()
+
+
+def _slices_matrices(parameter: nn.Parameter, rule: str) -> bool:
+    """Tell whether a tensor-parallel rank holds parts of what a rule looks at, rather than some of it whole."""
+    split, looks_at = parameter.spec.partition_dim, 1 if rule == "dgd" else 2
+    return split is not None and split >= parameter.dim() - looks_at
