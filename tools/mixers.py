@@ -14,8 +14,7 @@ from hopescale.config.check import require_valid
 from hopescale.config.load import load_recipe
 from hopescale.config.schema import ModelConfig, TrainConfig
 from hopescale.models import Model
-from hopescale.models.recompute import Recompute
-from hopescale.ops.self_modifying import Backend
+from hopescale.ops.backends import Backend, Recompute
 
 BASELINE = "transformer"
 """What every ratio is taken to."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from hopescale.common.errors import Problem
 from hopescale.config.check_base import Check, Origins
-from hopescale.config.execution import fused_unsupported_reason
+from hopescale.config.execution import memory_backend
 from hopescale.config.model_shape import has_chunk_loop
 from hopescale.config.schema import RunConfig
 
@@ -27,13 +27,13 @@ def backend_needs_memories(config: RunConfig, origins: Origins) -> Iterator[Prob
         yield Problem("train.backend", message, hint="leave it at auto")
 
 
-def fused_chunks_know_these_memories(config: RunConfig, origins: Origins) -> Iterator[Problem]:
-    """One operation runs all chunks if they are alike and nothing else is to run them."""
-    backend, model = config.train.backend, config.model
-    if backend not in ("cpp", "triton") or model.mixer != "self_modifying" or model.num_heads < 1:
+def backend_knows_these_memories(config: RunConfig, origins: Origins) -> Iterator[Problem]:
+    """A backend that is asked for must be able to run the memories, on a machine that has what it takes."""
+    if config.model.mixer != "self_modifying" or config.model.num_heads < 1:
         return
-    if unsupported_reason := fused_unsupported_reason(config, backend):
-        yield Problem("train.backend", f"{backend} cannot run: {unsupported_reason}", hint="leave it at auto")
+    choice = memory_backend(config)
+    if choice.backend is None:
+        yield Problem("train.backend", f"{config.train.backend} cannot run: {choice.reason}", hint="leave it at auto")
 
 
-CHECKS: tuple[Check, ...] = (compile_needs_a_chunk_loop, backend_needs_memories, fused_chunks_know_these_memories)
+CHECKS: tuple[Check, ...] = (compile_needs_a_chunk_loop, backend_needs_memories, backend_knows_these_memories)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hopescale.config.schema import LevelConfig, ModelConfig, SelfModifyingConfig
+from hopescale.ops.limits import is_sequential
 
 VOCAB_MULTIPLE = 128
 """The stored vocabulary is padded to a multiple of this, for fast kernels and even tensor-parallel shards."""
@@ -38,9 +39,8 @@ def padded_vocab_size(model: ModelConfig) -> int:
 
 def has_chunk_loop(mixer: SelfModifyingConfig) -> bool:
     """Tell whether what a mixer writes depends on what its memories hold, so that chunks follow one another."""
-    static = not mixer.adaptive and mixer.query == "static"
-    stores_values = mixer.memory == "linear" and mixer.objective == "dot" and mixer.read != "boundary"
-    return not (static and stores_values)
+    adaptive = bool(mixer.adaptive) or mixer.query == "memory"
+    return is_sequential(adaptive=adaptive, linear=mixer.memory == "linear", objective=mixer.objective, read=mixer.read)
 
 
 def memory_banks(model: ModelConfig) -> dict[str, list[str]]:

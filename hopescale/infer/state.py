@@ -26,7 +26,6 @@ from hopescale.config.show import model_problems
 from hopescale.infer.generate import Reading
 from hopescale.infer.load import LoadedModel, weights_digest
 from hopescale.models import ModelState
-from hopescale.models.state import LayerState
 
 STATE = "state.json"
 """The manifest of a state: which model it belongs to, how much that has read, and size and SHA-256 of the tensors."""
@@ -78,15 +77,15 @@ def read_state(folder: Path, loaded: LoadedModel) -> Reading:
     if {name: _entry(tensor) for name, tensor in tensors.items()} != manifest.tensors or not _fits(tensors, loaded):
         raise damaged(folder, [f"{TENSORS} holds other tensors than the model carries"])
     position, logits = manifest.progress["tokens_read"], tensors.pop("logits")
-    layers: list[dict[str, Tensor]] = [{} for _ in range(loaded.config.model.num_layers)]
-    for name, tensor in tensors.items():
-        number, _, name = name.partition(".")
-        layers[int(number)][name] = tensor
-    return Reading(logits, ModelState(tuple(LayerState(position, layer) for layer in layers)))
+    layers = [
+        layer._replace(position=position).with_named({name: tensors[f"{i}.{name}"] for name in layer.named()})
+        for i, layer in enumerate(loaded.model.initial_state(logits.shape[0]).layers)
+    ]
+    return Reading(logits, ModelState(tuple(layers)))
 
 
 def _named(state: ModelState) -> dict[str, Tensor]:
-    return {f"{i}.{name}": tensor for i, layer in enumerate(state.layers) for name, tensor in layer.tensors.items()}
+    return {f"{i}.{name}": tensor for i, layer in enumerate(state.layers) for name, tensor in layer.named().items()}
 
 
 def _entry(tensor: Tensor) -> TensorEntry:

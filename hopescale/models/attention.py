@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,6 +14,13 @@ from hopescale.models.state import LayerState
 from hopescale.ops.rope import rope_frequencies, rope_tables, rotate, slow_down
 from hopescale.parallel.layers import ColumnLinear, RowLinear
 from hopescale.parallel.mesh import Mesh
+
+
+class AttentionCache(NamedTuple):
+    """Keys and values of all tokens read so far, `[B, G, T, D]`."""
+
+    k: Tensor
+    v: Tensor
 
 
 class Attention(nn.Module):
@@ -55,7 +64,7 @@ class Attention(nn.Module):
     def initial_state(self, batch: int) -> LayerState:
         """Return an empty cache for `batch` sequences."""
         empty = self.qkv_proj.weight.new_zeros(batch, self.kv_heads, 0, self.head_dim)
-        return LayerState(0, {"k": empty, "v": empty})
+        return LayerState(0, AttentionCache(empty, empty))
 
     def forward(
         self, x: Tensor, state: LayerState | None = None, document_ids: Tensor | None = None
@@ -82,12 +91,12 @@ class Attention(nn.Module):
         tables = rope_tables(state.position, tokens, self._frequencies(x.device))
         q, k = rotate(q, tables), rotate(k, tables)
         if state.position:
-            k, v = torch.cat([state.tensors["k"], k], dim=2), torch.cat([state.tensors["v"], v], dim=2)
+            k, v = torch.cat([state.tensors.k, k], dim=2), torch.cat([state.tensors.v, v], dim=2)
         mask = self._mask(state.position, tokens, document_ids, x.device)
         how = {"is_causal": mask is None, "enable_gqa": self.shared_by > 1, "scale": self.scale}
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **how)
         y = self.out_proj(y.permute(2, 0, 1, 3).flatten(2))
-        return y, LayerState(state.position + tokens, {"k": k, "v": v})
+        return y, LayerState(state.position + tokens, AttentionCache(k, v))
 
     def _frequencies(self, device: torch.device) -> Tensor:
         frequencies, scaling = rope_frequencies(self.head_dim, self.config.rope_theta, device), self.config.rope_scaling

@@ -10,10 +10,10 @@ from hopescale.config.transfer import attention_scale
 from hopescale.models.attention import Attention
 from hopescale.models.cms import ContinuumMemory
 from hopescale.models.norm import stream_norm
-from hopescale.models.recompute import Recompute, recomputed
+from hopescale.models.recompute import recomputed
 from hopescale.models.self_modifying import SelfModifying
 from hopescale.models.state import LayerState
-from hopescale.ops.self_modifying import Backend
+from hopescale.ops.backends import Backend, Recompute
 from hopescale.parallel.mesh import Mesh
 
 
@@ -54,8 +54,7 @@ class Block(nn.Module):
         if config.mixer == "attention":
             self.mixer = Attention(*sizes, config.attention, scale=attention_scale(config), **shared)
         else:
-            again = {"recompute": recompute != "none", "reverse": recompute == "reverse"}
-            computed = {**again, "compiled": compiled, "backend": backend}
+            computed = {"recompute": recompute, "compiled": compiled, "backend": backend}
             self.mixer = SelfModifying(*sizes, config.self_modifying, **shared, **computed)
         levels = levels_of_block(config, number)
         shared = {"norm_eps": config.norm_eps, "out_scale": out_scale, "mesh": mesh}

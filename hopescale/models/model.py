@@ -14,9 +14,8 @@ from hopescale.config.transfer import base_width, logit_multiplier
 from hopescale.models.block import Block
 from hopescale.models.init import initialize
 from hopescale.models.norm import stream_norm
-from hopescale.models.recompute import Recompute
 from hopescale.models.state import ModelState
-from hopescale.ops.self_modifying import Backend
+from hopescale.ops.backends import Backend, Recompute
 from hopescale.parallel.layers import ColumnLinear, Embedding
 from hopescale.parallel.mesh import Mesh
 from hopescale.parallel.regions import gather_tokens

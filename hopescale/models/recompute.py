@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-
-Recompute = Literal["none", "chunks", "reverse", "memory", "block"]
 
 
 def recomputed(run: Callable[..., Any], *inputs: Any, probe: dict[str, Tensor] | None) -> Any:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 
 class LayerState(NamedTuple):
@@ -12,15 +14,46 @@ class LayerState(NamedTuple):
 
     Attributes:
         position: Tokens read so far, equal for all sequences of the batch.
-        tensors: Running values by name, batch first; float32 for memories.
+        tensors: Named tuple of the mixer's own, of tensors, None and further named tuples. Tensors have the batch
+            first; those of memories are float32.
     """
 
     position: int
-    tensors: dict[str, Tensor]
+    tensors: Any
 
     def detach(self) -> LayerState:
         """Cut the graph, keeping the values."""
-        return LayerState(self.position, {name: tensor.detach() for name, tensor in self.tensors.items()})
+        return self._replace(tensors=tree_map(lambda x: None if x is None else x.detach(), self.tensors))
+
+    def named(self) -> dict[str, Tensor]:
+        """Return the tensors by the names that files know: `memory/running/first`, `conv_tail`."""
+        return dict(_leaves(self.tensors))
+
+    def with_named(self, tensors: Mapping[str, Tensor]) -> LayerState:
+        """Return a state of the same kind that holds other tensors. The names are those of `named`."""
+        return self._replace(tensors=_rebuilt(self.tensors, tensors))
+
+
+def _keys(part: Any) -> tuple[str, ...]:
+    """Return the names of a named tuple's parts in files: `FILE_KEYS`, where they are not its fields."""
+    return getattr(part, "FILE_KEYS", part._fields)
+
+
+def _leaves(part: Any, prefix: str = "") -> list[tuple[str, Tensor]]:
+    if part is None:
+        return []
+    if isinstance(part, Tensor):
+        return [(prefix[:-1], part)]
+    return [leaf for key, each in zip(_keys(part), part, strict=True) for leaf in _leaves(each, f"{prefix}{key}/")]
+
+
+def _rebuilt(part: Any, tensors: Mapping[str, Tensor], prefix: str = "") -> Any:
+    if part is None:
+        return None
+    if isinstance(part, Tensor):
+        return tensors[prefix[:-1]]
+    keys = zip(_keys(part), part, strict=True)
+    return type(part)(*(_rebuilt(each, tensors, f"{prefix}{key}/") for key, each in keys))
 
 
 class ModelState(NamedTuple):

@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
-FUSED_MULTIPLE = 16
-"""Heads and memories of such widths can be run by `train.backend: cpp`."""
+LANES = 16
+"""Numbers in a vector of the C++ (`LANES` of `ops/cpp/matrix.h`), which takes widths that are multiples of it."""
+
+KERNEL_DIMS = (16, 32, 64, 128)
+"""Widths of heads and memories that the Triton kernels know."""
 
 REVERSE_PARTS = 16
 """With `train.recompute: reverse`, of so many chunks in a row the state is kept with which the first one starts."""
+
+
+def is_sequential(*, adaptive: bool, linear: bool, objective: str, read: str) -> bool:
+    """Tell whether what a chunk writes depends on what memories hold, so that chunks follow one another.
+
+    Args:
+        adaptive: Whether memories make any of keys, values, queries and gates.
+        linear: Whether memories are linear.
+        objective: Inner loss, `l2` or `dot`.
+        read: State that a token reads.
+    """
+    return adaptive or not linear or objective != "dot" or read == "boundary"
 
 
 def is_moved_by_map(tokens: int, width: int, out: int, *, momentum: bool) -> bool:

@@ -9,8 +9,10 @@ import shutil
 import torch
 
 from hopescale.common.errors import ConfigError
-from hopescale.ops import cpp
-from hopescale.ops.delta_rule import KERNEL_DIMS, triton_unsupported_reason
+from hopescale.config.execution import memory_backend
+from hopescale.config.schema import RunConfig
+from hopescale.ops.backends import Choice
+from hopescale.ops.device import device_type
 
 
 def check_compiler(device: torch.device) -> None:
@@ -32,24 +34,16 @@ def check_compiler(device: torch.device) -> None:
         )
 
 
-def check_backend(backend: str, device: torch.device, head_dim: int, memory_dim: int | None) -> None:
-    """Refuse a `train.backend` where it cannot run.
+def choose_backend(config: RunConfig, device: torch.device) -> Choice | None:
+    """Choose the code that trains memories; None for a model without any.
 
     Raises:
-        ConfigError: If the device, the installation, the compiler or the width of heads or memories is in its way.
+        ConfigError: If `train.backend` cannot run: for the device, the installation, the compiler or the memories.
     """
-    unsupported_reason = None
-    if backend == "triton":
-        widths = {"heads": ("model.head_dim", head_dim), "memories": ("memory_dim", memory_dim)}
-        known = ", ".join(map(str, KERNEL_DIMS))
-        wrong = (
-            f"the kernels know {name} of {known}, {key} is {width}"
-            for name, (key, width) in widths.items()
-            if width is not None and width not in KERNEL_DIMS
-        )
-        unsupported_reason = triton_unsupported_reason(device) or next(wrong, None)
-    if backend == "cpp":
-        unsupported_reason = cpp.unsupported_reason(device, torch.float32)
-    if unsupported_reason is not None:
-        problem = f"train.backend is {backend}, but {unsupported_reason}"
+    if config.model.mixer != "self_modifying":
+        return None
+    choice = memory_backend(config, device_type(device))
+    if choice.backend is None:
+        problem = f"train.backend is {config.train.backend}, but {choice.reason}"
         raise ConfigError(problem, "set train.backend=auto, which runs without it")
+    return choice

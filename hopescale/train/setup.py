@@ -16,7 +16,6 @@ from hopescale.config.fields import leaves
 from hopescale.config.groups import assign_groups
 from hopescale.config.layout import Layout
 from hopescale.config.load import from_dict
-from hopescale.config.model_shape import head_dim, memory_dim
 from hopescale.config.plan import make_plan
 from hopescale.config.schema import OptimConfig, RunConfig
 from hopescale.config.show import Change, diff, format_diff, identity_problems, model_problems
@@ -31,7 +30,7 @@ from hopescale.optim.replicated import ReplicatedAdamW
 from hopescale.optim.rules import changed_state
 from hopescale.optim.transfer import ParameterSizes, transfer_groups
 from hopescale.parallel.mesh import Mesh
-from hopescale.train.compiler import check_backend, check_compiler
+from hopescale.train.compiler import check_compiler, choose_backend
 from hopescale.train.device_memory import check_device_memory
 from hopescale.train.folder import RunFolder
 from hopescale.train.request import RunRequest
@@ -105,7 +104,7 @@ def _build_slices(config: RunConfig, mesh: Mesh, device: torch.device) -> list[M
     slices, computed = [], {"recompute": train.recompute, "compiled": train.compile, "backend": train.backend}
     if train.compile:
         check_compiler(device)
-    check_backend(train.backend, device, head_dim(config.model), memory_dim(config.model))
+    choose_backend(config, device)
     for blocks in slices_of_rank(config.model, train.seq_len, *stages):
         model = Model(config.model, seed=train.seed, mesh=mesh, blocks=blocks, **computed)
         slices.append(model.to(device).to_precision(PRECISIONS[train.precision]))

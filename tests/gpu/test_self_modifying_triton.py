@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from hopescale.config.schema import SelfModifyingConfig
-from hopescale.models.memory import KEY_EPS, BankState
-from hopescale.models.self_modifying import SelfModifying, _pack, _unpack
-from hopescale.ops.self_modifying import ChunksOutput, MemorySpec, Streams, Weights
+from hopescale.models.self_modifying import SelfModifying
+from hopescale.ops.self_modifying import Memories, MemoryState, SelfModifyingOutput, Streams, Weights, self_modifying
 from hopescale.parallel.mesh import Mesh
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -42,23 +41,6 @@ def make_mixer(config: SelfModifyingConfig, heads: int, dim: int) -> SelfModifyi
     return SelfModifying(8, heads, dim, config, norm_eps=1e-6, out_std=0.3, mesh=Mesh.alone(), backend="torch")
 
 
-def make_rule(mixer: SelfModifying) -> MemorySpec:
-    bank, config = mixer.banks["memory"], mixer.config
-    return MemorySpec(
-        vector_memories=bank.vector_memories,
-        gate_memories=bank.gate_memories,
-        hidden=bank.hidden,
-        chunk_size=config.chunk_size,
-        objective=config.objective,
-        own_target=config.targets == "self",
-        erase=config.inner_rule == "dgd",
-        error_cap=config.error_cap,
-        key_eps=KEY_EPS,
-        eta_max=config.eta_max,
-        read=config.read,
-    )
-
-
 def make_inputs(mixer: SelfModifying, tokens: int, batch: int) -> dict[str, Tensor]:
     """Streams and what is carried, away from the structured start, so that every term of the equations matters."""
     g = torch.Generator().manual_seed(0)
@@ -81,39 +63,36 @@ def make_inputs(mixer: SelfModifying, tokens: int, batch: int) -> dict[str, Tens
     return inputs
 
 
-def split(inputs: dict[str, Tensor]) -> tuple[Streams, Weights, Weights | None]:
+def split(inputs: dict[str, Tensor]) -> tuple[Streams, Memories]:
     weights = {
         kind: Weights(*(inputs.get(f"{kind}/{name}") for name in Weights._fields)) for kind in ("running", "momentum")
     }
     streams = Streams(*(inputs.get(name) for name in Streams._fields))
-    return streams, weights["running"], weights["momentum"] if "momentum/first" in inputs else None
+    momentum = weights["momentum"] if "momentum/w_in" in inputs else None
+    return streams, Memories(MemoryState(weights["running"], momentum, weights["running"]), None)
 
 
-def fused(mixer: SelfModifying, inputs: dict[str, Tensor]) -> ChunksOutput:
-    from hopescale.ops.self_modifying.triton import self_modify_triton
+def fused(mixer: SelfModifying, inputs: dict[str, Tensor]) -> SelfModifyingOutput:
+    from hopescale.ops.self_modifying.triton import self_modifying_triton
 
-    return self_modify_triton(*split(inputs), make_rule(mixer))
+    return self_modifying_triton(*split(inputs), mixer.spec)
 
 
-def looped(mixer: SelfModifying, inputs: dict[str, Tensor]) -> ChunksOutput:
-    streams, running, momentum = split(inputs)
-    given = {name: x for name, x in streams._asdict().items() if x is not None}
-    y, stats, carry = mixer._in_chunks(0, given, _pack("memory", BankState(running, momentum, running)))
-    state = _unpack("memory", carry)
-    return ChunksOutput(y, stats, *state)
+def looped(mixer: SelfModifying, inputs: dict[str, Tensor]) -> SelfModifyingOutput:
+    return self_modifying(*split(inputs), mixer.spec, backend="torch")
 
 
 def results(function, mixer: SelfModifying, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """Outputs, and gradients of a random sum of them."""
     inputs = {name: tensor.detach().requires_grad_() for name, tensor in inputs.items()}
     output = function(mixer, inputs)
-    found = {"y": output.y, "seen": output.stats}
+    found = {"y": output.y, "stats": output.stats}
     for kind in ("running", "momentum", "boundary"):
-        weights = getattr(output, kind)
+        weights = getattr(output.state.memory, kind)
         found |= {f"{kind}/{n}": x for n, x in (weights._asdict() if weights else {}).items() if x is not None}
     g = torch.Generator().manual_seed(7)
     weights = {name: torch.randn(part.shape, generator=g).to(part) for name, part in found.items()}
-    loss = sum((part * weights[name]).sum() for name, part in found.items() if name != "seen")
+    loss = sum((part * weights[name]).sum() for name, part in found.items() if name != "stats")
     grads = torch.autograd.grad(loss, list(inputs.values()), allow_unused=True, materialize_grads=True)
     return found | {f"d_{name}": grad for name, grad in zip(inputs, grads, strict=True)}
 
@@ -162,7 +141,7 @@ def test_an_empty_sequence_returns_the_state():
     inputs = {name: tensor.to(DEVICE) for name, tensor in make_inputs(mixer, 0, 1).items()}
     output = fused(mixer, inputs)
     assert output.y.shape == (1, 1, 0, 16)
-    assert torch.equal(output.running.w_in, inputs["running/first"])
+    assert torch.equal(output.state.memory.running.w_in, inputs["running/w_in"])
 
 
 def test_a_loss_of_outputs_alone_has_the_loops_gradients():

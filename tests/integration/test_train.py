@@ -31,11 +31,13 @@ def test_the_debug_recipe_leaves_a_run_folder(hopescale, run: Run):
     lines = done.out.splitlines()
     assert re.fullmatch(rf"debug: [\d,]+ parameters on (cpu|cuda), run folder {re.escape(str(run.path))}", lines[0])
     assert re.fullmatch(r"parameter groups: decay \d+ \(\d+k\), no_decay \d+ \([\d.]+k\); all .*", lines[1])
-    assert re.fullmatch(r"step 0/6  val/markov  loss 4\.\d{4}", lines[2])
+    code = r"(cpp|triton|torch), (all chunks of a sequence in one operation|chunk after chunk)"
+    assert re.fullmatch(rf"memories: {code}( \(.*\))?", lines[2])
+    assert re.fullmatch(r"step 0/6  val/markov  loss 4\.\d{4}", lines[3])
     step = r"loss \d\.\d{4}  grad \d\.\d\d  lr \d\.\de-\d  mem [\d.]+[MG]iB  tps [\d,]+(  mfu [\d.]+%)?  eta \w+"
-    assert re.fullmatch(rf"step 3/6  {step}  due fast", lines[3])
-    assert re.fullmatch(rf"step 6/6  {step}  due fast,mid", lines[4])
-    assert lines[5].startswith("step 6/6  val/markov  loss ") and lines[6:] == ["done: step 6 of 6"]
+    assert re.fullmatch(rf"step 3/6  {step}  due fast", lines[4])
+    assert re.fullmatch(rf"step 6/6  {step}  due fast,mid", lines[5])
+    assert lines[6].startswith("step 6/6  val/markov  loss ") and lines[7:] == ["done: step 6 of 6"]
     assert {path.name for path in run.path.iterdir()} == {
         ".lock",
         "checkpoints",

@@ -1,12 +1,12 @@
-"""The self-modifying mixer as its equations say, in loops over sequences, heads and tokens, and its switches."""
+"""The self-modifying mixer as its equations say, in a loop over tokens, and its switches."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from hopescale.config.schema import SelfModifyingConfig
 from hopescale.models.self_modifying import SelfModifying
+from hopescale.ops.self_modifying import Memories, Streams, self_modifying_naive
 
 SWITCHES = {
     "default": {},
@@ -51,78 +51,19 @@ SWITCHES = {
 
 
 def unit(x: Tensor) -> Tensor:
-    return x / torch.sqrt((x * x).sum() + 1e-6)
+    return x / torch.sqrt((x * x).sum(-1, keepdim=True) + 1e-6)
 
 
-class Memory:
-    """One memory of one head in one sequence: its weights, their momentum, and those of the last boundary."""
-
-    def __init__(self, initial: torch.nn.Module, head: int):
-        self.weights = {name: parameter[head] for name, parameter in initial.named_parameters()}
-        self.momentum = {name: torch.zeros_like(weight) for name, weight in self.weights.items()}
-        self.boundary = self.weights
-
-    def answer(self, weights: dict[str, Tensor], z: Tensor) -> Tensor:
-        if "w" in weights:
-            return weights["w"] @ z
-        y = weights["w1"] @ torch.nn.functional.silu(weights["w2"] @ z)
-        return z + y if len(y) == len(z) else y
-
-    def write(self, config: SelfModifyingConfig, k: Tensor, v: Tensor, eta: Tensor, alpha: Tensor, mu: Tensor) -> None:
-        """One step of the inner rule; the inner loss's gradient at the boundary by automatic differentiation."""
-        inner = {name: weight.clone() for name, weight in self.boundary.items()}
-        answer = self.answer(inner, k)
-        target = self.answer(self.boundary, v) if config.targets == "self" else v
-        error = answer - target if config.objective == "l2" else -target
-        if config.error_cap is not None:
-            error = error * torch.clamp(config.error_cap / torch.sqrt((error * error).sum() + 1e-12), max=1.0)
-        gradients = torch.autograd.grad(answer, list(inner.values()), grad_outputs=error, create_graph=True)
-        hidden = torch.nn.functional.silu(self.boundary["w2"] @ k) if "w2" in inner else None
-        after = {}
-        for name, gradient in zip(inner, gradients, strict=True):
-            key = hidden / torch.sqrt((hidden * hidden).sum() + 1e-2) if name == "w1" else k
-            erase = eta * torch.outer(key, key) if config.inner_rule == "dgd" else 0.0
-            self.momentum[name] = mu * self.momentum[name] - (1 - mu) * eta * gradient
-            keep = alpha * torch.eye(len(key), dtype=key.dtype) - erase
-            after[name] = self.weights[name] @ keep + self.momentum[name]
-        self.weights = after
-
-
-def naive_head(mixer: SelfModifying, head: int, streams: dict[str, Tensor]) -> Tensor:
-    """Run one head over one sequence, token by token: streams `[T, D]` to outputs `[T, D]`."""
-    config = mixer.config
-    memories = {
-        name: Memory(getattr(bank, name), head)
-        for bank in mixer.banks.values()
-        for name in bank.vector_memories + bank.gate_memories
-    }
-
-    def gate(name: str, x: Tensor) -> Tensor:
-        module = mixer.gates[name]
-        logit = memories[name].answer(memories[name].boundary, x)[0] if name in memories else module.weight[head] @ x
-        return torch.sigmoid(logit + module.bias[head])
-
-    def stream(name: str, x: Tensor) -> Tensor:
-        return memories[name].answer(memories[name].boundary, unit(x)) if name in memories else x
-
-    outputs = []
-    for t in range(len(streams["k"])):
-        for name, memory in memories.items():
-            if t % mixer.chunks[0 if name == "mem" else 1] == 0:
-                memory.boundary = memory.weights
-        k, q, v = (stream(name, streams[name][t]) for name in ("k", "q", "v"))
-        k, q, v = unit(k), unit(q), unit(v) if config.targets == "self" else v
-        x = unit(streams["k"][t])
-        eta = config.eta_max * gate("eta", x)
-        alpha = gate("alpha", x) if config.retention else torch.ones((), dtype=x.dtype)
-        mu = gate("mu", x) if config.momentum else torch.zeros((), dtype=x.dtype)
-        main = memories["mem"]
-        before = main.weights
-        for memory in memories.values():
-            memory.write(config, k, v, eta, alpha, mu)
-        source = {"prefix": before, "inclusive": main.weights, "boundary": main.boundary}[config.read]
-        outputs.append(main.answer(source, q))
-    return torch.stack(outputs)
+def naive_streams(mixer: SelfModifying, convolved: Tensor) -> Streams:
+    """Inputs of keys, values and queries `[B, H, T, D]` and the logits of gates, of `[T, B, H, 3, D]`."""
+    k, v, q = convolved.permute(3, 1, 2, 0, 4)
+    k, v, q = unit(k), unit(v) if mixer.config.targets == "self" else v, unit(q)
+    logits = dict.fromkeys(("eta", "alpha", "mu"))
+    for name, gate in mixer.gates.items():
+        logits[name] = gate.bias[:, None].expand(k.shape[:-1])
+        if gate.weight is not None:
+            logits[name] = logits[name] + torch.einsum("bhtd,hd->bht", k, gate.weight)
+    return Streams(k, v, q, **logits)
 
 
 def naive_mixer(mixer: SelfModifying, x: Tensor) -> Tensor:
@@ -142,14 +83,10 @@ def naive_mixer(mixer: SelfModifying, x: Tensor) -> Tensor:
         convolved = torch.stack(rows)
     else:
         convolved = mixed[:, :, :, :3]
-    outputs = []
-    for b in range(batch):
-        for h in range(heads):
-            streams = {name: convolved[:, b, h, i] for i, name in enumerate(("k", "v", "q"))}
-            y = naive_head(mixer, h, streams)
-            y = y / torch.sqrt((y * y).mean(-1, keepdim=True) + 1e-6) * mixer.norm.weight[h]
-            if mixer.config.gate:
-                y = y * torch.nn.functional.silu(mixed[:, b, h, 3])
-            outputs.append(y)
-    result = torch.stack(outputs).view(batch, heads, tokens, dim).permute(2, 0, 1, 3)
-    return result.flatten(2) @ mixer.out_proj.weight.T
+    state = mixer.initial_state(batch).tensors
+    streams = naive_streams(mixer, convolved)
+    y = self_modifying_naive(streams, Memories(state.memory, state.projection), mixer.spec).y.permute(2, 0, 1, 3)
+    y = y / torch.sqrt((y * y).mean(-1, keepdim=True) + 1e-6) * mixer.norm.weight
+    if mixer.config.gate:
+        y = y * torch.nn.functional.silu(mixed[:, :, :, 3])
+    return y.flatten(2) @ mixer.out_proj.weight.T

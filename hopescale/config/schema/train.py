@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from hopescale.ops.backends import Backend, Recompute
+
 
 @dataclass(frozen=True)
 class ValidationConfig:
@@ -57,7 +59,7 @@ class TrainConfig:
     """Type of weights and activations. With bf16 the optimizer keeps fp32 master weights; memories are fp32 always."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; `auto` takes CUDA where there is one."""
-    recompute: Literal["none", "chunks", "reverse", "memory", "block"] = "chunks"
+    recompute: Recompute = "chunks"
     """Activations computed again in the backward pass instead of kept. `chunks`: of memories only the state at the
     start of every chunk is kept (attention has no chunks and keeps what it makes). `reverse`: of most chunks only what
     they wrote, from which these states are found again on the way back; where `model.self_modifying.chunk_size` is well
@@ -65,7 +67,7 @@ class TrainConfig:
     compile: bool = False
     """Whether the chunk loop of memories is compiled (`torch.compile`): faster, after minutes for the first step. Needs
     a C++ compiler on CPU, Triton on CUDA. Only with `model.mixer: self_modifying`. `backend: auto` is `torch` then."""
-    backend: Literal["auto", "torch", "triton", "cpp"] = "auto"
+    backend: Backend = "auto"
     """What trains memories: torch's operations in a loop over chunks, one operation written in C++ (on a CPU; needs a
     C++ compiler) or in Triton (on an NVIDIA GPU), or `auto`: the operation where it can run. It computes chunks again
     in the backward pass, also with `recompute: none`. Changes rounding, memory and speed only."""

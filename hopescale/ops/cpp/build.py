@@ -10,10 +10,9 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import warnings
 from functools import cache
 from pathlib import Path
-
-import torch
 
 SOURCES = Path(__file__).parent
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
@@ -31,13 +30,12 @@ def compiler() -> list[str] | None:
 
 
 @cache
-def unsupported_reason(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Return what keeps the C++ from tensors of a type on a device, None if nothing does. May compile it."""
-    if device.type != "cpu" or dtype != torch.float32:
-        return f"the C++ is for float32 on a CPU, not {str(dtype).removeprefix('torch.')} on {device}"
+def problem() -> str | None:
+    """Return why there is no library, None if there is one. Compiles it if it has to; warns once if it cannot."""
     try:
         library()
     except BuildError as error:
+        warnings.warn(f"{error}: memories are trained by torch's operations, several times slower", stacklevel=2)
         return str(error)
     return None
 

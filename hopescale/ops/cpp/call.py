@@ -9,9 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-LANES = 16
-"""Widths are multiples of it (matrix.h)."""
-
 
 def pointer(x: Tensor | None) -> ctypes.c_void_p | None:
     """Return the address of a tensor's first number; the tensor must outlive it."""

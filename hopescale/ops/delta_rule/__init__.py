@@ -1,6 +1,5 @@
 """The gated delta rule with momentum: the one recurrence under every memory of the model. See README.md."""
 
-from hopescale.ops.delta_rule.backend import KERNEL_DIMS, Backend, delta_rule, triton_unsupported_reason
 from hopescale.ops.delta_rule.chunked import (
     Chunk,
     ChunkUpdate,
@@ -14,11 +13,10 @@ from hopescale.ops.delta_rule.chunked import (
 )
 from hopescale.ops.delta_rule.decay import DecayWeights, decay_weights
 from hopescale.ops.delta_rule.naive import delta_rule_naive
+from hopescale.ops.delta_rule.operation import delta_rule
 from hopescale.ops.delta_rule.types import DeltaRuleOutput, Read
 
 __all__ = [
-    "KERNEL_DIMS",
-    "Backend",
     "Chunk",
     "DecayWeights",
     "DeltaRuleOutput",
@@ -33,6 +31,5 @@ __all__ = [
     "move_chunk",
     "open_chunk",
     "read_chunk",
-    "triton_unsupported_reason",
     "write_chunk",
 ]

@@ -1,5 +1,5 @@
 """Streams of keys, values and queries from projected inputs."""
 
-from hopescale.ops.head_streams.backend import head_streams
+from hopescale.ops.head_streams.operation import head_streams
 
 __all__ = ["head_streams"]

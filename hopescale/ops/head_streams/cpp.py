@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hopescale.ops.cpp import library, parallel_for, pointer
+from hopescale.ops.cpp.build import library
+from hopescale.ops.cpp.call import parallel_for, pointer
 
 
 class _Layout(ctypes.Structure):
@@ -65,7 +66,7 @@ def head_streams_cpp(
     x: Tensor, weight: Tensor | None, tail: Tensor | None, unit: Sequence[bool]
 ) -> tuple[Tensor, Tensor | None]:
     """Cut projected inputs into streams. Same arguments and result as `head_streams`."""
-    after = None
+    after, x = None, x if x.stride(-1) == 1 else x.contiguous()
     if weight is not None:
         weight, tail, taps = weight.contiguous(), tail.to(x.dtype).contiguous(), weight.shape[1]
         last = x[max(0, x.shape[0] - taps + 1) :].flatten(2)

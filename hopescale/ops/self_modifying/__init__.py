@@ -1,6 +1,25 @@
-"""Self-modifying memories over a whole sequence, fused: what `models` loops over chunks for, in one operation."""
+"""Self-modifying memories over a sequence: Hope's own operation. See README.md."""
 
-from hopescale.ops.self_modifying.backend import Backend, SelfModify, fused_chunks
-from hopescale.ops.self_modifying.types import ChunksOutput, MemorySpec, Streams, Weights
+from hopescale.ops.self_modifying.naive import self_modifying_naive
+from hopescale.ops.self_modifying.operation import self_modifying
+from hopescale.ops.self_modifying.types import (
+    KEY_EPS,
+    Memories,
+    MemorySpec,
+    MemoryState,
+    SelfModifyingOutput,
+    Streams,
+    Weights,
+)
 
-__all__ = ["Backend", "MemorySpec", "ChunksOutput", "SelfModify", "Streams", "Weights", "fused_chunks"]
+__all__ = [
+    "KEY_EPS",
+    "Memories",
+    "MemorySpec",
+    "MemoryState",
+    "SelfModifyingOutput",
+    "Streams",
+    "Weights",
+    "self_modifying",
+    "self_modifying_naive",
+]

@@ -9,8 +9,18 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hopescale.ops.cpp import LANES, library, parallel_for, pointer, pointers
-from hopescale.ops.self_modifying.types import ChunksOutput, MemorySpec, Streams, Weights
+from hopescale.ops.cpp.build import library
+from hopescale.ops.cpp.call import parallel_for, pointer, pointers
+from hopescale.ops.limits import LANES
+from hopescale.ops.self_modifying.types import (
+    NO_WEIGHTS,
+    Memories,
+    MemorySpec,
+    MemoryState,
+    SelfModifyingOutput,
+    Streams,
+    Weights,
+)
 
 _READS = ("prefix", "inclusive", "boundary")
 
@@ -58,10 +68,10 @@ def _weights(rows: Tensor, spec: MemorySpec, dim: int) -> Weights:
         return Weights(rows.unflatten(-1, (dim, -1))[..., :columns], None, None)
     hidden, sizes = spec.hidden, (len(spec.vector_memories), len(spec.gate_memories))
     parts = rows.split([dim * hidden * sum(sizes), hidden * dim * sizes[0], hidden * LANES * sizes[1]], dim=-1)
-    w_out_vector, w_out_gate = (
+    vector, gate = (
         part.unflatten(-1, (size, hidden, -1)) if size else None for part, size in zip(parts[1:], sizes, strict=True)
     )
-    return Weights(parts[0].unflatten(-1, (dim, -1)), w_out_vector, None if w_out_gate is None else w_out_gate[..., :1])
+    return Weights(parts[0].unflatten(-1, (dim, -1)), vector, None if gate is None else gate[..., :1])
 
 
 def _put(rows: Tensor, weights: Weights, spec: MemorySpec, dim: int) -> None:
@@ -108,7 +118,7 @@ class _Chunks(torch.autograd.Function):
         after = [
             None if part is None else part.clone()
             for x in rows
-            for part in (Weights(None, None, None) if x is None else _weights(x, spec, dim))
+            for part in (NO_WEIGHTS if x is None else _weights(x, spec, dim))
         ]
         return y, stats, *after
 
@@ -145,9 +155,11 @@ class _Chunks(torch.autograd.Function):
         return None, None, *d_streams, *d_weights, *d_momentum
 
 
-def self_modify_cpp(streams: Streams, running: Weights, momentum: Weights | None, spec: MemorySpec) -> ChunksOutput:
-    """Run a bank of memories over a sequence. Same arguments and result as `self_modify`, on a CPU in float32."""
+def self_modifying_cpp(streams: Streams, state: Memories, spec: MemorySpec) -> SelfModifyingOutput:
+    """Run memories over a sequence that begins with a chunk, on a CPU in float32. As `self_modifying`."""
     inputs = Streams(*(None if x is None else x.contiguous() for x in streams))
-    y, stats, *after = _Chunks.apply(spec, len(inputs), *inputs, *running, *(momentum or (None, None, None)))
+    running, momentum, _ = state.memory
+    y, stats, *after = _Chunks.apply(spec, len(inputs), *inputs, *running, *(momentum or NO_WEIGHTS))
     weights = [Weights(*after[n : n + 3]) for n in (0, 3, 6)]
-    return ChunksOutput(y, stats, weights[0], weights[1] if momentum is not None else None, weights[2])
+    last = MemoryState(weights[0], weights[1] if momentum is not None else None, weights[2])
+    return SelfModifyingOutput(y, stats, Memories(last, None))

@@ -1,39 +1,80 @@
-"""What the fused self-modifying chunks are given and what they return."""
+"""What the self-modifying operation is given and what it returns."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import repeat
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from hopescale.ops.backends import MemoryShape
 from hopescale.ops.delta_rule.types import Read
+from hopescale.ops.limits import is_sequential
+
+KEY_EPS = 1e-2
+"""Added to the squared length of a hidden activation before it is divided by its length: a memory that has been erased
+answers with almost nothing, and its direction must not turn into a large gradient."""
 
 
 class Weights(NamedTuple):
     """Weights (or momenta) of the memories of a bank, one set per sequence. They act from the right: `x @ w_in`.
 
     Attributes:
-        w_in: `[B, H, D, R]`, the matrices that read keys, side by side: vector memories, then gate memories.
-        w_out_vector: Second layers of vector MLP memories `[B, H, Nw, E, D]`; None for linear memories.
-        w_out_gate: Second layers of gate MLP memories `[B, H, Nn, E, 1]`; None if there are none.
+        w_in: Matrices that read keys, side by side: those of vector memories, then of gate memories. `[B, H, D, R]`.
+        w_out_vector: Second layers of vector MLP memories `[B, H, Nv, E, D]`; None for linear memories.
+        w_out_gate: Second layers of gate MLP memories `[B, H, Ng, E, 1]`; None if there are none.
     """
 
     w_in: Tensor
     w_out_vector: Tensor | None
     w_out_gate: Tensor | None
 
+    FILE_KEYS = ("first", "wide", "narrow")
+
     def zeros_like(self) -> Weights:
         """Return zeros of the same shapes."""
         return Weights(*(None if part is None else torch.zeros_like(part) for part in self))
 
 
-class Streams(NamedTuple):
-    """What is known of a sequence before a memory is asked.
+NO_WEIGHTS = Weights(None, None, None)
+
+
+class MemoryState(NamedTuple):
+    """Weights after the last token, their momentum, and the weights at the start of the current chunk."""
+
+    running: Weights
+    momentum: Weights | None
+    boundary: Weights
+
+    def at_boundary(self) -> MemoryState:
+        """Begin a chunk: gradients are taken at the present weights from now on."""
+        return self._replace(boundary=self.running)
+
+
+class Memories(NamedTuple):
+    """All memories of a mixer: one bank, or two if `mem` has boundaries of its own.
 
     Attributes:
-        k: Inputs of keys `[B, H, T, D]`, of unit length. Gate memories are asked at them.
+        memory: Bank of the memory called `mem`.
+        projection: Bank of the others; None if they lie in the same one.
+    """
+
+    memory: MemoryState
+    projection: MemoryState | None
+
+    def at_boundary(self) -> Memories:
+        """Begin a chunk in all banks."""
+        return Memories(*(None if bank is None else bank.at_boundary() for bank in self))
+
+
+class Streams(NamedTuple):
+    """What is known of a sequence before a memory is read.
+
+    Attributes:
+        k: Inputs of keys `[B, H, T, D]`, of unit length. Gate memories are read at them.
         v: Inputs of values, or the values themselves.
         q: Inputs of queries, or the queries themselves.
         eta: Logits of the inner learning rate `[B, H, T]`, without what a memory adds.
@@ -49,9 +90,25 @@ class Streams(NamedTuple):
     mu: Tensor | None
 
 
+class Inputs(NamedTuple):
+    """What a chunk is written with: `q`, `k`, `v` `[B, H, C, D]`; `eta`, `alpha`, `mu` `[B, H, C]`."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    eta: Tensor
+    alpha: Tensor
+    mu: Tensor | None
+
+    def split(self, sizes: list[int]) -> Iterator[Inputs]:
+        """Cut the tokens into parts of these sizes."""
+        parts = (repeat(None) if x is None else x.split(sizes, dim=2) for x in self)
+        return (Inputs(*part) for _, *part in zip(sizes, *parts, strict=False))
+
+
 @dataclass(frozen=True)
 class MemorySpec:
-    """How a bank of memories reads and learns.
+    """How memories read and learn.
 
     Attributes:
         vector_memories: Names of the memories that answer with vectors: `mem`, then any of `k`, `v`, `q`, which make
@@ -63,9 +120,10 @@ class MemorySpec:
         own_target: Whether a memory's target is its own answer to the value, not the value.
         erase: Whether a write first erases what its key reads.
         error_cap: Largest norm of a token's error; None is no limit.
-        key_eps: Added to the squared length of a hidden activation before it is divided by its length.
+        key_eps: Number added to the squared length of a hidden activation before it is divided by its length.
         eta_max: Largest inner learning rate.
-        read: Which state token t reads, as in `delta_rule`.
+        read: State that token t reads, as in `delta_rule`.
+        projection_chunk_size: Tokens of a chunk of all memories but `mem`, a multiple of `chunk_size`; None is that.
     """
 
     vector_memories: tuple[str, ...]
@@ -79,21 +137,37 @@ class MemorySpec:
     key_eps: float
     eta_max: float
     read: Read
+    projection_chunk_size: int | None = None
+
+    @property
+    def is_sequential(self) -> bool:
+        """Whether chunks follow one another, as what they write depends on what memories hold."""
+        adaptive = len(self.vector_memories) > 1 or bool(self.gate_memories)
+        return is_sequential(adaptive=adaptive, linear=self.hidden is None, objective=self.objective, read=self.read)
+
+    @property
+    def banks(self) -> tuple[MemorySpec, MemorySpec | None]:
+        """The memories by bank, as in `Memories`."""
+        if self.projection_chunk_size in (None, self.chunk_size):
+            return self, None
+        main = replace(self, vector_memories=self.vector_memories[:1], gate_memories=())
+        return main, replace(self, vector_memories=self.vector_memories[1:], chunk_size=self.projection_chunk_size)
+
+    def shape(self, head_dim: int) -> MemoryShape:
+        """Return what decides which code can run the memories."""
+        sizes = (self.chunk_size, self.projection_chunk_size or self.chunk_size)
+        return MemoryShape(head_dim, self.hidden, *sizes, self.is_sequential)
 
 
-class ChunksOutput(NamedTuple):
+class SelfModifyingOutput(NamedTuple):
     """What a run over a sequence returns.
 
     Attributes:
         y: Answers of `mem` to the queries `[B, H, T, D]`.
         stats: Inner learning rate, retention and norm of `mem`'s error `[B, H, T, 3]`, without a gradient.
-        running: Weights after the last token.
-        momentum: Their momentum; None without.
-        boundary: Weights at the start of the last chunk.
+        state: Memories after the last token.
     """
 
     y: Tensor
     stats: Tensor
-    running: Weights
-    momentum: Weights | None
-    boundary: Weights
+    state: Memories

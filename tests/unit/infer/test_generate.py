@@ -102,7 +102,7 @@ def watched(model: Model, prompt: Tensor, count: int) -> tuple[list[int], list[i
 
     def note(_, args, output):
         read.append(args[0].shape[1])
-        entries.append(sum(tensor.numel() for layer in output[1].layers for tensor in layer.tensors.values()))
+        entries.append(sum(tensor.numel() for layer in output[1].layers for tensor in layer.named().values()))
 
     handle = model.register_forward_hook(note)
     try:
@@ -160,7 +160,7 @@ def test_nothing_is_kept_for_a_backward_pass(models):
     model = models["hope"]
     reading = prefill(model, make_prompt(3))
     for step in generate(model, reading, max_tokens=2, sampling=Sampling(), generator=torch.Generator()):
-        tensors = [tensor for layer in step.state.layers for tensor in layer.tensors.values()]
+        tensors = [tensor for layer in step.state.layers for tensor in layer.named().values()]
         assert not any(tensor.requires_grad for tensor in tensors)
     assert torch.is_grad_enabled()
 

@@ -75,7 +75,38 @@ def test_a_continuation_from_a_file_equals_one_in_one_go(tmp_path: Path, kind: s
     assert begun + rest == in_one_go and len(set(in_one_go)) > 2
     assert torch.equal(end.logits, last.logits)
     for before, after in zip(last.state.layers, end.state.layers, strict=True):
-        assert all(torch.equal(before.tensors[name], after.tensors[name]) for name in before.tensors)
+        expected, actual = before.named(), after.named()
+        assert expected.keys() == actual.keys()
+        assert all(torch.equal(expected[name], actual[name]) for name in expected)
+
+
+WEIGHTS = {f"{kind}/{layer}" for kind in ("running", "momentum", "boundary") for layer in ("first", "wide", "narrow")}
+NAMES = {
+    "hope": ({}, {f"memory/{name}" for name in WEIGHTS} | {"conv_tail"}),
+    "two banks": (
+        {"self_modifying": {"chunk_size": 8, "projection_chunk_size": 16, "conv_width": None}},
+        {f"memory/{name}" for name in WEIGHTS if "narrow" not in name} | {f"projection/{name}" for name in WEIGHTS},
+    ),
+    "linear": (
+        {"self_modifying": {"memory": "linear", "momentum": False}},
+        {"memory/running/first", "memory/boundary/first", "conv_tail"},
+    ),
+    "attention": ({"mixer": "attention"}, {"k", "v"}),
+}
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_names_in_files_stay(tmp_path: Path, kind: str):
+    """States that were written before must be readable for ever: these are their names."""
+    settings, names = NAMES[kind]
+    loaded = make_loaded(**settings)
+    reading = prefill(loaded.model, make_tokens(21))
+    write_state(reading, loaded, tmp_path)
+    assert set(torch.load(tmp_path / TENSORS)) == {"logits"} | {f"{i}.{name}" for i in (0, 1) for name in names}
+    again = read_state(tmp_path, loaded).state
+    for before, after in zip(reading.state.layers, again.layers, strict=True):
+        assert type(after.tensors) is type(before.tensors) and after.position == 21
+        assert all(torch.equal(before.named()[name], after.named()[name]) for name in names)
 
 
 def test_a_text_read_in_two_sittings_equals_one_text(written: Path):

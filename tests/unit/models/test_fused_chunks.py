@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from hopescale.config.schema import SelfModifyingConfig
-from hopescale.models import self_modifying
 from hopescale.models.init import initialize
 from hopescale.models.self_modifying import SelfModifying
-from hopescale.ops.cpp import unsupported_reason
+from hopescale.ops.cpp import build
+from hopescale.ops.self_modifying import chunked
 from hopescale.parallel.mesh import Mesh
 from tests.support.naive_mixer import SWITCHES, naive_mixer
 
@@ -21,9 +21,7 @@ WIDTH, HEADS, DIM, BATCH = 24, 2, 16, 2
 OWN_WIDTHS = {"hidden width": {"memory_dim": 32}}
 FUSED = {name: switch | OWN_WIDTHS.get(name, {}) for name, switch in SWITCHES.items() if "two chunk" not in name}
 
-pytestmark = pytest.mark.skipif(
-    unsupported_reason(torch.device("cpu"), torch.float32) is not None, reason="no C++ compiler could build the library"
-)
+pytestmark = pytest.mark.skipif(build.problem() is not None, reason="no C++ compiler could build the library")
 
 
 def make_mixer(switch: str, chunk_size: int, backend: str) -> SelfModifying:
@@ -64,17 +62,17 @@ def outputs(mixer: SelfModifying, tokens: int) -> tuple[list[Tensor], list[Tenso
     """Run from a state in use: outputs, what is carried on and what is probed; gradients through all but the last."""
     g = torch.Generator().manual_seed(6)
     state = mixer.initial_state(BATCH)
-    names = [name for name in state.tensors if "/boundary/" not in name]
+    first = state.named()
+    names = [name for name in first if "/boundary/" not in name]
     leaves = [
-        (state.tensors[name] + 0.1 * torch.randn(state.tensors[name].shape, generator=g)).detach().requires_grad_()
-        for name in names
+        (first[name] + 0.1 * torch.randn(first[name].shape, generator=g)).detach().requires_grad_() for name in names
     ]
     tensors = dict(zip(names, leaves, strict=True))
-    tensors |= {name: tensors[name.replace("boundary", "running")] for name in state.tensors if "/boundary/" in name}
+    tensors |= {name: tensors[name.replace("boundary", "running")] for name in first if "/boundary/" in name}
     x = torch.randn(tokens, BATCH, WIDTH, generator=g).requires_grad_()
     probe: dict[str, Tensor] = {}
-    y, after = mixer(x, state._replace(tensors=tensors), probe)
-    results = [y, *(after.tensors[name] for name in sorted(after.tensors))]
+    y, after = mixer(x, state.with_named(tensors), probe)
+    results = [y, *(tensor for _, tensor in sorted(after.named().items()))]
     loss = sum((one * torch.randn(one.shape, generator=g)).sum() for one in results)
     inputs = [x, *leaves, *mixer.parameters()]
     grads = torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
@@ -112,7 +110,7 @@ def refuse(*_: object, **__: object) -> None:
 def run_without_loop(monkeypatch: pytest.MonkeyPatch, backend: str, **changes: object) -> Callable[[], None]:
     config = replace(SelfModifyingConfig(chunk_size=4), **changes)
     mixer = SelfModifying(WIDTH, HEADS, DIM, config, norm_eps=1e-6, out_std=0.3, mesh=Mesh.alone(), backend=backend)
-    monkeypatch.setattr(self_modifying, "scan", refuse)
+    monkeypatch.setattr(chunked, "scan", refuse)
     return lambda: mixer(torch.randn(9, BATCH, WIDTH))
 
 
@@ -125,5 +123,5 @@ def test_auto_takes_the_operation_and_torch_the_loop(monkeypatch: pytest.MonkeyP
 def test_what_the_operation_cannot_do_is_left_to_the_loop_or_refused(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(AssertionError, match="one by one"):
         run_without_loop(monkeypatch, "auto", memory_dim=10)()
-    with pytest.raises(ValueError, match="multiples of 16, not memories of width 10"):
+    with pytest.raises(ValueError, match="memories are 10 wide, not a multiple of 16"):
         run_without_loop(monkeypatch, "cpp", memory_dim=10)()

@@ -120,7 +120,7 @@ def test_low_precision_leaves_gates_norms_and_memories_in_float32():
     tokens = make_tokens(2, 40)
     logits, state = model(tokens)
     assert logits.dtype == torch.bfloat16
-    assert all(t.dtype == torch.float32 for n, t in state.layers[0].tensors.items() if n != "conv_tail")
+    assert all(t.dtype == torch.float32 for n, t in state.layers[0].named().items() if n != "conv_tail")
     with torch.no_grad():
         reference = Model(BASE)(tokens)[0][..., :200]
     torch.testing.assert_close(logits[..., :200].float(), reference, rtol=0, atol=0.1)

@@ -8,9 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from hopescale.config.schema import SelfModifyingConfig
-from hopescale.models import Model, ModelState, self_modifying
+from hopescale.models import Model, ModelState
+from hopescale.ops.self_modifying import chunked
 from hopescale.parallel.layers import cross_entropy_sum
 from tests.support.models import BASE
 from tests.support.split import VARIANTS
@@ -22,7 +24,7 @@ DOCUMENT_IDS = (torch.arange(48) > 9).long().expand(2, -1)
 def forward(model: Model, state: ModelState | None = None, probe: dict | None = None) -> Tensor:
     logits, after = model(TOKENS[:, :-1], state, document_ids=None if state else DOCUMENT_IDS, probe=probe)
     loss = cross_entropy_sum(logits, TOKENS[:, 1:], model.mesh)
-    return loss + sum(layer.square().sum() for part in after.layers for layer in part.tensors.values())
+    return loss + sum(layer.square().sum() for part in after.layers for layer in part.named().values())
 
 
 def kept_bytes(model: Model) -> int:
@@ -128,13 +130,13 @@ def test_nothing_is_kept_to_recompute_without_gradients(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("recompute", ["memory", "block"])
 def test_a_mixer_that_is_computed_again_leaves_no_streams(recompute: str, monkeypatch: pytest.MonkeyPatch):
-    real, seen = self_modifying.scan, []
+    real, seen = chunked.scan, []
 
-    def noted(step, sizes, streams, carried, **options):
-        seen.extend(map(weakref.ref, (*streams, *carried)))
-        return real(step, sizes, streams, carried, **options)
+    def noted(step, sizes, streams, carry, **options):
+        seen.extend(weakref.ref(x) for x in tree_leaves((streams, carry)) if x is not None)
+        return real(step, sizes, streams, carry, **options)
 
-    monkeypatch.setattr(self_modifying, "scan", noted)
+    monkeypatch.setattr(chunked, "scan", noted)
     loss = forward(Model(BASE, recompute=recompute))
     assert seen and all(tensor() is None for tensor in seen)
     loss.backward()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 from hopescale.config.schema import SelfModifyingConfig
 from hopescale.models.init import initialize
 from hopescale.models.self_modifying import SelfModifying
+from hopescale.ops.self_modifying import chunked
 from hopescale.parallel.mesh import Mesh
 from tests.support.naive_mixer import SWITCHES, naive_mixer
 
@@ -69,8 +71,9 @@ def test_split_sequence_equals_one_pass(switch: str):
             parts.append(y)
         assert_equal_up_to_rounding(torch.cat(parts), whole)
         assert state.position == last.position == 23
-        for name, tensor in last.tensors.items():
-            assert_equal_up_to_rounding(state.tensors[name], tensor)
+        found = state.named()
+        for name, tensor in last.named().items():
+            assert_equal_up_to_rounding(found[name], tensor)
 
 
 @pytest.mark.parametrize("switch", ["default", "linear", "two chunk sizes", "boundary", "inclusive"])
@@ -97,11 +100,11 @@ def test_sequences_of_a_batch_are_independent():
 def test_fresh_memory_keeps_more_than_half_its_norm_after_64_tokens(memory: str, dim: int):
     mixer = fresh_mixer(SelfModifyingConfig(memory=memory), dim)
     x = torch.randn(64, BATCH, WIDTH, generator=torch.Generator().manual_seed(9))
-    start = mixer.initial_state(BATCH)
-    _, end = mixer(x)
-    for name in start.tensors:
+    start = mixer.initial_state(BATCH).named()
+    end = mixer(x)[1].named()
+    for name in start:
         if "/running/" in name:
-            assert end.tensors[name].norm() > 0.5 * start.tensors[name].norm(), name
+            assert end[name].norm() > 0.5 * start[name].norm(), name
 
 
 @pytest.mark.parametrize("switch", ["default", "linear", "two chunk sizes"])
@@ -109,7 +112,7 @@ def test_state_stays_bounded_over_a_long_repetitive_sequence(switch: str):
     mixer = fresh_mixer(replace(SelfModifyingConfig(chunk_size=4), **SWITCHES[switch]), DIM)
     with torch.no_grad():
         _, state = mixer(torch.randn(1, 1, WIDTH, generator=torch.Generator().manual_seed(4)).repeat(2000, 1, 1))
-    assert max(float(tensor.abs().max()) for tensor in state.tensors.values()) < 50
+    assert max(float(tensor.abs().max()) for tensor in state.named().values()) < 50
 
 
 @pytest.mark.parametrize("switch", ["default", "linear", "two chunk sizes"])
@@ -131,8 +134,20 @@ def test_the_chunk_loop_is_traced_without_a_break(monkeypatch: pytest.MonkeyPatc
     mixer = make_mixer(SelfModifyingConfig(chunk_size=4))
     x = torch.randn(9, BATCH, WIDTH, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     expected = mixer(x)[0]
-    monkeypatch.setattr(mixer, "_step", torch.compile(mixer._advance, fullgraph=True, dynamic=False, backend="eager"))
+    traced = []
+
+    def compile_eagerly(function: Callable, **how: object) -> Callable:
+        assert how == {"fullgraph": True, "dynamic": False}
+        traced.append(function)
+        return original(function, **how, backend="eager")
+
+    original = torch.compile
+    monkeypatch.setattr(torch, "compile", compile_eagerly)
+    chunked._compiled.cache_clear()
+    mixer.computed["compiled"] = True
     assert_equal_up_to_rounding(mixer(x)[0], expected)
+    chunked._compiled.cache_clear()
+    assert len(traced) == 1
 
 
 @pytest.mark.parametrize("memory", ["linear", "mlp"])

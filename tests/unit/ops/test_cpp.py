@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -12,18 +13,28 @@ import pytest
 import torch
 
 from hopescale.ops.cpp import build
-from hopescale.ops.self_modifying import MemorySpec, Streams, Weights, backend, cpp
+from hopescale.ops.limits import LANES
+from hopescale.ops.self_modifying import Memories, MemorySpec, MemoryState, Streams, Weights, cpp, self_modifying
 
 
 @pytest.fixture
 def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return an empty cache, seen by functions that have forgotten what they found."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for function in (build.library, build.unsupported_reason):
+    for function in (build.library, build.problem):
         function.cache_clear()
     yield tmp_path / "hopescale"
-    for function in (build.library, build.unsupported_reason):
+    for function in (build.library, build.problem):
         function.cache_clear()
+
+
+def make_streams() -> Streams:
+    return Streams(*(torch.zeros(1, 1, 9, 16) for _ in "kvq"), torch.zeros(1, 1, 9), None, None)
+
+
+def make_state(w_out: torch.Tensor | None) -> Memories:
+    weights = Weights(torch.zeros(1, 1, 16, 16), w_out, None)
+    return Memories(MemoryState(weights, None, weights), None)
 
 
 @pytest.mark.skipif(build.compiler() is None, reason="there is no C++ compiler")
@@ -38,17 +49,16 @@ def test_the_library_is_built_once(fresh: Path):
 
 def test_a_missing_compiler_is_named_once_and_the_loop_runs(fresh: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    backend._warn.cache_clear()
+    monkeypatch.setattr(cpp, "library", lambda: pytest.fail("the C++ is called"))
     spec = MemorySpec(("mem",), (), 16, 8, "l2", True, True, None, 0.01, 1.0, "prefix")
-    streams = Streams(*(torch.zeros(1, 1, 9, 16) for _ in "kvq"), torch.zeros(1, 1, 9), None, None)
-    running = Weights(torch.zeros(1, 1, 16, 16), torch.zeros(1, 1, 1, 16, 16), None)
+    given = make_streams(), make_state(torch.zeros(1, 1, 1, 16, 16)), spec
     with pytest.warns(UserWarning, match="no C.. compiler.*CXX names: memories are trained by torch.*slower"):
-        assert backend.fused_chunks(streams, running, spec, "auto") is None
+        self_modifying(*given)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert backend.fused_chunks(streams, running, spec, "auto") is None
+        self_modifying(*given)
     with pytest.raises(ValueError, match="backend is 'cpp', but there is no C.. compiler"):
-        backend.fused_chunks(streams, running, spec, "cpp")
+        self_modifying(*given, backend="cpp")
     assert not list(fresh.iterdir())
 
 
@@ -68,7 +78,8 @@ def test_the_compiler_may_be_named_with_options(fresh: Path, monkeypatch: pytest
 
 def test_a_library_that_cannot_be_loaded_is_an_obstacle(fresh: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(build, "_compile", lambda path: path.write_text("not a library"))
-    assert "could not be built or loaded" in build.unsupported_reason(torch.device("cpu"), torch.float32)
+    with pytest.warns(UserWarning, match="could not be built or loaded"):
+        assert "could not be built or loaded" in build.problem()
 
 
 def without_home(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,22 +107,21 @@ def test_without_a_cache_folder_the_users_own_temporary_one_serves(
         build._cache()
 
 
-def test_other_types_and_devices_are_left_alone():
-    assert "not float64 on cpu" in build.unsupported_reason(torch.device("cpu"), torch.float64)
-    assert "not float32 on meta" in build.unsupported_reason(torch.device("meta"), torch.float32)
+def test_python_and_the_code_agree_on_the_numbers_in_a_vector():
+    header = (build.SOURCES / "matrix.h").read_text()
+    assert re.findall(r"constexpr int LANES = (\d+);", header) == [str(LANES)]
 
 
 @pytest.mark.skipif(build.compiler() is None, reason="there is no C++ compiler")
 def test_chunks_too_large_for_the_machine_are_an_error(monkeypatch: pytest.MonkeyPatch):
-    given = cpp._Rule.of
+    given = cpp._MemorySpec.of
 
-    def endless(*args: object) -> cpp._Rule:
+    def endless(*args: object) -> cpp._MemorySpec:
         c = given(*args)
         c.chunk = 1 << 24
         return c
 
-    monkeypatch.setattr(cpp._Rule, "of", endless)
+    monkeypatch.setattr(cpp._MemorySpec, "of", endless)
     spec = MemorySpec(("mem",), (), None, 8, "l2", False, True, None, 0.01, 1.0, "prefix")
-    streams = Streams(*(torch.zeros(1, 1, 9, 16) for _ in "kvq"), torch.zeros(1, 1, 9), None, None)
     with pytest.raises(MemoryError, match=f"chunks of {1 << 24} tokens"):
-        cpp.self_modify_cpp(streams, Weights(torch.zeros(1, 1, 16, 16), None, None), None, spec)
+        cpp.self_modifying_cpp(make_streams(), make_state(None), spec)

@@ -71,9 +71,9 @@ def test_triton_without_a_gpu_is_one_clear_error(monkeypatch: pytest.MonkeyPatch
     inputs = {"k": tokens, "u": tokens, "eta": tokens[..., 0], "alpha": tokens[..., 0], "state": state}
     with pytest.raises(ValueError, match="backend is 'triton', but (triton is not installed|the kernels need)"):
         delta_rule(**inputs, backend="triton")
-    with pytest.raises(ValueError, match="backend is 'cuda', not one of auto, torch, triton"):
+    with pytest.raises(ValueError, match="backend is 'cuda', not one of torch, triton"):
         delta_rule(**inputs, backend="cuda")
-    assert torch.equal(delta_rule(**inputs, backend="auto").state, state)
+    assert torch.equal(delta_rule(**inputs, backend="torch").state, state)
 
 
 def test_importing_the_delta_rule_imports_no_triton():

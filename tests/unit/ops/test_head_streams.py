@@ -6,17 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from hopescale.ops.cpp import unsupported_reason
+from hopescale.ops.cpp import build
 from hopescale.ops.head_streams import head_streams
 
 BATCH, HEADS, SLICES, DIM = 2, 3, 3, 16
 
-pytestmark = pytest.mark.skipif(
-    unsupported_reason(torch.device("cpu"), torch.float32) is not None, reason="no C++ compiler could build the library"
-)
+pytestmark = pytest.mark.skipif(build.problem() is not None, reason="no C++ compiler could build the library")
 
 
-def run(tokens: int, taps: int, unit: tuple[bool, ...], cpp: bool) -> list[Tensor]:
+def run(tokens: int, taps: int, unit: tuple[bool, ...], backend: str) -> list[Tensor]:
     g = torch.Generator().manual_seed(1)
     projected = torch.randn(tokens, BATCH, HEADS, SLICES + 1, DIM, generator=g, requires_grad=True)
     leaves, weight, tail = [projected], None, None
@@ -25,7 +23,7 @@ def run(tokens: int, taps: int, unit: tuple[bool, ...], cpp: bool) -> list[Tenso
         tail = torch.randn(BATCH, taps - 1, HEADS * SLICES * DIM, generator=g, requires_grad=True)
         leaves += [weight, tail]
     inputs = projected[..., :SLICES, :]  # the slice of an output gate stays behind
-    streams, after = head_streams(inputs, weight, None if tail is None else tail.transpose(0, 1), unit, cpp=cpp)
+    streams, after = head_streams(inputs, weight, None if tail is None else tail.transpose(0, 1), unit, backend=backend)
     loss = (streams * torch.randn(streams.shape, generator=g)).sum()
     if after is not None:
         loss = loss + (after * torch.randn(after.shape, generator=g)).sum()
@@ -36,7 +34,7 @@ def run(tokens: int, taps: int, unit: tuple[bool, ...], cpp: bool) -> list[Tenso
 @pytest.mark.parametrize("taps", [0, 1, 4])
 @pytest.mark.parametrize("tokens", [1, 2, 3, 39])
 def test_one_pass_equals_torchs_operations(tokens: int, taps: int, unit: tuple[bool, ...]):
-    for actual, expected in zip(run(tokens, taps, unit, True), run(tokens, taps, unit, False), strict=True):
+    for actual, expected in zip(run(tokens, taps, unit, "cpp"), run(tokens, taps, unit, "torch"), strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -44,7 +42,7 @@ def test_gradients_are_float32_whatever_the_default():
     torch.set_default_dtype(torch.float64)
     try:
         x = torch.ones(5, BATCH, HEADS, SLICES, DIM, dtype=torch.float32, requires_grad=True)
-        head_streams(x, None, None, (False,) * SLICES)[0].sum().backward()
+        head_streams(x, None, None, (False,) * SLICES, backend="cpp")[0].sum().backward()
     finally:
         torch.set_default_dtype(torch.float32)
     assert torch.equal(x.grad, torch.ones_like(x))
@@ -55,10 +53,10 @@ def test_a_sequence_cut_in_two_gives_the_same_bits():
     x = torch.randn(11, BATCH, HEADS, SLICES, DIM, generator=g)
     weight = torch.randn(HEADS * SLICES * DIM, 4, generator=g)
     tail = torch.zeros(3, BATCH, HEADS * SLICES * DIM)
-    whole, last = head_streams(x, weight, tail, (True,) * SLICES)
+    whole, last = head_streams(x, weight, tail, (True,) * SLICES, backend="cpp")
     parts = []
     for part in x.split([1, 3, 7]):
-        streams, tail = head_streams(part, weight, tail, (True,) * SLICES)
+        streams, tail = head_streams(part, weight, tail, (True,) * SLICES, backend="cpp")
         parts.append(streams)
     assert torch.equal(torch.cat(parts, dim=3), whole)
     assert torch.equal(tail, last)

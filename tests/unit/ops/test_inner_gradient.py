@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hopescale.ops.inner_gradient import InnerLoss, mlp_writes
+from hopescale.ops.self_modifying.inner_gradient import InnerLoss, mlp_writes
 
 BATCH, HEADS, MEMORIES, TOKENS, DIM, HIDDEN = 2, 2, 3, 5, 4, 6
 SETTINGS = list(itertools.product(("l2", "dot"), (True, False), (None, 0.7), (True, False)))

@@ -9,19 +9,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from hopescale.ops.scan import Replay, scan
+from hopescale.ops.self_modifying.scan import Replay, scan
 
 
-def step(index: int, carry: list[Tensor], parts: list[Tensor]) -> tuple[list[Tensor], list[Tensor], dict]:
-    state, untouched = carry
+def step(index: int, carry: dict, parts: list[Tensor]) -> tuple[list[Tensor], dict, dict]:
+    state, (untouched, _) = carry["state"], carry["rest"]
     x, fixed = parts
     y = x * torch.tanh(state[:, :, None]) + (index + 1) * fixed.square()
-    return [y, (2 * y).detach()], [state + y.sum(2), untouched], {"added": (y.sum(2), None)}
+    return [y, (2 * y).detach()], {"state": state + y.sum(2), "rest": (untouched, None)}, {"added": (y.sum(2), None)}
 
 
-def follow(carry: list[Tensor], trace: dict) -> list[Tensor]:
-    state, untouched = carry
-    return [state + trace["added"][0], untouched]
+def follow(carry: dict, trace: dict) -> dict:
+    return carry | {"state": carry["state"] + trace["added"][0]}
 
 
 def run(sizes: list[int], recompute: bool, replay: Replay | None = None, *, only_state: bool = False) -> list[Tensor]:
@@ -32,7 +31,8 @@ def run(sizes: list[int], recompute: bool, replay: Replay | None = None, *, only
     state = torch.randn(2, 3, 4, generator=g, dtype=torch.float64, requires_grad=True)
     untouched = torch.randn(5, generator=g, dtype=torch.float64, requires_grad=True)
     options = {"recompute": recompute, "replay": replay}
-    (y, double), (last, same) = scan(step, sizes, [x, fixed], [state, untouched], **options)
+    (y, double), carry = scan(step, sizes, [x, fixed], {"state": state, "rest": (untouched, None)}, **options)
+    last, (same, _) = carry["state"], carry["rest"]
     loss = last.square().sum() if only_state else y.pow(3).sum() + last.sin().sum() + same.square().sum()
     gradients = torch.autograd.grad(loss, [x, state, untouched], allow_unused=True, materialize_grads=True)
     return [y, double, last, *gradients]
@@ -50,7 +50,8 @@ def test_nothing_but_what_is_carried_is_kept():
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):
         x = torch.randn(2, 3, 100, 4, requires_grad=True)
-        scan(step, [10] * 10, [x, x.detach()], [torch.zeros(2, 3, 4), torch.zeros(5)], recompute=True)
+        first = {"state": torch.zeros(2, 3, 4), "rest": (torch.zeros(5), None)}
+        scan(step, [10] * 10, [x, x.detach()], first, recompute=True)
     assert len(kept) == 2 + 10 * 2
     assert sum(shape.numel() for shape in kept) == 2 * x.numel() + 10 * (24 + 5)
 
@@ -66,7 +67,7 @@ def test_traces_are_kept_instead_and_nothing_around_them():
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
         x = torch.randn(2, 3, 100, 4, requires_grad=True)
-        first = [torch.zeros(2, 3, 4), torch.zeros(5)]
+        first = {"state": torch.zeros(2, 3, 4), "rest": (torch.zeros(5), None)}
 
         def with_view(*args) -> tuple:
             outputs, carry, _ = step(*args)
@@ -81,13 +82,14 @@ def test_at_most_one_state_for_each_half_is_there_at_a_time():
     alive: set[int] = set()
     most = 0
 
-    def counted(carry: list[Tensor], trace: dict) -> list[Tensor]:
+    def counted(carry: dict, trace: dict) -> dict:
         nonlocal most
-        state, untouched = follow(carry, trace)
+        carry = follow(carry, trace)
+        state = carry["state"]
         alive.add(id(state))
         weakref.finalize(state, alive.discard, id(state))
         most = max(most, len(alive))
-        return [state, untouched]
+        return carry
 
     run([1] * 32, True, Replay(counted, 32))
     assert most <= 1 + math.log2(32)

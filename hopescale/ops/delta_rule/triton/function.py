@@ -13,9 +13,14 @@ from hopescale.ops.delta_rule.triton.backward import read_back_kernel, states_ba
 from hopescale.ops.delta_rule.triton.forward import prepare_kernel, read_kernel, states_kernel
 from hopescale.ops.delta_rule.triton.gradients import gates_kernel, keys_kernel, queries_kernel, values_kernel
 from hopescale.ops.delta_rule.types import DeltaRuleOutput, Read, check_arguments
+from hopescale.ops.limits import KERNEL_DIMS
 
 LONGEST_CHUNK = 32
 """Tokens of a chunk where the length is free: the tables of longer chunks leave the registers."""
+
+
+LONGEST_BOUNDARY_CHUNK = 64
+"""Longest chunk that the kernels read the boundary of."""
 
 
 class Grid(NamedTuple):
@@ -181,6 +186,18 @@ def _like(x: Tensor | None) -> Tensor | None:
     return None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+def _check_shapes(k: Tensor, u: Tensor, state: Tensor, read: Read, chunk_size: int) -> None:
+    if state.dtype != torch.float32:
+        raise ValueError(f"the kernels compute in float32, state is {state.dtype}")
+    if k.shape[-1] not in KERNEL_DIMS:
+        raise ValueError(f"the kernels know keys of {', '.join(map(str, KERNEL_DIMS))} entries, k has {k.shape[-1]}")
+    if u.shape[-1] % KERNEL_DIMS[0]:
+        raise ValueError(f"the kernels know values of a multiple of {KERNEL_DIMS[0]} entries, u has {u.shape[-1]}")
+    if read == "boundary" and chunk_size > LONGEST_BOUNDARY_CHUNK:
+        limit = f"up to {LONGEST_BOUNDARY_CHUNK} tokens"
+        raise ValueError(f"the kernels read the boundary of chunks {limit}, chunk_size is {chunk_size}")
+
+
 def delta_rule_triton(
     k: Tensor,
     u: Tensor,
@@ -197,6 +214,7 @@ def delta_rule_triton(
 ) -> DeltaRuleOutput:
     """Run the gated delta rule by kernels. Same arguments, result and errors as `delta_rule`; `state` is float32."""
     check_arguments(k, u, eta, alpha, state, q, mu, momentum, read, chunk_size)
+    _check_shapes(k, u, state, read, chunk_size)
     if k.shape[1] == 0:
         return DeltaRuleOutput(None if q is None else torch.zeros_like(u, dtype=q.dtype), state, momentum)
     if mu is not None and momentum is None:

@@ -1,5 +1,5 @@
 """The fused self-modifying chunks as Triton kernels. Importing this imports Triton. See README.md."""
 
-from hopescale.ops.self_modifying.triton.function import self_modify_triton
+from hopescale.ops.self_modifying.triton.function import self_modifying_triton
 
-__all__ = ["self_modify_triton"]
+__all__ = ["self_modifying_triton"]

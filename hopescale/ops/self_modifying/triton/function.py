@@ -11,7 +11,13 @@ from hopescale.ops.self_modifying.triton import scratch
 from hopescale.ops.self_modifying.triton.backward import self_modify_back_kernel
 from hopescale.ops.self_modifying.triton.forward import self_modify_kernel
 from hopescale.ops.self_modifying.triton.kernel_config import KernelConfig
-from hopescale.ops.self_modifying.types import ChunksOutput, MemorySpec, Streams, Weights
+from hopescale.ops.self_modifying.types import (
+    Memories,
+    MemorySpec,
+    MemoryState,
+    SelfModifyingOutput,
+    Streams,
+)
 
 
 def _run(
@@ -69,21 +75,18 @@ class _SelfModify(torch.autograd.Function):
         return None, None, *gradients, *weights[:2]
 
 
-def self_modify_triton(streams: Streams, running: Weights, momentum: Weights | None, spec: MemorySpec) -> ChunksOutput:
-    """Run the memories over a sequence that begins at a chunk's boundary, by kernels.
+def self_modifying_triton(streams: Streams, state: Memories, spec: MemorySpec) -> SelfModifyingOutput:
+    """Run memories over a sequence that begins with a chunk, by kernels in float32. As `self_modifying`.
 
-    Differentiable once in all tensors, through all outputs but `stats`.
-
-    Args:
-        streams: Float32.
-        running: Weights at the first token, float32.
-        momentum: Their momentum; None without `streams.mu`.
-        spec: How memories read and learn.
+    Differentiable once in all tensors, through all outputs but the statistics.
     """
+    running, momentum, _ = state.memory
     if streams.k.shape[2] == 0:
-        return ChunksOutput(streams.q, streams.q.new_zeros(*streams.q.shape[:3], 3), running, momentum, running)
+        stats = streams.q.new_zeros(*streams.q.shape[:3], 3)
+        return SelfModifyingOutput(streams.q, stats, Memories(MemoryState(running, momentum, running), None))
     config = KernelConfig.of(streams, spec)
     inputs = (None if x is None else x.contiguous() for x in streams)
     packed = config.pack(running), None if momentum is None else config.pack(momentum)
     y, stats, *weights = _SelfModify.apply(config, spec.chunk_size, *inputs, *packed)
-    return ChunksOutput(y, stats, *(None if x is None else config.unpack(x) for x in weights))
+    last = MemoryState(*(None if x is None else config.unpack(x) for x in weights))
+    return SelfModifyingOutput(y, stats, Memories(last, None))

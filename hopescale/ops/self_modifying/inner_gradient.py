@@ -63,9 +63,9 @@ class _MlpWrites(torch.autograd.Function):
         hidden = pre * gate
         tokens = pre.shape[3] // (2 if loss.own_target else 1)
         of_key = hidden[..., :tokens, :]
-        second_inputs, error = _second_inputs(hidden, tokens, loss), None
-        if second_inputs is not None:
-            error = second_inputs @ w1
+        asked, error = _asked(hidden, tokens, loss), None
+        if asked is not None:
+            error = asked @ w1
         if v is not None:
             offset = (k - v if loss.objective == "l2" else -v)[:, :, None]
             error = offset.expand(*w1.shape[:3], *v.shape[2:]) if error is None else error.add_(offset)
@@ -80,14 +80,14 @@ class _MlpWrites(torch.autograd.Function):
         keys = of_key / norm
         back = push @ w1.mT
         first = -(back * _slope(gate, hidden)[..., :tokens, :]).transpose(2, 3).contiguous()
-        ctx.save_for_backward(pre, w1, gate, hidden, second_inputs, raw, error, push, norm, keys, back, fresh)
-        ctx.loss, ctx.wide = loss, v is not None
+        ctx.save_for_backward(pre, w1, gate, hidden, asked, raw, error, push, norm, keys, back, fresh)
+        ctx.loss, ctx.vector_memories = loss, v is not None
         ctx.mark_non_differentiable(surprise)
         return first.flatten(3), keys, -norm * push, surprise
 
     @staticmethod
     def backward(ctx: Any, d_first: Tensor, d_keys: Tensor, d_values: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        pre, w1, gate, hidden, second_inputs, raw, error, push, norm, keys, back, fresh = ctx.saved_tensors
+        pre, w1, gate, hidden, asked, raw, error, push, norm, keys, back, fresh = ctx.saved_tensors
         loss, tokens = ctx.loss, keys.shape[3]
         slope = _slope(gate, hidden)
         d_first = d_first.unflatten(-1, w1.shape[2:4]).transpose(2, 3)
@@ -106,15 +106,13 @@ class _MlpWrites(torch.autograd.Function):
             along = raw * ((raw * d_error).sum(-1, keepdim=True) / square)
             d_error = torch.where(scale < 1, scale * (d_error - along), d_error)
         d_hidden = torch.zeros_like(hidden)
-        if second_inputs is not None:
-            d_w1 = torch.baddbmm(d_w1.flatten(0, 2), second_inputs.mT.flatten(0, 2), d_error.flatten(0, 2)).view(
-                w1.shape
-            )
-            d_second_inputs = d_error @ w1.mT
+        if asked is not None:
+            d_w1 = torch.baddbmm(d_w1.flatten(0, 2), asked.mT.flatten(0, 2), d_error.flatten(0, 2)).view(w1.shape)
+            d_asked = d_error @ w1.mT
             if loss.objective == "l2":
-                d_hidden[..., :tokens, :] = d_second_inputs
+                d_hidden[..., :tokens, :] = d_asked
             if loss.own_target:
-                d_hidden[..., tokens:, :] = -d_second_inputs
+                d_hidden[..., tokens:, :] = -d_asked
         of_key = d_hidden[..., :tokens, :]
         of_key.addcdiv_(d_keys, norm).addcmul_(d_norm, keys)
         d_hidden.mul_(slope)
@@ -123,12 +121,12 @@ class _MlpWrites(torch.autograd.Function):
         bend = (1 - 2 * open_).mul_(at_key).add_(2).mul_(open_ * (1 - open_))
         of_key.addcmul_(bend.mul_(back), d_first, value=-1)
         d_pre = d_hidden.transpose(2, 3).contiguous()
-        total = d_error.sum(2) if ctx.wide else None
-        d_k = total if ctx.wide and loss.objective == "l2" else None
+        total = d_error.sum(2) if ctx.vector_memories else None
+        d_k = total if ctx.vector_memories and loss.objective == "l2" else None
         return d_pre.flatten(3), d_w1, d_k, None if total is None else -total, d_fresh, None
 
 
-def _second_inputs(hidden: Tensor, tokens: int, loss: InnerLoss) -> Tensor | None:
+def _asked(hidden: Tensor, tokens: int, loss: InnerLoss) -> Tensor | None:
     """Return what the second layer maps to the error: hidden activations of the key minus those of the value."""
     if loss.objective == "l2":
         of_key = hidden[..., :tokens, :]

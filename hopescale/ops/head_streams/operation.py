@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from hopescale.ops.cpp import LANES, unsupported_reason
 from hopescale.ops.head_streams.cpp import head_streams_cpp
 from hopescale.ops.norm import l2_norm
 from hopescale.ops.short_conv import short_conv
 
 
 def head_streams(
-    x: Tensor, weight: Tensor | None, tail: Tensor | None, unit: Sequence[bool], *, cpp: bool = True
+    x: Tensor,
+    weight: Tensor | None,
+    tail: Tensor | None,
+    unit: Sequence[bool],
+    *,
+    backend: Literal["torch", "cpp"] = "torch",
 ) -> tuple[Tensor, Tensor | None]:
     """Cut projected inputs into streams of heads.
 
@@ -22,14 +27,14 @@ def head_streams(
         x: Projected inputs `[T, B, H, S, D]`.
         weight: Filters of a causal depthwise convolution with SiLU, oldest token first: `[H * S * D, W]`; None for
             neither.
-        tail: The `W - 1` inputs before `x`: `[W - 1, B, H * S * D]`; None without a filter.
-        unit: For each slice, whether its vectors are scaled to unit length.
-        cpp: Whether C++ may do it, where it can: on a CPU, in float32, for head dims that are multiples of 16.
+        tail: Inputs before `x`, `W - 1` of them: `[W - 1, B, H * S * D]`; None without a filter.
+        unit: Flag of each slice: whether its vectors are scaled to unit length.
+        backend: Code that computes; `backends.select_streams` chooses it.
 
     Returns:
         Streams `[S, B, H, T, D]`, at least float32, and the tail for the next call.
     """
-    if cpp and x.shape[-1] % LANES == 0 and x.stride(-1) == 1 and unsupported_reason(x.device, x.dtype) is None:
+    if backend == "cpp":
         return head_streams_cpp(x, weight, tail, unit)
     kind = torch.promote_types(x.dtype, torch.float32)
     if weight is not None:

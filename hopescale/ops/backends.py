@@ -1,0 +1,174 @@
+"""Which code runs the memories of a model: one answer for configs, plans, runs and operations. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from typing import Literal, NamedTuple
+
+from hopescale.ops.cpp import build
+from hopescale.ops.limits import KERNEL_DIMS, LANES
+
+Backend = Literal["auto", "torch", "triton", "cpp"]
+"""Code that a user may ask for; as `train.backend`."""
+
+Recompute = Literal["none", "chunks", "reverse", "memory", "block"]
+"""Activations that the backward pass computes again; as `train.recompute`."""
+
+OLDEST_TRITON = (3, 3)
+"""Version of Triton that the kernels need."""
+
+_DEVICES = {"triton": "cuda", "cpp": "cpu"}
+"""Device of each backend that `auto` takes, the fastest backend first."""
+
+
+class MemoryShape(NamedTuple):
+    """Facts about memories that decide which code can run them.
+
+    Attributes:
+        head_dim: Width of a head.
+        hidden: Hidden width of MLP memories; None for linear ones.
+        chunk_size: Tokens of a chunk of the main memory.
+        projection_chunk_size: Tokens of a chunk of the others.
+        sequential: Whether chunks follow one another; see `limits.is_sequential`.
+    """
+
+    head_dim: int
+    hidden: int | None
+    chunk_size: int
+    projection_chunk_size: int
+    sequential: bool
+
+
+class Choice(NamedTuple):
+    """Answer of `select`.
+
+    Attributes:
+        backend: Code that runs; None if a backend was asked for and cannot run.
+        reason: Reasons against the backends that were passed over; empty if there are none.
+    """
+
+    backend: Literal["torch", "triton", "cpp"] | None
+    reason: str
+
+    def describe(self, memories: MemoryShape) -> str:
+        """Say which code runs the memories, how, and why no other."""
+        if self.backend == "torch" and memories.sequential:
+            how = "chunk after chunk"
+        elif self.backend == "cpp" or memories.sequential:
+            how = "all chunks of a sequence in one operation"
+        else:
+            how = "all chunks of a sequence side by side"
+        return f"{self.backend}, {how}{self.reason and f' ({self.reason})'}"
+
+
+def select(
+    backend: Backend,
+    memories: MemoryShape,
+    *,
+    device: str | None = None,
+    dtype: str = "float32",
+    compiled: bool = False,
+    recompute: Recompute = "none",
+    needs_grad: bool = True,
+    whole_chunks: bool = True,
+) -> Choice:
+    """Choose the code that runs memories over a sequence.
+
+    Args:
+        backend: Code that the user asks for; `auto` is the fastest that can run.
+        memories: Facts about the memories.
+        device: Type of the device, `rocm` for AMD GPUs; None where it is unknown: then any will do.
+        dtype: Type of streams and weights.
+        compiled: Whether chunks are compiled.
+        recompute: Activations that are computed again; `reverse` needs chunks one by one.
+        needs_grad: Whether a backward pass follows. The operations over all chunks serve no other passes.
+        whole_chunks: Whether the sequence begins with a chunk and has tokens.
+    """
+    if backend == "torch":
+        return Choice("torch", "")
+    rejected, loop = [], None
+    if not needs_grad:
+        loop = "no gradients are wanted"
+    elif not whole_chunks:
+        loop = "the sequence begins within a chunk, or is empty"
+    for name, usual in _DEVICES.items() if backend == "auto" else [(backend, device)]:
+        in_one_operation = name == "cpp" or memories.sequential
+        if in_one_operation and loop:
+            reason = loop
+        elif device not in (None, usual):
+            reason = f"the device is {device}"
+        else:
+            reason = (_chunk_reason(memories, compiled, recompute) if in_one_operation else None) or (
+                unsupported_reason(name, device, dtype, heads=memories.head_dim, memories=memories.hidden)
+            )
+        if reason is None:
+            return Choice(name, "; ".join(rejected))
+        if backend != "auto" and reason is not loop:
+            return Choice(None, reason)
+        rejected.append(f"{name}: {reason}")
+    return Choice("torch", "; ".join(rejected))
+
+
+def select_streams(backend: Backend, head_dim: int, device: str, dtype: str) -> Literal["torch", "cpp"]:
+    """Choose the code that cuts projected inputs into streams of heads, in every pass and whatever runs the chunks."""
+    if backend == "torch" or unsupported_reason("cpp", device, dtype, heads=head_dim):
+        return "torch"
+    return "cpp"
+
+
+def _chunk_reason(memories: MemoryShape, compiled: bool, recompute: Recompute) -> str | None:
+    """Return why chunks must be run one by one, None if they need not."""
+    if compiled:
+        return "train.compile takes the chunk loop"
+    if recompute == "reverse":
+        return "train.recompute: reverse takes the chunk loop"
+    if memories.projection_chunk_size != memories.chunk_size:
+        return f"projection_chunk_size is {memories.projection_chunk_size}, chunk_size {memories.chunk_size}"
+    return None
+
+
+def unsupported_reason(
+    backend: Literal["triton", "cpp"], device: str | None, dtype: str = "float32", **widths: int | None
+) -> str | None:
+    """Return why code of a kind cannot run on a device, None if it can. May compile the C++.
+
+    Triton kernels run on NVIDIA GPUs, and anywhere in Triton's interpreter, which `TRITON_INTERPRET=1` turns on.
+
+    Args:
+        backend: Kind of code.
+        device: Type of the device; None asks about types and widths alone.
+        dtype: Type of the tensors.
+        widths: Widths by the name of what has them; None has none.
+    """
+    known = {name: width for name, width in widths.items() if width is not None}
+    if backend == "triton":
+        if dtype != "float32":
+            return f"the kernels compute in float32, not {dtype}"
+        if odd := [f"{name} are {width} wide" for name, width in known.items() if width not in KERNEL_DIMS]:
+            return f"{' and '.join(odd)}, not {', '.join(map(str, KERNEL_DIMS[:-1]))} or {KERNEL_DIMS[-1]}"
+        return None if device is None else _triton_problem(device)
+    if odd := [f"{name} are {width} wide" for name, width in known.items() if width % LANES]:
+        return f"{' and '.join(odd)}, not a multiple of {LANES}"
+    if dtype != "float32" or device not in (None, "cpu"):
+        return f"the C++ is for float32 on a CPU, not {dtype} on {device}"
+    return None if device is None else build.problem()
+
+
+def _triton_problem(device: str) -> str | None:
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device != "cuda" and not interpreted:
+        return f"the kernels need an NVIDIA GPU, the device is {device}"
+    return _installation_problem()
+
+
+@cache
+def _installation_problem() -> str | None:
+    try:
+        installed = version("triton")
+    except PackageNotFoundError:
+        return "triton is not installed"
+    if tuple(map(int, installed.split(".")[:2])) < OLDEST_TRITON:
+        return f"the kernels need triton {'.'.join(map(str, OLDEST_TRITON))}, {installed} is installed"
+    return None

@@ -1,0 +1,99 @@
+"""The one entry: memories over a sequence, by whatever code can run them fastest."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hopescale.ops.backends import Backend, Recompute, select
+from hopescale.ops.delta_rule import delta_rule
+from hopescale.ops.device import device_type, dtype_name
+from hopescale.ops.self_modifying.chunked import self_modifying_chunked
+from hopescale.ops.self_modifying.cpp import self_modifying_cpp
+from hopescale.ops.self_modifying.memories import make_inputs
+from hopescale.ops.self_modifying.types import (
+    Memories,
+    MemorySpec,
+    MemoryState,
+    SelfModifyingOutput,
+    Streams,
+    Weights,
+)
+
+
+def self_modifying(
+    streams: Streams,
+    state: Memories,
+    spec: MemorySpec,
+    *,
+    position: int = 0,
+    backend: Backend = "auto",
+    recompute: Recompute = "none",
+    compiled: bool = False,
+) -> SelfModifyingOutput:
+    """Run self-modifying memories over a sequence (Nested Learning, arXiv 2512.24695, Eq. 83-93).
+
+    Equal to `self_modifying_naive` up to rounding, whatever computes it.
+
+    Args:
+        streams: Inputs of keys, values and queries and logits of gates, float32 (float64 in tests).
+        state: Memories before the first token.
+        spec: How they read and learn.
+        position: Tokens that came before; chunks begin at multiples of their size.
+        backend: Code that computes; `backends.select` says which runs where.
+        recompute: Activations that the backward pass computes again. `none` keeps all, `reverse` computes also most
+            states of chunks again; anything else keeps the states that chunks begin with, and so do the operations over
+            all chunks, whatever is said here.
+        compiled: Whether a chunk is compiled (`torch.compile`), once for every number of tokens that is met.
+
+    Raises:
+        ValueError: If `backend` is `cpp` or `triton`, and it cannot run.
+    """
+    tokens, head_dim = streams.k.shape[2:]
+    choice = select(
+        backend,
+        spec.shape(head_dim),
+        device=device_type(streams.k.device),
+        dtype=dtype_name(streams.k.dtype),
+        compiled=compiled,
+        recompute=recompute,
+        needs_grad=torch.is_grad_enabled(),
+        whole_chunks=position % spec.chunk_size == 0 and tokens > 0,
+    )
+    if choice.backend is None:
+        raise ValueError(f"backend is {backend!r}, but {choice.reason}")
+    if choice.backend == "cpp":
+        return self_modifying_cpp(streams, state, spec)
+    if not spec.is_sequential:
+        return _side_by_side(streams, state.memory, spec, choice.backend)
+    if choice.backend == "triton":
+        from hopescale.ops.self_modifying.triton import self_modifying_triton
+
+        return self_modifying_triton(streams, state, spec)
+    return self_modifying_chunked(streams, state, spec, position=position, recompute=recompute, compiled=compiled)
+
+
+def _side_by_side(streams: Streams, state: MemoryState, spec: MemorySpec, backend: str) -> SelfModifyingOutput:
+    """Run a linear memory that stores static values: its chunks do not wait for one another."""
+    inputs = make_inputs(spec, state.boundary, streams)
+    u = inputs.v if inputs.mu is None else inputs.v * (1 - inputs.mu)[..., None]
+
+    def tokens_first(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.transpose(1, 2)
+
+    result = delta_rule(
+        *map(tokens_first, (inputs.k, u, inputs.eta, inputs.alpha)),
+        state.running.w_in.mT,
+        q=tokens_first(inputs.q),
+        mu=tokens_first(inputs.mu),
+        momentum=None if state.momentum is None else state.momentum.w_in.mT,
+        erase=spec.erase,
+        read=spec.read,
+        chunk_size=spec.chunk_size,
+        backend=backend,
+    )
+    running = Weights(result.state.mT, None, None)
+    momentum = None if result.momentum is None else Weights(result.momentum.mT, None, None)
+    stats = torch.stack([inputs.eta, inputs.alpha, inputs.v.norm(dim=-1)], dim=-1).detach()
+    state = MemoryState(running, momentum, running)
+    return SelfModifyingOutput(result.output.transpose(1, 2), stats, Memories(state, None))

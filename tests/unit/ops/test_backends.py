@@ -1,0 +1,122 @@
+"""Which code runs memories: the answer for every device, request and shape."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from hopescale.ops import backends
+from hopescale.ops.backends import MemoryShape, select, select_streams, unsupported_reason
+from hopescale.ops.cpp import build
+
+HOPE = MemoryShape(64, 64, 64, 64, sequential=True)
+STATIC = HOPE._replace(hidden=None, sequential=False)
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand for a machine with a compiler and Triton."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(build, "problem", lambda: None)
+    monkeypatch.setattr(backends, "_installation_problem", lambda: None)
+
+
+@pytest.mark.parametrize(
+    ("memories", "how", "line"),
+    [
+        (HOPE, {"device": "cpu"}, "cpp, all chunks of a sequence in one operation (triton: the device is cpu)"),
+        (HOPE, {"device": "cuda"}, "triton, all chunks of a sequence in one operation"),
+        (STATIC, {"device": "cuda"}, "triton, all chunks of a sequence side by side"),
+        (STATIC, {"device": "cuda", "needs_grad": False}, "triton, all chunks of a sequence side by side"),
+        (
+            HOPE,
+            {"device": "rocm"},
+            "torch, chunk after chunk (triton: the device is rocm; cpp: the device is rocm)",
+        ),
+        (
+            HOPE._replace(hidden=48),
+            {"device": "cuda"},
+            "torch, chunk after chunk (triton: memories are 48 wide, not 16, 32, 64 or 128; cpp: the device is cuda)",
+        ),
+        (
+            HOPE._replace(hidden=10),
+            {"device": "cpu"},
+            "torch, chunk after chunk (triton: the device is cpu; cpp: memories are 10 wide, not a multiple of 16)",
+        ),
+        (
+            STATIC,
+            {"device": "cpu", "needs_grad": False},
+            "torch, all chunks of a sequence side by side (triton: the device is cpu; cpp: no gradients are wanted)",
+        ),
+        (
+            HOPE,
+            {"device": "cpu", "dtype": "float64"},
+            "torch, chunk after chunk (triton: the device is cpu; "
+            "cpp: the C++ is for float32 on a CPU, not float64 on cpu)",
+        ),
+    ],
+)
+def test_auto_is_the_fastest_that_can_run_and_says_why(memories: MemoryShape, how: dict, line: str):
+    assert select("auto", memories, **how).describe(memories) == line
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ({"compiled": True}, "train.compile takes the chunk loop"),
+        ({"recompute": "reverse"}, "train.recompute: reverse takes the chunk loop"),
+        ({"needs_grad": False}, "no gradients are wanted"),
+        ({"whole_chunks": False}, "the sequence begins within a chunk"),
+    ],
+)
+@pytest.mark.parametrize(("backend", "device"), [("cpp", "cpu"), ("triton", "cuda")])
+def test_the_loop_runs_what_one_operation_does_not(backend: str, device: str, how: dict, reason: str):
+    assert select(backend, HOPE, device=device) == (backend, "")
+    choice = select("auto", HOPE, device=device, **how)
+    assert choice.backend == "torch" and f"{backend}: {reason}" in choice.reason
+    refused = select(backend, HOPE, device=device, **how)
+    assert refused.backend == ("torch" if {"needs_grad", "whole_chunks"} & how.keys() else None)
+    assert reason in refused.reason
+
+
+def test_two_chunk_sizes_take_the_loop():
+    two = HOPE._replace(projection_chunk_size=128)
+    assert select("auto", two, device="cpu").backend == "torch"
+    assert select("cpp", two) == (None, "projection_chunk_size is 128, chunk_size 64")
+
+
+def test_an_unknown_device_has_what_it_takes():
+    assert select("cpp", HOPE).backend == "cpp" and select("triton", HOPE).backend == "triton"
+    assert select("auto", HOPE._replace(head_dim=48)).backend == "cpp"
+    assert select("triton", HOPE._replace(head_dim=48)) == (None, "heads are 48 wide, not 16, 32, 64 or 128")
+
+
+def test_what_a_machine_lacks_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(build, "problem", lambda: "there is no compiler")
+    monkeypatch.setattr(backends, "_installation_problem", lambda: "triton is not installed")
+    assert select("auto", HOPE, device="cpu").reason.endswith("cpp: there is no compiler")
+    assert select("cpp", HOPE, device="cpu") == (None, "there is no compiler")
+    assert select("auto", HOPE, device="cuda").reason.startswith("triton: triton is not installed")
+    assert select("torch", HOPE, device="cuda") == ("torch", "")
+
+
+def test_triton_needs_an_nvidia_gpu_or_its_interpreter(monkeypatch: pytest.MonkeyPatch):
+    assert unsupported_reason("triton", "cpu") == "the kernels need an NVIDIA GPU, the device is cpu"
+    assert unsupported_reason("triton", "cuda", "float64") == "the kernels compute in float32, not float64"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert select("triton", HOPE, device="cpu").backend == "triton"
+    assert select("auto", HOPE, device="cpu").backend == "cpp"
+
+
+def test_streams_are_cut_in_cpp_where_that_can_run():
+    assert select_streams("auto", 64, "cpu", "float32") == "cpp"
+    for where in (("torch", 64, "cpu", "float32"), ("auto", 24, "cpu", "float32"), ("auto", 64, "cuda", "float32")):
+        assert select_streams(*where) == "torch"
+    assert select_streams("cpp", 64, "cpu", "bfloat16") == "torch"
+
+
+def test_the_answer_needs_no_torch():
+    code = "import sys, hopescale.ops.backends; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
