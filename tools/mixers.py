@@ -73,7 +73,7 @@ def configure(mixer: str, shape: Shape) -> ModelConfig:
 
     Args:
         mixer: A name of `MIXERS`, with changes to its settings after colons: `hope-mlp:chunk_size=128:memory_dim=32`.
-        shape: Its sizes. The model gets two blocks more, so that those between need no embedding and no head.
+        shape: Sizes of the model. It gets two blocks more, so that those between need no embedding and no head.
 
     Raises:
         ConfigError: If there is no such name, or the settings do not go together.

@@ -60,7 +60,7 @@ def follow(make: Callable[[list[nn.Parameter]], torch.optim.Optimizer], steps: i
 
     Args:
         make: Returns the rule for points `[64, 1, 2]`, each a matrix.
-        steps: How many.
+        steps: Number of steps.
         last_rate: Fraction that the learning rate falls to over them, linearly.
 
     Returns:

@@ -14,10 +14,9 @@ from hopescale.config import (
     check_recompute,
     check_transfer,
     model_shape,
-    ranges,
 )
 from hopescale.config.check_base import Check, Origins, leaves_rest, levels_of, set_keys
-from hopescale.config.fields import leaves
+from hopescale.config.fields import leaves, numbers
 from hopescale.config.layout import Layout
 from hopescale.config.load import DEFAULT, LoadedConfig
 from hopescale.config.schema import RopeScalingConfig, RunConfig
@@ -34,7 +33,7 @@ def check(config: RunConfig, origins: Origins | None = None) -> list[Problem]:
 
     Args:
         config: A config whose types are right, as loading leaves it.
-        origins: Where each key was set, as loading returns it. Keys that are missing count as defaults.
+        origins: Origin of each key, as loading returns it. Missing keys count as defaults.
     """
     origins = origins or {}
     problems = [problem for each in CHECKS for problem in each(config, origins)]
@@ -58,7 +57,7 @@ def check_layout(config: RunConfig, layout: Layout, origins: Origins | None = No
     Args:
         config: A config that has passed its checks.
         layout: The degrees of its axes.
-        origins: As for `check`.
+        origins: Origins of the keys, as for `check`.
 
     Raises:
         ConfigError: With everything that does not split as the layout says.
@@ -74,14 +73,11 @@ def _origin(key: str, origins: Origins) -> str | None:
 
 
 def numbers_in_range(config: RunConfig, origins: Origins) -> Iterator[Problem]:
-    """Every number lies in its interval of `ranges.RANGES`."""
-    for key, value in leaves(config).items():
-        interval = ranges.find_range(key)
-        if interval is None or value is None:
-            continue
+    """Every number lies in the range that its field says."""
+    for key, value, interval in numbers(config):
         for number in value if isinstance(value, tuple) else (value,):
-            if not ranges.contains(interval, number):
-                yield Problem(key, f"must be {ranges.describe(interval)}, is {number:g}")
+            if number not in interval:
+                yield Problem(key, f"must be {interval}, is {number:g}")
 
 
 def name_is_a_folder(config: RunConfig, origins: Origins) -> Iterator[Problem]:

@@ -12,6 +12,7 @@ from functools import cache
 from typing import Any, get_args, get_origin, get_type_hints
 
 from hopescale.config.schema import RunConfig
+from hopescale.config.schema.ranges import Interval
 from hopescale.config.values import describe_type, format_value, split_optional
 
 ENTRY = "NAME"
@@ -47,6 +48,21 @@ def leaves(node: Any, prefix: str = "") -> dict[str, Any]:
         else:
             found[f"{prefix}{name}"] = value
     return found
+
+
+def numbers(node: Any, prefix: str = "") -> Iterator[tuple[str, Any, Interval]]:
+    """List the fields of a config that have a range and a value: dotted key, value, range."""
+    hints = {} if isinstance(node, dict) else get_type_hints(type(node), include_extras=True)
+    for name, value in _children(node):
+        if is_dataclass(value) or isinstance(value, dict):
+            yield from numbers(value, f"{prefix}{name}.")
+        elif value is not None and (interval := interval_of(hints[name])):
+            yield f"{prefix}{name}", value, interval
+
+
+def interval_of(hint: Any) -> Interval | None:
+    """Return the range that a field's type says, or None for a type without one."""
+    return next(iter(getattr(split_optional(hint)[0], "__metadata__", ())), None)
 
 
 def map_entries(node: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
@@ -92,9 +108,9 @@ def suggest(prefix: str, name: str, rest: str, known: list[str], schema: type = 
     Args:
         prefix: The known part of the dotted key, empty or with a final dot.
         name: The first unknown name.
-        rest: What follows it, empty or with a first dot.
+        rest: Rest of the key after that name, empty or with a first dot.
         known: The names allowed in place of `name`.
-        schema: What the whole file holds.
+        schema: Type of the whole file.
     """
     if "." in name:
         return "nest the keys in a file; dotted keys are for the command line"

@@ -19,7 +19,7 @@ def assign_groups(
     """Return the group of every parameter.
 
     Args:
-        shapes: Of the parameters, by name.
+        shapes: Shapes of the parameters, by name.
         groups: Group settings; the one whose `match` is null takes what no pattern matches.
         tied: Parameters that several pipeline stages hold.
         linear: Weights of linear layers; None is not known, and not looked at.

@@ -118,7 +118,7 @@ def from_dict(tree: dict[str, Any], origin: str) -> RunConfig:
 
     Args:
         tree: Plain values by key.
-        origin: Where they come from, for messages.
+        origin: Origin of the values, for messages.
 
     Raises:
         ConfigError: If the tree does not fit the schema.

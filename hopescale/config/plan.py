@@ -46,7 +46,7 @@ def make_plan(config: RunConfig, layout: Layout | None = None) -> RunPlan:
 
     Args:
         config: The config.
-        layout: How ranks are distributed; None is the fewest ranks that run the config, one unless it sets degrees.
+        layout: Degrees of the axes; None is the fewest ranks that run the config, one unless it sets degrees.
     """
     layout = layout or smallest_layout(config)
     train, model = config.train, config.model

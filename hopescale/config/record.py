@@ -22,8 +22,8 @@ def write_record(folder: Path, loaded: LoadedConfig, layout: Layout, overrides: 
     Args:
         folder: The run folder.
         loaded: A recipe that has passed its checks.
-        layout: How the ranks are distributed.
-        overrides: As given on the command line.
+        layout: Degrees of the axes.
+        overrides: Overrides of the command line, verbatim.
     """
     origins, overrides = loaded.origins, [f"{override}\n" for override in overrides]
     if loaded.recipe.resolve() == (folder / CONFIG).resolve() and (folder / "origins.json").exists():

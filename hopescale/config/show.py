@@ -75,7 +75,7 @@ def model_problems(old: RunConfig, new: RunConfig, origin: str) -> list[Problem]
     Args:
         old: The config saved with the weights.
         new: The config of a run that begins with them.
-        origin: Where the weights are.
+        origin: Place of the weights, for messages.
     """
     problems = [
         Problem(key, f"is {_format(after)}, but {_format(before)} in {origin}", hint="set it as it is there")

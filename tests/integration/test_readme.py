@@ -1,4 +1,4 @@
-"""The README's walk-through, extracted and run as a reader would type it."""
+"""The commands of the README and of the first page of the docs, extracted and run as a reader would type them."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+PAGES = (ROOT / "README.md", ROOT / "docs" / "getting_started.md")
 BLOCK = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 @pytest.mark.timeout(600)
-def test_walk_through_of_the_readme_runs_as_printed(tmp_path: Path):
+def test_commands_of_the_first_pages_run_as_printed(tmp_path: Path):
     for name in ("README.md", "docs"):
         source, target = ROOT / name, tmp_path / name
         shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target)
-    blocks = BLOCK.findall((ROOT / "README.md").read_text())
-    assert len(blocks) >= 5
+    blocks = [block for page in PAGES for block in BLOCK.findall(page.read_text())]
+    assert len(blocks) >= 9
     script = "set -euo pipefail\n" + "\n".join(blocks)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     result = subprocess.run(

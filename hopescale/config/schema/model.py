@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
+
+from hopescale.config.schema.ranges import Count, CountOrZero, Fraction, Interval, Positive
 
 
 @dataclass(frozen=True)
 class LevelConfig:
     """One level of the continuum memory system: a gated MLP with its own outer cadence."""
 
-    d_ff: int = 1024
+    d_ff: Count = 1024
     """Hidden width of the level's MLP. A positive count."""
-    update_every_steps: int = 1
+    update_every_steps: Count = 1
     """Outer cadence: optimizer steps between two updates of this level, made with the sum of their gradients."""
-    phase: int = 0
+    phase: CountOrZero = 0
     """Shift of the cadence: the level is due at steps `s` with `(s + phase) % update_every_steps == 0`."""
 
 
@@ -38,7 +40,7 @@ class SelfModifyingConfig:
 
     memory: Literal["mlp", "linear"] = "mlp"
     """`mlp`: `M(z) = z + W1 silu(W2 z)`. `linear`: `M(z) = W z`."""
-    memory_dim: int | None = None
+    memory_dim: Count | None = None
     """Hidden width `E` of an MLP memory; null is the head dim. Only with `memory: mlp`."""
     adaptive: tuple[Literal["k", "v", "eta", "alpha"], ...] = ("k", "v", "eta", "alpha")
     """Projections that are memories and learn while they read; the others are static maps of the layer's input."""
@@ -58,22 +60,22 @@ class SelfModifyingConfig:
     """Whether memories forget (`alpha` gate). Off: alpha is 1 and `alpha` must not be in `adaptive`."""
     read: Literal["prefix", "inclusive", "boundary"] = "prefix"
     """State that token t reads: before its own write, after it, or at the start of its chunk."""
-    chunk_size: int = 64
+    chunk_size: Count = 64
     """Tokens between two boundaries of the main memory: its inner gradients are taken at the last boundary."""
-    projection_chunk_size: int | None = None
+    projection_chunk_size: Count | None = None
     """The same for the other memories. A multiple of `chunk_size`; null is `chunk_size`."""
-    eta_max: float = 1.0
+    eta_max: Annotated[float, Interval("(0, 2]")] = 1.0
     """Upper limit of the inner learning rate, in (0, 2]. Above 1 the transition may have negative eigenvalues."""
-    eta_init: float = 0.1
+    eta_init: Fraction = 0.1
     """Inner learning rate of every token at initialisation, as a fraction of `eta_max`, in (0, 1)."""
-    alpha_init: float = 0.998
+    alpha_init: Fraction = 0.998
     """Retention per token at initialisation, in (0, 1). 0.998 keeps 88 % of a memory after 64 tokens."""
-    mu_init: float = 0.5
+    mu_init: Fraction = 0.5
     """Inner momentum at initialisation, in (0, 1). Only with `momentum`."""
-    error_cap: float | None = None
+    error_cap: Positive | None = None
     """Largest norm of a token's error (read minus target) that may enter a write; null is no limit. Only with
     `objective: l2`."""
-    conv_width: int | None = 4
+    conv_width: Count | None = 4
     """Tokens seen by the causal depthwise convolution on the projected inputs; null is no convolution."""
     gate: bool = False
     """Whether the output is multiplied by a SiLU gate of the layer's input."""
@@ -86,13 +88,13 @@ class RopeScalingConfig:
     kind: Literal["linear", "llama3"] = "llama3"
     """`linear`: all frequencies are divided by `factor`. `llama3`: only those that turn less than `low_freq_factor`
     times in the first context; those that turn more than `high_freq_factor` times stay, with a ramp between."""
-    factor: float = 8.0
+    factor: Annotated[float, Interval("[1, inf)")] = 8.0
     """Divisor of the slowed frequencies."""
-    low_freq_factor: float = 1.0
+    low_freq_factor: Positive = 1.0
     """Turns in the first context up to which a frequency is slowed in full. Only with `kind: llama3`."""
-    high_freq_factor: float = 4.0
+    high_freq_factor: Positive = 4.0
     """Turns from which it is not slowed; above `low_freq_factor`. Only with `kind: llama3`."""
-    first_context: int = 8192
+    first_context: Count = 8192
     """Tokens of the context that the model was first trained on. Only with `kind: llama3`."""
 
 
@@ -100,12 +102,12 @@ class RopeScalingConfig:
 class AttentionConfig:
     """Causal softmax attention with rotary positions."""
 
-    num_kv_heads: int | None = None
+    num_kv_heads: Count | None = None
     """Heads of keys and values, each shared by `num_heads / num_kv_heads` heads of queries (grouped-query attention);
     null is `num_heads`. Divides `num_heads`."""
     qkv_bias: bool = False
     """Whether queries, keys and values have a bias."""
-    rope_theta: float = 10_000.0
+    rope_theta: Annotated[float, Interval("(1, inf)")] = 10_000.0
     """Base of the rotary frequencies."""
     rope_scaling: RopeScalingConfig | None = None
     """How the rotary frequencies are slowed for long contexts; null leaves them."""
@@ -119,9 +121,9 @@ class AttentionConfig:
 class TransferConfig:
     """Learning rates of a narrower model for a wider one (muP); `docs/width_transfer.md` derives what changes."""
 
-    base_width: int = 256
+    base_width: Count = 256
     """`model.d_model` of the model on which `optim.lr` was tuned. Widths of levels are taken to have grown with it."""
-    base_head_dim: int | None = None
+    base_head_dim: Count | None = None
     """Its head dim; null is the present one: there are more heads, and none is wider. A set
     `self_modifying.memory_dim` is taken to have stayed, one that is null to have grown with the head dim."""
 
@@ -130,15 +132,15 @@ class TransferConfig:
 class ModelConfig:
     """A stack of blocks, each a mixer followed by a continuum memory system, between embedding and head."""
 
-    vocab_size: int = 32_000
+    vocab_size: Annotated[int, Interval("[2, inf)")] = 32_000
     """Entries of the vocabulary. Must equal the tokenizer's. Stored padded to a multiple of 128."""
-    d_model: int = 256
+    d_model: Count = 256
     """Width of the residual stream."""
-    num_layers: int = 4
+    num_layers: Count = 4
     """Number of blocks."""
-    num_heads: int = 4
+    num_heads: Count = 4
     """Heads of the mixer."""
-    head_dim: int | None = None
+    head_dim: Count | None = None
     """Width of a head; null is `d_model / num_heads`."""
     mixer: Literal["self_modifying", "attention"] = "self_modifying"
     """Which of the two blocks below mixes tokens; setting a key of the other one is an error."""
@@ -150,9 +152,9 @@ class ModelConfig:
     """The levels that follow the mixer."""
     tie_embeddings: bool = True
     """Whether the head shares the embedding's matrix."""
-    norm_eps: float = 1e-6
+    norm_eps: Positive = 1e-6
     """Added under the root of every RMSNorm."""
-    init_std: float = 0.02
+    init_std: Positive = 0.02
     """Standard deviation of the embedding and of an untied head. Other matrices follow their fan-in, as the
     `ParameterSpec` beside each says."""
     transfer: TransferConfig | None = None

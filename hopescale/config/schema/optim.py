@@ -3,7 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
+
+from hopescale.config.schema.ranges import (
+    Count,
+    CountOrZero,
+    Fraction,
+    FractionOrEnds,
+    FractionOrZero,
+    Interval,
+    Positive,
+    PositiveOrZero,
+)
 
 
 @dataclass(frozen=True)
@@ -12,11 +23,11 @@ class ScheduleConfig:
 
     name: Literal["cosine", "wsd"] = "cosine"
     """`cosine`: warm-up, then half a cosine. `wsd`: warm-up, stable, then a linear decay."""
-    warmup_steps: int = 0
+    warmup_steps: CountOrZero = 0
     """Steps of linear warm-up from 0. A run that is shorter ends within it."""
-    min_lr_ratio: float = 0.1
+    min_lr_ratio: FractionOrEnds = 0.1
     """Last learning rate as a fraction of the peak."""
-    decay_fraction: float = 0.2
+    decay_fraction: Annotated[float, Interval("(0, 1]")] = 0.2
     """Fraction of `train.steps` spent in the final decay. Only with `name: wsd`."""
 
 
@@ -35,11 +46,11 @@ class GroupConfig:
     match: tuple[str, ...] | None = None
     """Shell patterns of parameter names (`*.norm.weight`). Null takes all that no other group matches; exactly one
     group does so."""
-    lr_scale: float = 1.0
+    lr_scale: PositiveOrZero = 1.0
     """Factor on `optim.lr`."""
-    weight_decay: float | None = None
+    weight_decay: PositiveOrZero | None = None
     """Decoupled weight decay per unit of learning rate; null is `optim.weight_decay`."""
-    betas: tuple[float, float] | None = None
+    betas: Annotated[tuple[float, float], Interval("[0, 1)")] | None = None
     """Decay rates of AdamW's two moments; null is `optim.betas`. Only with `rule: adamw`."""
 
 
@@ -47,15 +58,15 @@ class GroupConfig:
 class MuonConfig:
     """Muon: an orthogonalised momentum. One momentum per matrix."""
 
-    momentum: float = 0.95
+    momentum: FractionOrZero = 0.95
     """Decay rate of the momentum, per update."""
     nesterov: bool = True
     """Whether to look ahead along the newest gradient."""
-    ns_steps: int = 5
+    ns_steps: Count = 5
     """Newton-Schulz iterations."""
     ns_dtype: Literal["bf16", "fp32"] | None = None
     """Precision of Newton-Schulz; null is `bf16` on CUDA and `fp32` elsewhere."""
-    eps: float = 1e-7
+    eps: Positive = 1e-7
     """Least Frobenius norm that a matrix is divided by."""
     adjust_lr_fn: Literal["original", "match_rms_adamw"] = "original"
     """Factor on the learning rate by shape: `original` is `sqrt(max(1, rows / columns))`, `match_rms_adamw` is
@@ -66,17 +77,17 @@ class MuonConfig:
 class M3Config:
     """M3: a fast and a slow momentum, both orthogonalised, over a second moment. Up to four moments per matrix."""
 
-    beta1: float = 0.95
+    beta1: Fraction = 0.95
     """Decay rate of the fast momentum per update; with `form: paper` the weight of a gradient in it."""
-    beta2: float = 0.95
+    beta2: Fraction = 0.95
     """The same of the second moment."""
-    beta3: float = 0.5
+    beta3: Fraction = 0.5
     """The same of the slow momentum, per period."""
-    alpha_slow: float = 0.5
+    alpha_slow: PositiveOrZero = 0.5
     """Weight of the slow momentum's direction; 0 leaves the slow momentum out."""
-    frequency: int = 4
+    frequency: Count = 4
     """Period of the slow momentum, in updates of the parameter itself."""
-    ns_steps: int = 5
+    ns_steps: Count = 5
     """Newton-Schulz iterations."""
     ns_dtype: Literal["bf16", "fp32"] | None = None
     """Precision of Newton-Schulz; null is `bf16` on CUDA and `fp32` elsewhere."""
@@ -84,11 +95,11 @@ class M3Config:
     """`ema`: moments are exponential averages. `paper`: Algorithm 1 to the letter, whose sums only grow."""
     second_moment: bool = True
     """Whether to divide by the root of the second moment."""
-    eps: float = 1e-8
+    eps: Positive = 1e-8
     """Added to that root."""
     nesterov: bool = False
     """Whether the fast momentum looks ahead. Only with `form: ema`."""
-    update_rms: float | None = None
+    update_rms: Positive | None = None
     """Root mean square of an update before the learning rate; null is 0.2, or no such scaling with `adjust_lr_fn`. Only
     with `form: ema`."""
     adjust_lr_fn: Literal["original", "match_rms_adamw"] | None = None
@@ -100,15 +111,15 @@ class DeltaMomentumConfig:
     """Delta Momentum: a momentum that forgets along the present gradient. One momentum per matrix, and with `beta2` a
     second moment."""
 
-    momentum: float = 0.9
+    momentum: FractionOrZero = 0.9
     """Decay rate of the momentum, per update."""
-    delta: float = 0.1
+    delta: FractionOrEnds = 0.1
     """Strength of the erase along the gradient; 0 is plain momentum."""
     form: Literal["unit", "paper"] = "unit"
     """Whether the erase is divided by the gradient's squared norm (`unit`) or not (`paper`)."""
-    beta2: float | None = None
+    beta2: Fraction | None = None
     """Decay rate of a second moment that preconditions what is written; null writes the gradient."""
-    eps: float = 1e-8
+    eps: Positive = 1e-8
     """Added to the root of the second moment. Only with `beta2`."""
 
 
@@ -116,17 +127,17 @@ class DeltaMomentumConfig:
 class DeepMomentumConfig:
     """Deep momentum: a memory per matrix that learns the gradient's rows."""
 
-    alpha: float = 0.9
+    alpha: FractionOrEnds = 0.9
     """Retention of the memory, per update."""
-    inner_lr: float = 0.01
+    inner_lr: Positive = 0.01
     """Inner learning rate, for a loss that is summed over rows."""
     objective: Literal["dot", "l2"] = "dot"
     """Inner loss: inner product or squared error."""
     memory: Literal["mlp", "linear"] = "mlp"
     """What the memory is: two layers and a residual, or one matrix."""
-    memory_dim: int | None = None
+    memory_dim: Count | None = None
     """Hidden width of an MLP memory; null is 32. Only with `memory: mlp`."""
-    update_rms: float | None = None
+    update_rms: Positive | None = None
     """Root mean square of an update before the learning rate; null keeps the length of the gradient's rows."""
 
 
@@ -134,15 +145,15 @@ class DeepMomentumConfig:
 class OptimConfig:
     """The outer optimizer."""
 
-    lr: float = 4e-4
+    lr: Positive = 4e-4
     """Peak learning rate."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: Annotated[tuple[float, float], Interval("[0, 1)")] = (0.9, 0.95)
     """Decay rates of AdamW's first and second moment."""
-    eps: float = 1e-8
+    eps: Positive = 1e-8
     """Added to the root of AdamW's second moment."""
-    weight_decay: float = 0.1
+    weight_decay: PositiveOrZero = 0.1
     """Decoupled weight decay per unit of learning rate."""
-    grad_clip: float | None = 1.0
+    grad_clip: Positive | None = 1.0
     """Largest global gradient norm; null is no limit. A level that is due counts with the mean over its period."""
     accumulate: Literal["sum", "mean"] = "sum"
     """What a level is updated with at the end of its period: the sum of the gradients since the last update, or their

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from hopescale.config.schema.ranges import Count, Positive, Seed
 from hopescale.ops.backends import Backend, Recompute
 
 
@@ -12,9 +13,9 @@ from hopescale.ops.backends import Backend, Recompute
 class ValidationConfig:
     """Loss on held-out text."""
 
-    every: int | None = 100
+    every: Count | None = 100
     """Steps between two validations; null is never. The last step always validates unless this is null."""
-    tokens: int = 65_536
+    tokens: Count = 65_536
     """Tokens read per source and validation, from the start of its held-out split; at least one batch."""
 
 
@@ -22,11 +23,11 @@ class ValidationConfig:
 class CheckpointConfig:
     """When the state of the run is saved and what is kept. The last step and a stop are always saved."""
 
-    every: int | None = 100
+    every: Count | None = 100
     """Steps between two checkpoints; null saves only at the end and on a stop."""
-    keep_last: int = 2
+    keep_last: Count = 2
     """Newest checkpoints kept, at least 1."""
-    keep_every: int | None = None
+    keep_every: Count | None = None
     """Checkpoints at multiples of this step are kept for ever; null keeps none beyond `keep_last`."""
     async_save: bool = True
     """Whether files are written in the background while training goes on."""
@@ -36,7 +37,7 @@ class CheckpointConfig:
 class LogConfig:
     """What is recorded."""
 
-    every: int = 10
+    every: Count = 10
     """Steps between two console lines and full records in `metrics.jsonl` and TensorBoard. The last step is always
     recorded, and so are validations and the steps that update a slow level."""
     tensorboard: bool = True
@@ -47,13 +48,13 @@ class LogConfig:
 class TrainConfig:
     """The training loop."""
 
-    steps: int = 1000
+    steps: Count = 1000
     """Optimizer steps of the whole run; the learning rate's horizon."""
-    seq_len: int = 1024
+    seq_len: Count = 1024
     """Tokens per sequence."""
-    micro_batch_size: int = 1
+    micro_batch_size: Count = 1
     """Sequences per forward pass."""
-    global_batch_tokens: int = 16_384
+    global_batch_tokens: Count = 16_384
     """Tokens per optimizer step; a multiple of `seq_len * micro_batch_size`. Gradient accumulation is derived."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Type of weights and activations. With bf16 the optimizer keeps fp32 master weights; memories are fp32 always."""
@@ -71,12 +72,12 @@ class TrainConfig:
     """What trains memories: torch's operations in a loop over chunks, one operation written in C++ (on a CPU; needs a
     C++ compiler) or in Triton (on an NVIDIA GPU), or `auto`: the operation where it can run. It computes chunks again
     in the backward pass, also with `recompute: none`. Changes rounding, memory and speed only."""
-    replica_check_every: int | None = 100
+    replica_check_every: Count | None = 100
     """Steps between two comparisons of the weights over data-parallel ranks, which must be bit-equal; null is never.
     With `parallel.zero` of 3 there is nothing to compare."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the initial weights and of every generator."""
-    loss_spike: float | None = 3.0
+    loss_spike: Positive | None = 3.0
     """Nats above the mean of the last 32 losses at which the run stops as diverged; null only stops at NaN."""
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     """Held-out loss."""
