@@ -199,7 +199,7 @@ class Saver:
         Args:
             step: Optimizer steps done.
             state: Tensors, flat or nested in dicts. Without `blocking` they are copied before this returns.
-            manifest: Its `progress` (whose `step` is the same), `config` and `identity` are kept.
+            manifest: Manifest whose `progress` (with the same `step`), `config` and `identity` are kept.
             blocking: Whether to return only when the checkpoint is complete.
 
         Raises:

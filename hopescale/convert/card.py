@@ -58,8 +58,8 @@ def model_card(manifest: Manifest, config: RunConfig, recipe: str, tokenizer: st
     """Write a model card.
 
     Args:
-        manifest: Of the checkpoint.
-        config: Its config.
+        manifest: Manifest of the checkpoint.
+        config: Config of the checkpoint.
         recipe: The same as YAML.
         tokenizer: A sentence about the tokenizer.
         own_code: Whether the folder brings the model's code.

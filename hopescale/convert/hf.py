@@ -254,8 +254,8 @@ def write_checkpoint(out: Path, weights: Mapping[str, Tensor], manifest: Manifes
 
     Args:
         out: Run folder to create.
-        weights: Of the whole model, by name.
-        manifest: Its `progress`, `config` and `identity` are kept.
+        weights: Weights of the whole model, by name.
+        manifest: Manifest whose `progress`, `config` and `identity` are kept.
         tokenizer: SentencePiece model to keep with it.
 
     Raises:

@@ -102,7 +102,7 @@ def pairs(model: ModelConfig, level_of_block: Callable[[int], str]) -> Iterator[
     """List the weights of a Transformer, names complete.
 
     Args:
-        model: Its mixer is attention.
+        model: Config of a model whose mixer is attention.
         level_of_block: Names the level of a block that stands for their MLP.
     """
     absent = {
@@ -163,7 +163,7 @@ def read_settings(theirs: Mapping[str, Any], origin: str) -> dict[str, Any]:
 
     Args:
         theirs: Standardised by transformers 5.
-        origin: Where it comes from, for messages.
+        origin: Name of the folder, for messages.
 
     Raises:
         CheckpointError: If it is of another family, or asks for something our model does not have.

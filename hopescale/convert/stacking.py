@@ -36,11 +36,11 @@ def stack(folder: Path, out: Path, levels: Mapping[str, int], stacking: Stacking
     """Write the checkpoint of a model whose levels are made of a pre-trained model's MLPs.
 
     Args:
-        folder: Of the pre-trained model: Llama, Qwen2 or Qwen3.
+        folder: Folder of the pre-trained model: Llama, Qwen2 or Qwen3.
         out: Run folder to create.
         levels: Period of each level, by name. One of period 1 makes a Transformer.
         stacking: See `PLACEMENTS`.
-        precision: As `train.precision`; None is bf16 for a source in bfloat16, else fp32.
+        precision: Precision as in `train.precision`; None is bf16 for a source in bfloat16, else fp32.
 
     Returns:
         The checkpoint, at step 0.

@@ -1,4 +1,4 @@
-"""Whether a folder of transformers answers as a checkpoint does: logits on held-out text, then greedy tokens."""
+"""Whether a folder of transformers answers as a checkpoint does: logits of held-out text, then of generated tokens."""
 
 from __future__ import annotations
 
@@ -21,9 +21,8 @@ from hopescale.convert.hf import check_files
 from hopescale.convert.mapping import layer_names
 from hopescale.convert.stacking import read_source, require_config
 from hopescale.data.loader import open_data
-from hopescale.infer.generate import generate, prefill
+from hopescale.infer.generate import prefill
 from hopescale.infer.load import LoadedModel, load_model
-from hopescale.infer.sampling import Sampling
 from hopescale.models import Model
 
 LIMITS = {"fp32": 1e-4, "bf16": 2e-2}
@@ -83,7 +82,7 @@ def load_transformers(folder: Path, dtype: torch.dtype, *, trust_remote_code: bo
 
     Args:
         folder: The folder.
-        dtype: Of the weights.
+        dtype: Data type of the weights.
         trust_remote_code: Whether to run code that the folder brings, as exports do.
 
     Raises:
@@ -114,7 +113,7 @@ def compare(loaded: LoadedModel, theirs: nn.Module, limit: float, origin: str) -
         loaded: The checkpoint.
         theirs: The model.
         limit: See `LIMITS`.
-        origin: Where it comes from, for messages.
+        origin: Name of the folder, for messages.
 
     Raises:
         CheckpointError: If they differ.
@@ -136,28 +135,50 @@ def compare(loaded: LoadedModel, theirs: nn.Module, limit: float, origin: str) -
 
 
 def _compare_greedy(loaded: LoadedModel, theirs: nn.Module, prompt: Tensor, limit: float, origin: str) -> str:
-    """Generate from a prompt with both; tokens are equal, up to the first place where two are equally likely.
+    """Generate from a prompt with both, and compare the logits of every token and the token that each takes.
+
+    Logits that differ by `d` can order two tokens otherwise if these are less than `2 d` apart: there both go on with
+    the checkpoint's token.
 
     Raises:
-        CheckpointError: If they differ elsewhere.
+        CheckpointError: If logits differ, or tokens that are further apart.
     """
-    reading = prefill(loaded.model, prompt)
-    steps = generate(loaded.model, reading, max_tokens=GREEDY, sampling=Sampling(), generator=torch.Generator())
-    own = [int(step.token) for step in steps]
+    tokens, expected = _greedy(loaded, prompt)
     theirs.generation_config.eos_token_id = None
-    # Without a mask, transformers takes end-of-text tokens of the prompt for padding.
-    options = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": GREEDY, "do_sample": False}
-    other = theirs.generate(prompt, **options)[0, prompt.shape[1] :].tolist()
-    if own == other:
+    options = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    place, ties = 0, 0
+    while place < GREEDY:
+        context = torch.cat([prompt, torch.tensor([tokens[:place]], dtype=prompt.dtype)], dim=1)
+        # Without a mask, transformers takes end-of-text tokens of the prompt for padding.
+        mask = torch.ones_like(context)
+        output = theirs.generate(context, attention_mask=mask, max_new_tokens=GREEDY - place, **options)
+        for token, found in zip(output.sequences[0, context.shape[1] :].tolist(), output.logits, strict=True):
+            own, wanted = tokens[place], expected[place]
+            message = f"{origin} does not generate what {loaded.folder} does: "
+            difference = _difference(found[0], wanted)
+            if not difference <= limit:
+                message += f"logits of token {place + 1} differ by {difference:.2e}, the limit is {limit:g}; "
+                raise CheckpointError(f"{message}those of a whole text are right, so its cache is not")
+            place += 1
+            if token != own:
+                ties += 1
+                if wanted[own] - wanted[token] > 2 * (found[0].double() - wanted).abs().max():
+                    message += f"token {place} is {token}, not {own}; "
+                    raise CheckpointError(f"{message}its logits are right, so its generation settings are not")
+                break
+    if not ties:
         return f"{GREEDY} of {GREEDY} tokens equal"
-    place = next(i for i in range(GREEDY) if own[i] != other[i])
-    context = torch.cat([prompt, torch.tensor([own[:place]], dtype=prompt.dtype)], dim=1)
-    logits = loaded.model(context)[0][0, -1, : loaded.config.model.vocab_size].float()
-    margin = float(logits[own[place]] - logits[other[place]]) / max(1.0, float(logits.abs().max()))
-    if margin > limit:
-        message = f"{origin} does not generate what {loaded.folder} does: token {place + 1} is {other[place]}, "
-        raise CheckpointError(f"{message}not {own[place]}; its logits for a whole text are right, so its cache is not")
-    return f"{place} tokens equal, then two that are equally likely (their logits differ by {margin:.1e})"
+    return f"{GREEDY - ties} of {GREEDY} tokens equal, {ties} where two are equally likely but for rounding"
+
+
+def _greedy(loaded: LoadedModel, prompt: Tensor) -> tuple[list[int], list[Tensor]]:
+    """Return the likeliest tokens after a prompt `[1, T]`, one after the other, and the logits `[V]` of each."""
+    reading, tokens, logits = prefill(loaded.model, prompt), [], []
+    for _ in range(GREEDY):
+        logits.append(reading.logits[0, : loaded.config.model.vocab_size].double())
+        tokens.append(int(logits[-1].argmax()))
+        reading = prefill(loaded.model, torch.tensor([tokens[-1:]]), reading.state)
+    return tokens, logits
 
 
 def _difference(found: Tensor, expected: Tensor) -> float:

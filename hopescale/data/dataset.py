@@ -114,7 +114,7 @@ class TokenStream:
         """Read one document after the other, each with its end-of-text token.
 
         Raises:
-            DataError: As `read` and `document_ids` do.
+            DataError: Error that `read` or `document_ids` raises.
         """
         for number, size in enumerate(self._columns[0]):
             yield from np.split(self._tokens(number, 0, int(size)), self._ends(number)[:-1])

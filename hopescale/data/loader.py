@@ -113,7 +113,7 @@ class Data:
 
         Args:
             name: One of `validation_sets`.
-            tokens: How much to read: as many whole sequences as fit, at least `batch_size`, at most the split.
+            tokens: Number of tokens to read: as many whole sequences as fit, at least `batch_size`, at most the split.
             batch_size: Sequences per batch; the last may have fewer.
 
         Raises:
@@ -152,12 +152,12 @@ def prefetched(data: Data, index_batches: Iterable[Sequence[int]], depth: int) -
     """Read batches ahead in a background thread, in the order given.
 
     Args:
-        data: Where to read.
+        data: Data to read.
         index_batches: Global indices of each batch; consumed by the thread.
         depth: Batches held ready; 0 reads each one when it is asked for, without a thread.
 
     Raises:
-        DataError: What the thread met, at the batch where it met it.
+        DataError: Failure of the thread, raised at the batch where it happened.
     """
     if depth == 0:
         for indices in index_batches:

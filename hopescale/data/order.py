@@ -79,7 +79,7 @@ def sample_at(num_samples: int, *, seed: int, stream: str, epoch: int, index: in
         num_samples: Samples per epoch.
         seed: Seed of the order.
         stream: Name that parts the orders of two data sets.
-        epoch: Which pass over the samples.
+        epoch: Number of the pass over the samples.
         index: Place in the epoch, in `range(num_samples)`.
     """
     return Permutation(num_samples, derive_key(seed, stream, epoch))(index)

@@ -58,7 +58,7 @@ def prepare(
     the same bytes.
 
     Args:
-        documents: What to tokenise.
+        documents: Documents to tokenise.
         tokenizer: Turns text into tokens; copied to `out`.
         out: Folder to create; it appears when all is written.
         validation: Fraction of the documents to hold out, in `[0, 1)`.

@@ -139,7 +139,7 @@ class SplitWriter:
         """Start with no file.
 
         Args:
-            folder: Where the shards go.
+            folder: Folder of the shards.
             split: First part of their names.
             shard_bytes: Token bytes after which the next block begins a new shard. A shard has at least one block.
         """

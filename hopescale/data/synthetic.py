@@ -53,7 +53,7 @@ class SyntheticSamples:
         Args:
             config: Task and sizes.
             seed: Data seed.
-            split: Which of two disjoint sets of random streams.
+            split: Name of one of two disjoint sets of random streams.
             seq_len: Tokens per sample.
         """
         self.num_samples = config.num_samples

@@ -34,7 +34,7 @@ class Tokenizer:
 
         Args:
             model: Content of a sentencepiece model file.
-            name: Where it came from, for messages.
+            name: Name of the file, for messages.
 
         Raises:
             DataError: If it is not a sentencepiece model or has no end-of-text piece.

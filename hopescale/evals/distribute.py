@@ -38,7 +38,7 @@ def distribute(
     """Do each batch on one of the ranks, and return all results everywhere. Called by all ranks.
 
     Args:
-        control: Where ranks meet.
+        control: Control by which ranks meet.
         batches: Numbers from 0, each once; the same on every rank.
         work: Gives one result for each number of a batch; results must pickle.
         tell: Told after each batch how many numbers of this rank are done, and how many there are.

@@ -36,7 +36,7 @@ class EvaluatedModel(TemplateLM):
 
     Args:
         loaded: Holds a tokenizer.
-        control: Where ranks meet.
+        control: Control by which ranks meet.
         context: Tokens that are read at most before a token that is predicted; None is all there are.
         report: Takes a line for every tenth of the work that is done.
     """

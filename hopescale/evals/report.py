@@ -56,8 +56,8 @@ def report(loaded: LoadedModel, results: Sequence[TaskResult], settings: Mapping
 
     Args:
         loaded: The model.
-        results: As measured.
-        settings: What the results depend on besides.
+        results: Results as measured.
+        settings: Settings that the results depend on besides.
     """
     packages = [name for name in ("hopescale", "torch", "lm_eval") if find_spec(name)]
     return {

@@ -17,7 +17,7 @@ class EvalRequest:
     """What is to be measured.
 
     Attributes:
-        tasks: Of lm-eval, with the number of solved examples before each question; None is the task's own.
+        tasks: Tasks of lm-eval, with the number of solved examples before each question; None is the task's own.
         task_path: Folder of tasks beside lm-eval's.
         perplexity: Whether the loss on held-out shards is.
         data: Prepared folder to measure it on; None takes the sources of the run.

@@ -21,8 +21,8 @@ def evaluate(
 
     Args:
         loaded: The whole model, on every rank.
-        request: What to measure.
-        control: Where ranks meet.
+        request: Tasks and data to measure.
+        control: Control by which ranks meet.
         report: Takes lines about what is done; those of the first rank stand for all.
 
     Raises:

@@ -28,7 +28,7 @@ def score(model: Model, texts: Sequence[Sequence[int]], counts: Sequence[int]) -
     Args:
         model: In whatever precision it is.
         texts: Token ids.
-        counts: How many tokens of each text are scored; fewer than it has.
+        counts: Numbers of tokens that are scored at the end of each text; fewer than it has.
     """
     device = next(model.parameters()).device
     width = max(map(len, texts)) - 1
@@ -70,8 +70,8 @@ def write(
         model: In whatever precision it is.
         texts: Token ids, at least one each.
         max_tokens: Most tokens to write to each.
-        sampling: How they are chosen.
-        seed: Of the choice.
+        sampling: Rule by which tokens are chosen.
+        seed: Seed of the choice.
         ended: Says of the tokens written to a text whether the last of them ended it.
     """
     device = next(model.parameters()).device

@@ -29,7 +29,7 @@ def load_tasks(shots: Mapping[str, int | None], folder: Path | None) -> dict[str
 
     Args:
         shots: Names of tasks or groups, and the number of solved examples before each question; None is the task's own.
-        folder: Of tasks as lm-eval writes them (YAML), beside its own.
+        folder: Folder of tasks as lm-eval writes them (YAML), beside its own.
 
     Raises:
         ConfigError: If a task is not known.
@@ -83,8 +83,8 @@ def run_tasks(model: EvaluatedModel, tasks: Mapping[str, Any], limit: int | None
     """Run tasks. Called by all ranks, and returns the same on all, but standard errors on the first alone.
 
     Args:
-        model: What is asked.
-        tasks: As `load_tasks` returns them.
+        model: Model that answers.
+        tasks: Tasks as `load_tasks` returns them.
         limit: Ask only so many questions of each task; None asks all.
     """
     resamples = RESAMPLES if model.control.is_first else 0

@@ -54,9 +54,9 @@ def generate(
 
     Args:
         model: In whatever precision it is.
-        reading: Where to begin, as `prefill` returns it.
+        reading: Reading to begin from, as `prefill` returns it.
         max_tokens: Most tokens to yield.
-        sampling: How they are chosen.
+        sampling: Rule by which tokens are chosen.
         generator: Source of randomness.
         end: Token that ends a single sequence; it is neither yielded nor read. None never ends.
     """

@@ -33,7 +33,7 @@ def load_model(path: Path, device: torch.device) -> LoadedModel:
 
     Args:
         path: A checkpoint folder, or a run folder, whose latest checkpoint is taken.
-        device: Where to put them.
+        device: Device of the weights.
 
     Raises:
         CheckpointError: If there is no checkpoint, or it is damaged.
@@ -50,8 +50,8 @@ def empty_model(manifest: Manifest, folder: Path) -> Model:
     """Return the model that a manifest describes, in its precision and on the CPU; weights are to be filled in.
 
     Args:
-        manifest: Of a checkpoint or an export.
-        folder: Where it is, for messages.
+        manifest: Manifest of a checkpoint or an export.
+        folder: Folder of the manifest, for messages.
     """
     config = from_dict(manifest.config, str(folder))
     model = Model(config.model)

@@ -44,7 +44,7 @@ def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Te
 
     Args:
         logits: `[B, V]`.
-        sampling: How to choose.
+        sampling: Rule by which a token is chosen.
         generator: Source of randomness, on the CPU; unused when greedy.
 
     Returns:

@@ -36,7 +36,7 @@ def write_state(reading: Reading, loaded: LoadedModel, folder: Path) -> None:
     """Write what a model carries, and what it predicts next, into an empty folder.
 
     Args:
-        reading: Where the model stands.
+        reading: Reading to write: logits and state of the model.
         loaded: The model, with its checkpoint.
         folder: Given by `staged_folder`.
     """

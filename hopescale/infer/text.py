@@ -16,8 +16,8 @@ def encode_prompt(prompt: str, tokenizer: Tokenizer | None, vocab_size: int, *, 
 
     Args:
         prompt: Text.
-        tokenizer: Of the model, if it has one.
-        vocab_size: Of the model.
+        tokenizer: Tokenizer of the model, if it has one.
+        vocab_size: Vocabulary size of the model.
         goes_on: Whether a text has been read already, which the prompt goes on: it has no end-of-text token in front,
             and may be empty.
 

@@ -96,9 +96,9 @@ class Layer:
     """One matrix of a memory during one chunk: `S_t = alpha_t S_{t-1} - eta_t S_{t-1} k_t k_t^T + Z_t`.
 
     Args:
-        tables: Of the chunk's gates.
+        tables: Tables of the chunk's gates.
         keys: `[B, H, C, D]`.
-        values: What each token writes, `[B, H, C, Do]`.
+        values: Values that each token writes, `[B, H, C, Do]`.
         state: `S` before the chunk, `[B, H, Do, D]`.
         momentum: `Z` before the chunk; None without momentum.
         erase: Whether a write erases what its key held.

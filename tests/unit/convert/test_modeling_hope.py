@@ -13,6 +13,7 @@ from hopescale.config.schema import AttentionConfig, CmsConfig, RopeScalingConfi
 from hopescale.convert.hf_model.configuration_hope import HopeConfig
 from hopescale.convert.hf_model.modeling_hope import HopeForCausalLM
 from hopescale.models import Model
+from tests.support.greedy import assert_same_text
 from tests.support.split import BASE, LEVELS
 
 TOKENS = 37
@@ -125,19 +126,37 @@ def test_rows_padded_on_the_right_equal_rows_alone(pair, tokens: Tensor):
         close(logits[row, : TOKENS - pad], expected(ours, tokens[row : row + 1, : TOKENS - pad])[0])
 
 
-@pytest.mark.parametrize(
-    ("variant", "options"),
-    [("hope", {}), ("hope", {"num_beams": 2}), ("two banks, linear", {}), ("grouped-query attention", {})],
-)
-def test_generation_by_cache_equals_recomputation(variant: str, tokens: Tensor, options: dict):
+@pytest.mark.parametrize("variant", ["hope", "two banks, linear", "grouped-query attention"])
+@torch.no_grad()
+def test_generation_by_cache_equals_recomputation(variant: str, tokens: Tensor):
     _, theirs = make_pair(variant)
     mask = torch.tensor([[0] * pad + [1] * (21 - pad) for pad in PADS])
-    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "attention_mask": mask, **options}
-    found, whole = (theirs.generate(tokens[:, :21] * mask, use_cache=cached, **options) for cached in (True, False))
-    assert torch.equal(found, whole)
-    if "num_beams" not in options:
-        alone = theirs.generate(tokens[1:2, PADS[1] : 21], max_new_tokens=12, do_sample=False, pad_token_id=0)
-        assert torch.equal(alone[0, -12:], found[1, -12:])
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    options |= {"return_dict_in_generate": True, "output_logits": True}
+    found, anew = (
+        theirs.generate(tokens[:, :21] * mask, attention_mask=mask, use_cache=cached, **options)
+        for cached in (True, False)
+    )
+    alone = theirs.generate(tokens[1:2, PADS[1] : 21], **options)
+    for row, pad in enumerate(PADS):
+        text, logits = found.sequences[row : row + 1, 21:], torch.stack(found.logits, 1)[row : row + 1]
+        whole = theirs(found.sequences[row : row + 1, pad:-1]).logits[:, 20 - pad :]
+        for other in (anew.sequences[row : row + 1, 21:], *([alone.sequences[:, -12:]] if row == 1 else [])):
+            assert_same_text(text, logits, whole, 1e-5, other)
+
+
+@torch.no_grad()
+def test_scores_of_beams_are_those_of_their_texts(tokens: Tensor):
+    """Whichever of two equally likely beams survives, what its cache holds is its own text."""
+    _, theirs = make_pair("hope")
+    mask = torch.tensor([[0] * pad + [1] * (21 - pad) for pad in PADS])
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "attention_mask": mask, "num_beams": 2}
+    options |= {"return_dict_in_generate": True, "output_scores": True}
+    found = theirs.generate(tokens[:, :21] * mask, **options)
+    for row, pad in enumerate(PADS):
+        text = found.sequences[row : row + 1, pad:]
+        chances = theirs(text[:, :-1]).logits.log_softmax(-1).gather(-1, text[:, 1:, None])[0, -12:, 0]
+        close(found.sequences_scores[row], chances.mean())
 
 
 def test_padding_between_tokens_is_refused(tokens: Tensor):

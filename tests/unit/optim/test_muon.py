@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hopescale.ops.newton_schulz import newton_schulz
 from hopescale.optim.muon import Muon, adjusted_lr
+from hopescale.optim.stacked import STACK_ELEMENTS
 
 SHAPES = [(4, 6), (6, 4), (4, 6), (5, 5), (4, 6)]
 
@@ -29,7 +30,9 @@ def give_gradients(members: list[nn.Parameter], step: int) -> None:
 
 @pytest.mark.parametrize("nesterov", [True, False])
 @pytest.mark.parametrize("adjust", [None, "original", "match_rms_adamw"])
-def test_it_is_torch_muon_in_bfloat16(nesterov: bool, adjust: str | None):
+def test_it_is_torch_muon_in_bfloat16(nesterov: bool, adjust: str | None, monkeypatch: pytest.MonkeyPatch):
+    """Matrices go one by one, by the products that torch takes: a stack is multiplied, and rounded, by others."""
+    monkeypatch.setitem(STACK_ELEMENTS, "cpu", 1)
     ours, theirs = parameters(), parameters()
     settings = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.9, "nesterov": nesterov, "adjust_lr_fn": adjust}
     rules = Muon(ours, ns_dtype=torch.bfloat16, **settings), torch.optim.Muon(theirs, **settings)
