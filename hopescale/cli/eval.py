@@ -72,7 +72,8 @@ def _evaluate(path: Path, request: EvalRequest, out: Path | None, rank_info: Ran
     from hopescale.parallel.init_distributed import init_distributed
 
     layout = Layout(dp=1 if rank_info is None else rank_info.world_size)
-    mesh, chosen = init_distributed(rank_info, layout, device, "--device", timeout=TIMEOUT)
+    facts = {"the model": str(path.absolute()), "what is measured": repr(request), "--out": str(out)}
+    mesh, chosen = init_distributed(rank_info, layout, device, "--device", facts, timeout=TIMEOUT)
     control = mesh.control
     loaded: list[LoadedModel] = []
     control.all_ranks_or_raise(lambda: loaded.append(_load(path, chosen)))

@@ -12,6 +12,7 @@ from hopescale.cli.options import Overrides, Recipe
 from hopescale.common.errors import ConfigError, LaunchError, StoppedEarly
 from hopescale.common.units import format_bytes
 from hopescale.config.load import load_recipe
+from hopescale.config.show import config_facts
 from hopescale.launch.environment import find_node, find_nodes, find_rank_info
 
 app = typer.Typer(help="Prepare and check the nodes of a job; started by its script.", no_args_is_help=True)
@@ -59,7 +60,8 @@ def check(
     folders = [folder] if staged is None else [folder, folder_of_copies(staged)]
     node, nodes = find_node(os.environ), find_nodes(os.environ)
     try:
-        verdict = check_nodes(rank_info, node, nodes, config.train.device, folders)
+        facts = {"the run folder": str(folder.absolute()), **config_facts(config)}
+        verdict = check_nodes(rank_info, node, nodes, config.train.device, folders, facts)
     except LaunchError as error:
         if drain:
             raise

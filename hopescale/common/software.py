@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import subprocess
 import sys
@@ -12,6 +13,8 @@ from hopescale.common.paths import package_folder
 REVISION = "revision.txt"
 """File beside a copy of the package that names the revision it was taken from."""
 
+_CODE = (".py", ".cpp", ".h")
+"""Suffixes of the files of a package that hold code."""
 _PACKAGES = ("hopescale", "torch", "megatron-core", "deepspeed", "numpy", "sentencepiece", "webdataset", "omegaconf")
 
 
@@ -20,6 +23,25 @@ def describe_software() -> str:
     lines = [f"python {platform.python_version()} on {platform.platform()}", f"command {' '.join(sys.argv)}"]
     lines += [f"{package} {_version(package)}" for package in _PACKAGES]
     return "\n".join([*lines, f"git {source_revision()}"]) + "\n"
+
+
+def software() -> dict[str, str]:
+    """Return by name what decides which numbers a process computes: the code of this package, and versions.
+
+    The content decides whether code is the same: clones at different commits may hold the same, and edited ones not.
+    """
+    digest, package = hashlib.sha256(), package_folder()
+    for path in sorted(path for path in package.rglob("*") if path.suffix in _CODE):
+        digest.update(f"{path.relative_to(package)}\0".encode() + path.read_bytes() + b"\0")
+    code = f"{_commit()}, content {digest.hexdigest()[:12]}"
+    versions = {f"the version of {name}": _version(name) for name in _PACKAGES}
+    return {"the code revision": code, "the version of python": platform.python_version(), **versions}
+
+
+def _commit() -> str:
+    """Return the commit of the source without looking for local changes, which takes long and may change meanwhile."""
+    recorded = package_folder().parent / REVISION
+    return recorded.read_text(encoding="utf-8").strip() if recorded.is_file() else git("rev-parse", "HEAD") or "none"
 
 
 def source_revision() -> str:

@@ -49,6 +49,11 @@ def diff(a: RunConfig, b: RunConfig) -> list[Change]:
     return [(key, before, after) for key, before, after in pairs if before != after]
 
 
+def config_facts(config: RunConfig) -> dict[str, str]:
+    """Return the values of a config as text by dotted key, for ranks to compare."""
+    return {key: format_value(value) for key, value in leaves(config).items()}
+
+
 def format_diff(changes: list[Change]) -> str:
     """Write a difference, one key a line: `train.steps: 100 -> 200`."""
     return "\n".join(f"{key}: {_format(before)} -> {_format(after)}" for key, before, after in changes)

@@ -17,9 +17,9 @@ def open_store(rank_info: RankInfo, timeout: timedelta, *, wait: bool = True) ->
     """Open the store that all ranks of a job read and write; rank 0 holds it.
 
     Args:
-        rank_info: Which rank this is and where the ranks meet.
-        timeout: How long to try, and how long to wait for a value later.
-        wait: Whether to wait until all ranks have opened it.
+        rank_info: Rank of this process, and address where the ranks meet.
+        timeout: Time to try, and to wait for a value later.
+        wait: Flag to wait until all ranks have opened it.
 
     Raises:
         LaunchError: If the ranks do not meet.
@@ -31,14 +31,14 @@ def open_store(rank_info: RankInfo, timeout: timedelta, *, wait: bool = True) ->
         raise _rendezvous_error(rank_info, error) from error
 
 
-def start(rank_info: RankInfo, device: torch.device, timeout: timedelta, store: dist.Store | None = None) -> None:
+def start(rank_info: RankInfo, device: torch.device, timeout: timedelta, store: dist.Store) -> None:
     """Join the group of all ranks: NCCL for tensors on CUDA, gloo for those on the CPU.
 
     Args:
-        rank_info: Which rank this is and where the ranks meet.
-        device: Where this rank computes; made the current one if it is a CUDA device.
-        timeout: How long an exchange may wait for the other ranks.
-        store: One in which the ranks have met; None lets them meet.
+        rank_info: Rank of this process, and address where the ranks meet.
+        device: Device of this rank; a CUDA device becomes the current one.
+        timeout: Time that an exchange may wait for the other ranks.
+        store: Store in which the ranks have met.
 
     Raises:
         LaunchError: If the ranks do not meet.
@@ -51,7 +51,6 @@ def start(rank_info: RankInfo, device: torch.device, timeout: timedelta, store: 
     if device.type == "cuda":
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
-    store = open_store(rank_info, timeout) if store is None else store
     try:
         dist.init_process_group(
             backend, store=store, rank=rank_info.rank, world_size=rank_info.world_size, timeout=timeout

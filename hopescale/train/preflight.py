@@ -21,6 +21,7 @@ from hopescale.common.units import format_bytes
 from hopescale.parallel import process
 from hopescale.parallel.bandwidth import LinkTimes, measure
 from hopescale.parallel.device import choose_device, own_device
+from hopescale.parallel.init_distributed import what_runs
 from hopescale.parallel.store_exchange import StoreExchange
 
 BAD_NODES = "bad_nodes"
@@ -51,7 +52,12 @@ class Verdict:
 
 
 def check_nodes(
-    rank_info: RankInfo | None, node: str, nodes: Sequence[str], device: str, folders: Sequence[Path]
+    rank_info: RankInfo | None,
+    node: str,
+    nodes: Sequence[str],
+    device: str,
+    folders: Sequence[Path],
+    facts: Mapping[str, str],
 ) -> Verdict:
     """Check devices, disks and links of all nodes. Called by every rank; all return the same.
 
@@ -59,16 +65,18 @@ def check_nodes(
         rank_info: Rank of this process; None is the only one.
         node: Name of its node.
         nodes: Names of all nodes of the job.
-        device: Name of the run's device: `auto`, `cpu` or `cuda`.
+        device: Device of the run: `auto`, `cpu` or `cuda`.
         folders: Folders that every node must be able to write to.
+        facts: Values by name that must be the same on all ranks.
 
     Raises:
-        LaunchError: If the ranks do not meet at rank 0.
+        LaunchError: If the ranks do not meet at rank 0, or were started for different things.
     """
     if rank_info is None:
         return judge_faults({0: node}, {0: list(_faults(device, None, folders, True))}, nodes)
     store = process.open_store(rank_info, timedelta(seconds=_MEET_S), wait=False)
     exchange = StoreExchange(store, rank_info.rank, rank_info.world_size, _MEET_S)
+    exchange.compare(what_runs(rank_info, facts))
     names = exchange.gather(node)
     ranks_here = [rank for rank, name in names.items() if name == node]
     alone, first = len(ranks_here) == 1, rank_info.rank == min(ranks_here, default=rank_info.rank)

@@ -44,3 +44,13 @@ class RunRequest:
     def last_step(self) -> int:
         """Step after which this start ends."""
         return self.loaded.config.train.steps if self.stop_at is None else self.stop_at
+
+    def facts(self) -> dict[str, str]:
+        """Return the values by name, apart from the config, that must be the same on every rank."""
+        return {
+            "the run folder": str(self.folder.absolute()),
+            "--resume": str(self.resume),
+            "--reset-optimizer": str(self.reset_optimizer),
+            "--init": str(self.init),
+            "--stop-at": str(self.stop_at),
+        }

@@ -15,6 +15,7 @@ from hopescale.common.rank_info import RankInfo
 from hopescale.config.execution import memory_shape
 from hopescale.config.groups import group_summary, group_table
 from hopescale.config.schema import RunConfig
+from hopescale.config.show import config_facts
 from hopescale.parallel import process
 from hopescale.parallel.control import Control
 from hopescale.parallel.init_distributed import init_distributed
@@ -46,7 +47,10 @@ def train(request: RunRequest, *, rank_info: RankInfo | None = None, stop: StopR
     """
     config = request.loaded.config
     timeout = timedelta(seconds=config.parallel.first_step_timeout_s)
-    mesh, device = init_distributed(rank_info, request.layout, config.train.device, "train.device", timeout=timeout)
+    facts = request.facts() | config_facts(config)
+    mesh, device = init_distributed(
+        rank_info, request.layout, config.train.device, "train.device", facts, timeout=timeout
+    )
     step, reason = train_on(mesh, device, request, stop, report)
     if rank_info is not None:
         process.stop()

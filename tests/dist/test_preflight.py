@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from hopescale.parallel.store_exchange import StoreExchange
 from hopescale.train import preflight
 from tests.support.ranks import run_ranks
 
+FACTS = {"the run folder": "/runs/a"}
 NODES = ["n1", "n2", "n3"]
 
 
@@ -24,9 +26,9 @@ def free_port() -> int:
         return held.getsockname()[1]
 
 
-def check(rank: int, port: int, device: str, folder: Path) -> preflight.Verdict:
+def check(rank: int, port: int, device: str, folder: Path, facts: Mapping[str, str] = FACTS) -> preflight.Verdict:
     rank_info = RankInfo(rank, 4, rank % 2, "127.0.0.1", port)
-    return preflight.check_nodes(rank_info, f"n{rank // 2 + 1}", ["n1", "n2"], device, [folder])
+    return preflight.check_nodes(rank_info, f"n{rank // 2 + 1}", ["n1", "n2"], device, [folder], facts)
 
 
 def checks(rank: int, ports: list[int], folder: Path) -> None:

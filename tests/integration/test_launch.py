@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
+
+from hopescale.launch.snapshot import take_snapshot
 
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_STEP_ID")
 
@@ -86,3 +90,43 @@ def test_two_ranks_train_and_stop_on_a_signal_to_the_launcher(command, options):
         launcher.kill()
     assert launcher.returncode == 75
     assert err.count("stopped\n  SIGTERM at step ") == 1 and "[rank 1]" not in err
+
+
+def ranks_of(folders: tuple[str, str], further: tuple[list[str], list[str]], tiny, *options: dict):
+    """Start two ranks by hand, each with a command of its own; return code, output and errors of each."""
+    with closing(socket.socket()) as held:
+        held.bind(("127.0.0.1", 0))
+        port = held.getsockname()[1]
+    both = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = []
+    for rank, (folder, more) in enumerate(zip(folders, further, strict=True)):
+        words, own = [sys.executable, "-m", "hopescale", "train", "debug", *tiny, "--run-dir", folder], options[-rank]
+        environ = {**own["env"], **both, "RANK": str(rank), "OMP_NUM_THREADS": "1"}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        ranks.append(subprocess.Popen([*words, *more], **pipes, **(own | {"env": environ})))
+    said = [rank.communicate(timeout=200) for rank in ranks]
+    return [(rank.returncode, *texts) for rank, texts in zip(ranks, said, strict=True)]
+
+
+def test_ranks_of_different_runs_do_not_train_together(tiny, options, tmp_path: Path):
+    changed = ([], ["optim.lr=3e-2", "train.seed=5"])
+    for code, out, err in ranks_of(("a", "b"), changed, tiny, options):
+        assert (code, out) == (5, "")
+        assert f"the run folder is '{tmp_path / 'a'}' on rank 0, '{tmp_path / 'b'}' on rank 1" in err
+    for code, _, err in ranks_of(("a", "a"), changed, tiny, options):
+        assert code == 5 and "train.seed is '0' on rank 0, '5' on rank 1" in err
+    for code, _, err in ranks_of(("a", "a"), ([], ["--stop-at", "1"]), tiny, options):
+        assert code == 5 and "--stop-at is 'None' on rank 0, '1' on rank 1" in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_old_code_on_another_node_does_not_train(tiny, options, tmp_path: Path):
+    old = tmp_path / "old"
+    take_snapshot(old)
+    module = old / "hopescale" / "__init__.py"
+    module.write_text(module.read_text() + "\n")
+    starts = []
+    for path in (options["env"]["PYTHONPATH"], str(old)):
+        starts.append(options | {"env": options["env"] | {"PYTHONPATH": path}})
+    for code, _, err in ranks_of(("a", "a"), ([], []), tiny, *starts):
+        assert code == 5 and "the code revision is '" in err

@@ -51,7 +51,7 @@ def array(slurm: Cluster, folder: Path) -> None:
     options = {"time": "30", "max_failures": 0, "sbatch": ("--exclude=node[1-4]",)}
     profile = ClusterProfile("test", gpus_per_node=0, ranks_per_node=1, **options)
     recipes = ["debug", "debug", str(missing), "debug", "debug", "debug"]
-    further = [["train.steps=3"], ["--dry-run"], [], ["--dry-run"], ["--dry-run"], ["train.steps=20000"]]
+    further = [["train.steps=3"], ["train.steps=3"], [], ["train.steps=3"], ["train.steps=3"], ["train.steps=20000"]]
     elements = [
         Element(f"e{n}", sweep / f"e{n}", ("train", recipe, *TINY, *more, "--run-dir", str(sweep / f"e{n}")))
         for n, (recipe, more) in enumerate(zip(recipes, further, strict=True))
@@ -81,7 +81,7 @@ def array(slurm: Cluster, folder: Path) -> None:
     slurm.wait(lambda: run_status(last.run_dir, Slurm()).state == "cancelled", "the last element to be cancelled")
 
     missing.write_text("base: debug\n")
-    elements[2] = Element("e2", elements[2].run_dir, (*elements[2].command, "--dry-run"))
+    elements[2] = Element("e2", elements[2].run_dir, (*elements[2].command, "train.steps=3"))
     (again,) = submit_array(elements, profile, sweep, only="failed")
     slurm.wait(lambda: Slurm().job(f"{again}_0").live is False, "the failed element to end")
     assert run_status(elements[2].run_dir, Slurm()).state == "done"

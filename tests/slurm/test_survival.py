@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -27,20 +26,6 @@ RUN = (
 """Two tensor-parallel ranks, and as many replicas as ranks remain."""
 
 FIRST_HALF, SECOND_HALF = "--exclude=node[5-8]", "--exclude=node[1-4]"
-
-
-@pytest.fixture
-def profile(tmp_path: Path) -> Callable[..., Path]:
-    """Write a profile of the test cluster: two ranks a node on CPUs."""
-
-    def write(name: str, *lines: str) -> Path:
-        base = ("gpus_per_node: 0", "ranks_per_node: 2", "cpus_per_node: 2", 'time: "30"', "signal_lead_s: 50")
-        keys = {line.partition(":")[0] for line in lines}
-        path = tmp_path / f"{name}.yaml"
-        path.write_text("\n".join([*(line for line in base if line.partition(":")[0] not in keys), *lines]) + "\n")
-        return path
-
-    return write
 
 
 class Scene:

@@ -12,8 +12,9 @@ import pytest
 from hopescale.launch.ledger import LedgerEntry, note, now
 from hopescale.launch.profile import ClusterProfile
 from hopescale.launch.sbatch import Array, BatchJob, render
-from tests.support.fake_slurm import FakeSlurm
+from tests.support.fake_slurm import CONTROLLER_DOWN, FakeSlurm
 
+DONE = "done at step 9 of 9"
 CPUS = ClusterProfile(gpus_per_node=0, ranks_per_node=2, max_failures=2)
 
 
@@ -138,10 +139,78 @@ def test_a_new_submission_has_all_its_tries(play, slurm: FakeSlurm):
 
 
 def test_a_requeue_that_is_refused_ends_the_job_with_the_code_of_the_ranks(play, slurm: FakeSlurm):
-    slurm.answer("scontrol", code=1)
-    assert play(75)[0] == 75
-    assert slurm.calls("scontrol")[-1] == "requeue 7"
-    assert slurm.calls("sleep") == []
+    slurm.answer("scontrol", error="Requested operation is presently disabled for job 7", code=1)
+    code, said = play(1)
+    assert code == 1 and "requeue refused: Requested operation is presently disabled" in said
+    assert slurm.calls("scontrol") == ["requeue 7"] and slurm.calls("sleep") == []
+
+
+def test_a_requeue_is_tried_until_the_controller_is_back(play, slurm: FakeSlurm):
+    scontrol, calls = slurm.folder / "scontrol", slurm.folder / "scontrol.calls"
+    slurm.answer("scontrol", error=CONTROLLER_DOWN, code=1)
+    lines = scontrol.read_text().splitlines()
+    back = f"[ $(grep -c requeue {calls}) -gt 3 ] && exit 0"
+    scontrol.write_text("\n".join([*lines[:2], back, *lines[2:]]) + "\n")
+    code, said = play(1)
+    assert code == 1 and requeued(slurm) == 4
+    assert said.count("requeue not taken, tried again in 10 s: slurm_load_jobs error: Unable to contact") == 3
+    assert slurm.calls("sleep") == ["10", "10", "10", "60"]
+
+
+def test_exit_code_0_without_the_word_of_the_run_is_a_failure(job: BatchJob, play, slurm: FakeSlurm):
+    for start, said in enumerate(["", "done", "done at step 3 of 9"]):
+        assert play(0, said, start=start)[0] == 1
+    assert not job.run_dir.joinpath("outcome").read_text().startswith("done")
+    assert (job.run_dir / "failures").read_text().count("exit code 0, but the run does not say that it is done") == 3
+    assert requeued(slurm) == 2
+    assert play(0, "paused at step 3 of 9")[0] == 0
+
+
+def test_a_done_run_whose_steps_were_raised_goes_on(job: BatchJob, play, slurm: FakeSlurm):
+    recipe = job.run_dir / "config.yaml"
+    recipe.write_text("model:\n  steps: 1\ntrain:\n  seq_len: 8\n  steps: 9\nlog:\n  steps: 2\n")
+    assert play(0, DONE)[0] == 0 and play(0, DONE)[0] == 0
+    assert len(slurm.calls("srun")) == 1
+    recipe.write_text("train:\n  steps: 12\n")
+    assert play(75, "stopped by SIGUSR1 at step 11 of 12")[0] == 75 and len(slurm.calls("srun")) == 2
+    assert play(0, "done at step 12 of 12")[0] == 0 and len(slurm.calls("srun")) == 3
+
+
+LEAKS = (
+    "set -euo pipefail",
+    "set -C",
+    "IFS=:",
+    "trap true EXIT",
+    "trap 'exit 0' ERR",
+    "rc=0 what=nothing max_failures=0",
+    "alias log=true; shopt -s expand_aliases",
+    "log() { exit 0; }; newest() { exit 0; }",
+    "cd /",
+)
+
+
+@pytest.mark.parametrize("line", LEAKS)
+def test_what_a_setup_sets_does_not_leak_into_the_script(job: BatchJob, play, slurm: FakeSlurm, line: str):
+    job = replace(job, profile=replace(CPUS, setup=(line, "export FROM_SETUP=1")))
+    (job.run_dir / "outcome").write_text("stopped by SIGTERM at step 3 of 9\n")
+    assert play(1, job=job)[0] == 1
+    assert (job.run_dir / "failures").read_text().startswith("none exit code 1, job 7, ") and requeued(slurm) == 1
+
+
+@pytest.mark.parametrize("line", [line for line in LEAKS if "cd" not in line])
+def test_what_a_bash_env_file_sets_does_not_leak_either(
+    job: BatchJob, play, slurm: FakeSlurm, line: str, tmp_path: Path
+):
+    (tmp_path / "env.sh").write_text(f"{line}\n")
+    (job.run_dir / "outcome").write_text("stopped by SIGTERM at step 3 of 9\n")
+    assert play(1, BASH_ENV=str(tmp_path / "env.sh"))[0] == 1
+    assert (job.run_dir / "failures").read_text().startswith("none exit code 1, job 7, ") and requeued(slurm) == 1
+
+
+def test_a_setup_that_ends_its_shell_is_a_failure(job: BatchJob, play, slurm: FakeSlurm):
+    job = replace(job, profile=replace(CPUS, setup=("set -e", "false")))
+    assert play(0, DONE, job=job)[0] == 1
+    assert slurm.calls("srun") == [] and requeued(slurm) == 1
 
 
 def test_nodes_are_checked_and_data_copied_before_the_ranks_start(job: BatchJob, play, slurm: FakeSlurm):
@@ -152,7 +221,7 @@ def test_nodes_are_checked_and_data_copied_before_the_ranks_start(job: BatchJob,
     assert "--ntasks=2 --ntasks-per-node=1 python -u -m hopescale node stage" in stage and " train " in train
     assert play(75, job=checked)[0] == 75 and len(slurm.calls("srun")) == 4 and requeued(slurm) == 1
     warned = replace(job, profile=replace(CPUS, preflight="warn"))
-    assert play(0, job=warned)[0] == 0
+    assert play(0, DONE, job=warned)[0] == 0
     check, train = slurm.calls("srun")[4:]
     assert check.endswith(f"--run-dir {job.run_dir}") and " train " in train
 
@@ -170,7 +239,7 @@ def test_an_element_requeues_itself_and_not_its_array(job: BatchJob, play, slurm
     assert slurm.calls("scontrol")[-3:] == ["requeue 7_5", "show job -o 7_5", "update JobId=7_5 ExcNodeList=n2"]
     assert play(1, job=array, **environ)[0] == 1
     assert (run / "failures").read_text().startswith("none exit code 1, job 7_5, ")
-    assert play(0, job=array, **environ)[0] == 0 and (run / "outcome").read_text() == "done\n"
+    assert play(0, job=array, **environ)[0] == 1 and not (run / "outcome").exists()
     assert "#SBATCH --array=0-5%2\n" in render(array) and "--array=0-5\n" in render(replace(job, array=Array(6)))
 
 
@@ -236,7 +305,7 @@ def test_variables_are_filled_in_in_a_profile_and_not_in_paths(job: BatchJob, co
     profile = replace(CPUS, container=container, image="$IMAGES/x.sqsh")
     folders = {"run_dir": Path("/r/it's $HOME `id`"), "work_dir": Path('/w/"$HOME"')}
     text = render(replace(job, profile=profile, **folders))
-    words = text[text.index("step=(") : text.index("log() {")]
+    words = text[text.index("step=(") : text.index('"${step[@]}" "${python')]
     command = f'IMAGES=/i\n{words}printf \'%s\\n\' "${{step[@]}}" "${{python[@]}}"'
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
     for path in folders.values():

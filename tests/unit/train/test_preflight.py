@@ -88,14 +88,14 @@ def test_each_node_of_the_ring_meets_its_two_neighbours_one_at_a_time():
 
 def test_one_process_checks_its_device_and_disks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     folders = [tmp_path / "run", tmp_path / "local"]
-    verdict = check_nodes(None, "n1", ["n1"], "cpu", folders)
+    verdict = check_nodes(None, "n1", ["n1"], "cpu", folders, {})
     assert (verdict.bad, verdict.shared) == ({}, []) and not list((tmp_path / "run").iterdir())
     (tmp_path / "file").write_text("")
-    assert f"{tmp_path / 'file'}: " in check_nodes(None, "n1", ["n1"], "cpu", [tmp_path / "file"]).bad["n1"]
+    assert f"{tmp_path / 'file'}: " in check_nodes(None, "n1", ["n1"], "cpu", [tmp_path / "file"], {}).bad["n1"]
     monkeypatch.setattr(preflight, "_FREE_DISK", 2**60)
-    assert "only " in check_nodes(None, "n1", ["n1"], "cpu", folders).bad["n1"]
+    assert "only " in check_nodes(None, "n1", ["n1"], "cpu", folders, {}).bad["n1"]
     monkeypatch.setattr(preflight.torch, "equal", lambda a, b: False)
-    assert "a product of torch.float32 matrices is wrong" in check_nodes(None, "n1", ["n1"], "cpu", []).bad["n1"]
+    assert "a product of torch.float32 matrices is wrong" in check_nodes(None, "n1", ["n1"], "cpu", [], {}).bad["n1"]
 
 
 def test_excluded_nodes_add_up(tmp_path: Path):

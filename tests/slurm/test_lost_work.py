@@ -1,0 +1,46 @@
+"""What would lose work in silence: a node that is declared failed, a controller that is away, a setup with `set -e`."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.test_survival import Scene
+from tests.support.cluster import TOOLS, Cluster
+
+
+@pytest.mark.timeout(600)
+def test_a_node_that_is_declared_failed_ends_no_run(slurm: Cluster, tmp_path: Path, profile):
+    """The node works on: srun prints `Node failure` and may end with 0, which is not the word of the run."""
+    scene = Scene(slurm, tmp_path, profile("declared", "ranks_per_node: 1"), "--nodes", 2, "parallel.tp=1")
+    for count, which in enumerate((1, 0), 1):
+        scene.halt_at_step(10 * count)
+        node = slurm.hosts(scene.id)[which]
+        slurm.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
+        slurm.restarted(scene.id, count)
+        assert "the run is done" not in scene.log()
+    scene.completed()
+    assert scene.log().count("srun: error: Node failure on ") == 2, scene.log()
+
+
+@pytest.mark.timeout(600)
+def test_a_job_waits_for_a_controller_that_is_away(slurm: Cluster, tmp_path: Path, profile):
+    """Options of the setup would end the script at the failure that it has to report."""
+    scene = Scene(
+        slurm,
+        tmp_path,
+        profile("away", "ranks_per_node: 1", "setup: ['set -euo pipefail', 'trap true EXIT']"),
+        "parallel.tp=1",
+    )
+    scene.halt_at_step(10)
+    slurm.run(TOOLS / "node", "fail", "head")
+    try:
+        slurm.signal(scene.id, signal.SIGKILL)
+        slurm.wait(lambda: scene.log().count("requeue not taken, tried again in 10 s: ") > 1, "two requeues in vain")
+    finally:
+        slurm.run(TOOLS / "node", "start", "head")
+    slurm.restarted(scene.id, 1)
+    scene.completed()
+    assert "failure 1 of 3 without a newer checkpoint" in scene.log()
