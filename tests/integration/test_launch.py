@@ -114,7 +114,7 @@ def test_ranks_of_different_runs_do_not_train_together(tiny, options, tmp_path: 
         assert (code, out) == (5, "")
         assert f"the run folder is '{tmp_path / 'a'}' on rank 0, '{tmp_path / 'b'}' on rank 1" in err
     for code, _, err in ranks_of(("a", "a"), changed, tiny, options):
-        assert code == 5 and "train.seed is '0' on rank 0, '5' on rank 1" in err
+        assert code == 5 and "optim.lr is '0.003' on rank 0, '0.03' on rank 1" in err
     for code, _, err in ranks_of(("a", "a"), ([], ["--stop-at", "1"]), tiny, options):
         assert code == 5 and "--stop-at is 'None' on rank 0, '1' on rank 1" in err
     assert not list(tmp_path.iterdir())

@@ -51,6 +51,7 @@ BROKEN = [
         "train.recompute: reverse takes the chunk loop",
     ),
     (["train.backend=cpp", f"{PROJECTION}=128"], "train.backend", "projection_chunk_size is 128, chunk_size 64"),
+    (["train.backend=triton", f"{MIXER}.memory_dim=48"], "train.backend", "memories are 48 wide, not 16, 32, 64 or 128"),
     (["train.backend=cpp", f"{MIXER}.memory_dim=24"], "train.backend", "memories are 24 wide, not a multiple of 16"),
     ([ATTENTION, "train.recompute=reverse"], "train.recompute", "the mixer is attention"),
     (
@@ -143,7 +144,13 @@ def problems_of(recipe, *overrides):
         ["train.backend=torch", f"{PROJECTION}=128"],
         ["train.recompute=reverse", f"{MIXER}.chunk_size=4"],
         ["train.recompute=reverse", f"{MIXER}.chunk_size=2", f"{PROJECTION}=4", f"{MIXER}.momentum=false"],
-        ["train.backend=triton", f"{MIXER}.memory=linear", f"{MIXER}.objective=dot", f"{MIXER}.adaptive=[]"],
+        [
+            "train.backend=triton",
+            "model.num_heads=1",
+            f"{MIXER}.memory=linear",
+            f"{MIXER}.objective=dot",
+            f"{MIXER}.adaptive=[]",
+        ],
     ],
     ids=str,
 )
