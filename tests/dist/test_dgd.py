@@ -43,7 +43,7 @@ class Layers(nn.Module):
         return x
 
 
-def accumulated_grad(mesh: Mesh, tp_mode: str) -> tuple[Layers, OuterOptimizer]:
+def after_backward(mesh: Mesh, tp_mode: str) -> tuple[Layers, OuterOptimizer]:
     """Layers after a backward pass over two sequences, of which a replica sees some and a rank maybe some tokens."""
     layers = Layers(mesh)
     parameters = dict(layers.named_parameters())
@@ -61,10 +61,10 @@ def accumulated_grad(mesh: Mesh, tp_mode: str) -> tuple[Layers, OuterOptimizer]:
 
 
 def check_grams(rank: int, layout: Layout) -> None:
-    alone, mesh, tp = gathered(Mesh.alone(), "shard")[0], Mesh.over_all(layout), layout.tp
+    alone, mesh, tp = after_backward(Mesh.alone(), "shard")[0], Mesh.over_all(layout), layout.tp
     expected = {name: parameter.gram for name, parameter in alone.named_parameters()}
     for tp_mode in ("shard", "gather") if tp > 1 else ("shard",):
-        layers, optimizer = gathered(mesh, tp_mode)
+        layers, optimizer = after_backward(mesh, tp_mode)
         for name, parameter in layers.named_parameters():
             total = parameter.gram.clone()
             dist.all_reduce(total, group=mesh.dp_group)

@@ -191,8 +191,13 @@ def check_traffic(rank: int) -> None:
             for name, parameter in run.optimizer.parameters.items():
                 parameter.backward(draw(name, step, mesh))
             due = [name for name in run.optimizer.due(step) if name in layerwise.parameters]
-            waiting = {name: layerwise.accumulated_grad(name).clone() for name in layerwise.parameters if name not in due}
-            held = [sum(SIZES[name] for name in due if layerwise.ownership.replica[name] == owner) for owner in range(owners)]
+            waiting = {
+                name: layerwise.accumulated_grad(name).clone() for name in layerwise.parameters if name not in due
+            }
+            held = [
+                sum(SIZES[name] for name in due if layerwise.ownership.replica[name] == owner)
+                for owner in range(owners)
+            ]
             traffic.bytes.clear()
             layerwise.reduce(due)
             layerwise.update(due, dict.fromkeys(due, 1.0), run.optimizer.rates(step))

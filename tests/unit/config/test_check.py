@@ -51,7 +51,11 @@ BROKEN = [
         "train.recompute: reverse takes the chunk loop",
     ),
     (["train.backend=cpp", f"{PROJECTION}=128"], "train.backend", "projection_chunk_size is 128, chunk_size 64"),
-    (["train.backend=triton", f"{MIXER}.memory_dim=48"], "train.backend", "memories are 48 wide, not 16, 32, 64 or 128"),
+    (
+        ["train.backend=triton", f"{MIXER}.memory_dim=48"],
+        "train.backend",
+        "memories are 48 wide, not 16, 32, 64 or 128",
+    ),
     (["train.backend=cpp", f"{MIXER}.memory_dim=24"], "train.backend", "memories are 24 wide, not a multiple of 16"),
     ([ATTENTION, "train.recompute=reverse"], "train.recompute", "the mixer is attention"),
     (

@@ -71,7 +71,7 @@ def plain(engine: Engine, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def gathered(engine: Engine) -> dict[str, Tensor]:
-    return {name: engine.optimizer.updater.accumulated_grad(name) for name in engine.optimizer.parameters}
+    return {name: engine.optimizer.accumulated_grad(name) for name in engine.optimizer.parameters}
 
 
 @pytest.mark.parametrize("rows", [1, 2, 4])
