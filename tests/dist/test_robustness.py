@@ -68,8 +68,8 @@ def hang(rank: int, folder: Path, first: int) -> None:
 
     Engine.gradients = waiting
     begin = time.monotonic()
+    timeouts = {"parallel.timeout_s": 3, "parallel.first_step_timeout_s": 3 if first == 1 else 60}
     with pytest.raises(RuntimeError, match=r"(?i)timed out|closed"):
-        timeouts = {"parallel.timeout_s": 3, "parallel.first_step_timeout_s": 3 if first == 1 else 60}
         train_run(folder, 2, *(f"{key}={seconds}" for key, seconds in timeouts.items()))
     assert rank == 1 or time.monotonic() - begin < 14
     # Groups whose peers have given up cannot be left in good order.

@@ -11,8 +11,8 @@ from hopescale.config.layout import Layout
 from hopescale.models import Model
 from hopescale.parallel.layers import cross_entropy_sum
 from hopescale.parallel.mesh import Mesh
-from tests.support.ranks import run_ranks
 from tests.support.models import BASE
+from tests.support.ranks import run_ranks
 from tests.support.split import VARIANTS, Batch, check_split
 
 
