@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any, get_args, get_origin, get_type_hints
 
 from hopescale.config.schema import RunConfig
-from hopescale.config.schema.ranges import Interval
+from hopescale.config.schema.ranges import NumberRange
 from hopescale.config.values import describe_type, format_value, split_optional
 
 ENTRY = "NAME"
@@ -50,7 +50,7 @@ def leaves(node: Any, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def numbers(node: Any, prefix: str = "") -> Iterator[tuple[str, Any, Interval]]:
+def numbers(node: Any, prefix: str = "") -> Iterator[tuple[str, Any, NumberRange]]:
     """List the fields of a config that have a range and a value: dotted key, value, range."""
     hints = {} if isinstance(node, dict) else get_type_hints(type(node), include_extras=True)
     for name, value in _children(node):
@@ -60,7 +60,7 @@ def numbers(node: Any, prefix: str = "") -> Iterator[tuple[str, Any, Interval]]:
             yield f"{prefix}{name}", value, interval
 
 
-def interval_of(hint: Any) -> Interval | None:
+def interval_of(hint: Any) -> NumberRange | None:
     """Return the range that a field's type says, or None for a type without one."""
     return next(iter(getattr(split_optional(hint)[0], "__metadata__", ())), None)
 

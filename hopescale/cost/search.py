@@ -21,7 +21,7 @@ USABLE = 0.92
 
 
 @dataclass(frozen=True)
-class Choice:
+class LayoutChoice:
     """A way to run a config.
 
     Attributes:
@@ -52,7 +52,7 @@ class Choice:
 
     def changes(self, config: RunConfig, layout: Layout) -> dict[str, object]:
         """Return the settings that differ from those of another config and layout; replicas follow from the rest."""
-        before = Choice(config, layout, 0, self.estimate).settings()
+        before = LayoutChoice(config, layout, 0, self.estimate).settings()
         return {key: value for key, value in self.settings().items() if value != before[key] and key != "parallel.dp"}
 
     def numbers(self) -> dict[str, object]:
@@ -71,7 +71,7 @@ def fullest(holdings: Holdings, config: RunConfig, layout: Layout, *, exact: boo
     return max(device_memory_of_stage(holdings, config, layout, stage, exact=exact).peak for stage in stages)
 
 
-def choices(estimator: Estimator, ranks: int) -> Iterator[Choice]:
+def choices(estimator: Estimator, ranks: int) -> Iterator[LayoutChoice]:
     """Yield every way to share a config out over ranks that fits the device's memory.
 
     Args:
@@ -90,7 +90,7 @@ def choices(estimator: Estimator, ranks: int) -> Iterator[Choice]:
                 peak = fullest(holdings, candidate, layout)
                 if peak <= room:
                     fits = True
-                    yield Choice(candidate, layout, peak, estimator.step(candidate, layout))
+                    yield LayoutChoice(candidate, layout, peak, estimator.step(candidate, layout))
 
 
 def can_be_partitioned(estimator: Estimator, ranks: int) -> bool:
@@ -99,19 +99,19 @@ def can_be_partitioned(estimator: Estimator, ranks: int) -> bool:
     return any(_micro_batches(config, layout) for config, layout in layouts)
 
 
-def best_choices(estimator: Estimator, ranks: int, count: int = 5) -> list[Choice]:
+def best_choices(estimator: Estimator, ranks: int, count: int = 5) -> list[LayoutChoice]:
     """Return the fastest choices, each of other degrees, fastest first."""
 
-    def order(choice: Choice) -> tuple[float, float]:
+    def order(choice: LayoutChoice) -> tuple[float, float]:
         return -choice.estimate.tps, choice.peak
 
-    fastest: dict[tuple[int, int, int], Choice] = {}
+    fastest: dict[tuple[int, int, int], LayoutChoice] = {}
     for choice in sorted(choices(estimator, ranks), key=order):
         fastest.setdefault((choice.layout.dp, choice.layout.tp, choice.layout.pp), choice)
     return sorted(fastest.values(), key=order)[:count]
 
 
-def cheapest_change(estimator: Estimator, config: RunConfig, layout: Layout) -> Choice | None:
+def cheapest_change(estimator: Estimator, config: RunConfig, layout: Layout) -> LayoutChoice | None:
     """Return the choice that fits and changes the fewest settings, the fastest of these.
 
     Where nothing fits on as many devices, their number is doubled until something does; None if nothing does.

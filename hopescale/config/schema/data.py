@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from hopescale.config.schema.ranges import Count, CountOrZero, Interval, Positive, Seed
+from hopescale.config.schema.ranges import Count, CountOrZero, NumberRange, Positive, Seed
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class SyntheticConfig:
     task: Literal["copy", "recall", "markov"] = "markov"
     """`copy`: random symbols, a marker, the same symbols. `recall`: key-value pairs, then keys whose values must be
     named. `markov`: text of a random second-order chain, whose entropy is known."""
-    num_symbols: Annotated[int, Interval("[2, inf)")] = 24
+    num_symbols: Annotated[int, NumberRange("[2, inf)")] = 24
     """Symbols of the task; `model.vocab_size` must be at least this plus two markers. At most 128 for `markov`."""
     num_samples: Count = 100_000
     """Training sequences per epoch."""

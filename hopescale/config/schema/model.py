@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from hopescale.config.schema.ranges import Count, CountOrZero, Fraction, Interval, Positive
+from hopescale.config.schema.ranges import Count, CountOrZero, Fraction, NumberRange, Positive
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class SelfModifyingConfig:
     """Tokens between two boundaries of the main memory: its inner gradients are taken at the last boundary."""
     projection_chunk_size: Count | None = None
     """The same for the other memories. A multiple of `chunk_size`; null is `chunk_size`."""
-    eta_max: Annotated[float, Interval("(0, 2]")] = 1.0
+    eta_max: Annotated[float, NumberRange("(0, 2]")] = 1.0
     """Upper limit of the inner learning rate, in (0, 2]. Above 1 the transition may have negative eigenvalues."""
     eta_init: Fraction = 0.1
     """Inner learning rate of every token at initialisation, as a fraction of `eta_max`, in (0, 1)."""
@@ -88,7 +88,7 @@ class RopeScalingConfig:
     kind: Literal["linear", "llama3"] = "llama3"
     """`linear`: all frequencies are divided by `factor`. `llama3`: only those that turn less than `low_freq_factor`
     times in the first context; those that turn more than `high_freq_factor` times stay, with a ramp between."""
-    factor: Annotated[float, Interval("[1, inf)")] = 8.0
+    factor: Annotated[float, NumberRange("[1, inf)")] = 8.0
     """Divisor of the slowed frequencies."""
     low_freq_factor: Positive = 1.0
     """Turns in the first context up to which a frequency is slowed in full. Only with `kind: llama3`."""
@@ -107,7 +107,7 @@ class AttentionConfig:
     null is `num_heads`. Divides `num_heads`."""
     qkv_bias: bool = False
     """Whether queries, keys and values have a bias."""
-    rope_theta: Annotated[float, Interval("(1, inf)")] = 10_000.0
+    rope_theta: Annotated[float, NumberRange("(1, inf)")] = 10_000.0
     """Base of the rotary frequencies."""
     rope_scaling: RopeScalingConfig | None = None
     """How the rotary frequencies are slowed for long contexts; null leaves them."""
@@ -132,7 +132,7 @@ class TransferConfig:
 class ModelConfig:
     """A stack of blocks, each a mixer followed by a continuum memory system, between embedding and head."""
 
-    vocab_size: Annotated[int, Interval("[2, inf)")] = 32_000
+    vocab_size: Annotated[int, NumberRange("[2, inf)")] = 32_000
     """Entries of the vocabulary. Must equal the tokenizer's. Stored padded to a multiple of 128."""
     d_model: Count = 256
     """Width of the residual stream."""

@@ -11,7 +11,7 @@ from hopescale.config.schema.ranges import (
     Fraction,
     FractionOrEnds,
     FractionOrZero,
-    Interval,
+    NumberRange,
     Positive,
     PositiveOrZero,
 )
@@ -27,7 +27,7 @@ class ScheduleConfig:
     """Steps of linear warm-up from 0. A run that is shorter ends within it."""
     min_lr_ratio: FractionOrEnds = 0.1
     """Last learning rate as a fraction of the peak."""
-    decay_fraction: Annotated[float, Interval("(0, 1]")] = 0.2
+    decay_fraction: Annotated[float, NumberRange("(0, 1]")] = 0.2
     """Fraction of `train.steps` spent in the final decay. Only with `name: wsd`."""
 
 
@@ -50,7 +50,7 @@ class GroupConfig:
     """Factor on `optim.lr`."""
     weight_decay: PositiveOrZero | None = None
     """Decoupled weight decay per unit of learning rate; null is `optim.weight_decay`."""
-    betas: Annotated[tuple[float, float], Interval("[0, 1)")] | None = None
+    betas: Annotated[tuple[float, float], NumberRange("[0, 1)")] | None = None
     """Decay rates of AdamW's two moments; null is `optim.betas`. Only with `rule: adamw`."""
 
 
@@ -147,7 +147,7 @@ class OptimConfig:
 
     lr: Positive = 4e-4
     """Peak learning rate."""
-    betas: Annotated[tuple[float, float], Interval("[0, 1)")] = (0.9, 0.95)
+    betas: Annotated[tuple[float, float], NumberRange("[0, 1)")] = (0.9, 0.95)
     """Decay rates of AdamW's first and second moment."""
     eps: Positive = 1e-8
     """Added to the root of AdamW's second moment."""

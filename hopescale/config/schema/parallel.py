@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from hopescale.config.schema.ranges import Count, Interval
+from hopescale.config.schema.ranges import Count, NumberRange
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class ParallelConfig:
     sequence_parallel: bool = False
     """Whether activations between layers are split over tensor-parallel ranks along the tokens. Needs `tp` of 2 or
     more, and a `train.seq_len` it divides."""
-    zero: Annotated[int, Interval("[0, 3]")] = 0
+    zero: Annotated[int, NumberRange("[0, 3]")] = 0
     """What DeepSpeed shards over data-parallel ranks: 0 nothing, 1 optimizer state and fp32 masters, 2 gradients too, 3
     weights too. 1 and above need `dp` of 2 or more; 2 and 3 need `pp` of 1."""
     timeout_s: Count = 300

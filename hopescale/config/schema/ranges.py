@@ -1,4 +1,4 @@
-"""Types of the numbers in a config that say their range: `steps: Count`, `eta_max: Annotated[float, Interval(...)]`."""
+"""Types of the numbers in a config that say their range: `steps: Count`, `phase: CountOrZero`, ..."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 
 @dataclass(frozen=True)
-class Interval:
+class NumberRange:
     """The range of a number, written as `[1, inf)` or `(0, 2]`: a round bracket leaves its end out.
 
     `str` says it in words: `at least 1`, `above 0`, `in (0, 2]`.
@@ -28,11 +28,11 @@ class Interval:
         return f"above {low}" if self.text[0] == "(" else f"at least {low}"
 
 
-Count = Annotated[int, Interval("[1, inf)")]
-CountOrZero = Annotated[int, Interval("[0, inf)")]
-Seed = Annotated[int, Interval("[0, 4294967295]")]
-Positive = Annotated[float, Interval("(0, inf)")]
-PositiveOrZero = Annotated[float, Interval("[0, inf)")]
-Fraction = Annotated[float, Interval("(0, 1)")]
-FractionOrZero = Annotated[float, Interval("[0, 1)")]
-FractionOrEnds = Annotated[float, Interval("[0, 1]")]
+Count = Annotated[int, NumberRange("[1, inf)")]
+CountOrZero = Annotated[int, NumberRange("[0, inf)")]
+Seed = Annotated[int, NumberRange("[0, 4294967295]")]
+Positive = Annotated[float, NumberRange("(0, inf)")]
+PositiveOrZero = Annotated[float, NumberRange("[0, inf)")]
+Fraction = Annotated[float, NumberRange("(0, 1)")]
+FractionOrZero = Annotated[float, NumberRange("[0, 1)")]
+FractionOrEnds = Annotated[float, NumberRange("[0, 1]")]

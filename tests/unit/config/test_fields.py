@@ -9,7 +9,7 @@ import pytest
 
 from hopescale.config import schema
 from hopescale.config.fields import docstrings, field_docs, interval_of
-from hopescale.config.schema.ranges import Interval
+from hopescale.config.schema.ranges import NumberRange
 from hopescale.config.values import describe_type, split_optional
 
 SECTIONS = [getattr(schema, name) for name in schema.__all__]
@@ -60,9 +60,9 @@ def test_every_number_has_a_range():
     ],
 )
 def test_intervals(interval, inside, outside, words):
-    assert all(value in Interval(interval) for value in inside)
-    assert not any(value in Interval(interval) for value in outside)
-    assert str(Interval(interval)) == words
+    assert all(value in NumberRange(interval) for value in inside)
+    assert not any(value in NumberRange(interval) for value in outside)
+    assert str(NumberRange(interval)) == words
 
 
 def test_literals_are_texts():
