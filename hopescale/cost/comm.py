@@ -20,6 +20,8 @@ from hopescale.cost.updates import BUCKET_ELEMENTS, assign_owners, buckets
 
 AXES = ("tp", "dp", "pp", "embedding", "world")
 """Axes as the metrics name them."""
+SHARD_UNIT = 2
+"""Entries of which a shard of DeepSpeed's is a multiple at `zero` 1 and 2."""
 LONGEST_CYCLE = 4096
 """Steps over which cadences are averaged at most."""
 
@@ -133,17 +135,26 @@ def _elementwise(
     chosen = {kind: count for kind, count in entries.items() if kind.rule == "adamw"}
     all_due = {kind: count for kind, count in chosen.items() if kind.level is None or kind.level in due}
     gradients = FP32 * sum(all_due.values())
-    weights = sum(kind.itemsize * count for kind, count in all_due.items()) / dp
     if zero == 0:
         return gradients
     if zero == 1:
-        return gradients + weights
+        return gradients + _bytes_of_shards(holdings, layout, stage, due)
     gradients = FP32 * sum(chosen.values()) * micro_batches
     if zero == 2:
-        return gradients + weights
+        return gradients + _bytes_of_shards(holdings, layout, stage, due)
     whole = sum(kind.itemsize * count for kind, count in chosen.items())
     last = _bytes_of_last_block(holdings, config, layout)
     return gradients + micro_batches * (2 * whole - last) / dp
+
+
+def _bytes_of_shards(holdings: Holdings, layout: Layout, stage: int, due: Collection[str]) -> int:
+    """Return the bytes of a replica's shards of due weights: what is updated together is filled up to equal shards."""
+    sizes: Counter[tuple] = Counter()
+    for p in holdings.parameters(layout, stage):
+        if holdings.rule_of(p) == "adamw" and (p.level is None or p.level in due):
+            sizes[holdings.groups[p.name], p.level, p.itemsize(holdings.config.train.precision)] += p.size
+    unit = SHARD_UNIT * layout.dp
+    return sum(itemsize * SHARD_UNIT * math.ceil(size / unit) for (_, _, itemsize), size in sizes.items())
 
 
 def _bytes_of_last_block(holdings: Holdings, config: RunConfig, layout: Layout) -> float:

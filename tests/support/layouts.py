@@ -88,7 +88,7 @@ def check_bytes_of_record(folder: Path, config: RunConfig, layout: Layout, sent:
         if layout.num_ranks > 1:
             expected["comm/bytes_per_step"] = total.total() / len(steps)
         recorded = {name: value for name, value in record.items() if name.startswith("comm/")}
-        assert recorded == expected, f"steps {steps}"
+        assert recorded == expected, f"steps {steps}: recorded {recorded}, sent {expected}"
 
 
 def fork(run: Path, other: Path, *, step: int) -> None:
