@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Literal, NamedTuple
 
 from hopescale.ops.cpp import build
-from hopescale.ops.limits import KERNEL_DIMS, LANES
+from hopescale.ops.limits import KERNEL_DIMS, BLOCK
 
 Backend = Literal["auto", "torch", "triton", "cpp"]
 """Code that a user may ask for; as `train.backend`."""
@@ -149,8 +149,8 @@ def unsupported_reason(
         if odd := [f"{name} are {width} wide" for name, width in known.items() if width not in KERNEL_DIMS]:
             return f"{' and '.join(odd)}, not {', '.join(map(str, KERNEL_DIMS[:-1]))} or {KERNEL_DIMS[-1]}"
         return None if device is None else _triton_problem(device)
-    if odd := [f"{name} are {width} wide" for name, width in known.items() if width % LANES]:
-        return f"{' and '.join(odd)}, not a multiple of {LANES}"
+    if odd := [f"{name} are {width} wide" for name, width in known.items() if width % BLOCK]:
+        return f"{' and '.join(odd)}, not a multiple of {BLOCK}"
     if dtype != "float32" or device not in (None, "cpu"):
         return f"the C++ is for float32 on a CPU, not {dtype} on {device}"
     return None if device is None else build.problem()

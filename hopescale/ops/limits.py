@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-LANES = 16
-"""Numbers in a vector of the C++ (`LANES` of `ops/cpp/matrix.h`), which takes widths that are multiples of it."""
+BLOCK = 16
+"""Number of which the widths in the C++ are multiples (`BLOCK` of `ops/cpp/matrix.h`)."""
 
 KERNEL_DIMS = (16, 32, 64, 128)
 """Widths of heads and memories that the Triton kernels know."""

@@ -75,7 +75,7 @@ inline void make_inputs(Arena& arena, const State& state, const Streams& streams
     const int c = x.decay.size;
     Matrix answers[2];
     for (int n = 0; n < (spec.is_mlp() ? spec.gates : spec.gates > 0); ++n) {
-        answers[n] = arena.take(c, LANES);
+        answers[n] = arena.take(c, BLOCK);
         retrieve(arena, state, spec.vectors + n, streams.k, x.gate_activations[spec.vectors + n], answers[n]);
     }
     const auto added = [&](int memory, int t) {

@@ -59,7 +59,7 @@ inline void gates_back(Arena& arena, const State& state, const Streams& streams,
     Scope scope(arena);
     const int c = x.decay.size;
     Matrix d_answers[2];
-    for (int n = 0; n < spec.gates; ++n) d_answers[n] = n && !spec.is_mlp() ? d_answers[0] : zeros(arena, c, LANES);
+    for (int n = 0; n < spec.gates; ++n) d_answers[n] = n && !spec.is_mlp() ? d_answers[0] : zeros(arena, c, BLOCK);
     const auto add = [&](int memory, int t, float d_logit) {
         if (memory >= 0) d_answers[memory - spec.vectors].row(t)[spec.is_mlp() ? 0 : memory - spec.vectors] = d_logit;
         return d_logit;

@@ -32,7 +32,7 @@ struct Scratch {
     Arena arena{};
 
     explicit Scratch(const MemorySpec& spec) {
-        const size_t side = spec.chunk + spec.dim + spec.hidden + 4 * LANES;
+        const size_t side = spec.chunk + spec.dim + spec.hidden + 4 * BLOCK;
         const size_t bytes = sizeof(float) * 40 * side * (spec.width() + side);
         memory.reset(std::aligned_alloc(HUGE_PAGE, (bytes / HUGE_PAGE + 1) * HUGE_PAGE));
         if (!memory) return;

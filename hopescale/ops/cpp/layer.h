@@ -34,11 +34,11 @@ inline Layer take_layer(Arena& arena, const MemorySpec& spec, Matrix keys, int o
     return x;
 }
 
-// result[t, s] = weight[t, s] * x[t, s] for s < t (s <= t with the diagonal), 0 from there to the end of LANES columns:
+// result[t, s] = weight[t, s] * x[t, s] for s < t (s <= t with the diagonal), 0 from there to the end of BLOCK columns:
 // a product with LEFT_LOWER or LEFT_UPPER looks no further.
 inline void weigh(Matrix weight, Matrix x, Matrix result, bool diagonal = false) {
     for (int t = 0; t < x.rows; ++t)
-        for (int s = 0; s <= t; s += LANES)
+        for (int s = 0; s < padded(t + 1); s += LANES)
             store(result.row(t) + s, first_lanes(t + diagonal - s, load(weight.row(t) + s) * load(x.row(t) + s)));
 }
 

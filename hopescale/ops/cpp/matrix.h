@@ -1,22 +1,26 @@
 // Views of row-major matrices, products of small ones, and the few functions that go with them, on vector registers.
 //
-// Widths are multiples of LANES: what is narrower is padded. Rows are any number.
+// Widths are multiples of BLOCK on every machine: what is narrower is padded. Rows are any number.
 #pragma once
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
+#include <utility>
 #ifdef __SSE__
 #include <xmmintrin.h>
 #endif
 
 namespace hopescale {
 
-constexpr int LANES = 16;
-#ifdef __AVX512F__
-constexpr int TILE_VECTORS = 4;
+constexpr int BLOCK = 16;
+// Numbers in a register: compilers keep wider vectors in memory. A tile of sums leaves registers for its factors.
+#if defined(__AVX512F__)
+constexpr int LANES = 16, TILE_VECTORS = 4;
+#elif defined(__AVX__)
+constexpr int LANES = 8, TILE_VECTORS = 2;
 #else
-constexpr int TILE_VECTORS = 1;
+constexpr int LANES = 4, TILE_VECTORS = 2;
 #endif
 constexpr int TILE_ROWS = 4;
 
@@ -26,7 +30,7 @@ typedef int32_t IntLanes __attribute__((vector_size(4 * LANES), aligned(4)));
 inline Lanes load(const float* x) { return *reinterpret_cast<const Lanes*>(x); }
 inline void store(float* x, Lanes value) { *reinterpret_cast<Lanes*>(x) = value; }
 inline Lanes broadcast(float x) { return x - Lanes{}; }
-inline int padded(int width) { return (width + LANES - 1) / LANES * LANES; }
+inline int padded(int width) { return (width + BLOCK - 1) / BLOCK * BLOCK; }
 
 struct Matrix {
     float* data = nullptr;
@@ -127,8 +131,8 @@ inline void product_block(Matrix left, Matrix right, Matrix result, int begin, i
         const int left_over = (right.width - j) / LANES, vectors = left_over < TILE_VECTORS ? left_over : TILE_VECTORS;
         const Matrix b = right.columns(j, vectors * LANES), sum = result.columns(j, vectors * LANES);
         if (vectors == 1) product_panel<1, TRANSPOSED>(left, b, sum, begin, end, shape, update);
-        if constexpr (TILE_VECTORS > 1) {
-            if (vectors == 2) product_panel<2, TRANSPOSED>(left, b, sum, begin, end, shape, update);
+        if (vectors == 2) product_panel<2, TRANSPOSED>(left, b, sum, begin, end, shape, update);
+        if constexpr (TILE_VECTORS > 2) {
             if (vectors == 3) product_panel<3, TRANSPOSED>(left, b, sum, begin, end, shape, update);
             if (vectors == 4) product_panel<4, TRANSPOSED>(left, b, sum, begin, end, shape, update);
         }
@@ -142,9 +146,9 @@ inline void product_of(Matrix left, Matrix right, Matrix result, Shape shape, Up
         product_block<TRANSPOSED>(left, right, result, 0, result.rows, shape, update);
         return;
     }
-    for (int begin = 0; begin < result.rows; begin += LANES) {
-        const int end = begin + LANES < result.rows ? begin + LANES : result.rows;
-        const int width = begin + LANES < right.width ? begin + LANES : right.width;
+    for (int begin = 0; begin < result.rows; begin += BLOCK) {
+        const int end = begin + BLOCK < result.rows ? begin + BLOCK : result.rows;
+        const int width = begin + BLOCK < right.width ? begin + BLOCK : right.width;
         product_block<TRANSPOSED>(left, right.columns(0, width), result, begin, end, FULL, update);
     }
 }
@@ -165,42 +169,34 @@ inline void product_t(Matrix left, Matrix right, Matrix result, Update update = 
 #define HOPESCALE_SHUFFLE(x, y, ...) __builtin_shuffle(x, y, IntLanes{__VA_ARGS__})
 #endif
 
+using LaneNumbers = std::make_integer_sequence<int, LANES>;
+
 // Exchanges every second block of SPAN numbers of x with the one before it of y.
-template <int SPAN>
-inline void exchange(Lanes& x, Lanes& y) {
+template <int SPAN, int... I>
+inline void exchange(Lanes& x, Lanes& y, std::integer_sequence<int, I...>) {
     const Lanes a = x, b = y;
-    if constexpr (SPAN == 8) {
-        x = HOPESCALE_SHUFFLE(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
-        y = HOPESCALE_SHUFFLE(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-    } else if constexpr (SPAN == 4) {
-        x = HOPESCALE_SHUFFLE(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27);
-        y = HOPESCALE_SHUFFLE(a, b, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
-    } else if constexpr (SPAN == 2) {
-        x = HOPESCALE_SHUFFLE(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
-        y = HOPESCALE_SHUFFLE(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-    } else {
-        x = HOPESCALE_SHUFFLE(a, b, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30);
-        y = HOPESCALE_SHUFFLE(a, b, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
-    }
+    x = HOPESCALE_SHUFFLE(a, b, (I & SPAN ? LANES + I - SPAN : I)...);
+    y = HOPESCALE_SHUFFLE(a, b, (I & SPAN ? LANES + I : I + SPAN)...);
 }
 
 template <int SPAN>
 inline void exchange_all(Lanes* x) {
     for (int i = 0; i < LANES; ++i)
-        if (!(i & SPAN)) exchange<SPAN>(x[i], x[i + SPAN]);
+        if (!(i & SPAN)) exchange<SPAN>(x[i], x[i + SPAN], LaneNumbers{});
+    if constexpr (SPAN > 1) exchange_all<SPAN / 2>(x);
 }
 
 // Transposes LANES x LANES numbers; rows from `rows` on count as zeros.
 inline void transpose_block(const float* from, int64_t from_stride, float* to, int64_t to_stride, int rows) {
     Lanes x[LANES];
     for (int i = 0; i < LANES; ++i) x[i] = i < rows ? load(from + i * from_stride) : Lanes{};
-    exchange_all<8>(x), exchange_all<4>(x), exchange_all<2>(x), exchange_all<1>(x);
+    exchange_all<LANES / 2>(x);
     for (int i = 0; i < LANES; ++i) store(to + i * to_stride, x[i]);
 }
 
 // Writes x^T; the result has as many columns as x has rows, padded with zeros.
 inline void transpose(Matrix x, Matrix result) {
-    for (int i = 0; i < x.rows; i += LANES)
+    for (int i = 0; i < result.width; i += LANES)
         for (int j = 0; j < x.width; j += LANES)
             transpose_block(x.row(i) + j, x.stride, result.row(j) + i, result.stride, x.rows - i);
 }
@@ -211,11 +207,13 @@ inline Matrix transposed(Arena& arena, Matrix x) {
     return result;
 }
 
-// Keeps the first `count` numbers of x; others become zero.
-inline Lanes first_lanes(int count, Lanes x) {
-    constexpr IntLanes number = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    return number < count ? x : Lanes{};
+template <int... I>
+constexpr IntLanes counted(std::integer_sequence<int, I...>) {
+    return IntLanes{I...};
 }
+
+// Keeps the first `count` numbers of x; others become zero.
+inline Lanes first_lanes(int count, Lanes x) { return counted(LaneNumbers{}) < count ? x : Lanes{}; }
 
 inline float total(Lanes x) {
     float sums[LANES];

@@ -24,9 +24,9 @@ struct MemorySpec {
     int width() const { return is_mlp() ? memories() * hidden : padded(vectors * dim + gates); }
     int seconds() const { return is_mlp() ? memories() : 0; }
     // Columns of a second layer; a gate memory has one that counts.
-    int outputs(int memory) const { return memory < vectors ? dim : LANES; }
+    int outputs(int memory) const { return memory < vectors ? dim : BLOCK; }
     int64_t state_size() const {
-        return int64_t(dim) * width() + (is_mlp() ? int64_t(hidden) * (vectors * dim + gates * LANES) : 0);
+        return int64_t(dim) * width() + (is_mlp() ? int64_t(hidden) * (vectors * dim + gates * BLOCK) : 0);
     }
 };
 
@@ -44,7 +44,7 @@ struct State {
     Matrix second(int memory) const {
         if (!data) return {};
         const int vectors = spec.vectors;
-        const int before = memory < vectors ? memory * spec.dim : vectors * spec.dim + (memory - vectors) * LANES;
+        const int before = memory < vectors ? memory * spec.dim : vectors * spec.dim + (memory - vectors) * BLOCK;
         return {data + int64_t(spec.dim) * spec.width() + int64_t(spec.hidden) * before, spec.hidden,
                 spec.outputs(memory), spec.outputs(memory)};
     }

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from hopescale.ops.cpp.build import library
 from hopescale.ops.cpp.call import parallel_for, pointer, pointers
-from hopescale.ops.limits import LANES
+from hopescale.ops.limits import BLOCK
 from hopescale.ops.self_modifying.types import (
     NO_WEIGHTS,
     Memories,
@@ -58,7 +58,7 @@ class _MemorySpec(ctypes.Structure):
 
 
 def _padded(width: int) -> int:
-    return -(-width // LANES) * LANES
+    return -(-width // BLOCK) * BLOCK
 
 
 def _weights(rows: Tensor, spec: MemorySpec, dim: int) -> Weights:
@@ -67,7 +67,7 @@ def _weights(rows: Tensor, spec: MemorySpec, dim: int) -> Weights:
         columns = dim * len(spec.vector_memories) + len(spec.gate_memories)
         return Weights(rows.unflatten(-1, (dim, -1))[..., :columns], None, None)
     hidden, sizes = spec.hidden, (len(spec.vector_memories), len(spec.gate_memories))
-    parts = rows.split([dim * hidden * sum(sizes), hidden * dim * sizes[0], hidden * LANES * sizes[1]], dim=-1)
+    parts = rows.split([dim * hidden * sum(sizes), hidden * dim * sizes[0], hidden * BLOCK * sizes[1]], dim=-1)
     vector, gate = (
         part.unflatten(-1, (size, hidden, -1)) if size else None for part, size in zip(parts[1:], sizes, strict=True)
     )

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from hopescale.ops.cpp import build
-from hopescale.ops.limits import LANES
+from hopescale.ops.limits import BLOCK
 from hopescale.ops.self_modifying import Memories, MemorySpec, MemoryState, Streams, Weights, cpp, self_modifying
 
 
@@ -107,9 +107,9 @@ def test_without_a_cache_folder_the_users_own_temporary_one_serves(
         build._cache()
 
 
-def test_python_and_the_code_agree_on_the_numbers_in_a_vector():
+def test_python_and_the_code_agree_on_the_width_of_a_block():
     header = (build.SOURCES / "matrix.h").read_text()
-    assert re.findall(r"constexpr int LANES = (\d+);", header) == [str(LANES)]
+    assert re.findall(r"constexpr int BLOCK = (\d+);", header) == [str(BLOCK)]
 
 
 @pytest.mark.skipif(build.compiler() is None, reason="there is no C++ compiler")
