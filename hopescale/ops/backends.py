@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Literal, NamedTuple
 
 from hopescale.ops.cpp import build
-from hopescale.ops.limits import KERNEL_DIMS, BLOCK
+from hopescale.ops.limits import BLOCK, KERNEL_DIMS
 
 Backend = Literal["auto", "torch", "triton", "cpp"]
 """Code that a user may ask for; as `train.backend`."""
