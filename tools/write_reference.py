@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ def _family(base: type[errors.HopescaleError]) -> list[type[errors.HopescaleErro
 def _command(command: Any, path: list[str]) -> Iterator[str]:
     children = getattr(command, "commands", {})
     if len(path) > 1:
-        yield from ("", f"{'#' * len(path)} {' '.join(path)}", "", " ".join(command.help.split()))
+        yield from ("", f"{'#' * len(path)} {' '.join(path)}", "", *textwrap.wrap(" ".join(command.help.split()), 120))
     if not children:
         positional = [p for p in command.params if not p.opts[0].startswith("-")]
         words = [p.metavar or (p.name.upper() if p.required else f"[{p.name.upper()}]") for p in positional]
