@@ -168,7 +168,7 @@ class SelfModifying(nn.Module):
             y = y * F.silu(gate)
         if probe is not None:
             probe |= dict(zip(("eta_mean", "alpha_mean", "surprise"), stats.mean((0, 1, 2)), strict=True))
-        return self.out_proj(y.flatten(2)), LayerState(position + x.shape[0], MixerState(*memories, tail))
+        return self.out_proj(y.flatten(2)), LayerState(position + len(y), MixerState(*memories, tail))
 
     def _project(self, x: Tensor, tail: Tensor | None) -> tuple[Streams, Tensor | None, Tensor | None]:
         """Project and convolve: streams in fp32, the output gate `[T, B, H, D]`, the convolution's tail.
