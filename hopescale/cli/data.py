@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,7 +16,7 @@ from hopescale.cli.options import read_count
 from hopescale.common.units import format_bytes
 
 if TYPE_CHECKING:
-    from hopescale.data.inspect import SplitSummary
+    from hopescale.data.dataset import TokenStream
     from hopescale.data.text import TextSource
 
 app = typer.Typer(help="Train a tokenizer, prepare text, look into shards, check them.", no_args_is_help=True)
@@ -71,12 +71,12 @@ def prepare(
     """Turn text into shuffled shards of tokens."""
     shard_bytes = read_count("--shard-size", shard_size)
     from hopescale.data import prepare as preparing
-    from hopescale.data.inspect import summarise
+    from hopescale.data.dataset import PreparedData
     from hopescale.data.tokenizer import Tokenizer
 
     documents = _source(inputs, text_key, pattern, separator).documents()
     with _working("reading") as show:
-        index = preparing.prepare(
+        preparing.prepare(
             documents,
             Tokenizer.load(tokenizer),
             out,
@@ -87,7 +87,7 @@ def prepare(
             progress=lambda documents, size: show(f"{documents:,} documents, {format_bytes(size)}"),
         )
     typer.echo(f"{out}:")
-    _echo_splits(summarise(index))
+    _echo_splits(PreparedData(out).splits.values())
 
 
 @app.command()
@@ -109,7 +109,7 @@ def inspect(
     data = PreparedData(folder)
     end = f"end of text is {data.tokenizer.eos_id}"
     typer.echo(f"{folder}: seed {data.index.seed}, {data.index.validation:g} held out")
-    _echo_splits(look.summarise(data.index))
+    _echo_splits(data.splits.values())
     typer.echo(f"  tokenizer   {data.tokenizer.vocab_size:,} pieces, {end}, {data.tokenizer.fingerprint[:12]}")
     if window is not None:
         for number, text in enumerate(look.window_texts(data, split, window, seq_len)):
@@ -152,7 +152,7 @@ def _working(verb: str) -> Iterator[Callable[[str], None]]:
         yield lambda text: progress.update(task, description=f"{verb} {text}")
 
 
-def _echo_splits(splits: list[SplitSummary]) -> None:
+def _echo_splits(splits: Iterable[TokenStream]) -> None:
     for split in splits:
         if not split.num_tokens:
             typer.echo(f"  {split.split:<11} empty")

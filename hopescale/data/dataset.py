@@ -22,11 +22,11 @@ _CACHED_BLOCKS = 1024
 
 
 class _Block(NamedTuple):
-    shard: int
     num_tokens: int
     num_documents: int
     tokens_offset: int
     documents_offset: int
+    shard: int
 
 
 class PreparedData:
@@ -72,14 +72,13 @@ class TokenStream:
         self._vocab_size = index.vocab_size
         self._shards: list[ShardEntry] = index.splits[split]
         tables = [entry.blocks for entry in self._shards]
+        columns = [[value for table in tables for value in getattr(table, field)] for field in _Block._fields[:-1]]
         self._shard_of = np.repeat(np.arange(len(tables)), [len(table.num_tokens) for table in tables])
-        self._columns = [
-            np.array([value for table in tables for value in getattr(table, field)], np.int64)
-            for field in ("num_tokens", "num_documents", "tokens_offset", "documents_offset")
-        ]
-        self._starts = np.concatenate([[0], np.cumsum(self._columns[0])])
+        self._blocks = np.array([*columns, self._shard_of], np.int64)
+        self._starts = np.concatenate([[0], np.cumsum(self._blocks[0])])
         self._open = lru_cache(_OPEN_FILES)(self._open_shard)
         self._ends = lru_cache(_CACHED_BLOCKS)(self._document_ends)
+        self.num_shards = len(self._shards)
         self.num_tokens = sum(entry.num_tokens for entry in self._shards)
         self.num_documents = sum(entry.num_documents for entry in self._shards)
         self.num_text_bytes = sum(entry.num_text_bytes for entry in self._shards)
@@ -116,7 +115,7 @@ class TokenStream:
         Raises:
             DataError: Error that `read` or `document_ids` raises.
         """
-        for number, size in enumerate(self._columns[0]):
+        for number, size in enumerate(self._blocks[0]):
             yield from np.split(self._tokens(number, 0, int(size)), self._ends(number)[:-1])
 
     def describe(self, start: int, stop: int) -> str:
@@ -142,7 +141,7 @@ class TokenStream:
             start, number = end, number + 1
 
     def _block(self, number: int) -> _Block:
-        return _Block(int(self._shard_of[number]), *(int(column[number]) for column in self._columns))
+        return _Block(*self._blocks[:, number].tolist())
 
     def _tokens(self, number: int, low: int, high: int) -> np.ndarray:
         block, size = self._block(number), self._dtype.itemsize

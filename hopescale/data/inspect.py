@@ -1,9 +1,8 @@
-"""Look into a prepared data set: sums, sample texts, and a check of every byte."""
+"""Look into a prepared data set: sample texts, and a check of every byte."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -13,36 +12,6 @@ from hopescale.common.errors import DataError
 from hopescale.data.dataset import PreparedData, TokenStream
 from hopescale.data.samples import PackedSamples
 from hopescale.data.shards import SPLITS, Index, ShardEntry, describe_shard
-
-_SUMMED = ("num_documents", "num_tokens", "num_text_bytes")
-
-
-@dataclass(frozen=True)
-class SplitSummary:
-    """Sums over one split."""
-
-    split: str
-    num_shards: int
-    num_documents: int
-    num_tokens: int
-    num_text_bytes: int
-
-    @property
-    def bytes_per_token(self) -> float | None:
-        """Bytes of UTF-8 text per token, end-of-text tokens counted; null for an empty split."""
-        return self.num_text_bytes / self.num_tokens if self.num_tokens else None
-
-
-def summarise(index: Index) -> list[SplitSummary]:
-    """Add up the shards of every split."""
-    return [
-        SplitSummary(
-            split,
-            len(index.splits[split]),
-            *(sum(getattr(e, field) for e in index.splits[split]) for field in _SUMMED),
-        )
-        for split in SPLITS
-    ]
 
 
 def first_documents(data: PreparedData, split: str, count: int) -> Iterator[tuple[int, str]]:
@@ -70,11 +39,7 @@ def window_texts(data: PreparedData, split: str, window: int, seq_len: int) -> l
 
 
 def verify(folder: str | Path, on_shard: Callable[[ShardEntry], None] = lambda entry: None) -> Index:
-    """Recompute every checksum and read every block.
-
-    Args:
-        folder: A prepared data set.
-        on_shard: Called before each shard.
+    """Recompute every checksum and read every block; `on_shard` is called before each shard.
 
     Raises:
         DataError: If the index or the tokenizer is wrong, or naming every bad shard.

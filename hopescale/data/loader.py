@@ -8,9 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from queue import Empty, Full, Queue
-from threading import Event, Thread
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -59,10 +59,7 @@ class Data:
         return hashlib.sha256(identity.encode()).hexdigest()
 
     def check_budget(self, num_sequences: int) -> None:
-        """Refuse a run that would read a source more often than `data.max_epochs`.
-
-        Args:
-            num_sequences: Training sequences of the whole run.
+        """Refuse a run of so many sequences that would read a source more often than `data.max_epochs`.
 
         Raises:
             ConfigError: Naming every such source, the sequences it would give and those it has.
@@ -71,14 +68,12 @@ class Data:
         for name, wanted in self._mixture.counts(num_sequences).items():
             have = self._num_samples[name]
             if wanted > have * self._config.max_epochs:
-                problems.append(
-                    Problem(
-                        f"data.sources.{name}",
-                        f"the run reads {wanted:,} sequences of it, {wanted / have:.3g} epochs, but it has {have:,} of "
-                        f"{self._seq_len} tokens and data.max_epochs is {self._config.max_epochs}",
-                        hint=f"set data.max_epochs={-(-wanted // have)}, train fewer steps, or prepare more text",
-                    )
+                message = (
+                    f"the run reads {wanted:,} sequences of it, {wanted / have:.3g} epochs, but it has {have:,} of "
+                    f"{self._seq_len} tokens and data.max_epochs is {self._config.max_epochs}"
                 )
+                hint = f"set data.max_epochs={-(-wanted // have)}, train fewer steps, or prepare more text"
+                problems.append(Problem(f"data.sources.{name}", message, hint=hint))
         if problems:
             raise ConfigError(problems)
 
@@ -136,11 +131,6 @@ class Data:
 def open_data(config: DataConfig, *, seq_len: int, vocab_size: int) -> Data:
     """Open every source of a config and check that they fit the model and each other.
 
-    Args:
-        config: The `data` part of a recipe.
-        seq_len: Tokens per sequence.
-        vocab_size: The model's; must equal the tokenizer's.
-
     Raises:
         ConfigError: If a setting is wrong. Carries all problems, those of files included.
         DataError: If files are missing or damaged and nothing else is wrong.
@@ -160,51 +150,22 @@ def prefetched(data: Data, index_batches: Iterable[Sequence[int]], depth: int) -
         DataError: Failure of the thread, raised at the batch where it happened.
     """
     if depth == 0:
-        for indices in index_batches:
-            yield data.batch(indices)
+        yield from map(data.batch, index_batches)
         return
-    queue: Queue[Batch | Exception | None] = Queue(depth)
-    closed = Event()
-    thread = Thread(target=_fill, args=(queue, closed, data, index_batches), name="data-prefetch", daemon=True)
-    thread.start()
+    plan = iter(index_batches)
+
+    def read() -> Batch | None:
+        indices = next(plan, None)
+        return None if indices is None else data.batch(indices)
+
+    reader = ThreadPoolExecutor(1, "data-prefetch")
+    ahead = deque(reader.submit(read) for _ in range(depth + 1))
     try:
-        while (item := queue.get()) is not None:
-            if isinstance(item, Exception):
-                raise item
-            yield item
+        while (batch := ahead.popleft().result()) is not None:
+            ahead.append(reader.submit(read))
+            yield batch
     finally:
-        closed.set()
-        _drain(queue)
-        thread.join()
-
-
-def _fill(queue: Queue, closed: Event, data: Data, index_batches: Iterable[Sequence[int]]) -> None:
-    try:
-        for indices in index_batches:
-            if not _put(queue, closed, data.batch(indices)):
-                return
-        _put(queue, closed, None)
-    except Exception as error:  # noqa: BLE001 - the reader raises it again
-        _put(queue, closed, error)
-
-
-def _put(queue: Queue, closed: Event, item: Batch | Exception | None) -> bool:
-    """Wait for a place in the queue; give up when the reader has gone."""
-    while not closed.is_set():
-        try:
-            queue.put(item, timeout=0.05)
-            return True
-        except Full:
-            continue
-    return False
-
-
-def _drain(queue: Queue) -> None:
-    try:
-        while True:
-            queue.get_nowait()
-    except Empty:
-        pass
+        reader.shutdown(cancel_futures=True)
 
 
 def _to_batch(rows: Rows) -> Batch:

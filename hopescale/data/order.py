@@ -33,19 +33,14 @@ def mix64(value: int) -> int:
 
 
 class Permutation:
-    """A keyed bijection of `range(size)` in constant memory.
+    """A keyed bijection of `range(size)` in constant memory; each key of 64 bits is another permutation.
 
     A Feistel network over pairs `(left, right)` of a grid just larger than `size`: each round shifts one half by a
     hash of the other, which can be undone and so loses nothing. A result outside the range is sent through again.
     """
 
     def __init__(self, size: int, key: int):
-        """Prepare the network.
-
-        Args:
-            size: Number of elements, at least 1.
-            key: 64 bits; each key is another permutation.
-        """
+        """Prepare the network."""
         if size < 1:
             raise ValueError(f"a permutation needs at least one element, got {size}")
         self.size = size
@@ -72,19 +67,6 @@ class Permutation:
         return left * self._columns + right
 
 
-def sample_at(num_samples: int, *, seed: int, stream: str, epoch: int, index: int) -> int:
-    """Give the sample that a stream of samples reads at a place of an epoch.
-
-    Args:
-        num_samples: Samples per epoch.
-        seed: Seed of the order.
-        stream: Name that parts the orders of two data sets.
-        epoch: Number of the pass over the samples.
-        index: Place in the epoch, in `range(num_samples)`.
-    """
-    return Permutation(num_samples, derive_key(seed, stream, epoch))(index)
-
-
 class Position(NamedTuple):
     """Where a global sample index falls: a source, a pass over it, a sample of it."""
 
@@ -101,12 +83,7 @@ class Mixture:
     """
 
     def __init__(self, weights: Mapping[str, float], *, seed: int):
-        """Lay out the pattern.
-
-        Args:
-            weights: Positive weight of each source; need not sum to 1.
-            seed: Seed of the pattern and of every source's order.
-        """
+        """Lay out the pattern for positive weights, which need not sum to 1."""
         self._seed = seed
         self._names = list(weights)
         self.quotas = dict(zip(self._names, _quotas(list(weights.values())), strict=True))
@@ -115,20 +92,17 @@ class Mixture:
         self._before = np.concatenate([np.zeros((len(self._names), 1), np.int64), one_hot.cumsum(axis=1)], axis=1)
 
     def locate(self, index: int, num_samples: Mapping[str, int]) -> Position:
-        """Find what a global sample index reads.
+        """Find what an index of the whole run reads, given the samples per epoch of each source.
 
-        Args:
-            index: Place in the whole run, from 0.
-            num_samples: Samples per epoch of each source.
+        Each epoch of each source has an order of its own.
         """
-        repeat, rank_info = divmod(index, PATTERN_LENGTH)
-        number = int(self._pattern[rank_info])
+        repeat, place = divmod(index, PATTERN_LENGTH)
+        number = int(self._pattern[place])
         name = self._names[number]
-        within = repeat * self.quotas[name] + int(self._before[number, rank_info])
+        within = repeat * self.quotas[name] + int(self._before[number, place])
         epoch, step = divmod(within, num_samples[name])
-        return Position(
-            name, epoch, sample_at(num_samples[name], seed=self._seed, stream=name, epoch=epoch, index=step)
-        )
+        order = Permutation(num_samples[name], derive_key(self._seed, name, epoch))
+        return Position(name, epoch, order(step))
 
     def counts(self, num_sequences: int) -> dict[str, int]:
         """Count how many of the first sequences come from each source."""

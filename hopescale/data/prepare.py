@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from hopescale.common.errors import DataError
+from hopescale.common.groups import grouped
 from hopescale.common.staging import staged_folder
 from hopescale.data.order import derive_key, mix64
 from hopescale.data.shards import SPLITS, Index, SplitWriter, token_dtype
@@ -21,6 +22,7 @@ from hopescale.data.text import Document
 from hopescale.data.tokenizer import Tokenizer
 
 BLOCK_TOKENS = 65_536
+"""Tokens of a block at most; a longer document is a block of its own."""
 
 _BATCH_CHARACTERS = 4 << 20
 _SPILL_FILE = "tokens.partial"
@@ -109,7 +111,8 @@ def _tokenise(
     num_tokens, num_text_bytes, content_hash = array("q"), array("q"), array("Q")
     total_bytes = 0
     with path.open("wb") as file:
-        for texts in _batches(documents):
+        texts_read = (document.text for document in documents)
+        for texts in grouped(texts_read, len, _BATCH_CHARACTERS):
             for text, ids in zip(texts, tokenizer.encode_batch(texts, num_threads=num_threads), strict=True):
                 content = text.encode()
                 digest = hashlib.blake2b(content, key=key, digest_size=8).digest()
@@ -123,19 +126,6 @@ def _tokenise(
     if not num_tokens:
         raise DataError("no documents to prepare", hint="check the inputs; white space does not count")
     return _Spill(path, dtype, *(np.array(values) for values in (num_tokens, num_text_bytes, content_hash)))
-
-
-def _batches(documents: Iterable[Document]) -> Iterator[list[str]]:
-    texts: list[str] = []
-    size = 0
-    for document in documents:
-        texts.append(document.text)
-        size += len(document.text)
-        if size >= _BATCH_CHARACTERS:
-            yield texts
-            texts, size = [], 0
-    if texts:
-        yield texts
 
 
 def _held_out(content_hash: np.ndarray, fraction: float) -> np.ndarray:
@@ -163,22 +153,8 @@ def _shuffled(ordinals: np.ndarray, seed: int) -> np.ndarray:
 def _write_split(spill: _Spill, order: np.ndarray, writer: SplitWriter) -> None:
     tokens = np.memmap(spill.path, spill.dtype, mode="r")
     ends = np.cumsum(spill.num_tokens)
-    for block in _blocks(spill.num_tokens, order):
+    for block in grouped(map(int, order), lambda ordinal: int(spill.num_tokens[ordinal]), BLOCK_TOKENS):
         parts = [tokens[ends[ordinal] - spill.num_tokens[ordinal] : ends[ordinal]] for ordinal in block]
         table = np.stack([spill.num_tokens[block], spill.num_text_bytes[block]], axis=1)
         writer.write(np.concatenate(parts), table)
     writer.close()
-
-
-def _blocks(num_tokens: np.ndarray, order: np.ndarray) -> Iterator[list[int]]:
-    """Group documents, in order, into blocks of at most `BLOCK_TOKENS`; a longer document is a block of its own."""
-    block: list[int] = []
-    size = 0
-    for ordinal in map(int, order):
-        if block and size + num_tokens[ordinal] > BLOCK_TOKENS:
-            yield block
-            block, size = [], 0
-        block.append(ordinal)
-        size += int(num_tokens[ordinal])
-    if block:
-        yield block

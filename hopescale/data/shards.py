@@ -133,16 +133,15 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 class SplitWriter:
-    """Writes the blocks of one split into numbered shards of limited size."""
+    """Writes the blocks of one split into numbered shards.
+
+    Args:
+        folder: Folder of the shards.
+        split: First part of their names.
+        shard_bytes: Token bytes that a shard of more than one block holds at most.
+    """
 
     def __init__(self, folder: Path, split: str, *, shard_bytes: int):
-        """Start with no file.
-
-        Args:
-            folder: Folder of the shards.
-            split: First part of their names.
-            shard_bytes: Token bytes after which the next block begins a new shard. A shard has at least one block.
-        """
         self.entries: list[ShardEntry] = []
         self._folder = folder
         self._split = split

@@ -28,19 +28,15 @@ _PARTIAL = ".partial"
 
 @dataclass(frozen=True)
 class Staged:
-    """What became of a data set.
-
-    Attributes:
-        folder: The copy.
-        copied: Shards that were copied.
-        kept: Shards that were there and right.
-        num_bytes: Bytes that were copied.
-    """
+    """What became of a data set."""
 
     folder: Path
     copied: int
+    """Number of shards that were copied."""
     kept: int
+    """Number of shards that were there and right."""
     num_bytes: int
+    """Bytes that were copied."""
 
 
 def folder_of_copies(root: str | Path) -> Path:
@@ -49,11 +45,7 @@ def folder_of_copies(root: str | Path) -> Path:
 
 
 def copy_of(source: str | Path, root: str | Path) -> Path:
-    """Return where the copy of a data set lies.
-
-    Args:
-        source: The data set.
-        root: Folder of copies.
+    """Return the folder of a data set's copy below the folder of copies.
 
     Raises:
         DataError: If there is no complete copy, or no such data set.
@@ -69,11 +61,7 @@ def stage(source: str | Path, root: str | Path) -> Staged:
     """Copy a data set, comparing every shard with the checksum in its index; what is there and right stays.
 
     One process of a machine works on a copy at a time, the others wait for it. The index comes last: with it the copy
-    is complete.
-
-    Args:
-        source: The data set.
-        root: Folder of copies; made if missing.
+    is complete. The folder of copies, `root`, is made if missing.
 
     Raises:
         DataError: If the data set is damaged, or the disk is full or not writable.

@@ -48,14 +48,7 @@ class SyntheticSamples:
     """
 
     def __init__(self, config: SyntheticConfig, *, seed: int, split: Split, seq_len: int):
-        """Choose a task; `problems` must have found none.
-
-        Args:
-            config: Task and sizes.
-            seed: Data seed.
-            split: Name of one of two disjoint sets of random streams.
-            seq_len: Tokens per sample.
-        """
+        """Choose a task; `problems` must have found none."""
         self.num_samples = config.num_samples
         self._config = config
         self._seed = seed

@@ -30,11 +30,7 @@ class Tokenizer:
     """A sentencepiece model. One trained by `train_tokenizer` satisfies `decode(encode(x)) == x` for every text."""
 
     def __init__(self, model: bytes, name: str = MODEL_FILE):
-        """Load a serialised model.
-
-        Args:
-            model: Content of a sentencepiece model file.
-            name: Name of the file, for messages.
+        """Load a serialised model; messages call it `name`.
 
         Raises:
             DataError: If it is not a sentencepiece model or has no end-of-text piece.
@@ -72,12 +68,6 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Number of pieces; ids are below it."""
         return self._processor.vocab_size()
-
-    @property
-    def bos_id(self) -> int | None:
-        """Begin-of-text id, null where the model has none. Prepared data never holds it: `eos_id` parts documents."""
-        bos_id = self._processor.bos_id()
-        return None if bos_id < 0 else bos_id
 
     @property
     def eos_id(self) -> int:

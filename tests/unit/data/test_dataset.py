@@ -9,7 +9,7 @@ import pytest
 
 from hopescale.common.errors import DataError
 from hopescale.data.dataset import PreparedData
-from hopescale.data.inspect import first_documents, summarise, verify, window_texts
+from hopescale.data.inspect import first_documents, verify, window_texts
 from hopescale.data.samples import PackedSamples
 from hopescale.data.tokenizer import train_tokenizer
 
@@ -70,7 +70,7 @@ def test_a_range_is_described_by_shard_and_place(folder: Path) -> None:
 
 def test_sums_and_texts_can_be_looked_at(folder: Path) -> None:
     data = PreparedData(folder)
-    train, held_out = summarise(data.index)
+    train, held_out = data.splits.values()
     assert (train.split, held_out.split) == ("train", "validation")
     assert train.num_documents + held_out.num_documents == 60
     documents = list(first_documents(data, "train", 3))

@@ -263,9 +263,9 @@ def test_only_so_much_is_read_ahead(mixed: Data) -> None:
     while len(asked) < 5 and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(0.05)
-    assert len(asked) == 5  # one given, three in the queue, one in the thread's hand
+    assert len(asked) == 5  # one given, three held ready, one in the thread's hand
     batches.close()
 
 
 def prefetch_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "data-prefetch"]
+    return [thread for thread in threading.enumerate() if thread.name.startswith("data-prefetch")]

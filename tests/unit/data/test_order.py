@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from hopescale.data.order import PATTERN_LENGTH, Mixture, Permutation, derive_key, sample_at
+from hopescale.data.order import PATTERN_LENGTH, Mixture, Permutation, derive_key
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 7, 10, 16, 17, 63, 64, 65, 100, 1000, 4097])
@@ -41,18 +41,19 @@ def test_an_index_outside_is_refused() -> None:
             Permutation(10, 0)(index)
 
 
-def test_seed_stream_and_epoch_each_change_the_order() -> None:
-    def order(**change) -> list[int]:
-        settings = {"seed": 0, "stream": "a", "epoch": 0} | change
-        return [sample_at(500, index=index, **settings) for index in range(500)]
+def test_seed_source_and_epoch_each_change_the_order() -> None:
+    def order(seed: int = 0, source: str = "a", epoch: int = 0) -> list[int]:
+        mixture = Mixture({source: 1}, seed=seed)
+        return [mixture.locate(500 * epoch + index, {source: 500}).sample for index in range(500)]
 
-    orders = [order(), order(seed=1), order(stream="b"), order(epoch=1)]
+    orders = [order(), order(seed=1), order(source="b"), order(epoch=1)]
     assert order() == orders[0]
     assert all(sum(map(int.__eq__, a, b)) < 10 for a, b in itertools.combinations(orders, 2))
 
 
 def test_the_order_is_the_same_on_every_machine_and_version() -> None:
-    assert [sample_at(100, seed=0, stream="main", epoch=0, index=i) for i in range(5)] == [44, 87, 8, 92, 30]
+    alone = Mixture({"main": 1}, seed=0)
+    assert [alone.locate(i, {"main": 100}).sample for i in range(5)] == [44, 87, 8, 92, 30]
     mixture = Mixture({"a": 3, "b": 1}, seed=0)
     assert "".join(mixture.locate(i, {"a": 9, "b": 9}).source for i in range(16)) == "aabaaababaaaaaab"
 
