@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -22,17 +22,12 @@ from hopescale.observe.run_status import DONE, FAILED
 
 @dataclass(frozen=True)
 class Element:
-    """One run of an array.
-
-    Attributes:
-        name: Its name in lists.
-        run_dir: Its run folder.
-        command: Words after `hopescale`, as in `train CONFIG --run-dir RUN`; one that is started again has to continue.
-    """
+    """One run of an array."""
 
     name: str
     run_dir: Path
     command: tuple[str, ...]
+    """Words after `hopescale`, as in `train CONFIG --run-dir RUN`; one that is started again has to continue."""
 
 
 def submit_array(
@@ -53,11 +48,11 @@ def submit_array(
     working directory of whoever submits.
 
     Args:
-        elements: The runs.
-        profile: The cluster.
-        folder: Where the arrays' folders go.
+        elements: Runs to submit.
+        profile: Profile of the cluster.
+        folder: Folder of the arrays' folders.
         nodes: Nodes of each element.
-        max_at_once: How many elements of an array run at a time; None is no limit.
+        max_at_once: Number of elements of an array that run at a time; None is no limit.
         time: Time limit of each element; None is the profile's.
         only: `failed` leaves out all that have not failed.
         slurm: Slurm; None is the one of this machine.
@@ -73,10 +68,12 @@ def submit_array(
     chosen, ids, size = _choose(elements, only, slurm), [], slurm.max_array_size()
     if size == 0:
         raise LaunchError("this cluster takes no arrays: its MaxArraySize is 0", "submit each run as a job of its own")
+    common = BatchJob(folder.name, profile, nodes, folder.absolute(), Path.cwd(), sys.executable, time)
     for start in range(0, len(chosen), size):
         part = chosen[start : start + size]
         try:
-            job, script = _write(part, profile, folder.absolute(), nodes, max_at_once, time)
+            job = replace(common, run_dir=_next_folder(common.run_dir), array=Array(len(part), max_at_once))
+            script = _write(part, job)
             ids.append(slurm.submit(script))
             _note(part, job, ids[-1], script, folder)
         except OSError as error:
@@ -99,38 +96,24 @@ def _choose(elements: Iterable[Element], only: str | None, slurm: Slurm) -> list
     return chosen
 
 
-def _write(
-    elements: Sequence[Element],
-    profile: ClusterProfile,
-    folder: Path,
-    nodes: int,
-    max_at_once: int | None,
-    time: str | None,
-) -> tuple[BatchJob, Path]:
-    """Write the folder of one array; return the job and its script."""
+def _next_folder(folder: Path) -> Path:
     numbers = [int(path.name.removeprefix("array-")) for path in folder.glob("array-*") if path.name[6:].isdigit()]
-    made = folder / f"array-{max(numbers, default=0) + 1}"
+    return folder / f"array-{max(numbers, default=0) + 1}"
+
+
+def _write(elements: Sequence[Element], job: BatchJob) -> Path:
+    """Write the folder of one array; return its script."""
     for name in ("elements", "logs"):
-        (made / name).mkdir(parents=True)
+        (job.run_dir / name).mkdir(parents=True)
     for index, element in enumerate(elements):
         element.run_dir.mkdir(parents=True, exist_ok=True)
         forget_outcome(element.run_dir)
         run, command = shlex.quote(str(element.run_dir.absolute())), " ".join(map(shlex.quote, element.command))
-        replace_text(made / "elements" / f"{index}.sh", f"# {element.name}\nrun={run}\ncommand=({command})\n")
-    take_snapshot(made / "code")
-    job = BatchJob(
-        folder.name,
-        profile,
-        nodes,
-        run_dir=made,
-        work_dir=Path.cwd(),
-        python=sys.executable,
-        time=time,
-        array=Array(len(elements), max_at_once),
-    )
-    script = made / "submit.sbatch"
+        replace_text(job.run_dir / "elements" / f"{index}.sh", f"# {element.name}\nrun={run}\ncommand=({command})\n")
+    take_snapshot(job.run_dir / "code")
+    script = job.run_dir / "submit.sbatch"
     replace_text(script, render(job))
-    return job, script
+    return script
 
 
 def _note(elements: Sequence[Element], job: BatchJob, id: str, script: Path, folder: Path) -> None:
@@ -138,10 +121,8 @@ def _note(elements: Sequence[Element], job: BatchJob, id: str, script: Path, fol
     common = {"submitted": now(), "cluster": job.profile.name, "nodes": job.nodes, "ranks": job.ranks}
     runs = tuple((element.name, str(element.run_dir.absolute())) for element in elements)
     logs = job.run_dir / "logs"
-    note(
-        folder,
-        LedgerEntry(id, script=str(script.relative_to(folder.absolute())), log=str(logs), elements=runs, **common),
-    )
+    within = str(script.relative_to(folder.absolute()))
+    note(folder, LedgerEntry(id, script=within, log=str(logs), elements=runs, **common))
     for index, element in enumerate(elements):
         log = str(logs / f"{id}_{index}.log")
         note(element.run_dir, LedgerEntry(f"{id}_{index}", script=str(script), log=log, **common))

@@ -28,9 +28,6 @@ def find_rank_info(environ: Mapping[str, str]) -> RankInfo | None:
 
     A batch script and an interactive allocation hold Slurm's variables too, but start one process: they count as alone.
 
-    Args:
-        environ: Environment variables by name.
-
     Raises:
         LaunchError: If the variables of a launcher are incomplete or make no sense.
     """
@@ -44,13 +41,7 @@ def find_rank_info(environ: Mapping[str, str]) -> RankInfo | None:
 
 
 def child_environ(environ: Mapping[str, str], rank_info: RankInfo, num_threads: int) -> dict[str, str]:
-    """Return the environment of a process that is to find `rank_info` in it.
-
-    Args:
-        environ: What it inherits. A number of threads set there stays.
-        rank_info: Its place.
-        num_threads: Threads of its operations on the CPU.
-    """
+    """Return the environment of a process that is to find `rank_info` in it; a number of threads set there stays."""
     return {
         "OMP_NUM_THREADS": str(num_threads),
         **environ,
@@ -84,7 +75,7 @@ def _torchrun_rank_info(environ: Mapping[str, str]) -> RankInfo:
         world_size=world_size,
         local_rank=_number(environ, "LOCAL_RANK", 0, world_size),
         address=_text(environ, "MASTER_ADDR"),
-        port=_port(environ),
+        port=_number(environ, "MASTER_PORT", 1, 2**16),
     )
 
 
@@ -107,14 +98,14 @@ def _srun_rank_info(environ: Mapping[str, str]) -> RankInfo:
     world_size = _number(environ, _tasks_name(environ), 1)
     nodes = _nodes_name(environ)
     if "MASTER_PORT" in environ:
-        port = _port(environ)
+        port = _number(environ, "MASTER_PORT", 1, 2**16)
     else:
         port = _FIRST_PORT + _number(environ, "SLURM_JOB_ID", 0) % _NUM_PORTS
     return RankInfo(
         rank=_number(environ, "SLURM_PROCID", 0, world_size),
         world_size=world_size,
         local_rank=_number(environ, "SLURM_LOCALID", 0, world_size),
-        address=environ.get("MASTER_ADDR") or _first_host(_text(environ, nodes), nodes),
+        address=environ.get("MASTER_ADDR") or next(_hosts(_text(environ, nodes), nodes)),
         port=port,
         bound=True,
     )
@@ -122,10 +113,6 @@ def _srun_rank_info(environ: Mapping[str, str]) -> RankInfo:
 
 def _nodes_name(environ: Mapping[str, str]) -> str:
     return "SLURM_STEP_NODELIST" if "SLURM_STEP_NODELIST" in environ else "SLURM_JOB_NODELIST"
-
-
-def _first_host(hosts: str, name: str) -> str:
-    return next(_hosts(hosts, name))
 
 
 def _hosts(hosts: str, name: str) -> Iterator[str]:
@@ -150,10 +137,6 @@ def _range(text: str) -> list[str]:
         else:
             found.append(part)
     return found
-
-
-def _port(environ: Mapping[str, str]) -> int:
-    return _number(environ, "MASTER_PORT", 1, 2**16)
 
 
 def _text(environ: Mapping[str, str], name: str) -> str:

@@ -14,27 +14,21 @@ JOBS = "jobs.jsonl"
 
 @dataclass(frozen=True)
 class LedgerEntry:
-    """One submission.
-
-    Attributes:
-        job: Number of the job; `4220_3` for an element of an array.
-        submitted: When, with its time zone.
-        cluster: Name of the profile.
-        nodes: Nodes of the job; of each element of an array.
-        ranks: Processes of the run.
-        script: The batch script, relative to the folder.
-        log: Path of the log.
-        elements: Of an array: name and run folder of each, in the order of their indices.
-    """
+    """One submission."""
 
     job: str
+    """Number of the job; `4220_3` for an element of an array."""
     submitted: str
+    """Time, with its zone."""
     cluster: str
+    """Name of the profile."""
     nodes: int
     ranks: int
     script: str
+    """Path of the batch script, relative to the folder."""
     log: str
     elements: tuple[tuple[str, str], ...] = ()
+    """Name and run folder of each element of an array, in the order of their indices."""
 
 
 def note(folder: Path, entry: LedgerEntry) -> None:

@@ -20,15 +20,11 @@ _SHUTDOWN_TIMEOUT_S = 600
 
 @dataclass(frozen=True)
 class Array:
-    """Many runs as one job; `elements/INDEX.sh` in the array's folder sets `run` and `command` of each.
-
-    Attributes:
-        size: Number of elements; indices count from 0.
-        max_at_once: How many run at a time; None is no limit.
-    """
+    """Many runs as one job; `elements/INDEX.sh` in the array's folder sets `run` and `command` of each."""
 
     size: int
     max_at_once: int | None = None
+    """Number of elements that run at a time; None is no limit."""
 
     def __str__(self) -> str:
         limit = "" if self.max_at_once is None else f"%{self.max_at_once}"
@@ -37,31 +33,25 @@ class Array:
 
 @dataclass(frozen=True)
 class BatchJob:
-    """One run, or an array of runs, as a job of Slurm.
-
-    Attributes:
-        name: Name of the job.
-        profile: The cluster.
-        nodes: Number of nodes.
-        run_dir: Its run folder, or the array's folder; absolute.
-        work_dir: Folder that paths in the config are relative to; absolute.
-        python: Python of the machine that submits, used unless the profile names one.
-        time: Time limit; None is the profile's, and without one the partition's.
-        chained: Whether further jobs continue the run, instead of a requeue of this one.
-        staged: Whether data sets are copied to the nodes first.
-        array: What it is an array of; None is one run. Arrays neither check their nodes nor copy data sets.
-    """
+    """One run, or an array of runs, as a job of Slurm."""
 
     name: str
     profile: ClusterProfile
     nodes: int
     run_dir: Path
+    """Run folder, or the array's folder; absolute."""
     work_dir: Path
+    """Folder that paths in the config are relative to; absolute."""
     python: str
+    """Python of the machine that submits, used unless the profile names one."""
     time: str | None = None
+    """Time limit; None is the profile's, and without one the partition's."""
     chained: bool = False
+    """Whether further jobs continue the run, instead of a requeue of this one."""
     staged: bool = False
+    """Whether data sets are copied to the nodes first."""
     array: Array | None = None
+    """Elements of an array, which neither checks its nodes nor copies data sets; None is one run."""
 
     @property
     def ranks(self) -> int:

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,25 +33,20 @@ _ORDER_PATIENCE = 10
 
 @dataclass(frozen=True)
 class SlurmJob:
-    """What is known of a job, or of one element of an array.
-
-    Attributes:
-        id: `4219`, or `4220_1` for an element.
-        state: Slurm's word, as `PENDING`, `RUNNING` or `FAILED`; or `UNKNOWN`, or `GONE`.
-        reason: Why it is in this state; None where nothing is said.
-        nodes: Names of its nodes as Slurm writes them; None before it has any.
-        restarts: How often it was requeued; None where that is not told.
-        exit_code: Exit code of the script and signal, as `137:0`; None while it has not ended.
-        start: Local time at which it started or is expected to.
-    """
+    """What is known of a job, or of one element of an array; None is what is not told."""
 
     id: str
+    """Number of a job, or `4220_1` for an element."""
     state: str
+    """Slurm's word, as `PENDING`, `RUNNING` or `FAILED`; or `UNKNOWN`, or `GONE`."""
     reason: str | None = None
     nodes: str | None = None
+    """Names of its nodes as Slurm writes them."""
     restarts: int | None = None
     exit_code: str | None = None
+    """Exit code of the script and signal, as `137:0`; None while it has not ended."""
     start: str | None = None
+    """Local time at which it started or is expected to."""
 
     @property
     def live(self) -> bool | None:
@@ -60,7 +56,7 @@ class SlurmJob:
 
 @dataclass(frozen=True)
 class Partition:
-    """A partition: its name, number of nodes, and the most GPUs that one of them has."""
+    """A partition, with the number of its nodes and the most GPUs that one of them has."""
 
     name: str
     nodes: int
@@ -79,8 +75,8 @@ class Slurm:
     """Slurm as reached from this machine. Answers are kept: make a new object to ask again.
 
     Args:
-        timeout_s: How long to wait for an answer, and a tenth of how long for an order to be taken. Where the
-            controller is down, commands try for 9 s and longer.
+        timeout_s: Seconds to wait for an answer, a tenth of those for an order to be taken. Where the controller is
+            down, commands try for 9 s and longer.
     """
 
     def __init__(self, *, timeout_s: float = 12):
@@ -90,13 +86,10 @@ class Slurm:
 
     def job(self, id: str) -> SlurmJob:
         """Return what is known of a job or of one element; the state `UNKNOWN` if Slurm cannot be asked."""
-        number, _, element = id.partition("_")
-        known = self.jobs(number)
-        found = [job for job in known if job.id == id]
-        if found:
-            return found[0]
+        known = self.jobs(id.partition("_")[0])
         first = known[0]
-        return SlurmJob(id, first.state, first.reason) if first.state in (UNKNOWN, GONE) else SlurmJob(id, GONE)
+        other = SlurmJob(id, UNKNOWN, first.reason) if first.state == UNKNOWN else SlurmJob(id, GONE)
+        return next((job for job in known if job.id == id), other)
 
     def jobs(self, number: str) -> list[SlurmJob]:
         """Return what is known of a job; of an array, one entry per element. Never empty.
@@ -175,13 +168,10 @@ class Slurm:
 
     def _accounting(self, number: str) -> list[SlurmJob]:
         """Ask slurmdbd. Without the controller's word, its own counts only if the job has ended."""
-        reason = self._unreachable.get("scontrol")
-        try:
-            fields = ",".join(_SACCT_FIELDS)
-            done = self._asked("sacct", "-X", "-n", "-P", "-j", number, "-o", fields)
-        except _CannotAsk:
-            return [SlurmJob(number, UNKNOWN, reason) if reason else SlurmJob(number, GONE)]
-        jobs = [job for line in done.stdout.splitlines() for job in _parse_accounting(line)]
+        reason, jobs = self._unreachable.get("scontrol"), []
+        with suppress(_CannotAsk):
+            lines = self._asked("sacct", "-X", "-n", "-P", "-j", number, "-o", ",".join(_SACCT_FIELDS)).stdout
+            jobs = [job for line in lines.splitlines() for job in _parse_accounting(line)]
         if reason is not None:
             jobs = [job if job.live is False else SlurmJob(job.id, UNKNOWN, reason) for job in jobs]
         return jobs or [SlurmJob(number, UNKNOWN, reason) if reason else SlurmJob(number, GONE)]

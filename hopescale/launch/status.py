@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,24 +19,16 @@ _NOT_SEARCHED = ("checkpoints", "code", "logs", "tb", "exports", "evals", "eleme
 
 @dataclass(frozen=True)
 class JobStatus(RunStatus):
-    """How a run stands, with its job.
-
-    Attributes:
-        job: Slurm's answer about its last job; of a chain, about the one whose turn it is.
-        entry: Line of that job in `jobs.jsonl`.
-    """
+    """How a run stands, with its job."""
 
     job: SlurmJob | None = None
+    """Slurm's answer about its last job; of a chain, about the one whose turn it is."""
     entry: LedgerEntry | None = None
+    """Line of that job in `jobs.jsonl`."""
 
 
 def run_status(folder: Path, slurm: Slurm) -> JobStatus:
-    """Find out how a run stands.
-
-    Args:
-        folder: Run folder.
-        slurm: Slurm, which is asked about the last job unless the folder says that the run is done.
-    """
+    """Find out how a run stands; Slurm is asked about the last job unless the folder says that the run is done."""
     known = entries(folder)
     entry, job = known[-1] if known else None, None
 
@@ -51,20 +43,18 @@ def run_status(folder: Path, slurm: Slurm) -> JobStatus:
 
 def find_runs(root: Path) -> list[Path]:
     """Return the run folders in a folder, itself included, sorted; a run has a `config.yaml` or a `jobs.jsonl`."""
-    return sorted(_walk(root))
+    runs = []
+    for folder, names, files in os.walk(root):
+        path = Path(folder)
+        names[:] = [name for name in names if name not in _NOT_SEARCHED and not name.startswith(".")]
+        if (CONFIG in files and PLAN in files) or (JOBS in files and entries(path) and not elements_of_array(path)):
+            runs.append(path)
+    return sorted(runs)
 
 
 def elements_of_array(folder: Path) -> dict[str, Path]:
     """Return the run folders of the arrays that were submitted from a folder, by name; empty for a run."""
     return {name: Path(run) for entry in entries(folder) for name, run in entry.elements}
-
-
-def _walk(root: Path) -> Iterator[Path]:
-    for folder, names, files in os.walk(root):
-        path = Path(folder)
-        names[:] = [name for name in names if name not in _NOT_SEARCHED and not name.startswith(".")]
-        if (CONFIG in files and PLAN in files) or (JOBS in files and entries(path) and not elements_of_array(path)):
-            yield path
 
 
 def _current(known: Sequence[LedgerEntry], slurm: Slurm) -> tuple[LedgerEntry | None, SlurmJob | None]:
