@@ -31,6 +31,7 @@ from hopescale.checkpoint.manifest import (
 )
 from hopescale.checkpoint.save import Saver, dtype_name
 from hopescale.common.errors import CheckpointError
+from hopescale.common.groups import grouped
 from hopescale.common.staging import staged_folder
 from hopescale.config.load import from_dict, to_yaml
 from hopescale.config.schema import ModelConfig, RunConfig
@@ -57,7 +58,7 @@ def export(path: Path, out: Path, *, shard_bytes: int, native: bool = False) -> 
     Tensors keep names, types and bits. Memory is needed for one shard and one tensor.
 
     Args:
-        path: A checkpoint folder, or a run folder, whose latest checkpoint is taken.
+        path: Checkpoint folder, or a run folder, whose latest checkpoint is taken.
         out: Folder to create.
         shard_bytes: Most bytes of a file of tensors that holds more than one.
         native: Whether to write a Transformer as the Llama or Qwen that it equals, which needs no code of ours.
@@ -94,29 +95,14 @@ def _native_pairs(config: RunConfig, source: Path) -> list[Pair]:
         hint = "leave --native out"
         raise CheckpointError(f"{source} is no Transformer: only attention and one level are a Llama or Qwen", hint)
     if logit_multiplier(config.model) != 1 or attention_scale(config.model) is not None:
-        message = (
-            f"{source} has factors that no Llama or Qwen has: model.transfer says it was trained wider than its base"
-        )
-        raise CheckpointError(message, "leave --native out")
+        message = "has factors that no Llama or Qwen has: model.transfer says it was trained wider than its base"
+        raise CheckpointError(f"{source} {message}", "leave --native out")
     return list(pairs(config.model, lambda block: levels[0]))
 
 
 def num_bytes(entry: TensorEntry) -> int:
     """Return the bytes of a tensor."""
     return prod(entry.shape) * getattr(torch, entry.dtype).itemsize
-
-
-def plan_shards(tensors: Mapping[str, TensorEntry], shard_bytes: int) -> list[list[str]]:
-    """Deal names out to files in order, each file at most `shard_bytes` unless it holds one larger tensor."""
-    shards: list[list[str]] = [[]]
-    size = 0
-    for name, entry in tensors.items():
-        if shards[-1] and size + num_bytes(entry) > shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += num_bytes(entry)
-    return shards
 
 
 def _write_weights(
@@ -129,7 +115,7 @@ def _write_weights(
 ) -> None:
     """Write the tensors shard by shard, then the index."""
     by_name, places, size = {pair.ours: pair for pair in chosen}, {}, 0
-    shards = plan_shards({name: weights[name] for name in by_name}, shard_bytes)
+    shards = list(grouped(by_name, lambda name: num_bytes(weights[name]), shard_bytes))
     for number, names in enumerate(shards, 1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
         tensors = read_tensors(source, [f"{WEIGHTS}{name}" for name in names])
@@ -190,23 +176,14 @@ def _write_json(path: Path, body: Mapping[str, Any]) -> None:
 
 
 def restore_export(folder: Path, out: Path) -> Path:
-    """Undo `export`: write the weights of a folder it has made as a checkpoint, which fits every layout.
-
-    Args:
-        folder: Made by `export`, unchanged.
-        out: Run folder to create, with the one checkpoint.
-
-    Returns:
-        The checkpoint.
+    """Undo `export`: write the weights of a folder it has made as the one checkpoint of a run folder, and return it.
 
     Raises:
         CheckpointError: If a file is missing or changed, or `out` exists or cannot be written.
     """
     manifest = read_export(folder)
-    tokenizer = folder / TOKENIZER
-    return write_checkpoint(
-        out, dict(SafetensorsFolder(folder).items()), manifest, tokenizer=tokenizer if tokenizer.exists() else None
-    )
+    tokenizer = folder / TOKENIZER if (folder / TOKENIZER).exists() else None
+    return write_checkpoint(out, dict(SafetensorsFolder(folder)), manifest, tokenizer=tokenizer)
 
 
 def read_export(folder: Path) -> Manifest:
@@ -241,8 +218,8 @@ def load_export(folder: Path, device: torch.device) -> LoadedModel:
         CheckpointError: If a file is missing or changed.
     """
     manifest = read_export(folder)
-    weights, config = SafetensorsFolder(folder), from_dict(manifest.config, str(folder))
-    check_weights({name: (tuple(t.shape), t.dtype) for name, t in weights.items()}, config, str(folder))
+    weights = SafetensorsFolder(folder)
+    check_weights({name: weights.entry(name) for name in weights}, from_dict(manifest.config, str(folder)), str(folder))
     model = empty_model(manifest, folder)
     for name, parameter in model.named_parameters():
         parameter.data.copy_(weights[name])
@@ -250,38 +227,37 @@ def load_export(folder: Path, device: torch.device) -> LoadedModel:
 
 
 def write_checkpoint(out: Path, weights: Mapping[str, Tensor], manifest: Manifest, *, tokenizer: Path | None) -> Path:
-    """Write weights as the one checkpoint of a new run folder.
+    """Write the weights of a whole model as the one checkpoint of a new run folder, with a SentencePiece model.
 
-    Args:
-        out: Run folder to create.
-        weights: Weights of the whole model, by name.
-        manifest: Manifest whose `progress`, `config` and `identity` are kept.
-        tokenizer: SentencePiece model to keep with it.
+    Of the manifest, `progress`, `config` and `identity` are kept.
 
     Raises:
         CheckpointError: If the weights are not those of the config's model, or `out` exists or cannot be written.
     """
     config = from_dict(manifest.config, str(out))
-    check_weights({name: (tuple(t.shape), t.dtype) for name, t in weights.items()}, config, str(out))
+    check_weights({name: _entry(weight) for name, weight in weights.items()}, config, str(out))
     with staged_folder(out, CheckpointError) as folder:
         root = folder / "checkpoints"
         root.mkdir()
-        saver = Saver(root, tokenizer=tokenizer)
-        saver.save(manifest.step, {"model": dict(weights)}, manifest, blocking=True)
+        Saver(root, tokenizer=tokenizer).save(manifest.step, {"model": dict(weights)}, manifest, blocking=True)
         (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     return find_checkpoint(out)
 
 
-def weight_entries(config: RunConfig) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+def _entry(tensor: Tensor) -> TensorEntry:
+    return TensorEntry(tuple(tensor.shape), dtype_name(tensor.dtype))
+
+
+def weight_entries(config: RunConfig) -> dict[str, TensorEntry]:
     """Return shape and type of every weight of a config's model, by name; takes no memory for them."""
     with torch.device("meta"):
         model = Model(config.model)
     if config.train.precision == "bf16":
         model.to_precision(torch.bfloat16)
-    return {name: (tuple(p.shape), p.dtype) for name, p in model.named_parameters()}
+    return {name: _entry(parameter) for name, parameter in model.named_parameters()}
 
 
-def check_weights(found: Mapping[str, tuple[tuple[int, ...], torch.dtype]], config: RunConfig, origin: str) -> None:
+def check_weights(found: Mapping[str, TensorEntry], config: RunConfig, origin: str) -> None:
     """Compare names, shapes and types of weights with those of a config's model.
 
     Raises:
@@ -292,7 +268,7 @@ def check_weights(found: Mapping[str, tuple[tuple[int, ...], torch.dtype]], conf
         "missing": sorted(wanted.keys() - found.keys()),
         "surplus": sorted(found.keys() - wanted.keys()),
         "different": [
-            f"{name} ({_shown(*found[name])}, the config says {_shown(*wanted[name])})"
+            f"{name} ({found[name]}, the config says {wanted[name]})"
             for name in sorted(wanted.keys() & found.keys())
             if wanted[name] != found[name]
         ],
@@ -300,10 +276,6 @@ def check_weights(found: Mapping[str, tuple[tuple[int, ...], torch.dtype]], conf
     lines = [f"{title}: {', '.join(islice(names, 6))}" for title, names in groups.items() if names]
     if lines:
         raise CheckpointError(f"the weights for {origin} are not those of its config; {'; '.join(lines)}")
-
-
-def _shown(shape: tuple[int, ...], dtype: torch.dtype) -> str:
-    return str(TensorEntry(shape, dtype_name(dtype)))
 
 
 class SafetensorsFolder(Mapping[str, Tensor]):

@@ -33,17 +33,14 @@ last matrix is zero, so that they add nothing yet. `depth`: a block's MLP become
 
 
 def stack(folder: Path, out: Path, levels: Mapping[str, int], stacking: Stacking, precision: str | None) -> Path:
-    """Write the checkpoint of a model whose levels are made of a pre-trained model's MLPs.
+    """Write the checkpoint, at step 0, of a model whose levels are made of a pre-trained model's MLPs.
 
     Args:
         folder: Folder of the pre-trained model: Llama, Qwen2 or Qwen3.
         out: Run folder to create.
         levels: Period of each level, by name. One of period 1 makes a Transformer.
-        stacking: See `PLACEMENTS`.
+        stacking: Key of `PLACEMENTS`.
         precision: Precision as in `train.precision`; None is bf16 for a source in bfloat16, else fp32.
-
-    Returns:
-        The checkpoint, at step 0.
 
     Raises:
         ConfigError: If the levels do not make a model.
@@ -53,7 +50,7 @@ def stack(folder: Path, out: Path, levels: Mapping[str, int], stacking: Stacking
     settings = read_settings(theirs, str(folder))
     source = SafetensorsFolder(folder)
     if precision is None:
-        precision = "bf16" if _dtype_of_source(source) == torch.bfloat16 else "fp32"
+        precision = "bf16" if source.entry(next(iter(source))).dtype == "bfloat16" else "fp32"
     settings["cms"] = {
         "placement": PLACEMENTS[stacking],
         "levels": {n: {"d_ff": theirs["intermediate_size"], "update_every_steps": p} for n, p in levels.items()},
@@ -89,10 +86,6 @@ def require_config(folder: Path) -> None:
         raise CheckpointError(message, "fetch the model first")
 
 
-def _dtype_of_source(source: SafetensorsFolder) -> torch.dtype:
-    return source[next(iter(source))].dtype
-
-
 def _config(folder: Path, model: Mapping[str, Any], precision: str) -> RunConfig:
     tree = to_dict(RunConfig())
     tree["name"] = re.sub(r"[^A-Za-z0-9._-]+", "-", folder.resolve().name).strip("-._") or "stacked"
@@ -106,7 +99,7 @@ def _config(folder: Path, model: Mapping[str, Any], precision: str) -> RunConfig
 
 def _stacked(source: SafetensorsFolder, config: RunConfig, folder: Path) -> dict[str, Tensor]:
     """Return all weights: each of the source's in its place, and in the levels beside it copies that add nothing."""
-    model, types = config.model, {name: entry[1] for name, entry in weight_entries(config).items()}
+    model, types = config.model, {name: getattr(torch, entry.dtype) for name, entry in weight_entries(config).items()}
     used, weights = set(), {}
     for pair in pairs(model, lambda block: [*levels_of_block(model, block)][-1]):
         if missing := [name for name in pair.theirs if name not in source]:

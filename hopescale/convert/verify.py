@@ -78,12 +78,7 @@ def verify_folder(folder: Path, checkpoint: Path) -> Verified:
 
 
 def load_transformers(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool) -> nn.Module:
-    """Load a folder through `AutoModelForCausalLM`.
-
-    Args:
-        folder: The folder.
-        dtype: Data type of the weights.
-        trust_remote_code: Whether to run code that the folder brings, as exports do.
+    """Load a folder through `AutoModelForCausalLM`, perhaps with code that it brings, as exports do.
 
     Raises:
         CheckpointError: If transformers refuses it, or weights are missing.
@@ -107,16 +102,10 @@ def load_transformers(folder: Path, dtype: torch.dtype, *, trust_remote_code: bo
 
 @torch.no_grad()
 def compare(loaded: LoadedModel, theirs: nn.Module, limit: float, origin: str) -> Verified:
-    """Compare a model of transformers with a checkpoint's.
-
-    Args:
-        loaded: The checkpoint.
-        theirs: The model.
-        limit: See `LIMITS`.
-        origin: Name of the folder, for messages.
+    """Compare a model of transformers with a checkpoint's; messages call its folder `origin`.
 
     Raises:
-        CheckpointError: If they differ.
+        CheckpointError: If they differ by more than the limit.
     """
     config, ours = loaded.config, loaded.model
     vocab = config.model.vocab_size

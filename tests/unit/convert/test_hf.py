@@ -16,14 +16,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hopescale.checkpoint.load import read_tensors
-from hopescale.checkpoint.manifest import TensorEntry, read_manifest
+from hopescale.checkpoint.manifest import read_manifest
 from hopescale.common.errors import CheckpointError
 from hopescale.convert.hf import (
     EXPORT,
     INDEX,
     SafetensorsFolder,
     export,
-    plan_shards,
     restore_export,
     write_checkpoint,
 )
@@ -34,12 +33,6 @@ SHARD = 20_000
 
 def contents(checkpoint: Path) -> dict[str, torch.Tensor]:
     return read_tensors(checkpoint, read_manifest(checkpoint).tensors)
-
-
-def test_shards_hold_as_much_as_fits():
-    sizes = {"a": 3, "b": 4, "c": 2, "d": 30, "e": 1}
-    entries = {name: TensorEntry((size,), "float32") for name, size in sizes.items()}
-    assert plan_shards(entries, 28) == [["a", "b"], ["c"], ["d"], ["e"]]
 
 
 @pytest.mark.parametrize("overrides", [(), ("model.tie_embeddings=false",), ("model.cms.variant=independent",)])
