@@ -23,31 +23,18 @@ def collect(trials: Sequence[Trial], folder: Path) -> Path:
     loss is the held-out one of the last step; of runs without held-out text the mean of the last ten recorded training
     losses. `loss_from` says which. A trial that is not done has no loss.
 
-    Args:
-        trials: Trials of the sweep.
-        folder: Folder of the sweep.
-
-    Returns:
-        Path of the file.
-
     Raises:
         LaunchError: If it cannot be written.
     """
-    labels, rows = columns(trials), []
+    labels, text, path = columns(trials), io.StringIO(), folder / POINTS
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["trial", "series", *labels, "N", "D", "FLOP", "loss", "loss_from", "state"])
     for trial in as_trained(trials, folder):
         status = trial_status(trial_folder(folder, trial))
         done = status.state == DONE and status.loss is not None
-        head = {"trial": trial.name, "series": trial.series} | {label: trial.labels.get(label, "") for label in labels}
-        counts = {"N": trial.params, "D": trial.tokens, "FLOP": trial.flops}
-        columns_of_loss = (
-            {"loss": f"{status.loss:.6f}", "loss_from": status.source} if done else {"loss": "", "loss_from": ""}
-        )
-        rows.append({**head, **counts, **columns_of_loss, "state": status.state})
-    path = folder / POINTS
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+        head = (trial.name, trial.series, *(trial.labels.get(label, "") for label in labels))
+        loss = (f"{status.loss:.6f}", status.source) if done else ("", "")
+        writer.writerow([*head, trial.params, trial.tokens, trial.flops, *loss, status.state])
     try:
         replace_text(path, text.getvalue())
     except OSError as error:

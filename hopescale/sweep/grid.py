@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -30,12 +30,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep's file.
-
-    Attributes:
-        config: Content of the file.
-        path: Path of the file.
-    """
+    """A sweep's file and what it holds."""
 
     config: SweepConfig
     path: Path
@@ -48,27 +43,23 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Trial:
-    """One run of a sweep.
-
-    Attributes:
-        name: Name of the trial and of its run folder.
-        series: Series of the trial.
-        labels: Labels that tell it from the others of its series, by column: `size`, `budget`, and every axis's key.
-        recipe: File of its recipe.
-        overrides: Changes to the recipe, as `key=value`.
-        config: Config of both, resolved and checked.
-        params: Parameters, embeddings included.
-        flops_per_token: Training FLOPs of a token.
-    """
+    """One run of a sweep."""
 
     name: str
+    """Name of the trial and of its run folder."""
     series: str
     labels: dict[str, str]
+    """Labels that tell it from the others of its series, by column: `size`, `budget`, and every axis's key."""
     recipe: Path
     overrides: tuple[str, ...]
+    """Changes to the recipe, as `key=value`."""
     config: RunConfig
-    params: int
-    flops_per_token: float
+    """Config of both, resolved and checked."""
+
+    @cached_property
+    def params(self) -> int:
+        """Parameters, embeddings included."""
+        return count_params(self.config.model)["total"]
 
     @property
     def steps(self) -> int:
@@ -80,14 +71,10 @@ class Trial:
         """Training tokens in all."""
         return self.steps * self.config.train.global_batch_tokens
 
-    @property
+    @cached_property
     def flops(self) -> int:
         """Training FLOPs in all."""
-        return round(self.tokens * self.flops_per_token)
-
-    def trained_with(self, config: RunConfig) -> Trial:
-        """Return the trial with another config and what follows from it."""
-        return replace(self, config=config, **_counts(config))
+        return round(self.tokens * flops_per_token(self.config.model, self.config.train.seq_len))
 
 
 @dataclass(frozen=True)
@@ -248,8 +235,8 @@ def _make_trial(point: _Point) -> tuple[Trial | None, list[Problem]]:
         if of_size:
             settings |= _apply(of_size, _known_of_size(config))
             config = _load(point.recipe, settings).config
-        counts = _counts(config)
-        cost, known = counts["flops_per_token"], {**_known_of_size(config), "N": counts["params"]}
+        cost = flops_per_token(config.model, config.train.seq_len)
+        known = {**_known_of_size(config), "N": count_params(config.model)["total"]}
         tokens = _tokens(point, known, cost)
         if not (has_horizon := tokens is not None):
             tokens = config.train.steps * config.train.global_batch_tokens
@@ -265,19 +252,11 @@ def _make_trial(point: _Point) -> tuple[Trial | None, list[Problem]]:
         return None, error.problems or [Problem("recipe", error.message, hint=error.hint)]
     problems = check(loaded.config, loaded.origins)
     overrides = _overrides({**settings, "name": point.name})
-    return Trial(point.name, point.series, point.labels, point.recipe, overrides, loaded.config, **counts), problems
+    return Trial(point.name, point.series, point.labels, point.recipe, overrides, loaded.config), problems
 
 
 def _is_of_size(key: str) -> bool:
     return key.startswith("model.") or key == "train.seq_len"
-
-
-def _counts(config: RunConfig) -> dict[str, float]:
-    model = config.model
-    return {
-        "params": count_params(model)["total"],
-        "flops_per_token": flops_per_token(model, config.train.seq_len),
-    }
 
 
 def _load(recipe: Path, settings: Mapping[str, Any]) -> LoadedConfig:

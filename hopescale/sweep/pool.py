@@ -73,16 +73,8 @@ def run_trials(
     Each trial is a process of `hopescale train`, which continues from its last checkpoint. Trials that are done or have
     diverged are left alone. One that fails is started again, up to `retries` times, unless its config or its data are
     at fault. SIGTERM and SIGINT stop all trials, which save their state; a second SIGINT kills them. They are also
-    asked to stop when this process dies.
-
-    Args:
-        trials: Trials of the sweep, in the order of starting.
-        folder: Folder of the sweep.
-        jobs: Number of processes at a time.
-        retries: Number of starts after the first that failed.
-        environ: Environment of the trials; threads are distributed among `jobs` where it does not set their number.
-        report: Listener for each line about a trial.
-        show: Function that is called about every second, as long as trials run.
+    asked to stop when this process dies. Threads are distributed among `jobs` where `environ` does not set their
+    number. `report` takes each line about a trial, and `show` is called about every second, as long as trials run.
 
     Raises:
         StoppedEarly: If a signal ended it; the same call goes on.
@@ -133,11 +125,10 @@ class _Pool:
         """Take the trials that are to be trained, and forget how often they failed in earlier calls."""
         for trial in trials:
             run_dir = trial_folder(self.folder, trial)
-            if trial_status(run_dir).state in (DONE, DIVERGED):
-                continue
-            if (note := read_note(run_dir)).failures:
-                write_note(run_dir, replace(note, failures=0))
-            self.queue.append(trial)
+            if trial_status(run_dir).state not in (DONE, DIVERGED):
+                if (note := read_note(run_dir)).failures:
+                    write_note(run_dir, replace(note, failures=0))
+                self.queue.append(trial)
 
     def left(self) -> int:
         """Count the trials that are to be trained still."""

@@ -7,7 +7,7 @@ import os
 import socket
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,23 +39,18 @@ FRESH_S = 120.0
 
 @dataclass(frozen=True)
 class Note:
-    """A record of the process that runs trials about one of them: how often it was started, and how it ended.
-
-    Attributes:
-        state: `running`, or the state in which the last start ended.
-        starts: Number of starts so far.
-        failures: Number of starts that failed.
-        host: Machine of the last start.
-        pid: Process of the last start there.
-        message: Last line of the process, if it failed or diverged.
-    """
+    """A record of the process that runs trials about one of them: how often it was started, and how it ended."""
 
     state: str
+    """State in which the last start ended, or `running`."""
     starts: int = 0
     failures: int = 0
+    """Number of starts that failed."""
     host: str = ""
+    """Machine of the last start."""
     pid: int = 0
     message: str = ""
+    """Last line of the process, if it failed or diverged."""
 
     def alive(self) -> bool | None:
         """Tell whether the noted process runs; None where there is none, or that is another machine's to say."""
@@ -72,14 +67,10 @@ class Note:
 
 @dataclass(frozen=True)
 class TrialStatus(RunStatus):
-    """How a trial stands. Its loss is the held-out one of the last step if it is done, else the last one recorded.
-
-    Attributes:
-        source: Origin of `loss`: `val/<set>`, or `train` and the number of records in the mean.
-        starts: Number of starts by `run`.
-    """
+    """How a trial stands. Its loss is the held-out one of the last step if it is done, else the last one recorded."""
 
     source: str = ""
+    """Origin of `loss`: `val/<set>`, or `train` and the number of records in the mean."""
     starts: int = 0
 
 
@@ -112,11 +103,7 @@ def write_note(run_dir: Path, note: Note) -> None:
 
 
 def trial_status(run_dir: Path) -> TrialStatus:
-    """Find out how a trial stands. Changes nothing, and may be called while it is running anywhere.
-
-    Args:
-        run_dir: Run folder of the trial; need not exist.
-    """
+    """Find out how a trial stands; its folder need not exist. May be called while it is running anywhere."""
     note = read_note(run_dir)
     status = read_status(run_dir, lambda: _word(run_dir, note))
     loss, source = _loss(status.records, status.state == DONE)
@@ -153,7 +140,7 @@ def _loss(records: Sequence[dict[str, Any]], done: bool, last: int = 10) -> tupl
 def as_trained(trials: Sequence[Trial], folder: Path) -> list[Trial]:
     """Return the trials, those that have begun with the configs in their run folders."""
     return [
-        trial.trained_with(load_resolved(path)) if (path := _config(trial, folder)).exists() else trial
+        replace(trial, config=load_resolved(path)) if (path := _config(trial, folder)).exists() else trial
         for trial in trials
     ]
 

@@ -55,9 +55,8 @@ def test_an_isoflop_design_spends_its_budget_at_every_size(sweep):
     for trial in trials:
         config, budget = trial.config, float(trial.labels["budget"])
         assert trial.params == count_params(config.model)["total"]
-        assert trial.flops_per_token == flops_per_token(config.model, 32)
-        batch = config.train.global_batch_tokens
-        assert abs(trial.flops - budget) <= trial.flops_per_token * batch / 2
+        batch, cost = config.train.global_batch_tokens, flops_per_token(config.model, 32)
+        assert trial.flops == round(trial.tokens * cost) and abs(trial.flops - budget) <= cost * batch / 2
         assert batch == {"1e10": 128, "4e10": 256}[trial.labels["budget"]]
         assert config.train.micro_batch_size == batch / 32
         assert config.optim.lr == pytest.approx(0.01 * (32 / config.model.d_model) ** 0.5, rel=1e-5)
