@@ -35,16 +35,13 @@ def distribute(
     work: Callable[[list[int]], Sequence[T]],
     tell: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[T]:
-    """Do each batch on one of the ranks, and return all results everywhere. Called by all ranks.
+    """Do each batch on one of the ranks, and return the result of each number everywhere. Called by all ranks.
 
     Args:
         control: Control by which ranks meet.
         batches: Numbers from 0, each once; the same on every rank.
-        work: Gives one result for each number of a batch; results must pickle.
-        tell: Told after each batch how many numbers of this rank are done, and how many there are.
-
-    Returns:
-        The result of each number, in order.
+        work: Function that gives one result for each number of a batch; results must pickle.
+        tell: Listener after each batch for how many numbers of this rank are done, and how many there are.
     """
     own: dict[int, T] = {}
     share = batches[control.rank :: control.num_ranks]

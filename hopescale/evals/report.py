@@ -52,13 +52,7 @@ def _count(number: int | None) -> str:
 
 
 def report(loaded: LoadedModel, results: Sequence[TaskResult], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Put results together with what they were measured on.
-
-    Args:
-        loaded: The model.
-        results: Results as measured.
-        settings: Settings that the results depend on besides.
-    """
+    """Put results together with the model they were measured on and the other settings that they depend on."""
     packages = [name for name in ("hopescale", "torch", "lm_eval") if find_spec(name)]
     return {
         "model": str(loaded.folder),

@@ -16,25 +16,23 @@ PERPLEXITY = "perplexity"
 class EvalRequest:
     """What is to be measured.
 
-    Attributes:
-        tasks: Tasks of lm-eval, with the number of solved examples before each question; None is the task's own.
-        task_path: Folder of tasks beside lm-eval's.
-        perplexity: Whether the loss on held-out shards is.
-        data: Prepared folder to measure it on; None takes the sources of the run.
-        limit: Questions of each task; None is all.
-        context: Tokens read at most before one that is predicted; None is all for a model whose state does not grow,
-            and `train.seq_len` for attention.
-
     Raises:
         ConfigError: If nothing is, or a setting has no effect.
     """
 
     tasks: dict[str, int | None]
+    """Tasks of lm-eval, with the number of solved examples before each question; None is the task's own."""
     task_path: Path | None = None
+    """Folder of tasks beside lm-eval's."""
     perplexity: bool = False
+    """Whether the loss on held-out shards is measured."""
     data: Path | None = None
+    """Prepared folder to measure it on; None takes the sources of the run."""
     limit: int | None = None
+    """Questions of each task; None is all."""
     context: int | None = None
+    """Tokens read at most before one that is predicted; None is all for a model whose state does not grow, and
+    `train.seq_len` for attention."""
 
     def __post_init__(self) -> None:
         if not self.tasks and not self.perplexity:

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from hopescale.common.errors import ConfigError, HopescaleError
-from hopescale.data.loader import Data
-from hopescale.evals.perplexity import held_out_loss, open_held_out
+import torch
+from torch import Tensor
+
+from hopescale.common.errors import ConfigError, DataError, HopescaleError
+from hopescale.config.schema.data import SourceConfig
+from hopescale.data.loader import Data, open_data
+from hopescale.engine.schedule import Loop
+from hopescale.engine.step import num_targets
+from hopescale.evals.distribute import distribute
 from hopescale.evals.report import TaskResult
 from hopescale.evals.request import PERPLEXITY, EvalRequest
 from hopescale.infer.load import LoadedModel
@@ -17,13 +26,9 @@ from hopescale.parallel.control import Control
 def evaluate(
     loaded: LoadedModel, request: EvalRequest, control: Control, report: Callable[[str], None]
 ) -> list[TaskResult]:
-    """Measure a model. Called by all ranks, with results that do not depend on their number.
+    """Measure a model, which is whole on every rank. Called by all ranks, with results that do not depend on them.
 
-    Args:
-        loaded: The whole model, on every rank.
-        request: Tasks and data to measure.
-        control: Control by which ranks meet.
-        report: Takes lines about what is done; those of the first rank stand for all.
+    `report` takes lines about what is done; those of the first rank stand for all.
 
     Raises:
         ConfigError: If a task is unknown or asks for what there is not, or the model has no tokenizer for text.
@@ -39,7 +44,7 @@ def evaluate(
             model = EvaluatedModel(loaded, control, context_of(loaded, request), report)
             results += run_tasks(model, tasks, request.limit)
         if data is not None:
-            results += held_out_loss(loaded, data, control)
+            results += _held_out_loss(loaded, data, control)
     except HopescaleError as error:  # met by all ranks alike
         error.repeated = not control.is_first
         raise
@@ -51,7 +56,7 @@ def _prepared(loaded: LoadedModel, request: EvalRequest) -> tuple[Data | None, d
     if request.tasks and loaded.tokenizer is None:
         message = f"{loaded.folder} has no tokenizer, so it cannot be asked {', '.join(request.tasks)}, which are text"
         raise ConfigError(message, f"--tasks {PERPLEXITY} needs none")
-    data, tasks = open_held_out(loaded, request.data) if request.perplexity else None, {}
+    data, tasks = _open_held_out(loaded, request.data) if request.perplexity else None, {}
     if request.tasks:
         from hopescale.evals.tasks import load_tasks
 
@@ -64,3 +69,49 @@ def context_of(loaded: LoadedModel, request: EvalRequest) -> int | None:
     if request.context is None and loaded.config.model.mixer == "attention":
         return loaded.config.train.seq_len
     return request.context
+
+
+def _open_held_out(loaded: LoadedModel, folder: Path | None) -> Data:
+    """Open the sources of a run, or one prepared folder in their place.
+
+    Raises:
+        ConfigError: If the data does not fit the model.
+        DataError: If files are missing or damaged, nothing is held out, or the tokens are of another tokenizer.
+    """
+    config = loaded.config.data
+    if folder is not None:
+        config = replace(config, sources={folder.resolve().name: SourceConfig(path=str(folder))})
+    data = open_data(config, seq_len=loaded.config.train.seq_len, vocab_size=loaded.config.model.vocab_size)
+    if not data.validation_sets:
+        hint = "prepare the text with --validation, or give another folder: --data"
+        raise DataError(f"{', '.join(config.sources)} has no held-out text", hint)
+    ours, theirs = (tokenizer and tokenizer.fingerprint[:12] for tokenizer in (loaded.tokenizer, data.tokenizer))
+    if theirs is not None and ours != theirs:
+        message = f"the data's tokenizer is {theirs}, but that of {loaded.folder} is {ours or 'none'}"
+        raise DataError(message, "prepare the text with the model's tokenizer, which is in its folder")
+    return data
+
+
+def _held_out_loss(loaded: LoadedModel, data: Data, control: Control) -> list[TaskResult]:
+    """Measure each held-out set, as far as validation reads it.
+
+    Batches are those of validation on one process, and are added up in their order: the numbers are those that a run
+    on one process logs, whatever the number of ranks here.
+    """
+    train, device = loaded.config.train, next(loaded.model.parameters()).device
+    passes = Loop(loaded.model, Tensor.backward, device)
+    results = []
+    for name in data.validation_sets:
+        batches = list(data.validation(name, train.validation.tokens, train.micro_batch_size))
+
+        def work(numbers: list[int], batches: list = batches) -> list[Tensor]:
+            return [passes.evaluate([batches[number]]).cpu() for number in numbers]
+
+        sums = distribute(control, [[number] for number in range(len(batches))], work)
+        loss = float(sum(sums, torch.zeros(()))) / max(1, num_targets(batches))
+        metrics = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+        if (bits := data.bits_per_byte(name, loss)) is not None:
+            metrics["bits_per_byte"] = bits
+        samples = sum(len(batch.tokens) for batch in batches)
+        results.append(TaskResult(f"perplexity/{name}", "", None, samples, metrics, {}))
+    return results

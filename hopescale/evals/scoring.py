@@ -23,13 +23,7 @@ Scored = tuple[float, bool]
 
 @torch.no_grad()
 def score(model: Model, texts: Sequence[Sequence[int]], counts: Sequence[int]) -> list[Scored]:
-    """Score the last tokens of texts, each given all before it.
-
-    Args:
-        model: In whatever precision it is.
-        texts: Token ids.
-        counts: Numbers of tokens that are scored at the end of each text; fewer than it has.
-    """
+    """Score the last tokens of texts, each given all before it; of each text so many as `counts` says."""
     device = next(model.parameters()).device
     width = max(map(len, texts)) - 1
     tokens = torch.zeros(len(texts), width, dtype=torch.int64)
@@ -64,15 +58,9 @@ def write(
     seed: int,
     ended: Callable[[list[int]], bool],
 ) -> list[list[int]]:
-    """Go on with texts, each until its end.
+    """Go on with texts of at least one token, each until its end or for `max_tokens`.
 
-    Args:
-        model: In whatever precision it is.
-        texts: Token ids, at least one each.
-        max_tokens: Most tokens to write to each.
-        sampling: Rule by which tokens are chosen.
-        seed: Seed of the choice.
-        ended: Says of the tokens written to a text whether the last of them ended it.
+    `ended` tells of the tokens written to a text whether the last of them ended it.
     """
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)

@@ -21,15 +21,13 @@ from hopescale.evals.report import TaskResult
 RESAMPLES = 1000
 """Samples drawn for the standard error of a metric that has no formula for it."""
 SEED = 1234
-"""Of the choice of examples that stand before a question."""
+"""Seed of the choice of examples that stand before a question."""
 
 
 def load_tasks(shots: Mapping[str, int | None], folder: Path | None) -> dict[str, Any]:
-    """Find tasks, and read or fetch their data.
+    """Find tasks and groups of them, lm-eval's or those of a folder in its format, and read or fetch their data.
 
-    Args:
-        shots: Names of tasks or groups, and the number of solved examples before each question; None is the task's own.
-        folder: Folder of tasks as lm-eval writes them (YAML), beside its own.
+    A number of solved examples of None is the task's own.
 
     Raises:
         ConfigError: If a task is not known.
@@ -80,13 +78,7 @@ def _prepare(task: Task, shots: int | None) -> None:
 
 
 def run_tasks(model: EvaluatedModel, tasks: Mapping[str, Any], limit: int | None) -> list[TaskResult]:
-    """Run tasks. Called by all ranks, and returns the same on all, but standard errors on the first alone.
-
-    Args:
-        model: Model that answers.
-        tasks: Tasks as `load_tasks` returns them.
-        limit: Ask only so many questions of each task; None asks all.
-    """
+    """Run loaded tasks. Called by all ranks, and returns the same on all, but standard errors on the first alone."""
     resamples = RESAMPLES if model.control.is_first else 0
     with _quiet(model.control.is_first), _one_process():
         results = evaluate(model, tasks, limit=limit, bootstrap_iters=resamples, log_samples=False)
