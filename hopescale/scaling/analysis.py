@@ -8,11 +8,10 @@ import numpy as np
 
 from hopescale.common.errors import DataError
 from hopescale.scaling.bootstrap import Forecast, Interval, forecast_largest, reweighted_laws
-from hopescale.scaling.envelope import Envelope, lower_envelope
 from hopescale.scaling.fit import Fit, fit_law
-from hopescale.scaling.isoflop import IsoFlop, fit_isoflop
 from hopescale.scaling.multiplier import Frontier, Multiplier, multiplier
 from hopescale.scaling.points import Points, Table
+from hopescale.scaling.views import Envelope, IsoFlop, fit_isoflop, lower_envelope
 
 USUAL_REFERENCE = "transformer"
 RESAMPLES = 200
@@ -33,16 +32,7 @@ class Optimum:
 
 @dataclass(frozen=True)
 class SeriesAnalysis:
-    """One series: its runs, its law by the three views, and how far the law is to be trusted.
-
-    Attributes:
-        points: Runs of the series.
-        fit: Law of the series, with its residuals.
-        frontier: Law along its compute-optimal sizes, with the laws of reweighted fits.
-        isoflop: Parabolas by budget.
-        envelope: Runs that no cheaper one beats.
-        forecast: Law without the largest runs against these; None where too few would be left.
-    """
+    """One series: its runs, its law by the three views, and how far the law is to be trusted."""
 
     points: Points
     fit: Fit
@@ -50,41 +40,37 @@ class SeriesAnalysis:
     isoflop: IsoFlop
     envelope: Envelope
     forecast: Forecast | None
+    """Law without the largest runs against these; None where too few would be left."""
 
     def optimum(self, flops: float) -> Optimum:
         """Return the best size for a budget, FLOPs."""
-        params, tokens = self.frontier.optimal(flops)
-        samples = [self.frontier.optimal(flops, own) for own in self.frontier.samples]
-        losses = [self.frontier.best_loss(flops, own) for own in self.frontier.samples]
-        sizes, durations = np.array(samples).T if samples else ([], [])
-        intervals = [Interval.of(np.array(values)) if samples else None for values in (sizes, durations, losses)]
-        return Optimum(flops, params, tokens, self.fit.law.loss(params, tokens), *intervals)
+        best, *samples = [
+            (*(size := law.optimal(flops, self.frontier.cost)), law.loss(*size))
+            for law in (self.fit.law, *self.frontier.samples)
+        ]
+        intervals = map(Interval.of, zip(*samples, strict=True)) if samples else (None, None, None)
+        return Optimum(flops, *best, *intervals)
 
     def intervals(self) -> dict[str, Interval]:
         """Return the interval of each of the law's numbers, and of the exponents of `N(C)` and `D(C)`, as `a`, `b`."""
-        if not self.frontier.samples:
-            return {}
-        samples = {name: [law.to_dict()[name] for law in self.frontier.samples] for name in self.fit.law.to_dict()}
-        exponents = [law.optimal_exponents(self.frontier.cost.growth) for law in self.frontier.samples]
-        samples["a"], samples["b"] = zip(*exponents, strict=True)
-        return {name: Interval.of(np.array(values)) for name, values in samples.items()}
+        numbers = [
+            law.to_dict() | dict(zip("ab", law.optimal_exponents(self.frontier.cost), strict=True))
+            for law in self.frontier.samples
+        ]
+        return {name: Interval.of([row[name] for row in numbers]) for name in numbers[0]} if numbers else {}
 
 
 @dataclass(frozen=True)
 class Analysis:
-    """All series of a table.
-
-    Attributes:
-        table: Table that was read.
-        series: Analysis by name of the series, in the table's order.
-        reference: Series that others are compared with; None where there is one series.
-        multipliers: Multipliers of every other series multipliers over the reference, at rising budgets.
-    """
+    """All series of a table."""
 
     table: Table
     series: dict[str, SeriesAnalysis]
+    """Analysis by name of the series, in the table's order."""
     reference: str | None
+    """Series that others are compared with; None where there is one series."""
     multipliers: dict[str, list[Multiplier]]
+    """Multipliers of every other series over the reference, at rising budgets."""
 
 
 def analyse(table: Table, reference: str | None = None, resamples: int = RESAMPLES) -> Analysis:
@@ -93,7 +79,7 @@ def analyse(table: Table, reference: str | None = None, resamples: int = RESAMPL
     Args:
         table: Table of runs.
         reference: Series that others are compared with; by default `transformer`, else the first.
-        resamples: Reweighted fits for the intervals; 0 leaves intervals out.
+        resamples: Number of reweighted fits for the intervals; 0 leaves intervals out.
 
     Raises:
         DataError: If a series has too few runs for a law or FLOPs that do not rise with size, or there is no series of

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,7 +28,7 @@ class Interval:
     high: float
 
     @classmethod
-    def of(cls, samples: np.ndarray) -> Interval:
+    def of(cls, samples: Sequence[float] | np.ndarray) -> Interval:
         """Return the middle `LEVEL` of a sample, `[K]`."""
         tail = (1 - LEVEL) / 2
         low, high = np.quantile(samples, [tail, 1 - tail], method="closest_observation")
@@ -36,30 +37,21 @@ class Interval:
 
 @dataclass(frozen=True)
 class Forecast:
-    """The law without the runs of most compute, held against these runs.
-
-    Attributes:
-        law: Law that was fitted without them.
-        flops: FLOPs from which on runs were left out.
-        errors: Log of observed over predicted loss of the runs left out, `[m]`.
-    """
+    """The law without the runs of most compute, held against these runs."""
 
     law: Law
     flops: float
+    """FLOPs from which on runs were left out."""
     errors: np.ndarray
+    """Log of observed over predicted loss of the runs left out, `[m]`."""
 
 
 def reweighted_laws(points: Points, fit: Fit, count: int, seed: int = 0) -> list[Law]:
     """Fit the law again under `count` random weightings of the runs; the spread is that of the law.
 
     Weights are exponential, as in the Bayesian bootstrap (Rubin 1981): like drawing runs with replacement, but each
-    run keeps a part, so that twelve runs of a small sweep still determine five numbers.
-
-    Args:
-        points: Runs.
-        fit: Law of all runs, where each search starts.
-        count: Number of weightings.
-        seed: Seed of the weights: the same seed gives the same laws.
+    run keeps a part, so that twelve runs of a small sweep still determine five numbers. Each search starts from the law
+    of all runs.
     """
     weights = np.random.default_rng(seed).exponential(size=(count, len(points)))
     start = np.tile([fit.law.alpha, fit.law.beta], (count, 1))
@@ -69,8 +61,7 @@ def reweighted_laws(points: Points, fit: Fit, count: int, seed: int = 0) -> list
 def forecast_largest(points: Points) -> Forecast | None:
     """Fit the law without the largest runs and predict them: their tenth in FLOPs, and all of its smallest's budget.
 
-    Returns:
-        The comparison, or None where too few runs would be left to fit.
+    None where too few runs would be left to fit.
     """
     threshold = np.sort(points.flops)[int(_TOP_SHARE * len(points))] / SAME_BUDGET
     largest = points.flops >= threshold

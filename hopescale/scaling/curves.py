@@ -16,28 +16,22 @@ _PARTS = 60
 
 @dataclass(frozen=True)
 class Curve:
-    """Training loss of one trial.
-
-    Attributes:
-        series: Series of the trial.
-        params: Parameters of the trial, as the table counts them.
-        flops: FLOPs spent, `[m]`.
-        loss: Mean loss of the records around, nats per token, `[m]`.
-    """
+    """Training loss of one trial."""
 
     series: str
     params: float
+    """Parameters, as the table counts them."""
     flops: np.ndarray
+    """FLOPs spent, `[m]`."""
     loss: np.ndarray
+    """Mean loss of the records around, nats per token, `[m]`."""
 
 
 def read_curves(table: Path) -> list[Curve]:
     """Read the curves of the trials that a sweep's `points.csv` lists, from the folders beside it.
 
     A curve is cut into up to 60 parts, even by ratio of tokens, and each gives its mean: single batches are noisy.
-
-    Args:
-        table: `points.csv` with columns trial, N, D and FLOP; of any other table there are no curves.
+    A table without the columns trial, N, D and FLOP has no curves.
 
     Raises:
         DataError: If a record is damaged.

@@ -33,19 +33,15 @@ _TOLERANCE = 1e-9
 
 @dataclass(frozen=True)
 class Fit:
-    """A law and how well it describes the runs it was fitted to.
-
-    Attributes:
-        law: Five numbers of the law.
-        residuals: Log of observed over predicted loss of each run, `[n]`.
-        objective: Mean Huber loss.
-        undetermined: Numbers at the end of what they may be: the runs do not tell them.
-    """
+    """A law and how well it describes the runs it was fitted to."""
 
     law: Law
     residuals: np.ndarray
+    """Log of observed over predicted loss of each run, `[n]`."""
     objective: float
+    """Mean Huber loss."""
     undetermined: list[str]
+    """Numbers at the end of what they may be: the runs do not tell them."""
 
 
 def fit_law(points: Points) -> Fit:
@@ -54,7 +50,7 @@ def fit_law(points: Points) -> Fit:
     Raises:
         DataError: If the runs are too few, or of too few sizes or durations, to determine five numbers.
     """
-    require_enough(points)
+    _require_enough(points)
     alpha, beta = (axis.ravel() for axis in np.meshgrid(_STARTS, _STARTS))
     solutions, objectives = fit_many(points, np.ones((len(alpha), len(points))), np.stack([alpha, beta], axis=1))
     best = solutions[np.argmin(objectives)]
@@ -73,12 +69,8 @@ def _at_bound(law: Law, points: Points) -> list[str]:
     return [name for name, value in terms.items() if value < 1.001 * LEAST_TERM * points.loss.min()] + found
 
 
-def require_enough(points: Points) -> None:
-    """Refuse runs that five numbers cannot be told from.
-
-    Raises:
-        DataError: If there are fewer than 6 runs, 3 sizes or 3 numbers of tokens.
-    """
+def _require_enough(points: Points) -> None:
+    """Refuse runs that five numbers cannot be told from."""
     sizes, durations = num_distinct(points.params), num_distinct(points.tokens)
     if len(points) < 6 or sizes < 3 or durations < 3:
         raise DataError(

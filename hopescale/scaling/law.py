@@ -16,62 +16,72 @@ FLOPS_PER_PARAM_TOKEN = 6.0
 
 
 @dataclass(frozen=True)
+class Cost:
+    """FLOPs of training, `scale * params^(1 + growth) * tokens`.
+
+    What a token costs per parameter is not the same for all sizes: a memory's chunks, attention's scores and an
+    embedding that is only looked up weigh differently in small models.
+    """
+
+    scale: float = FLOPS_PER_PARAM_TOKEN
+    growth: float = 0.0
+
+    def per_param_token(self, params: float) -> float:
+        """Return the FLOPs per parameter and token of a size."""
+        return self.scale * params**self.growth
+
+
+SIX_N_D = Cost()
+
+
+@dataclass(frozen=True)
 class Law:
     """The loss of a model of N parameters after D tokens (Hoffmann et al., arXiv 2203.15556, Eq. 2).
 
     What counts as a parameter is decided by the table the law was fitted to; the same count must be used with it.
-
-    Attributes:
-        E: Loss that neither size nor data removes, nats per token.
-        A: Scale of the loss due to finite size.
-        alpha: Exponent of the size.
-        B: Scale of the loss due to finite data.
-        beta: Exponent of the data.
     """
 
     E: float
+    """Loss that neither size nor data removes, nats per token."""
     A: float
     alpha: float
+    """Exponent of the size, as `A` is its scale."""
     B: float
     beta: float
+    """Exponent of the data, as `B` is its scale."""
 
     def loss(self, params: float, tokens: float) -> float:
         """Return the predicted loss in nats per token."""
         return self.E + self.A * params**-self.alpha + self.B * tokens**-self.beta
 
-    def optimal(
-        self, flops: float, flops_per_param_token: float = FLOPS_PER_PARAM_TOKEN, growth: float = 0.0
-    ) -> tuple[float, float]:
-        """Return the parameters and tokens of least loss for a budget.
+    def optimal(self, flops: float, cost: Cost = SIX_N_D) -> tuple[float, float]:
+        """Return the parameters and tokens of least loss for a budget of training FLOPs."""
+        product, power = flops / cost.scale, 1 + cost.growth
+        log_ratio = math.log(self.alpha * self.A) - math.log(power * self.beta * self.B)
+        params = math.exp((log_ratio + self.beta * math.log(product)) / (self.alpha + power * self.beta))
+        return params, product / params**power
 
-        Args:
-            flops: Training FLOPs in all: `flops_per_param_token * params^(1 + growth) * tokens`.
-            flops_per_param_token: Training FLOPs per parameter and token, of one parameter where they grow with size.
-            growth: Exponent of their growth with size: below 0 where small models cost more per parameter.
-        """
-        product = flops / flops_per_param_token
-        log_ratio = math.log(self.alpha * self.A) - math.log((1 + growth) * self.beta * self.B)
-        params = math.exp((log_ratio + self.beta * math.log(product)) / (self.alpha + (1 + growth) * self.beta))
-        return params, product / params ** (1 + growth)
+    def best_loss(self, flops: float, cost: Cost = SIX_N_D) -> float:
+        """Return the least loss for a budget."""
+        return self.loss(*self.optimal(flops, cost))
 
-    def optimal_exponents(self, growth: float = 0.0) -> tuple[float, float]:
+    def optimal_exponents(self, cost: Cost = SIX_N_D) -> tuple[float, float]:
         """Return `a` and `b` of the best `N ~ C^a` and `D ~ C^b`."""
-        total = self.alpha + (1 + growth) * self.beta
+        total = self.alpha + (1 + cost.growth) * self.beta
         return self.beta / total, self.alpha / total
 
-    def flops_for(
-        self, loss: float, flops_per_param_token: float = FLOPS_PER_PARAM_TOKEN, growth: float = 0.0
-    ) -> float:
-        """Return the least training FLOPs that reach a loss: the inverse of `loss` along `optimal`.
+    def flops_for(self, loss: float, cost: Cost = SIX_N_D) -> float:
+        """Return the least training FLOPs that reach a loss: the inverse of `best_loss`.
 
-        Raises:
-            ValueError: If the loss is not above `E`.
+        Infinite where the loss is not above `E`, or by less than numbers can say.
         """
         if loss <= self.E:
-            raise ValueError(f"a loss of {loss:.4g} is never reached: the law's E is {self.E:.4g}")
-        unit = self.loss(*self.optimal(flops_per_param_token, flops_per_param_token, growth)) - self.E
-        exponent = self.beta * self.optimal_exponents(growth)[1]
-        return flops_per_param_token * (unit / (loss - self.E)) ** (1 / exponent)
+            return math.inf
+        exponent = self.beta * self.optimal_exponents(cost)[1]
+        try:
+            return cost.scale * ((self.best_loss(cost.scale, cost) - self.E) / (loss - self.E)) ** (1 / exponent)
+        except OverflowError:
+            return math.inf
 
     def to_dict(self) -> dict[str, float]:
         """Return the five numbers by name, as `read_law` takes them."""

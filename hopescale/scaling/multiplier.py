@@ -10,31 +10,23 @@ table, and each series has its own cost of a token by size: a mixer that needs m
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from hopescale.scaling.bootstrap import Interval
-from hopescale.scaling.law import Law
-from hopescale.scaling.points import Cost
+from hopescale.scaling.law import Cost, Law
 
 
 @dataclass(frozen=True)
 class Multiplier:
-    """The multiplier of a series at one budget.
-
-    Attributes:
-        flops: Budget of the series, FLOPs.
-        loss: Loss that it reaches with the budget, nats per token.
-        value: `m(C)`; infinite where the reference's `E` is above that loss.
-        interval: Interval of `value`.
-    """
+    """The multiplier of a series at one budget."""
 
     flops: float
+    """Budget of the series, FLOPs."""
     loss: float
+    """Loss that it reaches with the budget, nats per token."""
     value: float
+    """Number `m(C)`; infinite where the reference's `E` is above that loss."""
     interval: Interval | None
 
 
@@ -46,29 +38,13 @@ class Frontier:
     samples: Sequence[Law]
     cost: Cost
 
-    def optimal(self, flops: float, law: Law | None = None) -> tuple[float, float]:
-        """Return the best parameters and tokens for a budget, by a law of the samples where one is given."""
-        return (law or self.law).optimal(flops, self.cost.scale, self.cost.growth)
-
-    def best_loss(self, flops: float, law: Law | None = None) -> float:
-        """Return the least loss for a budget."""
-        return (law or self.law).loss(*self.optimal(flops, law))
-
-    def flops_for(self, loss: float, law: Law | None = None) -> float:
-        """Return the least FLOPs for a loss; infinite where it is not above `E`, or by less than numbers can say."""
-        law = law or self.law
-        try:
-            return law.flops_for(loss, self.cost.scale, self.cost.growth) if loss > law.E else math.inf
-        except OverflowError:
-            return math.inf
-
 
 def multiplier(series: Frontier, reference: Frontier, flops: float) -> Multiplier:
     """Return how many times `flops` the reference needs to reach what the series reaches with `flops`."""
-    loss = series.best_loss(flops)
-    ratios = [
-        reference.flops_for(series.best_loss(flops, own), other) / flops
-        for own, other in zip(series.samples, reference.samples, strict=True)
-    ]
-    interval = Interval.of(np.array(ratios)) if ratios else None
-    return Multiplier(flops, loss, reference.flops_for(loss) / flops, interval)
+
+    def ratio(own: Law, other: Law) -> float:
+        return other.flops_for(own.best_loss(flops, series.cost), reference.cost) / flops
+
+    ratios = list(map(ratio, series.samples, reference.samples))
+    value, loss = ratio(series.law, reference.law), series.law.best_loss(flops, series.cost)
+    return Multiplier(flops, loss, value, Interval.of(ratios) if ratios else None)

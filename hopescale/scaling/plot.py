@@ -35,43 +35,30 @@ _TIMES = {
 
 
 def draw(analysis: Analysis, curves: Sequence[Curve] = ()) -> dict[str, tuple[str, Figure]]:
-    """Return every figure by file name, with what it shows.
-
-    Args:
-        analysis: Analysis of the runs.
-        curves: Losses over the course of the runs; none draws no such figure.
-    """
+    """Return every figure by file name, with what it shows."""
+    compared = f" Right: how many times the compute {analysis.reference} needs." if analysis.reference else ""
+    captions = {
+        "frontier": "What each budget buys: the least loss by law, with its interval, and all runs. "
+        f"Dashed: beyond the largest run.{compared}",
+        "isoflop": "Runs of one budget over their size, the parabola through them, and its minimum. "
+        "Right: how the best size grows, by minima and by law.",
+        "surface": "The fitted law over budget and size. A dot is a run in the colour of its own loss: where it can be "
+        "seen, the law misses it. Line: the best size, with its interval.",
+        "residuals": "What the law leaves over, in per cent of the loss: above 0 a run is worse.",
+        "curves": "Training loss of every run over the compute spent, by size.",
+    }
     figures = {
-        "frontier": (
-            "What each budget buys: the least loss by law, with its interval, and all runs. "
-            "Dashed: beyond the largest run."
-            + (f" Right: how many times the compute {analysis.reference} needs." if analysis.reference else ""),
-            frontier_figure(analysis),
-        ),
-        "isoflop": (
-            "Runs of one budget over their size, the parabola through them, and its minimum. "
-            "Right: how the best size grows, by minima and by law.",
-            isoflop_figure(analysis),
-        ),
-        "surface": (
-            "The fitted law over budget and size. A dot is a run in the colour of its own loss: where it can be seen, "
-            "the law misses it. Line: the best size, with its interval.",
-            surface_figure(analysis),
-        ),
-        "residuals": (
-            "What the law leaves over, in per cent of the loss: above 0 a run is worse.",
-            residuals_figure(analysis),
-        ),
+        "frontier": _frontier(analysis),
+        "isoflop": _isoflop(analysis),
+        "surface": _surface(analysis),
+        "residuals": _residuals(analysis),
     }
     if curves:
-        figures["curves"] = (
-            "Training loss of every run over the compute spent, by size.",
-            curves_figure(analysis, curves),
-        )
-    return figures
+        figures["curves"] = _curves(analysis, curves)
+    return {name: (captions[name], figure) for name, figure in figures.items()}
 
 
-def isoflop_figure(analysis: Analysis) -> Figure:
+def _isoflop(analysis: Analysis) -> Figure:
     """Draw loss over size by budget, a panel for each series, and the growth of the best size."""
     figure, axes = _panels(len(analysis.series) + 1)
     flops = [parabola.flops for series in analysis.series.values() for parabola in series.isoflop.parabolas]
@@ -99,34 +86,25 @@ def isoflop_figure(analysis: Analysis) -> Figure:
 
 def _growth(axis: Axes, name: str, series: SeriesAnalysis, color: str) -> None:
     """Draw the best size over budgets: the minima of a series with intervals, and its law with its band."""
-    exponent = series.fit.law.optimal_exponents(series.frontier.cost.growth)[0]
+    exponent = series.fit.law.optimal_exponents(series.frontier.cost)[0]
     budgets = _budgets(series)
     optima = [series.optimum(flops) for flops in budgets]
-    axis.plot(
-        budgets, [best.params for best in optima], color=color, lw=1.8, label=f"{name}, law: N ~ C^{exponent:.2f}"
-    )
+    label = f"{name}, law: N ~ C^{exponent:.2f}"
+    axis.plot(budgets, [best.params for best in optima], color=color, lw=1.8, label=label)
     _band(axis, budgets, [best.params_interval for best in optima], color)
-    inside = [parabola for parabola in series.isoflop.parabolas if parabola.inside]
     fitted = series.isoflop.params
-    for number, parabola in enumerate(inside):
-        said = f"{name}, minima" + (f": N ~ C^{fitted.exponent:.2f}" if fitted else "")
-        axis.plot(
-            parabola.flops,
-            parabola.params,
-            "D",
-            ms=5.5,
-            color=color,
-            mec="black",
-            mew=0.8,
-            zorder=5,
-            label=None if number else said,
-        )
+    label = f"{name}, minima" + (f": N ~ C^{fitted.exponent:.2f}" if fitted else "")
+    for parabola in series.isoflop.parabolas:
+        if not parabola.inside:
+            continue
+        place, style = (parabola.flops, parabola.params), {"ms": 5.5, "mec": "black", "mew": 0.8, "zorder": 5}
+        axis.plot(*place, "D", color=color, label=label, **style)
+        label = None
         if parabola.params_interval:
-            ends = parabola.params_interval.low, parabola.params_interval.high
-            axis.plot([parabola.flops] * 2, ends, color=color, lw=1.2, zorder=4)
+            axis.plot([parabola.flops] * 2, list(_ends(parabola.params_interval)), color=color, lw=1.2, zorder=4)
 
 
-def surface_figure(analysis: Analysis) -> Figure:
+def _surface(analysis: Analysis) -> Figure:
     """Draw the law's loss over budget and size, with the runs and the best size, a panel for each series."""
     figure, axes = _panels(len(analysis.series), width=1.15)
     losses = np.concatenate([series.points.loss for series in analysis.series.values()])
@@ -140,17 +118,8 @@ def surface_figure(analysis: Analysis) -> Figure:
         surface = law.loss(y, x / (cost.scale * y ** (1 + cost.growth)))
         filled = axis.contourf(x, y, surface, levels=levels, cmap="viridis_r", extend="both")
         axis.contour(x, y, surface, levels=levels, colors="white", linewidths=0.5, alpha=0.6)
-        axis.scatter(
-            points.flops,
-            points.params,
-            c=points.loss,
-            cmap=filled.cmap,
-            norm=filled.norm,
-            s=26,
-            edgecolors="white",
-            linewidths=0.7,
-            zorder=4,
-        )
+        style = {"s": 26, "edgecolors": "white", "linewidths": 0.7, "zorder": 4}
+        axis.scatter(points.flops, points.params, c=points.loss, cmap=filled.cmap, norm=filled.norm, **style)
         optima = [series.optimum(budget) for budget in flops[::8]]
         axis.plot(flops[::8], [best.params for best in optima], color="black", lw=1.8, zorder=3)
         for end in ("low", "high"):
@@ -164,7 +133,7 @@ def surface_figure(analysis: Analysis) -> Figure:
     return figure
 
 
-def residuals_figure(analysis: Analysis) -> Figure:
+def _residuals(analysis: Analysis) -> Figure:
     """Draw observed against predicted loss, and what is left over by size, tokens and budget."""
     figure, axes = _panels(3)
     for number, (color, (name, series)) in enumerate(zip(COLORS, analysis.series.items(), strict=False)):
@@ -185,7 +154,7 @@ def residuals_figure(analysis: Analysis) -> Figure:
     return figure
 
 
-def frontier_figure(analysis: Analysis) -> Figure:
+def _frontier(analysis: Analysis) -> Figure:
     """Draw the least loss over budgets of every series, and the multipliers over the reference."""
     figure, axes = _panels(2 if analysis.multipliers else 1, width=1.25)
     for color, (name, series) in zip(COLORS, analysis.series.items(), strict=False):
@@ -217,23 +186,11 @@ def _multipliers(axis: Axes, analysis: Analysis) -> None:
         _band(axis, budgets, [one.interval for one in found], colors[name])
         last = found[-1]
         if np.isfinite(last.value):
-            axis.annotate(
-                f"{last.value:.2g} times",
-                (last.flops, last.value),
-                xytext=(-4, 8),
-                ha="right",
-                textcoords="offset points",
-                color=colors[name],
-                weight="bold",
-            )
+            style = {"xytext": (-4, 8), "ha": "right", "textcoords": "offset points", "weight": "bold"}
+            axis.annotate(f"{last.value:.2g} times", (last.flops, last.value), color=colors[name], **style)
         ends += [value for one in found for value in (one.value, *_ends(one.interval)) if 0 < value < np.inf]
-    _log_axis(
-        axis,
-        "training FLOPs C of the series",
-        f"compute {analysis.reference} needs / C",
-        f"effective-compute multiplier over {analysis.reference}",
-        log_y=True,
-    )
+    y, title = f"compute {analysis.reference} needs / C", f"effective-compute multiplier over {analysis.reference}"
+    _log_axis(axis, "training FLOPs C of the series", y, title, log_y=True)
     low, high = max(min([0.8, *ends]) / 1.1, 0.02), min(max([1.25, *ends]) * 1.2, 50)
     ticks = next(ticks for ratio, ticks in _TIMES.items() if high / low <= ratio)
     axis.set_yticks([tick for tick in ticks if low <= tick <= high])
@@ -243,7 +200,7 @@ def _multipliers(axis: Axes, analysis: Analysis) -> None:
     axis.legend(fontsize=9, frameon=False, loc="upper left")
 
 
-def curves_figure(analysis: Analysis, curves: Sequence[Curve]) -> Figure:
+def _curves(analysis: Analysis, curves: Sequence[Curve]) -> Figure:
     """Draw the loss of every run over the compute spent, coloured by size, a panel for each series."""
     figure, axes = _panels(len(analysis.series), width=1.15)
     sizes = [curve.params for curve in curves]
@@ -259,7 +216,7 @@ def curves_figure(analysis: Analysis, curves: Sequence[Curve]) -> Figure:
             color = colormaps["plasma_r"](0.1 + 0.85 * norm(params))
             axis.plot([], [], color=color, lw=2, label=format_count(params))
         budgets = np.geomspace(series.points.flops.min(), series.points.flops.max(), 40)
-        best = [series.frontier.best_loss(flops) for flops in budgets]
+        best = [series.fit.law.best_loss(flops, series.frontier.cost) for flops in budgets]
         axis.plot(budgets, best, color="black", lw=1.8, ls="--", label="law, best size")
         axis.set_ylim(min(*ends[1], *best) * 0.98, max(ends[0]) * 1.02)
         _log_axis(axis, "training FLOPs spent", "loss (nats per token)", f"loss of the runs: {name}")

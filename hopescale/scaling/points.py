@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from hopescale.common.errors import DataError
-from hopescale.scaling.law import FLOPS_PER_PARAM_TOKEN
+from hopescale.scaling.law import FLOPS_PER_PARAM_TOKEN, Cost
 
 COLUMNS: dict[str, tuple[str, ...]] = {
     "N": ("n", "params", "parameters", "numparams", "numparameters", "modelsize", "size"),
@@ -34,36 +34,16 @@ ONE_SERIES = "all"
 
 
 @dataclass(frozen=True)
-class Cost:
-    """FLOPs of training, `scale * params^(1 + growth) * tokens`: 6 and 0 where they are not counted.
-
-    What a token costs per parameter is not the same for all sizes: a memory's chunks, attention's scores and an
-    embedding that is only looked up weigh differently in small models.
-    """
-
-    scale: float
-    growth: float
-
-    def per_param_token(self, params: float) -> float:
-        """Return the FLOPs per parameter and token of a size."""
-        return self.scale * params**self.growth
-
-
-@dataclass(frozen=True)
 class Points:
-    """Runs of one series.
-
-    Attributes:
-        params: Parameters of each run, `[n]`, as the table counts them.
-        tokens: Tokens it was trained on, `[n]`.
-        flops: Training FLOPs of each run in all, `[n]`: those of the table, else `6 N D`.
-        loss: Loss of each run, nats per token, `[n]`.
-    """
+    """Runs of one series, each column `[n]`."""
 
     params: np.ndarray
+    """Parameters, as the table counts them."""
     tokens: np.ndarray
     flops: np.ndarray
+    """Training FLOPs in all: those of the table, else `6 N D`."""
     loss: np.ndarray
+    """Loss, nats per token."""
 
     def __len__(self) -> int:
         return len(self.loss)
@@ -89,16 +69,12 @@ class Points:
 
 @dataclass(frozen=True)
 class Table:
-    """All that was read from a file.
-
-    Attributes:
-        series: Runs of each series, in the order of the file.
-        left_out: A line for each run that is not among them, and why.
-        source: File of the table.
-    """
+    """All that was read from a file."""
 
     series: dict[str, Points]
+    """Runs of each series, in the order of the file."""
     left_out: list[str]
+    """Lines about the runs that are not among them, and why."""
     source: Path
 
 
@@ -111,7 +87,7 @@ def read_points(path: Path, series_column: str | None = None, drop_highest: int 
     Args:
         path: File of the table.
         series_column: Column that tells series apart, where it is none of `COLUMNS`.
-        drop_highest: Leave out so many runs of the highest losses, over all series.
+        drop_highest: Number of runs of the highest losses to leave out, over all series.
 
     Raises:
         DataError: If the file cannot be read, lacks a column, or a cell is not what it must be: row and column named.
@@ -132,12 +108,8 @@ def read_points(path: Path, series_column: str | None = None, drop_highest: int 
     if not kept:
         raise DataError(f"{path} holds no finished run ({len(left_out)} left out)", left_out[0] if left_out else None)
     names = dict.fromkeys(name for _, name, _ in kept)
-    series = {name: _points([run for _, own, run in kept if own == name]) for name in names}
+    series = {name: Points(*np.array([run for _, own, run in kept if own == name]).T) for name in names}
     return Table(series, left_out, path)
-
-
-def _points(runs: list[tuple[float, float, float, float]]) -> Points:
-    return Points(*np.array(runs, dtype=float).T)
 
 
 def _read_rows(path: Path) -> tuple[list[tuple[int, list[str]]], list[str]]:

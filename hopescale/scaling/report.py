@@ -39,15 +39,9 @@ code { background: #f3f3f3; padding: .1em .3em; }
 
 
 def write_report(analysis: Analysis, curves: Sequence[Curve], folder: Path) -> Path:
-    """Write `report.html` and a PNG of every figure.
+    """Write `report.html` and a PNG of every figure into a folder, which is made if missing; return the HTML file.
 
-    Args:
-        analysis: Analysis of the runs.
-        curves: Losses over the course of the runs, where there are any.
-        folder: Made if missing; files of the same names are replaced.
-
-    Returns:
-        The HTML file.
+    Files of the same names are replaced.
 
     Raises:
         DataError: If a file cannot be written.
@@ -88,19 +82,12 @@ def _tables(analysis: Analysis) -> Iterator[str]:
         yield f"<h2>Against {escape(analysis.reference)}</h2>"
         yield from _multipliers(analysis)
     yield "<h2>The law of each series</h2>"
-    names = ("E", "A", "alpha", "B", "beta")
-    yield _rows(
-        "L = E + A / N^alpha + B / D^beta, in nats per token",
-        ["", "runs", *names],
-        [
-            [
-                name,
-                str(len(series.points)),
-                *(_value(f"{series.fit.law.to_dict()[key]:.4g}", series.intervals().get(key)) for key in names),
-            ]
-            for name, series in analysis.series.items()
-        ],
-    )
+    numbers, rows = ("E", "A", "alpha", "B", "beta"), []
+    for name, series in analysis.series.items():
+        law, intervals = series.fit.law.to_dict(), series.intervals()
+        values = (_value(f"{law[number]:.4g}", intervals.get(number)) for number in numbers)
+        rows.append([name, str(len(series.points)), *values])
+    yield _rows("L = E + A / N^alpha + B / D^beta, in nats per token", ["", "runs", *numbers], rows)
     for name, series in analysis.series.items():
         yield from _series(name, series)
     if table.left_out:

@@ -27,12 +27,6 @@ def best_size(recipe: str, overrides: Sequence[str], flops: float, law: Law) -> 
     A member has another number of heads of the same width; the model's width, its layers and its levels' widths follow
     in proportion. Its tokens are the budget over the FLOPs per token that the member really takes.
 
-    Args:
-        recipe: Recipe of the family.
-        overrides: Changes to it.
-        flops: Training FLOPs in all.
-        law: Loss by parameters and tokens.
-
     Raises:
         ConfigError: If the budget buys no step, or the best size is beyond the widths that are looked at.
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
+from dataclasses import is_dataclass
 from typing import Any
 
 import numpy as np
@@ -11,11 +11,12 @@ import numpy as np
 from hopescale.common.units import format_count
 from hopescale.scaling.analysis import Analysis, SeriesAnalysis
 from hopescale.scaling.bootstrap import Interval
-from hopescale.scaling.isoflop import PowerLaw
 from hopescale.scaling.multiplier import Multiplier
+from hopescale.scaling.views import PowerLaw
 
 AHEAD = (1, 10, 100)
 """Budgets the best size is said for, in multiples of the largest that was run."""
+_MINIMUM = ("params", "tokens", "loss", "inside", "params_interval", "loss_interval")
 
 
 def to_json(analysis: Analysis) -> dict[str, Any]:
@@ -25,9 +26,7 @@ def to_json(analysis: Analysis) -> dict[str, Any]:
         "points": {"source": str(table.source), "left_out": table.left_out},
         "series": {name: _series_json(series) for name, series in analysis.series.items()},
         "reference": analysis.reference,
-        "multipliers": {
-            name: [_tidy(asdict(value)) for value in values] for name, values in analysis.multipliers.items()
-        },
+        "multipliers": _tidy(analysis.multipliers),
     }
 
 
@@ -36,33 +35,25 @@ def _series_json(series: SeriesAnalysis) -> dict[str, Any]:
     return _tidy(
         {
             **series.fit.law.to_dict(),
-            "intervals": {name: asdict(interval) for name, interval in series.intervals().items()},
+            "intervals": series.intervals(),
             "undetermined": series.fit.undetermined,
             "objective": series.fit.objective,
             "num_runs": len(series.points),
-            "flops": asdict(series.frontier.cost),
-            "optimal": [asdict(series.optimum(flops)) for flops in budgets_ahead(series)],
+            "flops": series.frontier.cost,
+            "optimal": list(map(series.optimum, budgets_ahead(series))),
             "isoflop": {
                 "minima": [
-                    {
-                        "flops": parabola.flops,
-                        "num_runs": len(parabola.points),
-                        "params": parabola.params,
-                        "tokens": parabola.tokens,
-                        "loss": parabola.loss,
-                        "inside": parabola.inside,
-                        "params_interval": parabola.params_interval and asdict(parabola.params_interval),
-                        "loss_interval": parabola.loss_interval and asdict(parabola.loss_interval),
-                    }
+                    {"flops": parabola.flops, "num_runs": len(parabola.points)}
+                    | {name: getattr(parabola, name) for name in _MINIMUM}
                     for parabola in series.isoflop.parabolas
                 ],
-                "params": series.isoflop.params and asdict(series.isoflop.params),
-                "tokens": series.isoflop.tokens and asdict(series.isoflop.tokens),
+                "params": series.isoflop.params,
+                "tokens": series.isoflop.tokens,
             },
             "envelope": {
                 "num_runs": len(series.envelope.points),
-                "params": series.envelope.params and asdict(series.envelope.params),
-                "tokens": series.envelope.tokens and asdict(series.envelope.tokens),
+                "params": series.envelope.params,
+                "tokens": series.envelope.tokens,
             },
             "without_largest": forecast
             and {
@@ -78,6 +69,8 @@ def _series_json(series: SeriesAnalysis) -> dict[str, Any]:
 
 def _tidy(value: Any) -> Any:
     """Replace what JSON cannot say."""
+    if is_dataclass(value):
+        value = vars(value)
     if isinstance(value, dict):
         return {name: _tidy(part) for name, part in value.items()}
     if isinstance(value, list):
@@ -148,7 +141,7 @@ def describe_doubts(series: SeriesAnalysis) -> list[str]:
 def describe_growth(series: SeriesAnalysis) -> list[str]:
     """Return how the best size grows with the budget, by each view."""
     intervals = series.intervals()
-    exponents = series.fit.law.optimal_exponents(series.frontier.cost.growth)
+    exponents = series.fit.law.optimal_exponents(series.frontier.cost)
     by_law = "".join(
         f", {name} ~ C^{exponent:.3f}{between(intervals.get(key))}"
         for name, key, exponent in zip("ND", "ab", exponents, strict=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hopescale.scaling.law import Law
+from hopescale.scaling.law import Cost, Law
 from hopescale.scaling.points import Points
 
 REPLICATION = Law(E=1.8172, A=482.01, alpha=0.3478, B=2085.43, beta=0.3658)
@@ -37,7 +37,7 @@ def isoflop_runs() -> IsoFlopRuns:
     ) -> Points:
         flops = np.repeat(np.geomspace(1e19, 1e22, budgets), sizes)
         ratios = np.tile(np.geomspace(1 / span, span, sizes), budgets)
-        params = ratios * np.array([law.optimal(budget, cost)[0] for budget in flops])
+        params = ratios * np.array([law.optimal(budget, Cost(cost))[0] for budget in flops])
         tokens = flops / (cost * params)
         loss = law.loss(params, tokens) * np.exp(noise * np.random.default_rng(seed).standard_normal(len(flops)))
         return Points(params, tokens, flops, loss)

@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 
 from hopescale.scaling.bootstrap import forecast_largest, reweighted_laws
-from hopescale.scaling.envelope import lower_envelope
 from hopescale.scaling.fit import fit_law
-from hopescale.scaling.isoflop import fit_isoflop, runs_by_budget
 from hopescale.scaling.law import Law
 from hopescale.scaling.multiplier import Frontier, multiplier
-from hopescale.scaling.points import Cost, Points, read_points
+from hopescale.scaling.points import Points, read_points
+from hopescale.scaling.views import fit_isoflop, lower_envelope, runs_by_budget
 from tests.unit.scaling.conftest import REPLICATION
 
 GROWTH = REPLICATION.beta / (REPLICATION.alpha + REPLICATION.beta)
@@ -138,10 +137,10 @@ def test_what_small_models_cost_more_is_counted(isoflop_runs):
     points = isoflop_runs()
     flops = points.flops * (points.params / 1e9) ** -0.2
     runs = frontier(Points(points.params, points.tokens, flops, points.loss), count=0)
-    params, tokens = runs.optimal(1e20)
+    params, tokens = runs.law.optimal(1e20, runs.cost)
     assert 6 * params**0.8 * tokens * 1e9**0.2 == pytest.approx(1e20, rel=1e-6)
     for factor in (0.9, 1.1):
-        assert REPLICATION.loss(params * factor, tokens / factor**0.8) > runs.best_loss(1e20)
+        assert REPLICATION.loss(params * factor, tokens / factor**0.8) > runs.law.best_loss(1e20, runs.cost)
 
 
 def test_a_loss_below_the_references_e_is_never_reached(isoflop_runs):
@@ -152,8 +151,7 @@ def test_a_loss_below_the_references_e_is_never_reached(isoflop_runs):
 
 
 def test_a_loss_barely_above_the_references_e_is_never_reached():
-    law = Law(E=2.0, A=5.0, alpha=0.05, B=5.0, beta=0.05)
-    assert Frontier(law, [], Cost(6.0, 0.0)).flops_for(2.0 + 1e-12) == math.inf
+    assert Law(E=2.0, A=5.0, alpha=0.05, B=5.0, beta=0.05).flops_for(2.0 + 1e-12) == math.inf
 
 
 def test_intervals_hold_the_multiplier(isoflop_runs):

@@ -1,6 +1,7 @@
-"""A second view without a law: at each budget a parabola through loss over log size, and how its minimum moves.
+"""Two views without a law (Hoffmann et al., arXiv 2203.15556, sections 3.1 and 3.2).
 
-(Hoffmann et al., arXiv 2203.15556, section 3.2.) Runs of one budget are found in the table: FLOPs within 25 %.
+At each budget a parabola through loss over log size, and how its minimum moves; runs of one budget are found in the
+table: FLOPs within 25 %. And the runs that no cheaper run beats, and how their sizes grow.
 """
 
 from __future__ import annotations
@@ -37,11 +38,11 @@ class PowerLaw:
         samples: np.ndarray | None = None,
         errors: np.ndarray | None = None,
     ) -> PowerLaw:
-        """Fit by least squares of logs over at least two budgets.
+        """Fit values `[m]` by least squares of logs over at least two budgets `[m]`.
 
         Args:
-            flops: `[m]`.
-            values: `[m]`.
+            flops: Budgets.
+            values: Values at the budgets.
             samples: Other values that noise could have given, `[K, m]`, for the interval of the exponent.
             errors: Standard errors of the logs, up to a common factor, `[m]`; all the same where there are none.
         """
@@ -55,29 +56,25 @@ class PowerLaw:
 class Parabola:
     """The runs of one budget and the parabola through them: `loss = c0 + c1 x + c2 x^2`, `x = ln(N / centre)`.
 
-    Attributes:
-        points: Runs.
-        flops: Their median FLOPs.
-        centre: Geometric mean of their sizes.
-        coefficients: `c0 c1 c2`.
-        params: Size at the minimum.
-        tokens: Tokens there.
-        error: Standard error of the minimum's `x`, in units of the standard deviation of a run's loss.
-        loss: Loss there, nats per token.
-        inside: True if the parabola opens upwards with its minimum between the smallest and the largest size.
-        params_interval: Interval of `params`; None where no run is left over to judge the noise by.
-        loss_interval: Interval of `loss`.
+    `params`, `tokens` and `loss` are those at its minimum; their intervals are None where no run is left over to judge
+    the noise by.
     """
 
     points: Points
     flops: float
+    """Median FLOPs of the runs."""
     centre: float
+    """Geometric mean of their sizes."""
     coefficients: np.ndarray
     params: float
     tokens: float
     error: float
+    """Standard error of the minimum's `x`, in units of the standard deviation of a run's loss."""
     loss: float
     inside: bool
+    """Whether the parabola opens upwards with its minimum between the smallest and the largest size."""
+    sizes: np.ndarray | None
+    """Sizes at the minima of draws of the parabola, `[K]`."""
     params_interval: Interval | None
     loss_interval: Interval | None
 
@@ -88,15 +85,21 @@ class Parabola:
 
 @dataclass(frozen=True)
 class IsoFlop:
-    """The parabolas of a table, and power laws through those minima that lie between the sizes of their runs.
+    """The parabolas of a table, smallest budget first, and `N(C)` and `D(C)` through their minima.
 
-    Attributes:
-        parabolas: Parabolas by budget, smallest first.
-        params: `N(C)`; None where fewer than two budgets have a minimum.
-        tokens: `D(C)`.
+    Minima count that lie between the sizes of their runs; fewer than two give no power law.
     """
 
     parabolas: list[Parabola]
+    params: PowerLaw | None
+    tokens: PowerLaw | None
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """The runs on the lower envelope of a table, the cheapest first, and `N(C)` and `D(C)` through three or more."""
+
+    points: Points
     params: PowerLaw | None
     tokens: PowerLaw | None
 
@@ -129,12 +132,7 @@ def fit_isoflop(points: Points, count: int, seed: int = 0) -> IsoFlop:
 
     Intervals take the noise to be the same at every budget: its variance is the mean square of what all parabolas
     leave over, known as well as there are more runs than coefficients. `count` draws of variance and coefficients,
-    as a normal distribution of unknown variance has them, give each minimum's spread.
-
-    Args:
-        points: Runs of one series.
-        count: Draws; 0 gives no intervals.
-        seed: Seed of the draws.
+    as a normal distribution of unknown variance has them, give each minimum's spread; 0 gives no intervals.
     """
     groups = runs_by_budget(points)
     fits = [_least_squares(group) for group in groups]
@@ -143,26 +141,20 @@ def fit_isoflop(points: Points, count: int, seed: int = 0) -> IsoFlop:
     variance = None
     if freedom > 0 and count:
         variance = sum(rest for _, _, rest in fits) / rng.chisquare(freedom, size=count)
-    parabolas: list[Parabola] = []
-    params: list[np.ndarray] = []
+    parabolas, draws = [], None
     for group, (coefficients, inverse, _) in zip(groups, fits, strict=True):
-        draws = coefficients[None]
         if variance is not None:
             noise = rng.multivariate_normal(np.zeros(3), inverse, size=count, method="eigh")
             draws = coefficients + np.sqrt(variance)[:, None] * noise
-        parabola, sizes = _parabola(group, coefficients, inverse, draws if variance is not None else None)
-        if parabola.inside:
-            params.append(sizes)
-        parabolas.append(parabola)
+        parabolas.append(_parabola(group, coefficients, inverse, draws))
     inside = [parabola for parabola in parabolas if parabola.inside]
     if len(inside) < 2:
         return IsoFlop(parabolas, None, None)
-    flops = np.array([parabola.flops for parabola in inside])
-    samples = np.stack(params, axis=1) if variance is not None else None
-    optima = np.array([(parabola.params, parabola.tokens) for parabola in inside]).T
-    tokens = None if samples is None else optima[1] * optima[0] / samples
-    errors = np.array([parabola.error for parabola in inside])
-    laws = [PowerLaw.through(flops, *pair, errors) for pair in ((optima[0], samples), (optima[1], tokens))]
+    optima = [(parabola.flops, parabola.params, parabola.tokens, parabola.error) for parabola in inside]
+    flops, params, tokens, errors = np.array(optima).T
+    sizes = None if draws is None else np.stack([parabola.sizes for parabola in inside], axis=1)
+    durations = None if sizes is None else tokens * params / sizes
+    laws = [PowerLaw.through(flops, *pair, errors) for pair in ((params, sizes), (tokens, durations))]
     return IsoFlop(parabolas, *laws)
 
 
@@ -175,18 +167,18 @@ def _least_squares(points: Points) -> tuple[np.ndarray, np.ndarray, float]:
     return coefficients, inverse, float(np.sum((points.loss - design @ coefficients) ** 2))
 
 
-def _parabola(
-    points: Points, coefficients: np.ndarray, inverse: np.ndarray, draws: np.ndarray | None
-) -> tuple[Parabola, np.ndarray]:
-    """Describe a parabola; return with it the size at the minimum of each draw, `[K]`."""
+def _parabola(points: Points, coefficients: np.ndarray, inverse: np.ndarray, draws: np.ndarray | None) -> Parabola:
     x = np.log(points.params)
     limits = x.min() - x.mean(), x.max() - x.mean()
     vertex = float(_vertex(coefficients[None], limits)[0])
-    sizes = np.exp(x.mean() + (_vertex(draws, limits) if draws is not None else np.array([vertex])))
-    losses = None if draws is None else np.polynomial.polynomial.polyval(_vertex(draws, limits), draws.T, tensor=False)
+    sizes = losses = None
+    if draws is not None:
+        vertices = _vertex(draws, limits)
+        sizes = np.exp(x.mean() + vertices)
+        losses = np.polynomial.polynomial.polyval(vertices, draws.T, tensor=False)
     slope, offset = np.polyfit(x - x.mean(), np.log(points.tokens), 1)
     gradient = np.array([0.0, 1.0, 2 * vertex]) / (2 * coefficients[2])
-    made = Parabola(
+    return Parabola(
         points=points,
         flops=float(np.median(points.flops)),
         centre=float(np.exp(x.mean())),
@@ -196,10 +188,10 @@ def _parabola(
         error=float(np.sqrt(gradient @ inverse @ gradient)),
         loss=float(np.polynomial.polynomial.polyval(vertex, coefficients)),
         inside=bool(coefficients[2] > 0 and limits[0] < vertex < limits[1]),
-        params_interval=Interval.of(sizes) if draws is not None else None,
-        loss_interval=Interval.of(losses) if losses is not None else None,
+        sizes=sizes,
+        params_interval=None if sizes is None else Interval.of(sizes),
+        loss_interval=None if losses is None else Interval.of(losses),
     )
-    return made, sizes
 
 
 def _vertex(coefficients: np.ndarray, limits: tuple[float, float]) -> np.ndarray:
@@ -208,3 +200,16 @@ def _vertex(coefficients: np.ndarray, limits: tuple[float, float]) -> np.ndarray
     far = -np.sign(slope) * np.inf
     vertex = np.where(curvature > 0, -slope / (2 * np.where(curvature > 0, curvature, 1.0)), far)
     return np.clip(vertex, limits[0] - _MARGIN, limits[1] + _MARGIN)
+
+
+def lower_envelope(points: Points) -> Envelope:
+    """Return the runs with less loss than every run of as many FLOPs or fewer, and power laws through them.
+
+    The laws carry no intervals: which runs lie on the envelope is itself decided by noise.
+    """
+    order = np.lexsort((points.loss, points.flops))
+    best = np.minimum.accumulate(points.loss[order])
+    front = points.take(order[np.concatenate([[True], best[1:] < best[:-1]])])
+    if len(front) < 3:
+        return Envelope(front, None, None)
+    return Envelope(front, PowerLaw.through(front.flops, front.params), PowerLaw.through(front.flops, front.tokens))
