@@ -55,15 +55,7 @@ Data seed {seed}; fingerprint of the data `{data}`.
 
 
 def model_card(manifest: Manifest, config: RunConfig, recipe: str, tokenizer: str, *, own_code: bool) -> str:
-    """Write a model card.
-
-    Args:
-        manifest: Manifest of the checkpoint.
-        config: Config of the checkpoint.
-        recipe: The same as YAML.
-        tokenizer: A sentence about the tokenizer.
-        own_code: Whether the folder brings the model's code.
-    """
+    """Write a model card: `recipe` is the config as YAML, `tokenizer` a sentence about the tokenizer."""
     levels = by_period(config.model.cms.levels)
     memories = "self-modifying memories" if config.model.mixer == "self_modifying" else "softmax attention"
     return _TEXT.format(

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from hopescale.checkpoint.manager import find_checkpoint
-from hopescale.checkpoint.manifest import EXPORT, TOKENIZER, FileEntry, Manifest, TensorEntry, read_manifest
+from hopescale.checkpoint.manifest import EXPORT, TOKENIZER, Manifest, TensorEntry, read_manifest
 from hopescale.common.errors import CheckpointError
 from hopescale.common.units import format_bytes, format_count
 from hopescale.config.load import from_dict
@@ -25,13 +25,7 @@ _SIZES = {
 
 
 def describe(path: Path) -> dict[str, str]:
-    """Say what a folder is.
-
-    Args:
-        path: A run folder, a checkpoint, an export, or a folder of transformers.
-
-    Returns:
-        Lines by title, the kind first.
+    """Say what a folder is, in lines by title: a run folder, a checkpoint, an export, or a folder of transformers.
 
     Raises:
         CheckpointError: If it is none of these, or its manifest is damaged.
@@ -59,14 +53,14 @@ def _of_manifest(manifest: Manifest, folder: Path) -> dict[str, str]:
     config = from_dict(manifest.config, str(folder))
     weights = [entry for name, entry in manifest.tensors.items() if not name.startswith(("optimizer.", "generators."))]
     versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
-    data = manifest.identity.get("data")
+    data, tokenizer = manifest.identity.get("data"), manifest.files.get(TOKENIZER)
     return {
         "name": config.name,
         "step": f"{manifest.step:,} of {config.train.steps:,}, {manifest.progress['tokens_seen']:,} tokens seen",
         **_of_model(config),
         "weights": f"{_size(weights)}, {config.train.precision}",
         "data": "none yet" if data is None else f"{', '.join(config.data.sources)} ({data[:12]})",
-        "tokenizer": _tokenizer(manifest.files),
+        "tokenizer": f"{TOKENIZER} ({tokenizer.sha256[:12]})" if tokenizer else "none",
         "files": format_bytes(sum(entry.bytes for entry in manifest.files.values())),
         "written by": versions,
     }
@@ -96,10 +90,6 @@ def _optimizer(manifest: Manifest, config: RunConfig) -> str:
 def _size(entries: Iterable[TensorEntry]) -> str:
     entries = list(entries)
     return f"{len(entries)} tensors, {format_bytes(sum(map(num_bytes, entries)))}"
-
-
-def _tokenizer(files: dict[str, FileEntry]) -> str:
-    return f"{TOKENIZER} ({files[TOKENIZER].sha256[:12]})" if TOKENIZER in files else "none"
 
 
 def _of_transformers(path: Path) -> dict[str, str]:

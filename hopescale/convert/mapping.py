@@ -21,17 +21,13 @@ _ATTENTION, _MLP = "model.layers.{block}.self_attn", "model.layers.{block}.mlp"
 
 @dataclass(frozen=True)
 class Pair:
-    """One weight: our name, and theirs of the part or parts it consists of.
-
-    Attributes:
-        ours: Name in a checkpoint, `{block}` and `{level}` left open.
-        theirs: Names there. Three are queries, keys and values, which we keep side by side, group by group.
-        rows: Whether rows are entries of the vocabulary, which we pad.
-    """
+    """One weight: our name, and theirs of the part or parts it consists of; `{block}` and `{level}` may be open."""
 
     ours: str
     theirs: tuple[str, ...]
+    """Names there. Three are queries, keys and values, which we keep side by side, group by group."""
     rows: bool = False
+    """Whether rows are entries of the vocabulary, which we pad."""
 
 
 def _qkv(kind: str) -> tuple[str, ...]:
@@ -63,16 +59,18 @@ SETTINGS = {
     "head_dim": "head_dim",
     "rms_norm_eps": "norm_eps",
     "tie_word_embeddings": "tie_embeddings",
-    "num_key_value_heads": "attention.num_kv_heads",
 }
 """Their settings, and our keys below `model`."""
 ROPE = {
-    "factor": "factor",
-    "low_freq_factor": "low_freq_factor",
-    "high_freq_factor": "high_freq_factor",
-    "original_max_position_embeddings": "first_context",
+    "linear": {"factor": "factor"},
+    "llama3": {
+        "factor": "factor",
+        "low_freq_factor": "low_freq_factor",
+        "high_freq_factor": "high_freq_factor",
+        "original_max_position_embeddings": "first_context",
+    },
 }
-"""Their rotary scaling, and our keys below `model.attention.rope_scaling`."""
+"""Their rotary scaling of each kind, and our keys below `model.attention.rope_scaling`."""
 FAMILIES = {
     "llama": {"qkv_bias": False, "qk_norm": False},
     "qwen2": {"qkv_bias": True, "qk_norm": False},
@@ -99,12 +97,7 @@ def layer_names(model: ModelConfig, model_type: str) -> dict[str, str]:
 
 
 def pairs(model: ModelConfig, level_of_block: Callable[[int], str]) -> Iterator[Pair]:
-    """List the weights of a Transformer, names complete.
-
-    Args:
-        model: Config of a model whose mixer is attention.
-        level_of_block: Names the level of a block that stands for their MLP.
-    """
+    """List the weights of a Transformer, names complete; `level_of_block` names the level that is a block's MLP."""
     absent = {
         "head.weight": model.tie_embeddings,
         "blocks.{block}.mixer.qkv_proj.bias": not model.attention.qkv_bias,
@@ -127,7 +120,7 @@ def join(pair: Pair, parts: Sequence[Tensor], model: ModelConfig) -> Tensor:
         CheckpointError: If a part has not the shape that the settings say.
     """
     for name, part, shape in zip(pair.theirs, parts, _part_shapes(pair, model), strict=True):
-        if shape is not None and tuple(part.shape[: len(shape)]) != shape:
+        if tuple(part.shape[: len(shape)]) != shape:
             raise CheckpointError(f"{name} has the shape {list(part.shape)}, its config asks for {list(shape)}")
     if pair.rows:
         (part,) = parts
@@ -149,21 +142,17 @@ def split(pair: Pair, weight: Tensor, model: ModelConfig) -> tuple[Tensor, ...]:
     return tuple(part.flatten(0, 2).contiguous() for part in groups.split([shared_by, 1, 1], dim=1))
 
 
-def _part_shapes(pair: Pair, model: ModelConfig) -> list[tuple[int, ...] | None]:
+def _part_shapes(pair: Pair, model: ModelConfig) -> list[tuple[int, ...]]:
     """Return how the shape of each part must begin, where putting parts together needs to know."""
     if pair.rows:
         return [(model.vocab_size,)]
     if len(pair.theirs) == 1:
-        return [None]
+        return [()]
     return [(heads * head_dim(model),) for heads in (model.num_heads, kv_heads(model), kv_heads(model))]
 
 
 def read_settings(theirs: Mapping[str, Any], origin: str) -> dict[str, Any]:
-    """Turn a config of transformers into our `model` section, levels left out.
-
-    Args:
-        theirs: Standardised by transformers 5.
-        origin: Name of the folder, for messages.
+    """Turn a config that transformers has standardised into our `model` section, levels left out.
 
     Raises:
         CheckpointError: If it is of another family, or asks for something our model does not have.
@@ -179,31 +168,23 @@ def read_settings(theirs: Mapping[str, Any], origin: str) -> dict[str, Any]:
         "attention_bias (of the out-projection)": family != "qwen2" and theirs.get("attention_bias"),
         "mlp_bias": theirs.get("mlp_bias"),
         "sliding-window attention": sliding,
-        f"rope_type {kind}": kind not in ("default", "linear", "llama3"),
+        f"rope_type {kind}": kind not in ("default", *ROPE),
         "partial_rotary_factor": rope.get("partial_rotary_factor", 1.0) != 1.0,
     }
     if problems := [name for name, found in odd.items() if found]:
         raise CheckpointError(f"{origin} has {', '.join(problems)}, which hopescale's attention does not have")
-    tree: dict[str, Any] = {"mixer": "attention", "attention": dict(FAMILIES[family])}
-    for name, key in SETTINGS.items():
-        section, _, last = key.rpartition(".")
-        (tree[section] if section else tree)[last] = theirs.get(name)
-    if tree["head_dim"] == tree["d_model"] // tree["num_heads"]:
-        tree["head_dim"] = None
-    tree["attention"]["rope_theta"] = rope.get("rope_theta", 10_000.0)
+    ours = {key: theirs.get(name) for name, key in SETTINGS.items()}
+    if ours["head_dim"] == ours["d_model"] // ours["num_heads"]:
+        ours["head_dim"] = None
+    attention = {"num_kv_heads": theirs.get("num_key_value_heads"), "rope_theta": rope.get("rope_theta", 10_000.0)}
     if kind != "default":
-        known = ROPE if kind == "llama3" else {"factor": "factor"}
-        scaling = {ours: rope[name] for name, ours in known.items() if name in rope}
-        tree["attention"]["rope_scaling"] = {"kind": kind, **scaling}
-    return tree
+        scaling = {key: rope[name] for name, key in ROPE[kind].items() if name in rope}
+        attention["rope_scaling"] = {"kind": kind, **scaling}
+    return {"mixer": "attention", "attention": FAMILIES[family] | attention, **ours}
 
 
 def write_settings(ours: Mapping[str, Any], d_ff: int) -> dict[str, Any]:
-    """Undo `read_settings`.
-
-    Args:
-        ours: The `model` section of a Transformer.
-        d_ff: Hidden width of its one level.
+    """Undo `read_settings` for a Transformer with one level.
 
     Raises:
         CheckpointError: If no family has such attention.
@@ -214,13 +195,11 @@ def write_settings(ours: Mapping[str, Any], d_ff: int) -> dict[str, Any]:
     if family is None:
         raise CheckpointError(f"no family of {', '.join(FAMILIES)} has attention with {switches}")
     theirs: dict[str, Any] = {"model_type": family, "hidden_act": "silu", "intermediate_size": d_ff}
-    for name, key in SETTINGS.items():
-        section, _, last = key.rpartition(".")
-        theirs[name] = (ours[section] if section else ours)[last]
-    theirs["head_dim"] = theirs["head_dim"] or theirs["hidden_size"] // theirs["num_attention_heads"]
-    theirs["num_key_value_heads"] = theirs["num_key_value_heads"] or theirs["num_attention_heads"]
+    theirs |= {name: ours[key] for name, key in SETTINGS.items()}
+    theirs["head_dim"] = ours["head_dim"] or ours["d_model"] // ours["num_heads"]
+    theirs["num_key_value_heads"] = attention["num_kv_heads"] or ours["num_heads"]
     theirs["rope_parameters"] = {"rope_type": "default", "rope_theta": attention["rope_theta"]}
     if scaling := attention["rope_scaling"]:
-        wanted = ROPE if scaling["kind"] == "llama3" else {"factor": "factor"}
-        theirs["rope_parameters"] |= {"rope_type": scaling["kind"], **{n: scaling[key] for n, key in wanted.items()}}
+        factors = {name: scaling[key] for name, key in ROPE[scaling["kind"]].items()}
+        theirs["rope_parameters"] |= {"rope_type": scaling["kind"], **factors}
     return theirs

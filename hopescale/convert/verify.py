@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +34,14 @@ ROWS, TOKENS, PROMPT, GREEDY = 2, 256, 32, 64
 
 @dataclass(frozen=True)
 class Verified:
-    """What was compared."""
+    """What was compared; `text` says what was read, and `greedy` what became of the generated tokens."""
 
     text: str
-    """What was read, in words."""
     num_tokens: int
     difference: float
     """Largest difference of two logits, as the limit counts it."""
     limit: float
     greedy: str
-    """What became of the generated tokens, in words."""
 
     def lines(self) -> list[str]:
         """Say it to a person."""
@@ -204,20 +203,16 @@ def _first_difference(ours: Model, theirs: nn.Module, tokens: Tensor, limit: flo
 
 
 @contextmanager
-def _outputs(model: nn.Module, names: Any) -> Iterator[Mapping[str, Tensor]]:
+def _outputs(model: nn.Module, names: Iterable[str]) -> Iterator[Mapping[str, Tensor]]:
     """Collect what modules return while the block runs."""
-    seen: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
 
-    def keeping(name: str) -> Callable[..., None]:
-        def keep(module: nn.Module, args: Any, output: Any) -> None:
-            seen[name] = output[0] if isinstance(output, tuple) else output
+    def keep(name: str, module: nn.Module, args: Any, output: Any) -> None:
+        outputs[name] = output[0] if isinstance(output, tuple) else output
 
-        return keep
-
-    modules = dict(model.named_modules())
-    handles = [modules[name].register_forward_hook(keeping(name)) for name in names]
+    handles = [model.get_submodule(name).register_forward_hook(partial(keep, name)) for name in names]
     try:
-        yield seen
+        yield outputs
     finally:
         for handle in handles:
             handle.remove()

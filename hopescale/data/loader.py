@@ -104,12 +104,10 @@ class Data:
         return [name for name, source in self._sources.items() if source.validation is not None]
 
     def validation(self, name: str, tokens: int, batch_size: int) -> Iterator[Batch]:
-        """Read held-out samples, always the same ones from the start of the split.
+        """Read a held-out set, always the same samples from the start of the split.
 
-        Args:
-            name: One of `validation_sets`.
-            tokens: Number of tokens to read: as many whole sequences as fit, at least `batch_size`, at most the split.
-            batch_size: Sequences per batch; the last may have fewer.
+        As many whole sequences are read as fit in `tokens`, at least `batch_size`, at most the split. The last batch
+        may have fewer.
 
         Raises:
             DataError: If a shard is damaged.
@@ -139,12 +137,9 @@ def open_data(config: DataConfig, *, seq_len: int, vocab_size: int) -> Data:
 
 
 def prefetched(data: Data, index_batches: Iterable[Sequence[int]], depth: int) -> Iterator[Batch]:
-    """Read batches ahead in a background thread, in the order given.
+    """Read batches of global indices ahead in a background thread, in the order given.
 
-    Args:
-        data: Data to read.
-        index_batches: Global indices of each batch; consumed by the thread.
-        depth: Batches held ready; 0 reads each one when it is asked for, without a thread.
+    A `depth` of batches is held ready; 0 reads each one when it is asked for, without a thread.
 
     Raises:
         DataError: Failure of the thread, raised at the batch where it happened.

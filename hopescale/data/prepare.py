@@ -52,7 +52,7 @@ def prepare(
     num_threads: int = 1,
     progress: Progress | None = None,
 ) -> Index:
-    """Write a data set of tokenised documents to the folder `out`.
+    """Write a data set of tokenised documents to the folder `out`; return its index.
 
     Every document is followed by the end-of-text token; there is no begin-of-text token. Documents are held out when
     a hash of their text and the seed is below `validation`, so copies of a text stay together; when none is, the one
@@ -61,16 +61,13 @@ def prepare(
 
     Args:
         documents: Documents to tokenise.
-        tokenizer: Turns text into tokens; copied to `out`.
+        tokenizer: Tokenizer; it is copied to `out`.
         out: Folder to create; it appears when all is written.
         validation: Fraction of the documents to hold out, in `[0, 1)`.
         seed: Seed of the shuffle and of the held-out choice.
         shard_bytes: Token bytes of a shard, about.
         num_threads: Threads that tokenise.
-        progress: Called now and then with the documents and the text bytes read so far.
-
-    Returns:
-        The index that was written.
+        progress: Listener for the documents and the text bytes read so far.
 
     Raises:
         DataError: If there is no document, all would be held out, or `out` exists or cannot be written.
@@ -82,8 +79,8 @@ def prepare(
         spill = _tokenise(documents, tokenizer, folder / _SPILL_FILE, seed, num_threads, progress)
         chosen = _held_out(spill.content_hash, validation)
         writers = {split: SplitWriter(folder, split, shard_bytes=shard_bytes) for split in SPLITS}
-        for split, mask in zip(SPLITS, (~chosen, chosen), strict=True):
-            _write_split(spill, _shuffled(np.flatnonzero(mask), seed), writers[split])
+        for writer, mask in zip(writers.values(), (~chosen, chosen), strict=True):
+            _write_split(spill, _shuffled(np.flatnonzero(mask), seed), writer)
         spill.path.unlink()
         tokenizer.copy_to(folder)
         index = Index(
@@ -136,11 +133,9 @@ def _held_out(content_hash: np.ndarray, fraction: float) -> np.ndarray:
     if not chosen.any():
         chosen = content_hash == content_hash.min()
     if chosen.all():
-        raise DataError(
-            f"cannot hold out {fraction:g} of {len(chosen)} document{'s' if len(chosen) > 1 else ''}: nothing would be "
-            "left to train on",
-            hint="cut the text into documents with --separator, or hold out nothing with --validation 0",
-        )
+        documents = f"{len(chosen)} document{'s' if len(chosen) > 1 else ''}"
+        hint = "cut the text into documents with --separator, or hold out nothing with --validation 0"
+        raise DataError(f"cannot hold out {fraction:g} of {documents}: nothing would be left to train on", hint)
     return chosen
 
 

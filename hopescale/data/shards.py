@@ -9,7 +9,7 @@ import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -86,10 +86,8 @@ class Index:
             raise DataError(f"{path} is damaged: not valid JSON ({error})", hint="prepare the data set again") from None
         version = content.get("version") if isinstance(content, dict) else None
         if version != _VERSION or content.get("format") != _FORMAT:
-            raise DataError(
-                f"{path} is not an index this version reads: it has version {version}, known is {_VERSION}",
-                hint="prepare the data set again",
-            )
+            message = f"{path} is not an index this version reads: it has version {version}, known is {_VERSION}"
+            raise DataError(message, hint="prepare the data set again")
         try:
             return _index_of(content)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -108,11 +106,9 @@ class Index:
         """
         tokenizer = Tokenizer.load(folder)
         if tokenizer.fingerprint != self.tokenizer:
-            raise DataError(
-                f"{folder / MODEL_FILE} is not the tokenizer of this data set: its SHA-256 begins "
-                f"{tokenizer.fingerprint[:12]}, the index says {self.tokenizer[:12]}",
-                hint="put the original file back, or prepare the data set again",
-            )
+            found = f"its SHA-256 begins {tokenizer.fingerprint[:12]}, the index says {self.tokenizer[:12]}"
+            hint = "put the original file back, or prepare the data set again"
+            raise DataError(f"{folder / MODEL_FILE} is not the tokenizer of this data set: {found}", hint)
         return tokenizer
 
 
@@ -152,12 +148,7 @@ class SplitWriter:
         self._file: BinaryIO | None = None
 
     def write(self, tokens: np.ndarray, documents: np.ndarray) -> None:
-        """Append a block.
-
-        Args:
-            tokens: Ids of whole documents. Shape `[n]`, of the type `token_dtype` gives.
-            documents: Tokens and text bytes of each document. Shape `[d, 2]`, int64.
-        """
+        """Append a block: ids of whole documents `[n]`, and tokens and text bytes of each document `[d, 2]`, int64."""
         if self._file is not None and self._size + tokens.nbytes > self._shard_bytes:
             self.close()
         if self._file is None:
@@ -226,7 +217,7 @@ def _members(stream: BinaryIO) -> Iterator[tuple[str, int, int, np.ndarray | Non
     """Yield suffix, rows and payload offset of every array of a shard, and the array itself of a document table."""
     stream.seek(0)
     with tarfile.open(fileobj=stream, mode="r:") as tar:
-        members: Sequence[tarfile.TarInfo] = tar.getmembers()
+        members = tar.getmembers()
     for member in members:
         suffix = _DOCUMENTS if member.name.endswith(_DOCUMENTS) else _TOKENS
         stream.seek(member.offset_data)

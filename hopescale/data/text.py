@@ -70,10 +70,7 @@ class TextSource:
         return [file for name in self.inputs for file in _find(name, self.patterns)]
 
     def documents(self, *, shuffle_seed: int | None = None) -> Iterator[Document]:
-        """Read all documents, one file after the other.
-
-        Args:
-            shuffle_seed: Seed that shuffles the files (not the documents of a file); null keeps their order.
+        """Read all documents, one file after the other; a seed shuffles the files, not the documents of a file.
 
         Raises:
             DataError: If a file cannot be read, is an archive, is not UTF-8, or has a bad JSON line.
@@ -116,11 +113,7 @@ def _matches(path: str, patterns: tuple[str, ...]) -> bool:
 
 
 def _refuse_archive(path: str) -> None:
-    """Refuse a file of files: only its first member would be read.
-
-    Raises:
-        DataError: Naming it.
-    """
+    """Refuse a file of files: only its first member would be read."""
     if PurePosixPath(path.lower()).suffix in _ARCHIVES or path.lower().endswith((".tar.gz", ".tar.bz2", ".tar.xz")):
         raise DataError(f"{path}: an archive of several files, not a text", hint="unpack it and name the folder")
 
@@ -167,10 +160,8 @@ def _decode(data: bytes, where: str) -> str:
     try:
         return data.removeprefix(_BYTE_ORDER_MARK).decode()
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"{where}: not UTF-8 text (byte 0x{data[error.start]:02x} at offset {error.start})",
-            hint="convert the file to UTF-8, or leave it out with --pattern",
-        ) from None
+        message = f"{where}: not UTF-8 text (byte 0x{data[error.start]:02x} at offset {error.start})"
+        raise DataError(message, hint="convert the file to UTF-8, or leave it out with --pattern") from None
 
 
 @contextmanager

@@ -60,9 +60,8 @@ class Tokenizer:
         try:
             return cls(file.read_bytes(), str(file))
         except OSError as error:
-            raise DataError(
-                f"cannot read tokenizer {file}: {error.strerror}", hint="train one: hopescale data tokenizer"
-            ) from error
+            hint = "train one: hopescale data tokenizer"
+            raise DataError(f"cannot read tokenizer {file}: {error.strerror}", hint) from error
 
     @property
     def vocab_size(self) -> int:
@@ -204,15 +203,11 @@ def _training_error(reason: str, vocab_size: int, num_characters: int) -> DataEr
     least = re.search(r"required_chars\. \d+ vs (\d+)", reason)
     have = f"the sample of {num_characters:,} characters"
     if most:
-        return DataError(
-            f"vocab size {vocab_size} is too large: {have} has only {most[1]} pieces",
-            hint=f"use at most {most[1]}, or give more text",
-        )
+        message = f"vocab size {vocab_size} is too large: {have} has only {most[1]} pieces"
+        return DataError(message, f"use at most {most[1]}, or give more text")
     if least:
-        return DataError(
-            f"vocab size {vocab_size} is too small: bytes, marks and frequent characters alone need {least[1]}",
-            hint=f"use more than {least[1]}",
-        )
+        message = f"vocab size {vocab_size} is too small: bytes, marks and frequent characters alone need {least[1]}"
+        return DataError(message, f"use more than {least[1]}")
     return DataError(f"cannot train a tokenizer of {vocab_size} pieces on {have}: {reason}")
 
 

@@ -71,21 +71,21 @@ def run_local(
             rank_info = RankInfo(rank, nproc, rank, _ADDRESS, port)
             own, stderr = child_environ(environ, rank_info, threads_each(nproc)), subprocess.PIPE if rank else None
             children.append(start_child(f"rank {rank}", command, own, stderr=stderr))
-        readers = [_reader(rank, child, relay) for rank, child in enumerate(children) if rank]
+        readers = [
+            Thread(target=_pass_on, args=(child.process.stderr, rank, relay), daemon=True)
+            for rank, child in enumerate(children)
+            if rank
+        ]
+        for reader in readers:
+            reader.start()
         _wait(children, received, report, grace_s)
         for reader in readers:
             reader.join(_DRAIN_S)
     return _outcome(children)
 
 
-def _reader(rank: int, child: Child, relay: Say) -> Thread:
-    """Start a thread that passes on the lines of standard error until it is closed."""
-    thread = Thread(target=_pass_on, args=(child.process.stderr, rank, relay), daemon=True)
-    thread.start()
-    return thread
-
-
 def _pass_on(stream: IO[bytes], rank: int, relay: Say) -> None:
+    """Pass on the lines of a process's standard error until it is closed."""
     prefix, prefix_of_torch = f"[rank {rank}] ", f"[rank{rank}]: "
     for line in stream:
         text = line.decode(errors="replace").rstrip("\n")

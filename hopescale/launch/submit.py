@@ -25,12 +25,9 @@ SCRIPT = "submit.sbatch"
 
 
 def check_job(job: BatchJob, loaded: LoadedConfig, slurm: Slurm) -> None:
-    """Refuse a job that could not run, as far as that can be seen from here. Writes nothing.
+    """Refuse a job that could not train a recipe, as far as that can be seen from here. Writes nothing.
 
-    Args:
-        job: The job.
-        loaded: The recipe it trains.
-        slurm: Asked about partitions and earlier jobs; what it cannot answer is not checked.
+    What Slurm cannot answer about partitions and earlier jobs is not checked.
 
     Raises:
         ConfigError: If the cluster has no such partition, nodes or GPUs, the time is too short, or the folder holds
@@ -51,10 +48,7 @@ def check_job(job: BatchJob, loaded: LoadedConfig, slurm: Slurm) -> None:
 
 
 def write_run(job: BatchJob, loaded: LoadedConfig, layout: Layout, overrides: Sequence[str]) -> Path:
-    """Write what the job needs into its run folder, and forget how earlier jobs ended.
-
-    Returns:
-        The batch script.
+    """Write what the job needs into its run folder, and forget how earlier jobs ended; return the batch script.
 
     Raises:
         LaunchError: If the folder cannot be written.
@@ -74,10 +68,7 @@ def write_run(job: BatchJob, loaded: LoadedConfig, layout: Layout, overrides: Se
 
 
 def submit(job: BatchJob, script: Path, slurm: Slurm, *, jobs: int = 1) -> list[str]:
-    """Submit a script, once or as a chain in which each job waits for the one before, and note the jobs.
-
-    Returns:
-        Their numbers.
+    """Submit a script, once or as a chain in which each job waits for the one before; note the jobs, return their ids.
 
     Raises:
         LaunchError: If one is refused; those before it stay.
@@ -85,15 +76,11 @@ def submit(job: BatchJob, script: Path, slurm: Slurm, *, jobs: int = 1) -> list[
     ids: list[str] = []
     for _ in range(jobs):
         after = [f"--dependency=afterany:{ids[-1]}"] if ids else []
-        ids.append(slurm.submit(script, *after))
-        note_job(job, ids[-1], script)
+        id = slurm.submit(script, *after)
+        ids.append(id)
+        log = str(log_of(job, id))
+        note(job.run_dir, LedgerEntry(id, now(), job.profile.name, job.nodes, job.ranks, script.name, log))
     return ids
-
-
-def note_job(job: BatchJob, id: str, script: Path) -> None:
-    """Add a job to those of its run folder."""
-    log = str(log_of(job, id))
-    note(job.run_dir, LedgerEntry(id, now(), job.profile.name, job.nodes, job.ranks, script.name, log))
 
 
 def log_of(job: BatchJob, id: str) -> Path:
