@@ -74,10 +74,10 @@ def export(path: Path, out: Path, *, shard_bytes: int, native: bool = False) -> 
     manifest = verify(source)
     config = from_dict(manifest.config, str(source))
     weights = {n.removeprefix(WEIGHTS): entry for n, entry in manifest.tensors.items() if n.startswith(WEIGHTS)}
-    chosen = _native_pairs(config, source) if native else [Pair(name, (name,)) for name in weights]
+    weight_pairs = _native_pairs(config, source) if native else [Pair(name, (name,)) for name in weights]
     body = _native_config(manifest, config) if native else _own_config(manifest)
     with staged_folder(out, CheckpointError) as folder:
-        _write_weights(source, chosen, weights, config.model, folder, shard_bytes)
+        _write_weights(source, weight_pairs, weights, config.model, folder, shard_bytes)
         if not native:
             for code in CODE.glob("*_hope.py"):
                 shutil.copy(code, folder)
@@ -107,14 +107,14 @@ def num_bytes(entry: TensorEntry) -> int:
 
 def _write_weights(
     source: Path,
-    chosen: Sequence[Pair],
+    weight_pairs: Sequence[Pair],
     weights: Mapping[str, TensorEntry],
     model: ModelConfig,
     folder: Path,
     shard_bytes: int,
 ) -> None:
     """Write the tensors shard by shard, then the index."""
-    by_name, places, size = {pair.ours: pair for pair in chosen}, {}, 0
+    by_name, places, size = {pair.ours: pair for pair in weight_pairs}, {}, 0
     shards = list(grouped(by_name, lambda name: num_bytes(weights[name]), shard_bytes))
     for number, names in enumerate(shards, 1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"

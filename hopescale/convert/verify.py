@@ -112,8 +112,8 @@ def compare(loaded: LoadedModel, theirs: nn.Module, limit: float, origin: str) -
         raise CheckpointError(f"{origin} has a vocabulary of {their_vocab}, {loaded.folder} one of {vocab}")
     tokens, text = held_out(config)
     expected = ours(tokens)[0][..., :vocab]
-    found = theirs(input_ids=tokens, use_cache=False).logits
-    difference = _difference(found, expected)
+    actual = theirs(input_ids=tokens, use_cache=False).logits
+    difference = _difference(actual, expected)
     if not difference <= limit:
         layer = _first_difference(ours, theirs, tokens, limit)
         message = f"{origin} does not answer as {loaded.folder} does: logits differ by {difference:.2e}, "
@@ -193,11 +193,11 @@ def held_out(config: RunConfig) -> tuple[Tensor, str]:
 def _first_difference(ours: Model, theirs: nn.Module, tokens: Tensor, limit: float) -> str:
     """Run both models again and name our first layer whose output differs from its counterpart's."""
     names = layer_names(ours.config, theirs.config.model_type)
-    with _outputs(ours, names) as expected, _outputs(theirs, names.values()) as found:
+    with _outputs(ours, names) as expected, _outputs(theirs, names.values()) as actual:
         ours(tokens)
         theirs(input_ids=tokens, use_cache=False)
     for own, other in names.items():
-        if not _difference(found[other], expected[own].transpose(0, 1)) <= limit:
+        if not _difference(actual[other], expected[own].transpose(0, 1)) <= limit:
             return own if own == other else f"{own} ({other})"
     return "the head"
 

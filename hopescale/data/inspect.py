@@ -65,12 +65,12 @@ def verify(folder: str | Path, on_shard: Callable[[ShardEntry], None] = lambda e
 def _fault(folder: Path, index: Index, split: str, entry: ShardEntry, eos_id: int) -> str | None:
     """Say what is wrong with a shard, if anything."""
     try:
-        found = describe_shard(folder / entry.file)
+        actual = describe_shard(folder / entry.file)
     except DataError as error:
         return error.message
-    if found.sha256 != entry.sha256:
-        return f"SHA-256 {found.sha256[:12]}, the index says {entry.sha256[:12]}"
-    if found != entry:
+    if actual.sha256 != entry.sha256:
+        return f"SHA-256 {actual.sha256[:12]}, the index says {entry.sha256[:12]}"
+    if actual != entry:
         return "its checksum is right, but the index describes other blocks"
     alone = Index(**{**vars(index), "splits": {split: [entry]}})
     try:

@@ -77,9 +77,9 @@ def prepare(
     out = Path(out)
     with staged_folder(out) as folder:
         spill = _tokenise(documents, tokenizer, folder / _SPILL_FILE, seed, num_threads, progress)
-        chosen = _held_out(spill.content_hash, validation)
+        held_out = _held_out(spill.content_hash, validation)
         writers = {split: SplitWriter(folder, split, shard_bytes=shard_bytes) for split in SPLITS}
-        for writer, mask in zip(writers.values(), (~chosen, chosen), strict=True):
+        for writer, mask in zip(writers.values(), (~held_out, held_out), strict=True):
             _write_split(spill, _shuffled(np.flatnonzero(mask), seed), writer)
         spill.path.unlink()
         tokenizer.copy_to(folder)
@@ -129,14 +129,14 @@ def _held_out(content_hash: np.ndarray, fraction: float) -> np.ndarray:
     """Mark the documents of the validation split. Shape `[n]`, bool."""
     if fraction == 0:
         return np.zeros(len(content_hash), bool)
-    chosen = content_hash < np.uint64(int(fraction * 2**64))
-    if not chosen.any():
-        chosen = content_hash == content_hash.min()
-    if chosen.all():
-        documents = f"{len(chosen)} document{'s' if len(chosen) > 1 else ''}"
+    mask = content_hash < np.uint64(int(fraction * 2**64))
+    if not mask.any():
+        mask = content_hash == content_hash.min()
+    if mask.all():
+        documents = f"{len(mask)} document{'s' if len(mask) > 1 else ''}"
         hint = "cut the text into documents with --separator, or hold out nothing with --validation 0"
         raise DataError(f"cannot hold out {fraction:g} of {documents}: nothing would be left to train on", hint)
-    return chosen
+    return mask
 
 
 def _shuffled(ordinals: np.ndarray, seed: int) -> np.ndarray:

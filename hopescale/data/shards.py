@@ -106,9 +106,9 @@ class Index:
         """
         tokenizer = Tokenizer.load(folder)
         if tokenizer.fingerprint != self.tokenizer:
-            found = f"its SHA-256 begins {tokenizer.fingerprint[:12]}, the index says {self.tokenizer[:12]}"
+            difference = f"its SHA-256 begins {tokenizer.fingerprint[:12]}, the index says {self.tokenizer[:12]}"
             hint = "put the original file back, or prepare the data set again"
-            raise DataError(f"{folder / MODEL_FILE} is not the tokenizer of this data set: {found}", hint)
+            raise DataError(f"{folder / MODEL_FILE} is not the tokenizer of this data set: {difference}", hint)
         return tokenizer
 
 

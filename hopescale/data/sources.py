@@ -46,12 +46,12 @@ def open_sources(config: DataConfig, *, seq_len: int, vocab_size: int) -> dict[s
     for name, source in named.items():
         key = f"data.sources.{name}"
         if (source.path is None) == (source.synthetic is None):
-            found = "neither" if source.path is None else "both"
-            settings.append(Problem(key, f"needs either path or synthetic, has {found}"))
+            which = "neither" if source.path is None else "both"
+            settings.append(Problem(key, f"needs either path or synthetic, has {which}"))
         elif source.synthetic is not None:
-            found = problems(source.synthetic, seq_len=seq_len, vocab_size=vocab_size)
-            settings += [Problem(f"{key}.synthetic.{field}", message) for field, message in found]
-            if not found:
+            faults = problems(source.synthetic, seq_len=seq_len, vocab_size=vocab_size)
+            settings += [Problem(f"{key}.synthetic.{field}", message) for field, message in faults]
+            if not faults:
                 sources[name] = _synthetic(source, config.seed, seq_len)
         else:
             try:

@@ -129,6 +129,6 @@ def _copy(source: Path, folder: Path, entry: ShardEntry) -> None:
             written.write(piece)
     if digest.hexdigest() != entry.sha256:
         partial.unlink()
-        found = f"SHA-256 {digest.hexdigest()[:12]}, the index says {entry.sha256[:12]}"
-        raise DataError(f"shard {source / entry.file} is damaged: {found}", VERIFY_HINT)
+        difference = f"SHA-256 {digest.hexdigest()[:12]}, the index says {entry.sha256[:12]}"
+        raise DataError(f"shard {source / entry.file} is damaged: {difference}", VERIFY_HINT)
     partial.replace(folder / entry.file)

@@ -22,16 +22,16 @@ _MIN_SEQ_LEN = {"copy": 2, "recall": 4, "markov": 2}
 
 def problems(config: SyntheticConfig, *, seq_len: int, vocab_size: int) -> list[tuple[str, str]]:
     """Check a task against the model's sizes: pairs of a field's name and what is wrong with it."""
-    found = []
+    faults = []
     if config.task == "markov" and config.num_symbols > MAX_MARKOV_SYMBOLS:
-        found.append(("num_symbols", f"{config.num_symbols} is too many for markov; at most {MAX_MARKOV_SYMBOLS}"))
+        faults.append(("num_symbols", f"{config.num_symbols} is too many for markov; at most {MAX_MARKOV_SYMBOLS}"))
     if config.num_symbols + 2 > vocab_size:
         need = f"{config.num_symbols} symbols and 2 markers need a vocabulary of {config.num_symbols + 2}"
-        found.append(("num_symbols", f"{need}, but model.vocab_size is {vocab_size}"))
+        faults.append(("num_symbols", f"{need}, but model.vocab_size is {vocab_size}"))
     shortest = _MIN_SEQ_LEN[config.task]
     if seq_len < shortest:
-        found.append(("task", f"{config.task} needs train.seq_len of at least {shortest}, got {seq_len}"))
-    return found
+        faults.append(("task", f"{config.task} needs train.seq_len of at least {shortest}, got {seq_len}"))
+    return faults
 
 
 class SyntheticSamples:
@@ -63,8 +63,8 @@ class SyntheticSamples:
             tokens, counted = self._markov(generators)
         else:
             one = self._copy if self._config.task == "copy" else self._recall
-            made = [one(generator) for generator in generators]
-            tokens, counted = np.stack([row for row, _ in made]), made[0][1]
+            rows = [one(generator) for generator in generators]
+            tokens, counted = np.stack([row for row, _ in rows]), rows[0][1]
         targets = np.where(counted, tokens[:, 1:], IGNORED)
         return Rows(tokens[:, :-1], targets, np.zeros(targets.shape, np.int32))
 
@@ -92,11 +92,11 @@ class SyntheticSamples:
         keys = generator.permutation(num_keys)[:num_pairs]
         values = generator.integers(num_keys, self._config.num_symbols, size=num_pairs)
         rounds = -(-num_queries // num_pairs)
-        asked = np.concatenate([generator.permutation(num_pairs) for _ in range(rounds)])[:num_queries]
+        order = np.concatenate([generator.permutation(num_pairs) for _ in range(rounds)])[:num_queries]
         queries = slice(2 * num_pairs + 1, 2 * (num_pairs + num_queries) + 1)
         row[: 2 * num_pairs] = np.stack([keys, values], axis=1).ravel()
         row[2 * num_pairs] = self._config.num_symbols
-        row[queries] = np.stack([keys[asked], values[asked]], axis=1).ravel()
+        row[queries] = np.stack([keys[order], values[order]], axis=1).ravel()
         counted[queries.start : queries.stop : 2] = True
         return row, counted
 

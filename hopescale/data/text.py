@@ -98,13 +98,13 @@ def _find(name: str, patterns: tuple[str, ...]) -> list[TextFile]:
             return [TextFile(filesystem, path, name)]
         if not filesystem.exists(path):
             raise DataError(f"input {name} does not exist", hint="check the path; relative paths start where you are")
-        below = [(found, found[len(path) :].lstrip("/")) for found in sorted(filesystem.find(path))]
-    visible = [(found, rest) for found, rest in below if not any(p.startswith(".") for p in PurePosixPath(rest).parts)]
-    matching = [(found, rest) for found, rest in visible if _matches(rest, patterns)]
+        below = [(file, file[len(path) :].lstrip("/")) for file in sorted(filesystem.find(path))]
+    visible = [(file, rest) for file, rest in below if not any(p.startswith(".") for p in PurePosixPath(rest).parts)]
+    matching = [(file, rest) for file, rest in visible if _matches(rest, patterns)]
     if not matching:
         looked = f"{len(visible)} files, none matches {' or '.join(patterns)}" if patterns else "no files"
         raise DataError(f"nothing to read in folder {name}: {looked}", hint="check the folder and --pattern")
-    return [TextFile(filesystem, found, f"{name.rstrip('/')}/{rest}") for found, rest in matching]
+    return [TextFile(filesystem, file, f"{name.rstrip('/')}/{rest}") for file, rest in matching]
 
 
 def _matches(path: str, patterns: tuple[str, ...]) -> bool:

@@ -124,9 +124,9 @@ class EvaluatedModel(TemplateLM):
         tokens = [self._cut_off(self.tok_encode(text), max_tokens) for text in texts]
         sampling, tokenizer = Sampling(**settings) if chooses else Sampling(), self.text
 
-        def ended(written: list[int]) -> bool:
-            text = tokenizer.decode(written)
-            return written[-1] == tokenizer.eos_id or any(stop in text for stop in until if stop)
+        def ended(row: list[int]) -> bool:
+            text = tokenizer.decode(row)
+            return row[-1] == tokenizer.eos_id or any(stop in text for stop in until if stop)
 
         def work(batch: list[int]) -> list[list[int]]:
             rows = [tokens[number] for number in batch]
@@ -134,8 +134,8 @@ class EvaluatedModel(TemplateLM):
             return write(self.model, rows, **settings)
 
         batches = group_by_length([len(row) for row in tokens], tokens=BATCH_TOKENS, spread=LATER_TOKENS)
-        written = distribute(self.control, batches, work, self._tenths("written"))
-        return [postprocess_generated_text(tokenizer.decode(row), until, None) for row in written]
+        rows_written = distribute(self.control, batches, work, self._tenths("written"))
+        return [postprocess_generated_text(tokenizer.decode(row), until, None) for row in rows_written]
 
     def _tenths(self, what: str) -> Callable[[int, int], None]:
         """Return a function that is told how much is done, and reports each tenth."""

@@ -65,12 +65,12 @@ def submit_array(
             refuses.
     """
     slurm = slurm or Slurm()
-    chosen, ids, size = _choose(elements, only, slurm), [], slurm.max_array_size()
+    rest, ids, size = _choose(elements, only, slurm), [], slurm.max_array_size()
     if size == 0:
         raise LaunchError("this cluster takes no arrays: its MaxArraySize is 0", "submit each run as a job of its own")
     common = BatchJob(folder.name, profile, nodes, folder.absolute(), Path.cwd(), sys.executable, time)
-    for start in range(0, len(chosen), size):
-        part = chosen[start : start + size]
+    for start in range(0, len(rest), size):
+        part = rest[start : start + size]
         try:
             job = replace(common, run_dir=_next_folder(common.run_dir), array=Array(len(part), max_at_once))
             script = _write(part, job)
@@ -82,18 +82,18 @@ def submit_array(
 
 
 def _choose(elements: Iterable[Element], only: str | None, slurm: Slurm) -> list[Element]:
-    chosen = []
+    rest = []
     for element in elements:
         status = run_status(element.run_dir, slurm)
         if only == FAILED:
             if status.state == FAILED:
-                chosen.append(element)
+                rest.append(element)
         elif status.job is not None and status.job.live:
             hint = f"wait for it, end it with `hopescale jobs cancel {element.run_dir}`, or submit failed ones only"
             raise LaunchError(f"{element.name} is {status.state} as job {status.job.id}", hint)
         elif status.state != DONE:
-            chosen.append(element)
-    return chosen
+            rest.append(element)
+    return rest
 
 
 def _next_folder(folder: Path) -> Path:

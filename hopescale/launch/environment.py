@@ -129,21 +129,21 @@ def _hosts(hosts: str, name: str) -> Iterator[str]:
 
 def _range(text: str) -> list[str]:
     """List the numbers of `01-03,07`, as wide as they are written."""
-    found: list[str] = []
+    values: list[str] = []
     for part in text.split(","):
         first, dash, last = part.partition("-")
         if dash and first.isdigit() and last.isdigit():
-            found += [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+            values += [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
         else:
-            found.append(part)
-    return found
+            values.append(part)
+    return values
 
 
 def _text(environ: Mapping[str, str], name: str) -> str:
     if not environ.get(name):
-        found = "is empty" if name in environ else "is not set"
+        problem = "is empty" if name in environ else "is not set"
         beside = ", ".join(f"{other} is {environ[other]!r}" for other in _SIGNS if environ.get(other))
-        message = f"{name} {found}, but a launcher has started this process: {beside}"
+        message = f"{name} {problem}, but a launcher has started this process: {beside}"
         raise LaunchError(message, "start all ranks with --nproc, torchrun or srun; to run alone, unset the others")
     return environ[name]
 

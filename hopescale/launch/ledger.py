@@ -46,14 +46,14 @@ def entries(folder: Path) -> list[LedgerEntry]:
         lines = (folder / JOBS).read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:
         return []
-    names, found = {field.name for field in fields(LedgerEntry)}, []
+    names, known = {field.name for field in fields(LedgerEntry)}, []
     for line in lines:
         try:
             content = {name: value for name, value in json.loads(line).items() if name in names}
-            found.append(LedgerEntry(**content | {"elements": tuple(map(tuple, content.get("elements", ())))}))
+            known.append(LedgerEntry(**content | {"elements": tuple(map(tuple, content.get("elements", ())))}))
         except (ValueError, AttributeError, TypeError):
             continue
-    return found
+    return known
 
 
 def now() -> str:

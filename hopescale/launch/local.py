@@ -139,7 +139,7 @@ def _outcome(children: list[Child]) -> int:
 @contextmanager
 def _reserved_port() -> Iterator[int]:
     """Hold a free port that no other process is given, and that a process which asks for it by number can listen on."""
-    with socket.socket() as held:
-        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        held.bind((_ADDRESS, 0))
-        yield held.getsockname()[1]
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((_ADDRESS, 0))
+        yield listener.getsockname()[1]

@@ -138,10 +138,10 @@ class Slurm:
     def max_array_size(self) -> int:
         """Return `MaxArraySize`, which every index of an array stays below; 1001 where Slurm cannot be asked."""
         try:
-            found = re.search(r"^MaxArraySize\s*=\s*(\d+)", self._asked("scontrol", "show", "config").stdout, re.M)
+            match = re.search(r"^MaxArraySize\s*=\s*(\d+)", self._asked("scontrol", "show", "config").stdout, re.M)
         except _CannotAsk:
-            found = None
-        return int(found[1]) if found else _DEFAULT_MAX_ARRAY_SIZE
+            match = None
+        return int(match[1]) if match else _DEFAULT_MAX_ARRAY_SIZE
 
     def partitions(self) -> list[Partition] | None:
         """Return the cluster's partitions, hidden ones too, the default one first; None where Slurm cannot be asked."""
@@ -227,12 +227,12 @@ class Slurm:
 
 def elements_of(text: str) -> list[int]:
     """Return the indices that Slurm writes as `0,2-8:2%3`."""
-    found: list[int] = []
+    numbers: list[int] = []
     for part in text.partition("%")[0].strip("[]").split(","):
         if match := re.fullmatch(r"(\d+)(?:-(\d+)(?::(\d+))?)?", part):
             first, last, stride = int(match[1]), int(match[2] or match[1]), int(match[3] or 1)
-            found += range(first, last + 1, stride)
-    return found
+            numbers += range(first, last + 1, stride)
+    return numbers
 
 
 def _parse_job(line: str) -> list[SlurmJob]:
@@ -283,6 +283,6 @@ def _last_line(done: subprocess.CompletedProcess[str]) -> str:
 
 
 def _refusal(name: str, done: subprocess.CompletedProcess[str]) -> LaunchError:
-    said = "; ".join(dict.fromkeys(line.strip() for line in done.stderr.splitlines() if line.strip()))
-    said = said or done.stdout.strip() or f"exit code {done.returncode}"
-    return LaunchError(f"{name} refused: {said}" if not said.startswith(f"{name}:") else said)
+    reason = "; ".join(dict.fromkeys(line.strip() for line in done.stderr.splitlines() if line.strip()))
+    reason = reason or done.stdout.strip() or f"exit code {done.returncode}"
+    return LaunchError(f"{name} refused: {reason}" if not reason.startswith(f"{name}:") else reason)

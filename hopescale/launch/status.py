@@ -61,10 +61,10 @@ def _current(known: Sequence[LedgerEntry], slurm: Slurm) -> tuple[LedgerEntry | 
     """Return the last submission, or that which it waits for, and what Slurm says of its job."""
     entry, job = None, None
     for earlier in reversed(known):
-        found = slurm.job(earlier.job)
-        if job is not None and not found.live:
+        answer = slurm.job(earlier.job)
+        if job is not None and not answer.live:
             break
-        entry, job = earlier, found
+        entry, job = earlier, answer
         if job.state != "PENDING" or job.reason != "Dependency":
             break
     return entry, job

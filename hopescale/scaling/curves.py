@@ -44,9 +44,9 @@ def read_curves(table: Path) -> list[Curve]:
     for row in rows:
         path = table.parent / "trials" / row["trial"] / "metrics.jsonl"
         records = read_metrics(path) if path.is_file() else []
-        seen = [(record["tokens_seen"], record["loss"]) for record in records if record.get("loss") is not None]
-        if len(seen) > 1:
-            tokens, losses = _means(*np.array(seen, dtype=float).T)
+        pairs = [(record["tokens_seen"], record["loss"]) for record in records if record.get("loss") is not None]
+        if len(pairs) > 1:
+            tokens, losses = _means(*np.array(pairs, dtype=float).T)
             flops = tokens * float(row["FLOP"]) / float(row["D"])
             curves.append(Curve(row.get("series") or ONE_SERIES, float(row["N"]), flops, losses))
     return curves

@@ -65,8 +65,8 @@ def _at_bound(law: Law, points: Points) -> list[str]:
     means = np.exp(np.log(points.params).mean()), np.exp(np.log(points.tokens).mean())
     terms = {"E": law.E, "A": law.A * means[0] ** -law.alpha, "B": law.B * means[1] ** -law.beta}
     low, high = EXPONENTS
-    found = [name for name, value in exponents.items() if not low * 1.001 < value < high / 1.001]
-    return [name for name, value in terms.items() if value < 1.001 * LEAST_TERM * points.loss.min()] + found
+    ends = [name for name, value in exponents.items() if not low * 1.001 < value < high / 1.001]
+    return [name for name, value in terms.items() if value < 1.001 * LEAST_TERM * points.loss.min()] + ends
 
 
 def _require_enough(points: Points) -> None:

@@ -181,14 +181,14 @@ def _multipliers(axis: Axes, analysis: Analysis) -> None:
     ends = []
     for name, values in analysis.multipliers.items():
         budgets = np.geomspace(values[0].flops, values[-1].flops, 25)
-        found = [multiplier(analysis.series[name].frontier, reference.frontier, flops) for flops in budgets]
-        axis.plot(budgets, [one.value for one in found], color=colors[name], lw=2, label=name)
-        _band(axis, budgets, [one.interval for one in found], colors[name])
-        last = found[-1]
+        results = [multiplier(analysis.series[name].frontier, reference.frontier, flops) for flops in budgets]
+        axis.plot(budgets, [one.value for one in results], color=colors[name], lw=2, label=name)
+        _band(axis, budgets, [one.interval for one in results], colors[name])
+        last = results[-1]
         if np.isfinite(last.value):
             style = {"xytext": (-4, 8), "ha": "right", "textcoords": "offset points", "weight": "bold"}
             axis.annotate(f"{last.value:.2g} times", (last.flops, last.value), color=colors[name], **style)
-        ends += [value for one in found for value in (one.value, *_ends(one.interval)) if 0 < value < np.inf]
+        ends += [value for one in results for value in (one.value, *_ends(one.interval)) if 0 < value < np.inf]
     y, title = f"compute {analysis.reference} needs / C", f"effective-compute multiplier over {analysis.reference}"
     _log_axis(axis, "training FLOPs C of the series", y, title, log_y=True)
     low, high = max(min([0.8, *ends]) / 1.1, 0.02), min(max([1.25, *ends]) * 1.2, 50)

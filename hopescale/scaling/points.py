@@ -137,7 +137,7 @@ def _read_rows(path: Path) -> tuple[list[tuple[int, list[str]]], list[str]]:
 def _find_columns(header: list[str], series_column: str | None, path: Path) -> dict[str, int]:
     """Return where each meaning of `COLUMNS` is, for those that the table has."""
     plain = [re.sub(r"[^a-z0-9]", "", name.lower()) for name in header]
-    found = {
+    places = {
         meaning: plain.index(next(name for name in names if name in plain))
         for meaning, names in COLUMNS.items()
         if set(names) & set(plain)
@@ -145,14 +145,14 @@ def _find_columns(header: list[str], series_column: str | None, path: Path) -> d
     if series_column is not None:
         if series_column not in header:
             raise DataError(f"{path} has no column {series_column!r}, only {', '.join(header)}")
-        found["series"] = header.index(series_column)
-    if "loss" not in found or len({"N", "D", "FLOP"} & set(found)) < 2:
-        lacking = "loss" if "loss" not in found else "two of N, D and FLOP"
+        places["series"] = header.index(series_column)
+    if "loss" not in places or len({"N", "D", "FLOP"} & set(places)) < 2:
+        lacking = "loss" if "loss" not in places else "two of N, D and FLOP"
         raise DataError(
             f"{path} has no column for {lacking}, only {', '.join(header)}",
             "; ".join(f"{meaning}: {', '.join(names[:5])}" for meaning, names in COLUMNS.items() if meaning != "state"),
         )
-    return found
+    return places
 
 
 def _read_run(row: list[str], columns: dict[str, int], place: str) -> tuple[float, float, float, float] | str:

@@ -115,14 +115,14 @@ def make_trials(sweep: Sweep) -> list[Trial]:
     Raises:
         ConfigError: With everything that is wrong with any trial's config; each problem names the trials it is in.
     """
-    trials, found = [], {}
+    trials, trials_with = [], {}
     for point in _points(sweep):
         trial, problems = _make_trial(point)
         trials.append(trial)
         for problem in problems:
-            found.setdefault(problem, []).append(point.name)
-    if found:
-        raise ConfigError([_with_trials(problem, names) for problem, names in found.items()])
+            trials_with.setdefault(problem, []).append(point.name)
+    if trials_with:
+        raise ConfigError([_with_trials(problem, names) for problem, names in trials_with.items()])
     names = [trial.name for trial in trials]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         hint = "an axis lists a value twice, or values that differ in other characters than letters and digits"

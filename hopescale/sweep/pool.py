@@ -220,5 +220,5 @@ def _reason(log: Path, code: int) -> str:
         return "ended with exit code 0 before its last step"
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-50:]
     start = max((number for number, line in enumerate(lines) if line.startswith("$ ")), default=-1)
-    said = [line.strip() for line in lines[start + 1 :] if line.startswith("  ") and not line.startswith("    ")]
-    return f"{said[-1] if said else 'see its log'} (exit code {code})"
+    messages = [line.strip() for line in lines[start + 1 :] if line.startswith("  ") and not line.startswith("    ")]
+    return f"{messages[-1] if messages else 'see its log'} (exit code {code})"
