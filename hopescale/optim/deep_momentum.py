@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hopescale.cost.updates import DEEP_MEMORY_DIM
 from hopescale.optim.muon import scale_to_rms
-from hopescale.optim.stacked import StackedOptimizer, settings
+from hopescale.optim.stacked import StackedOptimizer
 
 INITIAL_SEED = 0
 
@@ -18,10 +18,10 @@ INITIAL_SEED = 0
 def deep_momentum_update(
     weight: Tensor,
     grad: Tensor,
-    *,
     memory: Tensor | None = None,
     memory_w1: Tensor | None = None,
     memory_w2: Tensor | None = None,
+    *,
     lr: float,
     alpha: float = 0.9,
     inner_lr: float = 0.01,
@@ -47,9 +47,9 @@ def deep_momentum_update(
         memory_w1: `W1` `[..., C, E]`, changed.
         memory_w2: `W2` `[..., E, C]`, changed.
         lr: Learning rate.
-        alpha: Retention of the memory.
-        inner_lr: Inner learning rate.
-        objective: Inner loss.
+        alpha: Retention of the memory per update.
+        inner_lr: Inner learning rate, for a loss that is summed over rows.
+        objective: Inner loss, `dot` or `l2`.
         update_rms: Scale each matrix of updates to this root mean square; None leaves rows as long as read.
         weight_decay: Decoupled, per unit of learning rate.
     """
@@ -84,33 +84,25 @@ class DeepMomentum(StackedOptimizer):
     Args:
         params: Parameters `[..., R, C]`.
         lr: Learning rate.
-        weight_decay: Decoupled, per unit of learning rate.
-        alpha: Retention of the memory per update.
-        inner_lr: Inner learning rate, for a loss that is summed over rows.
-        objective: Inner loss: `dot` or `l2`.
-        memory: `mlp` or `linear`.
+        memory: Kind of the memory, `mlp` or `linear`.
         memory_dim: Hidden width `E` of an MLP memory; None, which a linear one needs, is 32.
-        update_rms: Root mean square of an update before `lr`; None keeps the length of the gradient's rows.
+        settings: Settings of `deep_momentum_update`.
 
     Raises:
         ValueError: If a parameter is no matrix, or a setting has no such value.
     """
 
+    rule = staticmethod(deep_momentum_update)
+
     def __init__(
         self,
         params: Iterable[Any],
         lr: float = 1e-3,
-        weight_decay: float = 0.0,
         *,
-        alpha: float = 0.9,
-        inner_lr: float = 0.01,
-        objective: Literal["dot", "l2"] = "dot",
         memory: Literal["mlp", "linear"] = "mlp",
         memory_dim: int | None = None,
-        update_rms: float | None = None,
+        **settings: Any,
     ):
-        if objective not in ("dot", "l2"):
-            raise ValueError(f"objective is {objective!r}; it can be dot or l2")
         if memory not in ("mlp", "linear"):
             raise ValueError(f"memory is {memory!r}; it can be mlp or linear")
         if memory == "linear" and memory_dim is not None:
@@ -118,15 +110,12 @@ class DeepMomentum(StackedOptimizer):
         if memory_dim is not None and memory_dim < 1:
             raise ValueError(f"memory_dim is {memory_dim}; a hidden layer has at least one entry")
         self._hidden = None if memory == "linear" else memory_dim or DEEP_MEMORY_DIM
-        defaults = {
-            "lr": lr,
-            "weight_decay": weight_decay,
-            "alpha": alpha,
-            "inner_lr": inner_lr,
-            "objective": objective,
-            "update_rms": update_rms,
-        }
-        super().__init__(params, defaults)
+        super().__init__(params, lr, **settings)
+
+    def check(self, settings: dict[str, Any]) -> None:
+        """Refuse an inner loss that there is not."""
+        if settings["objective"] not in ("dot", "l2"):
+            raise ValueError(f"objective is {settings['objective']!r}; it can be dot or l2")
 
     def init_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         """Return the memory of a parameter's matrices before its first write."""
@@ -139,9 +128,3 @@ class DeepMomentum(StackedOptimizer):
             "memory_w1": p.new_zeros(*heads, columns, self._hidden),
             "memory_w2": w2.expand(*heads, self._hidden, columns).clone(),
         }
-
-    def update(
-        self, group: dict[str, Any], weight: Tensor, grad: Tensor, state: dict[str, Tensor], step: int | None
-    ) -> None:
-        """Update a stack in place."""
-        deep_momentum_update(weight, grad, **state, **settings(group))

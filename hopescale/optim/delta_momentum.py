@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from hopescale.optim.stacked import StackedOptimizer, settings
+from hopescale.optim.stacked import StackedOptimizer
 
 
 def delta_momentum_update(
@@ -16,8 +15,8 @@ def delta_momentum_update(
     grad: Tensor,
     momentum_buffer: Tensor,
     step: int,
-    *,
     second_moment: Tensor | None = None,
+    *,
     lr: float,
     momentum: float = 0.9,
     delta: float = 0.1,
@@ -43,10 +42,10 @@ def delta_momentum_update(
         second_moment: `V <- beta2 V + (1 - beta2) g^2`, changed; then `P g` is `g / (sqrt(V) + eps)`, with `V`
             corrected for its start at zero. None makes `P` the identity.
         lr: Learning rate.
-        momentum: `alpha`.
-        delta: Strength of the erase.
-        form: Whether the erase divides by `|g|^2`.
-        beta2: Decay rate of `V`; None without it.
+        momentum: `alpha`, the decay rate of the momentum per update.
+        delta: Strength of the erase along the gradient; 0 is plain momentum.
+        form: `unit` divides the erase by `|g|^2`; `paper` does not (Eq. 49 is `delta` 1).
+        beta2: Decay rate of `V`, which preconditions what is written; None writes the gradient.
         eps: Added to the root of `V`.
         weight_decay: Decoupled, per unit of learning rate.
     """
@@ -67,54 +66,18 @@ class DeltaMomentum(StackedOptimizer):
     """Delta Momentum (Nested Learning, section 4.4).
 
     State per parameter: `step`, `momentum_buffer` and, with `beta2`, `second_moment`, both in its shape. The learning
-    rate is part of the momentum, as printed: when it changes, steps follow with the momentum's delay.
-
-    Args:
-        params: Parameters `[..., R, C]`.
-        lr: Learning rate.
-        momentum: Decay rate of the momentum per update (`alpha`).
-        weight_decay: Decoupled, per unit of learning rate.
-        delta: Strength of the erase along the gradient; 0 is plain momentum.
-        form: `unit` divides the erase by the gradient's squared norm; `paper` does not (Eq. 49 is `delta` 1).
-        beta2: Decay rate of a second moment that preconditions what is written; None writes the gradient.
-        eps: Added to the root of the second moment.
-
-    Raises:
-        ValueError: If a parameter is no matrix, or there is no such form.
+    rate is part of the momentum, as printed: when it changes, steps follow with the momentum's delay. Settings:
+    `delta_momentum_update`.
     """
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float = 1e-3,
-        momentum: float = 0.9,
-        weight_decay: float = 0.0,
-        *,
-        delta: float = 0.1,
-        form: Literal["unit", "paper"] = "unit",
-        beta2: float | None = None,
-        eps: float = 1e-8,
-    ):
-        if form not in ("unit", "paper"):
-            raise ValueError(f"form is {form!r}; it can be unit or paper")
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "weight_decay": weight_decay,
-            "delta": delta,
-            "form": form,
-            "beta2": beta2,
-            "eps": eps,
-        }
-        super().__init__(params, defaults)
+    rule = staticmethod(delta_momentum_update)
+
+    def check(self, settings: dict[str, Any]) -> None:
+        """Refuse a form that there is not."""
+        if settings["form"] not in ("unit", "paper"):
+            raise ValueError(f"form is {settings['form']!r}; it can be unit or paper")
 
     def init_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         """Return moments of zeros."""
         names = ["momentum_buffer"] if group["beta2"] is None else ["momentum_buffer", "second_moment"]
         return {"step": torch.tensor(0.0)} | {name: torch.zeros_like(p) for name in names}
-
-    def update(
-        self, group: dict[str, Any], weight: Tensor, grad: Tensor, state: dict[str, Tensor], step: int | None
-    ) -> None:
-        """Update a stack in place."""
-        delta_momentum_update(weight, grad, step=step, **state, **settings(group))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hopescale.optim.stacked import StackedOptimizer, settings
+from hopescale.optim.stacked import StackedOptimizer
 
 
 def dgd_update(weight: Tensor, grad: Tensor, gram: Tensor, *, lr: float, weight_decay: float = 0.0) -> None:
@@ -42,16 +41,10 @@ class DGD(StackedOptimizer):
     """Delta gradient descent (Nested Learning, section 4.5) for the weights of linear layers.
 
     State per parameter: none. Beside its gradient a parameter has the Gram matrix of its inputs, `gram` `[C, C]` or
-    `[..., C, C]`, as `optim.gram.accumulate_gram` does.
-
-    Args:
-        params: Weights `[..., R, C]`.
-        lr: Learning rate.
-        weight_decay: Decoupled, per unit of learning rate.
+    `[..., C, C]`, as `optim.gram.accumulate_gram` does. Settings: `dgd_update`.
     """
 
-    def __init__(self, params: Iterable[Any], lr: float = 1e-3, weight_decay: float = 0.0):
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+    rule = staticmethod(dgd_update)
 
     def init_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         """Return an empty state."""
@@ -77,9 +70,3 @@ class DGD(StackedOptimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 p.gram = None
-
-    def update(
-        self, group: dict[str, Any], weight: Tensor, grad: Tensor, state: dict[str, Tensor], step: int | None
-    ) -> None:
-        """Update a stack in place."""
-        dgd_update(weight, grad, **state, **settings(group))

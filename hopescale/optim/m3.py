@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hopescale.ops.newton_schulz import COEFFICIENTS, newton_schulz
 from hopescale.optim.muon import adjusted_lr, scale_to_rms
-from hopescale.optim.stacked import StackedOptimizer, settings
+from hopescale.optim.stacked import StackedOptimizer
 
 UPDATE_RMS = 0.2
 """Root mean square of an update before the learning rate; AdamW's updates are about as large (arXiv 2502.16982)."""
@@ -20,23 +20,23 @@ def m3_update(
     weight: Tensor,
     grad: Tensor,
     step: int,
-    *,
     fast_momentum: Tensor,
     slow_momentum: Tensor | None = None,
     slow_direction: Tensor | None = None,
     second_moment: Tensor | None = None,
+    *,
     lr: float,
-    beta1: float,
-    beta2: float,
-    beta3: float,
-    alpha_slow: float,
-    frequency: int,
+    beta1: float = 0.95,
+    beta2: float = 0.95,
+    beta3: float = 0.5,
+    alpha_slow: float = 0.5,
+    frequency: int = 4,
     form: Literal["ema", "paper"] = "ema",
     nesterov: bool = False,
     update_rms: float | None = None,
     adjust_lr_fn: str | None = None,
     eps: float = 1e-8,
-    weight_decay: float = 0.0,
+    weight_decay: float = 0.1,
     ns_steps: int = 5,
     ns_coefficients: tuple[float, float, float] = COEFFICIENTS,
     ns_dtype: torch.dtype | None = None,
@@ -60,16 +60,18 @@ def m3_update(
         slow_direction: `NS(M2)`, changed; None with `slow_momentum`.
         second_moment: `V`, changed; None divides by nothing.
         lr: Learning rate.
-        beta1, beta2, beta3: `b1`, `b2`, `b3`.
-        alpha_slow: Weight of the slow memory's direction.
+        beta1: `b1`, the decay rate of `M1` per update; with `paper` the weight of a gradient.
+        beta2: `b2`, the same of `V`.
+        beta3: `b3`, the same of `M2` per period: it looks back over `frequency / (1 - beta3)` updates.
+        alpha_slow: Weight of the slow memory's direction; 0 leaves the slow memory out.
         frequency: `f`, in updates of this parameter.
         form: Moments as exponential averages, or the sums of Algorithm 1 to the letter, which only grow.
-        nesterov: With `ema`, use `(1 - b1) g + b1 M1` for `M1` in `O`.
-        update_rms: `c` scales each matrix to this root mean square; None does not.
-        adjust_lr_fn: `c` is Muon's factor of the shape (`adjusted_lr`), in place of `update_rms`.
+        nesterov: Whether `O` has `(1 - b1) g + b1 M1` for `M1`; `ema` only.
+        update_rms: Root mean square to which `c` scales each matrix; None does not. `ema` only.
+        adjust_lr_fn: Muon's factor of the shape (`adjusted_lr`) as `c`, in place of `update_rms`; `ema` only.
         eps: Added to the root of `V`.
         weight_decay: Decoupled, per unit of learning rate.
-        ns_steps, ns_coefficients, ns_dtype: See `newton_schulz`.
+        ns_steps, ns_coefficients, ns_dtype: Arguments of `newton_schulz`.
     """
 
     def orthogonal(x: Tensor) -> Tensor:
@@ -124,78 +126,33 @@ class M3(StackedOptimizer):
     Args:
         params: Parameters `[..., R, C]`.
         lr: Learning rate.
-        beta1: Decay rate of the fast momentum per update; with `form="paper"` the weight of a gradient.
-        beta2: The same of the second moment.
-        beta3: The same of the slow momentum, per period: it looks back over `frequency / (1 - beta3)` updates.
-        alpha_slow: Weight of the slow momentum's direction; 0 leaves the slow momentum out.
-        frequency: Updates in a period of the slow momentum.
-        ns_steps: Iterations of Newton-Schulz.
-        form: `ema`, or Algorithm 1 to the letter (`paper`): sums without decay, no scaling.
         second_moment: Whether to divide by the root of the second moment.
-        eps: Added to that root.
-        weight_decay: Decoupled, per unit of learning rate.
-        nesterov: Whether the fast momentum looks ahead; `ema` only.
-        update_rms: Root mean square of an update before `lr`; `ema` only, where None is 0.2, or no such scaling with
-            `adjust_lr_fn`.
-        adjust_lr_fn: Muon's factor of the shape (`adjusted_lr`) in place of `update_rms`; `ema` only.
-        ns_coefficients: Of Newton-Schulz.
-        ns_dtype: In which Newton-Schulz runs; None is bfloat16 on CUDA and the parameter's precision elsewhere.
+        settings: Settings of `m3_update`; with `ema` and no `adjust_lr_fn`, `update_rms` is 0.2 unless it is given.
 
     Raises:
         ValueError: If a parameter is no matrix, or settings contradict each other.
     """
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float = 1e-3,
-        *,
-        beta1: float = 0.95,
-        beta2: float = 0.95,
-        beta3: float = 0.5,
-        alpha_slow: float = 0.5,
-        frequency: int = 4,
-        ns_steps: int = 5,
-        form: Literal["ema", "paper"] = "ema",
-        second_moment: bool = True,
-        eps: float = 1e-8,
-        weight_decay: float = 0.1,
-        nesterov: bool = False,
-        update_rms: float | None = None,
-        adjust_lr_fn: str | None = None,
-        ns_coefficients: tuple[float, float, float] = COEFFICIENTS,
-        ns_dtype: torch.dtype | None = None,
-    ):
+    rule = staticmethod(m3_update)
+
+    def __init__(self, params: Iterable[Any], lr: float = 1e-3, *, second_moment: bool = True, **settings: Any):
+        self._has_second_moment = second_moment
+        super().__init__(params, lr, **settings)
+
+    def check(self, settings: dict[str, Any]) -> None:
+        """Refuse settings that contradict each other, and choose the scale of updates."""
+        form, rms, adjust_lr_fn = (settings[name] for name in ("form", "update_rms", "adjust_lr_fn"))
         if form not in ("ema", "paper"):
             raise ValueError(f"form is {form!r}; it can be ema or paper")
-        if form == "paper" and (nesterov or update_rms is not None or adjust_lr_fn is not None):
+        if form == "paper" and (settings["nesterov"] or rms is not None or adjust_lr_fn is not None):
             raise ValueError("nesterov, update_rms and adjust_lr_fn belong to form='ema'; Algorithm 1 has none of them")
-        if update_rms is not None and adjust_lr_fn is not None:
-            raise ValueError(f"update_rms={update_rms} and adjust_lr_fn={adjust_lr_fn!r} both set the scale; give one")
-        if frequency < 1:
-            raise ValueError(f"frequency is {frequency}; a period is at least one update")
-        adjusted_lr(lr, adjust_lr_fn, (1, 1))
-        if form == "ema" and update_rms is None and adjust_lr_fn is None:
-            update_rms = UPDATE_RMS
-        defaults = {
-            "lr": lr,
-            "beta1": beta1,
-            "beta2": beta2,
-            "beta3": beta3,
-            "alpha_slow": alpha_slow,
-            "frequency": frequency,
-            "ns_steps": ns_steps,
-            "form": form,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "nesterov": nesterov,
-            "update_rms": update_rms,
-            "adjust_lr_fn": adjust_lr_fn,
-            "ns_coefficients": ns_coefficients,
-            "ns_dtype": ns_dtype,
-        }
-        self._has_second_moment = second_moment
-        super().__init__(params, defaults)
+        if rms is not None and adjust_lr_fn is not None:
+            raise ValueError(f"update_rms={rms} and adjust_lr_fn={adjust_lr_fn!r} both set the scale; give one")
+        if settings["frequency"] < 1:
+            raise ValueError(f"frequency is {settings['frequency']}; a period is at least one update")
+        adjusted_lr(settings["lr"], adjust_lr_fn, (1, 1))
+        if form == "ema" and rms is None and adjust_lr_fn is None:
+            settings["update_rms"] = UPDATE_RMS
 
     def init_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         """Return moments of zeros."""
@@ -205,9 +162,3 @@ class M3(StackedOptimizer):
         if self._has_second_moment:
             names.append("second_moment")
         return {"step": torch.tensor(0.0)} | {name: torch.zeros_like(p) for name in names}
-
-    def update(
-        self, group: dict[str, Any], weight: Tensor, grad: Tensor, state: dict[str, Tensor], step: int | None
-    ) -> None:
-        """Update a stack in place."""
-        m3_update(weight, grad, step, **state, **settings(group))

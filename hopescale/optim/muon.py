@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hopescale.ops.newton_schulz import COEFFICIENTS, EPS, newton_schulz
-from hopescale.optim.stacked import StackedOptimizer, settings
+from hopescale.optim.stacked import StackedOptimizer
 
 
 def adjusted_lr(lr: float, adjust_lr_fn: str | None, shape: Sequence[int]) -> float:
@@ -46,14 +46,14 @@ def muon_update(
     momentum_buffer: Tensor,
     *,
     lr: float,
-    weight_decay: float,
-    momentum: float,
-    nesterov: bool,
-    ns_coefficients: tuple[float, float, float],
-    eps: float,
-    ns_steps: int,
-    adjust_lr_fn: str | None,
-    ns_dtype: torch.dtype | None,
+    weight_decay: float = 0.1,
+    momentum: float = 0.95,
+    nesterov: bool = True,
+    ns_coefficients: tuple[float, float, float] = COEFFICIENTS,
+    eps: float = EPS,
+    ns_steps: int = 5,
+    adjust_lr_fn: str | None = None,
+    ns_dtype: torch.dtype | None = None,
 ) -> None:
     """Take one step of Muon (Nested Learning, Eq. 52) with matrices `[..., R, C]`, in place.
 
@@ -66,7 +66,13 @@ def muon_update(
         weight: Changed.
         grad: Gradient.
         momentum_buffer: `m`, changed.
-        momentum: `beta`. It and the others are settings of `Muon`.
+        lr: Learning rate.
+        weight_decay: Decoupled, per unit of learning rate.
+        momentum: `beta`, the decay rate of the momentum per update.
+        nesterov: Whether to look ahead.
+        ns_coefficients, ns_steps, ns_dtype: Arguments of `newton_schulz`.
+        eps: Least norm a matrix is divided by.
+        adjust_lr_fn: Factor on the rate; see `adjusted_lr`.
     """
     momentum_buffer.lerp_(grad, 1 - momentum)
     update = grad.lerp(momentum_buffer, momentum) if nesterov else momentum_buffer
@@ -75,60 +81,17 @@ def muon_update(
 
 
 class Muon(StackedOptimizer):
-    """Muon with the arguments, the numbers and the state of `torch.optim.Muon`, over stacks and over heads.
+    """Muon with the settings, the numbers and the state of `torch.optim.Muon`, over stacks and over heads.
 
-    State per parameter: `momentum_buffer` in its shape.
-
-    Args:
-        params: Parameters `[..., R, C]`.
-        lr: Learning rate.
-        weight_decay: Decoupled, per unit of learning rate.
-        momentum: Decay rate of the momentum per update.
-        nesterov: Whether to look ahead.
-        ns_coefficients: Of Newton-Schulz.
-        eps: Least norm a matrix is divided by.
-        ns_steps: Iterations of Newton-Schulz.
-        adjust_lr_fn: See `adjusted_lr`.
-        ns_dtype: In which Newton-Schulz runs; None is bfloat16 on CUDA and the parameter's precision elsewhere.
-
-    Raises:
-        ValueError: If a parameter is no matrix, or there is no such `adjust_lr_fn`.
+    State per parameter: `momentum_buffer` in its shape. Settings: `muon_update`.
     """
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float = 1e-3,
-        weight_decay: float = 0.1,
-        momentum: float = 0.95,
-        nesterov: bool = True,
-        ns_coefficients: tuple[float, float, float] = COEFFICIENTS,
-        eps: float = EPS,
-        ns_steps: int = 5,
-        adjust_lr_fn: str | None = None,
-        *,
-        ns_dtype: torch.dtype | None = None,
-    ):
-        adjusted_lr(lr, adjust_lr_fn, (1, 1))
-        defaults = {
-            "lr": lr,
-            "weight_decay": weight_decay,
-            "momentum": momentum,
-            "nesterov": nesterov,
-            "ns_coefficients": ns_coefficients,
-            "eps": eps,
-            "ns_steps": ns_steps,
-            "adjust_lr_fn": adjust_lr_fn,
-            "ns_dtype": ns_dtype,
-        }
-        super().__init__(params, defaults)
+    rule = staticmethod(muon_update)
+
+    def check(self, settings: dict[str, Any]) -> None:
+        """Refuse an `adjust_lr_fn` that there is not."""
+        adjusted_lr(settings["lr"], settings["adjust_lr_fn"], (1, 1))
 
     def init_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         """Return a momentum of zeros."""
         return {"momentum_buffer": torch.zeros_like(p)}
-
-    def update(
-        self, group: dict[str, Any], weight: Tensor, grad: Tensor, state: dict[str, Tensor], step: int | None
-    ) -> None:
-        """Update a stack in place."""
-        muon_update(weight, grad, **state, **settings(group))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from inspect import signature
 from typing import Any
 
 import torch
@@ -26,15 +27,35 @@ class StackedOptimizer(torch.optim.Optimizer):
     updates. A parameter whose gradient is None is left alone, with its state; a gradient of zeros is an update like any
     other: weights decay, and what a momentum holds moves them on.
 
-    Subclasses provide `init_state` and `update`, and `inputs` if a step needs more than gradients.
+    Subclasses name their `rule`, provide `init_state`, and `check` and `inputs` where they need them.
+
+    Args:
+        params: Parameters `[..., R, C]`, or torch's parameter groups.
+        lr: Learning rate.
+        settings: Other keyword-only arguments of `rule`, whose defaults hold here too.
+
+    Raises:
+        ValueError: If a parameter is no matrix, or settings mean nothing together.
     """
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters and make their state.
+    rule: Callable[..., None]
+    """Update of matrices in place: `rule(weight, grad, **state, **inputs, **settings)`. It is told its `step`, counted
+    from 1, if the state has one."""
 
-        Raises:
-            ValueError: If a parameter is no matrix.
-        """
+    def __init__(self, params: Iterable[Any], lr: float = 1e-3, **settings: Any):
+        arguments = signature(self.rule).parameters.values()
+        defaults = {each.name: each.default for each in arguments if each.kind is each.KEYWORD_ONLY}
+        if unknown := sorted(settings.keys() - defaults):
+            raise TypeError(f"{type(self).__name__} has no setting {', '.join(unknown)}")
+        settings = defaults | {"lr": lr} | settings
+        self.check(settings)
+        super().__init__(params, settings)
+
+    def check(self, settings: dict[str, Any]) -> None:
+        """Refuse settings that mean nothing together, and fill in those that follow from others."""
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters and make their state."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         for p in group["params"]:
@@ -47,22 +68,8 @@ class StackedOptimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     def inputs(self, p: Tensor) -> dict[str, Tensor]:
-        """Return what else an update of a parameter needs; `update` finds it in its `state` and leaves it unchanged."""
+        """Return what else the rule reads to update a parameter."""
         return {}
-
-    def update(
-        self, group: dict[str, Any], weight: Tensor, grad: Tensor, state: dict[str, Tensor], step: int | None
-    ) -> None:
-        """Update a stack in place.
-
-        Args:
-            group: Settings.
-            weight: `[..., R, C]`.
-            grad: Its gradient.
-            state: Stacks of the state's tensors, without `step`, and of the inputs.
-            step: Number of this update, counted from 1; None for a rule that does not count.
-        """
-        raise NotImplementedError
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -90,10 +97,10 @@ class StackedOptimizer(torch.optim.Optimizer):
 
     def _update_together(self, group: dict[str, Any], members: Sequence[Tensor]) -> None:
         states = [self.state[p] for p in members]
-        step = None
+        counted = {}
         if "step" in states[0]:
             torch._foreach_add_([state["step"] for state in states], 1.0)
-            step = int(states[0]["step"].item())
+            counted["step"] = int(states[0]["step"].item())
         names = [name for name in states[0] if name != "step"]
         changed = [members, *([state[name] for state in states] for name in names)]
         weight, *stacked = (_stack(tensors) for tensors in changed)
@@ -101,7 +108,7 @@ class StackedOptimizer(torch.optim.Optimizer):
         read = {name: _stack([each[name] for each in inputs]) for name in inputs[0]}
         grad = _stack([p.grad for p in members])
         for w, g, *rest in _parts([weight, grad, *stacked, *read.values()]):
-            self.update(group, w, g, dict(zip([*names, *read], rest, strict=True)), step)
+            self.rule(w, g, **dict(zip([*names, *read], rest, strict=True)), **counted, **_settings(group))
         if len(members) > 1:
             for tensors, stack in zip(changed, (weight, *stacked), strict=True):
                 torch._foreach_copy_(tensors, stack.unbind())
@@ -124,6 +131,5 @@ def _parts(tensors: Sequence[Tensor]) -> Iterable[Sequence[Tensor]]:
     return zip(*(t.flatten(0, -3).split(size) for t in tensors), strict=True)
 
 
-def settings(group: dict[str, Any]) -> dict[str, Any]:
-    """Return what a rule is told of its group."""
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in group.items() if name not in ("params", "name", "initial_lr")}

@@ -82,10 +82,13 @@ def test_good_configs_pass(overrides: list[str]):
 @pytest.mark.parametrize("rule", MATRIX_RULES)
 def test_settings_are_those_of_the_rule(rule: str):
     """Names and defaults; rate and decay are the group's, and DGD has nothing else."""
-    arguments = signature(RULES[rule]).parameters
+    arguments = {
+        name: each for name, each in signature(RULES[rule].rule).parameters.items() if each.kind is each.KEYWORD_ONLY
+    }
+    arguments |= signature(RULES[rule]).parameters
     settings = getattr(OptimConfig(), rule, None)
     names = set() if settings is None else {field.name for field in fields(settings)}
-    assert names == arguments.keys() - {"params", "lr", "weight_decay", "ns_coefficients"}
+    assert names == arguments.keys() - {"params", "lr", "settings", "weight_decay", "ns_coefficients"}
     for name in names:
         default, same = getattr(settings, name), arguments[name].default
         assert default == same or (rule, name, default) == ("muon", "adjust_lr_fn", "original"), name

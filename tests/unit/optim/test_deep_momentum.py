@@ -27,7 +27,7 @@ def test_it_is_the_equation(kind: str, objective: str):
     rule = DeepMomentum(
         [weight],
         lr,
-        decay,
+        weight_decay=decay,
         alpha=alpha,
         inner_lr=inner_lr,
         objective=objective,

@@ -23,7 +23,7 @@ def test_it_is_the_equation(shape: tuple[int, int], form: str, beta2: float | No
     rows, columns = shape
     lr, alpha, delta, decay, eps = 0.1, 0.9, 0.3, 0.2, 1e-3
     weight = nn.Parameter(randn(*shape, seed=0))
-    rule = DeltaMomentum([weight], lr, alpha, decay, delta=delta, form=form, beta2=beta2, eps=eps)
+    rule = DeltaMomentum([weight], lr, momentum=alpha, weight_decay=decay, delta=delta, form=form, beta2=beta2, eps=eps)
     w, m, v = weight.tolist(), [[0.0] * columns for _ in range(rows)], [[0.0] * columns for _ in range(rows)]
     for step in range(1, 6):
         weight.grad = 0.5 * randn(*shape, seed=step)
@@ -46,7 +46,7 @@ def test_it_is_the_equation(shape: tuple[int, int], form: str, beta2: float | No
 
 def test_without_an_erase_it_is_torch_momentum():
     ours, theirs = (nn.Parameter(randn(3, 4, seed=0)) for _ in "ab")
-    rules = DeltaMomentum([ours], 0.1, 0.9, delta=0.0), torch.optim.SGD([theirs], 0.1, momentum=0.9)
+    rules = DeltaMomentum([ours], 0.1, momentum=0.9, delta=0.0), torch.optim.SGD([theirs], 0.1, momentum=0.9)
     for step in range(10):
         for weight, rule in zip((ours, theirs), rules, strict=True):
             weight.grad = randn(3, 4, seed=step + 1)

@@ -51,7 +51,7 @@ def test_batches_of_matrices_and_low_precision():
 def test_a_layer_is_trained_with_the_inputs_of_all_its_passes():
     layer = nn.Linear(4, 3, bias=False)
     accumulate_gram(layer, 20)
-    rule = DGD([layer.weight], 0.2, 0.1)
+    rule = DGD([layer.weight], 0.2, weight_decay=0.1)
     expected = layer.weight.detach().clone().double()
     for step in range(3):
         inputs = [randn(2, 5, 4, seed=10 * step + micro, dtype=torch.float32) for micro in range(2)]
