@@ -13,15 +13,14 @@ from torch import Tensor, nn
 from hopescale.engine.zero_deepspeed import FlatShards, start_deepspeed
 from hopescale.engine.zero_partitioned import PartitionedModel, PartitionedShards
 from hopescale.models.block import Block
-from hopescale.optim import Cadence, RuleGroup
-from hopescale.optim.accumulating import AccumulatingUpdater
+from hopescale.optim import Cadence, RuleGroup, Updater
 from hopescale.parallel.mesh import Mesh
 
 Shards = FlatShards | PartitionedShards
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class ZeroAdamW(AccumulatingUpdater):
+class ZeroAdamW(Updater):
     """AdamW, an `Updater` that shards masters and moments over replicas, and from stage 2 on gradients too.
 
     Parameters of one level and one type are one set of shards: a set that is not due is not touched. At stage 1
@@ -72,10 +71,6 @@ class ZeroAdamW(AccumulatingUpdater):
             for names in _updated_together(self.parameters, self.cadences, levels)
         ]
         self._set_of = {name: shards for shards in self._sets for name in shards.parameters}
-
-    def norm_weight(self, name: str) -> float:
-        """Return 1: parts are disjoint."""
-        return 1.0
 
     def backward(self, loss: Tensor) -> None:
         """Run the backward pass of a micro batch."""
@@ -134,8 +129,7 @@ class ZeroAdamW(AccumulatingUpdater):
                 result[f"{name}.step"] = shards.step_of(name).clone()
         return result
 
-    @torch.no_grad()
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+    def _load_state(self, state: Mapping[str, Tensor]) -> None:
         """Hand every replica its part. All replicas call, each with what its own `state_dict` had."""
         steps = torch.zeros(len(self._set_of), device=self._device)
         for index, (name, shards) in enumerate(self._set_of.items()):
@@ -154,11 +148,9 @@ class ZeroAdamW(AccumulatingUpdater):
             return super().weights()
         return self._wholes(self._set_of, "weight")
 
-    @torch.no_grad()
-    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Take over what `weights` returned, after its tensors have been filled."""
+    def _load_weights(self, weights: Mapping[str, Tensor]) -> None:
         if self.stage < 3:
-            super().load_weights(weights)
+            super()._load_weights(weights)
             return
         # An evaluation has left them whole, with the old weights.
         self._partitioned.release()
@@ -175,7 +167,7 @@ class ZeroAdamW(AccumulatingUpdater):
 
     @torch.no_grad()
     def load_sums(self, sums: Mapping[str, Tensor]) -> None:
-        """Take over running sums, given in parts that add up over replicas; what is missing is zero."""
+        """Take over running sums, in parts that add up over replicas; a missing sum is zero."""
         if self.stage == 1:
             super().load_sums(sums)
             return

@@ -12,18 +12,17 @@ from torch import Tensor, nn
 
 from hopescale.config.schema import OptimConfig
 from hopescale.cost.updates import BUCKET_ELEMENTS, buckets
-from hopescale.optim.accumulating import AccumulatingUpdater
 from hopescale.optim.buckets import Bucket, pack, take_sums, take_weights
 from hopescale.optim.cadence import Cadence
 from hopescale.optim.ownership import Ownership
 from hopescale.optim.rules import make_rule
 from hopescale.optim.shape_class import ShapeClass, Slices
-from hopescale.optim.updater import RuleGroup
+from hopescale.optim.updater import RuleGroup, Updater
 from hopescale.parallel.in_flight import InFlight
 from hopescale.parallel.mesh import Mesh
 
 
-class LayerwiseOptimizer(AccumulatingUpdater):
+class LayerwiseOptimizer(Updater):
     """Rules that look at whole matrices, an `Updater` in which every matrix belongs to one replica.
 
     `Ownership` says which. The owner alone holds float32 master and state of a matrix. Gradients accumulate whole on
@@ -109,10 +108,6 @@ class LayerwiseOptimizer(AccumulatingUpdater):
 
     def _rule_of(self, each: ShapeClass) -> torch.optim.Optimizer:
         return self.rules[self._group_of[each.names[0]].rule]
-
-    def norm_weight(self, name: str) -> float:
-        """Return 1: parts are disjoint."""
-        return 1.0
 
     def holds_whole(self, name: str) -> bool:
         """Tell whether state of a parameter is of the whole rather than of this rank's slice."""
@@ -256,7 +251,7 @@ class LayerwiseOptimizer(AccumulatingUpdater):
 
     @torch.no_grad()
     def load_sums(self, sums: Mapping[str, Tensor]) -> None:
-        """Take over running sums, given in parts that add up over replicas; what is missing is zero."""
+        """Take over running sums, in parts that add up over replicas; a missing sum is zero."""
         super().load_sums(sums)
         for name, gram in self._slow_grams().items():
             columns = sums.get(f"{name}.gram")

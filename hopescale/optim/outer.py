@@ -217,24 +217,17 @@ class OuterOptimizer:
         """Return masters and the rules' state, by name; a rank returns what it alone has, or what all have."""
         return {name: tensor for updater in self.updaters for name, tensor in updater.state_dict().items()}
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over the tensors of `state_dict`, after they have been filled; each updater picks its own."""
-        for updater in self.updaters:
-            updater.load_state_dict(state)
-
     def weights(self) -> dict[str, Tensor]:
         """Return the weights that a checkpoint takes from this rank, by parameter name."""
         return {name: tensor for updater in self.updaters for name, tensor in updater.weights().items()}
 
-    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Take over the tensors of `weights`, after they have been filled; before `load_state_dict`."""
-        for updater in self.updaters:
-            updater.load_weights(weights)
+    def load(self, weights: Mapping[str, Tensor], state: Mapping[str, Tensor] | None = None) -> None:
+        """Take over the tensors of `weights` and `state_dict`, after they have been filled.
 
-    def reset_masters(self) -> None:
-        """Set masters to the weights, as in a new run: in place of `load_state_dict`."""
+        Each updater picks its own. Without `state` masters become the weights, as in a new run.
+        """
         for updater in self.updaters:
-            updater.reset_masters()
+            updater.load(weights, state)
 
     def sums(self) -> dict[str, Tensor]:
         """Return the running sums of slow parameters, in parts that add up over replicas."""

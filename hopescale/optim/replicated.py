@@ -9,14 +9,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hopescale.cost.updates import BUCKET_ELEMENTS
-from hopescale.optim.accumulating import AccumulatingUpdater
 from hopescale.optim.adamw import AdamW
 from hopescale.optim.cadence import Cadence
-from hopescale.optim.updater import RuleGroup
+from hopescale.optim.updater import RuleGroup, Updater
 from hopescale.parallel.mesh import Mesh
 
 
-class ReplicatedAdamW(AccumulatingUpdater):
+class ReplicatedAdamW(Updater):
     """AdamW, an `Updater` that shards nothing.
 
     Args:

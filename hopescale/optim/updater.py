@@ -1,12 +1,17 @@
-"""The interface between the outer optimizer and the updaters that keep masters and state of its parameters."""
+"""The updaters behind the outer optimizer, which keep masters and state of its parameters: their common base."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+from hopescale.optim.cadence import Accumulator, Cadence
+from hopescale.parallel.mesh import Mesh
 
 
 @dataclass(frozen=True)
@@ -34,33 +39,68 @@ class RuleGroup:
         return group if self.betas is None else group | {"betas": self.betas}
 
 
-class Stepper(Protocol):
-    """The half of an updater that takes steps.
+class Updater(ABC):
+    """Accumulates the gradients of its parameters, keeps their float32 masters and rule state, whole or sharded.
 
     A step is: backward passes, `reduce(due)`, `square_norms(...)`, `update(due, ...)`. What is not due accumulates on.
     Calls that communicate are made by all data-parallel ranks with the same names in the same order.
+
+    A checkpoint sees `weights`, `state_dict` and `sums`, whose tensors `load` and `load_sums` take when they have been
+    filled. What is written here does for state that lies whole on every replica, or belongs to one.
+
+    Args:
+        parameters: Parameters by name; their gradients are taken from them as soon as they are complete.
+        cadences: Cadence of every parameter.
+        mesh: Ranks of this process.
+        accumulates: Whether gradients are accumulated here; not if something else takes them.
+        buffers: Float32 zeros in which some of them accumulate, by name.
     """
 
-    parameters: Mapping[str, nn.Parameter]
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        cadences: Mapping[str, Cadence],
+        mesh: Mesh,
+        *,
+        accumulates: bool = True,
+        buffers: Mapping[str, Tensor] | None = None,
+    ):
+        self.parameters, self.dp_group = dict(parameters), mesh.dp_group
+        self.accumulators: dict[str, Accumulator] = {}
+        for name, parameter in self.parameters.items() if accumulates else ():
+            self.accumulators[name] = Accumulator(parameter, cadences[name], (buffers or {}).get(name))
+            parameter.register_post_accumulate_grad_hook(self.accumulators[name].take)
 
     def norm_weight(self, name: str) -> float:
-        """Return the weight of this rank's part of a parameter in sums over all replicas.
+        """Return the weight of this rank's part of a parameter in sums over all replicas: 1 where parts are disjoint.
 
-        It is 1 if parts are disjoint, or 1 on one replica and 0 on the others if each holds the whole.
+        It is 1 on one replica and 0 on the others if each holds the whole.
         """
+        return 1.0
 
     def backward(self, loss: Tensor) -> None:
         """Run the backward pass of a micro batch; gradients are accumulated as they become complete."""
+        loss.backward()
 
     def accumulated_grad(self, name: str) -> Tensor:
         """Return the sum of this rank's gradients of a parameter since its last update, to be changed in place."""
+        return self.accumulators[name].accumulated_grad()
 
+    @abstractmethod
     def reduce(self, names: Sequence[str]) -> None:
         """Sum the accumulated gradients of parameters that are due over the data-parallel ranks."""
 
     def square_norms(self, names: Sequence[str]) -> Tensor:
         """Return the squared norm of the part of each accumulated gradient that is here, `[len(names)]` float32."""
+        if not names:
+            return torch.zeros(0)
+        return torch.stack(torch._foreach_norm([self._gradient(name) for name in names])).square()
 
+    def _gradient(self, name: str) -> Tensor:
+        """Return the part of an accumulated gradient that is here."""
+        return self.accumulated_grad(name)
+
+    @abstractmethod
     def update(self, names: Sequence[str], scales: Mapping[str, Tensor | float], rates: Mapping[str, float]) -> None:
         """Update parameters with their accumulated gradients, and begin a new period.
 
@@ -70,33 +110,42 @@ class Stepper(Protocol):
             rates: Learning rate of each group.
         """
 
+    @abstractmethod
     def masters(self, names: Sequence[str]) -> list[Tensor]:
         """Return the parts of float32 masters that are here."""
 
-
-class Stateful(Protocol):
-    """The half of an updater that a checkpoint sees.
-
-    A `load_...` takes the tensors that its counterpart returned, after they have been filled.
-    """
-
     def holds_whole(self, name: str) -> bool:
         """Tell whether state of a parameter is of the whole parameter, not of this rank's tensor-parallel slice."""
+        return False
 
     def weights(self) -> dict[str, Tensor]:
         """Return the weights that a checkpoint takes from this rank, by parameter name."""
+        return {name: parameter.detach() for name, parameter in self.parameters.items()}
 
-    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Take over weights; before `load_state_dict`."""
-
+    @abstractmethod
     def state_dict(self) -> dict[str, Tensor]:
-        """Return this rank's part of the masters and the rule's state, by name; nothing of it may be a view."""
+        """Return this rank's part of the masters of low-precision parameters and of the rule's state, by name."""
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over masters and state."""
+    @torch.no_grad()
+    def load(self, weights: Mapping[str, Tensor], state: Mapping[str, Tensor] | None = None) -> None:
+        """Take over weights and state; without `state` masters become the weights, as in a new run."""
+        self._load_weights(weights)
+        whole = (name for name, parameter in self.parameters.items() if parameter.dtype == torch.float32)
+        self._set_masters(self.parameters if state is None else whole)
+        if state is not None:
+            self._load_state(state)
 
-    def reset_masters(self) -> None:
-        """Set masters to the weights, as in a new run: in place of `load_state_dict`."""
+    def _load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.copy_(weights[name])
+
+    @abstractmethod
+    def _set_masters(self, names: Iterable[str]) -> None:
+        """Set the masters of some parameters to their weights."""
+
+    def _load_state(self, state: Mapping[str, Tensor]) -> None:
+        for name, tensor in self.state_dict().items():
+            tensor.copy_(state[name])
 
     def sums(self) -> dict[str, Tensor]:
         """Return the running sums of slow parameters, in parts that add up over replicas.
@@ -104,10 +153,10 @@ class Stateful(Protocol):
         A parameter's name has its gradient's sum; `<parameter>.gram` has that of its Gram matrix, split along its
         columns if the parameter's are.
         """
+        return {name: accumulator.total for name, accumulator in self.accumulators.items() if accumulator.persists}
 
+    @torch.no_grad()
     def load_sums(self, sums: Mapping[str, Tensor]) -> None:
         """Take over running sums, in parts that add up over replicas in any way; a missing sum is zero."""
-
-
-class Updater(Stepper, Stateful, Protocol):
-    """Accumulates the gradients of its parameters, keeps their float32 masters and rule state, whole or sharded."""
+        for name, total in Updater.sums(self).items():
+            total.zero_() if name not in sums else total.copy_(sums[name])

@@ -175,8 +175,7 @@ class TrainState:
         """
         weights = self.optimizer.weights()
         load_into({"model": self._whole(weights)}, folder, prefix="model.", group=self._loading_group)
-        self.optimizer.load_weights(weights)
-        self.optimizer.reset_masters()
+        self.optimizer.load(weights)
 
     @property
     def _loading_group(self) -> dist.ProcessGroup | None:
@@ -210,11 +209,7 @@ class TrainState:
             prefix=("model.", "generators.") if reset_optimizer else "",
             group=self._loading_group,
         )
-        self.optimizer.load_weights(weights)
-        if reset_optimizer:
-            self.optimizer.reset_masters()
-        else:
-            self.optimizer.load_state_dict(state)
+        self.optimizer.load(weights, None if reset_optimizer else state)
         totals: dict[str, Tensor] = {}
         for name, part in sums.items():
             key, _, _ = name.rpartition(".accumulator.")

@@ -236,8 +236,8 @@ def check_restoring(rank: int, dtype: torch.dtype) -> None:
         sums = merged(source.updater.sums(), mesh, add=True)
         continued[stage] = [(other, Run(where, other, dtype)) for other in (0, 1, 2, 3) for where in (mesh, alone)]
         for _, target in continued[stage]:
-            target.updater.load_weights({name: weights[name] for name in target.updater.weights()})
-            target.updater.load_state_dict({name: state[name] for name in target.updater.state_dict()})
+            own_weights = {name: weights[name] for name in target.updater.weights()}
+            target.updater.load(own_weights, {name: state[name] for name in target.updater.state_dict()})
             target.updater.load_sums(sums if target.mesh.dp_group.rank() == 0 else {})
     for step in range(saved_at + 1, STEPS + 1):
         for source in sources.values():

@@ -106,8 +106,7 @@ def test_a_state_restored_in_mid_period_continues_bit_for_bit(dtype: torch.dtype
             into = getattr(second, kind)()
             for name, tensor in getattr(first, kind)().items():
                 into[name].copy_(tensor)
-    second.load_weights(second.weights())
-    second.load_state_dict(second.state_dict())
+    second.load(second.weights(), second.state_dict())
     for step in range(4, 8):
         take_step(whole, step)
         take_step(second, step)
@@ -120,6 +119,5 @@ def test_masters_begin_anew_from_the_weights(dtype: torch.dtype):
     optimizer, updater = make_updater(dtype)
     take_step(optimizer, 1)
     weights = {name: torch.ones_like(weight) for name, weight in optimizer.weights().items()}
-    optimizer.load_weights(weights)
-    optimizer.reset_masters()
+    optimizer.load(weights)
     assert all((master == 1).all() for master in updater.masters(list(SHAPES)))
