@@ -16,6 +16,7 @@ from torch import Tensor
 from hopescale.checkpoint.manifest import Manifest, TensorEntry, damaged, file_problems, read_manifest
 from hopescale.checkpoint.save import dtype_name, flatten, ignore_single_process_warning
 from hopescale.common.errors import CheckpointError
+from hopescale.parallel.control import Control
 
 _SHOWN = 8
 
@@ -131,11 +132,7 @@ def _verify_fit(
 
 def _gather(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
     """Collect a value from every rank; just this one without a group."""
-    if group is None:
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(values, value, group=group)
-    return values
+    return [value] if group is None else Control(group).gather(value)
 
 
 def _listed(names: list[str]) -> str:

@@ -1,27 +1,47 @@
-"""When a run's state is saved, which checkpoint a resume takes, and which ones are kept."""
+"""When a run's state is saved and how it comes into place, which checkpoint a resume takes, and which ones are kept."""
 
 from __future__ import annotations
 
+import errno
 import logging
 import shutil
 from collections.abc import Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
 
+import hopescale
 from hopescale.checkpoint.manifest import (
     MANIFEST,
+    POINTER,
+    TOKENIZER,
+    FileEntry,
     Manifest,
+    TensorEntry,
     checkpoint_folders,
+    describe_file,
     folder_name,
     incomplete_because,
     read_pointer,
     step_of,
+    to_json,
 )
-from hopescale.checkpoint.save import REPLACED, TEMPORARY, Saver
+from hopescale.checkpoint.save import Writer, flatten, ignore_single_process_warning
+from hopescale.common.disk import sync, write_synced
 from hopescale.common.errors import CheckpointError
+from hopescale.common.units import format_bytes
 from hopescale.config.schema.train import CheckpointConfig
+from hopescale.parallel.control import Control
+
+TEMPORARY = ".tmp-"
+REPLACED = ".replaced-"
 
 logger = logging.getLogger(__name__)
 
@@ -79,17 +99,28 @@ def _available(root: Path) -> str:
     return f"complete ones in {root}: {', '.join(names) or 'none'}"
 
 
-class CheckpointManager:
-    """The checkpoints of a run that is being trained. Only one may exist for a folder at a time.
+@dataclass(frozen=True)
+class _Flight:
+    """A save that has begun."""
 
-    Construction creates the folder and removes what an interrupted save left there. To read the checkpoints of a run
-    that somebody else may be training, use `latest_checkpoint` and `find_checkpoint`.
+    folder: Path
+    num_bytes: int
+    future: Future
+
+
+class CheckpointManager:
+    """The checkpoints of a run that is being trained, saved one at a time. Only one may exist for a folder at a time.
+
+    A save writes into a temporary folder, which one rename puts in place; then the pointer moves to it. Construction
+    creates the folder and removes what an interrupted save left there. To read the checkpoints of a run that somebody
+    else may be training, use `latest_checkpoint` and `find_checkpoint`.
 
     Args:
         folder: The run's `checkpoints/`.
-        config: When to save and what to keep.
+        config: Times of saves, and number of checkpoints to keep.
         tokenizer: SentencePiece model to keep in each checkpoint.
-        group: See `Saver`.
+        group: Process group with a CPU backend over all ranks that hold parts of the state. Nothing else may use it
+            while a save is in flight. None is for one process.
 
     Raises:
         CheckpointError: If the folder cannot be made or cleaned.
@@ -103,51 +134,113 @@ class CheckpointManager:
         tokenizer: Path | None = None,
         group: dist.ProcessGroup | None = None,
     ):
-        self.folder = folder
-        self.config = config
-        self._saver = Saver(folder, tokenizer=tokenizer, group=group, on_commit=self._retain)
-        self._prepare_once(group)
-
-    def latest(self) -> Path | None:
-        """Return the checkpoint to continue from, or None in a new run; see `latest_checkpoint`."""
-        return latest_checkpoint(self.folder)
-
-    def find(self, which: int | Path) -> Path:
-        """Return the complete checkpoint of a step or at a path.
-
-        Raises:
-            CheckpointError: If there is none; the hint names those there are.
-        """
-        return find_checkpoint(self.folder / folder_name(which) if isinstance(which, int) else which)
+        self.folder, self.config = folder, config
+        self._tokenizer, self._group = tokenizer, group
+        self._flight: _Flight | None = None
+        if group is None:
+            self._prepare()
+        else:
+            Control(group).broadcast_from_rank0(self._prepare)
 
     def due(self, step: int, last_step: int) -> bool:
         """Say whether the state after `step` steps is to be saved: at multiples of `every` and at the last step."""
         return step == last_step or (self.config.every is not None and step > 0 and step % self.config.every == 0)
 
     def save(self, step: int, state: Mapping[str, Any], manifest: Manifest, *, blocking: bool = False) -> None:
-        """Save a state, in the background if the config says so and `blocking` does not; see `Saver.save`."""
-        self._saver.save(step, state, manifest, blocking=blocking or not self.config.async_save)
+        """Save a state, waiting first for the save in flight.
+
+        Args:
+            step: Optimizer steps done.
+            state: Tensors, flat or nested in dicts. For a save in the background they are copied before this returns.
+            manifest: Manifest whose `progress` (with the same `step`), `config` and `identity` are kept.
+            blocking: Whether to return only when the checkpoint is complete, whatever the config says.
+
+        Raises:
+            CheckpointError: If this save (or the one before it, when that ran in the background) failed.
+        """
+        assert manifest.step == step
+        self.wait()
+        blocking = blocking or not self.config.async_save
+        tensors = flatten(state)
+        folder = self.folder / folder_name(step)
+        writer = Writer(self.folder / f"{TEMPORARY}{folder.name}", partial(self._commit, folder, manifest))
+        num_bytes = sum(tensor.nbytes for tensor in tensors.values())
+        self._flight = _Flight(folder, num_bytes, self._start(writer, tensors, blocking))
+        if blocking:
+            self.wait()
+
+    def _start(self, writer: Writer, tensors: dict[str, Tensor], blocking: bool) -> Future:
+        ignore_single_process_warning()
+        future: Future = Future()
+        try:
+            if not blocking:
+                return dcp.async_save(tensors, storage_writer=writer, process_group=self._group)
+            future.set_result(dcp.save(tensors, storage_writer=writer, process_group=self._group))
+        except (OSError, RuntimeError, MemoryError, dcp.CheckpointException) as error:
+            future.set_exception(error)
+        return future
 
     def poll(self) -> Path | None:
-        """Return the folder of a background save that has completed meanwhile; see `Saver.poll`."""
-        return self._saver.poll()
+        """Return the folder of a background save that has completed and that nothing has waited for, else None.
+
+        Raises:
+            CheckpointError: If that save failed.
+        """
+        return self.wait() if self._flight and self._flight.future.done() else None
 
     def wait(self) -> Path | None:
-        """Wait for the save in flight, to be called before the process ends; see `Saver.wait`."""
-        return self._saver.wait()
+        """Wait for the save in flight; return its folder, or None when there was none.
 
-    def _prepare_once(self, group: dist.ProcessGroup | None) -> None:
-        """Prepare the folder on the first rank; the others wait, and fail if it does."""
-        failure: list[CheckpointError | None] = [None]
-        if group is None or dist.get_rank(group) == 0:
-            try:
-                self._prepare()
-            except CheckpointError as error:
-                failure = [error]
-        if group is not None:
-            dist.broadcast_object_list(failure, src=0, group=group)
-        if failure[0] is not None:
-            raise failure[0]
+        Raises:
+            CheckpointError: If that save failed. Its temporary files are gone, earlier checkpoints untouched.
+        """
+        flight, self._flight = self._flight, None
+        if flight is None:
+            return None
+        error = flight.future.exception()
+        if error is not None:
+            raise self._failure(flight, _root_cause(error)) from error
+        return flight.folder
+
+    def _commit(
+        self, folder: Path, manifest: Manifest, tensors: dict[str, TensorEntry], files: dict[str, FileEntry]
+    ) -> None:
+        temporary = self.folder / f"{TEMPORARY}{folder.name}"
+        if self._tokenizer is not None:
+            write_synced(temporary / TOKENIZER, self._tokenizer.read_bytes())
+            files = {**files, TOKENIZER: describe_file(temporary / TOKENIZER)}
+        versions = {"hopescale": hopescale.__version__, "torch": torch.__version__}
+        manifest = replace(manifest, versions=versions, tensors=tensors, files=files)
+        write_synced(temporary / MANIFEST, to_json(manifest).encode())
+        sync(temporary)
+        self._publish(temporary, folder)
+        self._retain(folder)
+
+    def _publish(self, temporary: Path, folder: Path) -> None:
+        replaced = self.folder / f"{REPLACED}{folder.name}"
+        if folder.exists():
+            folder.rename(replaced)
+        temporary.rename(folder)
+        sync(self.folder)
+        write_synced(self.folder / f"{TEMPORARY}{POINTER}", f"{folder.name}\n".encode())
+        (self.folder / f"{TEMPORARY}{POINTER}").rename(self.folder / POINTER)
+        sync(self.folder)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+    def _failure(self, flight: _Flight, cause: BaseException) -> CheckpointError:
+        if self._group is None or dist.get_rank(self._group) == 0:
+            shutil.rmtree(self.folder / f"{TEMPORARY}{flight.folder.name}", ignore_errors=True)
+            (self.folder / f"{TEMPORARY}{POINTER}").unlink(missing_ok=True)
+        reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else f"{type(cause).__name__}: {cause}"
+        good = read_pointer(self.folder)
+        size, free = format_bytes(flight.num_bytes), format_bytes(shutil.disk_usage(self.folder).free)
+        message = (
+            f"cannot write {flight.folder}: {reason} (the state has {size}, {free} are free now); "
+            f"last good checkpoint: {good.name if good else 'none'}"
+        )
+        full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "free some space or lower checkpoint.keep_last" if full else "remove the cause"
+        return CheckpointError(message, f"{remedy}, then repeat the command to continue from the last good one")
 
     def _prepare(self) -> None:
         try:
@@ -172,3 +265,13 @@ class CheckpointManager:
                 shutil.rmtree(folder.rename(self.folder / f"{TEMPORARY}removed-{folder.name}"))
             except OSError as error:
                 logger.warning("cannot remove the old checkpoint %s: %s", folder, error.strerror)
+
+
+def _root_cause(error: BaseException) -> BaseException:
+    """Unwrap the first rank's failure from DCP's collection; a stop by the user stays one."""
+    if not isinstance(error, dcp.CheckpointException):
+        return error
+    cause, _ = error.failures[min(error.failures)]
+    if not isinstance(cause, Exception):
+        raise cause
+    return cause

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hopescale.checkpoint.load import read_tensors, verify
-from hopescale.checkpoint.manager import find_checkpoint
+from hopescale.checkpoint.manager import CheckpointManager, find_checkpoint
 from hopescale.checkpoint.manifest import (
     EXPORT,
     TOKENIZER,
@@ -29,7 +29,7 @@ from hopescale.checkpoint.manifest import (
     read_manifest,
     to_json,
 )
-from hopescale.checkpoint.save import Saver, dtype_name
+from hopescale.checkpoint.save import dtype_name
 from hopescale.common.errors import CheckpointError
 from hopescale.common.groups import grouped
 from hopescale.common.staging import staged_folder
@@ -237,9 +237,8 @@ def write_checkpoint(out: Path, weights: Mapping[str, Tensor], manifest: Manifes
     config = from_dict(manifest.config, str(out))
     check_weights({name: _entry(weight) for name, weight in weights.items()}, config, str(out))
     with staged_folder(out, CheckpointError) as folder:
-        root = folder / "checkpoints"
-        root.mkdir()
-        Saver(root, tokenizer=tokenizer).save(manifest.step, {"model": dict(weights)}, manifest, blocking=True)
+        checkpoints = CheckpointManager(folder / "checkpoints", config.checkpoint, tokenizer=tokenizer)
+        checkpoints.save(manifest.step, {"model": dict(weights)}, manifest, blocking=True)
         (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     return find_checkpoint(out)
 

@@ -60,7 +60,7 @@ def test_what_cannot_be_removed_is_reported_and_does_not_stop_the_run(make_manag
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", _refuse)
         put(manager, 20)
-    assert manager.latest().name == "step-00000020"
+    assert latest_checkpoint(manager.folder).name == "step-00000020"
     assert "cannot remove the old checkpoint" in caplog.text
 
 
@@ -73,17 +73,17 @@ def test_a_run_continued_from_an_earlier_step_keeps_its_own_checkpoints(make_man
     put(make_manager(keep_last=3), 10, 20, 30)
     manager = make_manager(keep_last=2)
     put(manager, 11, 12)
-    assert manager.latest().name == "step-00000012"
+    assert latest_checkpoint(manager.folder).name == "step-00000012"
     assert steps(root) == [11, 12, 20, 30]
     shutil.rmtree(root / "step-00000012")
-    assert manager.latest().name == "step-00000011"
+    assert latest_checkpoint(manager.folder).name == "step-00000011"
     put(manager, 20)
     assert steps(root) == [11, 20, 30]
 
 
 def test_a_new_run_has_no_latest(make_manager, root: Path):
     assert latest_checkpoint(root) is None
-    assert make_manager().latest() is None
+    assert latest_checkpoint(make_manager().folder) is None
 
 
 @pytest.mark.parametrize("pointer", [None, "", "nonsense", "step-00000099\n"])
@@ -95,14 +95,14 @@ def test_a_bad_pointer_falls_back_with_a_warning(make_manager, root: Path, caplo
     if pointer is not None:
         (root / "latest").write_text(pointer)
     with caplog.at_level(logging.WARNING):
-        assert manager.latest().name == "step-00000020"
+        assert latest_checkpoint(manager.folder).name == "step-00000020"
     assert "taking step-00000020 instead" in caplog.text
 
 
 def test_a_good_pointer_gives_no_warning(make_manager, caplog):
     manager = make_manager()
     put(manager, 10)
-    assert manager.latest().name == "step-00000010"
+    assert latest_checkpoint(manager.folder).name == "step-00000010"
     assert not [record for record in caplog.records if record.name.startswith("hopescale")]
 
 
@@ -111,7 +111,7 @@ def test_only_broken_checkpoints_are_an_error_not_a_new_run(make_manager, root: 
     put(manager, 10)
     (root / "step-00000010" / "__0_0.distcp").write_bytes(b"")
     with pytest.raises(CheckpointError, match="no complete checkpoint in .*__0_0.distcp has 0 bytes"):
-        manager.latest()
+        latest_checkpoint(manager.folder)
 
 
 def test_leftovers_of_an_interrupted_save_are_removed_at_the_start(make_manager, root: Path):
@@ -132,19 +132,19 @@ def test_a_kill_while_a_checkpoint_is_replaced_loses_neither(make_manager, root:
         shutil.copytree(root / "step-00000010", root / ".replaced-step-00000010")
     else:
         (root / "step-00000010").rename(root / ".replaced-step-00000010")
-    assert make_manager().latest().name == "step-00000010"
+    assert latest_checkpoint(make_manager().folder).name == "step-00000010"
     assert sorted(path.name for path in root.iterdir()) == ["latest", "step-00000010"]
 
 
 def test_find(make_manager, root: Path):
     manager = make_manager(keep_last=3)
     put(manager, 10, 20)
-    assert manager.find(10) == root / "step-00000010"
+    assert find_checkpoint(root / "step-00000010") == root / "step-00000010"
     assert find_checkpoint(root) == find_checkpoint(root.parent) == find_checkpoint(root / "step-00000020")
     renamed = (root / "step-00000010").rename(root.parent / "kept")
     assert find_checkpoint(renamed) == renamed
     with pytest.raises(CheckpointError, match="step-00000015 does not exist") as raised:
-        manager.find(15)
+        find_checkpoint(root / "step-00000015")
     assert raised.value.hint.endswith("step-00000020")
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
         find_checkpoint(root.parent / "nowhere")

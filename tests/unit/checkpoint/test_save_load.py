@@ -15,6 +15,7 @@ import torch
 
 from hopescale.checkpoint import load, save
 from hopescale.checkpoint.load import load_into, verify
+from hopescale.checkpoint.manager import latest_checkpoint
 from hopescale.checkpoint.manifest import read_manifest
 from hopescale.checkpoint.save import flatten
 from hopescale.common.errors import CheckpointError
@@ -70,7 +71,7 @@ def test_every_kind_of_tensor_returns_bit_equal(make_manager, background: bool, 
         manager.save(5, state, make_manifest(5, losses=[1 / 3]))
         manager.wait()
         loaded = zeros_like(state)
-        manifest = load_into(loaded, manager.latest())
+        manifest = load_into(loaded, latest_checkpoint(manager.folder))
     assert_same_bits(loaded, state)
     assert manifest.progress == {"step": 5, "tokens_seen": 40, "losses": [1 / 3]}
     assert manifest.tensors["model.weight"].shape == (3, 4)
@@ -84,7 +85,7 @@ def test_loading_fills_the_given_tensors_in_place(make_manager, make_state, make
     state = make_state(9.0)
     parameter = state["model"]["parameter"]
     address = parameter.data_ptr()
-    load_into(state, manager.latest())
+    load_into(state, latest_checkpoint(manager.folder))
     assert parameter.data_ptr() == address
     assert parameter.requires_grad
     assert torch.equal(parameter, torch.full((2, 2), 2.0 / 3))
@@ -97,7 +98,7 @@ def test_a_background_save_holds_the_values_of_its_call(make_manager, monkeypatc
         for tensor in flatten(state).values():
             tensor.zero_()
     assert manager.poll() is None
-    assert manager.latest() is None
+    assert latest_checkpoint(manager.folder) is None
     gate.opened.set()
     folder = manager.wait()
     assert folder.name == "step-00000004"
@@ -113,7 +114,7 @@ def test_a_second_save_waits_for_the_first(make_manager, monkeypatch, make_state
     manager.save(2, make_state(), make_manifest(2))
     assert verify(manager.folder / "step-00000001").step == 1
     manager.wait()
-    assert manager.latest().name == "step-00000002"
+    assert latest_checkpoint(manager.folder).name == "step-00000002"
 
 
 @pytest.mark.parametrize("background", [False, True])
@@ -133,11 +134,11 @@ def test_a_full_disk_loses_nothing(make_manager, monkeypatch, background: bool, 
     assert "last good checkpoint: step-00000001" in message
     assert raised.value.exit_code == 4
     assert sorted(path.name for path in manager.folder.iterdir()) == ["latest", "step-00000001"]
-    assert manager.latest().name == "step-00000001"
-    verify(manager.latest())
+    assert latest_checkpoint(manager.folder).name == "step-00000001"
+    verify(latest_checkpoint(manager.folder))
     manager.save(2, make_state(), make_manifest(2))
     manager.wait()
-    assert manager.latest().name == "step-00000002"
+    assert latest_checkpoint(manager.folder).name == "step-00000002"
 
 
 @pytest.mark.parametrize("file", ["manifest.json", ".tmp-latest"])
@@ -156,7 +157,7 @@ def test_a_disk_that_fills_during_the_commit_loses_nothing(
     monkeypatch.setattr(save, "write_synced", write_synced)
     with pytest.raises(CheckpointError, match="No space left.*last good checkpoint: step-00000001"):
         manager.save(2, make_state(), make_manifest(2))
-    assert make_manager().latest().name == "step-00000001"
+    assert latest_checkpoint(make_manager().folder).name == "step-00000001"
 
 
 def test_a_real_full_disk_is_reported(tmp_path: Path, make_manager, root: Path, make_state, make_manifest):
@@ -169,7 +170,7 @@ def test_a_real_full_disk_is_reported(tmp_path: Path, make_manager, root: Path, 
         manager.save(1, make_state(), make_manifest(1))
         with pytest.raises(CheckpointError, match="No space left on device.*last good checkpoint: step-00000001"):
             manager.save(2, {"big": torch.zeros(2**17)}, make_manifest(2))
-        verify(manager.latest())
+        verify(latest_checkpoint(manager.folder))
         assert sorted(path.name for path in root.iterdir()) == ["latest", "step-00000001"]
     finally:
         subprocess.run(["umount", str(root)], check=True)
@@ -181,7 +182,7 @@ def test_a_background_failure_surfaces_at_the_next_call(make_manager, monkeypatc
         with monkeypatch.context() as patch:
             fail_writes(patch, errno.EACCES, 0)
             manager.save(3, make_state(), make_manifest(3))
-            manager._saver._flight.future.exception()
+            manager._flight.future.exception()
         with pytest.raises(CheckpointError, match="Permission denied.*last good checkpoint: none"):
             manager.save(4, make_state(), make_manifest(4)) if surface == "save" else getattr(manager, surface)()
         assert manager.wait() is None
@@ -192,7 +193,7 @@ def test_the_same_step_can_be_saved_again(make_manager, make_state, make_manifes
     for fill in (1.0, 2.0):
         manager.save(3, make_state(fill), make_manifest(3))
     loaded = zeros_like(make_state())
-    load_into(loaded, manager.latest())
+    load_into(loaded, latest_checkpoint(manager.folder))
     assert_same_bits(loaded, make_state(2.0))
     assert sorted(path.name for path in manager.folder.iterdir()) == ["latest", "step-00000003"]
 
@@ -202,18 +203,18 @@ def test_the_tokenizer_travels_along(make_manager, tmp_path: Path, make_state, m
     model.write_bytes(b"pieces")
     manager = make_manager(tokenizer=model)
     manager.save(1, make_state(), make_manifest(1))
-    copy = manager.latest() / "tokenizer.model"
+    copy = latest_checkpoint(manager.folder) / "tokenizer.model"
     assert copy.read_bytes() == b"pieces"
     copy.write_bytes(b"piecez")
     with pytest.raises(CheckpointError, match="tokenizer.model has other content"):
-        verify(manager.latest())
+        verify(latest_checkpoint(manager.folder))
 
 
 def test_one_flipped_bit_is_found(make_manager, make_state, make_manifest):
     manager = make_manager()
     for step in (1, 2):
         manager.save(step, make_state(), make_manifest(step))
-    folder = manager.latest()
+    folder = latest_checkpoint(manager.folder)
     for file in read_manifest(folder).files:
         path = folder / file
         good = path.read_bytes()
@@ -232,7 +233,7 @@ def test_one_flipped_bit_is_found(make_manager, make_state, make_manifest):
 def test_a_truncated_file_is_found(make_manager, make_state, make_manifest):
     manager = make_manager()
     manager.save(1, make_state(), make_manifest(1))
-    path = manager.latest() / "__0_0.distcp"
+    path = latest_checkpoint(manager.folder) / "__0_0.distcp"
     os.truncate(path, path.stat().st_size - 1)
     with pytest.raises(CheckpointError, match="__0_0.distcp has .* bytes, the manifest says"):
         load_into(make_state(), path.parent)
@@ -247,7 +248,7 @@ def test_every_difference_is_named_at_once(make_manager, make_state, make_manife
     del other["model"]["scalar"]
     other["model"]["new"] = torch.zeros(1)
     with pytest.raises(CheckpointError) as raised:
-        load_into(other, manager.latest())
+        load_into(other, latest_checkpoint(manager.folder))
     message = str(raised.value)
     assert "in the checkpoint, not in this run: model.scalar;" in message
     assert "in this run, not in the checkpoint: model.new;" in message
@@ -260,11 +261,11 @@ def test_a_prefix_loads_the_model_alone_and_is_as_strict(make_manager, make_stat
     manager = make_manager()
     manager.save(1, make_state(4.0), make_manifest(1))
     model = {"model": zeros_like(make_state()["model"])}
-    load_into(model, manager.latest(), prefix="model.")
+    load_into(model, latest_checkpoint(manager.folder), prefix="model.")
     assert_same_bits(model, {"model": make_state(4.0)["model"]})
     del model["model"]["view"]
     with pytest.raises(CheckpointError, match="not in this run: model.view"):
-        load_into(model, manager.latest(), prefix="model.")
+        load_into(model, latest_checkpoint(manager.folder), prefix="model.")
 
 
 def test_values_that_are_no_tensors_are_refused():
@@ -310,14 +311,14 @@ def test_a_kill_in_the_middle_of_a_save_leaves_the_one_before(root: Path, make_m
     manager = make_manager()
     assert sorted(path.name for path in root.iterdir()) == ["latest", "step-00000001"]
     loaded = {"w": torch.zeros(1000)}
-    assert load_into(loaded, manager.latest()).step == 1
+    assert load_into(loaded, latest_checkpoint(manager.folder)).step == 1
     assert torch.equal(loaded["w"], torch.full((1000,), 1.0))
 
 
 def test_neither_saving_nor_loading_makes_teams_of_threads(make_manager, monkeypatch, make_state, make_manifest):
     """A second OpenMP team on a full machine slows every later step; the training's own team must stay as it was."""
     seen = []
-    write, read = save._Writer.write_data, load.dcp.load
+    write, read = save.Writer.write_data, load.dcp.load
 
     def write_data(writer, *arguments):
         seen.append(torch.get_num_threads())
@@ -327,7 +328,7 @@ def test_neither_saving_nor_loading_makes_teams_of_threads(make_manager, monkeyp
         seen.append(torch.get_num_threads())
         return read(*arguments, **options)
 
-    monkeypatch.setattr(save._Writer, "write_data", write_data)
+    monkeypatch.setattr(save.Writer, "write_data", write_data)
     monkeypatch.setattr(load.dcp, "load", reading)
     threads = torch.get_num_threads()
     torch.set_num_threads(3)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from hopescale.checkpoint.manager import CheckpointManager
 from hopescale.checkpoint.manifest import Manifest
-from hopescale.checkpoint.save import Saver
 from hopescale.config.load import load_recipe, to_dict
 from hopescale.models import Model
 
@@ -35,10 +35,9 @@ def save(tmp_path: Path) -> Callable[..., Path]:
         config = load_recipe("debug", [*TINY, *overrides]).config
         weights = {name: p.detach() for name, p in Model(config.model, seed=3).named_parameters()}
         root = tmp_path / f"run{len(list(tmp_path.glob('run*')))}" / "checkpoints"
-        root.mkdir(parents=True)
         progress = {"step": 7, "tokens_seen": 672, "watch": []}
         manifest = Manifest(progress=progress, config=to_dict(config), identity={"model": "m", "data": "d"})
-        Saver(root).save(7, {"model": weights}, manifest, blocking=True)
+        CheckpointManager(root, config.checkpoint).save(7, {"model": weights}, manifest, blocking=True)
         return root / "step-00000007"
 
     return write
