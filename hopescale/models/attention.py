@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hopescale.config.schema import AttentionConfig
+from hopescale.config.model_shape import head_dim, kv_heads
+from hopescale.config.schema import ModelConfig
+from hopescale.config.transfer import attention_scale
 from hopescale.models.norm import RMSNorm
 from hopescale.models.state import LayerState
 from hopescale.ops.rope import rope_frequencies, rope_tables, rotate, slow_down
@@ -27,39 +29,25 @@ class Attention(nn.Module):
     """Multi-head or grouped-query attention. Its state is the keys and values of all tokens read: it grows with them.
 
     Args:
-        d_model: Width of the residual stream.
-        num_heads: Heads in all; split over tensor-parallel ranks.
-        head_dim: `D`, even.
-        config: Switches.
-        norm_eps: Added under the root of the RMSNorm of queries and keys.
+        model: Sizes and switches; the head dim `D` is even, and heads are split over tensor-parallel ranks.
         out_std: Standard deviation of the out-projection's initial weights.
-        mesh: Where this process stands.
-        scale: Factor on products of queries and keys; None is `D ** -0.5`.
+        mesh: Ranks of the run, and this process among them.
     """
 
-    def __init__(
-        self,
-        d_model: int,
-        num_heads: int,
-        head_dim: int,
-        config: AttentionConfig,
-        *,
-        norm_eps: float,
-        out_std: float,
-        mesh: Mesh,
-        scale: float | None = None,
-    ):
+    def __init__(self, model: ModelConfig, *, out_std: float, mesh: Mesh):
         super().__init__()
-        self.config, self.head_dim, self.scale = config, head_dim, scale
-        kv_heads = config.num_kv_heads or num_heads
-        self.kv_heads = kv_heads // mesh.tp_group.size()
-        self.shared_by = num_heads // kv_heads
+        width, groups = model.d_model, kv_heads(model)
+        self.config, self.head_dim, self.scale = model.attention, head_dim(model), attention_scale(model)
+        self.kv_heads, self.shared_by = groups // mesh.tp_group.size(), model.num_heads // groups
         # Queries, then key and value of each group side by side, so that a rank holds whole groups.
-        size = (num_heads + 2 * kv_heads) * head_dim
-        self.qkv_proj = ColumnLinear(d_model, size, std=d_model**-0.5, mesh=mesh, bias=config.qkv_bias)
-        self.out_proj = RowLinear(num_heads * head_dim, d_model, std=out_std, mesh=mesh)
-        self.q_norm = RMSNorm(head_dim, eps=norm_eps, shared_over=mesh) if config.qk_norm else None
-        self.k_norm = RMSNorm(head_dim, eps=norm_eps, shared_over=mesh) if config.qk_norm else None
+        size = (model.num_heads + 2 * groups) * self.head_dim
+        self.qkv_proj = ColumnLinear(width, size, std=width**-0.5, mesh=mesh, bias=self.config.qkv_bias)
+        self.out_proj = RowLinear(model.num_heads * self.head_dim, width, std=out_std, mesh=mesh)
+        self.q_norm = self.k_norm = None
+        if self.config.qk_norm:
+            self.q_norm, self.k_norm = (
+                RMSNorm(self.head_dim, eps=model.norm_eps, shared_over=mesh) for _ in ("q", "k")
+            )
 
     def initial_state(self, batch: int) -> LayerState:
         """Return an empty cache for `batch` sequences."""

@@ -6,7 +6,6 @@ from torch import Tensor, nn
 
 from hopescale.config.model_shape import head_dim, levels_of_block
 from hopescale.config.schema import ModelConfig
-from hopescale.config.transfer import attention_scale
 from hopescale.models.attention import Attention
 from hopescale.models.cms import ContinuumMemory
 from hopescale.models.norm import stream_norm
@@ -22,13 +21,13 @@ class Block(nn.Module):
 
     Args:
         config: Sizes and switches.
-        number: Which block of the model it is, from 0.
-        mesh: Where this process stands.
-        recompute: What is computed again in the backward pass instead of kept: the `block`, its mixer (`memory`), or
-            the `chunks` of its memories, from the states they start with. The first two do the third as well. So does
-            `reverse`, which computes most of these states again, too.
+        number: Number of the block in the model, from 0.
+        mesh: Ranks of the run, and this process among them.
+        recompute: Activations that the backward pass computes again: those of the `block`, of its mixer (`memory`), or
+            of the `chunks` of its memories, from the states they start with. The first two do the third as well. So
+            does `reverse`, which computes most of these states again, too.
         compiled: Whether a chunk of the memories is compiled.
-        backend: What computes memories.
+        backend: Code that runs memories.
     """
 
     def __init__(
@@ -44,21 +43,14 @@ class Block(nn.Module):
         self.recompute = recompute
         # Two additions to the residual stream per block, at least: their variance must not grow with depth.
         out_scale = (2 * config.num_layers) ** -0.5
-        shared = {
-            "norm_eps": config.norm_eps,
-            "out_std": out_scale * (config.num_heads * head_dim(config)) ** -0.5,
-            "mesh": mesh,
-        }
-        sizes = (config.d_model, config.num_heads, head_dim(config))
+        out_std = out_scale * (config.num_heads * head_dim(config)) ** -0.5
         self.norm = stream_norm(config.d_model, eps=config.norm_eps, mesh=mesh)
         if config.mixer == "attention":
-            self.mixer = Attention(*sizes, config.attention, scale=attention_scale(config), **shared)
+            self.mixer = Attention(config, out_std=out_std, mesh=mesh)
         else:
             computed = {"recompute": recompute, "compiled": compiled, "backend": backend}
-            self.mixer = SelfModifying(*sizes, config.self_modifying, **shared, **computed)
-        levels = levels_of_block(config, number)
-        shared = {"norm_eps": config.norm_eps, "out_scale": out_scale, "mesh": mesh}
-        self.cms = ContinuumMemory(config.d_model, config.cms.variant, levels, **shared)
+            self.mixer = SelfModifying(config, out_std=out_std, mesh=mesh, **computed)
+        self.cms = ContinuumMemory(config, levels_of_block(config, number), out_scale=out_scale, mesh=mesh)
 
     def forward(
         self,

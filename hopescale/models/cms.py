@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hopescale.config.schema import LevelConfig
+from hopescale.config.schema import LevelConfig, ModelConfig
 from hopescale.models.norm import stream_norm
 from hopescale.parallel.layers import ColumnLinear, ParameterSpec, RowLinear, new_parameter
 from hopescale.parallel.mesh import Mesh
@@ -21,9 +20,9 @@ class Level(nn.Module):
     Args:
         d_model: Width of the residual stream.
         d_ff: Hidden width.
-        norm_eps: For the RMSNorm in front; None leaves it out (`independent`, where levels share one).
+        norm_eps: Term of the RMSNorm in front; None leaves that out (`independent`, where levels share one).
         out_std: Standard deviation of the last matrix's initial weights.
-        mesh: Where this process stands.
+        mesh: Ranks of the run, and this process among them.
     """
 
     def __init__(self, d_model: int, d_ff: int, *, norm_eps: float | None, out_std: float, mesh: Mesh):
@@ -52,41 +51,24 @@ class ContinuumMemory(nn.Module):
     (Eq. 74), communicating once for all levels. One level of period 1 is exactly a Transformer's MLP.
 
     Args:
-        d_model: Width of the residual stream.
-        variant: As above.
-        levels: By name, fast to slow.
-        norm_eps: Added under the root of every RMSNorm.
+        model: Sizes and switches.
+        levels: Levels of the block by name, fast to slow.
         out_scale: Factor on the standard deviation of the last matrices' initial weights.
-        mesh: Where this process stands.
+        mesh: Ranks of the run, and this process among them.
     """
 
-    def __init__(
-        self,
-        d_model: int,
-        variant: Literal["sequential", "independent"],
-        levels: Mapping[str, LevelConfig],
-        *,
-        norm_eps: float,
-        out_scale: float,
-        mesh: Mesh,
-    ):
+    def __init__(self, model: ModelConfig, levels: Mapping[str, LevelConfig], *, out_scale: float, mesh: Mesh):
         super().__init__()
-        self.mesh = mesh
-        self.sequential = variant == "sequential"
+        self.mesh, self.sequential = mesh, model.cms.variant == "sequential"
+        shared = {"norm_eps": model.norm_eps if self.sequential else None, "mesh": mesh}
         self.levels = nn.ModuleDict(
             {
-                name: Level(
-                    d_model,
-                    level.d_ff,
-                    norm_eps=norm_eps if self.sequential else None,
-                    out_std=out_scale * level.d_ff**-0.5,
-                    mesh=mesh,
-                )
+                name: Level(model.d_model, level.d_ff, out_std=out_scale * level.d_ff**-0.5, **shared)
                 for name, level in levels.items()
             }
         )
         if not self.sequential:
-            self.norm = stream_norm(d_model, eps=norm_eps, mesh=mesh)
+            self.norm = stream_norm(model.d_model, eps=model.norm_eps, mesh=mesh)
             self.mix = new_parameter(len(levels), spec=ParameterSpec(mean=len(levels) ** -0.5, keep_fp32=True))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -32,12 +32,12 @@ class Model(nn.Module):
 
     Args:
         config: Sizes and switches, checked by `hopescale.config.check`.
-        seed: Of the initial weights; each depends only on the seed and the parameter's name.
-        mesh: Where this process stands; None is a process of its own.
+        seed: Seed of the initial weights; each depends only on it and the parameter's name.
+        mesh: Ranks of the run, and this process among them; None is a process of its own.
         blocks: Numbers of the blocks to hold, from 0; None is all.
         recompute: Activations computed again in the backward pass instead of kept; as `train.recompute`.
         compiled: Whether the chunk loop of memories is compiled; as `train.compile`.
-        backend: What computes memories; as `train.backend`.
+        backend: Code that runs memories; as `train.backend`.
 
     Attributes:
         is_first: Whether this slice begins the model.
@@ -98,10 +98,10 @@ class Model(nn.Module):
 
         Args:
             tokens: `[B, T]`, int64; read by the slice that begins the model only.
-            state: What an earlier call returned; None begins anew.
-            hidden: What the slice before returned, `[T, B, N]`; None for the slice that begins the model.
+            state: State that an earlier call returned; None begins anew.
+            hidden: Output `[T, B, N]` of the slice before; None for the slice that begins the model.
             document_ids: `[B, T]`, for attention `within_documents`.
-            probe: Filled with `memory/<layer>/<statistic>` scalars if given.
+            probe: Dict to be filled with `memory/<layer>/<statistic>` scalars.
             last_only: Whether to predict after the last token alone, as generation needs.
 
         Returns:

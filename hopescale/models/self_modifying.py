@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hopescale.config.schema import SelfModifyingConfig
+from hopescale.config.model_shape import head_dim, memory_dim
+from hopescale.config.schema import ModelConfig
 from hopescale.models.memory import MemoryBank
 from hopescale.models.norm import RMSNorm
 from hopescale.models.state import LayerState
@@ -67,11 +68,7 @@ class SelfModifying(nn.Module):
     The heads are split over tensor-parallel ranks; the recurrence communicates nothing.
 
     Args:
-        d_model: Width of the residual stream.
-        num_heads: Heads of all ranks.
-        head_dim: Width of a head, `D`.
-        config: Switches and starting values.
-        norm_eps: Number added under the root of the RMSNorm.
+        model: Sizes, switches and starting values.
         out_std: Standard deviation of the out-projection's initial weights.
         mesh: Ranks of the run, and this process among them.
         recompute: Activations of memories that are computed again; as in `self_modifying`.
@@ -81,12 +78,8 @@ class SelfModifying(nn.Module):
 
     def __init__(
         self,
-        d_model: int,
-        num_heads: int,
-        head_dim: int,
-        config: SelfModifyingConfig,
+        model: ModelConfig,
         *,
-        norm_eps: float,
         out_std: float,
         mesh: Mesh,
         recompute: Recompute = "none",
@@ -95,22 +88,23 @@ class SelfModifying(nn.Module):
     ):
         super().__init__()
         self.computed = {"recompute": recompute, "compiled": compiled, "backend": backend}
-        self.config, self.head_dim = config, head_dim
-        self.heads = num_heads // mesh.tp_group.size()
+        config, dim = model.self_modifying, head_dim(model)
+        self.config, self.head_dim = config, dim
+        self.heads, width = model.num_heads // mesh.tp_group.size(), model.num_heads * dim
         adaptive = set(config.adaptive)
         slices = len(STREAMS) + config.gate  # the output gate last
-        self.in_proj = ColumnLinear(d_model, num_heads * head_dim * slices, std=d_model**-0.5, mesh=mesh)
+        self.in_proj = ColumnLinear(model.d_model, width * slices, std=model.d_model**-0.5, mesh=mesh)
         self.conv = None
         if config.conv_width:
             spec = ParameterSpec(std=config.conv_width**-0.5, partition_dim=0, keep_fp32=True)
-            channels = self.heads * len(STREAMS) * head_dim
+            channels = self.heads * len(STREAMS) * dim
             self.conv = nn.ParameterDict({"weight": new_parameter(channels, config.conv_width, spec=spec)})
         self.gates = nn.ModuleDict(self._gates(adaptive))
-        self.spec = self._memory_spec(adaptive)
+        self.spec = self._memory_spec(adaptive, memory_dim(model))
         names = zip(Memories._fields, self.spec.banks, strict=True)
-        self.banks = nn.ModuleDict({name: MemoryBank(bank, self.heads, head_dim) for name, bank in names if bank})
-        self.norm = RMSNorm(self.heads, head_dim, eps=norm_eps, partition_dim=0)
-        self.out_proj = RowLinear(num_heads * head_dim, d_model, std=out_std, mesh=mesh)
+        self.banks = nn.ModuleDict({name: MemoryBank(bank, self.heads, dim) for name, bank in names if bank})
+        self.norm = RMSNorm(self.heads, dim, eps=model.norm_eps, partition_dim=0)
+        self.out_proj = RowLinear(width, model.d_model, std=out_std, mesh=mesh)
 
     def _gates(self, adaptive: set[str]) -> dict[str, Gate]:
         config, dim = self.config, self.head_dim
@@ -121,13 +115,13 @@ class SelfModifying(nn.Module):
             gates["mu"] = Gate(self.heads, config.mu_init, dim)
         return gates
 
-    def _memory_spec(self, adaptive: set[str]) -> MemorySpec:
+    def _memory_spec(self, adaptive: set[str], hidden: int | None) -> MemorySpec:
         config = self.config
         makers = tuple(name for name in "kv" if name in adaptive) + ("q",) * (config.query == "memory")
         return MemorySpec(
             vector_memories=("mem", *makers),
             gate_memories=tuple(name for name in ("eta", "alpha") if name in adaptive),
-            hidden=(config.memory_dim or self.head_dim) if config.memory == "mlp" else None,
+            hidden=hidden,
             chunk_size=config.chunk_size,
             objective=config.objective,
             own_target=config.targets == "self",

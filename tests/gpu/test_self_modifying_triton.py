@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hopescale.config.schema import SelfModifyingConfig
+from hopescale.config.schema import ModelConfig, SelfModifyingConfig
 from hopescale.models.self_modifying import SelfModifying
 from hopescale.ops.self_modifying import Memories, MemoryState, SelfModifyingOutput, Streams, Weights, self_modifying
 from hopescale.parallel.mesh import Mesh
@@ -38,7 +38,8 @@ SWITCHES = {
 
 
 def make_mixer(config: SelfModifyingConfig, heads: int, dim: int) -> SelfModifying:
-    return SelfModifying(8, heads, dim, config, norm_eps=1e-6, out_std=0.3, mesh=Mesh.alone(), backend="torch")
+    model = ModelConfig(d_model=8, num_heads=heads, head_dim=dim, self_modifying=config)
+    return SelfModifying(model, out_std=0.3, mesh=Mesh.alone(), backend="torch")
 
 
 def make_inputs(mixer: SelfModifying, tokens: int, batch: int) -> dict[str, Tensor]:

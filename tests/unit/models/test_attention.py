@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hopescale.config.schema import AttentionConfig, RopeScalingConfig
+from hopescale.config.schema import AttentionConfig, ModelConfig, RopeScalingConfig
 from hopescale.models.attention import Attention
 from hopescale.models.init import initialize
 from hopescale.parallel.mesh import Mesh
@@ -17,7 +17,8 @@ WIDTH, HEADS, DIM, BATCH = 12, 4, 6, 2
 
 
 def make_attention(**switches) -> Attention:
-    attention = Attention(WIDTH, HEADS, DIM, AttentionConfig(**switches), norm_eps=1e-6, out_std=0.3, mesh=Mesh.alone())
+    config = ModelConfig(d_model=WIDTH, num_heads=HEADS, head_dim=DIM, attention=AttentionConfig(**switches))
+    attention = Attention(config, out_std=0.3, mesh=Mesh.alone())
     initialize(attention, 0, Mesh.alone())
     if attention.qkv_proj.bias is not None:
         torch.nn.init.normal_(attention.qkv_proj.bias, generator=torch.Generator().manual_seed(2))

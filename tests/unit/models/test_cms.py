@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hopescale.config.schema import LevelConfig
+from hopescale.config.schema import CmsConfig, LevelConfig, ModelConfig
 from hopescale.models.cms import ContinuumMemory
 from hopescale.models.init import initialize
 from hopescale.parallel.mesh import Mesh
@@ -20,7 +20,8 @@ LEVELS = {
 
 
 def make_cms(levels: dict[str, LevelConfig], variant: str) -> ContinuumMemory:
-    cms = ContinuumMemory(WIDTH, variant, levels, norm_eps=1e-6, out_scale=0.7, mesh=Mesh.alone())
+    config = ModelConfig(d_model=WIDTH, cms=CmsConfig(variant=variant))
+    cms = ContinuumMemory(config, levels, out_scale=0.7, mesh=Mesh.alone())
     initialize(cms, 0, Mesh.alone())
     g = torch.Generator().manual_seed(2)
     with torch.no_grad():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hopescale.config.schema import SelfModifyingConfig
+from hopescale.config.schema import ModelConfig, SelfModifyingConfig
 from hopescale.models.init import initialize
 from hopescale.models.self_modifying import SelfModifying
 from hopescale.ops.cpp import build
@@ -26,7 +26,8 @@ pytestmark = pytest.mark.skipif(build.problem() is not None, reason="no C++ comp
 
 def make_mixer(switch: str, chunk_size: int, backend: str) -> SelfModifying:
     config = replace(SelfModifyingConfig(chunk_size=chunk_size), **FUSED[switch])
-    mixer = SelfModifying(WIDTH, HEADS, DIM, config, norm_eps=1e-6, out_std=0.3, mesh=Mesh.alone(), backend=backend)
+    model = ModelConfig(d_model=WIDTH, num_heads=HEADS, head_dim=DIM, self_modifying=config)
+    mixer = SelfModifying(model, out_std=0.3, mesh=Mesh.alone(), backend=backend)
     initialize(mixer, 0, Mesh.alone())
     g = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -107,7 +108,8 @@ def refuse(*_: object, **__: object) -> None:
 
 def run_without_loop(monkeypatch: pytest.MonkeyPatch, backend: str, **changes: object) -> Callable[[], None]:
     config = replace(SelfModifyingConfig(chunk_size=4), **changes)
-    mixer = SelfModifying(WIDTH, HEADS, DIM, config, norm_eps=1e-6, out_std=0.3, mesh=Mesh.alone(), backend=backend)
+    model = ModelConfig(d_model=WIDTH, num_heads=HEADS, head_dim=DIM, self_modifying=config)
+    mixer = SelfModifying(model, out_std=0.3, mesh=Mesh.alone(), backend=backend)
     monkeypatch.setattr(chunked, "scan", refuse)
     return lambda: mixer(torch.randn(9, BATCH, WIDTH))
 
