@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -17,27 +16,19 @@ from hopescale.optim import RuleGroup
 from hopescale.optim.adamw import adamw_state
 
 
-@contextmanager
-def environment(**variables: str) -> Iterator[None]:
-    """Set environment variables that a library reads, and undo it: they are nobody else's business."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name)
-            if value is not None:
-                os.environ[name] = value
-
-
 def start_deepspeed(device: torch.device) -> None:
     """Import DeepSpeed for a device and let it use the process groups that are running. May be called again."""
-    with environment(DS_ACCELERATOR=device.type):
+    before = os.environ.get("DS_ACCELERATOR")
+    os.environ["DS_ACCELERATOR"] = device.type
+    try:
         import deepspeed
         from deepspeed.accelerator import get_accelerator
 
         get_accelerator()
+    finally:
+        # It is nobody else's business.
+        os.environ.pop("DS_ACCELERATOR")
+        os.environ |= {} if before is None else {"DS_ACCELERATOR": before}
     # It warns of what it is used for here on purpose, and calls names that torch will drop some day.
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)

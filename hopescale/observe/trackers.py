@@ -1,23 +1,12 @@
-"""Views of a run's metrics for people to look at; `metrics.jsonl` is the record, these can be lost."""
+"""A view of a run's metrics for people to look at; `metrics.jsonl` is the record, this can be lost."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
 
 from hopescale.common.errors import HopescaleError
-
-
-class Tracker(Protocol):
-    """Whatever shows metrics while a run proceeds."""
-
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Show the values of a step; names are those of `hopescale.observe.metrics.METRICS`."""
-
-    def close(self) -> None:
-        """Finish what is pending."""
 
 
 class TensorBoardTracker:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import fcntl
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -14,7 +15,8 @@ from hopescale.config.record import write_record
 from hopescale.config.schema import LogConfig
 from hopescale.data.tokenizer import Tokenizer
 from hopescale.observe.metrics import MetricsLog
-from hopescale.observe.trackers import TensorBoardTracker, Tracker
+from hopescale.observe.run_status import OUTCOME
+from hopescale.observe.trackers import TensorBoardTracker
 from hopescale.train.request import RunRequest
 
 
@@ -25,7 +27,7 @@ class RunFolder:
         path: The folder; it is made if missing.
 
     Raises:
-        LaunchError: If it cannot be made or another process is training in it.
+        LaunchError: From every method that cannot write the folder, and on entry if another process is training in it.
     """
 
     def __init__(self, path: Path):
@@ -33,22 +35,26 @@ class RunFolder:
         self._lock: IO[str] | None = None
 
     def __enter__(self) -> RunFolder:
-        try:
+        with self._writing():
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / ".lock").open("w")
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            hint = "wait for it, stop it, or choose another --run-dir"
-            raise LaunchError(f"run folder {self.path} is in use by another process", hint) from error
-        except OSError as error:
-            raise self._failure(error) from error
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                hint = "wait for it, stop it, or choose another --run-dir"
+                raise LaunchError(f"run folder {self.path} is in use by another process", hint) from error
         return self
 
     def __exit__(self, *_: object) -> None:
         self._lock.close()
 
-    def _failure(self, error: OSError) -> LaunchError:
-        return LaunchError(f"cannot write the run folder {self.path}: {error.strerror}", "choose another --run-dir")
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            message = f"cannot write the run folder {self.path}: {error.strerror}"
+            raise LaunchError(message, "choose another --run-dir") from error
 
     @property
     def checkpoints(self) -> Path:
@@ -61,17 +67,9 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     def keep_tokenizer(self, tokenizer: Tokenizer | None) -> Path | None:
-        """Copy the tokenizer into the folder, if there is one, and return its path.
-
-        Raises:
-            LaunchError: If the folder cannot be written.
-        """
-        if tokenizer is None:
-            return None
-        try:
-            return tokenizer.copy_to(self.path)
-        except OSError as error:
-            raise self._failure(error) from error
+        """Copy the tokenizer into the folder, if there is one, and return its path."""
+        with self._writing():
+            return None if tokenizer is None else tokenizer.copy_to(self.path)
 
     def describe(self, request: RunRequest, groups: str) -> None:
         """Write what the run is: resolved config, overrides, origins, plan, parameter groups, environment.
@@ -81,28 +79,17 @@ class RunFolder:
         Args:
             request: Request of this start.
             groups: Table of the parameter groups.
-
-        Raises:
-            LaunchError: If the folder cannot be written.
         """
-        try:
+        with self._writing():
             write_record(self.path, request.loaded, request.layout, request.overrides)
             replace_text(self.path / "groups.txt", groups)
             replace_text(self.path / "env.txt", describe_software())
-            (self.path / "outcome").unlink(missing_ok=True)
-        except OSError as error:
-            raise self._failure(error) from error
+            (self.path / OUTCOME).unlink(missing_ok=True)
 
     def note_outcome(self, outcome: str) -> None:
-        """Write down how the run ended, until `describe` begins the next start.
-
-        Raises:
-            LaunchError: If the folder cannot be written.
-        """
-        try:
-            replace_text(self.path / "outcome", f"{outcome}\n")
-        except OSError as error:
-            raise self._failure(error) from error
+        """Write down how the run ended, until `describe` begins the next start."""
+        with self._writing():
+            replace_text(self.path / OUTCOME, f"{outcome}\n")
 
 
 class Record:
@@ -116,20 +103,20 @@ class Record:
 
     def __init__(self, folder: RunFolder, config: LogConfig, *, resume_step: int | None):
         self._metrics = MetricsLog(folder.metrics, resume_step=resume_step)
-        self._trackers: list[Tracker] = []
+        self._tensorboard: TensorBoardTracker | None = None
         if config.tensorboard:
-            self._trackers.append(TensorBoardTracker(folder.path / "tb", resume_step=resume_step))
+            self._tensorboard = TensorBoardTracker(folder.path / "tb", resume_step=resume_step)
 
     def __enter__(self) -> Record:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._metrics.close()
-        for tracker in self._trackers:
-            tracker.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
 
     def log(self, step: int, tokens_seen: int, values: Mapping[str, float]) -> None:
         """Write the values of a step; the file comes first, as a full disk is reported there in one message."""
         self._metrics.log(step, tokens_seen, values)
-        for tracker in self._trackers:
-            tracker.log(step, values)
+        if self._tensorboard is not None:
+            self._tensorboard.log(step, values)

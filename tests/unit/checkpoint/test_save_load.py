@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from hopescale.checkpoint import load, save
+from hopescale.checkpoint import manager as manager_module
 from hopescale.checkpoint.load import load_into, verify
 from hopescale.checkpoint.manager import latest_checkpoint
 from hopescale.checkpoint.manifest import read_manifest
@@ -147,14 +148,14 @@ def test_a_disk_that_fills_during_the_commit_loses_nothing(
 ):
     manager = make_manager()
     manager.save(1, make_state(), make_manifest(1))
-    original = save.write_synced
+    original = manager_module.write_synced
 
     def write_synced(path: Path, content: bytes) -> None:
         if path.name == file:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         original(path, content)
 
-    monkeypatch.setattr(save, "write_synced", write_synced)
+    monkeypatch.setattr(manager_module, "write_synced", write_synced)
     with pytest.raises(CheckpointError, match="No space left.*last good checkpoint: step-00000001"):
         manager.save(2, make_state(), make_manifest(2))
     assert latest_checkpoint(make_manager().folder).name == "step-00000001"
