@@ -53,11 +53,7 @@ def load_into(
 
 
 def read_tensors(folder: Path, names: Collection[str]) -> dict[str, Tensor]:
-    """Read some tensors, whole, of a checkpoint that has passed `verify`; needs memory for them alone.
-
-    Raises:
-        CheckpointError: If they cannot be read.
-    """
+    """Read some tensors, whole, of a checkpoint that has passed `verify`; needs memory for them alone."""
     entries = read_manifest(folder).tensors
     tensors = {name: torch.empty(entries[name].shape, dtype=getattr(torch, entries[name].dtype)) for name in names}
     _read(tensors, folder, None)

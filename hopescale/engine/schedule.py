@@ -69,14 +69,7 @@ class Loop:
 def make_passes(
     slices: Sequence[Model], backward: Callable[[Tensor], None], seq_len: int, device: torch.device
 ) -> Passes:
-    """Return the way to run this rank's slices of the model.
-
-    Args:
-        slices: Slices of the model, in order.
-        backward: Function that runs the backward pass of a loss, where there is no pipeline.
-        seq_len: Tokens per sequence.
-        device: Device of the weights.
-    """
+    """Return the way to run this rank's slices of the model, in order; a pipeline runs `backward` by itself."""
     if slices[0].mesh.pp_group.size() == 1:
         return Loop(slices[0], backward, device)
     from hopescale.engine.pipeline import Pipeline

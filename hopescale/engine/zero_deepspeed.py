@@ -44,11 +44,11 @@ class FlatShards:
     gradients to the replica that has their part, steps AdamW there, and gathers the new weights.
 
     Args:
-        parameters: By name, on one device; their storage becomes part of a flat tensor.
-        groups: Which share settings, every parameter in one.
-        eps: Of AdamW.
-        stage: 1 reduces whole gradients when asked to; 2 reduces each as soon as it is complete in a backward pass.
-        dp_group: The replicas.
+        parameters: Parameters by name, on one device; their storage becomes part of a flat tensor.
+        groups: Groups that share settings, every parameter in one.
+        eps: Term of AdamW.
+        stage: Stage 1 reduces whole gradients when asked to, 2 each as soon as it is complete in a backward pass.
+        dp_group: Replicas.
     """
 
     def __init__(
@@ -104,11 +104,7 @@ class FlatShards:
             self._zero.averaged_gradients[index] = None
 
     def step(self, rates: Mapping[str, float]) -> None:
-        """Update with the gradients here, and gather the weights; the gradients are gone afterwards.
-
-        Args:
-            rates: Learning rate of each group by its name.
-        """
+        """Update with the gradients here at each group's rate, and gather the weights; the gradients are gone then."""
         for group in self._zero.optimizer.param_groups:
             group["lr"] = rates[group["name"]]
         for index in range(len(self._flat)):
@@ -122,12 +118,7 @@ class FlatShards:
         return 0 if here is None else here.lp_fragment_address.start
 
     def part(self, name: str, key: str) -> Tensor:
-        """Return this replica's part of `master`, `gradient`, `exp_avg` or `exp_avg_sq`: a view, maybe empty.
-
-        Args:
-            name: Of the parameter.
-            key: Of its tensor.
-        """
+        """Return this replica's part of a parameter's `master`, `gradient`, `exp_avg` or `exp_avg_sq`, maybe empty."""
         index, here = self._group_of[name], self.parameters[name]._hp_mapping
         if key == "master":
             flat = self._flat[index].detach()

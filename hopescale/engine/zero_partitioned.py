@@ -22,11 +22,11 @@ class PartitionedModel:
     """Weights in equal parts over replicas, whole only while they are used; gradients summed to the same parts.
 
     Args:
-        model: Its parameters are empty from here on, except where its modules run.
-        parameters: All of the model's, by name.
+        model: Model whose parameters are empty from here on, except where its modules run.
+        parameters: All of its parameters, by name.
         whole: Kinds of modules whose parameters are gathered at once, before their forward and backward pass. What the
             model has outside of them is gathered for the whole of its passes.
-        dp_group: The replicas.
+        dp_group: Replicas.
     """
 
     def __init__(
@@ -98,10 +98,10 @@ class PartitionedShards:
     """Parameters of a partitioned model that are updated together; as `FlatShards`, but cut parameter by parameter.
 
     Args:
-        model: Holds the weights and accumulates the gradients.
-        parameters: By name, of one type.
-        groups: Which share settings, every parameter in one.
-        eps: Of AdamW.
+        model: Model that holds the weights and accumulates the gradients.
+        parameters: Parameters by name, of one type.
+        groups: Groups that share settings, every parameter in one.
+        eps: Term of AdamW.
     """
 
     def __init__(
@@ -125,11 +125,7 @@ class PartitionedShards:
 
     @torch.no_grad()
     def step(self, rates: Mapping[str, float]) -> None:
-        """Update with the gradients here, which are gone afterwards.
-
-        Args:
-            rates: Learning rate of each group by its name.
-        """
+        """Update with the gradients here at each group's rate; they are gone afterwards."""
         # An evaluation may have left some whole.
         self.model.release()
         for group in self._rule.param_groups:
@@ -148,12 +144,7 @@ class PartitionedShards:
         return self.model.start_of(name)
 
     def part(self, name: str, key: str) -> Tensor:
-        """Return this replica's part of `weight`, `master`, `gradient`, `exp_avg` or `exp_avg_sq`: a view, maybe empty.
-
-        Args:
-            name: Of the parameter.
-            key: Of its tensor.
-        """
+        """Return this replica's part of a parameter's `weight`, or of what `FlatShards` has, maybe empty."""
         if key == "weight":
             return self.model.weight(name)
         if key == "master":

@@ -50,15 +50,9 @@ def generate(
     generator: torch.Generator,
     end: int | None = None,
 ) -> Iterator[GeneratedToken]:
-    """Yield one token after the other. The last is not read.
+    """Yield one token after the other, at most `max_tokens`, after what `prefill` has read. The last is not read.
 
-    Args:
-        model: In whatever precision it is.
-        reading: Reading to begin from, as `prefill` returns it.
-        max_tokens: Most tokens to yield.
-        sampling: Rule by which tokens are chosen.
-        generator: Source of randomness.
-        end: Token that ends a single sequence; it is neither yielded nor read. None never ends.
+    The token `end` ends a single sequence, and is neither yielded nor read; None never ends.
     """
     token = None
     for _ in range(max_tokens):

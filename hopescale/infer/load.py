@@ -29,11 +29,7 @@ class LoadedModel:
 
 
 def load_model(path: Path, device: torch.device) -> LoadedModel:
-    """Load the weights of a checkpoint in the precision they were trained in.
-
-    Args:
-        path: A checkpoint folder, or a run folder, whose latest checkpoint is taken.
-        device: Device of the weights.
+    """Load the weights of a checkpoint, or of a run folder's latest, in the precision they were trained in.
 
     Raises:
         CheckpointError: If there is no checkpoint, or it is damaged.
@@ -47,12 +43,7 @@ def load_model(path: Path, device: torch.device) -> LoadedModel:
 
 
 def empty_model(manifest: Manifest, folder: Path) -> Model:
-    """Return the model that a manifest describes, in its precision and on the CPU; weights are to be filled in.
-
-    Args:
-        manifest: Manifest of a checkpoint or an export.
-        folder: Folder of the manifest, for messages.
-    """
+    """Return the model of a manifest in `folder`, in its precision, on the CPU; its weights are to be filled in."""
     config = from_dict(manifest.config, str(folder))
     model = Model(config.model)
     return model.to_precision(torch.bfloat16) if config.train.precision == "bf16" else model

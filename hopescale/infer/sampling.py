@@ -40,16 +40,7 @@ class Sampling:
 
 
 def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """Choose one token per row.
-
-    Args:
-        logits: `[B, V]`.
-        sampling: Rule by which a token is chosen.
-        generator: Source of randomness, on the CPU; unused when greedy.
-
-    Returns:
-        Token ids `[B]`, int64.
-    """
+    """Choose one token per row of logits `[B, V]`: ids `[B]`, int64. The generator is on the CPU."""
     if sampling.temperature == 0:
         return logits.argmax(-1)
     scores = logits.double().cpu()

@@ -33,13 +33,7 @@ TENSORS = "state.pt"
 
 
 def write_state(reading: Reading, loaded: LoadedModel, folder: Path) -> None:
-    """Write what a model carries, and what it predicts next, into an empty folder.
-
-    Args:
-        reading: Reading to write: logits and state of the model.
-        loaded: The model, with its checkpoint.
-        folder: Given by `staged_folder`.
-    """
+    """Write what a model carries, and what it predicts next, into an empty folder."""
     tensors = {"logits": reading.logits, **_named(reading.state)}
     # A clone is no part of a larger storage, which would be written with it, and keeps the order of its dimensions.
     tensors = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
@@ -54,11 +48,7 @@ def write_state(reading: Reading, loaded: LoadedModel, folder: Path) -> None:
 
 
 def read_state(folder: Path, loaded: LoadedModel) -> Reading:
-    """Read what `write_state` has written.
-
-    Args:
-        folder: The state.
-        loaded: The model that is to go on from it.
+    """Read what `write_state` has written, for a model to go on from it.
 
     Raises:
         CheckpointError: If the folder is missing or damaged, or was written by another model, by other weights or with

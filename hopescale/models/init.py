@@ -24,9 +24,7 @@ def initialize(model: nn.Module, seed: int, mesh: Mesh) -> None:
 
 def _initial_values(name: str, parameter: nn.Parameter, seed: int, mesh: Mesh) -> Tensor:
     spec: ParameterSpec = parameter.spec
-    shape, ranks, rank = list(parameter.shape), mesh.tp_group.size(), mesh.tp_group.rank()
-    if spec.partition_dim is not None:
-        shape[spec.partition_dim] *= ranks
+    shape = spec.whole_shape(parameter.shape, mesh.tp_group.size())
     values = torch.full(shape, spec.mean)
     if spec.std:
         digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
@@ -36,4 +34,4 @@ def _initial_values(name: str, parameter: nn.Parameter, seed: int, mesh: Mesh) -
         values += torch.eye(shape[-1])
     if spec.partition_dim is None:
         return values
-    return values.chunk(ranks, dim=spec.partition_dim)[rank]
+    return values.chunk(mesh.tp_group.size(), dim=spec.partition_dim)[mesh.tp_group.rank()]

@@ -20,19 +20,9 @@ def format_step(
     eta_s: float | None = None,
     due: Sequence[str] = (),
 ) -> str:
-    """Write the line of a logged step, leaving out what is None or empty.
+    """Write the line of a logged step, leaving out what is None or empty; values are as in `METRICS`.
 
-    Args:
-        step: Optimizer steps done.
-        total_steps: Steps of the whole run.
-        loss: Nats per token.
-        grad_norm: Global norm before clipping.
-        lr: Learning rate.
-        memory_gib: Peak of the device's memory, GiB.
-        tps: Tokens per second per device.
-        mfu: Model FLOPs utilisation, 1 is the device's peak.
-        eta_s: Seconds until the last step.
-        due: Names of the levels updated at this step.
+    `eta_s` are the seconds until the last step, `due` the names of the levels updated at this one.
     """
     parts = [
         f"step {step}/{total_steps}",

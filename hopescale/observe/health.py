@@ -30,13 +30,7 @@ class LossWatch:
         self._losses: deque[float] = deque(maxlen=window)
 
     def check(self, step: int, loss: float, grad_norm: float | None, where: Callable[[], str]) -> None:
-        """Judge a step, then take its loss into the window.
-
-        Args:
-            step: Number of the step.
-            loss: Nats per token.
-            grad_norm: Global norm before clipping, where it is known.
-            where: Tells the position of the batch in the data; asked only when the run stops.
+        """Judge a step, then take its loss into the window; `where` tells what its batch was, if the run stops.
 
         Raises:
             DivergedError: If the step must not reach the weights; its loss is not taken into the window.

@@ -20,19 +20,11 @@ class Throughput:
     """
 
     def __init__(self, *, num_devices: int = 1, flops_per_token: float | None = None, peak_flops: float | None = None):
-        self._num_devices = num_devices
-        self._flops_per_token = flops_per_token
-        self._peak_flops = peak_flops
+        self._num_devices, self._flops_per_token, self._peak_flops = num_devices, flops_per_token, peak_flops
         self._reset()
 
     def add(self, tokens: int, step_seconds: float, data_seconds: float) -> None:
-        """Count a step.
-
-        Args:
-            tokens: Tokens of the global batch.
-            step_seconds: Duration of the step, waiting for data included.
-            data_seconds: The part of it spent waiting for data.
-        """
+        """Count a step; its `data_seconds` are the part of `step_seconds` spent waiting for data."""
         self._tokens += tokens
         self._step_seconds += step_seconds
         self._data_seconds += data_seconds

@@ -18,7 +18,7 @@ class TensorBoardTracker:
             everything before.
 
     Raises:
-        HopescaleError: If the folder cannot be written.
+        HopescaleError: If the folder cannot be written, now or later.
     """
 
     def __init__(self, folder: Path, *, resume_step: int | None):
@@ -32,11 +32,7 @@ class TensorBoardTracker:
             raise self._failure(error) from error
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Write the values of a step so that a running TensorBoard sees them.
-
-        Raises:
-            HopescaleError: If the folder cannot be written.
-        """
+        """Write the values of a step so that a running TensorBoard sees them."""
         try:
             for name, value in values.items():
                 self._writer.add_scalar(name, value, step)

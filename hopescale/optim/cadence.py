@@ -35,9 +35,9 @@ class Accumulator:
     Between updates of a slow level the sum is state of the run: it is saved and restored.
 
     Args:
-        parameter: Whose gradient is accumulated.
-        cadence: When it is used.
-        buffer: Where to accumulate it, float32 zeros; None makes room, for a fast parameter in each step anew.
+        parameter: Parameter that has the gradient.
+        cadence: Cadence at which the sum is used.
+        buffer: Float32 zeros in which to accumulate; None makes room, for a fast parameter in each step anew.
     """
 
     def __init__(self, parameter: Tensor, cadence: Cadence, buffer: Tensor | None = None):

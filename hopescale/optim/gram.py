@@ -33,12 +33,12 @@ def accumulate_gram(
     also where activations are computed again, and not at all in a pass without gradients.
 
     Args:
-        layer: With a `weight` `[R, c]`. Its first positional argument is the input `[..., c]`.
+        layer: Layer with a `weight` `[R, c]`, whose first positional argument is the input `[..., c]`.
         count: Inputs that the loss is a mean over; of all micro batches and ranks.
-        all_tokens: Makes the tokens whole where ranks hold parts of them. Like the next called in each backward pass,
-            by all of these ranks.
-        all_columns: Makes the columns whole, `[..., C]`, where ranks hold slices of them. The Gram matrix is then this
-            rank's columns of the whole, `[C, c]`; without it, that of the slice, `[c, c]`.
+        all_tokens: Function that makes the tokens whole where ranks hold parts of them. Like the next it is called in
+            each backward pass, by all of these ranks.
+        all_columns: Function that makes the columns whole, `[..., C]`, where ranks hold slices of them. The Gram matrix
+            is then this rank's columns of the whole, `[C, c]`; without it, that of the slice, `[c, c]`.
 
     Returns:
         What removes the hook.
@@ -89,11 +89,11 @@ def gather_grams(
     split has that of its slice, or with `whole_matrices` its columns of the whole.
 
     Args:
-        layers: As `linear_layers` returns them.
-        names: Of those to be looked at; may name layers of other ranks.
+        layers: Layers that `linear_layers` returns.
+        names: Names of those to be looked at, and maybe of layers of other ranks.
         count: Tokens of a step.
         whole_matrices: Whether a slice of inputs needs the others.
-        mesh: Where this process stands.
+        mesh: Ranks of this process.
     """
     for name in names:
         layer, gathers = layers.get(name), {}

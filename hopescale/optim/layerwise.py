@@ -110,7 +110,7 @@ class LayerwiseOptimizer(Updater):
         return self.rules[self._group_of[each.names[0]].rule]
 
     def holds_whole(self, name: str) -> bool:
-        """Tell whether state of a parameter is of the whole rather than of this rank's slice."""
+        """Tell whether a parameter's state is of the whole, not of this rank's tensor-parallel slice."""
         return self.ownership.is_gathered(name)
 
     def reduce(self, names: Sequence[str]) -> None:
@@ -244,7 +244,9 @@ class LayerwiseOptimizer(Updater):
         """
         result = super().sums()
         for name, gram in self._slow_grams().items():
-            columns = gram.new_zeros(self._num_inputs(name), gram.shape[-1])
+            parameter = self.parameters[name]
+            num_inputs = parameter.spec.whole_shape(parameter.shape, self.tp_group.size())[-1]
+            columns = gram.new_zeros(num_inputs, gram.shape[-1])
             self._own_rows(columns, gram).copy_(gram)
             result[f"{name}.gram"] = columns
         return result
@@ -264,12 +266,6 @@ class LayerwiseOptimizer(Updater):
             if each.grams is not None and self.accumulators[each.names[0]].persists:
                 result |= zip(each.names, each.grams, strict=True)
         return result
-
-    def _num_inputs(self, name: str) -> int:
-        """Return the number of inputs of a layer over all tensor-parallel ranks."""
-        parameter = self.parameters[name]
-        split = parameter.spec.partition_dim == parameter.dim() - 1
-        return parameter.shape[-1] * (self.tp_group.size() if split else 1)
 
     def _own_rows(self, columns: Tensor, gram: Tensor) -> Tensor:
         """Return the part of a Gram matrix's columns that is gathered here: all rows, or this rank's slice of them."""

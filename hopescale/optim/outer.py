@@ -154,12 +154,7 @@ class OuterOptimizer:
 
     @torch.no_grad()
     def step(self, step: int, grad_norm: Tensor) -> None:
-        """Update what is due at step `step`, with its gradients scaled to the clip norm.
-
-        Args:
-            step: Counted from 1.
-            grad_norm: Global norm of the gradients of all due parameters.
-        """
+        """Update what is due at step `step`, with its gradients scaled to the clip norm by their global norm."""
         clip, names = self.config.grad_clip, self.due(step)
         scale = 1.0 if clip is None else (clip / (grad_norm + 1e-6)).clamp_max(1.0)
         mean = self.config.accumulate == "mean"
@@ -183,11 +178,9 @@ class OuterOptimizer:
         return [masters[name] for name in names]
 
     def change(self, names: Mapping[str, Sequence[str]], before: Mapping[str, Sequence[Tensor]]) -> dict[str, float]:
-        """Return the root mean square of the change of each set's masters, over all ranks.
+        """Return the root mean square of the change of each set's masters since `masters` returned `before`.
 
-        Args:
-            names: Parameters of each set that are here.
-            before: Masters of each set before the update, as `masters` returned them.
+        It is taken over all ranks; `names` are the parameters of each set that are here.
         """
         sums = []
         for key, members in names.items():
@@ -210,7 +203,7 @@ class OuterOptimizer:
         return values
 
     def holds_whole(self, name: str) -> bool:
-        """Tell whether state of a parameter is of the whole parameter, not of this rank's tensor-parallel slice."""
+        """Tell whether a parameter's state is of the whole, not of this rank's tensor-parallel slice."""
         return self._updater_of[name].holds_whole(name)
 
     def state_dict(self) -> dict[str, Tensor]:

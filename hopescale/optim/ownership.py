@@ -38,7 +38,9 @@ class Ownership:
         self._tp_size, self._dp_group = mesh.tp_group.size(), mesh.dp_group
         gathers = config.tp_mode == "gather" and self._tp_size > 1
         sliced = {name for name, p in parameters.items() if gathers and _slices_matrices(p, rules[name])}
-        self._shapes = {name: self._whole_shape(p, name in sliced) for name, p in parameters.items()}
+        self._shapes = {
+            name: p.spec.whole_shape(p.shape, self._tp_size if name in sliced else 1) for name, p in parameters.items()
+        }
         work = [
             Work(name, update_cost(rules[name], shape, config), (rules[name], shape), cadences[name])
             for name, shape in self._shapes.items()
@@ -48,12 +50,6 @@ class Ownership:
         for replica in range(self._dp_group.size()):
             gathered = [each for each in work if self.replica[each.name] == replica and each.name in sliced]
             self.tp_rank |= assign_owners(gathered, self._tp_size)
-
-    def _whole_shape(self, parameter: nn.Parameter, is_sliced: bool) -> tuple[int, ...]:
-        shape = list(parameter.shape)
-        if is_sliced:
-            shape[parameter.spec.partition_dim] *= self._tp_size
-        return tuple(shape)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape in which a parameter is updated: whole if its slices are gathered."""

@@ -34,13 +34,7 @@ _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def make_rule(name: str, groups: Iterable[dict[str, Any]], config: OptimConfig) -> StackedOptimizer:
-    """Return a rule over torch's parameter groups, with its settings.
-
-    Args:
-        name: One of `RULES`.
-        groups: At least one; learning rate and weight decay are theirs.
-        config: Settings of all rules.
-    """
+    """Return a rule of `RULES` over torch's parameter groups, whose are learning rate and weight decay."""
     section = getattr(config, name, None)
     settings = {} if section is None else asdict(section)
     if settings.get("ns_dtype") is not None:

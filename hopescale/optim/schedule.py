@@ -10,11 +10,7 @@ from hopescale.config.schema import ScheduleConfig
 def learning_rate(step: int, peak: float, total_steps: int, schedule: ScheduleConfig) -> float:
     """Return the learning rate of optimizer step `step`, counted from 1.
 
-    Args:
-        step: The step that is about to be taken.
-        peak: Learning rate after warm-up.
-        total_steps: The horizon, `train.steps`; later steps keep the last rate.
-        schedule: Shape of the curve. `wsd` is warm-up, stable, linear decay (MiniCPM, arXiv 2404.06395).
+    Steps beyond `total_steps` keep the last rate. `wsd` is warm-up, stable, linear decay (MiniCPM, arXiv 2404.06395).
     """
     if step <= schedule.warmup_steps:
         return peak * step / schedule.warmup_steps

@@ -17,7 +17,7 @@ class Slices:
     Attributes:
         group: Tensor-parallel ranks.
         dim: Along which a matrix is cut, not counting that of the stack.
-        counts: How many wholes belong to each rank, in the order of the stack.
+        counts: Number of wholes that belong to each rank, in the order of the stack.
     """
 
     group: dist.ProcessGroup
@@ -53,15 +53,14 @@ class ShapeClass:
     A step reads and writes whole stacks and copies nothing to make them.
 
     Args:
-        parameters: By name, in the order of the stacks; their storage is moved there.
-        here: Which of them belong to this replica.
-        slices: How these are distributed over tensor-parallel ranks; None if they are whole here, or matrices as they
-            are.
+        parameters: Parameters by name, in the order of the stacks; their storage is moved there.
+        here: Range of them that belongs to this replica.
+        slices: Distribution of these over tensor-parallel ranks; None if they are whole here, or matrices as they are.
         gram: Shape of the Gram matrix, or of the columns of it, that each parameter gathers of its inputs; None if it
             gathers none.
 
     Attributes:
-        names: Of the parameters.
+        names: Names of the parameters.
         weights: `[K, ...]`; each parameter is a view.
         gradients: `[K, ...]` float32, sums since the last update.
         grams: `[K, *gram]` float32, likewise, of each parameter at `gram`; None if there are none.

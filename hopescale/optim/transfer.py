@@ -20,8 +20,8 @@ class ParameterSizes:
     """A parameter as its learning rate sees it.
 
     Attributes:
-        shape: Of the whole parameter, over all ranks.
-        sizes: Of its `ParameterSpec`.
+        shape: Shape of the whole parameter, over all ranks.
+        sizes: Sizes of its `ParameterSpec`.
     """
 
     shape: tuple[int, ...]
@@ -75,13 +75,8 @@ def rate_factor(rule: str, parameter: ParameterSizes, grown: Mapping[Size, float
     """Return the factor on a parameter's learning rate.
 
     An update is to move what a parameter answers as far as at the base width. The most it moves a linear map's answers
-    is its spectral norm, which is to stay; the factor divides by how that norm grows at a fixed rate.
-
-    Args:
-        rule: Name of the update rule; one with which `model.transfer` is allowed.
-        parameter: Its shape and sizes.
-        grown: What `growth` returns.
-        optim: Settings of the rules.
+    is its spectral norm, which is to stay; the factor divides by how that norm grows at a fixed rate. `grown` is what
+    `growth` returns.
     """
     factors = [grown[size] for size in parameter.sizes]
     if rule == "adamw" or (rule == "delta_momentum" and optim.delta_momentum.beta2 is not None):

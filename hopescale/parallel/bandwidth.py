@@ -37,7 +37,7 @@ def measure(nodes: Sequence[str], device: torch.device, barrier: Callable[[], ob
 
     Args:
         nodes: Name of the node of each rank.
-        device: Where this rank's tensors are.
+        device: Device of this rank.
         barrier: Waits until all ranks are there; must not rest on the links.
     """
     rank, links = dist.get_rank(), LinkTimes()

@@ -11,9 +11,7 @@ from hopescale.common.rank_info import RankInfo
 def choose_device(name: str, origin: str) -> torch.device:
     """Return the device called `auto`, `cpu` or `cuda`; `auto` takes CUDA where there is one.
 
-    Args:
-        name: Name from the config or the command line.
-        origin: Key or option it came from, for messages.
+    Messages name `origin`, the key or option that the name came from.
 
     Raises:
         ConfigError: If the name is unknown, or asks for CUDA where there is none.
@@ -29,12 +27,8 @@ def choose_device(name: str, origin: str) -> torch.device:
 def own_device(rank_info: RankInfo, origin: str) -> torch.device:
     """Return the CUDA device of a rank: by its number on the node, or the only one it is shown.
 
-    Args:
-        rank_info: Rank and node of the process.
-        origin: Key or option that chose CUDA, for messages.
-
     Raises:
-        LaunchError: If the node has fewer devices than ranks.
+        LaunchError: If the node has fewer devices than ranks; `origin` is the key or option that chose CUDA.
     """
     count = torch.cuda.device_count()
     if count == 1 and rank_info.bound:

@@ -18,11 +18,9 @@ class InFlight:
         self._begun: deque[tuple[dist.Work, Callable[[], None]]] = deque()
 
     def add(self, work: dist.Work, finish: Callable[[], None]) -> None:
-        """Take an exchange, after waiting for the earliest if there are too many.
+        """Take an exchange that `async_op=True` began, after waiting for the earliest if there are too many.
 
-        Args:
-            work: Handle that a collective with `async_op=True` returned.
-            finish: Function to call when it is complete; it keeps the buffers until then.
+        `finish` is called when it is complete, and keeps its buffers until then.
         """
         self._begun.append((work, finish))
         if len(self._begun) > AT_ONCE:

@@ -40,9 +40,6 @@ def init_distributed(
         facts: Values by name that must be the same on all ranks, besides code and packages: what they are to do.
         timeout: Time that an exchange may wait for the other ranks.
 
-    Returns:
-        The mesh and this rank's device.
-
     Raises:
         ConfigError: If the device is unknown or missing.
         LaunchError: If the ranks do not meet, were started for different things, or have too few devices.

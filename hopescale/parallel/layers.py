@@ -6,6 +6,7 @@ rank holds `[T / tp, B, N]`, and a layer gathers the tokens on its way in and sh
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -47,6 +48,10 @@ class ParameterSpec:
     partition_dim: int | None = None
     keep_fp32: bool = False
     sizes: tuple[Size, ...] = ()
+
+    def whole_shape(self, shape: Sequence[int], tp: int) -> tuple[int, ...]:
+        """Return the shape over all of `tp` tensor-parallel ranks of a parameter that has `shape` on each."""
+        return tuple(size * tp if dim == self.partition_dim else size for dim, size in enumerate(shape))
 
 
 def attach(parameter: nn.Parameter, spec: ParameterSpec) -> nn.Parameter:
@@ -170,12 +175,9 @@ class Embedding(VocabParallelEmbedding):
 
 
 def cross_entropy_sum(logits: Tensor, targets: Tensor, mesh: Mesh) -> Tensor:
-    """Sum the cross-entropy in nats over all targets that are not `IGNORED_TARGET`.
+    """Sum the cross-entropy in nats over all targets that are not `IGNORED_TARGET`, in float32.
 
-    Args:
-        logits: This rank's share `[..., V / tp]`, any type; computed in float32.
-        targets: Indices into the whole vocabulary `[...]`, int64.
-        mesh: Ranks that share the vocabulary.
+    `logits` are this rank's share `[..., V / tp]`, `targets` `[...]` int64 indices into the whole vocabulary.
     """
     flat, targets = logits.float().reshape(-1, logits.shape[-1]), targets.reshape(-1)
     if mesh.tp_group.size() == 1:

@@ -16,10 +16,7 @@ from hopescale.common.rank_info import RankInfo
 def open_store(rank_info: RankInfo, timeout: timedelta, *, wait: bool = True) -> dist.TCPStore:
     """Open the store that all ranks of a job read and write; rank 0 holds it.
 
-    Args:
-        rank_info: Rank of this process, and address where the ranks meet.
-        timeout: Time to try, and to wait for a value later.
-        wait: Flag to wait until all ranks have opened it.
+    It waits for `timeout` until all ranks have opened it, unless `wait` is false, and as long for a value later.
 
     Raises:
         LaunchError: If the ranks do not meet.
@@ -34,11 +31,7 @@ def open_store(rank_info: RankInfo, timeout: timedelta, *, wait: bool = True) ->
 def start(rank_info: RankInfo, device: torch.device, timeout: timedelta, store: dist.Store) -> None:
     """Join the group of all ranks: NCCL for tensors on CUDA, gloo for those on the CPU.
 
-    Args:
-        rank_info: Rank of this process, and address where the ranks meet.
-        device: Device of this rank; a CUDA device becomes the current one.
-        timeout: Time that an exchange may wait for the other ranks.
-        store: Store in which the ranks have met.
+    A CUDA device becomes the current one. An exchange waits for other ranks for `timeout`.
 
     Raises:
         LaunchError: If the ranks do not meet.

@@ -24,14 +24,9 @@ def share_with_ranks(x: Tensor, mesh: Mesh) -> Tensor:
 
 
 def gather_tokens(x: Tensor, mesh: Mesh) -> Tensor:
-    """Return all tokens of the residual stream, the gradient summed over ranks: before `shared_input` layers.
+    """Return all tokens `[T, B, N]`, the gradient summed over ranks: before `shared_input` layers.
 
-    Args:
-        x: `[T, B, N]`, or this rank's `[T / tp, B, N]` under sequence parallelism.
-        mesh: Ranks that hold the layers.
-
-    Returns:
-        `[T, B, N]`.
+    Under sequence parallelism `x` is this rank's `[T / tp, B, N]`.
     """
     if mesh.sequence_parallel:
         return gather_from_sequence_parallel_region(x, group=mesh.tp_group)
@@ -39,27 +34,14 @@ def gather_tokens(x: Tensor, mesh: Mesh) -> Tensor:
 
 
 def gather_columns(x: Tensor, mesh: Mesh) -> Tensor:
-    """Return what tensor-parallel ranks hold slices of along the last dimension, as the inputs of a `RowLinear`.
-
-    Args:
-        x: `[..., c]`.
-        mesh: Ranks that hold the slices.
-
-    Returns:
-        `[..., C]`, in the order of the ranks.
-    """
+    """Return the whole `[..., C]` of ranks' slices `[..., c]`, such as the inputs of a `RowLinear`."""
     return gather_from_tensor_model_parallel_region(x, group=mesh.tp_group)
 
 
 def reduce_from_ranks(x: Tensor, mesh: Mesh) -> Tensor:
     """Sum over tensor-parallel ranks, back into the residual stream: undoes `gather_tokens` after `partial` layers.
 
-    Args:
-        x: This rank's share of the sum, `[T, B, N]`. Overwritten.
-        mesh: Ranks that hold the layers.
-
-    Returns:
-        `[T, B, N]`, or this rank's `[T / tp, B, N]` under sequence parallelism.
+    `x` `[T, B, N]` is overwritten. Under sequence parallelism this rank's `[T / tp, B, N]` is returned.
     """
     if mesh.sequence_parallel:
         return reduce_scatter_to_sequence_parallel_region(x, group=mesh.tp_group)

@@ -12,31 +12,24 @@ from hopescale.cost.holdings import Holdings
 
 
 class PlannedCommunication:
-    """What the first rank of the first stage sends, as metrics.
-
-    Args:
-        config: Config of the run.
-        layout: Degrees of parallelism.
-    """
+    """What the first rank of the first stage sends, as metrics."""
 
     def __init__(self, config: RunConfig, layout: Layout):
         self._config, self._layout = config, layout
         self._holdings = Holdings(config)
-        self._of_kind = cache(self._of_kind_of_step)
-        self._of_level = cache(self._of_due_level)
+        self._of_step = cache(self._of_step)
+        self._of_due_level = cache(self._of_due_level)
 
     def of_steps(self, steps: range) -> dict[str, float]:
-        """Return the mean bytes per step, in all and by axis; empty for a run of one rank.
+        """Return the mean bytes per step since the last record, in all and by axis; empty for a run of one rank.
 
-        Args:
-            steps: Steps since the last record, counted from 1; on the last one the change of every due level is
-                measured, which takes an exchange.
+        On the last step the change of every due level is measured, which takes an exchange.
         """
         if self._layout.num_ranks == 1:
             return {}
         sent: Counter[str] = Counter()
         for step in steps:
-            sent.update(self._of_kind(due_levels(self._config, step), step == steps[-1]))
+            sent.update(self._of_step(due_levels(self._config, step), step == steps[-1]))
         axes = {f"comm/{axis}/bytes_per_step": count / len(steps) for axis, count in sent.items() if count}
         return {"comm/bytes_per_step": sent.total() / len(steps)} | axes
 
@@ -44,9 +37,9 @@ class PlannedCommunication:
         """Return the bytes by which replicas sum the gradients of a due level; empty where every step sums them all."""
         if self._layout.dp == 1 or self._config.parallel.zero > 1:
             return {}
-        return {f"level/{level}/bytes": self._of_level(level)}
+        return {f"level/{level}/bytes": self._of_due_level(level)}
 
-    def _of_kind_of_step(self, due: frozenset[str], is_recorded: bool) -> dict[str, float]:
+    def _of_step(self, due: frozenset[str], is_recorded: bool) -> dict[str, float]:
         levels = self._config.model.cms.levels
         measured = [level for level in due if is_recorded and levels[level].update_every_steps == 1]
         return bytes_of_step(self._holdings, self._config, self._layout, 0, due, measured=measured)

@@ -72,13 +72,9 @@ class RunFolder:
             return None if tokenizer is None else tokenizer.copy_to(self.path)
 
     def describe(self, request: RunRequest, groups: str) -> None:
-        """Write what the run is: resolved config, overrides, origins, plan, parameter groups, environment.
+        """Write what the run is: resolved config, overrides, origins, plan, table of parameter groups, environment.
 
         The outcome of the start before is removed.
-
-        Args:
-            request: Request of this start.
-            groups: Table of the parameter groups.
         """
         with self._writing():
             write_record(self.path, request.loaded, request.layout, request.overrides)

@@ -15,13 +15,7 @@ from hopescale.train.state import TrainState
 
 
 class StepMetrics:
-    """Collects the metrics of steps; on recorded steps every method is called by all ranks.
-
-    Args:
-        state: State of the run.
-        layout: Degrees of parallelism.
-        device: Device of this rank.
-    """
+    """Collects the metrics of steps; on recorded steps every method is called by all ranks."""
 
     def __init__(self, state: TrainState, layout: Layout, device: torch.device):
         self.state, self.device, self._levels = state, device, state.levels

@@ -108,10 +108,7 @@ def exclude(run_dir: Path, nodes: Sequence[str]) -> None:
 def judge_faults(names: Mapping[int, str], faults: Mapping[int, Sequence[str]], nodes: Sequence[str]) -> Verdict:
     """Find the nodes at fault by what their ranks have found, or by their silence.
 
-    Args:
-        names: Node of each rank that was there at first.
-        faults: Faults that each rank reports, of those that still were there afterwards.
-        nodes: Names of all nodes.
+    `names` has the node of each rank that was there at first, `faults` the reports of those still there afterwards.
     """
     bad: dict[str, list[str]] = {}
     per_node = [list(names.values()).count(node) for node in nodes]
@@ -128,12 +125,7 @@ def judge_faults(names: Mapping[int, str], faults: Mapping[int, Sequence[str]], 
 
 
 def judge_links(names: Mapping[int, str], links: Mapping[int, LinkTimes]) -> Verdict:
-    """Find the nodes that are slow, or unreachable, while others are not.
-
-    Args:
-        names: Node of each rank.
-        links: Measurements of each rank, of those that still were there afterwards.
-    """
+    """Find the nodes that are slow, or unreachable, while others are not; `links` lacks ranks that have gone."""
     nodes = list(dict.fromkeys(names.values()))
     bad: dict[str, str] = {}
     within = {node: _worst(links[rank].within for rank in links if names[rank] == node) for node in nodes}
@@ -189,27 +181,17 @@ def _measure(
 
 
 def _faults(device: str, rank_info: RankInfo | None, folders: Sequence[Path], alone: bool) -> Iterator[str]:
-    """Check what this rank alone can see.
-
-    Args:
-        device: Name of the run's device.
-        rank_info: Rank of this process, which chooses the CUDA device; None checks all that are visible.
-        folders: Folders that the node must be able to write to.
-        alone: Whether this is the only rank on its node.
-    """
+    """Check what this rank can see: the folders, and its device, or all devices of a node that it has `alone`."""
     for folder in folders:
         if (fault := _disk_fault(folder)) is not None:
             yield fault
     try:
         where = choose_device(device, "train.device")
         devices = [where]
-        if where.type == "cuda":
-            count = torch.cuda.device_count()
-            devices = (
-                [torch.device("cuda", index) for index in range(count)]
-                if alone
-                else [own_device(rank_info, "train.device")]
-            )
+        if where.type == "cuda" and alone:
+            devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+        elif where.type == "cuda":
+            devices = [own_device(rank_info, "train.device")]
         for each in devices:
             yield from _device_faults(each)
     except Exception as error:  # a device that is broken may fail in any way

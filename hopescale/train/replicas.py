@@ -15,12 +15,7 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def check_replicas(parameters: Mapping[str, Tensor], mesh: Mesh, step: int) -> None:
-    """Compare the weights of all replicas. Called by all ranks.
-
-    Args:
-        parameters: This rank's parameters by name.
-        mesh: The ranks.
-        step: Step that the weights are of, for the message.
+    """Compare the weights of all replicas after a step. Called by all ranks.
 
     Raises:
         DivergedError: If any weights differ, on all ranks.
@@ -38,10 +33,6 @@ def differing(parameters: Mapping[str, Tensor], group: dist.ProcessGroup) -> lis
     """Return the names of the parameters that are not bit-equal on all ranks of a group.
 
     A sum of the bits of each parameter is compared: one pass over the weights, eight bytes sent per parameter.
-
-    Args:
-        parameters: Tensors of the same names and shapes on every rank.
-        group: Data-parallel ranks.
     """
     if group.size() == 1 or not parameters:
         return []

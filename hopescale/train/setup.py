@@ -123,12 +123,7 @@ def _updater(zero: int, slices: Sequence[Model]) -> Callable[..., Updater]:
 def _whole_parameters(parameters: Mapping[str, nn.Parameter], mesh: Mesh) -> dict[str, ParameterSizes]:
     """Return shape and sizes of every parameter of the whole model, by name, in the order of the stages."""
     tp = mesh.tp_group.size()
-    own = {
-        name: ParameterSizes(
-            tuple(size * tp if dim == p.spec.partition_dim else size for dim, size in enumerate(p.shape)), p.spec.sizes
-        )
-        for name, p in parameters.items()
-    }
+    own = {name: ParameterSizes(p.spec.whole_shape(p.shape, tp), p.spec.sizes) for name, p in parameters.items()}
     return {name: sizes for of_rank in mesh.control.gather(own) for name, sizes in of_rank.items()}
 
 

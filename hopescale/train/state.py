@@ -184,9 +184,7 @@ class TrainState:
     def restore(self, folder: Path, *, reset_optimizer: bool = False) -> None:
         """Continue from a checkpoint of any layout, whose identity has been compared. Called by all ranks.
 
-        Args:
-            folder: The checkpoint.
-            reset_optimizer: Whether to leave moments, masters and running sums as they begin, from the saved weights.
+        With `reset_optimizer` moments, masters and running sums stay as they begin, from the saved weights.
         """
         saved, weights = read_manifest(folder).tensors, self.optimizer.weights()
         state, sums = {}, {}
@@ -226,10 +224,7 @@ class TrainState:
 def as_whole(part: Tensor, split: int | None, mesh: Mesh) -> Tensor:
     """Return a tensor of the whole's shape that shares memory with this rank's part, for any other layout to read.
 
-    Args:
-        part: Part of a parameter, or of anything that belongs to one (a master, a moment, a Gram matrix).
-        split: Dimension along which tensor-parallel ranks hold parts; None if each holds the whole.
-        mesh: The ranks of the run.
+    Tensor-parallel ranks hold parts along the dimension `split`, or each the whole if it is None.
     """
     if split is None or mesh.tp_group.size() == 1:
         return part
@@ -238,12 +233,9 @@ def as_whole(part: Tensor, split: int | None, mesh: Mesh) -> Tensor:
 
 
 def parameter_of(name: str, kind: str) -> str:
-    """Return the parameter that a saved tensor belongs to.
+    """Return the parameter that a saved tensor belongs to: all of its name if `kind` is `model`.
 
-    Args:
-        name: Name of the tensor: `<parameter>`, `<parameter>.exp_avg`, `<parameter>.accumulator.0` or
-            `<parameter>.gram.accumulator.0`.
-        kind: `model` or `optimizer`.
+    Names of kind `optimizer` are `<parameter>.exp_avg`, `<parameter>.accumulator.0`, `<parameter>.gram.accumulator.0`.
     """
     if kind == "model":
         return name

@@ -65,14 +65,7 @@ def train(request: RunRequest, *, rank_info: RankInfo | None = None, stop: StopR
 def train_on(
     mesh: Mesh, device: torch.device, request: RunRequest, stop: StopRequest, report: Report
 ) -> tuple[int, str | None]:
-    """Train on ranks that have met.
-
-    Args:
-        mesh: The ranks.
-        device: Device of this rank.
-        request: The run, and how to start it.
-        stop: Request to stop, read between steps.
-        report: Function that takes each line meant for a person.
+    """Train on ranks that have met; the arguments are as of `train`.
 
     Returns:
         The last step done, and the name of the signal that ended the run before its time or None.
