@@ -45,8 +45,7 @@ METRICS: dict[str, Metric] = {
         "Bytes that rank 0 sent to sum a level's gradients over replicas, at its last update (zero 0, 1); planned.",
     ),
     "comm/bytes_per_step": Metric(
-        "bytes",
-        "Tensors that rank 0 sent, per training step since the last record; planned.",
+        "bytes", "Tensors that rank 0 sent, per training step since the last record; planned."
     ),
     "comm/<axis>/bytes_per_step": Metric("bytes", "The part of one axis (tp, dp, pp, embedding, world)."),
     "memory/<layer>/eta_mean": Metric("1", "Mean inner learning rate of a layer's memories over the last batch."),

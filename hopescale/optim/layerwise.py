@@ -12,13 +12,12 @@ from torch import Tensor, nn
 
 from hopescale.config.schema import OptimConfig
 from hopescale.cost.updates import BUCKET_ELEMENTS, buckets
-from hopescale.optim.buckets import Bucket, pack, take_sums, take_weights
+from hopescale.optim.buckets import Bucket, InFlight, pack, take_sums, take_weights
 from hopescale.optim.cadence import Cadence
 from hopescale.optim.ownership import Ownership
 from hopescale.optim.rules import make_rule
 from hopescale.optim.shape_class import ShapeClass, Slices
 from hopescale.optim.updater import RuleGroup, Updater
-from hopescale.parallel.in_flight import InFlight
 from hopescale.parallel.mesh import Mesh
 
 
@@ -93,7 +92,7 @@ class LayerwiseOptimizer(Updater):
                 slices = Slices(self.tp_group, split, [ranks.count(rank) for rank in range(self.tp_group.size())])
             gram = None
             if self._group_of[names[0]].rule == "dgd":
-                gram = self.ownership.shape(names[0])[-1], parameters[names[0]].shape[-1]
+                gram = self.ownership.shape[names[0]][-1], parameters[names[0]].shape[-1]
             classes.append(ShapeClass({name: parameters[name] for name in names}, here, slices, gram))
         return classes
 

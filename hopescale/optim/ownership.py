@@ -24,6 +24,7 @@ class Ownership:
 
     Attributes:
         replica: Data-parallel rank that owns each parameter.
+        shape: Shape in which each parameter is updated: whole if its slices are gathered.
         tp_rank: Tensor-parallel rank that owns each parameter whose slices are gathered; no others.
     """
 
@@ -35,25 +36,19 @@ class Ownership:
         cadences: Mapping[str, Cadence],
         mesh: Mesh,
     ):
-        self._tp_size, self._dp_group = mesh.tp_group.size(), mesh.dp_group
-        gathers = config.tp_mode == "gather" and self._tp_size > 1
+        self._dp_group, tp = mesh.dp_group, mesh.tp_group.size()
+        gathers = config.tp_mode == "gather" and tp > 1
         sliced = {name for name, p in parameters.items() if gathers and _slices_matrices(p, rules[name])}
-        self._shapes = {
-            name: p.spec.whole_shape(p.shape, self._tp_size if name in sliced else 1) for name, p in parameters.items()
-        }
+        self.shape = {name: p.spec.whole_shape(p.shape, tp if name in sliced else 1) for name, p in parameters.items()}
         work = [
             Work(name, update_cost(rules[name], shape, config), (rules[name], shape), cadences[name])
-            for name, shape in self._shapes.items()
+            for name, shape in self.shape.items()
         ]
         self.replica = assign_owners(work, self._dp_group.size())
         self.tp_rank: dict[str, int] = {}
         for replica in range(self._dp_group.size()):
             gathered = [each for each in work if self.replica[each.name] == replica and each.name in sliced]
-            self.tp_rank |= assign_owners(gathered, self._tp_size)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape in which a parameter is updated: whole if its slices are gathered."""
-        return self._shapes[name]
+            self.tp_rank |= assign_owners(gathered, tp)
 
     def is_gathered(self, name: str) -> bool:
         """Tell whether the slices of a parameter are gathered on one tensor-parallel rank for its update."""
