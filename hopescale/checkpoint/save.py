@@ -86,7 +86,6 @@ class _DigestingFileSystem(FileSystem):
 class _DigestedResult(WriteResult):
     """DCP's note of a written tensor with the entry of its file, which travels to the coordinator with it."""
 
-    file: str
     entry: FileEntry
 
 
@@ -121,12 +120,12 @@ class Writer(dcp.FileSystemWriter):
         return written.then(lambda future: [self._digested(result) for result in future.value()])
 
     def _digested(self, result: WriteResult) -> _DigestedResult:
-        file = result.storage_data.relative_path
-        return _DigestedResult(result.index, result.size_in_bytes, result.storage_data, file, self.fs.written[file])
+        entry = self.fs.written[result.storage_data.relative_path]
+        return _DigestedResult(result.index, result.size_in_bytes, result.storage_data, entry)
 
     def finish(self, metadata: Metadata, results: list[list[_DigestedResult]]) -> None:
         super().finish(metadata, results)
-        files = {result.file: result.entry for of_rank in results for result in of_rank}
+        files = {result.storage_data.relative_path: result.entry for of_rank in results for result in of_rank}
         files[".metadata"] = describe_file(Path(self.path) / ".metadata")
         tensors = {
             name: TensorEntry(tuple(entry.size), dtype_name(entry.properties.dtype))

@@ -159,7 +159,7 @@ class ZeroAdamW(Updater):
 
     def _set_masters(self, names: Iterable[str]) -> None:
         for name in names:
-            self._set_of[name].take_weights(name)
+            self._set_of[name].part(name, "master").copy_(self._set_of[name].part(name, "weight"))
 
     def sums(self) -> dict[str, Tensor]:
         """Return what adds up, over replicas, to the running sums of slow parameters."""

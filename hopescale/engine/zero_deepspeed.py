@@ -118,25 +118,22 @@ class FlatShards:
         return 0 if here is None else here.lp_fragment_address.start
 
     def part(self, name: str, key: str) -> Tensor:
-        """Return this replica's part of a parameter's `master`, `gradient`, `exp_avg` or `exp_avg_sq`, maybe empty."""
+        """Return this replica's part of a parameter's tensor: a view, maybe empty.
+
+        The tensors are `weight`, `master`, `gradient`, `exp_avg` and `exp_avg_sq`.
+        """
         index, here = self._group_of[name], self.parameters[name]._hp_mapping
+        start, count = (0, 0) if here is None else (here.hp_fragment_address.start, here.hp_fragment_address.numel)
+        if key == "weight":
+            return self.parameters[name].detach().flatten().narrow(0, self.start_of(name), count)
         if key == "master":
-            flat = self._flat[index].detach()
-        else:
-            flat = self._gradient(index) if key == "gradient" else self._state(name)[key]
-        if here is None:
-            return flat[:0]
-        return flat.narrow(0, here.hp_fragment_address.start, here.hp_fragment_address.numel)
+            return self._flat[index].detach().narrow(0, start, count)
+        flat = self._gradient(index) if key == "gradient" else self._state(name)[key]
+        return flat.narrow(0, start, count)
 
     def step_of(self, name: str) -> Tensor:
         """Return the number of updates of a parameter, a view shared by all of its group."""
         return self._state(name)["step"]
-
-    @torch.no_grad()
-    def take_weights(self, name: str) -> None:
-        """Set this replica's part of a parameter's master to the parameter."""
-        part, start = self.part(name, "master"), self.start_of(name)
-        part.copy_(self.parameters[name].detach().flatten()[start : start + part.numel()])
 
     def _state(self, name: str) -> dict[str, Tensor]:
         return self._zero.optimizer.state[self._flat[self._group_of[name]]]

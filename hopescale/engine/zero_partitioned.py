@@ -144,7 +144,7 @@ class PartitionedShards:
         return self.model.start_of(name)
 
     def part(self, name: str, key: str) -> Tensor:
-        """Return this replica's part of a parameter's `weight`, or of what `FlatShards` has, maybe empty."""
+        """Return this replica's part of a parameter's tensor, as of `FlatShards`."""
         if key == "weight":
             return self.model.weight(name)
         if key == "master":
@@ -154,11 +154,6 @@ class PartitionedShards:
     def step_of(self, name: str) -> Tensor:
         """Return the number of updates of a parameter, a view."""
         return self._rule.state[self._masters[name]]["step"]
-
-    @torch.no_grad()
-    def take_weights(self, name: str) -> None:
-        """Set this replica's part of a parameter's master to the parameter."""
-        self.part(name, "master").copy_(self.model.weight(name))
 
 
 def _partition(model: nn.Module, whole: Collection[type[nn.Module]], dp_group: dist.ProcessGroup):

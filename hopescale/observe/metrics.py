@@ -56,8 +56,6 @@ METRICS: dict[str, Metric] = {
 }
 """Every name a record may hold; `<word>` stands for one part without a slash."""
 
-_HEAD = ("step", "tokens_seen", "time")
-
 
 def template_of(name: str) -> str:
     """Return the entry of `METRICS` that a name belongs to: `lr/<group>` for `lr/decay`.
@@ -112,7 +110,7 @@ class MetricsLog:
         """
         for name in values:
             template_of(name)
-        head = dict(zip(_HEAD, (step, tokens_seen, round(time.time(), 3)), strict=True))
+        head = {"step": step, "tokens_seen": tokens_seen, "time": round(time.time(), 3)}
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         try:
             self._file.write(json.dumps({**head, **finite}, allow_nan=False) + "\n")

@@ -227,13 +227,13 @@ def _changed_optimizer(old: RunConfig, state: TrainState) -> list[Problem]:
     return list(problems.values())
 
 
-def open_checkpoints(folder: RunFolder, config: RunConfig, data: Data, mesh: Mesh) -> CheckpointManager:
+def open_checkpoints(folder: RunFolder, state: TrainState) -> CheckpointManager:
     """Open the run's checkpoints for writing, each with a copy of the tokenizer. Called by all ranks.
 
     Raises:
         CheckpointError: If the folder cannot be prepared.
         LaunchError: If the tokenizer cannot be copied into the run folder.
     """
-    group = mesh.checkpoint_group if mesh.checkpoint_group.size() > 1 else None
-    tokenizer = mesh.control.broadcast_from_rank0(lambda: folder.keep_tokenizer(data.tokenizer))
-    return CheckpointManager(folder.checkpoints, config.checkpoint, tokenizer=tokenizer, group=group)
+    tokenizer = state.mesh.control.broadcast_from_rank0(lambda: folder.keep_tokenizer(state.data.tokenizer))
+    settings = state.config.checkpoint
+    return CheckpointManager(folder.checkpoints, settings, tokenizer=tokenizer, group=state.checkpoint_group)

@@ -59,6 +59,11 @@ class TrainState:
         return self.optimizer.mesh
 
     @property
+    def checkpoint_group(self) -> dist.ProcessGroup | None:
+        """The ranks that save and load together; None for one alone."""
+        return None if self.mesh.checkpoint_group.size() == 1 else self.mesh.checkpoint_group
+
+    @property
     def tokens_seen(self) -> int:
         """Training tokens read so far."""
         return self.step * self.config.train.global_batch_tokens
@@ -174,12 +179,8 @@ class TrainState:
             CheckpointError: If it is damaged, or its weights are others.
         """
         weights = self.optimizer.weights()
-        load_into({"model": self._whole(weights)}, folder, prefix="model.", group=self._loading_group)
+        load_into({"model": self._whole(weights)}, folder, prefix="model.", group=self.checkpoint_group)
         self.optimizer.load(weights)
-
-    @property
-    def _loading_group(self) -> dist.ProcessGroup | None:
-        return None if self.mesh.checkpoint_group.size() == 1 else self.mesh.checkpoint_group
 
     def restore(self, folder: Path, *, reset_optimizer: bool = False) -> None:
         """Continue from a checkpoint of any layout, whose identity has been compared. Called by all ranks.
@@ -205,7 +206,7 @@ class TrainState:
             tensors,
             folder,
             prefix=("model.", "generators.") if reset_optimizer else "",
-            group=self._loading_group,
+            group=self.checkpoint_group,
         )
         self.optimizer.load(weights, None if reset_optimizer else state)
         totals: dict[str, Tensor] = {}

@@ -83,7 +83,7 @@ def train_on(
             begin_from(state, control.broadcast_from_rank0(lambda: find_checkpoint(request.init)), report)
         table = group_table(state.optimizer.groups, state.sizes, state.optimizer.peak_rates())
         control.broadcast_from_rank0(lambda: folder.describe(request, table))
-        checkpoints = open_checkpoints(folder, config, state.data, mesh)
+        checkpoints = open_checkpoints(folder, state)
         for line in _introduction(state, request, device):
             report(line)
         resume_step = None if checkpoint is None else state.step
