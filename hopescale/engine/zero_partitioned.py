@@ -112,7 +112,7 @@ class PartitionedShards:
         *,
         eps: float,
     ):
-        self.model, self.parameters = model, dict(parameters)
+        self.model, self.parameters, self.start_of = model, dict(parameters), model.start_of
         self.is_low_precision = next(iter(self.parameters.values())).dtype != torch.float32
         # Of a float32 parameter the part itself.
         self._masters = {name: nn.Parameter(model.weight(name).float()) for name in self.parameters}
@@ -138,10 +138,6 @@ class PartitionedShards:
             del self.model.gradients[name]
             if self.is_low_precision:
                 self.model.weight(name).copy_(master)
-
-    def start_of(self, name: str) -> int:
-        """Return where this replica's part of a parameter begins, in entries of the flattened parameter."""
-        return self.model.start_of(name)
 
     def part(self, name: str, key: str) -> Tensor:
         """Return this replica's part of a parameter's tensor, as of `FlatShards`."""

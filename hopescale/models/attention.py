@@ -43,11 +43,9 @@ class Attention(nn.Module):
         size = (model.num_heads + 2 * groups) * self.head_dim
         self.qkv_proj = ColumnLinear(width, size, std=width**-0.5, mesh=mesh, bias=self.config.qkv_bias)
         self.out_proj = RowLinear(model.num_heads * self.head_dim, width, std=out_std, mesh=mesh)
-        self.q_norm = self.k_norm = None
-        if self.config.qk_norm:
-            self.q_norm, self.k_norm = (
-                RMSNorm(self.head_dim, eps=model.norm_eps, shared_over=mesh) for _ in ("q", "k")
-            )
+        norm = {"eps": model.norm_eps, "shared_over": mesh}
+        self.q_norm = RMSNorm(self.head_dim, **norm) if self.config.qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, **norm) if self.config.qk_norm else None
 
     def initial_state(self, batch: int) -> LayerState:
         """Return an empty cache for `batch` sequences."""

@@ -71,9 +71,7 @@ class SelfModifying(nn.Module):
         model: Sizes, switches and starting values.
         out_std: Standard deviation of the out-projection's initial weights.
         mesh: Ranks of the run, and this process among them.
-        recompute: Activations of memories that are computed again; as in `self_modifying`.
-        compiled: Whether chunks are compiled; as in `self_modifying`.
-        backend: Code that runs memories; as in `self_modifying`.
+        recompute, compiled, backend: Arguments of `ops.self_modifying`.
     """
 
     def __init__(

@@ -8,8 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hopescale.cost.updates import BUCKET_ELEMENTS
+from hopescale.cost.updates import BUCKET_ELEMENTS, buckets
 from hopescale.optim.adamw import AdamW
+from hopescale.optim.buckets import unpacked
 from hopescale.optim.cadence import Cadence
 from hopescale.optim.updater import RuleGroup, Updater
 from hopescale.parallel.mesh import Mesh
@@ -50,11 +51,12 @@ class ReplicatedAdamW(Updater):
         """Sum accumulated gradients over replicas, several tensors at a time."""
         if self.dp_group.size() == 1:
             return
-        for bucket in _buckets([self.accumulated_grad(name) for name in names]):
-            flat = torch.cat([tensor.flatten() for tensor in bucket])
+        sizes = {name: self.parameters[name].numel() for name in names}
+        for bucket in buckets(names, dict.fromkeys(names, 0), sizes, BUCKET_ELEMENTS):
+            gradients = [self.accumulated_grad(name) for name in bucket]
+            flat = torch.cat([gradient.flatten() for gradient in gradients])
             dist.all_reduce(flat, group=self.dp_group)
-            for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
-                tensor.copy_(part.view_as(tensor))
+            torch._foreach_copy_(gradients, unpacked(flat, gradients))
 
     @torch.no_grad()
     def update(self, names: Sequence[str], scales: Mapping[str, Tensor | float], rates: Mapping[str, float]) -> None:
@@ -87,16 +89,3 @@ class ReplicatedAdamW(Updater):
     def _set_masters(self, names: Iterable[str]) -> None:
         for name in names:
             self._masters[name].copy_(self.parameters[name])
-
-
-def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Group tensors in order so that each group has at most `BUCKET_ELEMENTS` entries, or one tensor."""
-    buckets: list[list[Tensor]] = []
-    room = 0
-    for tensor in tensors:
-        if not buckets or tensor.numel() > room:
-            buckets.append([])
-            room = BUCKET_ELEMENTS
-        buckets[-1].append(tensor)
-        room -= tensor.numel()
-    return buckets

@@ -61,11 +61,6 @@ class RunFolder:
         """Folder of the checkpoints."""
         return self.path / "checkpoints"
 
-    @property
-    def metrics(self) -> Path:
-        """File of the run's record."""
-        return self.path / "metrics.jsonl"
-
     def keep_tokenizer(self, tokenizer: Tokenizer | None) -> Path | None:
         """Copy the tokenizer into the folder, if there is one, and return its path."""
         with self._writing():
@@ -98,7 +93,7 @@ class Record:
     """
 
     def __init__(self, folder: RunFolder, config: LogConfig, *, resume_step: int | None):
-        self._metrics = MetricsLog(folder.metrics, resume_step=resume_step)
+        self._metrics = MetricsLog(folder.path / "metrics.jsonl", resume_step=resume_step)
         self._tensorboard: TensorBoardTracker | None = None
         if config.tensorboard:
             self._tensorboard = TensorBoardTracker(folder.path / "tb", resume_step=resume_step)

@@ -128,9 +128,12 @@ def judge_links(names: Mapping[int, str], links: Mapping[int, LinkTimes]) -> Ver
     """Find the nodes that are slow, or unreachable, while others are not; `links` lacks ranks that have gone."""
     nodes = list(dict.fromkeys(names.values()))
     bad: dict[str, str] = {}
-    within = {node: _worst(links[rank].within for rank in links if names[rank] == node) for node in nodes}
-    pairs = {node: [s for rank in links if names[rank] == node for s in links[rank].pairs.values()] for node in nodes}
-    best = {node: min(seconds, default=None) for node, seconds in pairs.items()}
+    within: dict[str, float | None] = {}
+    best: dict[str, float | None] = {}
+    for node in nodes:
+        measured = [times for rank, times in links.items() if names[rank] == node]
+        within[node] = max((times.within for times in measured if times.within is not None), default=None)
+        best[node] = min((seconds for times in measured for seconds in times.pairs.values()), default=None)
     for what, seconds in (("an all-reduce within the node", within), ("an exchange with its neighbours", best)):
         for node, reason in _slow(what, seconds):
             bad.setdefault(node, reason)
@@ -144,10 +147,6 @@ def judge_links(names: Mapping[int, str], links: Mapping[int, LinkTimes]) -> Ver
     if None not in bandwidth:
         text += f", all-reduce {format_bytes(min(bandwidth))}/s"
     return _verdict(bad, len(nodes), text)
-
-
-def _worst(values: Iterator[float | None]) -> float | None:
-    return max((value for value in values if value is not None), default=None)
 
 
 def _slow(what: str, seconds: Mapping[str, float | None]) -> Iterator[tuple[str, str]]:
