@@ -229,8 +229,8 @@ def _within(groups: Sequence[RuleGroup], names: Sequence[str]) -> list[RuleGroup
 
 def _owners(parameters: Mapping[str, nn.Parameter], replicas: int) -> dict[str, int]:
     """Give each parameter to a replica, so that all hold about as many entries."""
-    held, owners = [0] * replicas, {}
+    entries, owners = [0] * replicas, {}
     for name, parameter in sorted(parameters.items(), key=lambda item: -item[1].numel()):
-        owners[name] = held.index(min(held))
-        held[owners[name]] += parameter.numel()
+        owners[name] = entries.index(min(entries))
+        entries[owners[name]] += parameter.numel()
     return owners

@@ -61,5 +61,4 @@ class LossWatch:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue with the window of `state_dict`."""
-        self._losses.clear()
-        self._losses.extend(state["losses"])
+        self._losses = deque(state["losses"], maxlen=self._losses.maxlen)

@@ -69,9 +69,8 @@ def template_of(name: str) -> str:
         if len(wanted) == len(parts) and all(map(_fits, wanted, parts)):
             return template
     near = difflib.get_close_matches(name, METRICS, n=1)
-    raise ValueError(
-        f"unknown metric {name!r}" + (f", did you mean {near[0]}?" if near else "") + " (see docs/metrics.md)"
-    )
+    hint = f", did you mean {near[0]}?" if near else ""
+    raise ValueError(f"unknown metric {name!r}{hint} (see docs/metrics.md)")
 
 
 def _fits(wanted: str, part: str) -> bool:

@@ -97,10 +97,10 @@ class StackedOptimizer(torch.optim.Optimizer):
 
     def _update_together(self, group: dict[str, Any], members: Sequence[Tensor]) -> None:
         states = [self.state[p] for p in members]
-        counted = {}
+        settings = {name: value for name, value in group.items() if name not in ("params", "name", "initial_lr")}
         if "step" in states[0]:
             torch._foreach_add_([state["step"] for state in states], 1.0)
-            counted["step"] = int(states[0]["step"].item())
+            settings["step"] = int(states[0]["step"].item())
         names = [name for name in states[0] if name != "step"]
         changed = [members, *([state[name] for state in states] for name in names)]
         weight, *stacked = (_stack(tensors) for tensors in changed)
@@ -108,7 +108,7 @@ class StackedOptimizer(torch.optim.Optimizer):
         read = {name: _stack([each[name] for each in inputs]) for name in inputs[0]}
         grad = _stack([p.grad for p in members])
         for w, g, *rest in _parts([weight, grad, *stacked, *read.values()]):
-            self.rule(w, g, **dict(zip([*names, *read], rest, strict=True)), **counted, **_settings(group))
+            self.rule(w, g, **dict(zip([*names, *read], rest, strict=True)), **settings)
         if len(members) > 1:
             for tensors, stack in zip(changed, (weight, *stacked), strict=True):
                 torch._foreach_copy_(tensors, stack.unbind())
@@ -129,7 +129,3 @@ def _parts(tensors: Sequence[Tensor]) -> Iterable[Sequence[Tensor]]:
     if weight.ndim == 2 or size >= weight.shape[:-2].numel() or not all(t.is_contiguous() for t in tensors):
         return [tensors]
     return zip(*(t.flatten(0, -3).split(size) for t in tensors), strict=True)
-
-
-def _settings(group: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in group.items() if name not in ("params", "name", "initial_lr")}

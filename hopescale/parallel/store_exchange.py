@@ -51,7 +51,8 @@ class StoreExchange:
             self._store.set(self._key(self.rank), json.dumps(value))
             if self.rank == 0:
                 came = sorted(self._who_comes())
-                self._store.set(result, json.dumps([[rank, self._value(rank)] for rank in came]))
+                values = [[rank, json.loads(self._store.get(self._key(rank)))] for rank in came]
+                self._store.set(result, json.dumps(values))
             self._store.wait([result], timedelta(seconds=2 * self._wait_s))
             values = dict(json.loads(self._store.get(result)))
         except dist.DistError as error:
@@ -96,9 +97,6 @@ class StoreExchange:
 
     def _key(self, rank: int) -> str:
         return f"meeting/{self._round}/{rank}"
-
-    def _value(self, rank: int) -> Any:
-        return json.loads(self._store.get(self._key(rank)))
 
     def _who_comes(self) -> set[int]:
         """Wait for the ranks that are expected; return those that are there at the end."""
