@@ -29,11 +29,9 @@ class ZeroAdamW(Updater):
     Stage 3 shards weights as well, which are whole only while a module runs.
 
     Args:
-        parameters: Parameters by name, on the device they stay on.
         groups: Groups that share settings, every parameter in one.
         eps: Term added to the root of the second moment.
-        cadences: Cadence of every parameter.
-        mesh: Ranks of this process.
+        parameters, cadences, mesh: Arguments of `Updater`; parameters are on the device they stay on.
         stage: ZeRO stage: 1, 2 or 3.
         model: Model with exactly these parameters; stage 3 partitions it.
         levels: Names of parameters that are reduced together and apart from the others.

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 
 class LayerState(NamedTuple):
@@ -20,10 +19,6 @@ class LayerState(NamedTuple):
 
     position: int
     tensors: Any
-
-    def detach(self) -> LayerState:
-        """Cut the graph, keeping the values."""
-        return self._replace(tensors=tree_map(lambda x: None if x is None else x.detach(), self.tensors))
 
     def named(self) -> dict[str, Tensor]:
         """Return the tensors by the names that files know: `memory/running/first`, `conv_tail`."""
@@ -65,7 +60,3 @@ class ModelState(NamedTuple):
     def position(self) -> int:
         """Tokens read so far."""
         return self.layers[0].position
-
-    def detach(self) -> ModelState:
-        """Cut the graph, keeping the values."""
-        return ModelState(tuple(layer.detach() for layer in self.layers))

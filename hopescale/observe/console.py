@@ -2,40 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from hopescale.common.units import format_bytes, format_duration
 
+_SHOWN: dict[str, Callable[[float], str]] = {
+    "loss": lambda nats: f"loss {nats:.4f}",
+    "grad_norm": lambda norm: f"grad {_short(norm)}",
+    "lr": lambda rate: f"lr {_scientific(rate)}",
+    "device_memory/peak_gib": lambda gib: f"mem {format_bytes(gib * 2**30)}",
+    "tps": lambda tokens: f"tps {tokens:,.0f}",
+    "mfu": lambda fraction: f"mfu {fraction:.1%}",
+    "eta_s": lambda seconds: f"eta {format_duration(seconds)}",
+}
 
-def format_step(
-    step: int,
-    total_steps: int,
-    *,
-    loss: float,
-    grad_norm: float | None = None,
-    lr: float | None = None,
-    memory_gib: float | None = None,
-    tps: float | None = None,
-    mfu: float | None = None,
-    eta_s: float | None = None,
-    due: Sequence[str] = (),
-) -> str:
-    """Write the line of a logged step, leaving out what is None or empty; values are as in `METRICS`.
 
-    `eta_s` are the seconds until the last step, `due` the names of the levels updated at this one.
+def format_step(step: int, total_steps: int, values: Mapping[str, float], due: Sequence[str] = ()) -> str:
+    """Write the line of a logged step, leaving out what is unknown.
+
+    Args:
+        step: Optimizer steps done.
+        total_steps: Steps of the whole run.
+        values: Metrics by their names, with the learning rate as `lr` and the seconds until the last step as `eta_s`.
+        due: Names of the levels updated at this step.
     """
-    parts = [
-        f"step {step}/{total_steps}",
-        f"loss {loss:.4f}",
-        None if grad_norm is None else f"grad {_short(grad_norm)}",
-        None if lr is None else f"lr {_scientific(lr)}",
-        None if memory_gib is None else f"mem {format_bytes(memory_gib * 2**30)}",
-        None if tps is None else f"tps {tps:,.0f}",
-        None if mfu is None else f"mfu {mfu:.1%}",
-        None if eta_s is None else f"eta {format_duration(eta_s)}",
-        f"due {','.join(due)}" if due else None,
-    ]
-    return "  ".join(part for part in parts if part is not None)
+    parts = [f"step {step}/{total_steps}", *(show(values[name]) for name, show in _SHOWN.items() if name in values)]
+    if due:
+        parts.append(f"due {','.join(due)}")
+    return "  ".join(parts)
 
 
 def format_validation(

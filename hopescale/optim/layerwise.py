@@ -38,12 +38,9 @@ class LayerwiseOptimizer(Updater):
     The Gram matrices that DGD needs are accumulated and sent like gradients, beside them.
 
     Args:
-        parameters: Parameters by name; their gradients are taken from them as soon as they are complete, and their
-            storage becomes part of larger tensors.
         groups: Groups that share settings and rule, every parameter in one.
         config: Settings of the rules, and `tp_mode`.
-        cadences: Cadence of every parameter.
-        mesh: Ranks of this process.
+        parameters, cadences, mesh: Arguments of `Updater`; the storage of parameters becomes part of larger tensors.
     """
 
     def __init__(

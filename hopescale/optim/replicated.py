@@ -20,11 +20,9 @@ class ReplicatedAdamW(Updater):
     """AdamW, an `Updater` that shards nothing.
 
     Args:
-        parameters: Parameters by name; their gradients are taken from them as soon as they are complete.
         groups: Groups that share settings, every parameter in one.
         eps: Term added to the root of the second moment.
-        cadences: Cadence of every parameter.
-        mesh: Ranks of this process.
+        parameters, cadences, mesh: Arguments of `Updater`.
     """
 
     def __init__(

@@ -51,8 +51,8 @@ class StoreExchange:
             self._store.set(self._key(self.rank), json.dumps(value))
             if self.rank == 0:
                 came = sorted(self._who_comes())
-                values = [[rank, json.loads(self._store.get(self._key(rank)))] for rank in came]
-                self._store.set(result, json.dumps(values))
+                pairs = [[rank, json.loads(self._store.get(self._key(rank)))] for rank in came]
+                self._store.set(result, json.dumps(pairs))
             self._store.wait([result], timedelta(seconds=2 * self._wait_s))
             values = dict(json.loads(self._store.get(result)))
         except dist.DistError as error:

@@ -65,18 +65,8 @@ class StepMetrics:
     def line(self, gradients: Gradients, values: dict[str, float]) -> str:
         """Return the step as a line for the console."""
         step, steps = self.state.step, self.state.config.train.steps
-        return format_step(
-            step,
-            steps,
-            loss=gradients.loss,
-            grad_norm=values["grad_norm"],
-            lr=max(self.state.optimizer.rates(step).values()),
-            memory_gib=values["device_memory/peak_gib"],
-            tps=values["tps"],
-            mfu=values.get("mfu"),
-            eta_s=(steps - step) * values["time/step_s"],
-            due=list(gradients.level_norms),
-        )
+        rate, left = max(self.state.optimizer.rates(step).values()), (steps - step) * values["time/step_s"]
+        return format_step(step, steps, values | {"lr": rate, "eta_s": left}, list(gradients.level_norms))
 
 
 class PlannedCommunication:
