@@ -10,8 +10,8 @@ from typing import Annotated
 
 import typer
 
+from hopescale.common.disk import staged_folder
 from hopescale.common.errors import CheckpointError, ConfigError
-from hopescale.common.staging import staged_folder
 
 
 def generate(

@@ -23,20 +23,14 @@ _PR_SET_PDEATHSIG = 1
 
 @dataclass
 class Child:
-    """One process.
-
-    Attributes:
-        name: Name of the process, for messages.
-        process: Process as `subprocess` knows it.
-        ended_s: Time when it was found to have ended, by the monotonic clock; None before.
-        stopped: True if `stop` has ended it.
-        begin_s: Time of its start, by the same clock.
-    """
+    """One process, under the name that messages give it."""
 
     name: str
     process: subprocess.Popen[bytes]
     ended_s: float | None = None
+    """Time when it was found to have ended, by the monotonic clock; None before."""
     stopped: bool = False
+    """Whether `stop` has ended it."""
     begin_s: float = field(default_factory=time.monotonic)
 
     def running(self) -> bool:
@@ -80,14 +74,8 @@ def start_child(
 ) -> Child:
     """Start a process in a session of its own, so that a Ctrl-C reaches it once, through this one.
 
-    On Linux it gets SIGTERM when this process dies.
-
-    Args:
-        name: Name of the process, for messages.
-        command: Program and arguments.
-        environ: Environment variables of the process.
-        stdout: File of its standard output; None is this process's.
-        stderr: `subprocess.PIPE` or `subprocess.STDOUT` for its standard error; None is this process's.
+    On Linux it gets SIGTERM when this process dies. Messages call it by its name. It writes to this process's standard
+    output and error, unless there is a file, or `subprocess.PIPE` or `STDOUT`, for them.
 
     Raises:
         LaunchError: If it cannot be started.

@@ -1,9 +1,15 @@
-"""Writes that survive a loss of power."""
+"""Writes that survive a loss of power, and of which readers see all or nothing."""
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from hopescale.common.errors import DataError, HopescaleError
 
 
 def sync(path: Path) -> None:
@@ -28,3 +34,30 @@ def replace_text(path: Path, text: str) -> None:
     written = path.parent / f".tmp-{path.name}"
     written.write_text(text, encoding="utf-8")
     written.replace(path)
+
+
+@contextmanager
+def staged_folder(out: Path, error_class: type[HopescaleError] = DataError) -> Iterator[Path]:
+    """Give a temporary folder beside `out` that becomes `out` when the block ends and vanishes when it fails.
+
+    Readers of `out` see nothing or everything: files are on disk before the folder gets its name.
+
+    Raises:
+        HopescaleError: The `error_class`, if `out` holds something already, or the disk is full or not writable.
+    """
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise error_class(f"output {out} already exists", hint="choose another folder, or delete the old one first")
+    partial = out.parent / f".{out.name}.{os.getpid()}.partial"
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        for path in [*partial.iterdir(), partial]:
+            sync(path)
+        partial.rename(out)
+    except OSError as error:
+        hint = f"check that {out.parent} is a folder you may write to"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            hint = f"free some space or choose a folder on another disk; the unfinished {out.name} was removed"
+        raise error_class(f"cannot write {out}: {error.strerror or error}", hint=hint) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

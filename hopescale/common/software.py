@@ -8,7 +8,7 @@ import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
-from hopescale.common.paths import package_folder
+from hopescale.common.paths import PACKAGE
 
 REVISION = "revision.txt"
 """File beside a copy of the package that names the revision it was taken from."""
@@ -30,25 +30,25 @@ def software() -> dict[str, str]:
 
     The content decides whether code is the same: clones at different commits may hold the same, and edited ones not.
     """
-    digest, package = hashlib.sha256(), package_folder()
+    digest, package = hashlib.sha256(), PACKAGE
     for path in sorted(path for path in package.rglob("*") if path.suffix in _CODE):
         digest.update(f"{path.relative_to(package)}\0".encode() + path.read_bytes() + b"\0")
-    code = f"{_commit()}, content {digest.hexdigest()[:12]}"
+    # A look for local changes takes long, and they may change meanwhile.
+    code = f"{_recorded() or git('rev-parse', 'HEAD') or 'none'}, content {digest.hexdigest()[:12]}"
     versions = {f"the version of {name}": _version(name) for name in _PACKAGES}
     return {"the code revision": code, "the version of python": platform.python_version(), **versions}
 
 
-def _commit() -> str:
-    """Return the commit of the source without looking for local changes, which takes long and may change meanwhile."""
-    recorded = package_folder().parent / REVISION
-    return recorded.read_text(encoding="utf-8").strip() if recorded.is_file() else git("rev-parse", "HEAD") or "none"
+def _recorded() -> str | None:
+    """Return the revision that was noted when this copy of the package was made."""
+    file = PACKAGE.parent / REVISION
+    return file.read_text(encoding="utf-8").strip() if file.is_file() else None
 
 
 def source_revision() -> str:
     """Return the revision of the source, marked if it differs; `none` where git does not track this package."""
-    recorded = package_folder().parent / REVISION
-    if recorded.is_file():
-        return recorded.read_text(encoding="utf-8").strip()
+    if recorded := _recorded():
+        return recorded
     if git("ls-files", "--error-unmatch", "__init__.py") is None:
         return "none"
     return f"{git('rev-parse', 'HEAD')}{' with local changes' if git('status', '--porcelain') else ''}"
@@ -56,7 +56,7 @@ def source_revision() -> str:
 
 def git(*words: str) -> str | None:
     """Return what git says in the folder of this package; None if it fails."""
-    command = ["git", "-C", str(package_folder()), *words]
+    command = ["git", "-C", str(PACKAGE), *words]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):

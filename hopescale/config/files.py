@@ -11,7 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
 from hopescale.common.errors import ConfigError, Problem
-from hopescale.common.paths import display_path, shipped_recipes
+from hopescale.common.paths import display_path, shipped_folder
 
 MAX_BASES = 2
 """Levels of `base:` below a recipe: deeper chains hide where a value comes from."""
@@ -25,7 +25,7 @@ def find_recipe(recipe: str | Path) -> Path:
     """
     if path := _locate(recipe, Path()):
         return path
-    names = sorted(path.stem for path in shipped_recipes().glob("*.yaml"))
+    names = sorted(path.stem for path in shipped_folder("recipes").glob("*.yaml"))
     close = difflib.get_close_matches(Path(recipe).name.removesuffix(".yaml"), names, n=3)
     hint = f"did you mean {' or '.join(close)}?" if close else f"shipped recipes: {', '.join(names)}"
     raise _file_error(str(recipe), "no such recipe file, and no shipped recipe of that name", hint)
@@ -72,7 +72,7 @@ def read_yaml(path: Path) -> dict[Any, Any]:
 
 
 def _locate(recipe: str | Path, folder: Path) -> Path | None:
-    shipped = shipped_recipes()
+    shipped = shipped_folder("recipes")
     candidates = (folder / recipe, shipped / recipe, shipped / f"{recipe}.yaml")
     return next((path for path in candidates if path.is_file()), None)
 

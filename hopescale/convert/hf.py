@@ -30,9 +30,9 @@ from hopescale.checkpoint.manifest import (
     to_json,
 )
 from hopescale.checkpoint.save import dtype_name
+from hopescale.common.disk import staged_folder
 from hopescale.common.errors import CheckpointError
 from hopescale.common.groups import grouped
-from hopescale.common.staging import staged_folder
 from hopescale.config.load import from_dict, to_yaml
 from hopescale.config.schema import ModelConfig, RunConfig
 from hopescale.config.transfer import attention_scale, logit_multiplier

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
+from hopescale.common.disk import staged_folder
 from hopescale.common.errors import DataError
 from hopescale.common.groups import grouped
-from hopescale.common.staging import staged_folder
 from hopescale.data.order import derive_key, mix64
 from hopescale.data.shards import SPLITS, Index, SplitWriter, token_dtype
 from hopescale.data.text import Document

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import sentencepiece
 
+from hopescale.common.disk import staged_folder
 from hopescale.common.errors import DataError
-from hopescale.common.staging import staged_folder
 from hopescale.data.text import Document
 
 MODEL_FILE = "tokenizer.model"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from hopescale.common.errors import ConfigError, Problem
-from hopescale.common.paths import display_path, shipped_slurm
+from hopescale.common.paths import display_path, shipped_folder
 from hopescale.config.load import load_settings
 
 _VARIABLE = re.compile(r"[A-Za-z_]\w*")
@@ -121,7 +121,7 @@ def seconds_of(time: str) -> int | None:
 
 
 def _find(cluster: str) -> Path:
-    shipped = shipped_slurm() / "clusters"
+    shipped = shipped_folder("slurm") / "clusters"
     for path in (Path(cluster), shipped / f"{cluster}.yaml"):
         if path.is_file():
             return path

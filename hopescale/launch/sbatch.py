@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from hopescale.common.paths import shipped_slurm
+from hopescale.common.paths import shipped_folder
 from hopescale.launch.profile import ClusterProfile
 
 _PLACEHOLDER = re.compile(r"@(\w+)@")
@@ -94,7 +94,7 @@ def fill(template: str, parts: Mapping[str, str]) -> str:
 
 
 def _template(name: str) -> str:
-    return (shipped_slurm() / name).read_text(encoding="utf-8")
+    return (shipped_folder("slurm") / name).read_text(encoding="utf-8")
 
 
 def _lines(lines: Iterable[str]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from hopescale.common.paths import package_folder, shipped_recipes
+from hopescale.common.paths import PACKAGE, shipped_folder
 from hopescale.common.software import REVISION, git, source_revision
 
 DIFF = "changes.diff"
@@ -22,12 +22,12 @@ def take_snapshot(code: Path) -> None:
     Raises:
         OSError: If it cannot be written.
     """
-    source, partial = package_folder(), code.with_name(f".{code.name}.partial")
+    source, partial = PACKAGE, code.with_name(f".{code.name}.partial")
     if source.parent == code.resolve():
         return
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(source, partial / source.name, ignore=shutil.ignore_patterns("__pycache__"))
-    if (recipes := shipped_recipes()).parent != source:
+    if (recipes := shipped_folder("recipes")).parent != source:
         shutil.copytree(recipes, partial / recipes.name)
     (partial / REVISION).write_text(f"{source_revision()}\n", encoding="utf-8")
     if difference := git("diff", "HEAD"):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hopescale.common.errors import ConfigError, Problem
-from hopescale.common.paths import display_path, shipped_recipes
+from hopescale.common.paths import display_path, shipped_folder
 from hopescale.common.units import parse_count
 from hopescale.config.check import check
 from hopescale.config.files import find_recipe
@@ -97,7 +97,7 @@ def load_sweep(path: Path) -> Sweep:
     Raises:
         ConfigError: With every key that is unknown, does not fit, or says the same twice.
     """
-    shipped = shipped_recipes() / "sweeps"
+    shipped = shipped_folder("recipes") / "sweeps"
     found = next((file for file in (path, shipped / path, shipped / f"{path}.yaml") if file.is_file()), None)
     if found is None:
         names = ", ".join(sorted(file.stem for file in shipped.glob("*.yaml")))

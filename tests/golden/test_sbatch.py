@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from hopescale.common.paths import shipped_slurm
+from hopescale.common.paths import shipped_folder
 from hopescale.launch.profile import load_profile
 from hopescale.launch.sbatch import BatchJob, render
 
 SCRIPTS = Path(__file__).with_name("sbatch")
-PROFILES = sorted(path.stem for path in (shipped_slurm() / "clusters").glob("*.yaml"))
+PROFILES = sorted(path.stem for path in (shipped_folder("slurm") / "clusters").glob("*.yaml"))
 CHAINED = "modules"
 """The profile whose script is one of a chain."""
 

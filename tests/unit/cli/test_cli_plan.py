@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from hopescale.cli.app import main
-from hopescale.common.paths import shipped_recipes
+from hopescale.common.paths import shipped_folder
 from hopescale.cost.device_memory import KINDS
 
-RECIPES = sorted(path.stem for path in shipped_recipes().glob("*.yaml"))
+RECIPES = sorted(path.stem for path in shipped_folder("recipes").glob("*.yaml"))
 
 
 def run(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:

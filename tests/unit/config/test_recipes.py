@@ -2,14 +2,14 @@ from __future__ import annotations
 
 import pytest
 
-from hopescale.common.paths import display_path, shipped_recipes
+from hopescale.common.paths import display_path, shipped_folder
 from hopescale.config.check import check
 from hopescale.config.fields import leaves
 from hopescale.config.load import DEFAULT, load_recipe
 from hopescale.config.plan import make_plan
 from hopescale.cost.params import count_params
 
-RECIPES = sorted(path.stem for path in shipped_recipes().glob("*.yaml"))
+RECIPES = sorted(path.stem for path in shipped_folder("recipes").glob("*.yaml"))
 SIZES = {"tiny": 4e6, "170m": 170e6, "340m": 340e6, "760m": 760e6, "1.3b": 1.3e9}
 ARCHITECTURES = ("hope", "hope_attention", "transformer")
 

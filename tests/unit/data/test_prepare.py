@@ -164,7 +164,7 @@ def test_a_full_disk_is_one_message_and_leaves_nothing(
     target = {
         "shard": "data.shards.SplitWriter._flush",
         "index": "data.shards.Index.write",
-        "sync": "common.staging.os.fsync",
+        "sync": "common.disk.os.fsync",
     }[stage]
     monkeypatch.setattr(f"hopescale.{target}", full)
     with pytest.raises(DataError, match="cannot write .*data: No space left on device.*\n.*hint: free some space"):

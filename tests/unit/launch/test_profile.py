@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from hopescale.common.errors import ConfigError
-from hopescale.common.paths import shipped_slurm
+from hopescale.common.paths import shipped_folder
 from hopescale.config.fields import docstrings
 from hopescale.launch.profile import ClusterProfile, load_profile, seconds_of
 
@@ -112,6 +112,6 @@ def test_every_setting_is_documented_and_used():
 
 
 def test_shipped_profiles_say_what_they_are_for():
-    for path in (shipped_slurm() / "clusters").glob("*.yaml"):
+    for path in (shipped_folder("slurm") / "clusters").glob("*.yaml"):
         assert path.read_text().startswith("# "), path
         load_profile(str(path))
