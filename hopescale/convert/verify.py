@@ -25,6 +25,7 @@ from hopescale.data.loader import open_data
 from hopescale.infer.generate import prefill
 from hopescale.infer.load import LoadedModel, load_model
 from hopescale.models import Model
+from hopescale.ops.device import DTYPES
 
 LIMITS = {"fp32": 1e-4, "bf16": 2e-2}
 """Largest difference of logits by precision, as a part of the largest logit where that is above 1."""
@@ -67,7 +68,7 @@ def verify_folder(folder: Path, checkpoint: Path) -> Verified:
     loaded = load_model(checkpoint, torch.device("cpu"))
     precision = loaded.config.train.precision
     if (folder / EXPORT).exists():
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+        dtype = DTYPES[precision]
         theirs = load_transformers(folder, dtype, trust_remote_code=True)
         return compare(loaded, theirs, LIMITS[precision], str(folder))
     # Families round in other places than we do: what is compared is the function, on the weights that both hold.

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import torch
 
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+"""Types of numbers by the names that configs give them."""
+
 
 def device_type(device: torch.device) -> str:
     """Return the type of a device; AMD GPUs, which torch calls `cuda`, are `rocm`."""

@@ -6,10 +6,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from typing import Any
 
-import torch
-
 from hopescale.config.schema import OptimConfig
 from hopescale.cost.updates import DEEP_MEMORY_DIM
+from hopescale.ops.device import DTYPES
 from hopescale.optim.deep_momentum import DeepMomentum
 from hopescale.optim.delta_momentum import DeltaMomentum
 from hopescale.optim.dgd import DGD
@@ -30,7 +29,6 @@ _STATE: dict[str, dict[str, Callable[[Any], Any]]] = {
     "deep_momentum": {"memory": str, "memory_dim": lambda dim: dim or DEEP_MEMORY_DIM},
 }
 """Settings by which a rule keeps other tensors, and what of them decides."""
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def make_rule(name: str, groups: Iterable[dict[str, Any]], config: OptimConfig) -> StackedOptimizer:
@@ -38,7 +36,7 @@ def make_rule(name: str, groups: Iterable[dict[str, Any]], config: OptimConfig) 
     section = getattr(config, name, None)
     settings = {} if section is None else asdict(section)
     if settings.get("ns_dtype") is not None:
-        settings["ns_dtype"] = _DTYPES[settings["ns_dtype"]]
+        settings["ns_dtype"] = DTYPES[settings["ns_dtype"]]
     return RULES[name](groups, **settings)
 
 
