@@ -37,7 +37,7 @@ from hopescale.checkpoint.save import Writer, flatten, ignore_single_process_war
 from hopescale.common.disk import sync, write_synced
 from hopescale.common.errors import CheckpointError
 from hopescale.common.units import format_bytes
-from hopescale.config.schema.train import CheckpointConfig
+from hopescale.config.schema import CheckpointConfig
 from hopescale.parallel.control import Control
 
 TEMPORARY = ".tmp-"

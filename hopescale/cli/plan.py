@@ -77,7 +77,7 @@ def plan(
         return
     layout = make_layout(loaded.config, ranks)
     check_layout(loaded.config, layout, loaded.origins)
-    report = make_report(estimator, loaded.config, layout)
+    report = make_report(estimator, layout)
     if plot is not None:
         view.draw_memory(report, plot)
     typer.echo(to_json.dumps(report, indent=2) if json else view.report(report), nl=json)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from hopescale.common.errors import Problem
 from hopescale.config.fields import leaves
 from hopescale.config.load import DEFAULT
-from hopescale.config.schema import LevelConfig, RunConfig
+from hopescale.config.schema import RunConfig
 
 Origins = Mapping[str, str]
 """Where each key was set, as loading returns it."""
@@ -34,8 +34,3 @@ def set_keys(config: RunConfig, origins: Origins, prefix: str) -> list[str]:
 def leaves_rest(value: int, unit: int) -> bool:
     """Tell whether `value` is not a multiple of `unit`; never, of a unit out of range."""
     return unit > 0 and value % unit != 0
-
-
-def levels_of(config: RunConfig) -> list[tuple[str, LevelConfig]]:
-    """List the model's levels by name."""
-    return [(name, level) for name, level in config.model.cms.levels.items() if level is not None]

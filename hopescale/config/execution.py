@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from hopescale.config.model_shape import has_chunk_loop, head_dim, memory_banks, memory_dim, projection_chunk_size
+from hopescale.config.model_shape import (
+    bank_layers,
+    has_chunk_loop,
+    head_dim,
+    memory_banks,
+    memory_dim,
+    projection_chunk_size,
+)
 from hopescale.config.schema import ModelConfig, RunConfig
 from hopescale.ops.backends import Choice, MemoryShape, select
 from hopescale.ops.limits import is_trace_smaller
@@ -12,7 +19,7 @@ def memory_shape(model: ModelConfig) -> MemoryShape:
     """Return the facts that decide which code can run a model's memories."""
     mixer = model.self_modifying
     sizes = (mixer.chunk_size, mixer.projection_chunk_size or mixer.chunk_size)
-    return MemoryShape(head_dim(model), memory_dim(model), *sizes, has_chunk_loop(mixer))
+    return MemoryShape(head_dim(model), memory_dim(model), *sizes, has_chunk_loop(model))
 
 
 def memory_backend(config: RunConfig, device: str | None = None) -> Choice:
@@ -24,10 +31,7 @@ def memory_backend(config: RunConfig, device: str | None = None) -> Choice:
 
 def is_fused(config: RunConfig) -> bool:
     """Tell whether one operation runs the chunks of memories that wait for one another, where a machine has it."""
-    model = config.model
-    if model.mixer != "self_modifying" or not has_chunk_loop(model.self_modifying):
-        return False
-    return memory_backend(config).backend in ("cpp", "triton")
+    return has_chunk_loop(config.model) and memory_backend(config).backend in ("cpp", "triton")
 
 
 def effective_recompute(config: RunConfig) -> str:
@@ -38,12 +42,9 @@ def effective_recompute(config: RunConfig) -> str:
 def reverse_saves(model: ModelConfig) -> bool:
     """Tell whether `train.recompute: reverse` keeps less than `chunks`."""
     mixer = model.self_modifying
-    if model.mixer != "self_modifying" or not has_chunk_loop(mixer):
+    if not has_chunk_loop(model):
         return False
-    names = list(memory_banks(model).values())[-1]
-    gates, dim, hidden = len({"eta", "alpha"} & set(names)), head_dim(model), memory_dim(model)
-    layers = [(dim, (len(names) - gates) * (hidden or dim) + gates * (hidden or 1))]
-    if hidden is not None and len(names) > gates:
-        layers.append((hidden, dim))
+    layers = bank_layers(model, list(memory_banks(model).values())[-1])[:2]
     rule = {"momentum": mixer.momentum, "erase": mixer.inner_rule == "dgd"}
-    return any(is_trace_smaller(projection_chunk_size(model), *layer, **rule) for layer in layers)
+    tokens = projection_chunk_size(model)
+    return any(count and is_trace_smaller(tokens, width, out, **rule) for width, out, count in layers)

@@ -29,9 +29,10 @@ class FieldDoc:
     doc: str
 
 
+@cache
 def child_types(section: Any) -> Mapping[str, Any] | None:
     """Return the types of a section's fields by name, or None where `section` is no dataclass."""
-    return _type_hints(section) if is_dataclass(section) else None
+    return get_type_hints(section) if is_dataclass(section) else None
 
 
 def entry_type(hint: Any) -> Any | None:
@@ -42,7 +43,7 @@ def entry_type(hint: Any) -> Any | None:
 def leaves(node: Any, prefix: str = "") -> dict[str, Any]:
     """List the values of a config, or of a nested dict, by dotted key. Lists are one value."""
     found: dict[str, Any] = {}
-    for name, value in _children(node):
+    for name, value in children(node):
         if is_dataclass(value) or isinstance(value, dict):
             found |= leaves(value, f"{prefix}{name}.")
         else:
@@ -53,7 +54,7 @@ def leaves(node: Any, prefix: str = "") -> dict[str, Any]:
 def numbers(node: Any, prefix: str = "") -> Iterator[tuple[str, Any, NumberRange]]:
     """List the fields of a config that have a range and a value: dotted key, value, range."""
     hints = {} if isinstance(node, dict) else get_type_hints(type(node), include_extras=True)
-    for name, value in _children(node):
+    for name, value in children(node):
         if is_dataclass(value) or isinstance(value, dict):
             yield from numbers(value, f"{prefix}{name}.")
         elif value is not None and (interval := interval_of(hints[name])):
@@ -68,7 +69,7 @@ def interval_of(hint: Any) -> NumberRange | None:
 def map_entries(node: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
     """Return a copy of a config with `change` applied to every dict of named entries in it."""
     changed: dict[str, Any] = {}
-    for name, value in _children(node):
+    for name, value in children(node):
         if isinstance(value, dict):
             changed[name] = {key: map_entries(entry, change) for key, entry in change(value).items()}
         elif is_dataclass(value):
@@ -79,11 +80,12 @@ def map_entries(node: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) -
 def field_docs(section: type = RunConfig, prefix: str = "") -> Iterator[FieldDoc]:
     """List every field of the schema, in the order of its definition; `NAME` stands for an entry's name."""
     docs, defaults = docstrings(section), section()
-    for name, hint in _type_hints(section).items():
+    for name, hint in child_types(section).items():
         key, default = f"{prefix}{name}", getattr(defaults, name)
         inner, _ = split_optional(hint)
         if not is_dataclass(inner) or default is None:
-            yield FieldDoc(key, describe_type(hint), _format_default(default), docs[name])
+            shown = f"entries {', '.join(default)}" if default and isinstance(default, dict) else format_value(default)
+            yield FieldDoc(key, describe_type(hint), shown, docs[name])
         if is_dataclass(inner):
             yield from field_docs(inner, f"{key}.")
         elif is_dataclass(entry := split_optional(entry_type(inner))[0]):
@@ -123,18 +125,8 @@ def suggest(prefix: str, name: str, rest: str, known: list[str], schema: type = 
     return f"did you mean {' or '.join(similar[:3])}?" if similar else f"known here: {', '.join(known)}"
 
 
-@cache
-def _type_hints(section: type) -> dict[str, Any]:
-    return get_type_hints(section)
-
-
-def _children(node: Any) -> list[tuple[str, Any]]:
+def children(node: Any) -> list[tuple[str, Any]]:
+    """List what a section or a dict of entries holds, by name."""
     if isinstance(node, dict):
         return list(node.items())
     return [(field.name, getattr(node, field.name)) for field in fields(node)]
-
-
-def _format_default(value: Any) -> str:
-    if isinstance(value, dict):
-        return f"entries {', '.join(value)}" if value else "{}"
-    return format_value(value)

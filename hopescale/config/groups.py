@@ -28,21 +28,19 @@ def assign_groups(
         ConfigError: Naming each parameter that two groups claim, or none, or whose group has a rule that cannot update
             it, and each group whose patterns match nothing.
     """
-    names = list(shapes)
     rest = next((name for name, group in groups.items() if group.match is None), None)
     problems, assigned = [], {}
-    for parameter in names:
-        claims = [name for name, group in groups.items() if _matches(parameter, group)] or [rest]
+    for parameter in shapes:
+        matching = (name for name, group in groups.items() for one in group.match or () if fnmatchcase(parameter, one))
+        claims = list(dict.fromkeys(matching)) or [rest]
         if len(claims) > 1:
             problems.append(Problem("optim.groups", f"parameter {parameter} matches {' and '.join(claims)}"))
         elif claims[0] is None:
             problems.append(Problem("optim.groups", f"parameter {parameter} matches no group"))
         assigned[parameter] = claims[0]
     for name in groups.keys() - assigned.values():
-        if groups[name].match is not None:
-            problems.append(
-                Problem(f"optim.groups.{name}.match", f"no parameter matches {', '.join(groups[name].match)}")
-            )
+        if (patterns := groups[name].match) is not None:
+            problems.append(Problem(f"optim.groups.{name}.match", f"no parameter matches {', '.join(patterns)}"))
     problems += _misfits(assigned, shapes, groups, tied, linear)
     if problems:
         raise ConfigError(problems)
@@ -69,10 +67,6 @@ def _misfits(
         elif rule == "dgd" and linear is not None and parameter not in linear:
             message = f"dgd needs the inputs of a linear layer, but {parameter} is not the weight of one"
             yield Problem(key, message, hint="give it to a group with another rule, such as adamw")
-
-
-def _matches(parameter: str, group: GroupConfig) -> bool:
-    return any(fnmatchcase(parameter, pattern) for pattern in group.match or ())
 
 
 def group_table(assigned: Mapping[str, str], sizes: Mapping[str, int], rates: Mapping[str, float]) -> str:

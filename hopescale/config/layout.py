@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hopescale.common.errors import ConfigError, Problem
 from hopescale.config.schema import RunConfig
@@ -41,14 +41,10 @@ def make_layout(config: RunConfig, num_ranks: int) -> Layout:
 
     Whether the model and the batch split that way is checked by `hopescale.config.check.check_layout`.
 
-    Args:
-        config: A config that has passed its checks.
-        num_ranks: Processes of the job.
-
     Raises:
         ConfigError: If the degrees do not multiply to the number of ranks.
     """
-    degrees = _degrees(config)
+    degrees = {axis: getattr(config.parallel, axis) for axis in AXES}
     unset = [axis for axis in AXES if degrees[axis] is None]
     assert len(unset) < 2, f"{unset} are null in a config that has passed its checks"
     fixed = {axis: degree for axis, degree in degrees.items() if degree is not None}
@@ -60,25 +56,18 @@ def make_layout(config: RunConfig, num_ranks: int) -> Layout:
             keys = " or ".join(f"parallel.{axis}" for axis, degree in fixed.items() if degree > 1)
             hint = f"start {product} ranks or a multiple, as with --nproc {product}, or change {keys}"
             raise ConfigError([Problem("parallel", message, hint=hint)])
-        degrees[unset[0]] = num_ranks // product
-    elif product != num_ranks:
+        return replace(smallest_layout(config), **{unset[0]: num_ranks // product})
+    if product != num_ranks:
         model_ranks = product // fixed["dp"]
         hint = f"start {product} ranks, or change a degree"
         if num_ranks % model_ranks == 0:
             hint = f'set parallel.dp={num_ranks // model_ranks}, or leave it out for "what remains"'
         raise ConfigError([Problem("parallel", f"{written}, but the job has {job}", hint=hint)])
-    return _layout(config, degrees)
+    return smallest_layout(config)
 
 
 def smallest_layout(config: RunConfig) -> Layout:
     """Return the layout with the fewest ranks that a config allows: 1 for a degree that is null."""
-    return _layout(config, {axis: degree or 1 for axis, degree in _degrees(config).items()})
-
-
-def _degrees(config: RunConfig) -> dict[str, int | None]:
-    return {axis: getattr(config.parallel, axis) for axis in AXES}
-
-
-def _layout(config: RunConfig, degrees: dict[str, int]) -> Layout:
     parallel = config.parallel
-    return Layout(**degrees, virtual_stages=parallel.virtual_stages, sequence_parallel=parallel.sequence_parallel)
+    degrees = (parallel.dp or 1, parallel.tp or 1, parallel.pp or 1)
+    return Layout(*degrees, parallel.virtual_stages, parallel.sequence_parallel)

@@ -16,7 +16,6 @@ from hopescale.config.fields import child_types, entry_type, leaves, map_entries
 from hopescale.config.files import find_recipe, read_chain, read_yaml
 from hopescale.config.schema import RunConfig
 from hopescale.config.values import (
-    ReadError,
     describe_type,
     format_value,
     parse_yaml,
@@ -35,17 +34,11 @@ _ENTRY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 @dataclass(frozen=True)
 class LoadedConfig:
-    """A config and where it came from.
-
-    Attributes:
-        config: The resolved config; frozen.
-        origins: For every dotted key the file that set it last, `command line` or `default`.
-        recipe: The recipe's file.
-        files: The files read, bases first.
-    """
+    """A config and where it came from: a recipe's file, and all files read, bases first."""
 
     config: RunConfig
     origins: dict[str, str]
+    """Origin of every dotted key: the file that set it last, `command line` or `default`."""
     recipe: Path
     files: list[Path]
 
@@ -78,7 +71,7 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> LoadedConf
         chain = read_chain(find_recipe(recipe))
     except ConfigError as error:
         problems += error.problems
-    layers = [_read_file(file, tree, problems) for file, tree in chain]
+    layers = [_read_layer(tree, display_path(file), problems) for file, tree in chain]
     layers += [_read_override(text, problems) for text in overrides]
     config = _merge(RunConfig(), layers, problems)
     files = [file for file, _ in chain]
@@ -94,16 +87,14 @@ def load_settings(path: Path, schema: type[T]) -> T:
         ConfigError: If the file cannot be read; with every unknown key and every misfit.
     """
     problems: list[Problem] = []
-    layer = _read_file(path, read_yaml(path), problems, schema)
+    layer = _read_layer(read_yaml(path), display_path(path), problems, schema)
     if problems:
         raise ConfigError(problems)
     return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), layer.tree))
 
 
 def load_resolved(path: str | Path) -> RunConfig:
-    """Read the `config.yaml` of a run folder, as written by `to_yaml`.
-
-    Named entries are the file's alone: none comes from the defaults.
+    """Read the `config.yaml` of a run folder, as written by `to_yaml`, as `from_dict` does.
 
     Raises:
         ConfigError: If the file is missing, is not YAML, or does not fit the schema.
@@ -116,15 +107,11 @@ def from_dict(tree: dict[str, Any], origin: str) -> RunConfig:
 
     Named entries are the tree's alone: none comes from the defaults.
 
-    Args:
-        tree: Plain values by key.
-        origin: Origin of the values, for messages.
-
     Raises:
         ConfigError: If the tree does not fit the schema.
     """
     problems: list[Problem] = []
-    layer = _ConfigLayer(origin, _read_section(tree, RunConfig, "", origin, problems))
+    layer = _read_layer(tree, origin, problems)
     return _merge(map_entries(RunConfig(), lambda entries: {}), [layer], problems)
 
 
@@ -142,8 +129,7 @@ def to_yaml(config: RunConfig) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(replace(config, optim=replace(config.optim, groups=groups))))
 
 
-def _read_file(path: Path, tree: dict[Any, Any], problems: list[Problem], schema: type = RunConfig) -> _ConfigLayer:
-    origin = display_path(path)
+def _read_layer(tree: Any, origin: str, problems: list[Problem], schema: type = RunConfig) -> _ConfigLayer:
     return _ConfigLayer(origin, _read_section(tree, schema, "", origin, problems, schema))
 
 
@@ -155,11 +141,11 @@ def _read_override(text: str, problems: list[Problem]) -> _ConfigLayer:
     tree: Any = _Text(value)
     for name in reversed(key.strip().split(".")):
         tree = {name: tree}
-    return _ConfigLayer(COMMAND_LINE, _read_section(tree, RunConfig, "", COMMAND_LINE, problems))
+    return _read_layer(tree, COMMAND_LINE, problems)
 
 
 def _read_section(
-    tree: Any, section: Any, prefix: str, origin: str, problems: list[Problem], schema: type = RunConfig
+    tree: Any, section: Any, prefix: str, origin: str, problems: list[Problem], schema: type
 ) -> dict[str, Any]:
     """Read the children of a section or of a dict of entries; report and leave out those that do not fit."""
     known, entry = child_types(section), entry_type(section)
@@ -171,9 +157,9 @@ def _read_section(
         key = f"{prefix}{name}"
         try:
             if is_dataclass(split_optional(entry)[0]) and not (isinstance(name, str) and _ENTRY_NAME.fullmatch(name)):
-                raise ReadError("not a name for an entry", "use letters, digits, _ and -, in quotes if all digits")
+                raise ConfigError("not a name for an entry", "use letters, digits, _ and -, in quotes if all digits")
             result[name] = _read_node(value, entry if known is None else known[name], key, origin, problems, schema)
-        except ReadError as error:
+        except ConfigError as error:
             problems.append(Problem(key, error.message, origin, error.hint))
     return result
 
@@ -187,7 +173,7 @@ def _read_node(value: Any, hint: Any, key: str, origin: str, problems: list[Prob
     if value is None and optional:
         return None
     if not isinstance(value, dict):
-        raise ReadError(f"expected {describe_type(hint)}, got {format_value(value)}", f"set {key}.<key>")
+        raise ConfigError(f"expected {describe_type(hint)}, got {format_value(value)}", f"set {key}.<key>")
     return _read_section(value, inner, f"{key}.", origin, problems, schema)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hopescale.config.schema import LevelConfig, ModelConfig, SelfModifyingConfig
+from hopescale.config.schema import LevelConfig, ModelConfig
 from hopescale.ops.limits import is_sequential
 
 VOCAB_MULTIPLE = 128
@@ -37,8 +37,11 @@ def padded_vocab_size(model: ModelConfig) -> int:
     return -(-model.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
-def has_chunk_loop(mixer: SelfModifyingConfig) -> bool:
-    """Tell whether what a mixer writes depends on what its memories hold, so that chunks follow one another."""
+def has_chunk_loop(model: ModelConfig) -> bool:
+    """Tell whether memories are written with what depends on what they hold, so that chunks follow one another."""
+    mixer = model.self_modifying
+    if model.mixer != "self_modifying":
+        return False
     adaptive = bool(mixer.adaptive) or mixer.query == "memory"
     return is_sequential(adaptive=adaptive, linear=mixer.memory == "linear", objective=mixer.objective, read=mixer.read)
 
@@ -51,6 +54,14 @@ def memory_banks(model: ModelConfig) -> dict[str, list[str]]:
     if mixer.projection_chunk_size in (None, mixer.chunk_size):
         return {"memory": ["mem", *others]}
     return {"memory": ["mem"], "projection": others}
+
+
+def bank_layers(model: ModelConfig, names: list[str]) -> list[tuple[int, int, int]]:
+    """Return inputs, outputs and number of a bank's linear layers: the first, side by side, and the second."""
+    gates, dim, hidden = len({"eta", "alpha"} & set(names)), head_dim(model), memory_dim(model)
+    vectors = len(names) - gates
+    first = (dim, vectors * (hidden or dim) + gates * (hidden or 1), 1)
+    return [first] if hidden is None else [first, (hidden, dim, vectors), (hidden, 1, gates)]
 
 
 def by_period(levels: dict[str, LevelConfig]) -> list[tuple[str, LevelConfig]]:

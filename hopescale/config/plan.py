@@ -11,14 +11,11 @@ from hopescale.config.schema import RunConfig
 
 @dataclass(frozen=True)
 class RunPlan:
-    """Derived values of a run."""
+    """Derived values of a run: of its layout, its batches, and those of `model_shape` by their names there."""
 
     dp: int
-    """Replicas that read different sequences of a step."""
     tp: int
-    """Ranks that share each layer."""
     pp: int
-    """Stages of the pipeline."""
     global_batch_size: int
     """Sequences per optimizer step."""
     grad_accumulation: int
@@ -28,13 +25,9 @@ class RunPlan:
     total_sequences: int
     """Sequences of the whole run."""
     head_dim: int
-    """Width of a head of the mixer."""
     memory_dim: int | None
-    """Hidden width of an MLP memory; None for other memories and other mixers."""
     projection_chunk_size: int | None
-    """Tokens between two boundaries of the projection memories; None for other mixers."""
     padded_vocab_size: int
-    """Rows of the embedding."""
 
     def to_dict(self) -> dict[str, int | None]:
         """Return the values by name, for `plan.json`."""
@@ -42,12 +35,7 @@ class RunPlan:
 
 
 def make_plan(config: RunConfig, layout: Layout | None = None) -> RunPlan:
-    """Derive the plan of a config that has passed its checks.
-
-    Args:
-        config: The config.
-        layout: Degrees of the axes; None is the fewest ranks that run the config, one unless it sets degrees.
-    """
+    """Derive the plan of a config that has passed its checks; without a layout, on the fewest ranks that run it."""
     layout = layout or smallest_layout(config)
     train, model = config.train, config.model
     global_batch_size = train.global_batch_tokens // train.seq_len

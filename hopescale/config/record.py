@@ -18,12 +18,6 @@ def write_record(folder: Path, loaded: LoadedConfig, layout: Layout, overrides: 
     """Write `config.yaml`, `overrides.txt`, `origins.json` and `plan.json`.
 
     A run that is started from its own `config.yaml` keeps the overrides and origins of the start before.
-
-    Args:
-        folder: The run folder.
-        loaded: A recipe that has passed its checks.
-        layout: Degrees of the axes.
-        overrides: Overrides of the command line, verbatim.
     """
     origins, overrides = loaded.origins, [f"{override}\n" for override in overrides]
     if loaded.recipe.resolve() == (folder / CONFIG).resolve() and (folder / "origins.json").exists():

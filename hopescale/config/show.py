@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import is_dataclass
 from typing import Any
 
 from hopescale.common.errors import Problem
-from hopescale.config.fields import leaves
+from hopescale.config.fields import children, leaves
 from hopescale.config.load import DEFAULT
 from hopescale.config.model_shape import by_period
 from hopescale.config.schema import RunConfig
@@ -60,12 +60,7 @@ def format_diff(changes: list[Change]) -> str:
 
 
 def identity_problems(old: RunConfig, new: RunConfig) -> list[Problem]:
-    """List the changes that a resumed run cannot take: those below `IDENTITY`. All others are its user's choice.
-
-    Args:
-        old: The config in the run folder.
-        new: The config that would continue the run.
-    """
+    """List the changes that a resumed run cannot take: those below `IDENTITY`. All others are its user's choice."""
     hint = "set it back, or start a new run in another --run-dir"
     return [
         Problem(key, f"is {_format(before)} in the run folder, now {_format(after)}: a run cannot change it", hint=hint)
@@ -77,10 +72,7 @@ def identity_problems(old: RunConfig, new: RunConfig) -> list[Problem]:
 def model_problems(old: RunConfig, new: RunConfig, origin: str) -> list[Problem]:
     """List the keys at which a model is not the one whose weights were saved, but for `FREE`; levels keep their order.
 
-    Args:
-        old: The config saved with the weights.
-        new: The config of a run that begins with them.
-        origin: Place of the weights, for messages.
+    The config `old` was saved with the weights, at `origin`.
     """
     problems = [
         Problem(key, f"is {_format(after)}, but {_format(before)} in {origin}", hint="set it as it is there")
@@ -99,9 +91,8 @@ def _format(value: Any) -> str:
 
 
 def _lines(node: Any, origins: Mapping[str, str], prefix: str, depth: int) -> list[str]:
-    items = node.items() if isinstance(node, dict) else [(f.name, getattr(node, f.name)) for f in fields(node)]
     lines = []
-    for name, value in items:
+    for name, value in children(node):
         key, indent = f"{prefix}{name}", "  " * depth
         if is_dataclass(value) or (isinstance(value, dict) and value):
             lines += [f"{indent}{format_value(name)}:", *_lines(value, origins, f"{key}.", depth + 1)]

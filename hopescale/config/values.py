@@ -14,19 +14,11 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from hopescale.common.errors import ConfigError
 from hopescale.common.units import parse_count
 
 _PLAIN_TEXT = re.compile(r"[A-Za-z_][\w./-]*")
 _YAML_WORDS = {"null", "true", "false", "yes", "no", "on", "off", "y", "n"}
-
-
-class ReadError(ValueError):
-    """A value that does not fit its type, with what to do about it."""
-
-    def __init__(self, message: str, hint: str | None = None):
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
 
 
 def split_optional(hint: Any) -> tuple[Any, bool]:
@@ -60,7 +52,7 @@ def read_value(value: Any, hint: Any) -> Any:
     """Read a value that YAML produced as the type `hint`; counts may carry units (`64Ki`).
 
     Raises:
-        ReadError: If the value does not fit the type.
+        ConfigError: If the value does not fit the type.
     """
     inner, optional = split_optional(hint)
     if value is None and optional:
@@ -78,7 +70,7 @@ def read_text(text: str, hint: Any) -> Any:
     """Read the text of an override as the type `hint`: text verbatim, numbers with units, lists as YAML.
 
     Raises:
-        ReadError: If the text does not denote a value of the type.
+        ConfigError: If the text does not denote a value of the type.
     """
     inner, optional = split_optional(hint)
     if optional and text == "null":
@@ -94,12 +86,12 @@ def parse_yaml(text: str) -> Any:
     """Parse the YAML of an override's value.
 
     Raises:
-        ReadError: If the text is not YAML.
+        ConfigError: If the text is not YAML.
     """
     try:
         return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]
     except (YAMLError, OmegaConfBaseException):
-        raise ReadError(f"cannot read {text!r} as YAML", "quote texts inside a list: '[\"*.bias\"]'") from None
+        raise ConfigError(f"cannot read {text!r} as YAML", "quote texts inside a list: '[\"*.bias\"]'") from None
 
 
 def format_value(value: Any) -> str:
@@ -115,8 +107,8 @@ def format_value(value: Any) -> str:
     return str(value)
 
 
-def _misfit(value: Any, hint: Any, advice: str | None = None) -> ReadError:
-    return ReadError(f"expected {describe_type(hint)}, got {format_value(value)}", advice)
+def _misfit(value: Any, hint: Any, advice: str | None = None) -> ConfigError:
+    return ConfigError(f"expected {describe_type(hint)}, got {format_value(value)}", advice)
 
 
 def _read_tuple(value: Any, inner: Any, hint: Any) -> tuple[Any, ...]:
@@ -166,7 +158,7 @@ def _read_str(value: Any, hint: Any) -> str:
 
 def _read_any(value: Any, _: Any) -> Any:
     if "${" in str(value):
-        raise ReadError(f"{value!r} holds an interpolation, which recipes do not have", "write the value itself")
+        raise ConfigError(f"{value!r} holds an interpolation, which recipes do not have", "write the value itself")
     return value
 
 

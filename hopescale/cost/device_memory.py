@@ -15,7 +15,7 @@ from hopescale.config.model_shape import levels_of_block, padded_vocab_size
 from hopescale.config.plan import make_plan
 from hopescale.config.schema import ModelConfig, RunConfig
 from hopescale.cost.holdings import Holding, Holdings, Kind, gathers
-from hopescale.cost.mixers import MicroBatch, mixer_activations
+from hopescale.cost.mixers import Activations, MicroBatch, mixer_activations
 from hopescale.cost.params import FP32, count_params, itemsize
 
 LASTING = ("weights", "gradients", "accumulators", "masters", "optimizer")
@@ -32,36 +32,19 @@ MOST_BLOCKS = 10_000
 """Blocks of the largest model whose parameters are listed before a run starts."""
 
 
-@dataclass(frozen=True)
-class BlockActivations:
-    """Bytes of one block and micro batch.
-
-    Attributes:
-        kept: Bytes from forward to backward, without the states.
-        states: Bytes of memories at the start of chunks, from forward to backward.
-        again: Bytes that the block's backward computes again before it begins.
-        workspace: Bytes that its backward needs on top of all that, at most.
-    """
-
-    kept: float
-    states: float
-    again: float
-    workspace: float
-
-
-def block_activations(model: ModelConfig, micro: MicroBatch, recompute: str) -> BlockActivations:
+def block_activations(model: ModelConfig, micro: MicroBatch, recompute: str) -> Activations:
     """Count one block; all cost the same."""
     norm, inner = _norm(model, micro), _stream(model, micro) * micro.stream_share
     mixer = mixer_activations(model, micro, recompute)
     levels, level_workspace = _levels(model, micro, norm)
     outside, workspace = norm + inner + levels, max(level_workspace, mixer.workspace - levels)
     if recompute == "block":
-        return BlockActivations(inner, 0, outside + mixer.kept + mixer.states, workspace)
+        return Activations(inner, 0, outside + mixer.kept + mixer.states + workspace)
     if recompute == "memory":
         # When the mixer is computed again, the levels are done.
         again = mixer.kept + mixer.states + mixer.workspace - levels
-        return BlockActivations(outside, 0, 0, max(level_workspace, again))
-    return BlockActivations(outside + mixer.kept, mixer.states, 0, workspace)
+        return Activations(outside, 0, max(level_workspace, again))
+    return Activations(outside + mixer.kept, mixer.states, workspace)
 
 
 def _stream(model: ModelConfig, micro: MicroBatch) -> float:
@@ -84,12 +67,6 @@ def _levels(model: ModelConfig, micro: MicroBatch, norm: float) -> tuple[float, 
     else:
         kept += norm + stream + len(widths) * stream
     return kept, 2 * max(widths) + stream
-
-
-def logits_bytes(model: ModelConfig, micro: MicroBatch) -> float:
-    """Count the logits when the loss goes back: their log-softmax, its gradient, and theirs, in float32."""
-    copies = 3 if micro.tp == 1 else 2
-    return copies * micro.tokens * padded_vocab_size(model) / micro.tp * FP32
 
 
 def head_bytes(model: ModelConfig, micro: MicroBatch) -> float:
@@ -125,31 +102,19 @@ def device_memory_of_stage(
     """Return the most that a rank of a pipeline stage holds.
 
     Args:
-        holdings: Holdings of the config's model and optimizer.
         config: Micro batch, precision and recomputation, which may differ from those `holdings` was made with.
-        layout: Degrees of the axes.
-        stage: Pipeline rank.
         exact: Whether shares of matrices are those of the replica that owns most, or of all on average.
     """
-    holding = holdings.of_stage(layout, stage)
-    owned = holdings.owned_share(layout, stage) if exact else 1 / layout.dp
-    lasting, fast = _lasting(config, layout, holding, owned), _fast_gradients(config, layout, holding)
-    passing = _Passing(config, layout, holdings.slices(layout, stage), stage, holding)
-    before = fast * (passing.micro_batches > 1)
-    moments = {
-        "loss": passing.loss() | {"gradients": before},
-        "backward": passing.backward() | {"gradients": before},
-        "last block": passing.last_block() | {"gradients": fast},
-        "update": {"gradients": fast, "workspace": _update_workspace(config, layout, holding)},
-    }
+    holding, slices = holdings.of_stage(layout, stage), holdings.slices(layout, stage)
+    lasting = _lasting(config, layout, holding, holdings.owned_share(layout, stage) if exact else 1 / layout.dp)
+    waiting = layout.pp - stage
+    if layout.virtual_stages > 1:
+        waiting = 2 * (layout.pp - stage - 1) + (layout.virtual_stages - 1) * layout.pp + 1
+    in_flight = min(waiting, make_plan(config, layout).grad_accumulation * layout.virtual_stages)
+    moments = _moments(config, layout, holding, slices, in_flight)
     name = max(moments, key=lambda name: sum(moments[name].values()))
     at_peak = {kind: lasting.get(kind, 0) + moments[name].get(kind, 0) for kind in KINDS}
-    return DeviceMemory(at_peak, name, passing.in_flight, holding.total())
-
-
-def device_memory_of_stages(holdings: Holdings, config: RunConfig, layout: Layout) -> list[DeviceMemory]:
-    """Return what the ranks of each pipeline stage hold."""
-    return [device_memory_of_stage(holdings, config, layout, stage) for stage in range(layout.pp)]
+    return DeviceMemory(at_peak, name, in_flight, holding.total())
 
 
 def least_memory(config: RunConfig, layout: Layout) -> float:
@@ -208,55 +173,43 @@ def _update_workspace(config: RunConfig, layout: Layout, holding: Holding) -> fl
     return max(FP32 * workspace, pack)
 
 
-class _Passing:
-    """What comes and goes with micro batches."""
+def _moments(
+    config: RunConfig, layout: Layout, holding: Holding, slices: list[range], in_flight: int
+) -> dict[str, dict[str, float]]:
+    """Count what a rank holds by moment and kind, beside what lasts."""
+    model, micro = config.model, MicroBatch.of(config.train, layout)
+    several, is_last = make_plan(config, layout).grad_accumulation > 1, slices[-1].stop == model.num_layers
+    block, blocks = block_activations(model, micro, effective_recompute(config)), sum(map(len, slices)) / len(slices)
+    states, one = blocks * block.states, blocks * block.kept
+    if layout.pp > 1:
+        one += 2 * _stream(model, micro) * micro.stream_share
+    kept = {"activations": one, "memory states": states, "in flight": (in_flight - 1) * (one + states)}
+    # The log-softmax, its gradient, and that of the logits, in float32.
+    logits = (3 if micro.tp == 1 else 2) * micro.tokens * padded_vocab_size(model) / micro.tp * FP32
+    head = {"activations": one + head_bytes(model, micro), "logits": logits}
+    vocabulary = padded_vocab_size(model) * model.d_model * micro.itemsize
+    workspace = block.workspace + _gathered(config, holding, vocabulary)
+    if model.tie_embeddings and is_last and slices[0].start == 0:
+        workspace += vocabulary / layout.tp  # the embedding's gradient, of the head
+    # The last block's backward makes gradients beside the sums of those before it.
+    widest = max(model.d_model, *(level.d_ff for level in model.cms.levels.values()))
+    fresh = micro.itemsize * widest * model.d_model / layout.tp * several
+    gradients = _fast_gradients(config, layout, holding)
+    return {
+        "loss": kept | (head if is_last else {}) | {"gradients": gradients * several},
+        "backward": kept | {"workspace": workspace + fresh, "gradients": gradients * several},
+        "last block": {
+            "activations": block.kept,
+            "memory states": block.states,
+            "workspace": workspace,
+            "gradients": gradients,
+        },
+        "update": {"gradients": gradients, "workspace": _update_workspace(config, layout, holding)},
+    }
 
-    def __init__(self, config: RunConfig, layout: Layout, slices: list[range], stage: int, holding: Holding):
-        model = config.model
-        self.config, self.layout, self.holding = config, layout, holding
-        self.micro_batches = make_plan(config, layout).grad_accumulation
-        self.micro = MicroBatch.of(config.train, layout)
-        self.block = block_activations(model, self.micro, effective_recompute(config))
-        self.blocks = sum(map(len, slices)) / len(slices)
-        self.is_last = slices[-1].stop == model.num_layers
-        waiting = layout.pp - stage
-        if layout.virtual_stages > 1:
-            waiting = 2 * (layout.pp - stage - 1) + (layout.virtual_stages - 1) * layout.pp + 1
-        self.in_flight = min(waiting, self.micro_batches * layout.virtual_stages)
-        self.between = 2 * _stream(model, self.micro) * self.micro.stream_share if layout.pp > 1 else 0.0
-        self.vocabulary = padded_vocab_size(model) * model.d_model * self.micro.itemsize
-        ties_here = model.tie_embeddings and self.is_last and stage == 0
-        self.workspace = self.block.again + self.block.workspace + self._gathered()
-        self.workspace += self.vocabulary / layout.tp * ties_here  # the embedding's gradient, of the head
 
-    def _kept(self) -> dict[str, float]:
-        one = self.blocks * self.block.kept + self.between
-        states = self.blocks * self.block.states
-        return {"activations": one, "memory states": states, "in flight": (self.in_flight - 1) * (one + states)}
-
-    def loss(self) -> dict[str, float]:
-        """Return what there is when the loss goes back through the logits."""
-        kept = self._kept()
-        if self.is_last:
-            kept["activations"] += head_bytes(self.config.model, self.micro)
-            kept["logits"] = logits_bytes(self.config.model, self.micro)
-        return kept
-
-    def backward(self) -> dict[str, float]:
-        """Return what there is in the backward of the last block here, with sums of gradients of others before it."""
-        model = self.config.model
-        widest = max(3 * model.d_model, *(3 * level.d_ff for level in model.cms.levels.values()))
-        fresh = self.micro.itemsize * widest * model.d_model / 3 / self.layout.tp * (self.micro_batches > 1)
-        return self._kept() | {"workspace": self.workspace + fresh}
-
-    def last_block(self) -> dict[str, float]:
-        """Return what there is when the first block here goes back, and all gradients are made."""
-        return {"activations": self.block.kept, "memory states": self.block.states, "workspace": self.workspace}
-
-    def _gathered(self) -> float:
-        """Count what ZeRO 2 sends gradients in, and the weights that ZeRO 3 makes whole: two blocks, and the others."""
-        zero = self.config.parallel.zero
-        bucket = min(PACK_BYTES, FP32 * self.holding.total()) if zero > 1 else 0.0
-        if zero != 3:
-            return bucket
-        return bucket + 2 * self.holding.weight_bytes() / self.config.model.num_layers + self.vocabulary
+def _gathered(config: RunConfig, holding: Holding, vocabulary: float) -> float:
+    """Count what ZeRO 2 sends gradients in, and the weights that ZeRO 3 makes whole: two blocks, and the others."""
+    zero = config.parallel.zero
+    bucket = min(PACK_BYTES, FP32 * holding.total()) if zero > 1 else 0.0
+    return bucket + (2 * holding.weight_bytes() / config.model.num_layers + vocabulary if zero == 3 else 0.0)

@@ -6,6 +6,7 @@ docs/planning.md says what each assumption rests on.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache, partial
 
 from hopescale.config.execution import effective_recompute, is_fused
 from hopescale.config.layout import Layout
@@ -16,7 +17,6 @@ from hopescale.cost.comm import stream_bytes
 from hopescale.cost.flops import flops_by_part, flops_per_token
 from hopescale.cost.hardware import Device
 from hopescale.cost.holdings import Holdings
-from hopescale.cost.operation import OpCost
 from hopescale.cost.params import FP32
 from hopescale.cost.updates import update_flops
 
@@ -31,46 +31,29 @@ CALLS_PER_CHUNK = {"mlp": 1000, "linear": 450, "static": 400}
 """Operations of a chunk's forward and backward that compute something, chunks computed again; as counted."""
 UPDATE_PASSES = 6
 """Reads and writes of 4 bytes that an update makes of each entry, apart from its state's."""
-
-
 PARTS = ("compute", "idle", "tensor", "pipeline", "data", "update")
-"""Parts of a step's time."""
+"""Parts of a step's time: forward and backward of the busiest stage, waiting for other stages, exchanges between
+tensor-parallel ranks, sends between stages, gradients and weights between replicas, updates."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A step, in seconds, and what follows from it.
+    """A step of a run on some ranks, and what follows from it."""
 
-    Attributes:
-        compute_s: Forward and backward of the busiest stage, over all micro batches.
-        idle_s: Waiting for other stages.
-        tensor_s: Exchanges between tensor-parallel ranks.
-        pipeline_s: Sends between stages.
-        data_s: Gradients and weights between replicas.
-        update_s: Updates.
-        tokens: Tokens of a step.
-        model_flops: Model FLOPs of a step, nothing counted twice.
-        ranks: Number of devices.
-        peak_flops: Peak FLOP/s of a device.
-        steps: Steps of the run.
-    """
-
-    compute_s: float
-    idle_s: float
-    tensor_s: float
-    pipeline_s: float
-    data_s: float
-    update_s: float
+    seconds: dict[str, float]
+    """Seconds by part, as in `PARTS`."""
     tokens: int
     model_flops: float
+    """Model FLOPs of a step, nothing counted twice."""
     ranks: int
     peak_flops: float
+    """Peak FLOP/s of a device."""
     steps: int
 
     @property
     def step_s(self) -> float:
         """Seconds of a step."""
-        return sum(getattr(self, f"{part}_s") for part in PARTS)
+        return sum(self.seconds.values())
 
     @property
     def tps(self) -> float:
@@ -87,7 +70,7 @@ class Estimate:
         wall = self.steps * self.step_s
         return {
             "step_s": self.step_s,
-            **{f"{part}_s": getattr(self, f"{part}_s") for part in PARTS},
+            **{f"{part}_s": seconds for part, seconds in self.seconds.items()},
             "tps": self.tps,
             "mfu": self.mfu,
             "wall_s": wall,
@@ -98,10 +81,7 @@ class Estimate:
 class Estimator:
     """Estimates steps of one model on one kind of device, for many layouts.
 
-    Args:
-        holdings: Holdings of the config's model and optimizer.
-        device: Device of each rank.
-        efficiency: Part of the peak that large products reach; None is the device's.
+    The efficiency is the part of the peak that large products reach; None is the device's.
     """
 
     def __init__(self, holdings: Holdings, device: Device, efficiency: float | None = None):
@@ -109,8 +89,8 @@ class Estimator:
         self.rate = device.peak_flops * (efficiency or device.efficiency)
         config = holdings.config
         self.model_flops = flops_per_token(config.model, config.train.seq_len)
-        self._flops: dict[str, dict[str, OpCost]] = {}
-        self._rule_flops: dict[tuple, float] = {}
+        self._flops = cache(partial(flops_by_part, config.model, config.train.seq_len))
+        self._rule_flops = cache(self._flops_of_rules)
 
     def step(self, config: RunConfig, layout: Layout) -> Estimate:
         """Estimate a step of a config, which may differ from the holdings' in micro batch, ZeRO and recomputation."""
@@ -119,13 +99,16 @@ class Estimator:
         waits = (layout.pp - 1) / layout.virtual_stages
         sends = 2 * layout.virtual_stages * micro_batches if layout.pp > 1 else 0
         parts = layout.tp if layout.sequence_parallel else 1
+        seconds = (
+            micro_batches * busiest,
+            waits * busiest,
+            self._tensor_s(config, layout) * (micro_batches + waits),
+            sends * stream_bytes(config) / parts / self._bandwidth(layout.num_ranks),
+            self._data_s(config, layout, micro_batches),
+            self._update_s(config, layout),
+        )
         return Estimate(
-            compute_s=micro_batches * busiest,
-            idle_s=waits * busiest,
-            tensor_s=self._tensor_s(config, layout) * (micro_batches + waits),
-            pipeline_s=sends * stream_bytes(config) / parts / self._bandwidth(layout.num_ranks),
-            data_s=self._data_s(config, layout, micro_batches),
-            update_s=self._update_s(config, layout),
+            dict(zip(PARTS, seconds, strict=True)),
             tokens=train.global_batch_tokens,
             model_flops=self.model_flops * train.global_batch_tokens,
             ranks=layout.num_ranks,
@@ -156,10 +139,8 @@ class Estimator:
 
     def _stage_s(self, config: RunConfig, layout: Layout, stage: int) -> float:
         """Return the seconds of a micro batch's forward and backward on a stage."""
-        model, train, how = config.model, config.train, effective_recompute(config)
-        if how not in self._flops:
-            self._flops[how] = flops_by_part(model, train.seq_len, recompute=how)
-        parts, slices = self._flops[how], self.holdings.slices(layout, stage)
+        model, train = config.model, config.train
+        parts, slices = self._flops(recompute=effective_recompute(config)), self.holdings.slices(layout, stage)
         blocks, tokens = sum(map(len, slices)), train.seq_len * train.micro_batch_size
         part = blocks / model.num_layers / layout.tp
         dense = (parts["maps"].total + parts["levels"].total) * part
@@ -183,7 +164,7 @@ class Estimator:
     def _calls_s(self, config: RunConfig) -> float:
         """Return the least seconds of a mixer's chunk loop: calls of operations, one after the other."""
         model = config.model
-        if model.mixer == "attention" or not has_chunk_loop(model.self_modifying):
+        if not has_chunk_loop(model):
             return 0.0
         chunks = config.train.seq_len / projection_chunk_size(model)
         return chunks * CALLS_PER_CHUNK[memory_kind(model)] * self.device.call_s
@@ -222,20 +203,19 @@ class Estimator:
             each = FP32 * (UPDATE_PASSES * count + 2 * holding.state[kind])
             replicas = layout.dp if config.parallel.zero or kind.rule != "adamw" else 1
             divided += each / replicas * self._updates_per_step(kind.level)
-        key, optim = (layout.tp, layout.pp), self.holdings.config.optim
-        if key not in self._rule_flops:
-            self._rule_flops[key] = sum(
-                update_flops(self.holdings.rule_of(p), p.shape, optim) * self._updates_per_step(p.level)
-                for p in self.holdings.matrices(Layout(tp=layout.tp, pp=layout.pp), 0)
-            )
-        return divided / self.device.bandwidth + self._rule_flops[key] / layout.dp / self.rate
+        products = self._rule_flops(Layout(tp=layout.tp, pp=layout.pp))
+        return divided / self.device.bandwidth + products / layout.dp / self.rate
+
+    def _flops_of_rules(self, layout: Layout) -> float:
+        holdings, optim = self.holdings, self.holdings.config.optim
+        return sum(
+            update_flops(holdings.rule_of(p), p.shape, optim) * self._updates_per_step(p.level)
+            for p in holdings.matrices(layout, 0)
+        )
 
 
 def memory_kind(model: ModelConfig) -> str | None:
-    """Return what decides the speed of memories: `mlp` or `linear` if they make what is written, else `static`.
-
-    Attention has none.
-    """
+    """Return what decides the speed of memories: `mlp` or `linear` if they make what is written, else `static`."""
     mixer = model.self_modifying
     if model.mixer == "attention":
         return None

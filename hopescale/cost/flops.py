@@ -27,10 +27,7 @@ def flops_per_token(model: ModelConfig, seq_len: int) -> float:
 def flops_by_part(model: ModelConfig, seq_len: int, *, recompute: str | None = None) -> dict[str, OpCost]:
     """Count the operations of one token by part: `maps` of the mixers, their `mixing`, `levels`, `head`.
 
-    Args:
-        model: Sizes and switches.
-        seq_len: Tokens per sequence.
-        recompute: Value of `train.recompute`, whose repeated operations count as backward; None counts the model alone.
+    What `train.recompute` repeats counts as backward; a `recompute` of None counts the model alone.
     """
     parts = _block(model, seq_len, recompute)
     for name in _RECOMPUTED.get(recompute or "none", ()):

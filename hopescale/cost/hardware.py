@@ -8,42 +8,35 @@ from dataclasses import dataclass, replace
 
 TERA = 10**12
 
-# Dense bf16 (no sparsity), FLOP/s, by words of the device's name; the first row whose words all occur is taken.
-_PEAK_BF16: tuple[tuple[str, float], ...] = (
-    ("A100", 312 * TERA),
-    ("A800", 312 * TERA),
-    ("A30", 165 * TERA),
-    ("A40", 149.7 * TERA),
-    ("L4", 121 * TERA),
-    ("L40S", 362 * TERA),
-    ("H100 PCIe", 756 * TERA),
-    ("H100 NVL", 835 * TERA),
-    ("H100", 989 * TERA),
-    ("H800 PCIe", 756 * TERA),
-    ("H800", 989 * TERA),
-    ("H20", 148 * TERA),
-    ("H200 NVL", 835 * TERA),
-    ("H200", 989 * TERA),
-    ("GH200", 989 * TERA),
-    ("B100", 1750 * TERA),
-    ("B200", 2250 * TERA),
-    ("GB200", 2500 * TERA),
-    ("MI250X", 383 * TERA),
-    ("MI300X", 1307 * TERA),
-    ("MI325X", 1307 * TERA),
-)
+# Dense bf16 (no sparsity), TFLOP/s, by words of the device's name; the first name whose words all occur is taken.
+_PEAK_BF16: dict[float, tuple[str, ...]] = {
+    312: ("A100", "A800"),
+    165: ("A30",),
+    149.7: ("A40",),
+    121: ("L4",),
+    362: ("L40S",),
+    756: ("H100 PCIe", "H800 PCIe"),
+    835: ("H100 NVL", "H200 NVL"),
+    989: ("H100", "H800", "H200", "GH200"),
+    148: ("H20",),
+    1750: ("B100",),
+    2250: ("B200",),
+    2500: ("GB200",),
+    383: ("MI250X",),
+    1307: ("MI300X", "MI325X"),
+}
 
 
 def peak_bf16_flops(device_name: str) -> float | None:
     """Return the peak dense bf16 FLOP/s of a device, or None where it is unknown, a CPU, or a slice of a GPU.
 
-    Args:
-        device_name: Name that the driver gives it: `NVIDIA H100 80GB HBM3`, or a bare `H100`.
+    Its name is the one that the driver gives it, `NVIDIA H100 80GB HBM3`, or a bare `H100`.
     """
     words = set(re.split(r"[\s_-]+", device_name.lower()))
     if "mig" in words:
         return None
-    return next((peak for name, peak in _PEAK_BF16 if words.issuperset(name.lower().split())), None)
+    peaks = ((peak * TERA, name) for peak, names in _PEAK_BF16.items() for name in names)
+    return next((peak for peak, name in peaks if words.issuperset(name.lower().split())), None)
 
 
 GIB, GIGA = 2**30, 10**9
@@ -91,12 +84,7 @@ CPU_CORE = Device("cpu", 135 * GIGA, 0, 10 * GIGA, 5 * GIGA, 1 * GIGA, call_s=0.
 
 
 def planned_device(name: str, ranks: int) -> Device:
-    """Return the device of each of `ranks` ranks; ranks on the CPU share this machine.
-
-    Args:
-        name: A name of `DEVICES`, or `cpu`.
-        ranks: Ranks of the job.
-    """
+    """Return the device of each rank by its name in `DEVICES`, or `cpu`; ranks on the CPU share this machine."""
     if name != "cpu":
         return DEVICES[name]
     cores = max(1, (os.cpu_count() or 1) // ranks)

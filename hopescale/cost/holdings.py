@@ -6,8 +6,9 @@ Which blocks a pipeline rank holds is decided here too, and which replica owns a
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import NamedTuple
 
 from hopescale.config.groups import assign_groups
@@ -26,10 +27,7 @@ def cut_blocks(model: ModelConfig, seq_len: int, num_stages: int) -> list[range]
     Counted are the operations of the blocks and, on the last stage, of the head; looking up the embedding costs none.
     Of equally good cuts, the last stage takes the fewest blocks; the others differ by one at most, earlier ones more.
 
-    Args:
-        model: Sizes and switches; all blocks cost the same.
-        seq_len: Tokens per sequence, which decide what a mixer costs.
-        num_stages: Stages in all.
+    All blocks cost the same; tokens per sequence decide what a mixer costs.
 
     Returns:
         Numbers of each stage's blocks, at least one.
@@ -54,23 +52,8 @@ def cut_blocks(model: ModelConfig, seq_len: int, num_stages: int) -> list[range]
     return [range(sum(sizes[:stage]), sum(sizes[: stage + 1])) for stage in range(num_stages)]
 
 
-def slices_of_rank(model: ModelConfig, seq_len: int, pp: int, virtual_stages: int, rank: int) -> list[range]:
-    """Return the blocks of each slice that pipeline rank `rank` of `pp` holds: slice `k` lives on rank `k % pp`.
-
-    Raises:
-        ValueError: If there are more slices than blocks.
-    """
-    return cut_blocks(model, seq_len, pp * virtual_stages)[rank::pp]
-
-
 class Kind(NamedTuple):
-    """Parameters that are treated alike.
-
-    Attributes:
-        rule: Name of the update rule.
-        level: Name of the level; None if updated at every step.
-        itemsize: Bytes of an entry.
-    """
+    """Update rule, level (None is updated at every step) and bytes of an entry of parameters that are treated alike."""
 
     rule: str
     level: str | None
@@ -79,13 +62,9 @@ class Kind(NamedTuple):
 
 @dataclass(frozen=True)
 class Holding:
-    """Entries on one rank, before anything is divided over replicas.
+    """Entries on one rank by kind, before anything is divided over replicas, and entries of the largest tensor.
 
-    Attributes:
-        entries: Entries of weights by kind.
-        state: Entries of the rules' state by kind.
-        grams: Entries of Gram matrices that are gathered beside gradients, by kind.
-        largest: Entries of the largest tensor.
+    Gram matrices are those that are gathered beside gradients.
     """
 
     entries: Mapping[Kind, int]
@@ -103,18 +82,14 @@ class Holding:
 
 
 class Holdings:
-    """Finds what ranks hold, quickly for many layouts of one config.
-
-    Args:
-        config: Config that has passed its checks.
-    """
+    """Finds what ranks hold, quickly for many layouts of a config that has passed its checks."""
 
     def __init__(self, config: RunConfig):
         self.config = config
         self.groups = assign_groups({p.name: p.shape for p in model_parameters(config.model)}, config.optim.groups)
-        self._cuts: dict[tuple, list[range]] = {}
-        self._parameters: dict[tuple, list[ParameterShape]] = {}
-        self._holdings: dict[tuple, Holding] = {}
+        self._cut = cache(partial(cut_blocks, config.model, config.train.seq_len))
+        self._slices_of_parameters = cache(self._cut_parameters)
+        self._holding = cache(self._sum)
 
     def rule_of(self, parameter: ParameterShape) -> str:
         """Return the name of the rule that updates a parameter."""
@@ -122,19 +97,15 @@ class Holdings:
 
     def slices(self, layout: Layout, stage: int) -> list[range]:
         """Return the blocks of each slice that a pipeline rank holds."""
-        key = (layout.pp, layout.virtual_stages)
-        if key not in self._cuts:
-            cut = cut_blocks(self.config.model, self.config.train.seq_len, layout.pp * layout.virtual_stages)
-            self._cuts[key] = cut
-        return self._cuts[key][stage :: layout.pp]
+        return self._cut(layout.pp * layout.virtual_stages)[stage :: layout.pp]
 
     def parameters(self, layout: Layout, stage: int) -> list[ParameterShape]:
         """List this rank's slices of the parameters of a stage, in the order in which the optimizer knows them."""
-        key = (layout.tp, layout.pp, layout.virtual_stages, stage)
-        if key not in self._parameters:
-            parameters = model_parameters(self.config.model, self.slices(layout, stage))
-            self._parameters[key] = [parameter.slice(layout.tp) for parameter in parameters]
-        return self._parameters[key]
+        return self._slices_of_parameters(_one_replica(layout), stage)
+
+    def _cut_parameters(self, layout: Layout, stage: int) -> list[ParameterShape]:
+        parameters = model_parameters(self.config.model, self.slices(layout, stage))
+        return [parameter.slice(layout.tp) for parameter in parameters]
 
     def matrices(self, layout: Layout, stage: int) -> list[ParameterShape]:
         """List those of `parameters` whose rule is one for matrices."""
@@ -142,19 +113,16 @@ class Holdings:
 
     def of_stage(self, layout: Layout, stage: int) -> Holding:
         """Return what each rank of a pipeline stage holds."""
-        key = (layout.tp, layout.pp, layout.virtual_stages, stage)
-        if key not in self._holdings:
-            self._holdings[key] = self._sum(self.parameters(layout, stage), layout.tp)
-        return self._holdings[key]
+        return self._holding(_one_replica(layout), stage)
 
-    def _sum(self, parameters: Iterable[ParameterShape], tp: int) -> Holding:
+    def _sum(self, layout: Layout, stage: int) -> Holding:
         entries, state, grams, largest = Counter(), Counter(), Counter(), 0
-        for parameter in parameters:
+        for parameter in self.parameters(layout, stage):
             rule = self.rule_of(parameter)
             kind = Kind(rule, parameter.level, parameter.itemsize(self.config.train.precision))
             entries[kind] += parameter.size
             state[kind] += state_entries(rule, parameter.shape, self.config.optim)
-            grams[kind] += self.gram(parameter, tp)
+            grams[kind] += self.gram(parameter, layout.tp)
             largest = max(largest, parameter.size)
         return Holding(entries, state, grams, largest)
 
@@ -195,6 +163,11 @@ class Holdings:
         for parameter in self.matrices(layout, stage):
             owned[owners[parameter.name]] += parameter.size
         return max(owned.values()) / owned.total() if owned else 0.0
+
+
+def _one_replica(layout: Layout) -> Layout:
+    """Return the part of a layout that decides which parameters a rank holds."""
+    return replace(layout, dp=1, sequence_parallel=False)
 
 
 def gathers(config: RunConfig, layout: Layout) -> bool:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from hopescale.config.layout import Layout
 from hopescale.config.model_shape import (
+    bank_layers,
     has_chunk_loop,
     head_dim,
     kv_heads,
@@ -29,23 +30,16 @@ from hopescale.ops.limits import REVERSE_PARTS, is_moved_by_map, is_trace_smalle
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """A rank's micro batch: what activations depend on, apart from the model.
-
-    Attributes:
-        tokens: Tokens of all sequences.
-        batch: Number of sequences.
-        seq_len: Tokens of a sequence.
-        itemsize: Bytes of an entry of the residual stream.
-        tp: Ranks that share a layer.
-        stream_share: Part of the tokens' residual stream that a rank holds between layers.
-    """
+    """A rank's micro batch: what activations depend on, apart from the model."""
 
     tokens: int
     batch: int
     seq_len: int
     itemsize: int
+    """Bytes of an entry of the residual stream."""
     tp: int
     stream_share: float
+    """Part of the tokens' residual stream that a rank holds between layers."""
 
     @classmethod
     def of(cls, train: TrainConfig, layout: Layout) -> MicroBatch:
@@ -66,25 +60,22 @@ def maps_cost(model: ModelConfig) -> OpCost:
 def mixing_cost(model: ModelConfig, seq_len: int, recompute: str | None) -> OpCost:
     """Count what a mixer does between its maps for a token: scores and reads, or memories.
 
-    Args:
-        model: Sizes and switches.
-        seq_len: Tokens per sequence.
-        recompute: Value of `train.recompute`; None counts the model alone.
+    Without `recompute`, the value of `train.recompute`, it counts the model alone.
     """
     if model.mixer == "attention":
         # A token sees (seq_len + 1) / 2 on average. Each gradient is two products; the scores are a third.
         reads = product(1, head_dim(model), (seq_len + 1) / 2).times(2 * model.num_heads)
         return reads if recompute is None else OpCost(reads.forward, 2.5 * reads.forward)
     once = _sequence(model, seq_len).times(model.num_heads / seq_len)
-    if recompute in (None, "none") or not has_chunk_loop(model.self_modifying):
+    if recompute in (None, "none") or not has_chunk_loop(model):
         return once
     replay = _replay(model, seq_len) * model.num_heads / seq_len if recompute == "reverse" else 0
     return OpCost(once.forward, once.backward + once.forward + replay)
 
 
 @dataclass(frozen=True)
-class MixerActivations:
-    """Bytes of one mixer and micro batch.
+class Activations:
+    """Bytes of one mixer or block, and micro batch.
 
     Attributes:
         kept: Bytes from forward to backward, without the states.
@@ -97,14 +88,7 @@ class MixerActivations:
     workspace: float
 
 
-def mixer_activations(model: ModelConfig, micro: MicroBatch, recompute: str) -> MixerActivations:
-    """Count a mixer, without its norm's result, where `recompute` is what the mixer itself computes again."""
-    if model.mixer == "attention":
-        return _attention(model, micro)
-    return _self_modifying(model, micro, recompute)
-
-
-def _attention(model: ModelConfig, micro: MicroBatch) -> MixerActivations:
+def _attention(model: ModelConfig, micro: MicroBatch) -> Activations:
     """Count queries and keys after rotation, values within the in-projection's result, the answer, and it in order."""
     heads, groups, dim = model.num_heads / micro.tp, kv_heads(model) / micro.tp, head_dim(model)
     rotated, projected = (heads + groups) * dim, (heads + 2 * groups) * dim
@@ -113,19 +97,20 @@ def _attention(model: ModelConfig, micro: MicroBatch) -> MixerActivations:
         copies = 1 if micro.itemsize == FP32 else 2
         kept += micro.tokens * (rotated * copies + heads + groups) * FP32
     # The gradients of queries, keys and values, of the in-projection's result, and of its input.
-    return MixerActivations(kept, 0, micro.tokens * (2 * projected + model.d_model) * micro.itemsize)
+    return Activations(kept, 0, micro.tokens * (2 * projected + model.d_model) * micro.itemsize)
 
 
-def _self_modifying(model: ModelConfig, micro: MicroBatch, recompute: str) -> MixerActivations:
+def mixer_activations(model: ModelConfig, micro: MicroBatch, recompute: str) -> Activations:
+    """Count a mixer, without its norm's result, where `recompute` is what the mixer itself computes again."""
+    if model.mixer == "attention":
+        return _attention(model, micro)
     mixer, heads, dim = model.self_modifying, model.num_heads / micro.tp, head_dim(model)
     width, per_head = micro.tokens * heads * dim, micro.batch * heads * FP32
     kept = _streams(mixer, micro, heads, dim)
-    if not has_chunk_loop(mixer):
+    if not has_chunk_loop(model):
         # The states between chunks are there twice: as they come, and side by side.
         states = 2 * (1 + mixer.momentum) * dim * dim * max(1, micro.seq_len / mixer.chunk_size)
-        return MixerActivations(
-            kept + _sequence(model, micro.seq_len).saved * per_head, states * per_head, 6 * width * FP32
-        )
+        return Activations(kept + _sequence(model, micro.seq_len).saved * per_head, states * per_head, 6 * width * FP32)
     banks, chunk = _banks(model), min(projection_chunk_size(model), micro.seq_len)
     chunks, entries = -(-micro.seq_len // chunk), sum(bank.size for bank in banks)
     states = chunks * entries * (1 + mixer.momentum) * per_head
@@ -133,16 +118,16 @@ def _self_modifying(model: ModelConfig, micro: MicroBatch, recompute: str) -> Mi
     handed_on = 2 * entries * (3 + 2 * mixer.momentum) * per_head
     if recompute == "none":
         kept += _sequence(model, micro.seq_len).saved * per_head
-        return MixerActivations(kept, states, 4 * width * FP32 + handed_on)
+        return Activations(kept, states, 4 * width * FP32 + handed_on)
     # Gradients of streams and answers, and one chunk's tensors.
     workspace = 5 * width * FP32 + handed_on + 1.3 * _chunk(model, chunk).saved * per_head
     if recompute != "reverse":
-        return MixerActivations(kept, states, workspace)
+        return Activations(kept, states, workspace)
     trace, restored = (entries * per_head for entries in _trace(model, chunk))
     rows = -(-chunks // REVERSE_PARTS)
     # States that are computed again: of a row the last, and one for each half, quarter, ... before it.
     workspace += (min(chunks, REVERSE_PARTS) - 1).bit_length() * restored
-    return MixerActivations(kept, rows * states / chunks + (chunks - rows) * trace, workspace)
+    return Activations(kept, rows * states / chunks + (chunks - rows) * trace, workspace)
 
 
 def _streams(mixer: SelfModifyingConfig, micro: MicroBatch, heads: float, dim: int) -> float:
@@ -159,14 +144,9 @@ def _streams(mixer: SelfModifyingConfig, micro: MicroBatch, heads: float, dim: i
 
 @dataclass(frozen=True)
 class _Bank:
-    """Memories of one head that are written at the same boundaries.
+    """Memories of one head that are written at the same boundaries: some answer with vectors, some with one number.
 
-    Attributes:
-        vectors: Memories that answer with vectors.
-        gates: Memories that answer with one number.
-        dim: Width `D` of a head.
-        hidden: Hidden width `E` of MLP memories; None if they are linear.
-        is_main: Whether the first of the vectors is the memory that is read.
+    Hidden widths are those of MLP memories. The first of the vectors of a main bank is the memory that is read.
     """
 
     vectors: int
@@ -174,6 +154,7 @@ class _Bank:
     dim: int
     hidden: int | None
     is_main: bool
+    layers: list[tuple[int, int, int]]
 
     @property
     def rows(self) -> int:
@@ -183,15 +164,7 @@ class _Bank:
     @property
     def outputs(self) -> int:
         """Outputs of all first layers."""
-        return self.vectors * self.rows + self.gates * (self.hidden or 1)
-
-    @property
-    def layers(self) -> list[tuple[int, int, int]]:
-        """Inputs, outputs and number of the linear layers: the first ones, side by side, and the second ones."""
-        first = [(self.dim, self.outputs, 1)]
-        if self.hidden is None:
-            return first
-        return [*first, (self.hidden, self.dim, self.vectors), (self.hidden, 1, self.gates)]
+        return self.layers[0][1]
 
     @property
     def size(self) -> int:
@@ -206,17 +179,17 @@ class _Bank:
 
 def _banks(model: ModelConfig) -> list[_Bank]:
     """Return the banks of a head, the one with the main memory first."""
-    result = []
+    result, widths = [], (head_dim(model), memory_dim(model))
     for names in memory_banks(model).values():
         gates = sum(name in ("eta", "alpha") for name in names)
-        result.append(_Bank(len(names) - gates, gates, head_dim(model), memory_dim(model), names[0] == "mem"))
+        result.append(_Bank(len(names) - gates, gates, *widths, names[0] == "mem", bank_layers(model, names)))
     return result
 
 
 def _sequence(model: ModelConfig, seq_len: int) -> OpCost:
     """Count the memories of a head over a sequence."""
     mixer, dim = model.self_modifying, head_dim(model)
-    if has_chunk_loop(mixer):
+    if has_chunk_loop(model):
         chunk = min(projection_chunk_size(model), seq_len)
         # Nobody reads the states after the last chunk, which get no gradient.
         (main, *others), size = _banks(model), min(mixer.chunk_size, chunk)

@@ -6,12 +6,9 @@ from typing import NamedTuple
 
 
 class OpCost(NamedTuple):
-    """Cost of operations as torch executes them. A multiply and an add are two.
+    """Operations of forward and backward as torch executes them; a multiply and an add are two.
 
-    Attributes:
-        forward: Floating-point operations of the forward.
-        backward: Floating-point operations of the backward.
-        saved: Entries that the forward leaves for the backward, where they are counted.
+    Entries that the forward leaves for the backward are `saved`, where they are counted.
     """
 
     forward: float

@@ -29,21 +29,16 @@ EVERY_STEP = "every step"
 
 @dataclass(frozen=True)
 class ParameterShape:
-    """One parameter.
-
-    Attributes:
-        name: Name in the model.
-        shape: Shape of the whole, or of this rank's slice.
-        split: Dimension that is split over tensor-parallel ranks; None if every rank holds the whole.
-        keep_fp32: Whether it stays float32 in a model of lower precision.
-        level: Name of the level it belongs to; None if it is updated at every step.
-    """
+    """One parameter: its name in the model, and the shape of the whole, or of this rank's slice."""
 
     name: str
     shape: tuple[int, ...]
     split: int | None = None
+    """Dimension that is split over tensor-parallel ranks; None if every rank holds the whole."""
     keep_fp32: bool = False
+    """Whether it stays float32 in a model of lower precision."""
     level: str | None = None
+    """Name of the level it belongs to; None if it is updated at every step."""
 
     @property
     def size(self) -> int:
@@ -68,12 +63,7 @@ def itemsize(precision: str) -> int:
 
 
 def model_parameters(model: ModelConfig, slices: Sequence[range] | None = None) -> list[ParameterShape]:
-    """List the parameters of a model, or of the slices that a pipeline rank holds, in the model's order.
-
-    Args:
-        model: Sizes and switches.
-        slices: Blocks of each slice; None is all in one.
-    """
+    """List the parameters of a model, or of the slices (of blocks) that a pipeline rank holds, in the model's order."""
     slices = [range(model.num_layers)] if slices is None else slices
     width, rows = model.d_model, padded_vocab_size(model)
     found: dict[str, ParameterShape] = {}

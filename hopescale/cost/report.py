@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from hopescale.config.execution import effective_recompute
 from hopescale.config.layout import Layout
 from hopescale.config.plan import make_plan
 from hopescale.config.schema import RunConfig
-from hopescale.cost.comm import bytes_per_step
-from hopescale.cost.device_memory import device_memory_of_stages
+from hopescale.cost.comm import SentBytes
+from hopescale.cost.device_memory import device_memory_of_stage
 from hopescale.cost.estimate import Estimator
 from hopescale.cost.flops import flops_by_part, flops_per_token
 from hopescale.cost.params import count_level_params, count_params
 from hopescale.cost.search import USABLE, cheapest_change, fullest, recompute_modes
 
 
-def make_report(estimator: Estimator, config: RunConfig, layout: Layout) -> dict[str, Any]:
-    """Return the plan of a config that has passed its checks, on a layout and a device.
-
-    Args:
-        estimator: Estimator of the config and the device.
-        config: The same config.
-        layout: Degrees of the axes.
-    """
-    holdings, device = estimator.holdings, estimator.device
-    stages = device_memory_of_stages(holdings, config, layout)
+def make_report(estimator: Estimator, layout: Layout) -> dict[str, Any]:
+    """Return the plan of the estimator's config, which has passed its checks, and device on a layout."""
+    holdings, device, config = estimator.holdings, estimator.device, estimator.holdings.config
+    stages = [device_memory_of_stage(holdings, config, layout, stage) for stage in range(layout.pp)]
     room = USABLE * device.memory
     fits = max(stage.peak for stage in stages) <= room
     change = None if fits else cheapest_change(estimator, config, layout)
@@ -49,7 +43,7 @@ def make_report(estimator: Estimator, config: RunConfig, layout: Layout) -> dict
             ],
             "by_recompute": _by_recompute(estimator, config, layout),
         },
-        "bytes_per_step": [bytes_per_step(holdings, config, layout, stage) for stage in range(layout.pp)],
+        "bytes_per_step": [SentBytes(holdings, layout, stage).per_step() for stage in range(layout.pp)],
         "estimate": estimator.step(config, layout).numbers(),
         "assumptions": estimator.assumptions(),
     }
@@ -59,11 +53,7 @@ def _layout(config: RunConfig, layout: Layout) -> dict[str, Any]:
     plan = make_plan(config, layout)
     return {
         "ranks": layout.num_ranks,
-        "dp": layout.dp,
-        "tp": layout.tp,
-        "pp": layout.pp,
-        "virtual_stages": layout.virtual_stages,
-        "sequence_parallel": layout.sequence_parallel,
+        **asdict(layout),
         "zero": config.parallel.zero,
         "micro_batch_size": config.train.micro_batch_size,
         "micro_batches": plan.grad_accumulation,

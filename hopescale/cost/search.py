@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 
 from hopescale.config.execution import reverse_saves
@@ -22,14 +22,7 @@ USABLE = 0.92
 
 @dataclass(frozen=True)
 class LayoutChoice:
-    """A way to run a config.
-
-    Attributes:
-        config: Config with these settings.
-        layout: Degrees of the axes.
-        peak: Bytes of the fullest rank.
-        estimate: Estimate of a step.
-    """
+    """A way to run a config: with some settings, on some layout, with so many bytes on the fullest rank."""
 
     config: RunConfig
     layout: Layout
@@ -38,16 +31,11 @@ class LayoutChoice:
 
     def settings(self) -> dict[str, object]:
         """Return what is chosen, by dotted key."""
-        parallel, train = self.config.parallel, self.config.train
         return {
-            "parallel.dp": self.layout.dp,
-            "parallel.tp": self.layout.tp,
-            "parallel.pp": self.layout.pp,
-            "parallel.virtual_stages": parallel.virtual_stages,
-            "parallel.sequence_parallel": parallel.sequence_parallel,
-            "parallel.zero": parallel.zero,
-            "train.micro_batch_size": train.micro_batch_size,
-            "train.recompute": train.recompute,
+            **{f"parallel.{name}": value for name, value in asdict(self.layout).items()},
+            "parallel.zero": self.config.parallel.zero,
+            "train.micro_batch_size": self.config.train.micro_batch_size,
+            "train.recompute": self.config.train.recompute,
         }
 
     def changes(self, config: RunConfig, layout: Layout) -> dict[str, object]:
@@ -72,12 +60,7 @@ def fullest(holdings: Holdings, config: RunConfig, layout: Layout, *, exact: boo
 
 
 def choices(estimator: Estimator, ranks: int) -> Iterator[LayoutChoice]:
-    """Yield every way to share a config out over ranks that fits the device's memory.
-
-    Args:
-        estimator: Estimator of the config and the device.
-        ranks: Devices in all.
-    """
+    """Yield every way to share a config out over ranks that fits the device's memory."""
     holdings = estimator.holdings
     room, own = USABLE * estimator.device.memory, holdings.config.train.recompute
     for config, layout in _layouts(holdings.config, ranks, estimator.device.per_node):

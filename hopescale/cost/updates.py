@@ -22,13 +22,7 @@ DEEP_MEMORY_DIM = 32
 
 
 def update_cost(rule: str, shape: Sequence[int], config: OptimConfig) -> float:
-    """Return what an update of a parameter `[..., R, C]` costs, in FLOPs.
-
-    Args:
-        rule: Name of a rule for matrices.
-        shape: Shape of the parameter.
-        config: Settings of all rules.
-    """
+    """Return what an update of a parameter `[..., R, C]` by a rule for matrices costs, in FLOPs."""
     return update_flops(rule, shape, config) + ENTRY_COST * math.prod(shape)
 
 
@@ -60,13 +54,7 @@ def deep_memory_dim(settings: DeepMomentumConfig) -> int:
 
 
 def state_entries(rule: str, shape: Sequence[int], config: OptimConfig) -> int:
-    """Count the float32 entries of a rule's state for a parameter, counters left out.
-
-    Args:
-        rule: Name of a rule.
-        shape: Shape of the parameter, `[..., R, C]` for a rule for matrices.
-        config: Settings of all rules.
-    """
+    """Count the float32 entries of a rule's state for a parameter (`[..., R, C]`, of matrices), counters left out."""
     entries = math.prod(shape)
     if rule == "adamw":
         return 2 * entries
@@ -84,19 +72,15 @@ def state_entries(rule: str, shape: Sequence[int], config: OptimConfig) -> int:
 
 @dataclass(frozen=True)
 class Work:
-    """The update of one parameter.
-
-    Attributes:
-        name: Name of the parameter.
-        cost: Cost in any unit.
-        shape: Key of the batch in which it is updated, with others of the same shape.
-        due: Key of what is due together, such as a cadence: it is distributed evenly by itself.
-    """
+    """The update of the parameter of a name."""
 
     name: str
     cost: float
+    """Cost in any unit."""
     shape: Hashable
+    """Key of the batch in which it is updated, with others of the same shape."""
     due: Hashable = None
+    """Key of what is due together, such as a cadence: it is distributed evenly by itself."""
 
 
 def assign_owners(work: Sequence[Work], owners: int) -> dict[str, int]:
@@ -105,10 +89,6 @@ def assign_owners(work: Sequence[Work], owners: int) -> dict[str, int]:
     What is due together is distributed by itself, costly shapes first, so that every step is balanced. Of equal shapes
     an owner takes a run at a time: its part of them, so that state is balanced too, as far as its share of the cost
     has room. No owner has more than the mean and the largest single cost.
-
-    Args:
-        work: Updates to assign.
-        owners: Number of owners.
 
     Returns:
         The owner of each parameter, from 0.
@@ -120,7 +100,10 @@ def assign_owners(work: Sequence[Work], owners: int) -> dict[str, int]:
     for members in together.values():
         load = [0.0] * owners
         fair = sum(each.cost for each in members) / owners
-        for alike in _by_shape(members):
+        classes: dict[tuple, list[Work]] = defaultdict(list)
+        for each in members:
+            classes[each.shape, each.cost].append(each)
+        for alike in sorted(classes.values(), key=lambda alike: -alike[0].cost):
             part = math.ceil(len(alike) / owners)
             while alike:
                 owner = min(range(owners), key=lambda i: (load[i], total[i], i))
@@ -133,22 +116,10 @@ def assign_owners(work: Sequence[Work], owners: int) -> dict[str, int]:
     return result
 
 
-def _by_shape(members: Iterable[Work]) -> list[list[Work]]:
-    """Return what has equal shapes and cost, costly ones first."""
-    alike: dict[tuple, list[Work]] = defaultdict(list)
-    for each in members:
-        alike[each.shape, each.cost].append(each)
-    return sorted(alike.values(), key=lambda group: -group[0].cost)
-
-
 def buckets(names: Iterable[str], owners: Mapping[str, int], sizes: Mapping[str, int], room: int) -> list[list[str]]:
     """Cut parameters into buckets in which every owner's part has about the same size.
 
-    Args:
-        names: Parameters to send.
-        owners: Owner of each.
-        sizes: Entries of each.
-        room: Entries of an owner's part of a bucket, which a single parameter may exceed.
+    An owner's part of a bucket has room for so many entries, which a single parameter may exceed.
     """
     result: list[list[str]] = []
     place: dict[int, tuple[int, int]] = {}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hopescale.common.errors import ConfigError, DataError, HopescaleError
-from hopescale.config.schema.data import SourceConfig
+from hopescale.config.schema import SourceConfig
 from hopescale.data.loader import Data, open_data
 from hopescale.engine.schedule import Loop
 from hopescale.engine.step import num_targets

@@ -9,7 +9,7 @@ import torch
 
 from hopescale.config.layout import Layout
 from hopescale.config.schema import RunConfig
-from hopescale.cost.comm import bytes_of_step, bytes_to_sum_level, due_levels
+from hopescale.cost.comm import SentBytes, due_levels
 from hopescale.cost.flops import flops_per_token
 from hopescale.cost.hardware import peak_bf16_flops
 from hopescale.cost.holdings import Holdings
@@ -74,9 +74,9 @@ class PlannedCommunication:
 
     def __init__(self, config: RunConfig, layout: Layout):
         self._config, self._layout = config, layout
-        self._holdings = Holdings(config)
+        self._sent = SentBytes(Holdings(config), layout, 0)
         self._of_step = cache(self._of_step)
-        self._of_due_level = cache(self._of_due_level)
+        self._of_due_level = cache(self._sent.to_sum_level)
 
     def of_steps(self, steps: range) -> dict[str, float]:
         """Return the mean bytes per step since the last record, in all and by axis; empty for a run of one rank.
@@ -100,7 +100,4 @@ class PlannedCommunication:
     def _of_step(self, due: frozenset[str], is_recorded: bool) -> dict[str, float]:
         levels = self._config.model.cms.levels
         measured = [level for level in due if is_recorded and levels[level].update_every_steps == 1]
-        return bytes_of_step(self._holdings, self._config, self._layout, 0, due, measured=measured)
-
-    def _of_due_level(self, level: str) -> int:
-        return bytes_to_sum_level(self._holdings, self._config, self._layout, 0, level)
+        return self._sent.of_step(due, measured=measured)

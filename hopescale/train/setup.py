@@ -20,10 +20,11 @@ from hopescale.config.plan import make_plan
 from hopescale.config.schema import OptimConfig, RunConfig
 from hopescale.config.show import Change, diff, format_diff, identity_problems, model_problems
 from hopescale.config.values import format_value
-from hopescale.cost.holdings import slices_of_rank
+from hopescale.cost.holdings import cut_blocks
 from hopescale.data.loader import Data, open_data
 from hopescale.models import Model
 from hopescale.observe.health import LossWatch
+from hopescale.ops.device import DTYPES
 from hopescale.optim import Cadence, OuterOptimizer, Updater
 from hopescale.optim.gram import gather_grams, linear_layers
 from hopescale.optim.replicated import ReplicatedAdamW
@@ -35,8 +36,6 @@ from hopescale.train.device_memory import check_device_memory
 from hopescale.train.folder import RunFolder
 from hopescale.train.request import RunRequest
 from hopescale.train.state import TrainState
-
-PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 Report = Callable[[str], None]
 
@@ -100,14 +99,14 @@ def _open_data(config: RunConfig, layout: Layout, device: torch.device) -> Data:
 
 def _build_slices(config: RunConfig, mesh: Mesh, device: torch.device) -> list[Model]:
     """Build the slices of the model that belong on this rank of the pipeline."""
-    train, stages = config.train, (mesh.pp_group.size(), mesh.virtual_stages, mesh.pp_group.rank())
+    train, pp = config.train, mesh.pp_group.size()
     slices, computed = [], {"recompute": train.recompute, "compiled": train.compile, "backend": train.backend}
     if train.compile:
         check_compiler(device)
     choose_backend(config, device)
-    for blocks in slices_of_rank(config.model, train.seq_len, *stages):
+    for blocks in cut_blocks(config.model, train.seq_len, pp * mesh.virtual_stages)[mesh.pp_group.rank() :: pp]:
         model = Model(config.model, seed=train.seed, mesh=mesh, blocks=blocks, **computed)
-        slices.append(model.to(device).to_precision(PRECISIONS[train.precision]))
+        slices.append(model.to(device).to_precision(DTYPES[train.precision]))
     return slices
 
 

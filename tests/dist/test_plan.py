@@ -14,7 +14,7 @@ from hopescale.config.layout import Layout, make_layout
 from hopescale.config.load import load_recipe
 from hopescale.config.plan import make_plan
 from hopescale.config.schema import RunConfig
-from hopescale.cost.comm import bytes_of_step, bytes_to_sum_level, due_levels
+from hopescale.cost.comm import SentBytes, due_levels
 from hopescale.cost.device_memory import device_memory_of_stage
 from hopescale.cost.holdings import Holdings
 from hopescale.engine import Engine, make_passes
@@ -117,17 +117,17 @@ def check(
             wrong.append(f"{name}: {planned.peak / peak:.3f} of {peak} bytes planned, {planned}")
         if mesh.dp_group.rank() or mesh.tp_group.rank():
             continue
-        levels = config.model.cms.levels
+        planned_bytes, levels = SentBytes(holdings, layout, stage), config.model.cms.levels
         for step, counted in sent.items():
             due = due_levels(config, step)
             fast = [level for level in due if levels[level].update_every_steps == 1]
-            expected = bytes_of_step(holdings, config, layout, stage, due, measured=fast)
+            expected = planned_bytes.of_step(due, measured=fast)
             expected = {axis: count for axis, count in expected.items() if count}
             # At its first step ZeRO 3 compares its plan over all ranks.
             if counted.axes != expected and not (config.parallel.zero == 3 and step == 1):
                 wrong.append(f"{name}: step {step} sent {counted.axes}, planned {expected}")
             if layout.dp > 1 and config.parallel.zero < 2:
-                of_levels = {level: bytes_to_sum_level(holdings, config, layout, stage, level) for level in due}
+                of_levels = {level: planned_bytes.to_sum_level(level) for level in due}
                 if counted.levels != of_levels:
                     wrong.append(f"{name}: step {step} summed levels by {counted.levels}, planned {of_levels}")
     assert not wrong, "\n".join(wrong)

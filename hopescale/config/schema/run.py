@@ -1,14 +1,157 @@
-"""The whole of a run."""
+"""The whole of a run: what it reads, how it proceeds, how it is split over ranks."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
-from hopescale.config.schema.data import DataConfig
 from hopescale.config.schema.model import ModelConfig
 from hopescale.config.schema.optim import OptimConfig
-from hopescale.config.schema.parallel import ParallelConfig
-from hopescale.config.schema.train import CheckpointConfig, LogConfig, TrainConfig
+from hopescale.config.schema.ranges import Count, CountOrZero, NumberRange, Positive, Seed
+from hopescale.ops.backends import Backend, Recompute
+
+
+@dataclass(frozen=True)
+class SyntheticConfig:
+    """A generated data set: needs no files and no tokenizer. Sample `i` is a pure function of (seed, split, i)."""
+
+    task: Literal["copy", "recall", "markov"] = "markov"
+    """`copy`: random symbols, a marker, the same symbols. `recall`: key-value pairs, then keys whose values must be
+    named. `markov`: text of a random second-order chain, whose entropy is known."""
+    num_symbols: Annotated[int, NumberRange("[2, inf)")] = 24
+    """Symbols of the task; `model.vocab_size` must be at least this plus two markers. At most 128 for `markov`."""
+    num_samples: Count = 100_000
+    """Training sequences per epoch."""
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One data set of the mixture: a folder written by `hopescale data prepare`, or a synthetic one."""
+
+    path: str | None = None
+    """Folder with `index.json`, relative to the working directory. Either this or `synthetic`."""
+    synthetic: SyntheticConfig | None = None
+    """Settings of a generated data set. Either this or `path`."""
+    weight: Positive = 1.0
+    """Share of the training sequences, relative to the other sources' weights; exact to within 1/4096 of the whole,
+    which is also the smallest share."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The training mixture."""
+
+    sources: dict[str, SourceConfig | None] = field(default_factory=dict)
+    """Data sets by name; `null` removes one that a base recipe defines. Names appear in `val/<name>/loss`."""
+    seed: Seed = 0
+    """Seed of the sample order and of synthetic data; independent of the model's seed."""
+    max_epochs: Count = 1
+    """How often a source may be read at most, each time in another order; a run that needs more is refused before it
+    starts."""
+    staged: str | None = None
+    """Folder on each node's own disk with copies of the data sets, made by `hopescale node stage` and read in place of
+    `path`; null reads from `path`. Variables as in `$TMPDIR` are filled in on the node. A run may change it at any
+    time: the data is the same."""
+    prefetch: CountOrZero = 2
+    """Batches prepared ahead in a background thread; 0 prepares them in the training loop. No effect on order."""
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """Loss on held-out text."""
+
+    every: Count | None = 100
+    """Steps between two validations; null is never. The last step always validates unless this is null."""
+    tokens: Count = 65_536
+    """Tokens read per source and validation, from the start of its held-out split; at least one batch."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When the state of the run is saved and what is kept. The last step and a stop are always saved."""
+
+    every: Count | None = 100
+    """Steps between two checkpoints; null saves only at the end and on a stop."""
+    keep_last: Count = 2
+    """Newest checkpoints kept, at least 1."""
+    keep_every: Count | None = None
+    """Checkpoints at multiples of this step are kept for ever; null keeps none beyond `keep_last`."""
+    async_save: bool = True
+    """Whether files are written in the background while training goes on."""
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What is recorded."""
+
+    every: Count = 10
+    """Steps between two console lines and full records in `metrics.jsonl` and TensorBoard. The last step is always
+    recorded, and so are validations and the steps that update a slow level."""
+    tensorboard: bool = True
+    """Whether a TensorBoard view is written to `tb/`."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The training loop."""
+
+    steps: Count = 1000
+    """Optimizer steps of the whole run; the learning rate's horizon."""
+    seq_len: Count = 1024
+    """Tokens per sequence."""
+    micro_batch_size: Count = 1
+    """Sequences per forward pass."""
+    global_batch_tokens: Count = 16_384
+    """Tokens per optimizer step; a multiple of `seq_len * micro_batch_size`. Gradient accumulation is derived."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Type of weights and activations. With bf16 the optimizer keeps fp32 master weights; memories are fp32 always."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; `auto` takes CUDA where there is one."""
+    recompute: Recompute = "chunks"
+    """Activations computed again in the backward pass instead of kept. `chunks`: of memories only the state at the
+    start of every chunk is kept (attention has no chunks and keeps what it makes). `reverse`: of most chunks only what
+    they wrote, from which these states are found again on the way back; where `model.self_modifying.chunk_size` is well
+    below the head dim. `memory`: of a mixer only its input. `block`: only the input of every block."""
+    compile: bool = False
+    """Whether the chunk loop of memories is compiled (`torch.compile`): faster, after minutes for the first step. Needs
+    a C++ compiler on CPU, Triton on CUDA. Only with `model.mixer: self_modifying`. `backend: auto` is `torch` then."""
+    backend: Backend = "auto"
+    """What trains memories: torch's operations in a loop over chunks, one operation written in C++ (on a CPU; needs a
+    C++ compiler) or in Triton (on an NVIDIA GPU), or `auto`: the operation where it can run. It computes chunks again
+    in the backward pass, also with `recompute: none`. Changes rounding, memory and speed only."""
+    replica_check_every: Count | None = 100
+    """Steps between two comparisons of the weights over data-parallel ranks, which must be bit-equal; null is never.
+    With `parallel.zero` of 3 there is nothing to compare."""
+    seed: Seed = 0
+    """Seed of the initial weights and of every generator."""
+    loss_spike: Positive | None = 3.0
+    """Nats above the mean of the last 32 losses at which the run stops as diverged; null only stops at NaN."""
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    """Held-out loss."""
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """Degrees of the three axes, whose product is the number of ranks. At most one may be null: what remains."""
+
+    dp: Count | None = None
+    """Data parallel: replicas that read different sequences of a step."""
+    tp: Count | None = 1
+    """Tensor parallel: ranks that share every layer. Divides heads, level widths and the padded vocabulary."""
+    pp: Count | None = 1
+    """Pipeline parallel: stages that hold consecutive blocks."""
+    virtual_stages: Count = 1
+    """Slices of the model each pipeline rank holds; above 1 the schedule is interleaved. Needs `pp` of 2 or more."""
+    sequence_parallel: bool = False
+    """Whether activations between layers are split over tensor-parallel ranks along the tokens. Needs `tp` of 2 or
+    more, and a `train.seq_len` it divides."""
+    zero: Annotated[int, NumberRange("[0, 3]")] = 0
+    """What DeepSpeed shards over data-parallel ranks: 0 nothing, 1 optimizer state and fp32 masters, 2 gradients too, 3
+    weights too. 1 and above need `dp` of 2 or more; 2 and 3 need `pp` of 1."""
+    timeout_s: Count = 300
+    """Seconds a rank waits for the others in one exchange before the run ends as hung."""
+    first_step_timeout_s: Count = 1800
+    """The same until the end of the first step, which compiles and warms up; not below `timeout_s`."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hopescale.checkpoint.manager import CheckpointManager
 from hopescale.checkpoint.manifest import Manifest
-from hopescale.config.schema.train import CheckpointConfig
+from hopescale.config.schema import CheckpointConfig
 
 
 def _state(fill: float = 1.0) -> dict[str, dict[str, Tensor]]:

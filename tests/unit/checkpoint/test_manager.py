@@ -10,7 +10,7 @@ import torch
 from hopescale.checkpoint.manager import CheckpointManager, find_checkpoint, latest_checkpoint
 from hopescale.checkpoint.manifest import Manifest, checkpoint_folders, step_of
 from hopescale.common.errors import CheckpointError
-from hopescale.config.schema.train import CheckpointConfig
+from hopescale.config.schema import CheckpointConfig
 
 
 def put(manager: CheckpointManager, *steps: int) -> None:

@@ -281,7 +281,7 @@ import torch
 from hopescale.checkpoint import load, save
 from hopescale.checkpoint.manager import CheckpointManager
 from hopescale.checkpoint.manifest import Manifest
-from hopescale.config.schema.train import CheckpointConfig
+from hopescale.config.schema import CheckpointConfig
 
 manager = CheckpointManager(Path(sys.argv[1]), CheckpointConfig())
 manager.save(1, {"w": torch.full((1000,), 1.0)}, Manifest({"step": 1}, {}, {}), blocking=True)

@@ -12,7 +12,7 @@ from hopescale.config.fields import docstrings, field_docs, interval_of
 from hopescale.config.schema.ranges import NumberRange
 from hopescale.config.values import describe_type, split_optional
 
-SECTIONS = [getattr(schema, name) for name in schema.__all__]
+SECTIONS = [section for section in vars(schema).values() if dataclasses.is_dataclass(section)]
 
 
 @pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.__name__)

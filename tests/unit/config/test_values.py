@@ -4,7 +4,8 @@ from typing import Literal
 
 import pytest
 
-from hopescale.config.values import ReadError, describe_type, format_value, parse_yaml, read_text, read_value
+from hopescale.common.errors import ConfigError
+from hopescale.config.values import describe_type, format_value, parse_yaml, read_text, read_value
 
 NASTY_TEXTS = [
     "", " ", " x ", "0123", "1e-4", "1_000", "1:30", "0x10", ".5", ".inf", "+1", "=", "<<", "-", "- x", "a: b", "a, b",
@@ -52,7 +53,7 @@ def test_override_text_is_read_by_its_type(text, hint, value):
     ],
 )  # fmt: skip
 def test_text_of_another_type_is_refused(text, hint):
-    with pytest.raises(ReadError):
+    with pytest.raises(ConfigError):
         read_text(text, hint)
 
 
@@ -86,12 +87,12 @@ def test_yaml_values_are_read_by_their_type(value, hint, expected):
     ],
 )
 def test_yaml_values_of_another_type_are_refused(value, hint):
-    with pytest.raises(ReadError):
+    with pytest.raises(ConfigError):
         read_value(value, hint)
 
 
 def test_a_number_for_a_text_is_told_to_be_quoted():
-    with pytest.raises(ReadError) as caught:
+    with pytest.raises(ConfigError) as caught:
         read_value(3, str)
     assert caught.value.message == "expected str, got 3"
     assert caught.value.hint == 'quote it: "3"'

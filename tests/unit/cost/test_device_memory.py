@@ -6,8 +6,8 @@ import pytest
 
 from hopescale.config.layout import Layout
 from hopescale.config.load import load_recipe
-from hopescale.cost.comm import bytes_per_step
-from hopescale.cost.device_memory import DeviceMemory, device_memory_of_stage, device_memory_of_stages
+from hopescale.cost.comm import SentBytes
+from hopescale.cost.device_memory import DeviceMemory, device_memory_of_stage
 from hopescale.cost.holdings import Holdings
 
 LASTING = ("weights", "gradients", "accumulators", "masters", "optimizer")
@@ -55,7 +55,8 @@ def test_matrices_are_shared_out_whole():
 
 def test_a_first_stage_waits_longest():
     config = load_recipe("debug", ["model.num_layers=8", "train.micro_batch_size=1"]).config
-    stages = device_memory_of_stages(Holdings(config), config, Layout(pp=4))
+    holdings = Holdings(config)
+    stages = [device_memory_of_stage(holdings, config, Layout(pp=4), stage) for stage in range(4)]
     assert [stage.in_flight for stage in stages] == [4, 3, 2, 1]
     assert stages[0].bytes["in flight"] > stages[2].bytes["in flight"] > stages[3].bytes["in flight"] == 0
 
@@ -65,6 +66,6 @@ def test_slow_levels_send_less():
     sent = {}
     for period in (1, 4):
         config = load_recipe("debug", [settings[0], settings[1].format(period)]).config
-        sent[period] = bytes_per_step(Holdings(config), config, Layout(dp=2), 0)["dp"]
+        sent[period] = SentBytes(Holdings(config), Layout(dp=2), 0).per_step()["dp"]
     level = 4 * 2 * (3 * 64 * 128 + 64)
     assert sent[1] - sent[4] == pytest.approx(level * 3 / 4)

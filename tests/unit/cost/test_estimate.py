@@ -24,28 +24,29 @@ def test_a_transformer_alone_runs_at_the_efficiency():
     config = load_recipe("transformer_170m").config
     flops = flops_per_token(config.model, 4096) * 512 * 1024
     # Attention's scores are computed again.
-    assert found.compute_s == pytest.approx(flops / (0.5 * DEVICES["H100"].peak_flops), rel=0.1)
+    assert found.seconds["compute"] == pytest.approx(flops / (0.5 * DEVICES["H100"].peak_flops), rel=0.1)
     assert 0.4 < found.mfu < 0.5
     assert found.tps * found.step_s == pytest.approx(512 * 1024)
 
 
 def test_what_each_axis_adds():
-    assert estimate("transformer_170m", Layout(tp=2)).tensor_s > 0
-    assert estimate("transformer_170m", Layout(dp=2)).data_s > 0
+    assert estimate("transformer_170m", Layout(tp=2)).seconds["tensor"] > 0
+    assert estimate("transformer_170m", Layout(dp=2)).seconds["data"] > 0
     piped = estimate("transformer_170m", Layout(pp=2))
-    assert piped.idle_s > 0 and piped.pipeline_s > 0
+    assert piped.seconds["idle"] > 0 and piped.seconds["pipeline"] > 0
     interleaved = estimate("transformer_170m", Layout(pp=2, virtual_stages=2))
-    assert interleaved.idle_s < 0.6 * piped.idle_s and interleaved.pipeline_s > piped.pipeline_s
+    assert interleaved.seconds["idle"] < 0.6 * piped.seconds["idle"]
+    assert interleaved.seconds["pipeline"] > piped.seconds["pipeline"]
 
 
 def test_beyond_a_node_data_takes_longer():
     near, far = (estimate("transformer_170m", Layout(dp=dp)) for dp in (8, 16))
-    assert far.data_s > 5 * near.data_s
+    assert far.seconds["data"] > 5 * near.seconds["data"]
 
 
 def test_calls_of_a_chunk_loop_bound_it_from_below():
     small, large = (estimate("hope_170m", Layout(), f"train.micro_batch_size={size}") for size in (1, 2))
-    assert large.compute_s == pytest.approx(small.compute_s / 2, rel=0.1)
+    assert large.seconds["compute"] == pytest.approx(small.seconds["compute"] / 2, rel=0.1)
 
 
 def test_ranks_on_a_cpu_share_it():

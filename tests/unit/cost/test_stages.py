@@ -5,9 +5,10 @@ from itertools import combinations
 
 import pytest
 
-from hopescale.config.schema import CmsConfig, LevelConfig, ModelConfig
+from hopescale.config.layout import Layout
+from hopescale.config.schema import CmsConfig, LevelConfig, ModelConfig, RunConfig, TrainConfig
 from hopescale.cost.flops import block_flops, flops_per_token
-from hopescale.cost.holdings import cut_blocks, slices_of_rank
+from hopescale.cost.holdings import Holdings, cut_blocks
 
 SMALL = ModelConfig(vocab_size=256, d_model=64, num_heads=4, cms=CmsConfig(levels={"mlp": LevelConfig(d_ff=128)}))
 
@@ -61,7 +62,8 @@ def test_more_stages_than_blocks_are_refused():
 
 
 def test_slices_go_round_the_ranks():
-    model = replace(SMALL, num_layers=8, vocab_size=128)
-    assert slices_of_rank(model, 128, 2, 2, 0) == [range(2), range(4, 6)]
-    assert slices_of_rank(model, 128, 2, 2, 1) == [range(2, 4), range(6, 8)]
-    assert slices_of_rank(model, 128, 2, 1, 1) == [range(4, 8)]
+    holdings = Holdings(RunConfig(model=replace(SMALL, num_layers=8, vocab_size=128), train=TrainConfig(seq_len=128)))
+    interleaved = Layout(pp=2, virtual_stages=2)
+    assert holdings.slices(interleaved, 0) == [range(2), range(4, 6)]
+    assert holdings.slices(interleaved, 1) == [range(2, 4), range(6, 8)]
+    assert holdings.slices(Layout(pp=2), 1) == [range(4, 8)]

@@ -1,0 +1,79 @@
+"""Checks of `train` and `checkpoint`: batches, and what computes and keeps the activations of memories."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from hopescale.common.errors import Problem
+from hopescale.config.check_base import Check, Origins, leaves_rest
+from hopescale.config.execution import memory_backend, reverse_saves
+from hopescale.config.model_shape import has_chunk_loop, head_dim, projection_chunk_size
+from hopescale.config.schema import RunConfig
+
+
+def batch_is_whole_micro_batches(config: RunConfig, origins: Origins) -> Iterator[Problem]:
+    """A step is a whole number of forward passes on every data-parallel replica."""
+    train, dp = config.train, config.parallel.dp or 1
+    unit, tokens = train.seq_len * train.micro_batch_size * dp, train.global_batch_tokens
+    if leaves_rest(tokens, unit):
+        product = f"seq_len * micro_batch_size = {train.seq_len} * {train.micro_batch_size} = {unit}"
+        if dp > 1:
+            factors = f"{train.seq_len} * {train.micro_batch_size} * {dp}"
+            product = f"seq_len * micro_batch_size * parallel.dp = {factors} = {unit}"
+        near = [str(count) for count in (tokens // unit * unit, tokens // unit * unit + unit) if count]
+        hint = f"nearest: {' and '.join(near)}"
+        yield Problem("train.global_batch_tokens", f"{tokens} is not a multiple of {product}", hint=hint)
+
+
+def kept_checkpoints_are_written(config: RunConfig, origins: Origins) -> Iterator[Problem]:
+    """A checkpoint that is kept for ever is one that is written."""
+    key, every, keep = "checkpoint.keep_every", config.checkpoint.every, config.checkpoint.keep_every
+    if keep is not None and every is None:
+        yield Problem(key, f"{keep} has no effect: checkpoint.every is null")
+    elif keep is not None and leaves_rest(keep, every):
+        yield Problem(key, f"{keep} is not a multiple of checkpoint.every = {every}: no checkpoint is written there")
+
+
+def backend_can_run(config: RunConfig, origins: Origins) -> Iterator[Problem]:
+    """A backend can run the memories on a machine that has what it takes; attention has one implementation."""
+    train, mixer = config.train, config.model.mixer
+    if train.backend != "auto" and mixer != "self_modifying":
+        message = f"{train.backend} has no effect: the mixer is {mixer}"
+        yield Problem("train.backend", message, hint="leave it at auto")
+    if mixer == "self_modifying" and config.model.num_heads > 0:
+        choice = memory_backend(config)
+        if choice.backend is None:
+            yield Problem("train.backend", f"{train.backend} cannot run: {choice.reason}", hint="leave it at auto")
+
+
+def chunks_can_be_compiled_or_reversed(config: RunConfig, origins: Origins) -> Iterator[Problem]:
+    """Only a chunk loop is compiled, and only where chunks write less than they write to are states found again."""
+    model, mixer, train, key = config.model, config.model.self_modifying, config.train, "train.recompute"
+    reverse = train.recompute == "reverse" and model.num_heads > 0
+    if not has_chunk_loop(model):
+        why = "stores static values" if model.mixer == "self_modifying" else f"is {model.mixer}"
+        why = f"has no effect: the mixer {why}, without a chunk loop"
+        if train.compile:
+            yield Problem("train.compile", f"true {why}", hint="leave it false")
+        if reverse:
+            yield Problem(key, f"reverse {why}", hint="set it to none, memory or block")
+    elif reverse:
+        size, chunk = (
+            "projection_chunk_size" if mixer.projection_chunk_size else "chunk_size",
+            projection_chunk_size(model),
+        )
+        if not reverse_saves(model):
+            message = f"reverse has no effect: what {size} = {chunk} tokens write is not less than what they write to"
+            hint = f"set it to chunks, or {size} well below the head dim, {head_dim(model)}"
+            yield Problem(key, message, hint=hint)
+        elif train.seq_len <= chunk:
+            message = f"reverse has no effect: train.seq_len = {train.seq_len} is one chunk, {size} = {chunk}"
+            yield Problem(key, message, hint="set it to chunks")
+
+
+CHECKS: tuple[Check, ...] = (
+    batch_is_whole_micro_batches,
+    kept_checkpoints_are_written,
+    backend_can_run,
+    chunks_can_be_compiled_or_reversed,
+)
