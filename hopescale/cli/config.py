@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from hopescale.cli.options import echo_rows
 from hopescale.common.errors import ConfigError
 from hopescale.common.paths import display_path
 from hopescale.common.units import format_count
@@ -52,9 +53,7 @@ def check(recipe: Recipe, overrides: Overrides = None) -> None:
         "flops_per_token": format_count(flops_per_token(config.model, config.train.seq_len)),
         **{name: f"{value:,}" for name, value in make_plan(config).to_dict().items() if value is not None},
     }
-    width = max(map(len, rows))
-    for name, value in rows.items():
-        typer.echo(f"  {name:<{width}}  {value}")
+    echo_rows(rows, indent="  ")
 
 
 @app.command()

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hopescale.cli.options import read_count
+from hopescale.cli.options import echo_rows, read_count, require_packages
 from hopescale.common.errors import ConfigError
 from hopescale.common.units import format_bytes
 
@@ -39,7 +39,7 @@ def to_hf(
     shards = sum(name.endswith(".safetensors") for name in exported.files)
     typer.echo(f"{out}: step {exported.step}, {len(exported.tensors)} tensors, {format_bytes(size)} in {shards} files")
     if verify:
-        _verify(out, checkpoint)
+        verify_(out, checkpoint)
 
 
 @app.command("from-hf")
@@ -71,7 +71,7 @@ def from_hf(
         made = stack(folder, out, periods, stacking or "copy", precision)
         typer.echo(f"{made}: begin a run with it: hopescale train {out / 'config.yaml'} --init {out} ...")
     if verify:
-        _verify(folder, out)
+        verify_(folder, out)
 
 
 def _levels(as_: str | None, levels: str | None, stacking: str | None, precision: str | None) -> dict[str, int]:
@@ -106,20 +106,13 @@ def info(path: Annotated[Path, typer.Argument(help="Run, checkpoint, export or f
     _require_extra()
     from hopescale.convert.info import describe
 
-    rows = describe(path)
-    width = max(map(len, rows))
-    for name, value in rows.items():
-        typer.echo(f"{name:<{width}}  {value}")
+    echo_rows(describe(path))
 
 
 @app.command("verify")
 def verify_(folder: HfFolder, checkpoint: Checkpoint) -> None:
     """Compare a folder with a checkpoint: logits on held-out text, and generated tokens."""
     _require_extra()
-    _verify(folder, checkpoint)
-
-
-def _verify(folder: Path, checkpoint: Path) -> None:
     from hopescale.convert.verify import verify_folder
 
     for line in verify_folder(folder, checkpoint).lines():
@@ -127,9 +120,4 @@ def _verify(folder: Path, checkpoint: Path) -> None:
 
 
 def _require_extra() -> None:
-    """Say at once what is missing, rather than after minutes of work."""
-    from importlib.util import find_spec
-
-    missing = [name for name in ("transformers", "safetensors", "tokenizers") if find_spec(name) is None]
-    if missing:
-        raise ConfigError(f"convert needs {', '.join(missing)}", "pip install 'hopescale[convert]'")
+    require_packages("convert needs", "convert", "transformers", "safetensors", "tokenizers")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from hopescale.cli.options import read_count
+from hopescale.common.children import threads_each
 from hopescale.common.units import format_bytes
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def prepare(
             validation=validation,
             seed=seed,
             shard_bytes=shard_bytes,
-            num_threads=_num_cores(),
+            num_threads=threads_each(1),
             progress=lambda documents, size: show(f"{documents:,} documents, {format_bytes(size)}"),
         )
     typer.echo(f"{out}:")
@@ -137,10 +137,6 @@ def _source(inputs: list[str], text_key: str, pattern: list[str] | None, separat
     if separator is not None:
         separator = separator.replace("\\n", "\n").replace("\\t", "\t")
     return TextSource(tuple(inputs), text_key, tuple(pattern or ()), separator)
-
-
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpuread_count() or 1
 
 
 @contextmanager

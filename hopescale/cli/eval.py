@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from datetime import timedelta
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hopescale.checkpoint.manifest import EXPORT
+from hopescale.cli.options import require_packages
 from hopescale.cli.ranks import own_rank_info, run_on_ranks
-from hopescale.common.errors import CheckpointError, ConfigError, HopescaleError
+from hopescale.common.errors import CheckpointError, HopescaleError
 from hopescale.common.rank_info import RankInfo
 from hopescale.config.layout import Layout
 from hopescale.evals.request import EvalRequest
@@ -52,8 +52,8 @@ def evaluate(
     try:
         names = [name for name in tasks.split(",") if name.strip()]
         request = EvalRequest.read(names, data, task_path=task_path, limit=limit, context=window)
-        if request.tasks and find_spec("lm_eval") is None:
-            raise ConfigError("tasks need lm-eval", "pip install 'hopescale[eval]'")
+        if request.tasks:
+            require_packages("tasks need", "eval", "lm-eval")
         if out is not None and out.exists():
             raise CheckpointError(f"output {out} already exists", "choose another file, or delete the old one first")
     except HopescaleError as error:
@@ -99,8 +99,7 @@ def _evaluate(path: Path, request: EvalRequest, out: Path | None, rank_info: Ran
 def _load(path: Path, device: torch.device) -> LoadedModel:
     """Load a checkpoint, or an export as the same model of ours."""
     if (path / "config.json").exists() or (path / EXPORT).exists():
-        if missing := [name for name in ("transformers", "safetensors", "tokenizers") if find_spec(name) is None]:
-            raise ConfigError(f"exports need {', '.join(missing)}", "pip install 'hopescale[convert]'")
+        require_packages("exports need", "convert", "transformers", "safetensors", "tokenizers")
         from hopescale.convert.hf import load_export
 
         return load_export(path, device)

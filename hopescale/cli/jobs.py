@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from hopescale.cli.options import echo_rows
 from hopescale.common.errors import LaunchError
 from hopescale.common.paths import display_path
 from hopescale.common.units import format_count, format_duration
@@ -42,10 +43,7 @@ def status(run: Run) -> None:
     if elements:
         _echo_table([(name, run_status(folder, slurm)) for name, folder in elements.items()])
         return
-    rows = dict(_details(run_status(_run(run), slurm)))
-    width = max(map(len, rows))
-    for name, value in rows.items():
-        typer.echo(f"{name:<{width}}  {value}")
+    echo_rows(_details(run_status(_run(run), slurm)))
 
 
 @app.command()
@@ -142,38 +140,34 @@ def _is_of(line: str, rank: int | None) -> bool:
 
 
 def _echo_table(rows: Sequence[tuple[str, JobStatus]]) -> None:
-    heads = ("run", "state", "step", "tokens", "loss", "tokens/s", "eta", "restarts", "job", "reason")
-    table = [heads, *((name, *_cells(status)) for name, status in rows)]
+    lines = [{"run": name, **_cells(status)} for name, status in rows]
+    table = [list(lines[0]), *(list(line.values()) for line in lines)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for row in table:
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
         typer.echo("  ".join(cells).rstrip())
 
 
-def _cells(status: JobStatus) -> tuple[str, ...]:
+def _cells(status: JobStatus) -> dict[str, str]:
+    """Write what a table shows of a run; an empty text is not known."""
     job = status.job
-    return (
-        status.state,
-        _step(status) or "",
-        "" if status.tokens is None else format_count(status.tokens),
-        "" if status.loss is None else f"{status.loss:.4f}",
-        "" if status.tps is None else format_count(status.tps),
-        "" if status.eta_s is None else format_duration(status.eta_s),
-        "" if job is None or job.restarts is None else str(job.restarts),
-        status.entry.job if status.entry else "",
-        status.reason or "",
-    )
+    return {
+        "state": status.state,
+        "step": "" if status.step is None else f"{status.step}/{status.steps or '?'}",
+        "tokens": "" if status.tokens is None else format_count(status.tokens),
+        "loss": "" if status.loss is None else f"{status.loss:.4f}",
+        "tokens/s": "" if status.tps is None else format_count(status.tps),
+        "eta": "" if status.eta_s is None else format_duration(status.eta_s),
+        "restarts": "" if job is None or job.restarts is None else str(job.restarts),
+        "job": status.entry.job if status.entry else "",
+        "reason": status.reason or "",
+    }
 
 
-def _step(status: JobStatus) -> str | None:
-    return None if status.step is None else f"{status.step}/{status.steps or '?'}"
-
-
-def _details(status: JobStatus) -> Iterator[tuple[str, str]]:
-    """List what is known of a run, with a name each."""
+def _details(status: JobStatus) -> dict[str, str]:
+    """Write what is known of a run."""
     job, entry = status.job, status.entry
-    names = ("state", "step", "tokens", "loss", "tokens/s", "eta", "restarts", "job", "reason")
-    rows = dict(zip(names, _cells(status), strict=True)) | {
+    rows = _cells(status) | {
         "checkpoint": status.checkpoint or "",
         "failures": f"{status.failures} without a newer checkpoint" if status.failures else "",
         "nodes": (job and job.nodes) or "",
@@ -183,4 +177,4 @@ def _details(status: JobStatus) -> Iterator[tuple[str, str]]:
         "submitted": entry.submitted if entry else "",
         "log": display_path(Path(entry.log)) if entry else "",
     }
-    yield from ((name, value) for name, value in rows.items() if value)
+    return {name: value for name, value in rows.items() if value}

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from hopescale.cli.options import require_packages
 from hopescale.common.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -72,8 +72,7 @@ def plot(
     table, folder = _find_table(sweep, points)
     if not (out or folder):
         raise ConfigError("a table of runs has no folder for its report", "name one with --out")
-    if find_spec("matplotlib") is None:
-        raise ConfigError("sweep plot needs matplotlib", "pip install 'hopescale[scaling]'")
+    require_packages("sweep plot needs", "scaling", "matplotlib")
     from hopescale.scaling.curves import read_curves
     from hopescale.scaling.report import write_report
 

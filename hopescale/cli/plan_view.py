@@ -24,10 +24,10 @@ MOST_STAGES = 4
 def report(found: Mapping[str, Any]) -> str:
     """Write the plan of a run."""
     layout, device = found["layout"], found["device"]
-    ranks, name = layout["ranks"], device["name"]
+    ranks, name, tera = layout["ranks"], device["name"], device["peak_flops"] / 1e12
     where = f"{ranks} x {name}" if name != "cpu" else f"{ranks} rank{'s' if ranks > 1 else ''} on this machine's CPU"
     head = (
-        f"{found['name']} on {where}, {format_bytes(device['memory'])} and {_tera(device['peak_flops'])}/s each\n"
+        f"{found['name']} on {where}, {format_bytes(device['memory'])} and {tera:.3g} TFLOP/s each\n"
         f"{_degrees(layout)}, micro batch {layout['micro_batch_size']} x {layout['micro_batches']}, "
         f"recompute {layout['recompute']}, {layout['precision']}, {format_count(layout['tokens_per_step'])} tokens a "
         f"step, {format_count(layout['total_tokens'])} in {layout['steps']:,} steps"
@@ -118,7 +118,8 @@ def _time(found: Mapping[str, Any]) -> Group:
     estimate, device = found["estimate"], found["device"]["name"]
     parts = [part for part in PARTS if estimate[f"{part}_s"]]
     table = _table("a step, estimated", *parts, "total")
-    table.add_row("seconds", *(_seconds(estimate[f"{part}_s"]) for part in (*parts, "step")))
+    seconds = (estimate[f"{part}_s"] for part in (*parts, "step"))
+    table.add_row("seconds", *(f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in seconds))
     hours = f", {format_count(estimate['device_hours'])} {device}-hours" if device != "cpu" else ""
     line = (
         f"  {estimate['tps']:,.0f} tokens/s, {estimate['mfu']:.1%} MFU, {_long(estimate['wall_s'])} for the run{hours}"
@@ -127,11 +128,7 @@ def _time(found: Mapping[str, Any]) -> Group:
 
 
 def draw_memory(found: Mapping[str, Any], path: Path) -> None:
-    """Draw a bar for each stage, of what takes memory, against what the device has. Needs matplotlib.
-
-    Args:
-        found: Plan that `make_report` returned.
-        path: Image to write; its ending is its format.
+    """Draw a bar for each stage of a report, of what takes memory, against what the device has. Needs matplotlib.
 
     Raises:
         ConfigError: If matplotlib is missing, or cannot write such a file.
@@ -167,8 +164,7 @@ def draw_memory(found: Mapping[str, Any], path: Path) -> None:
         f"micro batch {layout['micro_batch_size']}, recompute {layout['recompute']}",
         fontsize=9,
     )
-    handles, labels = axes.get_legend_handles_labels()
-    axes.legend(handles[::-1], labels[::-1], loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8, frameon=False)
+    axes.legend(reverse=True, loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8, frameon=False)
     try:
         figure.savefig(path, bbox_inches="tight", dpi=150)
     except (OSError, ValueError) as error:
@@ -220,18 +216,10 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _seconds(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
 def _long(seconds: float) -> str:
     """Write the time of a run; in days from four on."""
     days = seconds / 86_400
     return f"{days:,.0f} days" if days >= 4 else format_duration(seconds)
-
-
-def _tera(flops: float) -> str:
-    return f"{flops / 1e12:.3g} TFLOP"
 
 
 def _text(parts: Iterable[RenderableType]) -> str:

@@ -76,7 +76,7 @@ def run(
     with locked(folder):
         require_same(loaded, trials, folder)
         _keep_file(loaded, folder)
-        live = _live(trials, folder)
+        live = Live(_states(trials, folder), auto_refresh=False) if sys.stdout.isatty() else None
         try:
             with live or nullcontext():
                 run_trials(
@@ -179,11 +179,6 @@ def _keep_file(sweep: Sweep, folder: Path) -> None:
 
 def _statuses(trials: Sequence[Trial], folder: Path) -> list[TrialStatus]:
     return [trial_status(trial_folder(folder, trial)) for trial in trials]
-
-
-def _live(trials: Sequence[Trial], folder: Path) -> Live | None:
-    """Return a table that is drawn again and again, where somebody looks."""
-    return Live(_states(trials, folder), auto_refresh=False) if sys.stdout.isatty() else None
 
 
 def _states(trials: Sequence[Trial], folder: Path) -> Table:

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from hopescale.cli.options import Overrides, Recipe
 from hopescale.cli.ranks import own_rank_info, run_on_ranks
 from hopescale.common.errors import ConfigError, HopescaleError
 from hopescale.config.check import check_layout, require_valid
@@ -22,8 +23,8 @@ from hopescale.train.stop import StopRequest
 
 def train(
     context: typer.Context,
-    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to it.")] = None,
+    recipe: Recipe,
+    overrides: Overrides = None,
     run_dir: Annotated[Path | None, typer.Option(help="Run folder.", show_default="runs/<name>")] = None,
     nproc: Annotated[
         int | None,

@@ -213,6 +213,6 @@ def test_mistakes_are_one_message(sweep, chinchilla, tmp_path, monkeypatch):
     failed = error("fit", "--points", chinchilla, "--out", tmp_path / "file", "--resamples", "0")
     assert isinstance(failed, DataError) and "cannot write" in failed.message
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setattr("hopescale.cli.laws.find_spec", lambda name: None)
+    monkeypatch.setattr("hopescale.cli.options.find_spec", lambda name: None)
     failed = error("plot", sweep)
     assert isinstance(failed, ConfigError) and "hopescale[scaling]" in failed.hint
