@@ -27,7 +27,7 @@ def test_every_section_of_the_schema_is_exported():
         if path.name == "ranges.py":
             continue
         defined |= {node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef)}
-    assert defined == set(schema.__all__)
+    assert defined == {section.__name__ for section in SECTIONS}
 
 
 def test_the_reference_lists_every_field_of_every_section():
