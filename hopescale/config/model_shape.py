@@ -43,7 +43,8 @@ def has_chunk_loop(model: ModelConfig) -> bool:
     if model.mixer != "self_modifying":
         return False
     adaptive = bool(mixer.adaptive) or mixer.query == "memory"
-    return is_sequential(adaptive=adaptive, linear=mixer.memory == "linear", objective=mixer.objective, read=mixer.read)
+    inner = {"objective": mixer.objective, "own_target": mixer.targets == "self", "read": mixer.read}
+    return is_sequential(adaptive=adaptive, linear=mixer.memory == "linear", **inner)
 
 
 def memory_banks(model: ModelConfig) -> dict[str, list[str]]:

@@ -12,16 +12,17 @@ REVERSE_PARTS = 16
 """With `train.recompute: reverse`, of so many chunks in a row the state is kept with which the first one starts."""
 
 
-def is_sequential(*, adaptive: bool, linear: bool, objective: str, read: str) -> bool:
+def is_sequential(*, adaptive: bool, linear: bool, objective: str, own_target: bool, read: str) -> bool:
     """Tell whether what a chunk writes depends on what memories hold, so that chunks follow one another.
 
     Args:
         adaptive: Whether memories make any of keys, values, queries and gates.
         linear: Whether memories are linear.
         objective: Inner loss, `l2` or `dot`.
+        own_target: Whether targets are a memory's own answers.
         read: State that a token reads.
     """
-    return adaptive or not linear or objective != "dot" or read == "boundary"
+    return adaptive or not linear or objective != "dot" or own_target or read == "boundary"
 
 
 def is_moved_by_map(tokens: int, width: int, out: int, *, momentum: bool) -> bool:

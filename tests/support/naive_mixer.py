@@ -27,6 +27,17 @@ SWITCHES = {
     "query memory": {"query": "memory"},
     "value targets": {"adaptive": (), "targets": "value"},
     "linear value targets": {"adaptive": (), "targets": "value", "memory": "linear"},
+    "static linear dot": {"adaptive": (), "memory": "linear", "objective": "dot"},
+    "stored values": {"adaptive": (), "targets": "value", "memory": "linear", "objective": "dot"},
+    "DeltaNet": {
+        "adaptive": (),
+        "targets": "value",
+        "memory": "linear",
+        "objective": "dot",
+        "read": "inclusive",
+        "momentum": False,
+        "retention": False,
+    },
     "TTT-Linear": {
         "adaptive": (),
         "targets": "value",

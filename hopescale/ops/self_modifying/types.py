@@ -143,7 +143,8 @@ class MemorySpec:
     def is_sequential(self) -> bool:
         """Whether chunks follow one another, as what they write depends on what memories hold."""
         adaptive = len(self.vector_memories) > 1 or bool(self.gate_memories)
-        return is_sequential(adaptive=adaptive, linear=self.hidden is None, objective=self.objective, read=self.read)
+        inner = {"objective": self.objective, "own_target": self.own_target, "read": self.read}
+        return is_sequential(adaptive=adaptive, linear=self.hidden is None, **inner)
 
     @property
     def banks(self) -> tuple[MemorySpec, MemorySpec | None]:

@@ -21,6 +21,7 @@ train: {steps: 100, seq_len: 32, micro_batch_size: 2, global_batch_tokens: 128}
 ATTENTION = "model.mixer=attention"
 MIXER = "model.self_modifying"
 PROJECTION = f"{MIXER}.projection_chunk_size"
+STATIC = [f"{MIXER}.{setting}" for setting in ("memory=linear", "objective=dot", "adaptive=[]", "targets=value")]
 SCALING = "model.attention.rope_scaling"
 SYNTHETIC = "data.sources.s.synthetic"
 LEVEL = "model.cms.levels.slow"
@@ -37,7 +38,7 @@ BROKEN = [
     (["train.loss_spike=0"], "train.loss_spike", "above 0"),
     ([ATTENTION, "train.compile=true"], "train.compile", "the mixer is attention"),
     (
-        ["train.compile=true", f"{MIXER}.memory=linear", f"{MIXER}.objective=dot", f"{MIXER}.adaptive=[]"],
+        ["train.compile=true", *STATIC],
         "train.compile",
         "stores static values",
     ),
@@ -57,7 +58,7 @@ BROKEN = [
     (["train.backend=cpp", f"{MIXER}.memory_dim=24"], "train.backend", "memories are 24 wide, not a multiple of 16"),
     ([ATTENTION, "train.recompute=reverse"], "train.recompute", "the mixer is attention"),
     (
-        ["train.recompute=reverse", f"{MIXER}.memory=linear", f"{MIXER}.objective=dot", f"{MIXER}.adaptive=[]"],
+        ["train.recompute=reverse", *STATIC],
         "train.recompute",
         "stores static values",
     ),
@@ -146,13 +147,8 @@ def problems_of(recipe, *overrides):
         ["train.backend=torch", f"{PROJECTION}=128"],
         ["train.recompute=reverse", f"{MIXER}.chunk_size=4"],
         ["train.recompute=reverse", f"{MIXER}.chunk_size=2", f"{PROJECTION}=4", f"{MIXER}.momentum=false"],
-        [
-            "train.backend=triton",
-            "model.num_heads=1",
-            f"{MIXER}.memory=linear",
-            f"{MIXER}.objective=dot",
-            f"{MIXER}.adaptive=[]",
-        ],
+        ["train.backend=triton", "model.num_heads=1", *STATIC],
+        ["train.compile=true", *STATIC, f"{MIXER}.targets=self"],
     ],
     ids=str,
 )
