@@ -54,12 +54,9 @@ class Choice(NamedTuple):
 
     def describe(self, memories: MemoryShape) -> str:
         """Say which code runs the memories, how, and why no other."""
-        if self.backend == "torch" and memories.sequential:
-            how = "chunk after chunk"
-        elif self.backend == "cpp" or memories.sequential:
-            how = "all chunks of a sequence in one operation"
-        else:
-            how = "all chunks of a sequence side by side"
+        how = "all chunks of a sequence in one operation"
+        if self.backend == "torch":
+            how = "chunk after chunk" if memories.sequential else "all chunks of a sequence side by side"
         return f"{self.backend}, {how}{self.reason and f' ({self.reason})'}"
 
 
@@ -94,13 +91,12 @@ def select(
     elif not whole_chunks:
         loop = "the sequence begins within a chunk, or is empty"
     for name, usual in _DEVICES.items() if backend == "auto" else [(backend, device)]:
-        in_one_operation = name == "cpp" or memories.sequential
-        if in_one_operation and loop:
+        if loop:
             reason = loop
         elif device not in (None, usual):
             reason = f"the device is {device}"
         else:
-            reason = (_chunk_reason(memories, compiled, recompute) if in_one_operation else None) or (
+            reason = _chunk_reason(memories, compiled, recompute) or (
                 unsupported_reason(name, device, dtype, heads=memories.head_dim, memories=memories.hidden)
             )
         if reason is None:

@@ -36,7 +36,7 @@ def is_trace_smaller(tokens: int, width: int, out: int, *, momentum: bool, erase
 
 
 def trace_size(tokens: int, width: int, out: int, *, momentum: bool, erase: bool) -> int:
-    """Count the entries that say how a chunk moves a layer: `Entry` and `Move` of `ops.delta_rule`."""
+    """Count the entries that say how a chunk moves a layer: `ChunkUpdate` and `Move` of `ops.delta_rule`."""
     if is_moved_by_map(tokens, width, out, momentum=momentum):
         return (1 + momentum) * width * (width + tokens) + tokens * out
     return (1 + (momentum and erase)) * tokens * (width + out)

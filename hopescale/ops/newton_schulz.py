@@ -28,7 +28,7 @@ def newton_schulz(
         steps: Number of iterations; 5 is enough for training.
         coefficients: `a`, `b`, `c`.
         eps: Least Frobenius norm a matrix is divided by.
-        dtype: In which to iterate. None is bfloat16 on CUDA; elsewhere float32, or float64 if `x` is.
+        dtype: Type to iterate in. None is bfloat16 on CUDA; elsewhere float32, or float64 if `x` is.
 
     Returns:
         `[..., R, C]` in the dtype of `x`.

@@ -1,10 +1,11 @@
-"""The fused self-modifying kernels against the loop over chunks: on a GPU where there is one, else interpreted.
+"""The fused self-modifying kernels against loops over chunks and tokens: on a GPU where there is one, else interpreted.
 
 Needs `TRITON_INTERPRET=1` before Triton is imported; `tests/unit/ops/test_self_modifying_triton.py` sees to that.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 from dataclasses import replace
 
@@ -14,7 +15,15 @@ from torch import Tensor
 
 from hopescale.config.schema import ModelConfig, SelfModifyingConfig
 from hopescale.models.self_modifying import SelfModifying
-from hopescale.ops.self_modifying import Memories, MemoryState, SelfModifyingOutput, Streams, Weights, self_modifying
+from hopescale.ops.self_modifying import (
+    Memories,
+    MemoryState,
+    SelfModifyingOutput,
+    Streams,
+    Weights,
+    self_modifying,
+    self_modifying_naive,
+)
 from hopescale.parallel.mesh import Mesh
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -35,6 +44,7 @@ SWITCHES = {
     "linear value targets": {"adaptive": (), "targets": "value", "memory": "linear"},
     "value targets, dot": {"adaptive": (), "targets": "value", "objective": "dot"},
 }
+STATIC = {"adaptive": (), "targets": "value", "memory": "linear", "objective": "dot"}
 
 
 def make_mixer(config: SelfModifyingConfig, heads: int, dim: int) -> SelfModifying:
@@ -74,13 +84,17 @@ def split(inputs: dict[str, Tensor]) -> tuple[Streams, Memories]:
 
 
 def fused(mixer: SelfModifying, inputs: dict[str, Tensor]) -> SelfModifyingOutput:
-    from hopescale.ops.self_modifying.triton import self_modifying_triton
+    from hopescale.ops.self_modifying.triton.function import self_modifying_triton
 
     return self_modifying_triton(*split(inputs), mixer.spec)
 
 
 def looped(mixer: SelfModifying, inputs: dict[str, Tensor]) -> SelfModifyingOutput:
     return self_modifying(*split(inputs), mixer.spec, backend="torch")
+
+
+def token_by_token(mixer: SelfModifying, inputs: dict[str, Tensor]) -> SelfModifyingOutput:
+    return self_modifying_naive(*split(inputs), mixer.spec)
 
 
 def results(function, mixer: SelfModifying, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -100,9 +114,13 @@ def results(function, mixer: SelfModifying, inputs: dict[str, Tensor]) -> dict[s
 
 def check(config: dict, tokens: int, *, batch: int = 1, heads: int = 1, dim: int = 16, tolerance: float = 1e-5) -> None:
     mixer = make_mixer(replace(SelfModifyingConfig(chunk_size=16), **config), heads, dim)
-    inputs = {name: tensor.to(DEVICE) for name, tensor in make_inputs(mixer, tokens, batch).items()}
+    compare(mixer, make_inputs(mixer, tokens, batch), looped, tolerance)
+
+
+def compare(mixer: SelfModifying, inputs: dict[str, Tensor], reference, tolerance: float = 1e-5) -> None:
+    inputs = {name: tensor.to(DEVICE) for name, tensor in inputs.items()}
     actual = results(fused, mixer, inputs)
-    expected = results(looped, mixer, {n: t.double() for n, t in inputs.items()})
+    expected = results(reference, mixer, {n: t.double() for n, t in inputs.items()})
     assert actual.keys() == expected.keys()
     for name, exact in expected.items():
         scale = max(0.1, exact.abs().max().item())
@@ -137,10 +155,64 @@ def test_whole_sequences_equal_the_loop(dim: int, switch: str):
     check(SWITCHES[switch] | {"chunk_size": 64, "memory_dim": None}, 333, batch=2, heads=2, dim=dim, tolerance=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("objective", "momentum", "erase", "read"),
+    list(itertools.product(("dot",), (False, True), (False, True), ("prefix", "inclusive")))
+    + [("l2", True, True, "prefix"), ("l2", False, False, "inclusive")],
+)
+def test_static_memories_equal_the_token_loop(objective: str, momentum: bool, erase: bool, read: str):
+    rule = {"momentum": momentum, "inner_rule": "dgd" if erase else "gd", "read": read, "retention": erase or momentum}
+    mixer = make_mixer(replace(SelfModifyingConfig(chunk_size=16), **STATIC | rule | {"objective": objective}), 1, 16)
+    compare(mixer, make_inputs(mixer, 17, 1), token_by_token)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 63])
+def test_static_memories_of_every_length_equal_the_token_loop(tokens: int):
+    mixer = make_mixer(SelfModifyingConfig(chunk_size=16, **STATIC), 1, 16)
+    compare(mixer, make_inputs(mixer, tokens, 1), token_by_token)
+
+
+@pytest.mark.parametrize("momentum", [False, True])
+def test_one_key_that_never_changes_is_stable(momentum: bool):
+    mixer = make_mixer(SelfModifyingConfig(chunk_size=32, momentum=momentum, retention=False, **STATIC), 1, 16)
+    inputs = make_inputs(mixer, 63, 1)
+    inputs["k"] = inputs["k"][:, :, :1].expand_as(inputs["k"])
+    inputs["eta"] = torch.full_like(inputs["eta"], 7.0)
+    compare(mixer, inputs, token_by_token)
+
+
+@pytest.mark.parametrize("name", ["alpha", "mu"])
+def test_a_gate_of_zero_harms_no_others(name: str):
+    mixer = make_mixer(SelfModifyingConfig(chunk_size=16, **STATIC), 1, 16)
+    inputs = make_inputs(mixer, 23, 1)
+    inputs[name][:, :, [5, 19, 20]] = -200.0
+    compare(mixer, inputs, token_by_token)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="flash-linear-attention needs a GPU")
+def test_gated_delta_net_equals_flash_linear_attention():
+    """Gated DeltaNet is a setting of static memories; those kernels take bfloat16."""
+    fla = pytest.importorskip("fla.ops.gated_delta_rule", reason="flash-linear-attention is not installed")
+    mixer = make_mixer(SelfModifyingConfig(momentum=False, read="inclusive", **STATIC), 2, 64)
+    inputs = {name: tensor.to(DEVICE) for name, tensor in make_inputs(mixer, 300, 2).items()}
+    q, k, v = (inputs[name].bfloat16() for name in "qkv")
+    alpha, beta = (torch.sigmoid(inputs[name]) for name in ("alpha", "eta"))
+    expected, last = fla.chunk_gated_delta_rule(
+        *(x.transpose(1, 2) for x in (q, k, v, alpha.log(), beta)),
+        scale=1.0,
+        initial_state=inputs["running/w_in"],
+        output_final_state=True,
+    )
+    inputs |= {"k": k.float(), "q": q.float(), "v": v.float() / alpha[..., None], "eta": torch.logit(alpha * beta)}
+    actual = fused(mixer, inputs)
+    for mine, theirs in ((actual.y, expected.transpose(1, 2)), (actual.state.memory.running.w_in, last)):
+        assert (mine - theirs).float().norm() < 1e-2 * theirs.float().norm()
+
+
 def test_an_empty_sequence_returns_the_state():
     mixer = make_mixer(SelfModifyingConfig(), 1, 16)
     inputs = {name: tensor.to(DEVICE) for name, tensor in make_inputs(mixer, 0, 1).items()}
-    output = fused(mixer, inputs)
+    output = self_modifying(*split(inputs), mixer.spec, backend="triton")
     assert output.y.shape == (1, 1, 0, 16)
     assert torch.equal(output.state.memory.running.w_in, inputs["running/w_in"])
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hopescale.ops.delta_rule.decay import DecayWeights, Weighting, decay_weights
+from hopescale.ops.delta_rule.decay import DecayWeights, decay_weights
 from hopescale.ops.delta_rule.types import DeltaRuleOutput, Read, check_arguments
 
 
@@ -21,12 +21,12 @@ class Chunk(NamedTuple):
     """One chunk of a linear memory, before it is known what is written.
 
     Attributes:
-        decay: Of this chunk, broadcastable to the leading dimensions.
+        decay: Weights of this chunk, broadcastable to the leading dimensions.
         k: Keys `[..., C, D]`.
         system: `before.erase * K K^T` `[..., C, C]`, by how much a key erases what an earlier one wrote; None if writes
             do not erase.
         written: `before.write * K K^T`; `system` itself without momentum.
-        erased: What the last state loses for each value that a key reads, `[..., C, D]`; None if writes do not erase.
+        erased: Loss of the last state for each value that a key reads `[..., C, D]`; None if writes do not erase.
     """
 
     decay: DecayWeights
@@ -42,7 +42,7 @@ class Values(NamedTuple):
     Attributes:
         written: Write values `[..., C, Do]`. Without momentum, what the keys read of the first state is taken off
             where writes erase: then they are all that enters.
-        read: With momentum and erase, what each key reads had nothing of the chunk been erased `[..., C, Do]`.
+        read: Answer to each key had nothing of the chunk been erased `[..., C, Do]`; None without momentum or erase.
     """
 
     written: Tensor
@@ -61,7 +61,7 @@ def open_chunk(decay: DecayWeights, k: Tensor, *, erase: bool) -> Chunk:
     return Chunk(decay, k, system, written, erased)
 
 
-def _initial_reads(weighting: Weighting, x: Tensor, state: Tensor, momentum: Tensor | None) -> Tensor:
+def _initial_reads(weighting: DecayWeights, x: Tensor, state: Tensor, momentum: Tensor | None) -> Tensor:
     """What `x` `[..., C, D]` reads of the chunk's first state and momentum `[..., D, Do]`: `[..., C, Do]`."""
     read = weighting.start[..., None] * (x @ state)
     return read if momentum is None else torch.addcmul(read, weighting.push[..., None], x @ momentum)
@@ -111,7 +111,7 @@ class ChunkUpdate(NamedTuple):
         kept: Weight of the chunk's first state in the last one `[...]`.
         keys: `[..., C, D]`; without momentum their weights are in them.
         values: `[..., C, Do]`.
-        weights: Of the values in the last state `[..., C]`.
+        weights: Weights of the values in the last state `[..., C]`.
         push: Weight of the first momentum in the last state `[...]`.
         erased: Keys of what is lost `[..., C, D]`; None if writes do not erase.
         read: Values of what is lost `[..., C, Do]`; None if writes do not erase.
@@ -199,8 +199,8 @@ class Move(NamedTuple):
         by: The transition.
         values: Write values `[..., C, Do]`.
         keys: `[..., C, D]`.
-        last_push: As in `ChunkUpdate`.
-        momentum_decay: As in `ChunkUpdate`.
+        last_push: Weights of the values in the last momentum `[..., C]`.
+        momentum_decay: Weight of the first momentum in the last one `[...]`.
     """
 
     by: Transition
@@ -225,7 +225,7 @@ def move_chunk(chunk: Chunk, u: Tensor) -> Move:
     return Move(transition(chunk), u, keys, decay.last_push, decay.momentum_decay)
 
 
-def delta_rule_chunked(
+def delta_rule(
     k: Tensor,
     u: Tensor,
     eta: Tensor,
@@ -239,9 +239,28 @@ def delta_rule_chunked(
     read: Read = "prefix",
     chunk_size: int = 64,
 ) -> DeltaRuleOutput:
-    """Run the gated delta rule a chunk at a time. Same arguments, result and errors as `delta_rule`.
+    """Read and write a linear memory along a sequence.
 
+    Follows `S_t = S_{t-1} (alpha_t I - eta_t k_t k_t^T) + Z_t`, `Z_t = mu_t Z_{t-1} + eta_t u_t k_t^T` (Nested
+    Learning, arXiv 2512.24695, Eq. 93 with momentum). Equal to `delta_rule_naive` up to rounding, for any `T >= 0`.
     Everything but the states is computed for all chunks at once; only they are carried from chunk to chunk.
+
+    Args:
+        k: Keys `[B, T, H, D]`; unit length keeps the erase bounded.
+        u: Write values, minus the inner loss's gradient with respect to the memory's output. `[B, T, H, Do]`.
+        eta: Inner learning rate `[B, T, H]`.
+        alpha: Retention in `[0, 1]`, `[B, T, H]`.
+        state: Memory before the first token `[B, H, Do, D]`, float32 (float64 in tests). Its type is computed in.
+        q: Queries like `k`; None if nothing is read.
+        mu: Inner momentum in `[0, 1]`, `[B, T, H]`; None for none.
+        momentum: `Z` before the first token, like `state`; None is zero. Only with `mu`.
+        erase: Whether a write first erases `eta_t k_t k_t^T`; False is plain gradient descent.
+        read: State that token t reads: `prefix` is `S_{t-1}`, `inclusive` is `S_t`, `boundary` is the state at the
+            start of the token's chunk.
+        chunk_size: Tokens per chunk; the last may be shorter. Changes only speed, except for `boundary`.
+
+    Raises:
+        ValueError: If shapes disagree, `read` is unknown, `chunk_size < 1`, or `momentum` comes without `mu`.
     """
     check_arguments(k, u, eta, alpha, state, q, mu, momentum, read, chunk_size)
     kind, tokens = state.dtype, k.shape[1]
@@ -284,8 +303,10 @@ def _run(
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:
     """Run chunks of one length: inputs `[B, H, N, C, ...]`, memories `[B, H, D, Do]`, outputs `[B, H, N, C, Do]`."""
     chunk = open_chunk(decay_weights(eta, alpha, mu), k, erase=erase)
-    by = transition(chunk)
-    moves = [repeat(None) if x is None else x.unbind(2) for x in (by.values @ u, *by[:2], *_pushes(chunk, u))]
+    by, last_push = transition(chunk), chunk.decay.last_push
+    pushed = None if last_push is None else (last_push[..., None] * chunk.k).mT @ u
+    parts = (by.values @ u, *by[:2], pushed, chunk.decay.momentum_decay)
+    moves = [repeat(None) if x is None else x.unbind(2) for x in parts]
     states, momenta = [], []
     for entering, keep, push, pushed, momentum_decay in zip(*moves, strict=False):
         states.append(state)
@@ -300,11 +321,3 @@ def _run(
     if read == "boundary":
         return q @ first, state, momentum
     return read_chunk(chunk, q, chunk_values(chunk, u, first, pushing), first, pushing, read), state, momentum
-
-
-def _pushes(chunk: Chunk, u: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """What enters the momentum in a chunk, and how much of it is kept."""
-    decay = chunk.decay
-    if decay.last_push is None:
-        return None, None
-    return (decay.last_push[..., None] * chunk.k).mT @ u, decay.momentum_decay

@@ -10,30 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-class Weighting(NamedTuple):
-    """What a state at each token of a chunk is made of. Rows are reading tokens, columns writing tokens.
-
-    Attributes:
-        start: Weight of the chunk's first state `[..., C]`.
-        push: Weight of the chunk's first momentum `[..., C]`; None without momentum.
-        write: Weight of each write value, its `eta` included `[..., C, C]`.
-        erase: Weight of what each write erased, its `eta` included; equals `write` without momentum.
-    """
-
-    start: Tensor
-    push: Tensor | None
-    write: Tensor
-    erase: Tensor
-
-
 class DecayWeights(NamedTuple):
-    """Weights of one chunk, in the type of the state. Row `t` is of the state before token `t`, the last of the end.
+    """Weights of one chunk, in the type of the state. Rows are reading tokens, columns writing tokens.
+
+    Row `t` is of the state before token `t`, the last of the end; `before` and `after` have `C` of the `C + 1` rows.
 
     Attributes:
-        start: As in `Weighting`, `[..., C + 1]`.
-        push: The same; None without momentum.
-        write: The same, `[..., C + 1, C]`; equals `erase` without momentum.
-        erase: The same.
+        start: Weight of the chunk's first state `[..., C + 1]`.
+        push: Weight of the chunk's first momentum, the same; None without momentum.
+        write: Weight of each write value, its `eta` included `[..., C + 1, C]`; equals `erase` without momentum.
+        erase: Weight of what each write erased, the same.
         last_push: Weight of each write value in the last momentum, its `eta` included `[..., C]`; None without.
         momentum_decay: Weight of the first momentum in the last one `[...]`; None without.
     """
@@ -46,18 +32,19 @@ class DecayWeights(NamedTuple):
     momentum_decay: Tensor | None
 
     @property
-    def before(self) -> Weighting:
+    def before(self) -> DecayWeights:
         """Weights of the state before each token's own write, `S_{t-1}`."""
         return self._rows(slice(-1))
 
     @property
-    def after(self) -> Weighting:
+    def after(self) -> DecayWeights:
         """Weights of the state after it, `S_t`."""
         return self._rows(slice(1, None))
 
-    def _rows(self, rows: slice) -> Weighting:
-        push = None if self.push is None else self.push[..., rows]
-        return Weighting(self.start[..., rows], push, self.write[..., rows, :], self.erase[..., rows, :])
+    def _rows(self, rows: slice) -> DecayWeights:
+        start, push, write, erase, *last = self
+        push = None if push is None else push[..., rows]
+        return DecayWeights(start[..., rows], push, write[..., rows, :], erase[..., rows, :], *last)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> DecayWeights:
         """Apply a function to every table."""

@@ -7,18 +7,18 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
-from hopescale.ops.delta_rule import (
+from hopescale.ops.delta_rule import Read
+from hopescale.ops.delta_rule.chunked import (
     Chunk,
     ChunkUpdate,
-    DecayWeights,
     Move,
-    Read,
     chunk_values,
     move_chunk,
     open_chunk,
     read_chunk,
     write_chunk,
 )
+from hopescale.ops.delta_rule.decay import DecayWeights
 from hopescale.ops.limits import is_moved_by_map, is_trace_smaller
 from hopescale.ops.self_modifying.memories import Writes, retrieve
 from hopescale.ops.self_modifying.types import NO_WEIGHTS, MemorySpec, MemoryState, Weights

@@ -15,13 +15,12 @@ import torch
 from torch import Tensor
 
 from hopescale.ops.backends import Recompute
-from hopescale.ops.delta_rule import decay_weights
+from hopescale.ops.delta_rule.decay import decay_weights
 from hopescale.ops.limits import REVERSE_PARTS
 from hopescale.ops.self_modifying.advance import Trace, advance
 from hopescale.ops.self_modifying.memories import make_inputs, write_values
 from hopescale.ops.self_modifying.scan import Replay, scan
 from hopescale.ops.self_modifying.types import (
-    Inputs,
     Memories,
     MemorySpec,
     MemoryState,
@@ -109,7 +108,7 @@ def _run_chunk(
 
 
 def _move(
-    spec: MemorySpec, state: MemoryState, inputs: Inputs, q: Tensor | None
+    spec: MemorySpec, state: MemoryState, inputs: Streams, q: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None, MemoryState, Trace]:
     """Move a bank over one of its chunks: answers to queries, norms of errors, the state after it, its trace."""
     decay = decay_weights(inputs.eta, inputs.alpha, inputs.mu)

@@ -6,26 +6,12 @@ the inner loss at the key gives every layer a key and a write value (Nested Lear
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-
-class InnerLoss(NamedTuple):
-    """Inner loss of a memory.
-
-    Attributes:
-        objective: `l2`: half the squared error between answer and target. `dot`: minus their inner product.
-        own_target: Whether the target is the memory's own answer to the value, not the value itself.
-        error_cap: Largest norm of a token's error; None is no limit.
-        key_eps: Added to the squared length of a hidden activation before it is divided by its length.
-    """
-
-    objective: Literal["l2", "dot"]
-    own_target: bool
-    error_cap: float | None
-    key_eps: float
+from hopescale.ops.self_modifying.types import MemorySpec
 
 
 class MlpWrites(NamedTuple):
@@ -54,41 +40,39 @@ def capped(error: Tensor, cap: float | None) -> Tensor:
 class _MlpWrites(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, pre: Tensor, w1: Tensor, k: Tensor | None, v: Tensor | None, fresh: Tensor | None, loss: InnerLoss
+        ctx: Any, pre: Tensor, w1: Tensor, k: Tensor | None, v: Tensor | None, fresh: Tensor | None, spec: MemorySpec
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         memories, width = w1.shape[2:4]
         pre = pre.unflatten(-1, (memories, width)).transpose(2, 3)  # [B, H, N, C or 2 C, E]
         pre = pre.contiguous()
         gate = torch.sigmoid(pre)
         hidden = pre * gate
-        tokens = pre.shape[3] // (2 if loss.own_target else 1)
+        tokens = pre.shape[3] // (2 if spec.own_target else 1)
         of_key = hidden[..., :tokens, :]
-        asked, error = _asked(hidden, tokens, loss), None
+        asked, error = _asked(hidden, tokens, spec), None
         if asked is not None:
             error = asked @ w1
         if v is not None:
-            offset = (k - v if loss.objective == "l2" else -v)[:, :, None]
+            offset = (k - v if spec.objective == "l2" else -v)[:, :, None]
             error = offset.expand(*w1.shape[:3], *v.shape[2:]) if error is None else error.add_(offset)
-        push = raw = error
-        if loss.error_cap is not None:
-            push = capped(raw, loss.error_cap)
+        raw = error
+        push = error = capped(raw, spec.error_cap)
         surprise = torch.linalg.vector_norm(push, dim=-1)
-        error = push
         if fresh is not None:
             push = error * fresh[:, :, None, :, None]
-        norm = torch.sqrt(torch.linalg.vector_norm(of_key, dim=-1, keepdim=True).square_().add_(loss.key_eps))
+        norm = torch.sqrt(torch.linalg.vector_norm(of_key, dim=-1, keepdim=True).square_().add_(spec.key_eps))
         keys = of_key / norm
         back = push @ w1.mT
         first = -(back * _slope(gate, hidden)[..., :tokens, :]).transpose(2, 3).contiguous()
         ctx.save_for_backward(pre, w1, gate, hidden, asked, raw, error, push, norm, keys, back, fresh)
-        ctx.loss, ctx.vector_memories = loss, v is not None
+        ctx.spec, ctx.vector_memories = spec, v is not None
         ctx.mark_non_differentiable(surprise)
         return first.flatten(3), keys, -norm * push, surprise
 
     @staticmethod
     def backward(ctx: Any, d_first: Tensor, d_keys: Tensor, d_values: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         pre, w1, gate, hidden, asked, raw, error, push, norm, keys, back, fresh = ctx.saved_tensors
-        loss, tokens = ctx.loss, keys.shape[3]
+        spec, tokens = ctx.spec, keys.shape[3]
         slope = _slope(gate, hidden)
         d_first = d_first.unflatten(-1, w1.shape[2:4]).transpose(2, 3)
         d_first = d_first.contiguous()
@@ -100,18 +84,18 @@ class _MlpWrites(torch.autograd.Function):
         if fresh is not None:
             d_fresh = (d_push * error).sum((2, 4))
             d_error = d_push.mul_(fresh[:, :, None, :, None])
-        if loss.error_cap is not None:
+        if spec.error_cap is not None:
             square = raw.square().sum(-1, keepdim=True) + 1e-12
-            scale = loss.error_cap * square.rsqrt()
+            scale = spec.error_cap * square.rsqrt()
             along = raw * ((raw * d_error).sum(-1, keepdim=True) / square)
             d_error = torch.where(scale < 1, scale * (d_error - along), d_error)
         d_hidden = torch.zeros_like(hidden)
         if asked is not None:
             d_w1 = torch.baddbmm(d_w1.flatten(0, 2), asked.mT.flatten(0, 2), d_error.flatten(0, 2)).view(w1.shape)
             d_asked = d_error @ w1.mT
-            if loss.objective == "l2":
+            if spec.objective == "l2":
                 d_hidden[..., :tokens, :] = d_asked
-            if loss.own_target:
+            if spec.own_target:
                 d_hidden[..., tokens:, :] = -d_asked
         of_key = d_hidden[..., :tokens, :]
         of_key.addcdiv_(d_keys, norm).addcmul_(d_norm, keys)
@@ -122,16 +106,16 @@ class _MlpWrites(torch.autograd.Function):
         of_key.addcmul_(bend.mul_(back), d_first, value=-1)
         d_pre = d_hidden.transpose(2, 3).contiguous()
         total = d_error.sum(2) if ctx.vector_memories else None
-        d_k = total if ctx.vector_memories and loss.objective == "l2" else None
+        d_k = total if ctx.vector_memories and spec.objective == "l2" else None
         return d_pre.flatten(3), d_w1, d_k, None if total is None else -total, d_fresh, None
 
 
-def _asked(hidden: Tensor, tokens: int, loss: InnerLoss) -> Tensor | None:
+def _asked(hidden: Tensor, tokens: int, spec: MemorySpec) -> Tensor | None:
     """Return what the second layer maps to the error: hidden activations of the key minus those of the value."""
-    if loss.objective == "l2":
+    if spec.objective == "l2":
         of_key = hidden[..., :tokens, :]
-        return of_key - hidden[..., tokens:, :] if loss.own_target else of_key
-    return -hidden[..., tokens:, :] if loss.own_target else None
+        return of_key - hidden[..., tokens:, :] if spec.own_target else of_key
+    return -hidden[..., tokens:, :] if spec.own_target else None
 
 
 def _slope(gate: Tensor, hidden: Tensor) -> Tensor:
@@ -145,7 +129,7 @@ def mlp_writes(
     *,
     residual: tuple[Tensor, Tensor] | None,
     fresh: Tensor | None,
-    loss: InnerLoss,
+    spec: MemorySpec,
 ) -> MlpWrites:
     """Compute what `N` MLP memories write, from their first layers' results.
 
@@ -157,11 +141,11 @@ def mlp_writes(
         w1: Second layers, transposed `[B, H, N, E, Do]`.
         residual: Keys and values `[B, H, C, Do]` of memories that add their input; None for those that do not.
         fresh: Factor on every write `[B, H, C]`; None is 1.
-        loss: What is differentiated.
+        spec: Memories, whose inner loss is differentiated.
 
     Raises:
         ValueError: If values are to be the targets and are not given.
     """
-    if residual is None and not loss.own_target:
+    if residual is None and not spec.own_target:
         raise ValueError("targets are the values, but residual is None: gate memories make their own targets")
-    return MlpWrites(*_MlpWrites.apply(pre, w1, *(residual or (None, None)), fresh, loss))
+    return MlpWrites(*_MlpWrites.apply(pre, w1, *(residual or (None, None)), fresh, spec))

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hopescale.ops.norm import l2_norm
-from hopescale.ops.self_modifying.inner_gradient import InnerLoss, capped, mlp_writes
-from hopescale.ops.self_modifying.types import Inputs, MemorySpec, Streams, Weights
+from hopescale.ops.self_modifying.inner_gradient import capped, mlp_writes
+from hopescale.ops.self_modifying.types import MemorySpec, Streams, Weights
 
 
 def retrieve(spec: MemorySpec, weights: Weights, inputs: dict[str, Tensor], gate_input: Tensor) -> dict[str, Tensor]:
@@ -45,19 +45,19 @@ def retrieve(spec: MemorySpec, weights: Weights, inputs: dict[str, Tensor], gate
     return answers
 
 
-def make_inputs(spec: MemorySpec, boundary: Weights, streams: Streams) -> Inputs:
+def make_inputs(spec: MemorySpec, boundary: Weights, streams: Streams) -> Streams:
     """Make keys, values, queries and gates, by memories where they are adaptive (Nested Learning, Eq. 90)."""
     known = {name: stream for name, stream in streams._asdict().items() if stream is not None}
     read = {name: known[name] for name in spec.vector_memories if name in known}
     answers = retrieve(spec, boundary, read, streams.k)
-    q, k, v = (l2_norm(answers[name]) if name in answers else known[name] for name in ("q", "k", "v"))
+    k, v, q = (l2_norm(answers[name]) if name in answers else known[name] for name in "kvq")
     gates = {
         name: torch.sigmoid(known[name] + answers[name] if name in answers else known[name])
         for name in ("eta", "alpha", "mu")
         if name in known
     }
     eta = spec.eta_max * gates["eta"]
-    return Inputs(q, k, v, eta, gates.get("alpha", torch.ones_like(eta)), gates.get("mu"))
+    return Streams(k, v, q, eta, gates.get("alpha", torch.ones_like(eta)), gates.get("mu"))
 
 
 class Writes(NamedTuple):
@@ -91,11 +91,10 @@ def write_values(spec: MemorySpec, boundary: Weights, k: Tensor, v: Tensor, mu: 
     pre = read @ boundary.w_in
     if spec.hidden is None:
         return _linear_writes(spec, pre, k, v, fresh)
-    loss = InnerLoss(spec.objective, spec.own_target, spec.error_cap, spec.key_eps)
     parts = pre.split([len(names) * spec.hidden for names in (spec.vector_memories, spec.gate_memories)], dim=-1)
     groups = zip(parts, (boundary.w_out_vector, boundary.w_out_gate), ((k, v), None), strict=True)
     groups = [
-        None if w_out is None else mlp_writes(part, w_out, residual=residual, fresh=fresh, loss=loss)
+        None if w_out is None else mlp_writes(part, w_out, residual=residual, fresh=fresh, spec=spec)
         for part, w_out, residual in groups
     ]
     first = [group.first for group in groups if group is not None]

@@ -38,7 +38,7 @@ def self_modifying(
     Args:
         streams: Inputs of keys, values and queries and logits of gates, float32 (float64 in tests).
         state: Memories before the first token.
-        spec: How they read and learn.
+        spec: Memories, and how they read and learn.
         position: Tokens that came before; chunks begin at multiples of their size.
         backend: Code that computes; `backends.select` says which runs where.
         recompute: Activations that the backward pass computes again. `none` keeps all, `reverse` computes also most
@@ -64,16 +64,16 @@ def self_modifying(
         raise ValueError(f"backend is {backend!r}, but {choice.reason}")
     if choice.backend == "cpp":
         return self_modifying_cpp(streams, state, spec)
-    if not spec.is_sequential:
-        return _side_by_side(streams, state.memory, spec, choice.backend)
     if choice.backend == "triton":
-        from hopescale.ops.self_modifying.triton import self_modifying_triton
+        from hopescale.ops.self_modifying.triton.function import self_modifying_triton
 
         return self_modifying_triton(streams, state, spec)
+    if not spec.is_sequential:
+        return _side_by_side(streams, state.memory, spec)
     return self_modifying_chunked(streams, state, spec, position=position, recompute=recompute, compiled=compiled)
 
 
-def _side_by_side(streams: Streams, state: MemoryState, spec: MemorySpec, backend: str) -> SelfModifyingOutput:
+def _side_by_side(streams: Streams, state: MemoryState, spec: MemorySpec) -> SelfModifyingOutput:
     """Run a linear memory that stores static values: its chunks do not wait for one another."""
     inputs = make_inputs(spec, state.boundary, streams)
     u = inputs.v if inputs.mu is None else inputs.v * (1 - inputs.mu)[..., None]
@@ -90,7 +90,6 @@ def _side_by_side(streams: Streams, state: MemoryState, spec: MemorySpec, backen
         erase=spec.erase,
         read=spec.read,
         chunk_size=spec.chunk_size,
-        backend=backend,
     )
     running = Weights(result.state.mT, None, None)
     momentum = None if result.momentum is None else Weights(result.momentum.mT, None, None)

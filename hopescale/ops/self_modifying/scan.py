@@ -157,7 +157,7 @@ def scan(
         carry: Tree that the first part is given; each part hands on one of the same shape.
         recompute: Whether, of all that a part computes, only the carry into it is kept for the backward pass.
             Gradients are those of plain automatic differentiation, up to the order of sums.
-        replay: With `recompute`: how the carry into most parts is computed again; traces are kept instead.
+        replay: Way to compute the carry into most parts again, with `recompute`; traces are kept instead.
 
     Returns:
         Outputs, joined along the tokens, and the carry out of the last part.

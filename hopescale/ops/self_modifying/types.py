@@ -71,15 +71,15 @@ class Memories(NamedTuple):
 
 
 class Streams(NamedTuple):
-    """What is known of a sequence before a memory is read.
+    """What is known of a sequence before a memory is read; `make_inputs` makes what it is written with.
 
     Attributes:
-        k: Inputs of keys `[B, H, T, D]`, of unit length. Gate memories are read at them.
+        k: Inputs of keys `[B, H, T, D]`, of unit length, at which gate memories are read; then the keys.
         v: Inputs of values, or the values themselves.
         q: Inputs of queries, or the queries themselves.
-        eta: Logits of the inner learning rate `[B, H, T]`, without what a memory adds.
-        alpha: The same of retention; None keeps everything.
-        mu: The same of momentum, complete; None without momentum.
+        eta: Logits of the inner learning rate `[B, H, T]`, without what a memory adds; then the rate.
+        alpha: Logits of retention, None keeps everything; then the retention.
+        mu: Logits of momentum, complete; then the momentum. None without momentum.
     """
 
     k: Tensor
@@ -89,21 +89,10 @@ class Streams(NamedTuple):
     alpha: Tensor | None
     mu: Tensor | None
 
-
-class Inputs(NamedTuple):
-    """What a chunk is written with: `q`, `k`, `v` `[B, H, C, D]`; `eta`, `alpha`, `mu` `[B, H, C]`."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    eta: Tensor
-    alpha: Tensor
-    mu: Tensor | None
-
-    def split(self, sizes: list[int]) -> Iterator[Inputs]:
+    def split(self, sizes: list[int]) -> Iterator[Streams]:
         """Cut the tokens into parts of these sizes."""
         parts = (repeat(None) if x is None else x.split(sizes, dim=2) for x in self)
-        return (Inputs(*part) for _, *part in zip(sizes, *parts, strict=False))
+        return (Streams(*part) for _, *part in zip(sizes, *parts, strict=False))
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,13 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (HOPE, {"device": "cpu"}, "cpp, all chunks of a sequence in one operation (triton: the device is cpu)"),
         (HOPE, {"device": "cuda"}, "triton, all chunks of a sequence in one operation"),
-        (STATIC, {"device": "cuda"}, "triton, all chunks of a sequence side by side"),
-        (STATIC, {"device": "cuda", "needs_grad": False}, "triton, all chunks of a sequence side by side"),
+        (STATIC, {"device": "cuda"}, "triton, all chunks of a sequence in one operation"),
+        (
+            STATIC,
+            {"device": "cuda", "needs_grad": False},
+            "torch, all chunks of a sequence side by side "
+            "(triton: no gradients are wanted; cpp: no gradients are wanted)",
+        ),
         (
             HOPE,
             {"device": "rocm"},
@@ -48,7 +53,8 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> None:
         (
             STATIC,
             {"device": "cpu", "needs_grad": False},
-            "torch, all chunks of a sequence side by side (triton: the device is cpu; cpp: no gradients are wanted)",
+            "torch, all chunks of a sequence side by side "
+            "(triton: no gradients are wanted; cpp: no gradients are wanted)",
         ),
         (
             HOPE,

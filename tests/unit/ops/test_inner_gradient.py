@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hopescale.ops.self_modifying.inner_gradient import InnerLoss, mlp_writes
+from hopescale.ops.self_modifying.inner_gradient import mlp_writes
+from hopescale.ops.self_modifying.types import MemorySpec
 
 BATCH, HEADS, MEMORIES, TOKENS, DIM, HIDDEN = 2, 2, 3, 5, 4, 6
 SETTINGS = list(itertools.product(("l2", "dot"), (True, False), (None, 0.7), (True, False)))
@@ -30,10 +31,14 @@ def make_inputs(wide: bool, own_target: bool) -> dict[str, Tensor]:
     }
 
 
-def written(inputs: dict[str, Tensor], loss: InnerLoss, *, wide: bool, with_fresh: bool) -> tuple[Tensor, ...]:
+def make_spec(objective: str, own_target: bool, cap: float | None) -> MemorySpec:
+    return MemorySpec(("mem",), (), HIDDEN, TOKENS, objective, own_target, True, cap, 1e-2, 1.0, "prefix")
+
+
+def written(inputs: dict[str, Tensor], spec: MemorySpec, *, wide: bool, with_fresh: bool) -> tuple[Tensor, ...]:
     residual = (inputs["k"], inputs["v"]) if wide else None
     fresh = inputs["fresh"] if with_fresh else None
-    return mlp_writes(inputs["pre"], inputs["w1"], residual=residual, fresh=fresh, loss=loss)
+    return mlp_writes(inputs["pre"], inputs["w1"], residual=residual, fresh=fresh, spec=spec)
 
 
 @pytest.mark.parametrize(("objective", "own_target", "cap", "with_fresh"), SETTINGS)
@@ -44,8 +49,8 @@ def test_writes_are_minus_the_gradient_of_the_inner_loss(
     if not wide and not own_target:
         pytest.skip("gate memories make their own targets")
     inputs = make_inputs(wide, own_target)
-    loss = InnerLoss(objective, own_target, cap, 1e-2)
-    first, keys, values, surprise = written(inputs, loss, wide=wide, with_fresh=with_fresh)
+    spec = make_spec(objective, own_target, cap)
+    first, keys, values, surprise = written(inputs, spec, wide=wide, with_fresh=with_fresh)
     for b, h, n, t in itertools.product(range(BATCH), range(HEADS), range(MEMORIES), range(TOKENS)):
         rows = inputs["pre"][b, h].detach().unflatten(-1, (MEMORIES, HIDDEN))[:, n]
         w1 = inputs["w1"][b, h, n].detach().requires_grad_()
@@ -74,10 +79,10 @@ def test_gradients_are_those_of_the_equations(
     if not wide and not own_target:
         pytest.skip("gate memories make their own targets")
     inputs = make_inputs(wide, own_target)
-    loss = InnerLoss(objective, own_target, cap, 1e-2)
+    spec = make_spec(objective, own_target, cap)
 
     def function(*tensors: Tensor) -> tuple[Tensor, ...]:
-        return written(dict(zip(inputs, tensors, strict=True)), loss, wide=wide, with_fresh=with_fresh)[:3]
+        return written(dict(zip(inputs, tensors, strict=True)), spec, wide=wide, with_fresh=with_fresh)[:3]
 
     assert torch.autograd.gradcheck(function, list(inputs.values()), fast_mode=True)
 
@@ -85,4 +90,4 @@ def test_gradients_are_those_of_the_equations(
 def test_values_that_are_targets_must_be_given():
     inputs = make_inputs(False, False)
     with pytest.raises(ValueError, match="residual is None"):
-        written(inputs, InnerLoss("l2", False, None, 1e-2), wide=False, with_fresh=False)
+        written(inputs, make_spec("l2", False, None), wide=False, with_fresh=False)

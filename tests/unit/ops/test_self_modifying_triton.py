@@ -33,6 +33,11 @@ def test_kernels_equal_the_loop_in_the_interpreter():
     assert "passed" in done.stdout
 
 
+def test_importing_the_memories_imports_no_triton():
+    code = "import sys, hopescale.ops.self_modifying as ops; sys.exit(f'{ops.__name__}.triton' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
 @pytest.mark.parametrize("name", KERNELS)
 def test_kernels_compile_for_a_gpu(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     import triton

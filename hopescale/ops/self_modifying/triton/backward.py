@@ -22,14 +22,16 @@ from hopescale.ops.self_modifying.triton.pieces_back import clear_piece, pass_me
 @triton.jit
 def pass_memories_back(inputs, exists, slots, backs, d_y, scratch, CONFIG: tl.constexpr):
     """Move gradients back over a piece, through all memories. Arguments as in `pass_memory_back`."""
+    VECTORS: tl.constexpr = CONFIG.vectors
+    GATES: tl.constexpr = CONFIG.gates
     if CONFIG.gate_memories:
         for memory in range(CONFIG.gate_memories):
-            pass_memory_back(memory, inputs, exists, slots, backs, d_y, scratch, True, CONFIG)
+            pass_memory_back(memory, inputs, exists, slots, backs, d_y, scratch, GATES, CONFIG)
     for memory in range(CONFIG.vector_memories):
-        pass_memory_back(memory, inputs, exists, slots, backs, d_y, scratch, False, CONFIG)
-    if CONFIG.read == "boundary":
+        pass_memory_back(memory, inputs, exists, slots, backs, d_y, scratch, VECTORS, CONFIG)
+    if CONFIG.spec.read == "boundary":
         gradient = load_rows(d_y, exists, CONFIG.dim)
-        d_q = retrieve_back(inputs[2], exists, gradient, slots[0][0], backs[0], 0, scratch, False, CONFIG)
+        d_q = retrieve_back(inputs[2], exists, gradient, slots[0][0], backs[0], 0, scratch, VECTORS, CONFIG)
         add(at.whole(scratch, at.D_Q, CONFIG.dim, CONFIG), d_q)
 
 
@@ -38,17 +40,17 @@ def streams_back(streams, exists, size, boundary, d_start, d_streams, d_logits, 
     """Store the gradients of a piece's streams, from those of all that was made of them.
 
     Args:
-        boundary: Points to packed weights at the chunk's start.
-        d_start: Points to their gradient.
-        d_streams: Point to the gradients of the first token's inputs of keys, values and queries.
-        d_logits: Point to those of its logits of the gates.
+        boundary: Pointer to packed weights at the chunk's start.
+        d_start: Pointer to their gradient.
+        d_streams: Pointers to the gradients of the first token's inputs of keys, values and queries.
+        d_logits: Pointers to those of its logits of the gates.
     """
     k = streams[0]
     d_alpha, d_mu = tables_back(size, scratch, CONFIG)
     d_k = make_back(k, exists, boundary, d_start, scratch, CONFIG.memory_k, at.D_K, CONFIG)
     put(at.whole(scratch, at.D_K, CONFIG.dim, CONFIG), d_k)
     rate = tl.load(at.row(scratch, at.RATE, CONFIG))
-    d_rate = tl.load(at.row(scratch, at.D_RATE, CONFIG)) * rate * (1 - rate / CONFIG.eta_max)
+    d_rate = tl.load(at.row(scratch, at.D_RATE, CONFIG)) * rate * (1 - rate / CONFIG.spec.eta_max)
     make_gate_back(d_rate, k, exists, boundary, d_start, d_logits[0], scratch, CONFIG.memory_eta, CONFIG)
     if CONFIG.retention:
         retention = tl.load(at.row(scratch, at.ALPHA, CONFIG))

@@ -53,7 +53,8 @@ def self_modify_kernel(
             tl.store(report + 3 * rows, tl.load(at.row(scratch, at.RATE, CONFIG)), mask=exists)
             tl.store(report + 3 * rows + 1, tl.load(at.row(scratch, at.ALPHA, CONFIG)), mask=exists)
             pass_memories(inputs, exists, (boundary, before, after), (out, report + 2), scratch, True, CONFIG)
-            if CONFIG.read == "boundary":
-                found = retrieve(inputs[2], exists, boundary[0], 0, scratch, False, CONFIG)
+            if CONFIG.spec.read == "boundary":
+                VECTORS: tl.constexpr = CONFIG.vectors
+                found = retrieve(inputs[2], exists, boundary[0], 0, scratch, VECTORS, CONFIG)
                 tl.store(tile(out, CONFIG.rows, CONFIG.dim), found, mask=exists[:, None])
             tl.debug_barrier()

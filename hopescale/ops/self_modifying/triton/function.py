@@ -7,17 +7,12 @@ import triton
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from hopescale.ops.self_modifying.packed import run_packed
 from hopescale.ops.self_modifying.triton import scratch
 from hopescale.ops.self_modifying.triton.backward import self_modify_back_kernel
 from hopescale.ops.self_modifying.triton.forward import self_modify_kernel
 from hopescale.ops.self_modifying.triton.kernel_config import KernelConfig
-from hopescale.ops.self_modifying.types import (
-    Memories,
-    MemorySpec,
-    MemoryState,
-    SelfModifyingOutput,
-    Streams,
-)
+from hopescale.ops.self_modifying.types import Memories, MemorySpec, SelfModifyingOutput, Streams
 
 
 def _run(
@@ -35,8 +30,9 @@ def _run(
 
 class _SelfModify(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, config: KernelConfig, chunk_size: int, k, v, q, eta, alpha, mu, running, momentum):
-        streams, chunks = (k, v, q, eta, alpha, mu), -(-k.shape[2] // chunk_size)
+    def forward(ctx: FunctionCtx, spec: MemorySpec, k, v, q, eta, alpha, mu, running, momentum):
+        streams, chunk_size = Streams(k, v, q, eta, alpha, mu), spec.chunk_size
+        config, chunks = KernelConfig.of(streams, spec), -(-k.shape[2] // chunk_size)
         states = running.new_empty(*running.shape[:2], chunks + 1, config.size)
         states[:, :, 0] = running
         momenta = None
@@ -60,9 +56,8 @@ class _SelfModify(torch.autograd.Function):
     ):
         config: KernelConfig = ctx.config
         *streams, states, momenta = ctx.saved_tensors
-        replayed = states.new_empty(
-            *states.shape[:2], -(-min(ctx.chunk_size, d_y.shape[2]) // config.rows) - 1, config.size
-        )
+        pieces = -(-min(ctx.chunk_size, d_y.shape[2]) // config.rows)
+        replayed = states.new_empty(*states.shape[:2], pieces - 1, config.size)
         replayed_momenta = None if momenta is None else torch.empty_like(replayed)
         # The kernel changes these in place.
         weights = [
@@ -72,7 +67,7 @@ class _SelfModify(torch.autograd.Function):
         gradients = [None if x is None else torch.empty_like(x) for x in streams]
         tensors = (states, momenta, replayed, replayed_momenta, d_y.contiguous(), *weights, *gradients)
         _run(self_modify_back_kernel, config, ctx.chunk_size, scratch.BACKWARD_MATRICES.value, *streams, *tensors)
-        return None, None, *gradients, *weights[:2]
+        return None, *gradients, *weights[:2]
 
 
 def self_modifying_triton(streams: Streams, state: Memories, spec: MemorySpec) -> SelfModifyingOutput:
@@ -80,13 +75,4 @@ def self_modifying_triton(streams: Streams, state: Memories, spec: MemorySpec) -
 
     Differentiable once in all tensors, through all outputs but the statistics.
     """
-    running, momentum, _ = state.memory
-    if streams.k.shape[2] == 0:
-        stats = streams.q.new_zeros(*streams.q.shape[:3], 3)
-        return SelfModifyingOutput(streams.q, stats, Memories(MemoryState(running, momentum, running), None))
-    config = KernelConfig.of(streams, spec)
-    inputs = (None if x is None else x.contiguous() for x in streams)
-    packed = config.pack(running), None if momentum is None else config.pack(momentum)
-    y, stats, *weights = _SelfModify.apply(config, spec.chunk_size, *inputs, *packed)
-    last = MemoryState(*(None if x is None else config.unpack(x) for x in weights))
-    return SelfModifyingOutput(y, stats, Memories(last, None))
+    return run_packed(_SelfModify, streams, state, spec, share=False)

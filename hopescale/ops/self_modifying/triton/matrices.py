@@ -66,6 +66,18 @@ def times(
 
 
 @triton.jit
+def ask(x, exists, matrix, LAYER: tl.constexpr, CONFIG: tl.constexpr):
+    """Multiply tokens `x` `[C, K]` with the matrix of a layer: `[C, N]`."""
+    return times(x, exists, matrix, LAYER.row, 1, LAYER.inputs, LAYER.outputs, CONFIG)
+
+
+@triton.jit
+def ask_back(x, exists, matrix, LAYER: tl.constexpr, CONFIG: tl.constexpr):
+    """Multiply tokens `x` `[C, N]` with the matrix of a layer, transposed: `[C, K]`."""
+    return times(x, exists, matrix, 1, LAYER.row, LAYER.outputs, LAYER.inputs, CONFIG)
+
+
+@triton.jit
 def pairs(x, y, exists, K: tl.constexpr, CONFIG: tl.constexpr):
     """Multiply tokens `x` and `y` `[C, K]` with one another: `[C, C]`."""
     BLOCK: tl.constexpr = CONFIG.block if CONFIG.block < K else K
@@ -89,12 +101,14 @@ def outer(x, exists, values, k, K: tl.constexpr, CONFIG: tl.constexpr):
 
 
 @triton.jit
-def add_outer(matrix, ROW: tl.constexpr, x, exists, values, K: tl.constexpr, N: tl.constexpr, CONFIG: tl.constexpr):
-    """Add `x^T values`, of tokens `[C, K]` and `[C, N]`, to a matrix `[K, N]` whose rows are `ROW` apart."""
+def add_outer(matrix, x, exists, values, LAYER: tl.constexpr, CONFIG: tl.constexpr):
+    """Add `x^T values`, of tokens `[C, K]` and `[C, N]`, to the matrix of a layer."""
+    K: tl.constexpr = LAYER.inputs
     BLOCK: tl.constexpr = CONFIG.block if CONFIG.block < K else K
     for first in range(0, K, BLOCK):
         k = first + tl.arange(0, BLOCK)
-        add(matrix + k[:, None] * ROW + tl.arange(0, N)[None, :], outer(x, exists, values, k, K, CONFIG))
+        here = k[:, None] * LAYER.row + tl.arange(0, LAYER.outputs)[None, :]
+        add(matrix + here, outer(x, exists, values, k, K, CONFIG))
 
 
 @triton.jit

@@ -6,30 +6,29 @@ import triton
 import triton.language as tl
 
 from hopescale.ops.self_modifying.triton import scratch as at
-from hopescale.ops.self_modifying.triton.matrices import add, add_outer, put, slope, times
-from hopescale.ops.self_modifying.triton.memories import NORM_EPS, cap, first_layer, freshen, retrieve, second_layer
+from hopescale.ops.self_modifying.triton.matrices import add, add_outer, ask, ask_back, put, slope
+from hopescale.ops.self_modifying.triton.memories import NORM_EPS, cap, freshen, layer_at, retrieve
 
 
 @triton.jit
-def retrieve_back(x, exists, gradient, state, d_state, memory, scratch, NARROW: tl.constexpr, CONFIG: tl.constexpr):
+def retrieve_back(x, exists, gradient, state, d_state, memory, scratch, KIND: tl.constexpr, CONFIG: tl.constexpr):
     """Move the gradient `[C, N]` of what `retrieve` answered to its weights, and return that of `x`."""
-    N: tl.constexpr = CONFIG.narrow_columns if NARROW else CONFIG.dim
-    E: tl.constexpr = CONFIG.hidden if CONFIG.mlp else N
-    temporary = at.matrix(scratch, at.TEMPORARY, CONFIG)
-    first = first_layer(memory, NARROW, CONFIG)
-    d_pre = gradient
+    FIRST: tl.constexpr = KIND.first
+    SECOND: tl.constexpr = KIND.second
+    temporary, d_pre = at.matrix(scratch, at.TEMPORARY, CONFIG), gradient
+    first = layer_at(state, memory, FIRST)
     if CONFIG.mlp:
-        second, hidden = second_layer(memory, NARROW, CONFIG), at.matrix(scratch, at.HIDDEN, CONFIG)
-        pre = times(x, exists, state + first, CONFIG.columns, 1, CONFIG.dim, E, CONFIG)
+        hidden = at.matrix(scratch, at.HIDDEN, CONFIG)
+        pre = ask(x, exists, first, FIRST, CONFIG)
         gate = tl.sigmoid(pre)
-        put(at.whole(scratch, at.HIDDEN, E, CONFIG), pre * gate)
-        put(at.whole(scratch, at.TEMPORARY, N, CONFIG), gradient)
-        add_outer(d_state + second, N, hidden, exists, gradient, E, N, CONFIG)
-        d_pre = times(temporary, exists, state + second, 1, N, N, E, CONFIG) * slope(gate, pre * gate)
-    put(at.whole(scratch, at.TEMPORARY, E, CONFIG), d_pre)
-    add_outer(d_state + first, CONFIG.columns, x, exists, d_pre, CONFIG.dim, E, CONFIG)
-    d_x = times(temporary, exists, state + first, 1, CONFIG.columns, E, CONFIG.dim, CONFIG)
-    if CONFIG.mlp and not NARROW:
+        put(at.whole(scratch, at.HIDDEN, CONFIG.hidden, CONFIG), pre * gate)
+        put(at.whole(scratch, at.TEMPORARY, SECOND.outputs, CONFIG), gradient)
+        add_outer(layer_at(d_state, memory, SECOND), hidden, exists, gradient, SECOND, CONFIG)
+        d_pre = ask_back(temporary, exists, layer_at(state, memory, SECOND), SECOND, CONFIG) * slope(gate, pre * gate)
+    put(at.whole(scratch, at.TEMPORARY, FIRST.outputs, CONFIG), d_pre)
+    add_outer(layer_at(d_state, memory, FIRST), x, exists, d_pre, FIRST, CONFIG)
+    d_x = ask_back(temporary, exists, first, FIRST, CONFIG)
+    if CONFIG.mlp and not KIND.narrow:
         d_x += gradient
     return d_x
 
@@ -39,11 +38,12 @@ def make_back(x, exists, state, d_state, scratch, MEMORY: tl.constexpr, GRADIENT
     """Return the gradient of a stream `x` from that of what was made from it, kept as `GRADIENT`."""
     d_x = tl.load(at.whole(scratch, GRADIENT, CONFIG.dim, CONFIG))
     if MEMORY >= 0:
-        answer = retrieve(x, exists, state, MEMORY, scratch, False, CONFIG)
+        VECTORS: tl.constexpr = CONFIG.vectors
+        answer = retrieve(x, exists, state, MEMORY, scratch, VECTORS, CONFIG)
         length = tl.rsqrt(tl.sum(answer * answer, 1) + NORM_EPS)[:, None]
         unit = answer * length
         d_answer = length * (d_x - unit * tl.sum(unit * d_x, 1)[:, None])
-        d_x = retrieve_back(x, exists, d_answer, state, d_state, MEMORY, scratch, False, CONFIG)
+        d_x = retrieve_back(x, exists, d_answer, state, d_state, MEMORY, scratch, VECTORS, CONFIG)
     return d_x
 
 
@@ -52,17 +52,18 @@ def make_gate_back(d_logit, k, exists, state, d_state, pointer, scratch, MEMORY:
     """Store the gradient of a gate's logits, and add to that of the stream of keys."""
     tl.store(pointer + tl.arange(0, CONFIG.rows), d_logit, mask=exists)
     if MEMORY >= 0:
-        d_answer = tl.where(tl.arange(0, CONFIG.narrow_columns)[None, :] == 0, d_logit[:, None], 0.0)
-        d_k = retrieve_back(k, exists, d_answer, state, d_state, MEMORY, scratch, True, CONFIG)
+        GATES: tl.constexpr = CONFIG.gates
+        d_answer = tl.where(tl.arange(0, GATES.second.outputs)[None, :] == 0, d_logit[:, None], 0.0)
+        d_k = retrieve_back(k, exists, d_answer, state, d_state, MEMORY, scratch, GATES, CONFIG)
         add(at.whole(scratch, at.D_K, CONFIG.dim, CONFIG), d_k)
 
 
 @triton.jit
 def cap_back(raw, gradient, CONFIG: tl.constexpr):
     """Move a gradient through `cap`."""
-    if CONFIG.error_cap is not None:
+    if CONFIG.spec.error_cap is not None:
         square = tl.sum(raw * raw, 1)[:, None] + 1e-12
-        scale = CONFIG.error_cap * tl.rsqrt(square)
+        scale = CONFIG.spec.error_cap * tl.rsqrt(square)
         along = raw * (tl.sum(raw * gradient, 1)[:, None] / square)
         gradient = tl.where(scale < 1, scale * (gradient - along), gradient)
     return gradient
@@ -79,35 +80,40 @@ def error_back(d_push, scratch, N: tl.constexpr, CONFIG: tl.constexpr):
 
 
 @triton.jit
-def through_first(x, exists, d_pre, state, d_state, offset, scratch, D_X: tl.constexpr, E: tl.constexpr, CONFIG):
-    """Move the gradient `[C, E]` of what a first layer answers to `x` to its weights, and add it to that of `x`."""
-    put(at.whole(scratch, at.TEMPORARY, E, CONFIG), d_pre)
-    add_outer(d_state + offset, CONFIG.columns, x, exists, d_pre, CONFIG.dim, E, CONFIG)
+def through_first(
+    x, exists, d_pre, state, d_state, memory, scratch, D_X: tl.constexpr, FIRST: tl.constexpr, CONFIG: tl.constexpr
+):
+    """Move the gradient of what a first layer answers to `x` to its weights, and add it to that of `x`."""
+    put(at.whole(scratch, at.TEMPORARY, FIRST.outputs, CONFIG), d_pre)
+    add_outer(layer_at(d_state, memory, FIRST), x, exists, d_pre, FIRST, CONFIG)
     temporary = at.matrix(scratch, at.TEMPORARY, CONFIG)
-    d_x = times(temporary, exists, state + offset, 1, CONFIG.columns, E, CONFIG.dim, CONFIG)
+    d_x = ask_back(temporary, exists, layer_at(state, memory, FIRST), FIRST, CONFIG)
     add(at.whole(scratch, D_X, CONFIG.dim, CONFIG), d_x)
 
 
 @triton.jit
-def write_linear_back(k, v, exists, state, d_state, memory, scratch, NARROW: tl.constexpr, CONFIG: tl.constexpr):
+def write_linear_back(k, v, exists, state, d_state, memory, scratch, KIND: tl.constexpr, CONFIG: tl.constexpr):
     """Move the gradient of a linear memory's write values to its weights, keys and values."""
-    N: tl.constexpr = CONFIG.narrow_columns if NARROW else CONFIG.dim
-    offset = first_layer(memory, NARROW, CONFIG)
+    FIRST: tl.constexpr = KIND.first
+    N: tl.constexpr = FIRST.outputs
     d_error = error_back(-tl.load(at.whole(scratch, at.D_VALUES, N, CONFIG)), scratch, N, CONFIG)
-    if CONFIG.l2:
-        through_first(k, exists, d_error, state, d_state, offset, scratch, at.D_K, N, CONFIG)
-    if CONFIG.own_target:
-        through_first(v, exists, -d_error, state, d_state, offset, scratch, at.D_V, N, CONFIG)
+    if CONFIG.spec.objective == "l2":
+        through_first(k, exists, d_error, state, d_state, memory, scratch, at.D_K, FIRST, CONFIG)
+    if CONFIG.spec.own_target:
+        through_first(v, exists, -d_error, state, d_state, memory, scratch, at.D_V, FIRST, CONFIG)
     else:
         add(at.whole(scratch, at.D_V, N, CONFIG), -d_error)
 
 
 @triton.jit
-def write_mlp_back(k, v, exists, state, d_state, memory, scratch, NARROW: tl.constexpr, CONFIG: tl.constexpr):
+def write_mlp_back(k, v, exists, state, d_state, memory, scratch, KIND: tl.constexpr, CONFIG: tl.constexpr):
     """Move the gradients of an MLP memory's write values and second keys to its weights, keys and values."""
-    N: tl.constexpr = CONFIG.narrow_columns if NARROW else CONFIG.dim
+    FIRST: tl.constexpr = KIND.first
+    SECOND: tl.constexpr = KIND.second
+    L2: tl.constexpr = CONFIG.spec.objective == "l2"
+    N: tl.constexpr = SECOND.outputs
     E: tl.constexpr = CONFIG.hidden
-    first, second = first_layer(memory, NARROW, CONFIG), second_layer(memory, NARROW, CONFIG)
+    second, d_second_layer = layer_at(state, memory, SECOND), layer_at(d_state, memory, SECOND)
     temporary = at.matrix(scratch, at.TEMPORARY, CONFIG)
     pre = tl.load(at.whole(scratch, at.OF_KEY, E, CONFIG))
     gate = tl.sigmoid(pre)
@@ -115,29 +121,29 @@ def write_mlp_back(k, v, exists, state, d_state, memory, scratch, NARROW: tl.con
     d_values = tl.load(at.whole(scratch, at.D_VALUES, E, CONFIG))
     d_second = tl.load(at.whole(scratch, at.D_SECOND, N, CONFIG))
     put(at.whole(scratch, at.TEMPORARY, E, CONFIG), -d_values * slope(gate, hidden))
-    norm = tl.sqrt(tl.sum(hidden * hidden, 1) + CONFIG.key_eps)[:, None]
-    d_push = times(temporary, exists, state + second, N, 1, E, N, CONFIG) - norm * d_second
+    norm = tl.sqrt(tl.sum(hidden * hidden, 1) + CONFIG.spec.key_eps)[:, None]
+    d_push = ask(temporary, exists, second, SECOND, CONFIG) - norm * d_second
     push, keys = tl.load(at.whole(scratch, at.PUSH, N, CONFIG)), tl.load(at.whole(scratch, at.KEYS, E, CONFIG))
-    add_outer(d_state + second, N, temporary, exists, push, E, N, CONFIG)
+    add_outer(d_second_layer, temporary, exists, push, SECOND, CONFIG)
     d_keys = tl.load(at.whole(scratch, at.D_KEYS, E, CONFIG))
     d_norm = -tl.sum(push * d_second, 1)[:, None] - tl.sum(d_keys * keys, 1)[:, None] / norm
     d_hidden = d_keys / norm + d_norm * keys
     d_error = error_back(d_push, scratch, N, CONFIG)
-    if not NARROW:
+    if not KIND.narrow:
         add(at.whole(scratch, at.D_V, N, CONFIG), -d_error)
-        if CONFIG.l2:
+        if L2:
             add(at.whole(scratch, at.D_K, N, CONFIG), d_error)
-    if CONFIG.l2 or CONFIG.own_target:
-        add_outer(d_state + second, N, at.matrix(scratch, at.HIDDEN, CONFIG), exists, d_error, E, N, CONFIG)
+    if L2 or CONFIG.spec.own_target:
+        add_outer(d_second_layer, at.matrix(scratch, at.HIDDEN, CONFIG), exists, d_error, SECOND, CONFIG)
         put(at.whole(scratch, at.TEMPORARY, N, CONFIG), d_error)
-        d_asked = times(temporary, exists, state + second, 1, N, N, E, CONFIG)
-        if CONFIG.l2:
+        d_asked = ask_back(temporary, exists, second, SECOND, CONFIG)
+        if L2:
             d_hidden += d_asked
-        if CONFIG.own_target:
+        if CONFIG.spec.own_target:
             of_value = tl.load(at.whole(scratch, at.OF_VALUE, E, CONFIG))
             open_ = tl.sigmoid(of_value)
             d_pre = -d_asked * slope(open_, of_value * open_)
-            through_first(v, exists, d_pre, state, d_state, first, scratch, at.D_V, E, CONFIG)
+            through_first(v, exists, d_pre, state, d_state, memory, scratch, at.D_V, FIRST, CONFIG)
     bend = gate * (1 - gate) * (2 + pre * (1 - 2 * gate))  # the derivative of `slope`
     d_pre = d_hidden * slope(gate, hidden) - bend * tl.load(at.whole(scratch, at.BACK, E, CONFIG)) * d_values
-    through_first(k, exists, d_pre, state, d_state, first, scratch, at.D_K, E, CONFIG)
+    through_first(k, exists, d_pre, state, d_state, memory, scratch, at.D_K, FIRST, CONFIG)

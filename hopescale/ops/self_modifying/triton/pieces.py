@@ -5,17 +5,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hopescale.ops.delta_rule.triton.tables import decay_weights, last_weights, reading_tables
 from hopescale.ops.self_modifying.triton import scratch as at
 from hopescale.ops.self_modifying.triton.layers import hold, move, open_keys, read_layer
 from hopescale.ops.self_modifying.triton.matrices import load_rows, put, tile
-from hopescale.ops.self_modifying.triton.memories import (
-    first_layer,
-    make_gates,
-    make_tokens,
-    second_layer,
-    write,
-)
+from hopescale.ops.self_modifying.triton.memories import layer_at, make_gates, make_tokens, write
+from hopescale.ops.self_modifying.triton.tables import decay_weights, last_weights, reading_tables
 
 
 @triton.jit
@@ -33,17 +27,14 @@ def count_pieces(n, tokens, chunk_size, CONFIG: tl.constexpr):
 
 @triton.jit
 def keep_tables(retention, size, scratch, CONFIG: tl.constexpr):
-    """Keep the tables of a piece, and what they say of its end. Returns `decay_weights`."""
-    rows, pushes = tl.arange(0, CONFIG.rows), None
-    if CONFIG.momentum:
-        pushes = scratch + at.MU * CONFIG.rows
-    decay = decay_weights(scratch + at.ALPHA * CONFIG.rows, pushes, rows, 1, rows, size, CONFIG.precision)
+    """Keep the tables of a piece, and what they say of its end."""
+    decay = decay_weights(size, scratch, CONFIG)
     kept, start, chain, from_start, write, push = decay
     tl.store(at.table(scratch, at.KEPT, CONFIG), kept)
     tl.store(at.table(scratch, at.WRITE, CONFIG), write)
     tl.store(at.row(scratch, at.START, CONFIG), start)
     tl.store(at.row(scratch, at.PUSHED, CONFIG), push)
-    erase, first, wrote, pushed, link, momentum_decay = last_weights(decay, retention, rows, size, CONFIG.momentum)
+    erase, first, wrote, pushed, link, momentum_decay = last_weights(decay, retention, size, CONFIG)
     tl.store(at.row(scratch, at.ERASED, CONFIG), erase)
     tl.store(at.row(scratch, at.WROTE, CONFIG), wrote)
     tl.store(at.row(scratch, at.LINK, CONFIG), link)
@@ -51,7 +42,7 @@ def keep_tables(retention, size, scratch, CONFIG: tl.constexpr):
     tl.store(last, first)
     tl.store(last + 1, pushed)
     tl.store(last + 2, momentum_decay)
-    kept, start, write, push = reading_tables(decay, retention, rows, CONFIG.read, CONFIG.momentum)
+    kept, start, write, push = reading_tables(decay, retention, CONFIG)
     tl.store(at.table(scratch, at.READ_KEPT, CONFIG), kept)
     tl.store(at.table(scratch, at.READ_WRITE, CONFIG), write)
     tl.store(at.row(scratch, at.READ_START, CONFIG), start)
@@ -64,66 +55,75 @@ def open_piece(logits, streams, exists, size, boundary, scratch, CONFIG: tl.cons
     """Make keys, values, queries, gates and tables of a piece; return where the first three lie.
 
     Args:
-        logits: Point to the first token's logits of the gates.
-        streams: Point to its inputs of keys, values and queries.
+        logits: Pointers to the first token's logits of the gates.
+        streams: Pointers to its inputs of keys, values and queries.
         size: Number of tokens.
-        boundary: Points to packed weights at the chunk's start.
+        boundary: Pointer to packed weights at the chunk's start.
     """
     inputs = make_tokens(streams, exists, boundary, scratch, CONFIG)
     keep_tables(make_gates(logits, streams[0], exists, boundary, scratch, CONFIG), size, scratch, CONFIG)
-    open_keys(inputs[0], exists, scratch, at.SIMILAR, CONFIG.dim, CONFIG)
+    FIRST: tl.constexpr = CONFIG.vectors.first
+    open_keys(inputs[0], exists, scratch, FIRST, CONFIG)
     return inputs
 
 
 @triton.jit
+def layers_at(slot, memory, LAYER: tl.constexpr):
+    """Point to the weights and the momentum of a memory's layer."""
+    return layer_at(slot[0], memory, LAYER), layer_at(slot[1], memory, LAYER)
+
+
+@triton.jit
 def pass_memory(
-    memory, inputs, exists, slots, out, scratch, READ: tl.constexpr, NARROW: tl.constexpr, CONFIG: tl.constexpr
+    memory, inputs, exists, slots, out, scratch, READ: tl.constexpr, KIND: tl.constexpr, CONFIG: tl.constexpr
 ):
     """Move one memory over a piece; with `READ` read the first vector memory on the way.
 
     Args:
         inputs: Result of `open_piece`.
-        slots: Point to packed weights and momentum at the chunk's start, before the piece and after it.
-        out: Point to the first token's output and to the norm of its error.
+        slots: Pointers to packed weights and momentum at the chunk's start, before the piece and after it.
+        out: Pointers to the first token's output and to the norm of its error.
     """
     k, v, q = inputs
     start, before, after = slots
     y, surprise = out
-    N: tl.constexpr = CONFIG.narrow_columns if NARROW else CONFIG.dim
-    FIRST: tl.constexpr = CONFIG.hidden if CONFIG.mlp else N
-    READS: tl.constexpr = READ and not NARROW and CONFIG.read != "boundary"
-    ROW: tl.constexpr = CONFIG.columns
-    offset = first_layer(memory, NARROW, CONFIG)
-    error = write(k, v, exists, start[0], memory, scratch, NARROW, False, CONFIG)
-    if READ and not NARROW:
+    FIRST: tl.constexpr = KIND.first
+    SECOND: tl.constexpr = KIND.second
+    N: tl.constexpr = SECOND.outputs
+    READS: tl.constexpr = READ and not KIND.narrow and CONFIG.spec.read != "boundary"
+    first, moved = layers_at(before, memory, FIRST), layers_at(after, memory, FIRST)
+    error = write(k, v, exists, start[0], memory, scratch, KIND, False, CONFIG)
+    if READ and not KIND.narrow:
         tl.store(surprise + 3 * tl.arange(0, CONFIG.rows), error, mask=exists & (memory == 0))
-    hold(k, exists, offset, before, scratch, at.SIMILAR, at.VALUES, ROW, CONFIG.dim, FIRST, CONFIG)
+    hold(k, exists, first, scratch, FIRST, CONFIG)
     if READS and memory == 0:
-        found = read_layer(q, k, exists, offset, before, scratch, at.VALUES, ROW, CONFIG.dim, FIRST, CONFIG)
+        found = read_layer(q, k, exists, first, scratch, FIRST, CONFIG)
         if CONFIG.mlp:
-            put(at.whole(scratch, at.INNER, FIRST, CONFIG), found * tl.sigmoid(found))
+            put(at.whole(scratch, at.INNER, FIRST.outputs, CONFIG), found * tl.sigmoid(found))
         else:
             tl.store(tile(y, CONFIG.rows, N), found, mask=exists[:, None])
-    move(k, exists, offset, before, after, scratch, at.VALUES, ROW, CONFIG.dim, FIRST, CONFIG)
+    move(k, exists, first, moved, scratch, FIRST, CONFIG)
     if CONFIG.mlp:
-        offset, keys = second_layer(memory, NARROW, CONFIG), at.matrix(scratch, at.KEYS, CONFIG)
-        open_keys(keys, exists, scratch, at.SECOND_SIMILAR, FIRST, CONFIG)
-        hold(keys, exists, offset, before, scratch, at.SECOND_SIMILAR, at.SECOND, N, FIRST, N, CONFIG)
+        second, moved = layers_at(before, memory, SECOND), layers_at(after, memory, SECOND)
+        keys = at.matrix(scratch, at.KEYS, CONFIG)
+        open_keys(keys, exists, scratch, SECOND, CONFIG)
+        hold(keys, exists, second, scratch, SECOND, CONFIG)
         if READS and memory == 0:
-            inner = at.matrix(scratch, at.INNER, CONFIG)
-            found = read_layer(inner, keys, exists, offset, before, scratch, at.SECOND, N, FIRST, N, CONFIG)
+            found = read_layer(at.matrix(scratch, at.INNER, CONFIG), keys, exists, second, scratch, SECOND, CONFIG)
             tl.store(tile(y, CONFIG.rows, N), load_rows(q, exists, N) + found, mask=exists[:, None])
-        move(keys, exists, offset, before, after, scratch, at.SECOND, N, FIRST, N, CONFIG)
+        move(keys, exists, second, moved, scratch, SECOND, CONFIG)
 
 
 @triton.jit
 def pass_memories(inputs, exists, slots, out, scratch, READ: tl.constexpr, CONFIG: tl.constexpr):
     """Move all memories over a piece. Arguments as in `pass_memory`."""
+    VECTORS: tl.constexpr = CONFIG.vectors
+    GATES: tl.constexpr = CONFIG.gates
     if CONFIG.gate_memories:
         for memory in range(CONFIG.gate_memories):
-            pass_memory(memory, inputs, exists, slots, out, scratch, READ, True, CONFIG)
+            pass_memory(memory, inputs, exists, slots, out, scratch, READ, GATES, CONFIG)
     for memory in range(CONFIG.vector_memories):
-        pass_memory(memory, inputs, exists, slots, out, scratch, READ, False, CONFIG)
+        pass_memory(memory, inputs, exists, slots, out, scratch, READ, VECTORS, CONFIG)
 
 
 @triton.jit

@@ -5,14 +5,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hopescale.ops.delta_rule.triton.gradients import gates_back
-from hopescale.ops.delta_rule.triton.tables import decay_weights
 from hopescale.ops.self_modifying.triton import scratch as at
 from hopescale.ops.self_modifying.triton.layers import hold, open_keys, read_layer
 from hopescale.ops.self_modifying.triton.layers_back import carry_back, move_back, read_back, read_states_back
 from hopescale.ops.self_modifying.triton.matrices import add, load_rows, put, slope
-from hopescale.ops.self_modifying.triton.memories import first_layer, second_layer, write
+from hopescale.ops.self_modifying.triton.memories import write
 from hopescale.ops.self_modifying.triton.memories_back import write_linear_back, write_mlp_back
+from hopescale.ops.self_modifying.triton.pieces import layers_at
+from hopescale.ops.self_modifying.triton.tables import decay_weights, gates_back
 
 
 @triton.jit
@@ -40,98 +40,97 @@ def read_memory_back(inputs, exists, before, d_y, scratch, CONFIG: tl.constexpr)
     k, v, q = inputs
     D: tl.constexpr = CONFIG.dim
     E: tl.constexpr = CONFIG.hidden
-    gradient = d_y
+    FIRST: tl.constexpr = CONFIG.vectors.first
+    SECOND: tl.constexpr = CONFIG.vectors.second
+    first, gradient = layers_at(before, 0, FIRST), d_y
     if CONFIG.mlp:
         add(at.whole(scratch, at.D_Q, D, CONFIG), load_rows(d_y, exists, D))
-        inner, keys, gradient = at.matrix(scratch, at.INNER, CONFIG), at.matrix(scratch, at.KEYS, CONFIG), d_y
-        pre = read_layer(q, k, exists, 0, before, scratch, at.VALUES, CONFIG.columns, D, E, CONFIG)
+        inner, keys = at.matrix(scratch, at.INNER, CONFIG), at.matrix(scratch, at.KEYS, CONFIG)
+        pre = read_layer(q, k, exists, first, scratch, FIRST, CONFIG)
         put(at.whole(scratch, at.D_INNER, E, CONFIG), pre)
         put(at.whole(scratch, at.INNER, E, CONFIG), pre * tl.sigmoid(pre))
-        d_inner = read_back(
-            inner, keys, exists, d_y, CONFIG.second, before, scratch, at.SECOND, at.D_KEYS, D, E, D, CONFIG
-        )
+        d_inner = read_back(inner, keys, exists, d_y, layers_at(before, 0, SECOND), scratch, SECOND, CONFIG)
         pre = tl.load(at.whole(scratch, at.D_INNER, E, CONFIG))
         gate = tl.sigmoid(pre)
         put(at.whole(scratch, at.D_INNER, E, CONFIG), d_inner * slope(gate, pre * gate))
         gradient = at.matrix(scratch, at.D_INNER, CONFIG)
-    d_q = read_back(q, k, exists, gradient, 0, before, scratch, at.VALUES, at.D_K, CONFIG.columns, D, E, CONFIG)
+    d_q = read_back(q, k, exists, gradient, first, scratch, FIRST, CONFIG)
     add(at.whole(scratch, at.D_Q, D, CONFIG), d_q)
 
 
 @triton.jit
-def write_again(memory, inputs, exists, slots, scratch, NARROW: tl.constexpr, CONFIG: tl.constexpr):
+def write_again(memory, inputs, exists, slots, scratch, KIND: tl.constexpr, CONFIG: tl.constexpr):
     """Compute again what a memory wrote and held, and make room for the gradients."""
     k, v, q = inputs
     start, before = slots
-    N: tl.constexpr = CONFIG.narrow_columns if NARROW else CONFIG.dim
-    FIRST: tl.constexpr = CONFIG.hidden if CONFIG.mlp else N
-    offset = first_layer(memory, NARROW, CONFIG)
-    write(k, v, exists, start[0], memory, scratch, NARROW, True, CONFIG)
-    hold(k, exists, offset, before, scratch, at.SIMILAR, at.VALUES, CONFIG.columns, CONFIG.dim, FIRST, CONFIG)
-    clear(scratch, at.D_VALUES, FIRST, CONFIG)
-    clear(scratch, at.D_HELD, FIRST, CONFIG)
+    FIRST: tl.constexpr = KIND.first
+    SECOND: tl.constexpr = KIND.second
+    write(k, v, exists, start[0], memory, scratch, KIND, True, CONFIG)
+    hold(k, exists, layers_at(before, memory, FIRST), scratch, FIRST, CONFIG)
+    clear(scratch, at.D_VALUES, FIRST.outputs, CONFIG)
+    clear(scratch, at.D_HELD, FIRST.outputs, CONFIG)
     if CONFIG.mlp:
-        keys, offset = at.matrix(scratch, at.KEYS, CONFIG), second_layer(memory, NARROW, CONFIG)
-        open_keys(keys, exists, scratch, at.SECOND_SIMILAR, FIRST, CONFIG)
-        hold(keys, exists, offset, before, scratch, at.SECOND_SIMILAR, at.SECOND, N, FIRST, N, CONFIG)
-        clear(scratch, at.D_SECOND, N, CONFIG)
-        clear(scratch, at.D_SECOND_HELD, N, CONFIG)
-        clear(scratch, at.D_KEYS, FIRST, CONFIG)
+        keys = at.matrix(scratch, at.KEYS, CONFIG)
+        open_keys(keys, exists, scratch, SECOND, CONFIG)
+        hold(keys, exists, layers_at(before, memory, SECOND), scratch, SECOND, CONFIG)
+        clear(scratch, at.D_SECOND, SECOND.outputs, CONFIG)
+        clear(scratch, at.D_SECOND_HELD, SECOND.outputs, CONFIG)
+        clear(scratch, at.D_KEYS, SECOND.inputs, CONFIG)
 
 
 @triton.jit
-def pass_memory_back(memory, inputs, exists, slots, backs, d_y, scratch, NARROW: tl.constexpr, CONFIG: tl.constexpr):
+def pass_layer_back(keys, exists, memory, before, back, scratch, LAYER: tl.constexpr, CONFIG: tl.constexpr):
+    """Move gradients back over what a piece did to a layer; returns where those of its weights lie."""
+    held, gradients = layers_at(before, memory, LAYER), layers_at(back, memory, LAYER)
+    move_back(keys, exists, held, gradients, scratch, LAYER, CONFIG)
+    carry_back(keys, exists, held, gradients, scratch, LAYER, CONFIG)
+    return gradients
+
+
+@triton.jit
+def pass_memory_back(memory, inputs, exists, slots, backs, d_y, scratch, KIND: tl.constexpr, CONFIG: tl.constexpr):
     """Do the way back through `pass_memory`.
 
     Args:
-        slots: Point to packed weights and momentum at the chunk's start and before the piece.
-        backs: Point to packed gradients of those at the chunk's start, and of those after the piece, which become
+        slots: Pointers to packed weights and momentum at the chunk's start and before the piece.
+        backs: Pointers to packed gradients of those at the chunk's start, and of those after the piece, which become
             those before it.
-        d_y: Points to the gradient of the first token's output.
+        d_y: Pointer to the gradient of the first token's output.
     """
     k, v, q = inputs
     start, before = slots
     d_start, back = backs
-    N: tl.constexpr = CONFIG.narrow_columns if NARROW else CONFIG.dim
-    FIRST: tl.constexpr = CONFIG.hidden if CONFIG.mlp else N
-    ROW: tl.constexpr = CONFIG.columns
-    READS: tl.constexpr = not NARROW and CONFIG.read != "boundary"
-    write_again(memory, inputs, exists, slots, scratch, NARROW, CONFIG)
+    FIRST: tl.constexpr = KIND.first
+    SECOND: tl.constexpr = KIND.second
+    READS: tl.constexpr = not KIND.narrow and CONFIG.spec.read != "boundary"
+    write_again(memory, inputs, exists, slots, scratch, KIND, CONFIG)
     if READS and memory == 0:
         read_memory_back(inputs, exists, before, d_y, scratch, CONFIG)
+    gradient = d_y
     if CONFIG.mlp:
-        SECOND: tl.constexpr = at.SECOND_SIMILAR
-        keys, offset = at.matrix(scratch, at.KEYS, CONFIG), second_layer(memory, NARROW, CONFIG)
-        move_back(keys, exists, offset, before, back, scratch, SECOND, at.SECOND, at.D_KEYS, N, FIRST, N, CONFIG)
-        carry_back(keys, exists, offset, before, back, scratch, N, FIRST, N, CONFIG)
+        keys, gradient = at.matrix(scratch, at.KEYS, CONFIG), at.matrix(scratch, at.D_INNER, CONFIG)
+        moved = pass_layer_back(keys, exists, memory, before, back, scratch, SECOND, CONFIG)
         if READS and memory == 0:
-            inner = at.matrix(scratch, at.INNER, CONFIG)
-            read_states_back(inner, exists, d_y, offset, back, scratch, N, FIRST, N, CONFIG)
-    offset = first_layer(memory, NARROW, CONFIG)
-    move_back(k, exists, offset, before, back, scratch, at.SIMILAR, at.VALUES, at.D_K, ROW, CONFIG.dim, FIRST, CONFIG)
-    carry_back(k, exists, offset, before, back, scratch, ROW, CONFIG.dim, FIRST, CONFIG)
+            read_states_back(at.matrix(scratch, at.INNER, CONFIG), exists, d_y, moved, scratch, SECOND, CONFIG)
+    moved = pass_layer_back(k, exists, memory, before, back, scratch, FIRST, CONFIG)
     if READS and memory == 0:
-        gradient = d_y
-        if CONFIG.mlp:
-            gradient = at.matrix(scratch, at.D_INNER, CONFIG)
-        read_states_back(q, exists, gradient, offset, back, scratch, ROW, CONFIG.dim, FIRST, CONFIG)
+        read_states_back(q, exists, gradient, moved, scratch, FIRST, CONFIG)
     if CONFIG.mlp:
-        write_mlp_back(k, v, exists, start[0], d_start, memory, scratch, NARROW, CONFIG)
+        write_mlp_back(k, v, exists, start[0], d_start, memory, scratch, KIND, CONFIG)
     else:
-        write_linear_back(k, v, exists, start[0], d_start, memory, scratch, NARROW, CONFIG)
+        write_linear_back(k, v, exists, start[0], d_start, memory, scratch, KIND, CONFIG)
 
 
 @triton.jit
 def tables_back(size, scratch, CONFIG: tl.constexpr):
     """Return the gradients of `alpha` and `mu` `[C]` from those of tables and of the last of their weights."""
-    rows, pushes = tl.arange(0, CONFIG.rows), None
     retention = tl.load(at.row(scratch, at.ALPHA, CONFIG))
     push_retention = retention
     if CONFIG.momentum:
-        pushes = scratch + at.MU * CONFIG.rows
         push_retention = tl.load(at.row(scratch, at.MU, CONFIG))
-    decay = decay_weights(scratch + at.ALPHA * CONFIG.rows, pushes, rows, 1, rows, size, CONFIG.precision)
-    ends, last = tl.where(rows == size - 1, 1.0, 0.0), scratch + at.D_LAST * CONFIG.rows
+    decay = decay_weights(size, scratch, CONFIG)
+    ends = tl.where(tl.arange(0, CONFIG.rows) == size - 1, 1.0, 0.0)
+    last = scratch + at.D_LAST * CONFIG.rows
     kept, write = tl.load(at.table(scratch, at.D_KEPT, CONFIG)), tl.load(at.table(scratch, at.D_WRITE, CONFIG))
     read_kept = tl.load(at.table(scratch, at.D_READ_KEPT, CONFIG))
     read_write = tl.load(at.table(scratch, at.D_READ_WRITE, CONFIG))
@@ -143,12 +142,10 @@ def tables_back(size, scratch, CONFIG: tl.constexpr):
     kept, write = ends[:, None] * erase[None, :], ends[:, None] * wrote[None, :]
     after = (kept, ends * tl.load(last), write, ends * tl.load(last + 1))
     start, push = tl.load(at.row(scratch, at.D_READ_START, CONFIG)), tl.load(at.row(scratch, at.D_READ_PUSHED, CONFIG))
-    if CONFIG.read == "inclusive":
+    if CONFIG.spec.read == "inclusive":
         after = (after[0] + read_kept, after[1] + start, after[2] + read_write, after[3] + push)
     else:
         before = (before[0] + read_kept, before[1] + start, before[2] + read_write, before[3] + push)
     link = ends[:, None] * tl.load(at.row(scratch, at.D_LINK, CONFIG))[None, :]
     kept = ends * tl.load(last + 2)
-    return gates_back(
-        decay, before, after, link, kept, retention, push_retention, rows, CONFIG.momentum, CONFIG.precision
-    )
+    return gates_back(decay, before, after, link, kept, retention, push_retention, CONFIG)

@@ -1,10 +1,10 @@
-"""Streams of heads as one differentiable operation, computed in C++."""
+"""Short convolution, SiLU, unit norm and heads first, by torch's operations or in one pass over memory in C++."""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,6 +12,54 @@ from torch.autograd.function import once_differentiable
 
 from hopescale.ops.cpp.build import library
 from hopescale.ops.cpp.call import parallel_for, pointer
+from hopescale.ops.norm import l2_norm
+from hopescale.ops.short_conv import short_conv
+
+
+def head_streams(
+    x: Tensor,
+    weight: Tensor | None,
+    tail: Tensor | None,
+    unit: Sequence[bool],
+    *,
+    backend: Literal["torch", "cpp"] = "torch",
+) -> tuple[Tensor, Tensor | None]:
+    """Cut projected inputs into streams of heads.
+
+    Args:
+        x: Projected inputs `[T, B, H, S, D]`.
+        weight: Filters of a causal depthwise convolution with SiLU, oldest token first: `[H * S * D, W]`; None for
+            neither.
+        tail: Inputs before `x`, `W - 1` of them: `[W - 1, B, H * S * D]`; None without a filter.
+        unit: Flag of each slice: whether its vectors are scaled to unit length.
+        backend: Code that computes; `backends.select_streams` chooses it.
+
+    Returns:
+        Streams `[S, B, H, T, D]`, at least float32, and the tail for the next call.
+    """
+    if backend == "cpp":
+        return _head_streams_cpp(x, weight, tail, unit)
+    kind = torch.promote_types(x.dtype, torch.float32)
+    if weight is not None:
+        mixed, tail = short_conv(x.flatten(2), weight.to(x.dtype), tail)
+        x = mixed.unflatten(-1, x.shape[2:])
+    x = x.to(kind)
+    if all(unit):
+        x = l2_norm(x)
+    elif any(unit):
+        x = torch.stack([l2_norm(part) if one else part for part, one in zip(x.unbind(3), unit, strict=True)], dim=3)
+    return x.permute(3, 1, 2, 0, 4).contiguous(), tail
+
+
+def _head_streams_cpp(
+    x: Tensor, weight: Tensor | None, tail: Tensor | None, unit: Sequence[bool]
+) -> tuple[Tensor, Tensor | None]:
+    after, x = None, x if x.stride(-1) == 1 else x.contiguous()
+    if weight is not None:
+        weight, tail, taps = weight.contiguous(), tail.to(x.dtype).contiguous(), weight.shape[1]
+        last = x[max(0, x.shape[0] - taps + 1) :].flatten(2)
+        after = torch.cat([tail, last])[last.shape[0] :]
+    return _HeadStreams.apply(x, weight, tail, tuple(unit)), after
 
 
 class _Layout(ctypes.Structure):
@@ -60,15 +108,3 @@ class _HeadStreams(torch.autograd.Function):
 
         parallel_for(run, x.shape[2])
         return d_x, d_weight, d_tail, None
-
-
-def head_streams_cpp(
-    x: Tensor, weight: Tensor | None, tail: Tensor | None, unit: Sequence[bool]
-) -> tuple[Tensor, Tensor | None]:
-    """Cut projected inputs into streams. Same arguments and result as `head_streams`."""
-    after, x = None, x if x.stride(-1) == 1 else x.contiguous()
-    if weight is not None:
-        weight, tail, taps = weight.contiguous(), tail.to(x.dtype).contiguous(), weight.shape[1]
-        last = x[max(0, x.shape[0] - taps + 1) :].flatten(2)
-        after = torch.cat([tail, last])[last.shape[0] :]
-    return _HeadStreams.apply(x, weight, tail, tuple(unit)), after

@@ -1,0 +1,75 @@
+"""All weights of memories in one row of numbers: how the operations over all chunks, in C++ and in Triton, keep them.
+
+First layers come first, then second layers of vector memories, then those of gate memories. The one column of a gate
+memory is padded to `BLOCK`; in the C++ those of linear memories share a block.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hopescale.ops.limits import BLOCK
+from hopescale.ops.self_modifying.types import (
+    Memories,
+    MemorySpec,
+    MemoryState,
+    SelfModifyingOutput,
+    Streams,
+    Weights,
+)
+
+
+def pack(weights: Weights, spec: MemorySpec, *, share: bool) -> Tensor:
+    """Lay weights side by side, `[B, H, size]`; `share` puts the gates of linear memories into one block."""
+    w_in, w_out_vector, w_out_gate = weights
+    if spec.hidden is None and spec.gate_memories:
+        vectors, gates = w_in.split([w_in.shape[-1] - len(spec.gate_memories), len(spec.gate_memories)], dim=-1)
+        if share:
+            gates = F.pad(gates, (0, -gates.shape[-1] % BLOCK))
+        else:
+            gates = F.pad(gates[..., None], (0, BLOCK - 1)).flatten(3)
+        w_in = torch.cat([vectors, gates], dim=-1)
+    if w_out_gate is not None:
+        w_out_gate = F.pad(w_out_gate, (0, BLOCK - 1))
+    return torch.cat([part.flatten(2) for part in (w_in, w_out_vector, w_out_gate) if part is not None], dim=2)
+
+
+def unpack(packed: Tensor, spec: MemorySpec, dim: int, *, share: bool) -> Weights:
+    """Undo `pack`, for heads of width `dim`."""
+    vectors, gates, hidden = len(spec.vector_memories), len(spec.gate_memories), spec.hidden
+    if hidden is None:
+        w_in = packed.unflatten(2, (dim, -1))
+        narrow = w_in[..., vectors * dim :]
+        narrow = narrow[..., :gates] if share else narrow[..., ::BLOCK]
+        return Weights(torch.cat([w_in[..., : vectors * dim], narrow], dim=-1), None, None)
+    sizes = [dim * hidden * (vectors + gates), hidden * dim * vectors, hidden * BLOCK * gates]
+    w_in, w_out_vector, w_out_gate = packed.split(sizes, dim=2)
+    return Weights(
+        w_in.unflatten(2, (dim, -1)).contiguous(),
+        w_out_vector.unflatten(2, (vectors, hidden, -1)).contiguous() if vectors else None,
+        w_out_gate.unflatten(2, (gates, hidden, -1))[..., :1].contiguous() if gates else None,
+    )
+
+
+def run_packed(
+    operation: type[torch.autograd.Function], streams: Streams, state: Memories, spec: MemorySpec, *, share: bool
+) -> SelfModifyingOutput:
+    """Run memories over a sequence that begins with a chunk by one operation. As `self_modifying`.
+
+    Args:
+        operation: Function of a spec, the streams, packed weights and their packed momentum. It returns outputs,
+            statistics, and packed weights, momentum and weights at the last boundary.
+        streams: Streams that are cut nowhere.
+        state: Memories before the first token.
+        spec: Memories, all in one bank.
+        share: Whether gates share a block, as in `pack`.
+    """
+    running, momentum, _ = state.memory
+    inputs = (None if x is None else x.contiguous() for x in streams)
+    first = (None if x is None else pack(x, spec, share=share) for x in (running, momentum))
+    y, stats, *last = operation.apply(spec, *inputs, *first)
+    dim = streams.k.shape[-1]
+    after = MemoryState(*(None if x is None else unpack(x, spec, dim, share=share) for x in last))
+    return SelfModifyingOutput(y, stats, Memories(after, None))
