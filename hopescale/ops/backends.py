@@ -81,7 +81,7 @@ def select(
         compiled: Whether chunks are compiled.
         recompute: Activations that are computed again; `reverse` needs chunks one by one.
         needs_grad: Whether a backward pass follows. The operations over all chunks serve no other passes.
-        whole_chunks: Whether the sequence begins with a chunk and has tokens.
+        whole_chunks: Whether the sequence begins with a chunk.
     """
     if backend == "torch":
         return Choice("torch", "")
@@ -89,7 +89,7 @@ def select(
     if not needs_grad:
         loop = "no gradients are wanted"
     elif not whole_chunks:
-        loop = "the sequence begins within a chunk, or is empty"
+        loop = "the sequence begins within a chunk"
     for name, usual in _DEVICES.items() if backend == "auto" else [(backend, device)]:
         if loop:
             reason = loop

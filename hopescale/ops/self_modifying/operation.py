@@ -50,6 +50,8 @@ def self_modifying(
         ValueError: If `backend` is `cpp` or `triton`, and it cannot run.
     """
     tokens, head_dim = streams.k.shape[2:]
+    if tokens == 0:
+        return SelfModifyingOutput(streams.q, streams.q.new_zeros(*streams.q.shape[:3], 3), state)
     choice = select(
         backend,
         spec.shape(head_dim),
@@ -58,7 +60,7 @@ def self_modifying(
         compiled=compiled,
         recompute=recompute,
         needs_grad=torch.is_grad_enabled(),
-        whole_chunks=position % spec.chunk_size == 0 and tokens > 0,
+        whole_chunks=position % spec.chunk_size == 0,
     )
     if choice.backend is None:
         raise ValueError(f"backend is {backend!r}, but {choice.reason}")

@@ -70,6 +70,5 @@ def run_packed(
     inputs = (None if x is None else x.contiguous() for x in streams)
     first = (None if x is None else pack(x, spec, share=share) for x in (running, momentum))
     y, stats, *last = operation.apply(spec, *inputs, *first)
-    dim = streams.k.shape[-1]
-    after = MemoryState(*(None if x is None else unpack(x, spec, dim, share=share) for x in last))
+    after = MemoryState(*(None if x is None else unpack(x, spec, streams.k.shape[-1], share=share) for x in last))
     return SelfModifyingOutput(y, stats, Memories(after, None))

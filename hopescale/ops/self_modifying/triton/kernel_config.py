@@ -106,6 +106,8 @@ class KernelConfig:
         """Plan a call; streams are `[B, H, T, D]`."""
         dim, tokens = streams.k.shape[-1], min(spec.chunk_size, streams.k.shape[2])
         rows = max(16, min(LONGEST_PIECE, 1 << (tokens - 1).bit_length()))
+        kinds = spec.vector_memories, spec.gate_memories
+        vectors, gates = ({name: number for number, name in enumerate(names)} for names in kinds)
         return cls(
             spec=replace(spec, chunk_size=0, projection_chunk_size=None),
             dim=dim,
@@ -114,14 +116,14 @@ class KernelConfig:
             doublings=rows.bit_length() - 1,
             cut=tokens > rows,
             block=min(dim, ROWS),
-            vector_memories=len(spec.vector_memories),
-            gate_memories=len(spec.gate_memories),
+            vector_memories=len(vectors),
+            gate_memories=len(gates),
             mlp=spec.hidden is not None,
             momentum=streams.mu is not None,
             retention=streams.alpha is not None,
             precision="tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32",
-            **{f"memory_{name}": _index(spec.vector_memories, name) for name in "kvq"},
-            **{f"memory_{name}": _index(spec.gate_memories, name) for name in ("eta", "alpha")},
+            **{f"memory_{name}": vectors.get(name, -1) for name in "kvq"},
+            **{f"memory_{name}": gates.get(name, -1) for name in ("eta", "alpha")},
         )
 
     @property
@@ -166,7 +168,3 @@ class KernelConfig:
     def matrix(self) -> int:
         """Numbers that a piece's matrix of tokens takes in scratch memory."""
         return self.rows * max(self.dim, self.hidden)
-
-
-def _index(names: tuple[str, ...], name: str) -> int:
-    return names.index(name) if name in names else -1
