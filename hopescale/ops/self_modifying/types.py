@@ -105,7 +105,7 @@ class MemorySpec:
         gate_memories: Names of those that answer with one number, `eta` or `alpha`.
         hidden: `E` of an MLP memory; None makes memories linear.
         chunk_size: Tokens of a chunk; gradients are taken at the weights it begins with.
-        objective: Inner loss, as in `InnerLoss`.
+        objective: Inner loss: `l2`, half the squared error; `dot`, minus the inner product of answer and target.
         own_target: Whether a memory's target is its own answer to the value, not the value.
         erase: Whether a write first erases what its key reads.
         error_cap: Largest norm of a token's error; None is no limit.
