@@ -25,7 +25,10 @@ def to_hf(
     out: Out,
     shard_size: Annotated[str, typer.Option(metavar="BYTES", help="Size of a file of weights, at most.")] = "4Gi",
     native: Annotated[
-        bool, typer.Option("--native", help="Write a Transformer as the Llama or Qwen it equals, without code of ours.")
+        bool,
+        typer.Option(
+            "--native", help="Write a Transformer as the Llama, Mistral or Qwen it equals, without code of ours."
+        ),
     ] = False,
     verify: Check = True,
 ) -> None:
@@ -47,7 +50,8 @@ def from_hf(
     folder: HfFolder,
     out: Out,
     as_: Annotated[
-        str | None, typer.Option("--as", metavar="KIND", help="Stack a Llama or Qwen: hope-attention or transformer.")
+        str | None,
+        typer.Option("--as", metavar="KIND", help="Stack a Llama, Mistral or Qwen: hope-attention or transformer."),
     ] = None,
     levels: Annotated[
         str | None, typer.Option(metavar="NAME=PERIOD,...", help="Levels of --as hope-attention.")

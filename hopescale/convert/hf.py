@@ -61,7 +61,7 @@ def export(path: Path, out: Path, *, shard_bytes: int, native: bool = False) -> 
         path: Checkpoint folder, or a run folder, whose latest checkpoint is taken.
         out: Folder to create.
         shard_bytes: Most bytes of a file of tensors that holds more than one.
-        native: Whether to write a Transformer as the Llama or Qwen that it equals, which needs no code of ours.
+        native: Whether to write a Transformer as the Llama, Mistral or Qwen that it equals, without code of ours.
 
     Returns:
         The checkpoint's manifest, with the tensors and files of the folder.
@@ -93,9 +93,9 @@ def _native_pairs(config: RunConfig, source: Path) -> list[Pair]:
     levels = list(config.model.cms.levels)
     if config.model.mixer != "attention" or len(levels) > 1 or config.model.cms.variant != "sequential":
         hint = "leave --native out"
-        raise CheckpointError(f"{source} is no Transformer: only attention and one level are a Llama or Qwen", hint)
+        raise CheckpointError(f"{source} is no Transformer: only attention and one level are a Llama or its kin", hint)
     if logit_multiplier(config.model) != 1 or attention_scale(config.model) is not None:
-        message = "has factors that no Llama or Qwen has: model.transfer says it was trained wider than its base"
+        message = "has factors that no Llama has: model.transfer says it was trained wider than its base"
         raise CheckpointError(f"{source} {message}", "leave --native out")
     return list(pairs(config.model, lambda block: levels[0]))
 
@@ -193,7 +193,7 @@ def read_export(folder: Path) -> Manifest:
         CheckpointError: If it is none, or a file is missing or changed.
     """
     if (folder / "config.json").exists() and not (folder / EXPORT).exists():
-        hint = "to begin from a Llama or Qwen, say what it becomes: convert from-hf --as hope-attention --levels ..."
+        hint = "to begin from a Llama, Mistral or Qwen, say what it becomes: convert from-hf --as hope-attention --levels ..."
         raise CheckpointError(f"{folder} was not written by `convert to-hf`: it holds no {EXPORT}", hint)
     manifest = read_manifest(folder, EXPORT)
     check_files(folder, manifest)

@@ -1,4 +1,4 @@
-"""What hopescale and the Llama and Qwen families call the same things: one table of weights, one of settings.
+"""What hopescale and the Llama, Mistral and Qwen families call the same things: one table of weights, one of settings.
 
 Both are read in both directions. An export of hopescale's own keeps hopescale's names and needs neither.
 """
@@ -73,10 +73,11 @@ ROPE = {
 """Their rotary scaling of each kind, and our keys below `model.attention.rope_scaling`."""
 FAMILIES = {
     "llama": {"qkv_bias": False, "qk_norm": False},
+    "mistral": {"qkv_bias": False, "qk_norm": False},
     "qwen2": {"qkv_bias": True, "qk_norm": False},
     "qwen3": {"qkv_bias": False, "qk_norm": True},
 }
-"""What the code of each family fixes."""
+"""Switches that the code of each family fixes. A Mistral is a Llama that may have a window."""
 LAYERS = {
     "embedding": "model.embed_tokens",
     "blocks.{block}.mixer": "model.layers.{block}.self_attn",
@@ -162,12 +163,12 @@ def read_settings(theirs: Mapping[str, Any], origin: str) -> dict[str, Any]:
         raise CheckpointError(f"{origin} is of the family {family}, not of {', '.join(FAMILIES)}")
     rope = dict(theirs.get("rope_parameters") or {})
     kind = rope.get("rope_type", "default")
-    sliding = "sliding_attention" in (theirs.get("layer_types") or ())
+    windowed = {kind == "sliding_attention" for kind in theirs.get("layer_types") or ()} or {family == "mistral"}
     odd = {
         f"hidden_act {theirs.get('hidden_act')}": theirs.get("hidden_act") != "silu",
         "attention_bias (of the out-projection)": family != "qwen2" and theirs.get("attention_bias"),
         "mlp_bias": theirs.get("mlp_bias"),
-        "sliding-window attention": sliding,
+        "sliding-window attention in some layers": len(windowed) > 1,
         f"rope_type {kind}": kind not in ("default", *ROPE),
         "partial_rotary_factor": rope.get("partial_rotary_factor", 1.0) != 1.0,
     }
@@ -177,6 +178,7 @@ def read_settings(theirs: Mapping[str, Any], origin: str) -> dict[str, Any]:
     if ours["head_dim"] == ours["d_model"] // ours["num_heads"]:
         ours["head_dim"] = None
     attention = {"num_kv_heads": theirs.get("num_key_value_heads"), "rope_theta": rope.get("rope_theta", 10_000.0)}
+    attention["window"] = theirs.get("sliding_window") if True in windowed else None
     if kind != "default":
         scaling = {key: rope[name] for name, key in ROPE[kind].items() if name in rope}
         attention["rope_scaling"] = {"kind": kind, **scaling}
@@ -191,10 +193,14 @@ def write_settings(ours: Mapping[str, Any], d_ff: int) -> dict[str, Any]:
     """
     attention = ours["attention"]
     switches = {name: attention[name] for name in ("qkv_bias", "qk_norm")}
-    family = next((name for name, fixed in FAMILIES.items() if fixed == switches), None)
+    window = attention.get("window")  # not known to checkpoints older than the key
+    fitting = (name for name, fixed in FAMILIES.items() if fixed == switches and not (name == "llama" and window))
+    family = next(fitting, None)
     if family is None:
         raise CheckpointError(f"no family of {', '.join(FAMILIES)} has attention with {switches}")
     theirs: dict[str, Any] = {"model_type": family, "hidden_act": "silu", "intermediate_size": d_ff}
+    if window:
+        theirs |= {"sliding_window": window, "use_sliding_window": True, "max_window_layers": 0}
     theirs |= {name: ours[key] for name, key in SETTINGS.items()}
     theirs["head_dim"] = ours["head_dim"] or ours["d_model"] // ours["num_heads"]
     theirs["num_key_value_heads"] = attention["num_kv_heads"] or ours["num_heads"]

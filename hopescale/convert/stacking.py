@@ -36,7 +36,7 @@ def stack(folder: Path, out: Path, levels: Mapping[str, int], stacking: Stacking
     """Write the checkpoint, at step 0, of a model whose levels are made of a pre-trained model's MLPs.
 
     Args:
-        folder: Folder of the pre-trained model: Llama, Qwen2 or Qwen3.
+        folder: Folder of the pre-trained model: Llama, Mistral, Qwen2 or Qwen3.
         out: Run folder to create.
         levels: Period of each level, by name. One of period 1 makes a Transformer.
         stacking: Key of `PLACEMENTS`.

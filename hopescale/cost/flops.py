@@ -31,7 +31,7 @@ def flops_by_part(model: ModelConfig, seq_len: int, *, recompute: str | None = N
     """
     parts = _block(model, seq_len, recompute)
     for name in _RECOMPUTED.get(recompute or "none", ()):
-        parts[name] += OpCost(0, _block(model, seq_len, None)[name].forward)
+        parts[name] += OpCost(0, _block(model, seq_len, "none")[name].forward)
     head = product(1, model.d_model, padded_vocab_size(model))
     return {name: part.times(model.num_layers) for name, part in parts.items()} | {"head": head}
 

@@ -63,14 +63,25 @@ def mixing_cost(model: ModelConfig, seq_len: int, recompute: str | None) -> OpCo
     Without `recompute`, the value of `train.recompute`, it counts the model alone.
     """
     if model.mixer == "attention":
-        # A token sees (seq_len + 1) / 2 on average. Each gradient is two products; the scores are a third.
-        reads = product(1, head_dim(model), (seq_len + 1) / 2).times(2 * model.num_heads)
+        reads = product(1, head_dim(model), _keys_per_token(model, seq_len, recompute)).times(2 * model.num_heads)
+        # Each gradient is two products; the scores are a third.
         return reads if recompute is None else OpCost(reads.forward, 2.5 * reads.forward)
     once = _sequence(model, seq_len).times(model.num_heads / seq_len)
     if recompute in (None, "none") or not has_chunk_loop(model):
         return once
     replay = _replay(model, seq_len) * model.num_heads / seq_len if recompute == "reverse" else 0
     return OpCost(once.forward, once.backward + once.forward + replay)
+
+
+def _keys_per_token(model: ModelConfig, seq_len: int, recompute: str | None) -> float:
+    """Count the keys that a token of attention sees, on average, or that it is multiplied with if anything runs."""
+    window = model.attention.window or seq_len
+    if seq_len <= window:
+        return (seq_len + 1) / 2
+    later = seq_len - window
+    # Each block of later tokens reads its own keys and those of the block before.
+    keys = later * window if recompute is None else -(-later // window) * 2 * window**2
+    return (window * (window + 1) / 2 + keys) / seq_len
 
 
 @dataclass(frozen=True)
@@ -96,8 +107,13 @@ def _attention(model: ModelConfig, micro: MicroBatch) -> Activations:
     if model.attention.qk_norm:
         copies = 1 if micro.itemsize == FP32 else 2
         kept += micro.tokens * (rotated * copies + heads + groups) * FP32
+    window, in_blocks = model.attention.window or micro.seq_len, 0.0
+    if (later := micro.seq_len - window) > 0:
+        # Blocks of later queries and their answers, with two blocks of keys and values each.
+        in_blocks = micro.batch * -(-later // window) * window * (2 * heads + 4 * groups) * dim
+    kept += in_blocks * micro.itemsize
     # The gradients of queries, keys and values, of the in-projection's result, and of its input.
-    return Activations(kept, 0, micro.tokens * (2 * projected + model.d_model) * micro.itemsize)
+    return Activations(kept, 0, (micro.tokens * (2 * projected + model.d_model) + in_blocks) * micro.itemsize)
 
 
 def mixer_activations(model: ModelConfig, micro: MicroBatch, recompute: str) -> Activations:

@@ -66,7 +66,8 @@ def _prepared(loaded: LoadedModel, request: EvalRequest) -> tuple[Data | None, d
 
 def context_of(loaded: LoadedModel, request: EvalRequest) -> int | None:
     """Return how many tokens are read at most before one that is predicted; None is all there are."""
-    if request.context is None and loaded.config.model.mixer == "attention":
+    model = loaded.config.model
+    if request.context is None and model.mixer == "attention" and model.attention.window is None:
         return loaded.config.train.seq_len
     return request.context
 

@@ -19,14 +19,16 @@ from hopescale.parallel.mesh import Mesh
 
 
 class AttentionCache(NamedTuple):
-    """Keys and values of all tokens read so far, `[B, G, T, D]`."""
+    """Keys and values of the tokens read so far, or of the last `window` of them, `[B, G, T, D]`."""
 
     k: Tensor
     v: Tensor
 
 
 class Attention(nn.Module):
-    """Multi-head or grouped-query attention. Its state is the keys and values of all tokens read: it grows with them.
+    """Multi-head or grouped-query attention, over all tokens or within a sliding window.
+
+    Its state is the keys and values of the tokens read: it grows with them, up to the window if there is one.
 
     Args:
         model: Sizes and switches; the head dim `D` is even, and heads are split over tensor-parallel ranks.
@@ -78,11 +80,18 @@ class Attention(nn.Module):
         q, k = rotate(q, tables), rotate(k, tables)
         if state.position:
             k, v = torch.cat([state.tensors.k, k], dim=2), torch.cat([state.tensors.v, v], dim=2)
-        mask = self._mask(state.position, tokens, document_ids, x.device)
-        how = {"is_causal": mask is None, "enable_gqa": self.shared_by > 1, "scale": self.scale}
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **how)
+        if document_ids is None or not self.config.within_documents:
+            document_ids = None
+        elif state.position:
+            raise ValueError("document_ids are given, but the documents of the tokens in the state are unknown")
+        y = self._attend(q, k, v, document_ids)
         y = self.out_proj(y.permute(2, 0, 1, 3).flatten(2))
-        return y, LayerState(state.position + tokens, AttentionCache(k, v))
+        return y, LayerState(state.position + tokens, AttentionCache(self._last(k), self._last(v)))
+
+    def _last(self, x: Tensor) -> Tensor:
+        """Return what later tokens may see, in memory of its own."""
+        window = self.config.window
+        return x if window is None or x.shape[2] <= window else x[:, :, -window:].clone()
 
     def _frequencies(self, device: torch.device) -> Tensor:
         frequencies, scaling = rope_frequencies(self.head_dim, self.config.rope_theta, device), self.config.rope_scaling
@@ -93,15 +102,64 @@ class Attention(nn.Module):
         ramp = (scaling.low_freq_factor, scaling.high_freq_factor)
         return slow_down(frequencies, scaling.factor, *ramp, scaling.first_context)
 
-    def _mask(self, position: int, tokens: int, document_ids: Tensor | None, device: torch.device) -> Tensor | None:
-        """True where a token may look; None for plain causal attention from position 0."""
-        separate = self.config.within_documents and document_ids is not None
-        if not position and not separate:
-            return None
-        if position and separate:
-            raise ValueError("document_ids are given, but the documents of the tokens in the state are unknown")
-        rows = torch.arange(position, position + tokens, device=device)
-        mask = rows[:, None] >= torch.arange(position + tokens, device=device)
-        if separate:
-            mask = mask & (document_ids[:, None, :, None] == document_ids[:, None, None, :])  # [B, 1, T, T]
-        return mask
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, document_ids: Tensor | None) -> Tensor:
+        """Let queries `[B, H, T, D]` read keys and values `[B, G, P + T, D]`, the first `P` of earlier tokens.
+
+        With a window of `W`, the first `W` queries are one block, and each further `W` are one that reads the keys of its
+        own block and of the block before, so that no scores of more than `2 W` keys are ever computed.
+        """
+        tokens, window = q.shape[2], self.config.window
+        past = k.shape[2] - tokens
+        if window is None or past + tokens <= window:
+            return self._read(q, k, v, _visible(tokens, past, document_ids, None, q.device))
+        size = min(window, tokens)
+        documents = None if document_ids is None else document_ids[:, :size]
+        mask = _visible(size, past, documents, window, q.device)
+        first = self._read(q[:, :, :size], k[:, :, : past + size], v[:, :, : past + size], mask)
+        if size == tokens:
+            return first
+        later = tokens - size
+        padding = -later % size
+        blocks = (later + padding) // size
+        mask = _visible(size, size, None, window, q.device)
+        if document_ids is not None:
+            own = F.pad(document_ids[:, size:], (0, padding)).view(-1, 1, size, 1)
+            other = F.pad(document_ids, (0, padding)).unfold(1, 2 * size, size).reshape(-1, 1, 1, 2 * size)
+            mask = mask & (own == other) | torch.eye(2 * size, dtype=torch.bool, device=q.device)[size:]
+
+        def pairs_of_blocks(x: Tensor) -> Tensor:
+            x = F.pad(x[:, :, past:], (0, 0, 0, padding)).unfold(2, 2 * size, size)  # [B, G, blocks, D, 2 W]
+            return x.permute(0, 2, 1, 4, 3).flatten(0, 1)
+
+        queries = F.pad(q[:, :, size:], (0, 0, 0, padding)).unflatten(2, (blocks, size)).transpose(1, 2).flatten(0, 1)
+        rest = self._read(queries, pairs_of_blocks(k), pairs_of_blocks(v), mask)
+        rest = rest.unflatten(0, (-1, blocks)).transpose(1, 2).flatten(2, 3)[:, :, :later]
+        return torch.cat([first, rest], dim=2)
+
+    def _read(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        how = {"is_causal": mask is None, "enable_gqa": self.shared_by > 1, "scale": self.scale}
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **how)
+
+
+def _visible(
+    tokens: int, past: int, document_ids: Tensor | None, window: int | None, device: torch.device
+) -> Tensor | None:
+    """Return where queries may look, `[T, P + T]` or `[B, 1, T, P + T]`; None where they see all up to their own token.
+
+    Args:
+        tokens: Number of queries, `T`.
+        past: Number of keys before that of the first query, `P`; they belong to its document.
+        document_ids: Document of each query `[B, T]`, with no past; None if all are of one document.
+        window: Number of keys that a query sees; None is no limit.
+        device: Device of the mask.
+    """
+    if not past and document_ids is None and (window is None or tokens <= window):
+        return None
+    own = torch.arange(past, past + tokens, device=device)[:, None]
+    other = torch.arange(past + tokens, device=device)
+    mask = own >= other
+    if window is not None:
+        mask = mask & (own - other < window)
+    if document_ids is not None:
+        mask = mask & (document_ids[:, None, :, None] == document_ids[:, None, None, :])
+    return mask

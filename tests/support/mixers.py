@@ -18,4 +18,5 @@ MIXERS: dict[str, list[str]] = {
     ],
     "attention": ["model.mixer=attention"],
     "grouped attention": ["model.mixer=attention", "model.attention={num_kv_heads: 1, qk_norm: true}"],
+    "sliding window": ["model.mixer=attention", "model.attention={num_kv_heads: 1, window: 48}"],
 }

@@ -21,6 +21,7 @@ VARIANTS = {
         )
     },
     "attention": {"mixer": "attention", "attention": AttentionConfig(qk_norm=True, within_documents=True)},
+    "sliding window": {"mixer": "attention", "attention": AttentionConfig(window=5, within_documents=True)},
     "grouped-query attention": {
         "mixer": "attention",
         "num_heads": 8,

@@ -113,6 +113,9 @@ class AttentionConfig:
     """How the rotary frequencies are slowed for long contexts; null leaves them."""
     qk_norm: bool = False
     """Whether queries and keys pass an RMSNorm per head before rotation."""
+    window: Count | None = None
+    """Tokens that a token sees, itself included (sliding-window attention); null is all up to it. The cache then holds
+    no more than these."""
     within_documents: bool = False
     """Whether a token sees only tokens of its own document. Generation treats its context as one document."""
 

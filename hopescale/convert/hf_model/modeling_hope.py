@@ -50,6 +50,7 @@ class HopeAttention(nn.Module):
         super().__init__()
         config, transfer = model.attention, model.transfer
         self.config, self.dim, self.scale = config, dim, None
+        self.window = getattr(config, "window", None)  # not known to configs older than the key
         if transfer is not None and transfer.base_head_dim not in (None, dim):
             self.scale = transfer.base_head_dim**0.5 / dim  # products of wider heads, as at the base width
         self.groups = config.num_kv_heads or model.num_heads
@@ -61,7 +62,7 @@ class HopeAttention(nn.Module):
         self.k_norm = Norm(dim, eps=model.norm_eps) if config.qk_norm else None
 
     def forward(self, x: Tensor, state: State, columns: Columns) -> tuple[Tensor, State]:
-        """Mix `[B, T, N]`; the state is the keys and values of all columns, padding included."""
+        """Mix `[B, T, N]`; the state is the keys and values of the columns, padding included."""
         batch, tokens = x.shape[:2]
         mixed = F.linear(x, self.qkv_proj.weight)
         mixed = mixed if self.qkv_proj.bias is None else mixed + self.qkv_proj.bias  # rounds as hopescale does
@@ -73,10 +74,17 @@ class HopeAttention(nn.Module):
         q, k = self._rotated(q, k, columns)
         if state:
             k, v = torch.cat([state["k"], k], dim=2), torch.cat([state["v"], v], dim=2)
-        mask = self._mask(tokens, columns.real)
+        mask = self._mask(tokens, columns.real[:, -k.shape[2] :])
         how = {"is_causal": mask is None, "enable_gqa": self.shared_by > 1, "scale": self.scale}
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **how)
-        return self.out_proj(y.transpose(1, 2).flatten(2)), {"k": k, "v": v}
+        kept = self._kept(columns.real)
+        return self.out_proj(y.transpose(1, 2).flatten(2)), {"k": k[:, :, -kept:], "v": v[:, :, -kept:]}
+
+    def _kept(self, real: Tensor) -> int:
+        """Count the last columns that hold each row's window of tokens; all columns if nothing limits what is seen."""
+        if self.window is None:
+            return real.shape[1]
+        return int((real.flip(1).cumsum(1) < self.window).any(0).sum()) + 1
 
     def _rotated(self, q: Tensor, k: Tensor, columns: Columns) -> tuple[Tensor, Tensor]:
         positions = columns.real.cumsum(-1)[:, -q.shape[2] :] - 1
@@ -101,16 +109,19 @@ class HopeAttention(nn.Module):
         kept = ((turns - low) / (high - low)).clamp(0, 1)
         return plain * (kept + (1 - kept) / scaling.factor)
 
-    @staticmethod
-    def _mask(tokens: int, real: Tensor) -> Tensor | None:
+    def _mask(self, tokens: int, real: Tensor) -> Tensor | None:
         """True where a column may look, `[B, 1, T, past + T]`; None for plain causal attention."""
         total = real.shape[1]
-        if tokens == total and bool(real.all()):
+        if tokens == total and bool(real.all()) and (self.window is None or tokens <= self.window):
             return None
         own = torch.arange(total - tokens, total, device=real.device)[:, None]
         other = torch.arange(total, device=real.device)
+        seen = (own >= other) & real[:, None, :]
+        if self.window is not None:
+            count = real.cumsum(1)  # padding within the columns takes no place in the window
+            seen = seen & (count[:, -tokens:, None] - count[:, None, :] < self.window)
         # Padding sees itself: a softmax over nothing is not a number.
-        return ((own >= other) & real[:, None, :] | (own == other))[:, None]
+        return (seen | (own == other))[:, None]
 
 
 class HopeLevel(nn.Module):

@@ -41,6 +41,7 @@ VARIANTS = {
         "mixer": "attention",
         "attention": AttentionConfig(num_kv_heads=2, qkv_bias=True, rope_scaling=RopeScalingConfig(first_context=8)),
     },
+    "sliding window": {"mixer": "attention", "attention": AttentionConfig(num_kv_heads=2, window=6)},
     "linear rope scaling": {
         "mixer": "attention",
         "attention": AttentionConfig(rope_scaling=RopeScalingConfig(kind="linear", factor=3.0)),
@@ -126,7 +127,7 @@ def test_rows_padded_on_the_right_equal_rows_alone(pair, tokens: Tensor):
         close(logits[row, : TOKENS - pad], expected(ours, tokens[row : row + 1, : TOKENS - pad])[0])
 
 
-@pytest.mark.parametrize("variant", ["hope", "two banks, linear", "grouped-query attention"])
+@pytest.mark.parametrize("variant", ["hope", "two banks, linear", "grouped-query attention", "sliding window"])
 @torch.no_grad()
 def test_generation_by_cache_equals_recomputation(variant: str, tokens: Tensor):
     _, theirs = make_pair(variant)

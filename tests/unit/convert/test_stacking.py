@@ -18,7 +18,7 @@ from hopescale.common.errors import CheckpointError, ConfigError
 from hopescale.config.load import load_resolved
 from hopescale.convert.hf import SafetensorsFolder, export
 from hopescale.convert.info import describe
-from hopescale.convert.mapping import read_settings
+from hopescale.convert.mapping import read_settings, write_settings
 from hopescale.convert.stacking import read_source, stack
 from hopescale.convert.verify import verify_folder
 
@@ -41,6 +41,7 @@ LLAMA3 = {
 }
 SOURCES = {
     "llama": {"num_key_value_heads": 2, "tie_word_embeddings": False, "rope_parameters": LLAMA3},
+    "mistral": {"num_key_value_heads": 2, "tie_word_embeddings": False, "sliding_window": 9},
     "qwen2": {"num_key_value_heads": 1, "tie_word_embeddings": True},
     "qwen3": {
         "num_key_value_heads": 2,
@@ -186,7 +187,11 @@ def test_a_wrong_cache_is_told(sources, tmp_path: Path, monkeypatch: pytest.Monk
         ("llama", {"attention_bias": True}, "attention_bias"),
         ("llama", {"mlp_bias": True}, "mlp_bias"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act gelu"),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}, "sliding-window"),
+        (
+            "qwen2",
+            {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
+            "sliding-window attention in some",
+        ),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type dynamic"),
     ],
 )
@@ -196,9 +201,21 @@ def test_what_our_attention_lacks_is_refused(family: str, changes: dict, message
         read_settings(theirs, "it")
 
 
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
+def test_a_window_of_all_layers_passes_in_both_directions(family: str):
+    changes = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}
+    theirs = AutoConfig.for_model(family, **{**SIZES, **SOURCES[family], **changes}).to_dict()
+    ours = read_settings(theirs, "it")
+    assert ours["attention"]["window"] == 8
+    ours["attention"].setdefault("rope_scaling", None)
+    written = write_settings(ours, 48)
+    again = AutoConfig.for_model(**written).to_dict()
+    assert written["model_type"] == family and read_settings(again, "it")["attention"]["window"] == 8
+
+
 def test_other_families_are_refused(tmp_path: Path):
     AutoConfig.for_model("gpt2", n_layer=1).save_pretrained(tmp_path / "gpt2")
-    with pytest.raises(CheckpointError, match="of the family gpt2, not of llama, qwen2, qwen3"):
+    with pytest.raises(CheckpointError, match="of the family gpt2, not of llama, mistral, qwen2, qwen3"):
         stack(tmp_path / "gpt2", tmp_path / "out", LEVELS, "copy", None)
 
 

@@ -27,10 +27,11 @@ CASES = MIXERS | {
 }
 
 
-def causal_attention(products: float):
-    def count(q: tuple, k: tuple, v: tuple, *_: Any, **__: Any) -> float:
+def attention(products: float):
+    def count(q: tuple, k: tuple, v: tuple, *_: Any, attn_mask: tuple | None = None, **__: Any) -> float:
         batch, heads, tokens, dim = q
-        return products * 2 * batch * heads * dim * tokens * (tokens + 1) / 2
+        pairs = tokens * (tokens + 1) / 2 if attn_mask is None else tokens * k[2]
+        return products * 2 * batch * heads * dim * pairs
 
     return count
 
@@ -40,11 +41,13 @@ def executed(overrides: list[str], recompute: str, seq_len: int) -> float:
     config = load_recipe("debug", [*SMALL, *overrides]).config.model
     model = Model(config, recompute=recompute)
     tokens = torch.randint(config.vocab_size, (BATCH, seq_len))
-    backward = causal_attention(5)
+    backward = attention(5)
     counts = {
         aten.linalg_solve_triangular: lambda a, b, **_: a[-1] * math.prod(b),
-        aten._scaled_dot_product_flash_attention_for_cpu: causal_attention(2),
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, *shapes, **_: backward(*shapes),
+        aten._scaled_dot_product_flash_attention_for_cpu: attention(2),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, *shapes, **mask: backward(
+            *shapes, **mask
+        ),
     }
     with FlopCounterMode(display=False, custom_mapping=counts) as counter:
         cross_entropy_sum(model(tokens)[0], tokens, model.mesh).backward()
@@ -74,7 +77,9 @@ def test_model_flops_are_what_torch_executes(overrides: list[str]):
 
 
 @pytest.mark.parametrize("recompute", ["chunks", "reverse", "memory", "block"])
-@pytest.mark.parametrize("mixer", ["hope", "linear", "no momentum", "two banks", "deltanet", "attention"])
+@pytest.mark.parametrize(
+    "mixer", ["hope", "linear", "no momentum", "two banks", "deltanet", "attention", "sliding window"]
+)
 def test_recomputation_is_counted_as_executed(mixer: str, recompute: str):
     model = config_of(MIXERS[mixer])
     expected = of_more_tokens(lambda seq_len: counted(model, seq_len, recompute))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hopescale.config.schema import LevelConfig, ModelConfig, SelfModifyingConfig
+from hopescale.config.schema import AttentionConfig, LevelConfig, ModelConfig, SelfModifyingConfig
 from hopescale.config.schema.model import CmsConfig
 from hopescale.infer import generate as module
 from hopescale.infer.generate import generate, prefill
@@ -20,6 +20,7 @@ ARCHITECTURES = {
     "hope": {"mixer": "self_modifying", "cms": CmsConfig(levels=LEVELS)},
     "hope_attention": {"mixer": "attention", "cms": CmsConfig(levels=LEVELS)},
     "transformer": {"mixer": "attention", "cms": CmsConfig(levels={"mlp": LevelConfig(d_ff=16)})},
+    "sliding window": {"mixer": "attention", "attention": AttentionConfig(window=9), "cms": CmsConfig(levels=LEVELS)},
 }
 
 
@@ -131,6 +132,8 @@ def test_only_attention_keeps_what_it_has_read(models):
     assert set(read) == {1}
     growth = {later - earlier for earlier, later in zip(entries, entries[1:], strict=False)}
     assert growth == {2 * 2 * 16}  # keys and values of two layers
+    _, entries = watched(models["sliding window"], make_prompt(3), 20)
+    assert max(entries) == entries[-1] == 9 * 2 * 2 * 16
 
 
 def test_generation_ends_before_the_end_token(models):

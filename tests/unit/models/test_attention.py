@@ -70,7 +70,8 @@ def naive_attention(attention: Attention, x: Tensor, documents: Tensor | None) -
             q = [turn(normed(mixed[t, b, group, number], attention.q_norm), t, config) for t in range(tokens)]
             k = [turn(normed(mixed[t, b, group, -2], attention.k_norm), t, config) for t in range(tokens)]
             for t in range(tokens):
-                seen = [s for s in range(t + 1) if documents is None or documents[b, s] == documents[b, t]]
+                first = 0 if config.window is None else max(0, t + 1 - config.window)
+                seen = [s for s in range(first, t + 1) if documents is None or documents[b, s] == documents[b, t]]
                 scores = torch.stack([q[t] @ k[s] / DIM**0.5 for s in seen]).softmax(0)
                 y[t, b, h] = sum(score * mixed[s, b, group, -1] for score, s in zip(scores, seen, strict=True))
     return y.flatten(2) @ attention.out_proj.weight.T
@@ -86,6 +87,11 @@ SWITCHES = (
     {"num_kv_heads": 1, "within_documents": True, "qk_norm": True},
     {"rope_scaling": RopeScalingConfig(kind="linear", factor=4.0)},
     {"rope_scaling": LLAMA3, "rope_theta": 50.0},
+    {"window": 1},
+    {"window": 3, "num_kv_heads": 2},
+    {"window": 13},
+    {"window": 4, "num_kv_heads": 1, "within_documents": True, "qk_norm": True},
+    {"window": 5, "within_documents": True},
 )
 
 
@@ -95,19 +101,25 @@ def test_attention_equals_its_equation(switches: dict, tokens: int):
     attention, x = make_attention(**switches), make_input(tokens)
     documents = torch.tensor([[0] * 5 + [1] * 8, [0] * 12 + [1]])[:, :tokens]
     expected = naive_attention(attention, x, documents if "within_documents" in switches else None)
+    result = attention(x, document_ids=documents)[0]
     # Rotary tables are float32, as in training.
-    torch.testing.assert_close(attention(x, document_ids=documents)[0], expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-6)
+    weights, d_result = list(attention.parameters()), torch.randn_like(expected)
+    gradients = [torch.autograd.grad(y, weights, d_result) for y in (result, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("cuts", [[1], [5, 6], [12]])
-def test_split_sequence_equals_one_pass(cuts: list[int]):
-    attention, x = make_attention(num_kv_heads=2), make_input(13)
+@pytest.mark.parametrize("window", [None, 1, 4, 6])
+@pytest.mark.parametrize("cuts", [[1], [5, 6], [12], [2, 3, 4]])
+def test_split_sequence_equals_one_pass(cuts: list[int], window: int | None):
+    attention, x = make_attention(num_kv_heads=2, window=window), make_input(13)
     state, parts = attention.initial_state(BATCH), []
     for part in torch.tensor_split(x, cuts):
         y, state = attention(part, state)
         parts.append(y)
     torch.testing.assert_close(torch.cat(parts), attention(x)[0], rtol=1e-9, atol=1e-10)
     assert state.position == 13
+    assert state.tensors.k.shape[2] == state.tensors.v.shape[2] == (window or 13)
 
 
 def test_documents_of_earlier_tokens_are_unknown():
