@@ -26,9 +26,7 @@ def to_hf(
     shard_size: Annotated[str, typer.Option(metavar="BYTES", help="Size of a file of weights, at most.")] = "4Gi",
     native: Annotated[
         bool,
-        typer.Option(
-            "--native", help="Write a Transformer as the Llama, Mistral or Qwen it equals, without code of ours."
-        ),
+        typer.Option("--native", help="Write a Transformer as the Llama, Mistral or Qwen it equals."),
     ] = False,
     verify: Check = True,
 ) -> None:
@@ -51,7 +49,7 @@ def from_hf(
     out: Out,
     as_: Annotated[
         str | None,
-        typer.Option("--as", metavar="KIND", help="Stack a Llama, Mistral or Qwen: hope-attention or transformer."),
+        typer.Option("--as", metavar="KIND", help="Stack a pre-trained model: hope-attention or transformer."),
     ] = None,
     levels: Annotated[
         str | None, typer.Option(metavar="NAME=PERIOD,...", help="Levels of --as hope-attention.")

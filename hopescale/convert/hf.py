@@ -193,7 +193,7 @@ def read_export(folder: Path) -> Manifest:
         CheckpointError: If it is none, or a file is missing or changed.
     """
     if (folder / "config.json").exists() and not (folder / EXPORT).exists():
-        hint = "to begin from a Llama, Mistral or Qwen, say what it becomes: convert from-hf --as hope-attention --levels ..."
+        hint = "to begin from a trained model, say what it becomes: convert from-hf --as hope-attention --levels ..."
         raise CheckpointError(f"{folder} was not written by `convert to-hf`: it holds no {EXPORT}", hint)
     manifest = read_manifest(folder, EXPORT)
     check_files(folder, manifest)

@@ -105,8 +105,8 @@ class Attention(nn.Module):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, document_ids: Tensor | None) -> Tensor:
         """Let queries `[B, H, T, D]` read keys and values `[B, G, P + T, D]`, the first `P` of earlier tokens.
 
-        With a window of `W`, the first `W` queries are one block, and each further `W` are one that reads the keys of its
-        own block and of the block before, so that no scores of more than `2 W` keys are ever computed.
+        With a window of `W`, the first `W` queries are one block. Each later block of `W` reads its own keys and those
+        of the block before, so that a query is compared with `2 W` keys at most.
         """
         tokens, window = q.shape[2], self.config.window
         past = k.shape[2] - tokens

@@ -190,7 +190,7 @@ def test_a_wrong_cache_is_told(sources, tmp_path: Path, monkeypatch: pytest.Monk
         (
             "qwen2",
             {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
-            "sliding-window attention in some",
+            "sliding-window attention in",
         ),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type dynamic"),
     ],
