@@ -97,10 +97,11 @@ def test_states_and_their_gradients_equal_the_chunk_loops(switch: str, chunk_siz
     results = [outputs(mixer, tokens) for mixer in (*mixers[:2], mixers[2].double())]
     for part in range(2):
         fused, chunk_loop, exact = (result[part] for result in results)
-        # Rates up to 2 turn what keys read around instead of erasing it, and the rounding of either way with it.
+        # Rates up to 2 turn what keys read around instead of erasing it, and multiply the rounding of either way: over
+        # eight draws both were 5e-6 to 2e-4 from float64, now the one and now the other farther, up to seven times.
         rounding = max(map(distance, chunk_loop, exact))
         for one, other in zip(fused, exact, strict=True):
-            assert_close(one, other, max(3e-5, 4 * rounding))
+            assert_close(one, other, max(3e-5, 10 * rounding))
 
 
 def test_two_threads_give_the_same_bits(monkeypatch: pytest.MonkeyPatch):
