@@ -4,7 +4,7 @@
 
 namespace hopescale {
 
-constexpr float CAP_EPS = 1e-12f;  // of ops/inner_gradient.py::capped
+constexpr float CAP_EPS = 1e-12f;  // of ops/self_modifying/inner_gradient.py::capped
 
 enum Read { PREFIX, INCLUSIVE, BOUNDARY };
 

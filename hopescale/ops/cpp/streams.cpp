@@ -1,5 +1,5 @@
 // Short convolution, SiLU and unit norm of projected inputs, heads first: one pass over memory each way. Called by
-// ops/head_streams.
+// ops/head_streams.py.
 #include <algorithm>
 #include <vector>
 
@@ -9,7 +9,7 @@ using namespace hopescale;
 
 namespace {
 
-// The fields of `_Layout` in ops/head_streams/cpp.py. Strides are in numbers.
+// The fields of `_Layout` in ops/head_streams.py. Strides are in numbers.
 struct Layout {
     int32_t tokens, batch, heads, slices, dim, taps;  // no taps: no convolution and no SiLU
     int32_t unit;                                     // bit s: slice s is scaled to unit length

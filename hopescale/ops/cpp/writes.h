@@ -1,4 +1,4 @@
-// What memories write: gradients of their inner loss at the chunk's first state (ops/inner_gradient.py), and back.
+// What memories write: gradients of their inner loss at the chunk's first state (ops/self_modifying/inner_gradient.py), and back.
 #pragma once
 #include "retrieve.h"
 #include "layer_back.h"
