@@ -135,7 +135,7 @@ def _source(inputs: list[str], text_key: str, pattern: list[str] | None, separat
     from hopescale.data.text import TextSource
 
     if separator is not None:
-        separator = separator.replace("\\n", "\n").replace("\\t", "\t")
+        separator = separator.replace("\\r", "\r").replace("\\n", "\n").replace("\\t", "\t")
     return TextSource(tuple(inputs), text_key, tuple(pattern or ()), separator)
 
 

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import json
 import lzma
+import os
 import random
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from itertools import chain
 from pathlib import PurePosixPath
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 import fsspec
 
@@ -23,6 +25,14 @@ from hopescale.common.errors import DataError
 _COMPRESSED = {".gz", ".bz2", ".xz", ".zst"}
 _ARCHIVES = {".zip", ".tar", ".tgz", ".7z", ".rar"}
 _JSON_LINES = {".jsonl", ".ndjson"}
+_TABLES = {".csv": "comma-separated", ".tsv": "tab-separated"}
+_BINARY = {
+    b"PAR1": "a Parquet table",
+    b"ARROW1": "an Arrow table",
+    b"SQLite format 3": "an SQLite database",
+    b"%PDF-": "a PDF",
+}
+"""Files that are no text, by the bytes they begin with."""
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -45,8 +55,9 @@ class TextFile(NamedTuple):
 class TextSource:
     """Where text lies and how it is cut into documents.
 
-    A `.jsonl` or `.ndjson` file is one document per line; any other file is one document, or several when there is a
-    separator. Both may be compressed (`.gz`, `.bz2`, `.xz`, `.zst`). Documents of white space only are left out.
+    A file of JSON lines, whatever its name, is one document per line; any other file is one document, or several when
+    there is a separator. Both may be compressed (`.gz`, `.bz2`, `.xz`, `.zst`). Documents of white space only are left
+    out.
 
     Args:
         inputs: Files, folders (read recursively, without hidden files) or fsspec addresses such as `s3://bucket/x`.
@@ -73,21 +84,26 @@ class TextSource:
         """Read all documents, one file after the other; a seed shuffles the files, not the documents of a file.
 
         Raises:
-            DataError: If a file cannot be read, is an archive, is not UTF-8, or has a bad JSON line.
+            DataError: If a file cannot be read, is an archive or a table, is not UTF-8, or has a bad JSON line.
         """
         files = self.files()
         if shuffle_seed is not None:
             random.Random(shuffle_seed).shuffle(files)
         for file in files:
             _refuse_archive(file.path)
+            _refuse_table(file)
             yield from self._read(file)
 
     def _read(self, file: TextFile) -> Iterator[Document]:
         with _reading(file.name), file.filesystem.open(file.path, "rb", compression="infer") as stream:
-            if _suffix(file.path) in _JSON_LINES:
-                documents = _json_lines(stream, file.name, self.text_key)
+            first, second = stream.readline(), stream.readline()
+            for begin, kind in _BINARY.items():
+                if first.startswith(begin):
+                    raise DataError(f"{file.name}: {kind}, not a text", hint="write its texts as JSON lines")
+            if _holds_json_lines(first, second, _suffix(file.path), self.text_key):
+                documents = _json_lines(chain(filter(None, (first, second)), stream), file.name, self.text_key)
             else:
-                documents = _plain(stream, file.name, self.separator)
+                documents = _plain(first + second + stream.read(), file.name, self.separator)
             yield from (document for document in documents if not document.text.isspace() and document.text)
 
 
@@ -98,13 +114,28 @@ def _find(name: str, patterns: tuple[str, ...]) -> list[TextFile]:
             return [TextFile(filesystem, path, name)]
         if not filesystem.exists(path):
             raise DataError(f"input {name} does not exist", hint="check the path; relative paths start where you are")
-        below = [(file, file[len(path) :].lstrip("/")) for file in sorted(filesystem.find(path))]
+        below = [(file, file[len(path) :].lstrip("/")) for file in sorted(_files_below(filesystem, path))]
     visible = [(file, rest) for file, rest in below if not any(p.startswith(".") for p in PurePosixPath(rest).parts)]
     matching = [(file, rest) for file, rest in visible if _matches(rest, patterns)]
     if not matching:
         looked = f"{len(visible)} files, none matches {' or '.join(patterns)}" if patterns else "no files"
         raise DataError(f"nothing to read in folder {name}: {looked}", hint="check the folder and --pattern")
     return [TextFile(filesystem, file, f"{name.rstrip('/')}/{rest}") for file, rest in matching]
+
+
+def _files_below(
+    filesystem: fsspec.AbstractFileSystem, folder: str, within: frozenset[str] = frozenset()
+) -> Iterator[str]:
+    """List the files of a folder and of folders that it links to, without going in circles."""
+    within |= {os.path.realpath(folder)}
+    for path, info in filesystem.find(folder, detail=True).items():
+        if info.get("islink") and filesystem.isdir(path):
+            if os.path.realpath(path) not in within:
+                yield from _files_below(filesystem, path, within)
+        elif info.get("type") == "other" and filesystem.exists(path):
+            raise DataError(f"{path} is neither a file nor a folder", hint="leave it out of the folder")
+        else:
+            yield path
 
 
 def _matches(path: str, patterns: tuple[str, ...]) -> bool:
@@ -118,19 +149,41 @@ def _refuse_archive(path: str) -> None:
         raise DataError(f"{path}: an archive of several files, not a text", hint="unpack it and name the folder")
 
 
+def _refuse_table(file: TextFile) -> None:
+    """Refuse a table that would be read as one text."""
+    if kind := _TABLES.get(_suffix(file.path)):
+        hint = "write its texts as JSON lines; to train on the table as it stands, call the file .txt"
+        raise DataError(f"{file.name}: a {kind} table, whose lines are no documents", hint)
+
+
+def _holds_json_lines(first: bytes, second: bytes, suffix: str, text_key: str) -> bool:
+    """Tell by the first lines, and the name where they leave it open, whether each line of a file is a JSON object."""
+    if suffix in _JSON_LINES:
+        return True
+    try:
+        record = json.loads(first)
+    except (ValueError, RecursionError):
+        return False
+    if not isinstance(record, dict):
+        return False
+    return isinstance(record.get(text_key), str) or (suffix == ".json" and bool(second.strip()))
+
+
 def _suffix(path: str) -> str:
     name = PurePosixPath(path.lower())
     return PurePosixPath(name.stem).suffix if name.suffix in _COMPRESSED else name.suffix
 
 
-def _plain(stream: IO[bytes], name: str, separator: str | None) -> Iterator[Document]:
-    text = _decode(stream.read(), name)
+def _plain(content: bytes, name: str, separator: str | None) -> Iterator[Document]:
+    text = _decode(content, name)
+    if separator and "\n" in separator and "\r" not in separator and separator not in text:
+        separator = separator.replace("\n", "\r\n")  # of a file whose lines end as Windows ends them
     for part in text.split(separator) if separator else [text]:
         yield Document(part, name)
 
 
-def _json_lines(stream: IO[bytes], name: str, text_key: str) -> Iterator[Document]:
-    for number, line in enumerate(stream, start=1):
+def _json_lines(lines: Iterable[bytes], name: str, text_key: str) -> Iterator[Document]:
+    for number, line in enumerate(lines, start=1):
         where = f"{name}:{number}"
         content = _decode(line, where)
         if not content.isspace():

@@ -3,6 +3,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import json
+import os
 from pathlib import Path
 
 import fsspec
@@ -43,6 +44,69 @@ def test_json_lines_give_a_document_each_and_name_their_line(tmp_path: Path) -> 
     path = write_lines(tmp_path / "a.jsonl", {"body": "one"}, {"body": "  "}, {"body": "two"})
     path.write_text(path.read_text() + "\n")
     assert read(path, text_key="body") == [Document("one", f"{path}:1"), Document("two", f"{path}:3")]
+
+
+@pytest.mark.parametrize("name", ["c4.json.gz", "c4.json", "part-0", "x.txt"])
+def test_json_lines_are_known_by_what_they_hold(tmp_path: Path, name: str) -> None:
+    lines = b'{"text": "one", "url": "a"}\n{"text": "two"}\n'
+    (tmp_path / name).write_bytes(gzip.compress(lines) if name.endswith(".gz") else lines)
+    assert [d.text for d in read(tmp_path)] == ["one", "two"]
+
+
+def test_json_that_is_no_lines_of_texts_stays_a_text(tmp_path: Path) -> None:
+    for name, content in {
+        "a.json": '{\n "text": "x"\n}\n',
+        "b.json": '{"name": "x"}\n',
+        "c.json": "[1]\n[2]\n",
+    }.items():
+        (tmp_path / name).write_text(content)
+    assert [d.text for d in read(tmp_path)] == ['{\n "text": "x"\n}\n', '{"name": "x"}\n', "[1]\n[2]\n"]
+    write_lines(tmp_path / "d.json", {"content": "x"}, {"content": "y"})
+    with pytest.raises(DataError, match="d.json:1: no text under the key 'text'; the line has the keys 'content'"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.csv", b"text,id\nx,1\n", "a.csv: a comma-separated table, whose lines"),
+        ("a.tsv.gz", gzip.compress(b"text\tid\n"), "a.tsv.gz: a tab-separated table, whose lines"),
+        ("a.parquet", b"PAR1\x15\x04", "a.parquet: a Parquet table, not a text"),
+        ("a", b"%PDF-1.7\n", "a: a PDF, not a text"),
+    ],
+)
+def test_files_that_are_no_texts_are_named(tmp_path: Path, name: str, content: bytes, expected: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=expected):
+        read(tmp_path)
+
+
+def test_a_separator_of_line_ends_cuts_files_of_windows_too(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"one\r\nand\r\n\r\ntwo")
+    (tmp_path / "b.txt").write_bytes(b"three\n\nfour\r\n\r\nfive")
+    expected = ["one\r\nand", "two", "three", "four\r\n\r\nfive"]
+    assert [d.text for d in read(tmp_path, separator="\n\n")] == expected
+    assert [d.text for d in read(tmp_path / "a.txt", separator="\r\n\r\n")] == expected[:2]
+
+
+def test_folders_that_are_linked_to_are_read_once_around(tmp_path: Path) -> None:
+    elsewhere, folder = tmp_path / "elsewhere", tmp_path / "folder"
+    (elsewhere / "deep").mkdir(parents=True)
+    folder.mkdir()
+    (elsewhere / "deep" / "b.txt").write_text("linked")
+    (folder / "a.txt").write_text("own")
+    (folder / "link").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(folder)
+    assert read(folder) == [
+        Document("own", str(folder / "a.txt")),
+        Document("linked", str(folder / "link" / "deep" / "b.txt")),
+    ]
+
+
+def test_a_pipe_in_a_folder_is_named(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DataError, match="pipe is neither a file nor a folder"):
+        read(tmp_path)
 
 
 def test_compressed_files_are_read(tmp_path: Path) -> None:
