@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import IO
 
 from hopescale.common.errors import LaunchError
+from hopescale.common.paths import PACKAGE
 from hopescale.common.signals import release
 
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -86,7 +88,7 @@ def start_child(
             stdin=subprocess.DEVNULL,
             stdout=stdout,
             stderr=stderr,
-            env=environ,
+            env=_with_own_code(environ),
             start_new_session=True,
             preexec_fn=_follow_parent(),
         )
@@ -114,6 +116,14 @@ def supervised(children: list[Child]) -> Iterator[list[int]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _with_own_code(environ: Mapping[str, str]) -> dict[str, str]:
+    """Let a process import what this one does: nothing of its working directory shadows a module."""
+    safe = {**environ, "PYTHONSAFEPATH": "1"}
+    if Path(sys.path[0] or ".").resolve() == PACKAGE.parent:  # a checkout that was found by the working directory
+        safe["PYTHONPATH"] = os.pathsep.join(filter(None, (str(PACKAGE.parent), environ.get("PYTHONPATH"))))
+    return safe
 
 
 def signal_name(number: int) -> str:

@@ -48,9 +48,12 @@ def library() -> ctypes.CDLL:
         BuildError: If there is no compiler, it fails, or the library can be neither kept nor loaded.
     """
     try:
-        path = _cache() / f"ops-{_digest()}.so"
-        if not path.exists():
-            _compile(path)
+        name, folder = f"ops-{_digest()}", _cache()
+        for kept in folder.glob(f"{name}-*.so"):
+            if _is_whole(kept):
+                return ctypes.CDLL(str(kept))
+            kept.unlink(missing_ok=True)
+        path = _compile(folder, name)
         return ctypes.CDLL(str(path))
     except OSError as error:
         raise BuildError(f"the C++ library could not be built or loaded: {error}") from error
@@ -88,16 +91,26 @@ def _processor() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
-def _compile(path: Path) -> None:
+def _is_whole(path: Path) -> bool:
+    """Compare a kept library with the digest in its name: the loader takes one that was cut, and dies of it."""
+    return path.stem.rpartition("-")[2] == _digest_of(path)
+
+
+def _digest_of(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def _compile(folder: Path, name: str) -> Path:
+    """Compile the library into the cache, under a name that ends in the digest of what it holds."""
     found = compiler()
     if found is None:
         raise BuildError("there is no C++ compiler: neither c++, g++ nor clang++, nor what CXX names")
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        made = Path(folder) / path.name
-        command = [*found, *FLAGS, *map(str, sorted(SOURCES.glob("*.cpp"))), "-o", str(made)]
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        compiled = Path(scratch) / f"{name}.so"
+        command = [*found, *FLAGS, *map(str, sorted(SOURCES.glob("*.cpp"))), "-o", str(compiled)]
         english = os.environ | {"LC_ALL": "C"}
         result = subprocess.run(command, env=english, capture_output=True, text=True, errors="replace", check=False)
         if result.returncode:
             first = next((line for line in result.stderr.splitlines() if "error" in line), result.stderr.strip())
             raise BuildError(f"{shlex.join(found)} could not compile {SOURCES.name}: {first}")
-        made.replace(path)
+        return compiled.replace(folder / f"{name}-{_digest_of(compiled)}.so")

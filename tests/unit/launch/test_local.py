@@ -65,6 +65,14 @@ def test_a_code_of_all_ranks_is_the_job_s(code):
     assert (job.code, job.reports, job.relayed) == (code, [], [])
 
 
+def test_files_of_the_working_directory_shadow_no_module(folder: Path):
+    (folder / "queue.py").write_text("raise SystemExit('shadowed')")
+    (folder / "hopescale").mkdir()
+    (folder / "hopescale" / "__init__.py").write_text("raise SystemExit('shadowed')")
+    job = Job("import queue, hopescale")
+    assert (job.code, job.reports, job.relayed) == (0, [], [])
+
+
 def test_each_rank_finds_its_place(folder: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "OMP_NUM_THREADS", "MASTER_PORT")

@@ -47,6 +47,16 @@ def test_the_library_is_built_once(fresh: Path):
     assert [path.stat().st_mtime_ns for path in fresh.iterdir()] == [before]
 
 
+@pytest.mark.skipif(build.compiler() is None, reason="there is no C++ compiler")
+def test_a_kept_library_that_was_cut_is_built_anew(fresh: Path):
+    kept = build._compile(build._cache(), f"ops-{build._digest()}")
+    whole = kept.read_bytes()
+    kept.write_bytes(whole[:5000])
+    assert build.library().hopescale_forward
+    (again,) = fresh.iterdir()
+    assert again.stat().st_size == len(whole)
+
+
 def test_a_missing_compiler_is_named_once_and_the_loop_runs(fresh: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setattr(cpp, "library", lambda: pytest.fail("the C++ is called"))
@@ -77,7 +87,11 @@ def test_the_compiler_may_be_named_with_options(fresh: Path, monkeypatch: pytest
 
 
 def test_a_library_that_cannot_be_loaded_is_an_obstacle(fresh: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(build, "_compile", lambda path: path.write_text("not a library"))
+    def spoilt(folder: Path, name: str) -> Path:
+        (folder / name).write_text("not a library")
+        return folder / name
+
+    monkeypatch.setattr(build, "_compile", spoilt)
     with pytest.warns(UserWarning, match="could not be built or loaded"):
         assert "could not be built or loaded" in build.problem()
 
