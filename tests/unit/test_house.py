@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,6 +38,12 @@ def test_files_and_functions_are_short_and_documented(path: Path):
     public = [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name[0] != "_"]
     assert all(map(ast.get_docstring, public)), [node.name for node in public if not ast.get_docstring(node)]
     assert not [line for line in argument_lines(tree) if line.partition(": ")[2].split()[0].rstrip(",") in NO_NOUNS]
+
+
+def test_no_two_classes_share_a_name():
+    trees = [ast.parse(path.read_text()) for path in SOURCES]
+    names = Counter(node.name for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef))
+    assert [name for name, count in names.items() if count > 1] == []
 
 
 def argument_lines(tree: ast.Module) -> Iterator[str]:

@@ -18,7 +18,7 @@ LONGEST_PIECE = 32
 
 
 @dataclass(frozen=True)
-class Layer:
+class PackedLayer:
     """A linear layer of every memory of a kind, in packed weights and in scratch memory.
 
     Attributes:
@@ -43,7 +43,7 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Kind:
+class MemoryKind:
     """Memories that answer alike.
 
     Attributes:
@@ -52,8 +52,8 @@ class Kind:
         narrow: Whether memories answer with one number.
     """
 
-    first: Layer
-    second: Layer
+    first: PackedLayer
+    second: PackedLayer
     narrow: bool
 
 
@@ -137,21 +137,21 @@ class KernelConfig:
         return self.vector_memories * self.hidden + self.gate_memories * self.narrow_width
 
     @property
-    def vectors(self) -> Kind:
+    def vectors(self) -> MemoryKind:
         """Vector memories."""
         return self._kind(0, self.hidden, self.dim * self.columns, self.dim, narrow=False)
 
     @property
-    def gates(self) -> Kind:
+    def gates(self) -> MemoryKind:
         """Gate memories."""
         first, second = self.vector_memories * self.hidden, self.vector_memories * self.hidden * self.dim
         return self._kind(first, self.narrow_width, self.dim * self.columns + second, BLOCK, narrow=True)
 
-    def _kind(self, first: int, width: int, second: int, out: int, *, narrow: bool) -> Kind:
+    def _kind(self, first: int, width: int, second: int, out: int, *, narrow: bool) -> MemoryKind:
         places = (at.SIMILAR.value, at.VALUES.value, at.D_K.value)
-        below = Layer(first, width, self.columns, self.dim, width, *places)
+        below = PackedLayer(first, width, self.columns, self.dim, width, *places)
         places = (at.SECOND_SIMILAR.value, at.SECOND.value, at.D_KEYS.value)
-        return Kind(below, Layer(second, self.hidden * out, out, self.hidden, out, *places), narrow)
+        return MemoryKind(below, PackedLayer(second, self.hidden * out, out, self.hidden, out, *places), narrow)
 
     @property
     def size(self) -> int:
