@@ -16,7 +16,7 @@ from mixers import Shape, make_pass
 from torch.profiler import ProfilerActivity, profile
 
 
-class Cost(NamedTuple):
+class Measured(NamedTuple):
     """Of a mixer's passes: seconds of the fastest and of the one in the middle, and extra peak memory in MiB."""
 
     best: float
@@ -46,7 +46,7 @@ def choose_clock(device: torch.device) -> Callable[[], float]:
     return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
 
 
-def costs(mixers: list[str], shape: Shape, seq_len: int, device: torch.device, rounds: int) -> dict[str, Cost]:
+def costs(mixers: list[str], shape: Shape, seq_len: int, device: torch.device, rounds: int) -> dict[str, Measured]:
     """Time passes of several mixers in turn, then measure the memory of one more of each."""
     passes = {mixer: make_pass(mixer, shape, seq_len, device) for mixer in mixers}
     clock = choose_clock(device)
@@ -56,7 +56,7 @@ def costs(mixers: list[str], shape: Shape, seq_len: int, device: torch.device, r
             begin = clock()
             run()
             times[mixer].append(clock() - begin)
-    return {mixer: Cost(min(seen), median(seen), extra_mib(passes[mixer], device)) for mixer, seen in times.items()}
+    return {mixer: Measured(min(seen), median(seen), extra_mib(passes[mixer], device)) for mixer, seen in times.items()}
 
 
 def extra_mib(run: Callable[[], None], device: torch.device) -> float:
