@@ -2,13 +2,16 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: demo test check lint format clean
+.PHONY: demo test test-ranks check lint format clean
 
 demo: .venv/.base
 	$(BIN)/python tools/demo.py demo
 
 test: .venv/.all
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(TESTS)
+
+test-ranks: .venv/.all
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --timeout 900 tests/dist
 
 check: lint
 	$(BIN)/lint-imports --no-cache
