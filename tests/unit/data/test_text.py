@@ -74,6 +74,7 @@ def test_json_that_is_no_lines_of_texts_stays_a_text(tmp_path: Path) -> None:
         ("a.parquet", b"PAR1\x15\x04", "a.parquet: a Parquet table, not a text"),
         ("a", b"%PDF-1.7\n", "a: a PDF, not a text"),
     ],
+    ids=["csv", "tsv", "parquet", "pdf"],
 )
 def test_files_that_are_no_texts_are_named(tmp_path: Path, name: str, content: bytes, expected: str) -> None:
     (tmp_path / name).write_bytes(content)
