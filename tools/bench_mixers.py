@@ -18,6 +18,7 @@ from mixers import BASELINE, MIXERS, Shape, add_shape, configure, shape_of
 from rows import Row, add, show
 
 from hopescale.common.errors import ConfigError
+from hopescale.config.model_shape import mixer_of_block
 from hopescale.cost.flops import block_flops
 from hopescale.cost.hardware import peak_bf16_flops
 from hopescale.parallel.device import choose_device
@@ -96,7 +97,7 @@ def fits(mib: float, device: torch.device) -> bool:
 def flops_per_token(mixer: str, shape: Shape, seq_len: int) -> float:
     """Count forward and backward of a stack of blocks, without embedding and head."""
     model = configure(mixer, shape)
-    return shape.layers * block_flops(model, seq_len).total
+    return shape.layers * sum(part.total for part in block_flops(model, mixer_of_block(model, 0), seq_len).values())
 
 
 def plot(rows: list[Row], path: Path) -> None:

@@ -83,9 +83,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module", params=["self_modifying", "attention"])
 def trained(request, hopescale, tiny, text_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("eval") / request.param
-    mixer = (f"model.mixer={request.param}",)
-    if request.param == "attention":
-        mixer += ("model.mixers.hope={chunk_size: 64}",)
+    mixer = (f"model.mixers.hope.kind={request.param}",)
     source = f"data.sources.text.path={text_data / 'data'}"
     done = hopescale("train", "debug", *tiny, *SIZES, *mixer, source, "--run-dir", run)
     assert done.code == 0, done.err

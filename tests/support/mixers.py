@@ -18,5 +18,9 @@ MIXERS: dict[str, list[str]] = {
     ],
     "attention": ["model.mixers.hope.kind=attention"],
     "grouped attention": ["model.mixers.hope.kind=attention", "model.mixers.hope={num_kv_heads: 1, qk_norm: true}"],
+    "hybrid": [
+        "model.mixers.local={kind: attention, num_kv_heads: 1, window: 48}",
+        "model.pattern=[hope, local]",
+    ],
     "sliding window": ["model.mixers.hope.kind=attention", "model.mixers.hope={num_kv_heads: 1, window: 48}"],
 }

@@ -110,11 +110,11 @@ class TrainConfig:
     recompute: Recompute = "chunks"
     """Activations computed again in the backward pass instead of kept. `chunks`: of memories only the state at the
     start of every chunk is kept (attention has no chunks and keeps what it makes). `reverse`: of most chunks only what
-    they wrote, from which these states are found again on the way back; where `model.self_modifying.chunk_size` is well
-    below the head dim. `memory`: of a mixer only its input. `block`: only the input of every block."""
+    they wrote, from which these states are found again on the way back; where a mixer's `chunk_size` is well below
+    the head dim. `memory`: of a mixer only its input. `block`: only the input of every block."""
     compile: bool = False
     """Whether the chunk loop of memories is compiled (`torch.compile`): faster, after minutes for the first step. Needs
-    a C++ compiler on CPU, Triton on CUDA. Only with `model.mixer: self_modifying`. `backend: auto` is `torch` then."""
+    a C++ compiler on CPU, Triton on CUDA. Only with a mixer of kind `self_modifying`."""
     backend: Backend = "auto"
     """What trains memories: torch's operations in a loop over chunks, one operation written in C++ (on a CPU; needs a
     C++ compiler) or in Triton (on an NVIDIA GPU), or `auto`: the operation where it can run. It computes chunks again

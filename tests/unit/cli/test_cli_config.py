@@ -24,7 +24,7 @@ def test_show_prints_values_and_origins():
 
 def test_diff_prints_what_differs():
     out = run("diff", "hope_tiny", "hope_attention_tiny")
-    assert "model.mixer: self_modifying -> attention" in out.splitlines()
+    assert "model.mixers.attention.kind: (absent) -> attention" in out.splitlines()
     assert "seq_len" not in out
     assert run("diff", "hope_tiny", "hope_tiny") == "no difference\n"
 

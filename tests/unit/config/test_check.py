@@ -83,7 +83,7 @@ BROKEN = [
     ([LOCAL], "model.pattern", "is empty, and there are 2 mixers: hope, local"),
     ([LOCAL, "model.pattern=[hope]"], "model.mixers.local", "model.pattern does not name it"),
     (["model.pattern=[hope, local]"], "model.pattern", "holds local, which is no mixer"),
-    ([LOCAL, "model.pattern=[hope, local]", "model.num_layers=1"], "model.pattern", "names 2 blocks, but model.num_layers is 1"),
+    ([LOCAL, "model.pattern=[hope, local]", "model.num_layers=1"], "model.pattern", "names 2 blocks, but"),
     (
         ["model.transfer.base_width=32", "model.mixers={hope: {}, b: {memory_dim: 8}}", "model.pattern=[hope, b]"],
         "model.mixers.b.memory_dim",

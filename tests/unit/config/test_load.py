@@ -87,14 +87,14 @@ def test_sections_can_be_overridden_as_yaml(write):
 
 def test_every_problem_of_every_layer_is_reported_with_its_origin(write):
     write("b.yaml", "train: {steps: many, stpes: 3}\nname: 3\n")
-    recipe = write("x.yaml", "base: b.yaml\nmodel: {mixer: mamba}\noptim: {betas: [1, 2, 3]}\n")
+    recipe = write("x.yaml", "base: b.yaml\nmodel: {tie_embeddings: mamba}\noptim: {betas: [1, 2, 3]}\n")
     problems = problems_of(recipe, ["lr=3", "train.seed=1.5", "oops", "model=3"])
     origins = {key: problem.origin for key, problem in problems.items()}
     assert origins == {
         "train.steps": "b.yaml",
         "train.stpes": "b.yaml",
         "name": "b.yaml",
-        "model.mixer": "x.yaml",
+        "model.tie_embeddings": "x.yaml",
         "optim.betas": "x.yaml",
         "lr": "command line",
         "train.seed": "command line",
@@ -135,7 +135,7 @@ def test_unknown_keys_come_with_a_guess(write, key, meant):
         ("\0", "x.yaml", ""),
         ("base: 3\n", "x.yaml", "base must be a path"),
         ("base: nope.yaml\n", "x.yaml", "base nope.yaml does not exist"),
-        ("name: ${model.mixer}\n", "name", "interpolation"),
+        ("name: ${model.d_model}\n", "name", "interpolation"),
         ("train.steps: 3\n", "train.steps", "unknown key"),
         ("train:\n", "train", "expected a section, got null"),
         ("data: {sources: {a.b: {path: c}}}\n", "data.sources.a.b", "not a name"),

@@ -7,7 +7,7 @@ import torch
 
 from hopescale.config.layout import Layout
 from hopescale.config.load import load_recipe
-from hopescale.config.model_shape import padded_vocab_size
+from hopescale.config.model_shape import mixer_of_block, padded_vocab_size
 from hopescale.cost.device_memory import block_activations, head_bytes
 from hopescale.cost.mixers import MicroBatch
 from hopescale.models import Model
@@ -50,9 +50,9 @@ def kept_bytes(overrides: list[str], recompute: str) -> float:
 def planned_bytes(overrides: list[str], recompute: str) -> float:
     config = load_recipe("debug", [*SMALL, *overrides]).config
     model, micro = config.model, MicroBatch.of(config.train, Layout())
-    block = block_activations(model, micro, recompute)
+    blocks = [block_activations(model, mixer_of_block(model, i), micro, recompute) for i in range(model.num_layers)]
     loss = 4 * micro.tokens * padded_vocab_size(model)
-    return model.num_layers * (block.kept + block.states) + head_bytes(model, micro) + loss
+    return sum(block.kept + block.states for block in blocks) + head_bytes(model, micro) + loss
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

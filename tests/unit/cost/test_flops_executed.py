@@ -53,7 +53,9 @@ def executed(overrides: list[str], recompute: str, seq_len: int) -> float:
 
 
 def counted(model: ModelConfig, seq_len: int, recompute: str) -> float:
-    return seq_len * sum(part.total for part in flops_by_part(model, seq_len, recompute=recompute).values())
+    return seq_len * sum(
+        part.total for part in flops_by_part(model, seq_len, recompute=lambda mixer: recompute).values()
+    )
 
 
 def of_more_tokens(count: Callable[[int], float]) -> float:

@@ -16,19 +16,21 @@ from tests.support.greedy import margins
 
 VOCAB, CHUNK = 32, 8
 LEVELS = {"fast": LevelConfig(d_ff=16), "slow": LevelConfig(d_ff=16, update_every_steps=2)}
+HOPE = SelfModifyingConfig(chunk_size=CHUNK)
+CMS = {"cms": CmsConfig(levels=LEVELS)}
 ARCHITECTURES = {
-    "hope": {"cms": CmsConfig(levels=LEVELS)},
-    "hope_attention": {"mixers": {"attention": AttentionConfig()}, "cms": CmsConfig(levels=LEVELS)},
+    "hope": {"mixers": {"hope": HOPE}, **CMS},
+    "hybrid": {"mixers": {"hope": HOPE, "local": AttentionConfig(window=9)}, "pattern": ("hope", "local")} | CMS,
+    "hope_attention": {"mixers": {"attention": AttentionConfig()}, **CMS},
     "transformer": {"mixers": {"attention": AttentionConfig()}, "cms": CmsConfig(levels={"mlp": LevelConfig(d_ff=16)})},
-    "sliding window": {"mixers": {"attention": AttentionConfig(window=9)}, "cms": CmsConfig(levels=LEVELS)},
+    "sliding window": {"mixers": {"attention": AttentionConfig(window=9)}, **CMS},
 }
 
 
 def make_model(name: str) -> Model:
     """An untied head, as a fresh model with a tied one repeats its last token whatever stood before."""
     sizes = {"vocab_size": VOCAB, "d_model": 16, "num_layers": 2, "num_heads": 2, "tie_embeddings": False}
-    mixer = SelfModifyingConfig(chunk_size=CHUNK)
-    return Model(ModelConfig(**sizes, mixers={"hope": mixer}, **ARCHITECTURES[name]), seed=3).eval()
+    return Model(ModelConfig(**sizes, **ARCHITECTURES[name]), seed=3).eval()
 
 
 @pytest.fixture(scope="module")

@@ -133,7 +133,7 @@ def test_a_file_holds_one_state_however_long_the_text(tmp_path: Path):
     [
         ({"seed": 4}, ["the weights", "step 3 of step-3", "step-4"]),
         ({"d_model": 32}, ["model.d_model is 32, but 16 in"]),
-        ({"kind": "hope_attention"}, ["model.mixer is attention, but self_modifying in"]),
+        ({"kind": "hope_attention"}, ["model.mixers.hope.kind is (absent), but self_modifying in"]),
         ({"precision": "bf16"}, ["train.precision is bf16, but fp32 in"]),
     ],
 )
