@@ -44,13 +44,11 @@ ALONE = {
     ],
     "transformer": [
         "model.mixers.hope.kind=attention",
-        "model.mixers.hope.chunk_size=64",
         "model.vocab_size=512",
         "model.cms.levels={mid: null, slow: null}",
     ],
     "an update": [
         "model.mixers.hope.kind=attention",
-        "model.mixers.hope.chunk_size=64",
         "model.d_model=256",
         "train.seq_len=16",
         "train.global_batch_tokens=64",

@@ -19,7 +19,7 @@ RUNS = {
     "hope": [],
     "hope linear": ["model.mixers.hope.memory=linear"],
     "hope bf16": ["train.precision=bf16"],
-    "hope-attention": ["model.mixers.hope.kind=attention", "model.mixers.hope.chunk_size=64"],
+    "hope-attention": ["model.mixers.hope.kind=attention"],
     "independent levels": ["model.cms.variant=independent"],
 }
 

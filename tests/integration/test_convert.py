@@ -24,7 +24,7 @@ from tests.support.greedy import assert_same_text
 from tests.support.layouts import train_run, values
 from tests.support.ranks import run_ranks
 
-ATTENTION = ("model.mixers.hope.kind=attention", "model.mixers.hope={chunk_size: 64, mu_init: 0.5}")
+ATTENTION = ("model.mixers.hope.kind=attention",)
 ARCHITECTURES = {
     "hope": (),
     "hope_attention": (*ATTENTION, "model.mixers.hope={num_kv_heads: 2, qk_norm: true}"),

@@ -79,7 +79,6 @@ def test_an_export_needs_less_than_two_shards(save, tmp_path: Path):
     wide = (
         "model.d_model=768",
         "model.mixers.hope.kind=attention",
-        "model.mixers.hope.chunk_size=64",
         "model.num_layers=4",
     )
     checkpoint = save(*wide, *(f"model.cms.levels.{name}.d_ff=512" for name in ("fast", "mid", "slow")))
