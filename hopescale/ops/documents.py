@@ -37,13 +37,19 @@ class Documents(NamedTuple):
     @classmethod
     def whole(cls, batch: int, tokens: int, device: torch.device) -> Documents:
         """Take each of `batch` sequences of `tokens` tokens for one document."""
-        return cls.of(torch.zeros(batch, tokens, dtype=torch.int32, device=device))
+        bounds, first = (
+            range(0, batch * tokens + 1, tokens),
+            torch.zeros(batch, tokens, dtype=torch.int32, device=device),
+        )
+        return cls(first, torch.arange(0, batch * tokens + 1, tokens, device=device), tuple(bounds))
 
     @classmethod
     def _beginning(cls, begins: Tensor) -> Documents:
         places = torch.arange(begins.shape[1], dtype=torch.int32, device=begins.device)
         first = torch.where(begins, places, 0).cummax(dim=1).values.to(torch.int32)
-        offsets = torch.cat([begins.flatten().nonzero()[:, 0], begins.new_full((1,), begins.numel(), dtype=torch.int64)])
+        offsets = torch.cat(
+            [begins.flatten().nonzero()[:, 0], begins.new_full((1,), begins.numel(), dtype=torch.int64)]
+        )
         return cls(first, offsets, tuple(offsets.tolist()))
 
     def cut(self, size: int) -> Documents:

@@ -63,7 +63,7 @@ def short_conv(x: Tensor, weight: Tensor, tail: Tensor, first: Tensor | None = N
     padded = torch.cat([tail.to(x.dtype), x])  # [W - 1 + T, B, N]
     if first is None:
         return _ConvSilu.apply(padded, weight, None), padded[x.shape[0] :]
-    tokens, width = len(x), weight.shape[1]
+    tokens = len(x)
     age = (torch.arange(tokens, device=x.device) - first).T[..., None]
     return _ConvSilu.apply(padded, weight, age), document_tail(padded[tokens:], first)
 

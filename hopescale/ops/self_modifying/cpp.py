@@ -85,7 +85,7 @@ class _Chunks(torch.autograd.Function):
         *streams, running, momentum = tensors
         streams = Streams(*streams)
         batch, heads, tokens, _ = streams.k.shape
-        offsets = torch.arange(batch + 1) * tokens if documents is None else documents.offsets
+        offsets = (documents or Documents.whole(batch, tokens, streams.k.device)).offsets
         native, c = library(), _MemorySpec.of(spec, streams)
         layout = _Batch.of(streams, offsets, shared=documents is not None)
         given = torch.cat([part for part in (running, momentum) if part is not None], dim=-1)

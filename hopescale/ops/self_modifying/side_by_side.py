@@ -74,7 +74,7 @@ def run_side_by_side(
     whole, rest = _passes(documents, size)
     places = [_places(documents, one, size) for one in (*whole, *rest)]
     parts = _gather(streams, places)
-    outputs, found = [], {number: state for number in range(len(documents.lengths))}
+    outputs, found = [], dict.fromkeys(range(len(documents.lengths)), state)
     alive = state.expand(len(whole[0].numbers)) if whole else state
     for index, (one, part) in enumerate(zip(whole, parts, strict=False)):
         output = run(part, alive)
@@ -101,8 +101,7 @@ def _gather(streams: Streams, places: list[Tensor]) -> list[Streams]:
         rows = x.transpose(1, 2).flatten(0, 1)  # [B * T, H, ...]
         rows = torch.cat([rows, rows.new_zeros(1, *rows.shape[1:])]).index_select(0, index)
         return [
-            part.unflatten(0, each.shape).transpose(1, 2)
-            for part, each in zip(rows.split(sizes), places, strict=True)
+            part.unflatten(0, each.shape).transpose(1, 2) for part, each in zip(rows.split(sizes), places, strict=True)
         ]
 
     return [Streams(*part) for part in zip(*map(parts, streams), strict=True)]

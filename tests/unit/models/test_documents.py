@@ -61,7 +61,9 @@ def apart(mixer: SelfModifying, x: Tensor, rows: list[list[int]]) -> tuple[Tenso
 
 
 def naive(mixer: SelfModifying, x: Tensor, rows: list[list[int]]) -> tuple[Tensor, list[dict[str, Tensor]]]:
-    columns = [torch.cat([naive_mixer(mixer, part) for part in x[:, n : n + 1].split(row)]) for n, row in enumerate(rows)]
+    columns = [
+        torch.cat([naive_mixer(mixer, part) for part in x[:, n : n + 1].split(row)]) for n, row in enumerate(rows)
+    ]
     return torch.cat(columns, dim=1), [{} for _ in rows]
 
 
@@ -74,7 +76,9 @@ def check(run, reference, mixers: list[SelfModifying], tolerance: float, rows: l
         g = torch.Generator().manual_seed(9)
         loss = (y * weights).sum()
         if reference is apart:
-            loss = loss + sum((part * torch.randn(part.shape, generator=g)).sum() for end in ends for part in end.values())
+            loss = loss + sum(
+                (part * torch.randn(part.shape, generator=g)).sum() for end in ends for part in end.values()
+            )
         inputs = {"x": x} | dict(mixer.named_parameters())
         gradients = torch.autograd.grad(loss, list(inputs.values()), allow_unused=True, materialize_grads=True)
         states = {f"state {n}/{name}": part for n, end in enumerate(ends) for name, part in end.items()}
