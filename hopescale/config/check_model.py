@@ -73,6 +73,10 @@ def memories(config: RunConfig, origins: Origins) -> Iterator[Problem]:
         if not adaptive and mixer.query == "static":
             message = f"{size} has no effect: no projection is a memory"
             yield Problem(f"{key}.projection_chunk_size", message, hint="leave it null")
+    for name in ("chunk_size", "projection_chunk_size"):
+        size = getattr(mixer, name)
+        if mixer.reset_every is not None and size is not None and leaves_rest(mixer.reset_every, size):
+            yield Problem(f"{key}.reset_every", f"{mixer.reset_every} is not a multiple of {name} = {size}")
     if mixer.error_cap is not None and mixer.objective != "l2":
         message = f"{mixer.error_cap:g} has no effect: objective is {mixer.objective}"
         yield Problem(f"{key}.error_cap", message, hint="leave it null, or set objective to l2")

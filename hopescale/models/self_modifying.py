@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import torch.nn.functional as F
@@ -17,7 +18,16 @@ from hopescale.ops.backends import Backend, Recompute, select_streams
 from hopescale.ops.device import device_type, dtype_name
 from hopescale.ops.documents import Documents
 from hopescale.ops.head_streams import head_streams
-from hopescale.ops.self_modifying import KEY_EPS, Memories, MemorySpec, MemoryState, Streams, self_modifying
+from hopescale.ops.self_modifying import (
+    KEY_EPS,
+    Memories,
+    MemorySpec,
+    MemoryState,
+    SelfModifyingOutput,
+    Streams,
+    run_with_resets,
+    self_modifying,
+)
 from hopescale.parallel.layers import ColumnLinear, ParameterSpec, RowLinear, new_parameter
 from hopescale.parallel.mesh import Mesh
 
@@ -174,16 +184,26 @@ class SelfModifying(nn.Module):
             raise ValueError("documents are given, but the documents of the tokens in the state are unknown")
         position, (*memories, tail) = self.initial_state(batch) if state is None else state
         streams, gate, tail = self._project(x, tail, documents)
-        if documents is not None:
-            memories = self._initial_memories(1)
-        run = {"position": position, "documents": documents, **self.computed}
-        y, stats, memories = self_modifying(streams, Memories(*memories), self.spec, **run)
+        y, stats, memories = self._remember(streams, Memories(*memories), position, documents)
         y = self.norm(y.permute(2, 0, 1, 3)).to(x.dtype)  # [T, B, H, D]
         if gate is not None:
             y = y * F.silu(gate)
         if probe is not None:
             probe |= dict(zip(("eta_mean", "alpha_mean", "surprise"), stats.mean((0, 1, 2)), strict=True))
         return self.out_proj(y.flatten(2)), LayerState(position + len(y), MixerState(*memories, tail))
+
+    def _remember(
+        self, streams: Streams, memories: Memories, position: int, documents: Documents | None
+    ) -> SelfModifyingOutput:
+        """Run the memories, from their initial state where a document begins or they start anew."""
+        run, every = partial(self_modifying, spec=self.spec, **self.computed), self.config.reset_every
+        if documents is not None:
+            documents = documents if every is None else documents.cut(every)
+            return run(streams, self._initial_memories(1), documents=documents)
+        if every is not None:
+            fresh = self._initial_memories(1)
+            return run_with_resets(run, streams, memories, fresh, every=every, position=position)
+        return run(streams, memories, position=position)
 
     def _project(
         self, x: Tensor, tail: Tensor | None, documents: Documents | None

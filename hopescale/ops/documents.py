@@ -32,7 +32,12 @@ class Documents(NamedTuple):
         """
         begins = torch.ones_like(document_ids, dtype=torch.bool)
         begins[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
-        return cls._beginning(begins)
+        places = torch.arange(begins.shape[1], dtype=torch.int32, device=begins.device)
+        first = torch.where(begins, places, 0).cummax(dim=1).values.to(torch.int32)
+        offsets = torch.cat(
+            [begins.flatten().nonzero()[:, 0], begins.new_full((1,), begins.numel(), dtype=torch.int64)]
+        )
+        return cls(first, offsets, tuple(offsets.tolist()))
 
     @classmethod
     def whole(cls, batch: int, tokens: int, device: torch.device) -> Documents:
@@ -43,19 +48,13 @@ class Documents(NamedTuple):
         )
         return cls(first, torch.arange(0, batch * tokens + 1, tokens, device=device), tuple(bounds))
 
-    @classmethod
-    def _beginning(cls, begins: Tensor) -> Documents:
-        places = torch.arange(begins.shape[1], dtype=torch.int32, device=begins.device)
-        first = torch.where(begins, places, 0).cummax(dim=1).values.to(torch.int32)
-        offsets = torch.cat(
-            [begins.flatten().nonzero()[:, 0], begins.new_full((1,), begins.numel(), dtype=torch.int64)]
-        )
-        return cls(first, offsets, tuple(offsets.tolist()))
-
     def cut(self, size: int) -> Documents:
         """Return pieces of the documents as documents: each of `size` tokens, the last ones of the rest."""
+        pairs = zip(self.bounds, self.bounds[1:], strict=False)
+        bounds = [place for begin, end in pairs for place in range(begin, end, size)] + [self.bounds[-1]]
         places = torch.arange(self.first.shape[1], dtype=torch.int32, device=self.first.device)
-        return self._beginning((places - self.first) % size == 0)
+        first = places - (places - self.first) % size
+        return Documents(first, torch.tensor(bounds, device=self.offsets.device), tuple(bounds))
 
     @property
     def lengths(self) -> list[int]:

@@ -100,10 +100,10 @@ def test_the_loop_over_packed_documents_equals_each_of_them_alone(switch: str):
 @pytest.mark.parametrize("switch", FUSED)
 def test_packed_documents_in_one_operation_equal_each_of_them_alone(switch: str):
     mixer = make_mixer(SWITCHES[switch], "cpp")
-    check(packed, apart, [mixer, mixer], 1e-6)
+    check(packed, apart, [mixer, mixer], 2e-6)
 
 
-@pytest.mark.parametrize("switch", ["default", "no momentum", "two chunk sizes", "stored values", "no conv"])
+@pytest.mark.parametrize("switch", ["default", "no momentum", "two chunk sizes", "stored values", "no conv", "resets"])
 def test_packed_documents_equal_the_equations_of_each_alone(switch: str):
     mixer = make_mixer(SWITCHES[switch], "torch").double()
     check(packed, naive, [mixer, mixer], 1e-9)
@@ -124,7 +124,7 @@ LENGTHS = {"tokens": [[1] * 9], "one": [[19]], "pairs": [[2, 2, 2], [1, 4, 1]], 
 def test_documents_of_any_length_are_apart(rows: list[list[int]], backend: str):
     mixer = make_mixer({}, backend)
     mixer = mixer.double() if backend == "torch" else mixer
-    check(packed, apart, [mixer, mixer], 1e-11 if backend == "torch" else 1e-6, rows)
+    check(packed, apart, [mixer, mixer], 1e-11 if backend == "torch" else 2e-6, rows)
 
 
 @pytest.mark.parametrize("backend", ["torch", pytest.param("cpp", marks=needs_cpp)])
