@@ -88,6 +88,10 @@ def _memories(mixer: SelfModifyingConfig) -> Iterator[Problem]:
     if size is not None and not adaptive and mixer.query == "static":
         message = f"{size} has no effect: no projection is a memory"
         yield Problem("projection_chunk_size", message, hint="leave it null")
+    for name in ("chunk_size", "projection_chunk_size"):
+        tokens = getattr(mixer, name)
+        if mixer.reset_every is not None and tokens is not None and leaves_rest(mixer.reset_every, tokens):
+            yield Problem("reset_every", f"{mixer.reset_every} is not a multiple of {name} = {tokens}")
     if mixer.error_cap is not None and mixer.objective != "l2":
         message = f"{mixer.error_cap:g} has no effect: objective is {mixer.objective}"
         yield Problem("error_cap", message, hint="leave it null, or set objective to l2")

@@ -13,6 +13,7 @@ from hopescale.config.schema import AttentionConfig, ModelConfig
 from hopescale.config.transfer import attention_scale
 from hopescale.models.norm import RMSNorm
 from hopescale.models.state import LayerState
+from hopescale.ops.documents import Documents
 from hopescale.ops.rope import rope_frequencies, rope_tables, rotate, slow_down
 from hopescale.parallel.layers import ColumnLinear, RowLinear
 from hopescale.parallel.mesh import Mesh
@@ -56,19 +57,19 @@ class Attention(nn.Module):
         return LayerState(0, AttentionCache(empty, empty))
 
     def forward(
-        self, x: Tensor, state: LayerState | None = None, document_ids: Tensor | None = None
+        self, x: Tensor, state: LayerState | None = None, documents: Documents | None = None
     ) -> tuple[Tensor, LayerState]:
         """Mix tokens `x`, residual activations.
 
         Args:
             state: Keys and values of earlier tokens; None begins without any.
-            document_ids: Document of each token `[B, T]`; None treats all as one.
+            documents: Documents of all tokens; None treats a sequence as one.
 
         Returns:
             Residual activations and the state after the last token.
 
         Raises:
-            ValueError: If document ids are given together with earlier tokens, whose documents are unknown.
+            ValueError: If documents are given together with earlier tokens, whose documents are unknown.
         """
         state = self.initial_state(x.shape[1]) if state is None else state
         mixed = self.qkv_proj(x).unflatten(-1, (self.kv_heads, self.shared_by + 2, self.head_dim))
@@ -81,9 +82,9 @@ class Attention(nn.Module):
         q, k = rotate(q, tables), rotate(k, tables)
         if state.position:
             k, v = torch.cat([state.tensors.k, k], dim=2), torch.cat([state.tensors.v, v], dim=2)
-        if document_ids is not None and state.position:
-            raise ValueError("document_ids are given, but the documents of the tokens in the state are unknown")
-        y = self._attend(q, k, v, document_ids)
+        if documents is not None and state.position:
+            raise ValueError("documents are given, but the documents of the tokens in the state are unknown")
+        y = self._attend(q, k, v, None if documents is None else documents.first)
         y = self.out_proj(y.permute(2, 0, 1, 3).flatten(2))
         return y, LayerState(state.position + tokens, AttentionCache(self._last(k), self._last(v)))
 

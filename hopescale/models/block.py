@@ -13,6 +13,7 @@ from hopescale.models.recompute import recomputed
 from hopescale.models.self_modifying import SelfModifying
 from hopescale.models.state import LayerState
 from hopescale.ops.backends import Backend, Recompute
+from hopescale.ops.documents import Documents
 from hopescale.parallel.mesh import Mesh
 
 
@@ -57,29 +58,29 @@ class Block(nn.Module):
         self,
         x: Tensor,
         state: LayerState | None = None,
-        document_ids: Tensor | None = None,
+        documents: Documents | None = None,
         probe: dict[str, Tensor] | None = None,
     ) -> tuple[Tensor, LayerState]:
         """Map the residual stream to itself, and return the mixer's state.
 
-        `document_ids` reach attention only, `probe` memories only.
+        `documents` are those of all tokens; `probe` is for memories only.
         """
         if self.recompute == "block":
-            return recomputed(self._forward, x, state, document_ids, probe=probe)
-        return self._forward(x, state, document_ids, probe)
+            return recomputed(self._forward, x, state, documents, probe=probe)
+        return self._forward(x, state, documents, probe)
 
     def _forward(
-        self, x: Tensor, state: LayerState | None, document_ids: Tensor | None, probe: dict[str, Tensor] | None
+        self, x: Tensor, state: LayerState | None, documents: Documents | None, probe: dict[str, Tensor] | None
     ) -> tuple[Tensor, LayerState]:
         if self.recompute == "memory":
-            y, state = recomputed(self._mix, self.norm(x), state, document_ids, probe=probe)
+            y, state = recomputed(self._mix, self.norm(x), state, documents, probe=probe)
         else:
-            y, state = self._mix(self.norm(x), state, document_ids, probe)
+            y, state = self._mix(self.norm(x), state, documents, probe)
         return self.cms(x + y), state
 
     def _mix(
-        self, x: Tensor, state: LayerState | None, document_ids: Tensor | None, probe: dict[str, Tensor] | None
+        self, x: Tensor, state: LayerState | None, documents: Documents | None, probe: dict[str, Tensor] | None
     ) -> tuple[Tensor, LayerState]:
         if isinstance(self.mixer, Attention):
-            return self.mixer(x, state, document_ids=document_ids)
-        return self.mixer(x, state, probe=probe)
+            return self.mixer(x, state, documents)
+        return self.mixer(x, state, documents, probe)

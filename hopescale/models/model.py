@@ -16,6 +16,7 @@ from hopescale.models.init import initialize
 from hopescale.models.norm import stream_norm
 from hopescale.models.state import ModelState
 from hopescale.ops.backends import Backend, Recompute
+from hopescale.ops.documents import Documents
 from hopescale.parallel.layers import ColumnLinear, Embedding
 from hopescale.parallel.mesh import Mesh
 from hopescale.parallel.regions import gather_tokens
@@ -114,11 +115,12 @@ class Model(nn.Module):
                 (sequence parallel).
         """
         x = self._enter(tokens, hidden)
-        document_ids = document_ids if self.config.within_documents else None
+        within = self.config.within_documents and document_ids is not None
+        documents = Documents.of(document_ids) if within else None
         states = []
         for index, (number, block) in enumerate(self.blocks.items()):
             stats: dict[str, Tensor] | None = None if probe is None else {}
-            x, layer = block(x, None if state is None else state.layers[index], document_ids, stats)
+            x, layer = block(x, None if state is None else state.layers[index], documents, stats)
             states.append(layer)
             if probe is not None:
                 probe |= {f"memory/{number}/{name}": value for name, value in stats.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import torch.nn.functional as F
@@ -15,8 +16,18 @@ from hopescale.models.norm import RMSNorm
 from hopescale.models.state import LayerState
 from hopescale.ops.backends import Backend, Recompute, select_streams
 from hopescale.ops.device import device_type, dtype_name
+from hopescale.ops.documents import Documents
 from hopescale.ops.head_streams import head_streams
-from hopescale.ops.self_modifying import KEY_EPS, Memories, MemorySpec, MemoryState, Streams, self_modifying
+from hopescale.ops.self_modifying import (
+    KEY_EPS,
+    Memories,
+    MemorySpec,
+    MemoryState,
+    SelfModifyingOutput,
+    Streams,
+    run_with_resets,
+    self_modifying,
+)
 from hopescale.parallel.layers import ColumnLinear, ParameterSpec, RowLinear, new_parameter
 from hopescale.parallel.mesh import Mesh
 
@@ -135,28 +146,47 @@ class SelfModifying(nn.Module):
 
     def initial_state(self, batch: int) -> LayerState:
         """Return the learned initial state for `batch` sequences."""
-        memories = {name: bank.initial_state(batch, self.config.momentum) for name, bank in self.banks.items()}
         tail = None
         if self.conv is not None:
             weight = self.conv["weight"]
             tail = weight.new_zeros(weight.shape[1] - 1, batch, weight.shape[0]).transpose(0, 1)
-        return LayerState(0, MixerState(memories["memory"], memories.get("projection"), tail))
+        return LayerState(0, MixerState(*self._initial_memories(batch), tail))
+
+    def _initial_memories(self, batch: int) -> Memories:
+        banks = {name: bank.initial_state(batch, self.config.momentum) for name, bank in self.banks.items()}
+        return Memories(banks["memory"], banks.get("projection"))
 
     def forward(
-        self, x: Tensor, state: LayerState | None = None, probe: dict[str, Tensor] | None = None
+        self,
+        x: Tensor,
+        state: LayerState | None = None,
+        documents: Documents | None = None,
+        probe: dict[str, Tensor] | None = None,
     ) -> tuple[Tensor, LayerState]:
         """Mix tokens `x`, residual activations.
 
         Args:
             state: State after an earlier call; None begins at the learned initial state.
+            documents: Documents of all tokens, also where `x` is this rank's share of them; at the first token of each,
+                memories, momenta, the convolution's tail and the grid of chunks begin anew. None takes a sequence for
+                one document.
             probe: Dict to be filled with scalar means of this call: `eta_mean`, `alpha_mean`, `surprise`.
 
         Returns:
-            Residual activations and the state after the last token.
+            Residual activations and the state after the last token. After several documents, its tensors are those
+            after the last document of each sequence; its position counts all tokens, and later chunks begin where that
+            says.
+
+        Raises:
+            ValueError: If documents are given together with a state of earlier tokens, whose documents are unknown, or
+                if they are not those of the tokens.
         """
-        position, (*memories, tail) = self.initial_state(x.shape[1]) if state is None else state
-        streams, gate, tail = self._project(x, tail)
-        y, stats, memories = self_modifying(streams, Memories(*memories), self.spec, position=position, **self.computed)
+        batch = x.shape[1]
+        if documents is not None and state is not None and state.position:
+            raise ValueError("documents are given, but the documents of the tokens in the state are unknown")
+        position, (*memories, tail) = self.initial_state(batch) if state is None else state
+        streams, gate, tail = self._project(x, tail, documents)
+        y, stats, memories = self._remember(streams, Memories(*memories), position, documents)
         y = self.norm(y.permute(2, 0, 1, 3)).to(x.dtype)  # [T, B, H, D]
         if gate is not None:
             y = y * F.silu(gate)
@@ -164,7 +194,22 @@ class SelfModifying(nn.Module):
             probe |= dict(zip(("eta_mean", "alpha_mean", "surprise"), stats.mean((0, 1, 2)), strict=True))
         return self.out_proj(y.flatten(2)), LayerState(position + len(y), MixerState(*memories, tail))
 
-    def _project(self, x: Tensor, tail: Tensor | None) -> tuple[Streams, Tensor | None, Tensor | None]:
+    def _remember(
+        self, streams: Streams, memories: Memories, position: int, documents: Documents | None
+    ) -> SelfModifyingOutput:
+        """Run the memories, from their initial state where a document begins or they start anew."""
+        run, every = partial(self_modifying, spec=self.spec, **self.computed), self.config.reset_every
+        if documents is not None:
+            documents = documents if every is None else documents.cut(every)
+            return run(streams, self._initial_memories(1), documents=documents)
+        if every is not None:
+            fresh = self._initial_memories(1)
+            return run_with_resets(run, streams, memories, fresh, every=every, position=position)
+        return run(streams, memories, position=position)
+
+    def _project(
+        self, x: Tensor, tail: Tensor | None, documents: Documents | None
+    ) -> tuple[Streams, Tensor | None, Tensor | None]:
         """Project and convolve: streams in fp32, the output gate `[T, B, H, D]`, the convolution's tail.
 
         Memories are read at unit inputs only: inputs of any other length would let one that reads its own answers grow
@@ -172,11 +217,14 @@ class SelfModifying(nn.Module):
         """
         mixed = self.in_proj(x).unflatten(-1, (self.heads, -1, self.head_dim))  # [T, B, H, S, D]
         gate = mixed[..., len(STREAMS), :] if self.config.gate else None
+        first = None if documents is None else documents.first
+        if first is not None and first.shape != (mixed.shape[1], mixed.shape[0]):
+            raise ValueError(f"documents are of tokens {list(first.shape)}, but there are {[*mixed.shape[1::-1]]}")
         weight = None
         if self.conv is not None:
             weight, tail = self.conv["weight"], tail.transpose(0, 1)
         unit = [name != "v" or self.config.targets != "value" for name in STREAMS]
         code = select_streams(self.computed["backend"], self.head_dim, device_type(x.device), dtype_name(mixed.dtype))
-        (k, v, q), tail = head_streams(mixed[..., : len(STREAMS), :], weight, tail, unit, backend=code)
+        (k, v, q), tail = head_streams(mixed[..., : len(STREAMS), :], weight, tail, unit, first=first, backend=code)
         gates = (self.gates[name](k) if name in self.gates else None for name in ("eta", "alpha", "mu"))
         return Streams(k, v, q, *gates), gate, None if tail is None else tail.transpose(0, 1)

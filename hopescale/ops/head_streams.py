@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from hopescale.ops.cpp.build import library
 from hopescale.ops.cpp.call import parallel_for, pointer
 from hopescale.ops.norm import l2_norm
-from hopescale.ops.short_conv import short_conv
+from hopescale.ops.short_conv import document_tail, short_conv
 
 
 def head_streams(
@@ -22,6 +22,7 @@ def head_streams(
     tail: Tensor | None,
     unit: Sequence[bool],
     *,
+    first: Tensor | None = None,
     backend: Literal["torch", "cpp"] = "torch",
 ) -> tuple[Tensor, Tensor | None]:
     """Cut projected inputs into streams of heads.
@@ -32,16 +33,17 @@ def head_streams(
             neither.
         tail: Inputs before `x`, `W - 1` of them: `[W - 1, B, H * S * D]`; None without a filter.
         unit: Flag of each slice: whether its vectors are scaled to unit length.
+        first: Place of the first token of each token's document, as in `short_conv`; the filter reads nothing before.
         backend: Code that computes; `backends.select_streams` chooses it.
 
     Returns:
         Streams `[S, B, H, T, D]`, at least float32, and the tail for the next call.
     """
     if backend == "cpp":
-        return _head_streams_cpp(x, weight, tail, unit)
+        return _head_streams_cpp(x, weight, tail, unit, first)
     kind = torch.promote_types(x.dtype, torch.float32)
     if weight is not None:
-        mixed, tail = short_conv(x.flatten(2), weight.to(x.dtype), tail)
+        mixed, tail = short_conv(x.flatten(2), weight.to(x.dtype), tail, first)
         x = mixed.unflatten(-1, x.shape[2:])
     x = x.to(kind)
     if all(unit):
@@ -52,14 +54,15 @@ def head_streams(
 
 
 def _head_streams_cpp(
-    x: Tensor, weight: Tensor | None, tail: Tensor | None, unit: Sequence[bool]
+    x: Tensor, weight: Tensor | None, tail: Tensor | None, unit: Sequence[bool], first: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     after, x = None, x if x.stride(-1) == 1 else x.contiguous()
     if weight is not None:
         weight, tail, taps = weight.contiguous(), tail.to(x.dtype).contiguous(), weight.shape[1]
         last = x[max(0, x.shape[0] - taps + 1) :].flatten(2)
         after = torch.cat([tail, last])[last.shape[0] :]
-    return _HeadStreams.apply(x, weight, tail, tuple(unit)), after
+        after = after if first is None else document_tail(after, first)
+    return _HeadStreams.apply(x, weight, tail, tuple(unit), first), after
 
 
 class _Layout(ctypes.Structure):
@@ -79,32 +82,32 @@ class _Layout(ctypes.Structure):
 class _HeadStreams(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, tail: Tensor | None, unit: Sequence[bool]
-    ) -> tuple[Tensor, Tensor | None]:
+        ctx: Any, x: Tensor, weight: Tensor | None, tail: Tensor | None, unit: Sequence[bool], first: Tensor | None
+    ) -> Tensor:
         tokens, batch, heads, slices, dim = x.shape
         layout, streams = _Layout.of(x, weight, unit), x.new_empty(slices, batch, heads, tokens, dim)
-        tensors = [pointer(one) for one in (x, weight, tail, streams)]
+        tensors = [pointer(one) for one in (x, weight, tail, first, streams)]
 
         def run(begin: int, end: int) -> None:
             library().hopescale_streams_forward(ctypes.byref(layout), begin, end, *tensors)
 
         parallel_for(run, heads)
         ctx.unit = unit
-        ctx.save_for_backward(x, weight, tail)
+        ctx.save_for_backward(x, weight, tail, first)
         return streams
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_streams: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, tail = ctx.saved_tensors
+        x, weight, tail, first = ctx.saved_tensors
         layout, d_x = _Layout.of(x, weight, ctx.unit), x.new_empty(x.shape)
         d_weight = None if weight is None else torch.empty_like(weight)
         d_tail = None if tail is None else torch.zeros_like(tail)
         d_streams = d_streams.contiguous()
-        tensors = [pointer(one) for one in (x, weight, tail, d_streams, d_x, d_weight, d_tail)]
+        tensors = [pointer(one) for one in (x, weight, tail, first, d_streams, d_x, d_weight, d_tail)]
 
         def run(begin: int, end: int) -> None:
             library().hopescale_streams_backward(ctypes.byref(layout), begin, end, *tensors)
 
         parallel_for(run, x.shape[2])
-        return d_x, d_weight, d_tail, None
+        return d_x, d_weight, d_tail, None, None

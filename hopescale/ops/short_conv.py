@@ -9,45 +9,67 @@ from torch import Tensor
 
 
 class _ConvSilu(torch.autograd.Function):
-    """Convolves time-first inputs and applies SiLU: one pass per tap, nothing transposed."""
+    """Convolves time-first inputs and applies SiLU: one pass per tap, nothing transposed.
+
+    `age` `[T, B, 1]` counts the tokens of a token's document before it.
+    """
 
     @staticmethod
-    def forward(ctx: Any, padded: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(padded, weight)
-        mixed = _convolve(padded, weight)
+    def forward(ctx: Any, padded: Tensor, weight: Tensor, age: Tensor | None) -> Tensor:
+        ctx.save_for_backward(padded, weight, age)
+        mixed = _convolve(padded, weight, age)
         return mixed.mul_(torch.sigmoid(mixed))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        padded, weight = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        padded, weight, age = ctx.saved_tensors
         width, tokens = weight.shape[1], grad.shape[0]
-        d_mixed = torch.ops.aten.silu_backward(grad.contiguous(), _convolve(padded, weight))
+        d_mixed = torch.ops.aten.silu_backward(grad.contiguous(), _convolve(padded, weight, age))
         d_padded, taps = torch.zeros_like(padded), []
         for tap in range(width):
-            d_padded[tap : tap + tokens].addcmul_(d_mixed, weight[:, tap])
-            taps.append((d_mixed * padded[tap : tap + tokens]).sum((0, 1)))
-        return d_padded, torch.stack(taps, dim=1)
+            reaching = _reaching(d_mixed, age, width - 1 - tap)
+            d_padded[tap : tap + tokens].addcmul_(reaching, weight[:, tap])
+            taps.append((reaching * padded[tap : tap + tokens]).sum((0, 1)))
+        return d_padded, torch.stack(taps, dim=1), None
 
 
-def _convolve(padded: Tensor, weight: Tensor) -> Tensor:
+def _reaching(x: Tensor, age: Tensor | None, lag: int) -> Tensor:
+    """Return `x` `[T, B, N]`, zero at tokens whose document has no token `lag` tokens before them."""
+    return x if age is None or lag == 0 else x * (age >= lag)
+
+
+def _convolve(padded: Tensor, weight: Tensor, age: Tensor | None) -> Tensor:
     width = weight.shape[1]
     tokens = padded.shape[0] - width + 1
-    mixed = padded[:tokens] * weight[:, 0]
+    mixed = _reaching(padded[:tokens], age, width - 1) * weight[:, 0]
     for tap in range(1, width):
-        mixed.addcmul_(padded[tap : tap + tokens], weight[:, tap])
+        mixed.addcmul_(_reaching(padded[tap : tap + tokens], age, width - 1 - tap), weight[:, tap])
     return mixed
 
 
-def short_conv(x: Tensor, weight: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
+def short_conv(x: Tensor, weight: Tensor, tail: Tensor, first: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Convolve each channel over time and apply SiLU.
 
     Args:
         x: Inputs, time first: `[T, B, N]`.
         weight: One filter per channel, oldest token first: `[N, W]`.
         tail: The `W - 1` inputs before `x`: `[W - 1, B, N]`.
+        first: Place of the first token of each token's document `[B, T]`, int32; inputs before it count as zeros. None
+            takes all tokens for one document, the tail included.
 
     Returns:
-        Outputs `[T, B, N]` and the tail for the next call.
+        Outputs `[T, B, N]` and the tail for the next call, zeros where it lies before the last document.
     """
     padded = torch.cat([tail.to(x.dtype), x])  # [W - 1 + T, B, N]
-    return _ConvSilu.apply(padded, weight), padded[x.shape[0] :]
+    if first is None:
+        return _ConvSilu.apply(padded, weight, None), padded[x.shape[0] :]
+    tokens = len(x)
+    age = (torch.arange(tokens, device=x.device) - first).T[..., None]
+    return _ConvSilu.apply(padded, weight, age), document_tail(padded[tokens:], first)
+
+
+def document_tail(tail: Tensor, first: Tensor) -> Tensor:
+    """Clear of the last inputs `[W - 1, B, N]` those that lie before the last document of their sequence."""
+    tokens = first.shape[1]
+    places = torch.arange(tokens - len(tail), tokens, device=first.device)
+    return tail * (places[:, None] >= first[:, -1])[..., None]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import os
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from hopescale.config.schema import ModelConfig, SelfModifyingConfig
 from hopescale.models.self_modifying import SelfModifying
+from hopescale.ops.documents import Documents
 from hopescale.ops.self_modifying import (
     Memories,
     MemoryState,
@@ -83,18 +85,20 @@ def split(inputs: dict[str, Tensor]) -> tuple[Streams, Memories]:
     return streams, Memories(MemoryState(weights["running"], momentum, weights["running"]), None)
 
 
-def fused(mixer: SelfModifying, inputs: dict[str, Tensor]) -> SelfModifyingOutput:
+def fused(mixer: SelfModifying, inputs: dict[str, Tensor], documents: Documents | None = None) -> SelfModifyingOutput:
     from hopescale.ops.self_modifying.triton.function import self_modifying_triton
 
-    return self_modifying_triton(*split(inputs), mixer.spec)
+    return self_modifying_triton(*split(inputs), mixer.spec, documents)
 
 
 def looped(mixer: SelfModifying, inputs: dict[str, Tensor]) -> SelfModifyingOutput:
     return self_modifying(*split(inputs), mixer.spec, backend="torch")
 
 
-def token_by_token(mixer: SelfModifying, inputs: dict[str, Tensor]) -> SelfModifyingOutput:
-    return self_modifying_naive(*split(inputs), mixer.spec)
+def token_by_token(
+    mixer: SelfModifying, inputs: dict[str, Tensor], documents: Documents | None = None
+) -> SelfModifyingOutput:
+    return self_modifying_naive(*split(inputs), mixer.spec, documents=documents)
 
 
 def results(function, mixer: SelfModifying, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -117,9 +121,9 @@ def check(config: dict, tokens: int, *, batch: int = 1, heads: int = 1, dim: int
     compare(mixer, make_inputs(mixer, tokens, batch), looped, tolerance)
 
 
-def compare(mixer: SelfModifying, inputs: dict[str, Tensor], reference, tolerance: float = 1e-5) -> None:
+def compare(mixer: SelfModifying, inputs: dict[str, Tensor], reference, tolerance: float = 1e-5, run=fused) -> None:
     inputs = {name: tensor.to(DEVICE) for name, tensor in inputs.items()}
-    actual = results(fused, mixer, inputs)
+    actual = results(run, mixer, inputs)
     expected = results(reference, mixer, {n: t.double() for n, t in inputs.items()})
     assert actual.keys() == expected.keys()
     for name, exact in expected.items():
@@ -187,6 +191,23 @@ def test_a_gate_of_zero_harms_no_others(name: str):
     inputs = make_inputs(mixer, 23, 1)
     inputs[name][:, :, [5, 19, 20]] = -200.0
     compare(mixer, inputs, token_by_token)
+
+
+DOCUMENTS = {
+    "pieces": ([[1, 19], [17, 3]], {"adaptive": ("eta",), "chunk_size": 40}),
+    "static": ([[1, 1, 6], [5, 1, 2]], STATIC | {"chunk_size": 4, "momentum": False}),
+}
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_packed_documents_equal_the_token_loop_over_each(name: str):
+    rows, changes = DOCUMENTS[name]
+    documents = Documents.of(torch.tensor([[n for n, size in enumerate(row) for _ in range(size)] for row in rows]))
+    mixer = make_mixer(SelfModifyingConfig(**changes), 2, 16)
+    inputs = make_inputs(mixer, sum(rows[0]), len(rows))
+    inputs = {name: part[:1] if "/" in name else part for name, part in inputs.items()}
+    there = documents._replace(first=documents.first.to(DEVICE), offsets=documents.offsets.to(DEVICE))
+    compare(mixer, inputs, partial(token_by_token, documents=documents), run=partial(fused, documents=there))
 
 
 @pytest.mark.skipif(INTERPRETED, reason="flash-linear-attention needs a GPU")

@@ -58,6 +58,15 @@ SWITCHES = {
     "two chunk sizes, one gate": {"projection_chunk_size": 8, "adaptive": ("eta",)},
     "two chunk sizes, query memory": {"projection_chunk_size": 8, "query": "memory", "adaptive": ()},
     "token chunks": {"chunk_size": 1},
+    "resets": {"reset_every": 8},
+    "resets, two chunk sizes": {"reset_every": 8, "projection_chunk_size": 8},
+    "resets of stored values": {
+        "reset_every": 8,
+        "adaptive": (),
+        "targets": "value",
+        "memory": "linear",
+        "objective": "dot",
+    },
 }
 
 
@@ -96,7 +105,10 @@ def naive_mixer(mixer: SelfModifying, x: Tensor) -> Tensor:
         convolved = mixed[:, :, :, :3]
     state = mixer.initial_state(batch).tensors
     streams = naive_streams(mixer, convolved)
-    y = self_modifying_naive(streams, Memories(state.memory, state.projection), mixer.spec).y.permute(2, 0, 1, 3)
+    every = mixer.config.reset_every or tokens
+    pieces = streams.split([min(every, tokens - begin) for begin in range(0, tokens, every)])
+    memories = Memories(state.memory, state.projection)
+    y = torch.cat([self_modifying_naive(piece, memories, mixer.spec).y for piece in pieces], dim=2).permute(2, 0, 1, 3)
     y = y / torch.sqrt((y * y).mean(-1, keepdim=True) + 1e-6) * mixer.norm.weight
     if mixer.config.gate:
         y = y * torch.nn.functional.silu(mixed[:, :, :, 3])

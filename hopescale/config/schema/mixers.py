@@ -48,6 +48,10 @@ class SelfModifyingConfig(MixerConfig):
     """Tokens between two boundaries of the main memory: its inner gradients are taken at the last boundary."""
     projection_chunk_size: Count | None = None
     """The same for the other memories. A multiple of `chunk_size`; null is `chunk_size`."""
+    reset_every: Count | None = None
+    """Tokens after which all memories, but not the convolution, start anew, counted from a sequence's or a document's
+    first one; null is never. Then the pieces between run side by side (TNT, arXiv 2511.07343). A multiple of both
+    chunk sizes."""
     eta_max: Annotated[float, NumberRange("(0, 2]")] = 1.0
     """Upper limit of the inner learning rate, in (0, 2]. Above 1 the transition may have negative eigenvalues."""
     eta_init: Fraction = 0.1

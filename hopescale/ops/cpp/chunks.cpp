@@ -1,7 +1,9 @@
-// Self-modifying memories over whole sequences, one head of one sequence after the other. Called by
+// Self-modifying memories over whole documents, one head of one document after the other. Called by
 // ops/self_modifying/cpp.py.
+#include <algorithm>
 #include <cstdlib>
 #include <memory>
+#include <vector>
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
@@ -41,25 +43,63 @@ struct Scratch {
     }
 };
 
-struct Sequence {
-    int tokens, chunks;
-    int64_t state, slot;  // numbers of a state, and of a state with its momentum
+// The fields of `_Batch` in ops/self_modifying/cpp.py. The tokens of all rows lie one after the other; document `n` has
+// those from `bounds[n]` up to `bounds[n + 1]`, all of one row. Without documents each row is one.
+struct Batch {
+    int32_t tokens, heads, documents;
+    int32_t shared;          // whether all documents begin with one state; otherwise each row has its own
+    int32_t group, groups;   // documents that begin in the same `group` tokens are run one after the other
+    const int64_t* bounds;
 
-    Sequence(const MemorySpec& spec, int tokens)
-        : tokens(tokens), chunks((tokens + spec.chunk - 1) / spec.chunk), state(spec.state_size()),
-          slot(state * (spec.momentum ? 2 : 1)) {}
-
-    State momentum(const MemorySpec& spec, float* slot) const { return {spec, spec.momentum ? slot + state : nullptr}; }
-
-    int size(const MemorySpec& spec, int index) const {
-        const int left = tokens - index * spec.chunk;
-        return left < spec.chunk ? left : spec.chunk;
+    // Number of the first document of a group.
+    int first(int number) const {
+        return std::lower_bound(bounds, bounds + documents, int64_t(number) * group) - bounds;
     }
 };
 
-Streams head_of(const MemorySpec& spec, int tokens, int64_t head, float* const* x) {
-    const auto matrix = [&](float* at) { return Matrix{at + head * tokens * spec.dim, tokens, spec.dim, spec.dim}; };
-    const auto gate = [&](float* at) { return at ? at + head * tokens : nullptr; };
+// One document of one head, and where it lies among all heads of all rows.
+struct Sequence {
+    int tokens, chunks;
+    int64_t token;        // its first one, in tensors [rows, heads, T]
+    int64_t head;         // of tensors [rows, heads]
+    int64_t given, kept;  // states: the one it begins with, in [1 or rows, heads], and the one of its second chunk
+    bool is_last;         // of its row
+
+    Sequence(const MemorySpec& spec, const Batch& batch, int number, int h) {
+        const int64_t begin = batch.bounds[number], end = batch.bounds[number + 1], row = begin / batch.tokens;
+        tokens = end - begin, chunks = (tokens + spec.chunk - 1) / spec.chunk;
+        head = row * batch.heads + h;
+        token = head * batch.tokens + begin % batch.tokens;
+        given = batch.shared ? h : head;
+        kept = h * kept_states(spec, batch) + begin / spec.chunk;
+        is_last = end % batch.tokens == 0;
+    }
+
+    // States that are kept of one head: a document of n tokens, after its first chunk, begins (n - 1) / chunk others.
+    static int64_t kept_states(const MemorySpec& spec, const Batch& batch) {
+        return batch.bounds[batch.documents] / spec.chunk;
+    }
+
+    int size(const MemorySpec& spec, int index) const { return std::min(spec.chunk, tokens - index * spec.chunk); }
+};
+
+// Numbers of a state with its momentum.
+int64_t slot_of(const MemorySpec& spec) { return spec.state_size() * (spec.momentum ? 2 : 1); }
+
+State momentum_of(const MemorySpec& spec, float* slot) {
+    return {spec, spec.momentum ? slot + spec.state_size() : nullptr};
+}
+
+// The state that a chunk begins with.
+float* slot_at(const MemorySpec& spec, const Sequence& sequence, float* given, float* kept, int index) {
+    const int64_t size = slot_of(spec);
+    return index ? kept + (sequence.kept + index - 1) * size : given + sequence.given * size;
+}
+
+Streams streams_of(const MemorySpec& spec, const Sequence& sequence, float* const* x) {
+    const int tokens = sequence.tokens;
+    const auto matrix = [&](float* at) { return Matrix{at + sequence.token * spec.dim, tokens, spec.dim, spec.dim}; };
+    const auto gate = [&](float* at) { return at ? at + sequence.token : nullptr; };
     return {matrix(x[0]), matrix(x[1]), matrix(x[2]), gate(x[3]), gate(x[4]), gate(x[5])};
 }
 
@@ -71,10 +111,9 @@ struct Part {
 };
 
 Part run_part(Arena& arena, const MemorySpec& spec, const Sequence& sequence, const Streams& inputs, float* slot,
-              int index,
-              float* surprise) {
+              int index, float* surprise) {
     const Streams streams = rows_of(inputs, index * spec.chunk, sequence.size(spec, index));
-    Part part{{spec, slot}, sequence.momentum(spec, slot), streams, {}};
+    Part part{{spec, slot}, momentum_of(spec, slot), streams, {}};
     part.chunk = take_chunk(arena, spec, part.streams);
     run(arena, part.state, part.momentum, part.streams, part.chunk, surprise);
     return part;
@@ -84,65 +123,87 @@ Part run_part(Arena& arena, const MemorySpec& spec, const Sequence& sequence, co
 
 extern "C" {
 
-int64_t hopescale_state_size(const MemorySpec* spec) { return spec->state_size(); }
-
-// Runs heads `begin` to `end` forward. `streams` are k, v, q [heads, T, D], eta, alpha, mu [heads, T]. `kept` holds
-// states and momenta at the start of each chunk [heads, chunks, slot], the first of which is given; `last` gets those
-// after the last one. `y` is [heads, T, D], `stats` [heads, T, 3]. Returns 0 if there is no memory for it.
-int hopescale_forward(const MemorySpec* spec_, int tokens, int begin, int end, float* const* streams, float* kept,
-                      float* last, float* y, float* stats) {
+// Runs heads of groups of documents forward: number h * groups + g is head `h` of group `g`, and all from `begin` up to
+// `end` are run. `streams` are k, v, q [rows, heads, T, D], eta, alpha, mu [rows, heads, T]. `given` holds states and
+// momenta before the first token [1 or rows, heads, slot]; `kept` gets those before each further chunk. `last` gets
+// those after the last token of each row [rows, heads, slot], `boundary` the weights before its last chunk. `y` is
+// [rows, heads, T, D], `stats` [rows, heads, T, 3]. Returns 0 if there is no memory for it.
+int hopescale_forward(const MemorySpec* spec_, const Batch* batch_, int begin, int end, float* const* streams,
+                      float* given, float* kept, float* last, float* boundary, float* y, float* stats) {
     const MemorySpec& spec = *spec_;
-    const Sequence sequence(spec, tokens);
+    const Batch& batch = *batch_;
     const FlushTiny flush;
     Scratch scratch(spec);
     if (!scratch.memory) return 0;
     Arena& arena = scratch.arena;
     float* surprise = arena.numbers(spec.chunk);
-    for (int64_t head = begin; head < end; ++head) {
-        const Streams inputs = head_of(spec, tokens, head, streams);
+    const int64_t slot_size = slot_of(spec), state_size = spec.state_size();
+    const auto run_document = [&](const Sequence& sequence) {
+        const Streams inputs = streams_of(spec, sequence, streams);
         for (int n = 0; n < sequence.chunks; ++n) {
             Scope scope(arena);
-            float* slot = kept + (head * sequence.chunks + n) * sequence.slot;
-            float* next = n + 1 < sequence.chunks ? slot + sequence.slot : last + head * sequence.slot;
+            const bool ends = n + 1 == sequence.chunks;
+            float* slot = slot_at(spec, sequence, given, kept, n);
             const Part part = run_part(arena, spec, sequence, inputs, slot, n, surprise);
-            const int64_t row = head * tokens + n * spec.chunk;
+            const int64_t row = sequence.token + n * spec.chunk;
             const int count = part.chunk.decay.size;
             answer(arena, part.state, part.chunk, Matrix{y + row * spec.dim, count, spec.dim, spec.dim});
-            advance(arena, spec, part.chunk, {spec, next}, sequence.momentum(spec, next));
+            float* next = ends ? last + sequence.head * slot_size : slot_at(spec, sequence, given, kept, n + 1);
+            if (!ends || sequence.is_last)
+                advance(arena, spec, part.chunk, {spec, next}, momentum_of(spec, next));
+            if (ends && sequence.is_last) std::copy_n(slot, state_size, boundary + sequence.head * state_size);
             for (int t = 0; t < count; ++t) {
                 float* out = stats + (row + t) * 3;
                 out[0] = part.chunk.decay.eta[t], out[1] = part.chunk.decay.alpha[t], out[2] = surprise[t];
             }
         }
+    };
+    for (int number = begin; number < end; ++number) {
+        const int h = number / batch.groups, g = number % batch.groups;
+        for (int n = batch.first(g); n < batch.first(g + 1); ++n) run_document(Sequence(spec, batch, n, h));
     }
     return 1;
 }
 
-// Runs them back. `d_state` [heads, slot] holds gradients of `last` and gets those of the first state; `d_boundary` is
-// the gradient of the last chunk's first state, or null. `d_streams` are like `streams`. Returns as above.
-int hopescale_backward(const MemorySpec* spec_, int tokens, int begin, int end, float* const* streams, float* kept,
-                       float* d_y, float* d_boundary, float* d_state, float* const* d_streams) {
+// Runs them back. `d_last` and `d_boundary` are gradients of `last` and `boundary`, the latter may be null. `d_given`
+// [groups, heads, slot], zeros at first, gets those of the states that documents of a group begin with. `d_streams` are
+// like `streams`. Returns as above.
+int hopescale_backward(const MemorySpec* spec_, const Batch* batch_, int begin, int end, float* const* streams,
+                       float* given, float* kept, float* d_y, float* d_last, float* d_boundary, float* d_given,
+                       float* const* d_streams) {
     const MemorySpec& spec = *spec_;
-    const Sequence sequence(spec, tokens);
+    const Batch& batch = *batch_;
     const FlushTiny flush;
     Scratch scratch(spec);
     if (!scratch.memory) return 0;
     Arena& arena = scratch.arena;
     float* surprise = arena.numbers(spec.chunk);
-    for (int64_t head = begin; head < end; ++head) {
-        const Streams inputs = head_of(spec, tokens, head, streams), grads = head_of(spec, tokens, head, d_streams);
-        float* d = d_state + head * sequence.slot;
+    const int64_t slot_size = slot_of(spec), state_size = spec.state_size();
+    std::vector<float> gradient(slot_size);
+    float* d = gradient.data();
+    const auto run_document = [&](const Sequence& sequence, float* d_first) {
+        const Streams inputs = streams_of(spec, sequence, streams), grads = streams_of(spec, sequence, d_streams);
+        if (sequence.is_last)
+            std::copy_n(d_last + sequence.head * slot_size, slot_size, d);
+        else
+            std::fill_n(d, slot_size, 0.0f);
         for (int n = sequence.chunks - 1; n >= 0; --n) {
             Scope scope(arena);
-            float* slot = kept + (head * sequence.chunks + n) * sequence.slot;
+            float* slot = slot_at(spec, sequence, given, kept, n);
             const Part part = run_part(arena, spec, sequence, inputs, slot, n, surprise);
             const int at = n * spec.chunk, count = part.chunk.decay.size;
-            const Matrix d_answers{d_y + (head * tokens + at) * spec.dim, count, spec.dim, spec.dim};
-            back(arena, part.state, part.streams, part.chunk, d_answers, {spec, d}, sequence.momentum(spec, d),
+            const Matrix d_answers{d_y + (sequence.token + at) * spec.dim, count, spec.dim, spec.dim};
+            back(arena, part.state, part.streams, part.chunk, d_answers, {spec, d}, momentum_of(spec, d),
                  rows_of(grads, at, count));
-            if (d_boundary && n == sequence.chunks - 1)
-                for (int64_t i = 0; i < sequence.state; ++i) d[i] += d_boundary[head * sequence.state + i];
+            if (d_boundary && sequence.is_last && n == sequence.chunks - 1)
+                for (int64_t i = 0; i < state_size; ++i) d[i] += d_boundary[sequence.head * state_size + i];
         }
+        for (int64_t i = 0; i < slot_size; ++i) d_first[i] += d[i];
+    };
+    for (int number = begin; number < end; ++number) {
+        const int h = number / batch.groups, g = number % batch.groups;
+        float* d_first = d_given + (int64_t(g) * batch.heads + h) * slot_size;
+        for (int n = batch.first(g); n < batch.first(g + 1); ++n) run_document(Sequence(spec, batch, n, h), d_first);
     }
     return 1;
 }

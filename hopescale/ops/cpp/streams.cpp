@@ -20,11 +20,14 @@ struct Layout {
 struct Channels {
     const Layout& layout;
     const float *x, *tail;  // inputs; the taps - 1 inputs before them
+    const int32_t* first;   // of each token, the first one of its document; null: all are one, and so is the tail
     int64_t tail_stride;
     std::vector<float> weight;  // filters [taps, dim]
 
-    Channels(const Layout& layout, int b, int h, int s, const float* x, const float* weights, const float* tail)
+    Channels(const Layout& layout, int b, int h, int s, const float* x, const float* weights, const float* tail,
+             const int32_t* first)
         : layout(layout), x(x + b * layout.batch_stride + h * layout.head_stride + s * layout.slice_stride),
+          first(first ? first + int64_t(b) * layout.tokens : nullptr),
           tail_stride(int64_t(layout.batch) * layout.heads * layout.slices * layout.dim) {
         const int64_t channel = (int64_t(h) * layout.slices + s) * layout.dim;
         this->tail = tail + b * tail_stride / layout.batch + channel;
@@ -37,11 +40,14 @@ struct Channels {
         return t < 0 ? tail + (t + layout.taps - 1) * tail_stride : x + t * layout.token_stride;
     }
 
+    // The first filter weight that meets an input of the token's own document.
+    int oldest(int t) const { return first ? std::max(0, layout.taps - 1 - (t - first[t])) : 0; }
+
     // Numbers j to j + LANES of what the convolution gives for token t.
     Lanes mixed(int t, int j) const {
         if (!layout.taps) return load(input(t) + j);
         Lanes sum{};
-        for (int w = 0; w < layout.taps; ++w)
+        for (int w = oldest(t); w < layout.taps; ++w)
             sum += load(input(t - layout.taps + 1 + w) + j) * load(&weight[w * layout.dim + j]);
         return sum;
     }
@@ -52,14 +58,15 @@ struct Channels {
 extern "C" {
 
 // Heads `begin` to `end`. `x` has the strides of the layout, `weights` is [heads * slices * dim, taps], `tail` is
-// [taps - 1, batch, heads * slices * dim], `streams` [slices, batch, heads, tokens, dim].
+// [taps - 1, batch, heads * slices * dim], `first` [batch, tokens] or null, `streams` [slices, batch, heads, tokens,
+// dim].
 void hopescale_streams_forward(const Layout* layout_, int begin, int end, const float* x, const float* weights,
-                               const float* tail, float* streams) {
+                               const float* tail, const int32_t* first, float* streams) {
     const Layout& layout = *layout_;
     for (int h = begin; h < end; ++h)
         for (int b = 0; b < layout.batch; ++b)
             for (int s = 0; s < layout.slices; ++s) {
-                const Channels channels(layout, b, h, s, x, weights, tail);
+                const Channels channels(layout, b, h, s, x, weights, tail, first);
                 const int64_t head = (int64_t(s) * layout.batch + b) * layout.heads + h;
                 float* row = streams + head * layout.tokens * layout.dim;
                 for (int t = 0; t < layout.tokens; ++t, row += layout.dim) {
@@ -77,8 +84,8 @@ void hopescale_streams_forward(const Layout* layout_, int begin, int end, const 
 // The way back. `d_x` is [tokens, batch, heads, slices, dim]; `d_weights` and `d_tail` are like `weights` and `tail`;
 // the latter starts as zeros.
 void hopescale_streams_backward(const Layout* layout_, int begin, int end, const float* x, const float* weights,
-                                const float* tail, const float* d_streams, float* d_x, float* d_weights,
-                                float* d_tail) {
+                                const float* tail, const int32_t* first, const float* d_streams, float* d_x,
+                                float* d_weights, float* d_tail) {
     const Layout& layout = *layout_;
     const int dim = layout.dim, taps = layout.taps;
     const int64_t channels_all = int64_t(layout.heads) * layout.slices * dim, d_stride = layout.batch * channels_all;
@@ -88,7 +95,7 @@ void hopescale_streams_backward(const Layout* layout_, int begin, int end, const
             const int64_t channel = (int64_t(h) * layout.slices + s) * dim;
             std::fill(filter.begin(), filter.end(), 0.0f);
             for (int b = 0; b < layout.batch; ++b) {
-                const Channels channels(layout, b, h, s, x, weights, tail);
+                const Channels channels(layout, b, h, s, x, weights, tail, first);
                 const int64_t head = (int64_t(s) * layout.batch + b) * layout.heads + h;
                 const float* d_row = d_streams + head * layout.tokens * dim;
                 const auto d_input = [&](int t) {
@@ -112,7 +119,7 @@ void hopescale_streams_backward(const Layout* layout_, int begin, int end, const
                         }
                         const Lanes value = load(&mixed[j]), gate = sigmoid(value);
                         d *= gate + value * gate * (1.0f - gate);
-                        for (int w = 0; w < taps; ++w) {
+                        for (int w = channels.oldest(t); w < taps; ++w) {
                             const int from = t - taps + 1 + w;
                             float *at = d_input(from) + j, *sum = &filter[w * dim + j];
                             const Lanes share = d * load(&channels.weight[w * dim + j]);

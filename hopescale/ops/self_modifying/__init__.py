@@ -2,6 +2,7 @@
 
 from hopescale.ops.self_modifying.naive import self_modifying_naive
 from hopescale.ops.self_modifying.operation import self_modifying
+from hopescale.ops.self_modifying.resets import run_with_resets
 from hopescale.ops.self_modifying.types import (
     KEY_EPS,
     Memories,
@@ -20,6 +21,7 @@ __all__ = [
     "SelfModifyingOutput",
     "Streams",
     "Weights",
+    "run_with_resets",
     "self_modifying",
     "self_modifying_naive",
 ]

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hopescale.ops.documents import Documents
 from hopescale.ops.norm import l2_norm
 from hopescale.ops.self_modifying.types import (
     Memories,
@@ -88,9 +89,11 @@ def _times(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def self_modifying_naive(
-    streams: Streams, state: Memories, spec: MemorySpec, *, position: int = 0
+    streams: Streams, state: Memories, spec: MemorySpec, *, position: int = 0, documents: Documents | None = None
 ) -> SelfModifyingOutput:
     """Run memories over a sequence as a loop over tokens. Arguments and result of `self_modifying`."""
+    if documents is not None:
+        return _apart(streams, state, spec, documents)
     banks = [(bank, part) for bank, part in zip(spec.banks, state, strict=True) if bank is not None]
     memories = {
         name: _Memory(bank, name, index, part)
@@ -109,6 +112,20 @@ def self_modifying_naive(
     after = [_state([memories[n] for n in bank.vector_memories + bank.gate_memories], bank) for bank, _ in banks]
     y, stats = torch.stack(outputs, dim=2), torch.stack(stats, dim=2).detach()
     return SelfModifyingOutput(y, stats, Memories(after[0], after[1] if len(after) > 1 else None))
+
+
+def _apart(streams: Streams, state: Memories, spec: MemorySpec, documents: Documents) -> SelfModifyingOutput:
+    """Run each document alone."""
+    tokens, rows = streams.k.shape[2], []
+    for begin, end in zip(documents.bounds, documents.bounds[1:], strict=False):
+        row, first = divmod(begin, tokens)
+        here = slice(row, row + 1), slice(None), slice(first, first + end - begin)
+        if first == 0:
+            rows.append([])
+        own = Streams(*(None if x is None else x[here] for x in streams))
+        rows[-1].append(self_modifying_naive(own, state, spec))
+    y, stats = (torch.cat([torch.cat([part[n] for part in row], dim=2) for row in rows]) for n in (0, 1))
+    return SelfModifyingOutput(y, stats, Memories.cat([row[-1].state for row in rows]))
 
 
 def _token(memories: dict[str, _Memory], spec: MemorySpec, token: Streams) -> tuple[Tensor, Tensor]:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from hopescale.ops.backends import Backend, Recompute, select
 from hopescale.ops.delta_rule import delta_rule
 from hopescale.ops.device import device_type, dtype_name
+from hopescale.ops.documents import Documents
 from hopescale.ops.self_modifying.chunked import self_modifying_chunked
 from hopescale.ops.self_modifying.cpp import self_modifying_cpp
 from hopescale.ops.self_modifying.memories import make_inputs
+from hopescale.ops.self_modifying.side_by_side import run_side_by_side
 from hopescale.ops.self_modifying.types import (
     Memories,
     MemorySpec,
@@ -27,6 +31,7 @@ def self_modifying(
     spec: MemorySpec,
     *,
     position: int = 0,
+    documents: Documents | None = None,
     backend: Backend = "auto",
     recompute: Recompute = "none",
     compiled: bool = False,
@@ -37,9 +42,11 @@ def self_modifying(
 
     Args:
         streams: Inputs of keys, values and queries and logits of gates, float32 (float64 in tests).
-        state: Memories before the first token.
+        state: Memories before the first token. With documents: those that each of them begins with, for a batch of one.
         spec: Memories, and how they read and learn.
         position: Tokens that came before; chunks begin at multiples of their size.
+        documents: Documents in the sequences, each with memories and chunks of its own. The state returned is that
+            after the last one of each sequence. None takes a sequence for one document.
         backend: Code that computes; `backends.select` says which runs where.
         recompute: Activations that the backward pass computes again. `none` keeps all, `reverse` computes also most
             states of chunks again; anything else keeps the states that chunks begin with, and so do the operations over
@@ -47,10 +54,13 @@ def self_modifying(
         compiled: Whether a chunk is compiled (`torch.compile`), once for every number of tokens that is met.
 
     Raises:
-        ValueError: If `backend` is `cpp` or `triton`, and it cannot run.
+        ValueError: If `backend` is `cpp` or `triton`, and it cannot run; if documents are given and tokens came before.
     """
-    tokens, head_dim = streams.k.shape[2:]
+    batch, _, tokens, head_dim = streams.k.shape
+    if documents is not None and position:
+        raise ValueError(f"documents are given, but those of the {position} tokens before are unknown")
     if tokens == 0:
+        state = state if documents is None else state.expand(batch)
         return SelfModifyingOutput(streams.q, streams.q.new_zeros(*streams.q.shape[:3], 3), state)
     choice = select(
         backend,
@@ -65,18 +75,24 @@ def self_modifying(
     if choice.backend is None:
         raise ValueError(f"backend is {backend!r}, but {choice.reason}")
     if choice.backend == "cpp":
-        return self_modifying_cpp(streams, state, spec)
+        return self_modifying_cpp(streams, state, spec, documents)
     if choice.backend == "triton":
         from hopescale.ops.self_modifying.triton.function import self_modifying_triton
 
-        return self_modifying_triton(streams, state, spec)
-    if not spec.is_sequential:
-        return _side_by_side(streams, state.memory, spec)
-    return self_modifying_chunked(streams, state, spec, position=position, recompute=recompute, compiled=compiled)
+        return self_modifying_triton(streams, state, spec, documents)
+    if spec.is_sequential:
+        how = {"recompute": recompute, "compiled": compiled, "varied": documents is not None}
+        run = partial(self_modifying_chunked, spec=spec, position=position, **how)
+    else:
+        run = partial(_chunks_at_once, spec=spec)
+    if documents is None:
+        return run(streams, state)
+    return run_side_by_side(run, streams, state, documents, spec.projection_chunk_size or spec.chunk_size)
 
 
-def _side_by_side(streams: Streams, state: MemoryState, spec: MemorySpec) -> SelfModifyingOutput:
+def _chunks_at_once(streams: Streams, memories: Memories, spec: MemorySpec) -> SelfModifyingOutput:
     """Run a linear memory that stores static values: its chunks do not wait for one another."""
+    state = memories.memory
     inputs = make_inputs(spec, state.boundary, streams)
     u = inputs.v if inputs.mu is None else inputs.v * (1 - inputs.mu)[..., None]
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hopescale.ops.documents import Documents
 from hopescale.ops.limits import BLOCK
 from hopescale.ops.self_modifying.types import (
     Memories,
@@ -54,21 +55,28 @@ def unpack(packed: Tensor, spec: MemorySpec, dim: int, *, share: bool) -> Weight
 
 
 def run_packed(
-    operation: type[torch.autograd.Function], streams: Streams, state: Memories, spec: MemorySpec, *, share: bool
+    operation: type[torch.autograd.Function],
+    streams: Streams,
+    state: Memories,
+    spec: MemorySpec,
+    documents: Documents | None,
+    *,
+    share: bool,
 ) -> SelfModifyingOutput:
-    """Run memories over a sequence that begins with a chunk by one operation. As `self_modifying`.
+    """Run memories over sequences that begin with a chunk by one operation. As `self_modifying`.
 
     Args:
-        operation: Function of a spec, the streams, packed weights and their packed momentum. It returns outputs,
-            statistics, and packed weights, momentum and weights at the last boundary.
+        operation: Function of a spec, documents, the streams, packed weights and their packed momentum. It returns
+            outputs, statistics, and packed weights, momentum and weights at the last boundary.
         streams: Streams that are cut nowhere.
-        state: Memories before the first token.
+        state: Memories before the first token; with documents those that each begins with, for a batch of one.
         spec: Memories, all in one bank.
+        documents: Documents in the sequences; None takes each sequence for one.
         share: Whether gates share a block, as in `pack`.
     """
     running, momentum, _ = state.memory
     inputs = (None if x is None else x.contiguous() for x in streams)
     first = (None if x is None else pack(x, spec, share=share) for x in (running, momentum))
-    y, stats, *last = operation.apply(spec, *inputs, *first)
+    y, stats, *last = operation.apply(spec, documents, *inputs, *first)
     after = MemoryState(*(None if x is None else unpack(x, spec, streams.k.shape[-1], share=share) for x in last))
     return SelfModifyingOutput(y, stats, Memories(after, None))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import repeat
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from hopescale.ops.backends import MemoryShape
 from hopescale.ops.delta_rule.types import Read
@@ -68,6 +69,23 @@ class Memories(NamedTuple):
     def at_boundary(self) -> Memories:
         """Begin a chunk in all banks."""
         return Memories(*(None if bank is None else bank.at_boundary() for bank in self))
+
+    def expand(self, batch: int) -> Memories:
+        """View memories for a batch of one as those of `batch` sequences."""
+        return tree_map(lambda x: None if x is None else x.expand(batch, *x.shape[1:]), self)
+
+    def split(self, sizes: Sequence[int]) -> list[Memories]:
+        """Cut the batch into parts of these sizes."""
+        leaves, tree = tree_flatten(self)
+        parts = ([None] * len(sizes) if x is None else x.split(list(sizes)) for x in leaves)
+        return [tree_unflatten(part, tree) for part in zip(*parts, strict=True)]
+
+    @staticmethod
+    def cat(parts: Sequence[Memories]) -> Memories:
+        """Join batches."""
+        leaves = zip(*(tree_flatten(part)[0] for part in parts), strict=True)
+        joined = [None if each[0] is None else torch.cat(each) for each in leaves]
+        return tree_unflatten(joined, tree_flatten(parts[0])[1])
 
 
 class Streams(NamedTuple):

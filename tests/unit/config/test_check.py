@@ -50,6 +50,12 @@ BROKEN = [
         "train.backend",
         "train.recompute: reverse takes the chunk loop",
     ),
+    ([f"{MIXER}.reset_every=96"], f"{MIXER}.reset_every", "96 is not a multiple of chunk_size = 64"),
+    (
+        [f"{MIXER}.reset_every=192", f"{PROJECTION}=128"],
+        f"{MIXER}.reset_every",
+        "192 is not a multiple of projection_chunk_size = 128",
+    ),
     (["train.backend=cpp", f"{PROJECTION}=128"], "train.backend", "projection_chunk_size is 128, chunk_size 64"),
     (
         ["train.backend=triton", f"{MIXER}.memory_dim=48"],
@@ -144,6 +150,7 @@ def problems_of(recipe, *overrides):
         [f"{MIXER}.retention=false", f"{MIXER}.adaptive=[k, v, eta]", f"{MIXER}.momentum=false"],
         [f"{MIXER}.targets=value", f"{MIXER}.adaptive=[]", f"{MIXER}.error_cap=2"],
         [f"{MIXER}.chunk_size=16", f"{MIXER}.projection_chunk_size=64"],
+        [f"{MIXER}.chunk_size=16", f"{MIXER}.projection_chunk_size=64", f"{MIXER}.reset_every=128"],
         [f"{LEVEL}.update_every_steps=101", f"{LEVEL}.phase=1"],
         ["data.sources.main={path: null, synthetic: {num_symbols: 126}}"],
         ["optim.schedule={name: wsd, warmup_steps: 50, decay_fraction: 0.5}"],

@@ -11,6 +11,7 @@ from torch import Tensor
 from hopescale.config.schema import AttentionConfig, ModelConfig, RopeScalingConfig
 from hopescale.models.attention import Attention
 from hopescale.models.init import initialize
+from hopescale.ops.documents import Documents
 from hopescale.parallel.mesh import Mesh
 
 WIDTH, HEADS, DIM, BATCH = 12, 4, 6, 2
@@ -100,9 +101,8 @@ SWITCHES = (
 def test_attention_equals_its_equation(switches: dict, tokens: int, within_documents: bool):
     attention, x = make_attention(**switches), make_input(tokens)
     documents = torch.tensor([[0] * 5 + [1] * 8, [0] * 12 + [1]])[:, :tokens]
-    documents = documents if within_documents else None
-    expected = naive_attention(attention, x, documents)
-    result = attention(x, document_ids=documents)[0]
+    expected = naive_attention(attention, x, documents if within_documents else None)
+    result = attention(x, documents=Documents.of(documents) if within_documents else None)[0]
     # Rotary tables are float32, as in training.
     torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-6)
     weights, d_result = list(attention.parameters()), torch.randn_like(expected)
@@ -126,5 +126,5 @@ def test_split_sequence_equals_one_pass(cuts: list[int], window: int | None):
 def test_documents_of_earlier_tokens_are_unknown():
     attention, x = make_attention(), make_input(4)
     _, state = attention(x)
-    with pytest.raises(ValueError, match="document_ids are given"):
-        attention(x, state, document_ids=torch.zeros(BATCH, 4, dtype=torch.int32))
+    with pytest.raises(ValueError, match="documents are given"):
+        attention(x, state, documents=Documents.whole(BATCH, 4, x.device))

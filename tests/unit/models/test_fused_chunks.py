@@ -80,7 +80,7 @@ def outputs(mixer: SelfModifying, tokens: int) -> tuple[list[Tensor], list[Tenso
     tensors |= {name: tensors[name.replace("boundary", "running")] for name in first if "/boundary/" in name}
     x = torch.randn(tokens, BATCH, WIDTH, generator=g).to(mixer.in_proj.weight.dtype).requires_grad_()
     probe: dict[str, Tensor] = {}
-    y, after = mixer(x, state.with_named(tensors), probe)
+    y, after = mixer(x, state.with_named(tensors), probe=probe)
     looks_back = mixer.spec.is_sequential
     results = [y, *(x for name, x in sorted(after.named().items()) if looks_back or "/boundary/" not in name)]
     loss = sum((one * torch.randn(one.shape, generator=g)).sum() for one in results)

@@ -12,6 +12,7 @@ from torch import Tensor
 from hopescale.config.schema import ModelConfig, SelfModifyingConfig
 from hopescale.models.init import initialize
 from hopescale.models.self_modifying import SelfModifying
+from hopescale.ops.documents import Documents
 from hopescale.ops.self_modifying import chunked
 from hopescale.parallel.mesh import Mesh
 from tests.support.naive_mixer import SWITCHES, naive_mixer
@@ -77,7 +78,7 @@ def test_split_sequence_equals_one_pass(switch: str):
             assert_equal_up_to_rounding(found[name], tensor)
 
 
-@pytest.mark.parametrize("switch", ["default", "linear", "two chunk sizes", "boundary", "inclusive"])
+@pytest.mark.parametrize("switch", ["default", "linear", "two chunk sizes", "boundary", "inclusive", "resets"])
 def test_later_tokens_change_no_earlier_output(switch: str):
     mixer = make_mixer(replace(SelfModifyingConfig(chunk_size=4), **SWITCHES[switch]))
     x = torch.randn(20, BATCH, WIDTH, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
@@ -94,6 +95,17 @@ def test_sequences_of_a_batch_are_independent():
     changed = x.clone()
     changed[:, 1] += 1.0
     torch.testing.assert_close(mixer(changed)[0][:, 0], mixer(x)[0][:, 0], rtol=0, atol=1e-12)
+
+
+def test_memories_of_a_piece_know_nothing_of_the_one_before():
+    mixer = make_mixer(SelfModifyingConfig(chunk_size=4, reset_every=8, conv_width=3))
+    x = torch.randn(20, BATCH, WIDTH, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    changed = x.clone()
+    changed[6] += 1.0
+    difference = (mixer(changed)[0] - mixer(x)[0]).abs().amax((1, 2))
+    assert difference[7] > 1e-3
+    assert difference[8] > 1e-3, "the convolution goes on"
+    assert difference[16:].max() == 0
 
 
 @pytest.mark.parametrize("memory", ["mlp", "linear"])
@@ -131,14 +143,17 @@ def test_a_key_that_comes_back_in_every_chunk_lets_no_gradient_explode(switch: s
     assert sizes[40] < 3 * sizes[4]
 
 
-def test_the_chunk_loop_is_traced_without_a_break(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("documents", [False, True])
+def test_the_chunk_loop_is_traced_without_a_break(documents: bool, monkeypatch: pytest.MonkeyPatch):
     mixer = make_mixer(SelfModifyingConfig(chunk_size=4))
-    x = torch.randn(9, BATCH, WIDTH, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    expected = mixer(x)[0]
+    x = torch.randn(23, BATCH, WIDTH, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    ids = torch.tensor([[0, 1, 1, 1, 1, 2, *[3] * 9, *[4] * 8], [0] * 23])
+    given = {"documents": Documents.of(ids)} if documents else {}
+    expected = mixer(x, **given)[0]
     traced = []
 
     def compile_eagerly(function: Callable, **how: object) -> Callable:
-        assert how == {"fullgraph": True, "dynamic": False}
+        assert how == {"fullgraph": True, "dynamic": None if documents else False}
         traced.append(function)
         return original(function, **how, backend="eager")
 
@@ -146,7 +161,7 @@ def test_the_chunk_loop_is_traced_without_a_break(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch, "compile", compile_eagerly)
     chunked._compiled.cache_clear()
     mixer.computed["compiled"] = True
-    assert_equal_up_to_rounding(mixer(x)[0], expected)
+    assert_equal_up_to_rounding(mixer(x, **given)[0], expected)
     chunked._compiled.cache_clear()
     assert len(traced) == 1
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from hopescale.ops.cpp import build
+from hopescale.ops.documents import Documents
 from hopescale.ops.head_streams import head_streams
 
 BATCH, HEADS, SLICES, DIM = 2, 3, 3, 16
@@ -14,7 +15,7 @@ BATCH, HEADS, SLICES, DIM = 2, 3, 3, 16
 pytestmark = pytest.mark.skipif(build.problem() is not None, reason="no C++ compiler could build the library")
 
 
-def run(tokens: int, taps: int, unit: tuple[bool, ...], backend: str) -> list[Tensor]:
+def run(tokens: int, taps: int, unit: tuple[bool, ...], backend: str, first: Tensor | None = None) -> list[Tensor]:
     g = torch.Generator().manual_seed(1)
     projected = torch.randn(tokens, BATCH, HEADS, SLICES + 1, DIM, generator=g, requires_grad=True)
     leaves, weight, tail = [projected], None, None
@@ -23,7 +24,8 @@ def run(tokens: int, taps: int, unit: tuple[bool, ...], backend: str) -> list[Te
         tail = torch.randn(BATCH, taps - 1, HEADS * SLICES * DIM, generator=g, requires_grad=True)
         leaves += [weight, tail]
     inputs = projected[..., :SLICES, :]  # the slice of an output gate stays behind
-    streams, after = head_streams(inputs, weight, None if tail is None else tail.transpose(0, 1), unit, backend=backend)
+    tail = None if tail is None else tail.transpose(0, 1)
+    streams, after = head_streams(inputs, weight, tail, unit, first=first, backend=backend)
     loss = (streams * torch.randn(streams.shape, generator=g)).sum()
     if after is not None:
         loss = loss + (after * torch.randn(after.shape, generator=g)).sum()
@@ -35,6 +37,18 @@ def run(tokens: int, taps: int, unit: tuple[bool, ...], backend: str) -> list[Te
 @pytest.mark.parametrize("tokens", [1, 2, 3, 39])
 def test_one_pass_equals_torchs_operations(tokens: int, taps: int, unit: tuple[bool, ...]):
     for actual, expected in zip(run(tokens, taps, unit, "cpp"), run(tokens, taps, unit, "torch"), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+DOCUMENTS = torch.tensor([[0, 0, 0, 1, 2, 3, 3], [0, 1, 1, 1, 1, 1, 1]])
+
+
+@pytest.mark.parametrize("taps", [0, 1, 2, 4, 9])
+def test_one_pass_reads_no_earlier_document_either(taps: int):
+    first = Documents.of(DOCUMENTS).first
+    unit = (True, False, True)
+    pairs = zip(run(7, taps, unit, "cpp", first), run(7, taps, unit, "torch", first), strict=True)
+    for actual, expected in pairs:
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 

@@ -36,6 +36,26 @@ def test_short_conv_has_the_gradient_of_its_equation(tokens: int):
     assert torch.autograd.gradcheck(short_conv, [tensor.requires_grad_() for tensor in inputs])
 
 
+FIRST = torch.tensor([[0, 0, 0, 3, 4, 4, 4, 4, 4, 4, 10], [0, 1, 1, 1, 1, 5, 5, 5, 5, 5, 5]], dtype=torch.int32)
+
+
+def test_a_filter_reads_no_earlier_document():
+    x, weight, tail = randn(11, 2, 6), randn(6, 4, seed=1), randn(3, 2, 6, seed=2)
+    y, after = short_conv(x, weight, tail, FIRST)
+    for row, firsts in enumerate(FIRST.tolist()):
+        begins = sorted(set(firsts))
+        for begin, end in zip(begins, [*begins[1:], 11], strict=True):
+            alone, last = short_conv(x[begin:end, row : row + 1], weight, torch.zeros(3, 1, 6, dtype=x.dtype))
+            torch.testing.assert_close(y[begin:end, row : row + 1], alone)
+        assert torch.equal(after[:, row : row + 1], last)
+
+
+def test_a_filter_within_documents_has_the_gradient_of_its_equation():
+    inputs = [randn(11, 2, 6), randn(6, 4, seed=1), randn(3, 2, 6, seed=2)]
+    inputs = [tensor.requires_grad_() for tensor in inputs]
+    assert torch.autograd.gradcheck(lambda *given: short_conv(*given, FIRST), inputs)
+
+
 def test_norms():
     x, weight = randn(3, 8), randn(8, seed=1)
     torch.testing.assert_close(l2_norm(x).norm(dim=-1), torch.ones(3, dtype=x.dtype), rtol=1e-5, atol=0)

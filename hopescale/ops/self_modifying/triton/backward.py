@@ -1,4 +1,4 @@
-"""The backward kernel: one program walks back over the chunks of one head of one sequence."""
+"""The backward kernel: one program walks back over the chunks of one head of one document."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from hopescale.ops.self_modifying.triton.matrices import add, load_rows, put, ti
 from hopescale.ops.self_modifying.triton.memories import gates_at
 from hopescale.ops.self_modifying.triton.memories_back import make_back, make_gate_back, retrieve_back
 from hopescale.ops.self_modifying.triton.pieces import (
+    choose,
     count_pieces,
     open_piece,
     packed,
     pass_memories,
+    place_document,
     place_piece,
 )
 from hopescale.ops.self_modifying.triton.pieces_back import clear_piece, pass_memory_back, tables_back
@@ -81,7 +83,7 @@ def enter_boundary(d_states, d_boundary, CONFIG: tl.constexpr):
     tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["tokens", "chunk_size"])
+@triton.jit(do_not_specialize=["begin", "heads", "row_step", "tokens", "chunk_size", "slots"])
 def self_modify_back_kernel(
     k,
     v,
@@ -89,6 +91,8 @@ def self_modify_back_kernel(
     eta,
     alpha,
     mu,
+    given,
+    given_momenta,
     states,
     momenta,
     replayed_states,
@@ -104,25 +108,32 @@ def self_modify_back_kernel(
     d_alpha,
     d_mu,
     scratch,
+    bounds,
+    begin,
+    heads,
+    row_step,
     tokens,
     chunk_size,
+    slots,
     scratch_size,
     CONFIG: tl.constexpr,
 ):
-    """Walk back. Gradients of packed weights and momentum after the last token become those before the first.
+    """Walk back. Gradients of a program's weights and momentum after its last token become those before its first.
 
     Where a chunk has several pieces, all but the last move the memories once more, from what the chunk began with, so
     that there are weights before each of them.
     """
-    program = tl.program_id(0).to(tl.int64)
-    rows, chunks = tl.arange(0, CONFIG.rows), tl.cdiv(tokens, chunk_size)
-    scratch += program * scratch_size
+    program = begin + tl.program_id(0).to(tl.int64)
+    scratch += tl.program_id(0).to(tl.int64) * scratch_size
+    token, length, source, slot = place_document(program, bounds, heads, row_step, tokens, chunk_size, slots)
+    start = packed(given, given_momenta, source, CONFIG)
+    rows, chunks = tl.arange(0, CONFIG.rows), tl.cdiv(length, chunk_size)
     backs = (d_boundary + program * CONFIG.size, packed(d_state, d_momentum, program, CONFIG))
     replays = program * (tl.cdiv(tl.minimum(chunk_size, tokens), CONFIG.rows) - 1)
     for step in range(chunks):
         n = chunks - 1 - step
-        boundary = packed(states, momenta, program * (chunks + 1) + n, CONFIG)
-        pieces = count_pieces(n, tokens, chunk_size, CONFIG)
+        boundary = choose(n == 0, start, packed(states, momenta, slot + tl.maximum(n, 1) - 1, CONFIG))
+        pieces = count_pieces(n, length, chunk_size, CONFIG)
         passes = pieces
         if CONFIG.cut:
             passes = 2 * pieces - 1
@@ -130,10 +141,9 @@ def self_modify_back_kernel(
             p = tl.where(turn < passes - pieces, turn, passes - 1 - turn)
             before = boundary
             if CONFIG.cut:
-                moved = packed(replayed_states, replayed_momenta, replays + p - 1, CONFIG)
-                before = (tl.where(p > 0, moved[0], boundary[0]), tl.where(p > 0, moved[1], boundary[1]))
-            first, size = place_piece(n, p, tokens, chunk_size, CONFIG)
-            exists, first = rows < size, program * tokens + first
+                before = choose(p == 0, boundary, packed(replayed_states, replayed_momenta, replays + p - 1, CONFIG))
+            first, size = place_piece(n, p, length, chunk_size, CONFIG)
+            exists, first = rows < size, token + first
             streams = k + first * CONFIG.dim, v + first * CONFIG.dim, q + first * CONFIG.dim
             logits = gates_at(eta, alpha, mu, first, CONFIG)
             inputs = open_piece(logits, streams, exists, size, boundary[0], scratch, CONFIG)

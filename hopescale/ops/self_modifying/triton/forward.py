@@ -1,4 +1,4 @@
-"""The forward kernel: one program walks the chunks of one head of one sequence."""
+"""The forward kernel: one program walks the chunks of one head of one document."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ from hopescale.ops.self_modifying.triton import scratch as at
 from hopescale.ops.self_modifying.triton.matrices import tile
 from hopescale.ops.self_modifying.triton.memories import gates_at, retrieve
 from hopescale.ops.self_modifying.triton.pieces import (
+    choose,
     count_pieces,
     open_piece,
     packed,
     pass_memories,
+    place_document,
     place_piece,
 )
 
 
-@triton.jit(do_not_specialize=["tokens", "chunk_size"])
+@triton.jit(do_not_specialize=["begin", "heads", "row_step", "tokens", "chunk_size", "slots"])
 def self_modify_kernel(
     k,
     v,
@@ -25,27 +27,36 @@ def self_modify_kernel(
     eta,
     alpha,
     mu,
+    given,
+    given_momenta,
     states,
     momenta,
     y,
     stats,
     scratch,
+    bounds,
+    begin,
+    heads,
+    row_step,
     tokens,
     chunk_size,
+    slots,
     scratch_size,
     CONFIG: tl.constexpr,
 ):
-    """Walk the chunks. Packed weights and momentum before chunk `n` are read from place `n`, and stored at `n + 1`."""
-    program = tl.program_id(0).to(tl.int64)
-    rows, chunks = tl.arange(0, CONFIG.rows), tl.cdiv(tokens, chunk_size)
-    scratch += program * scratch_size
-    for n in range(chunks):
-        slot = program * (chunks + 1) + n
-        boundary, after = packed(states, momenta, slot, CONFIG), packed(states, momenta, slot + 1, CONFIG)
-        for p in range(count_pieces(n, tokens, chunk_size, CONFIG)):
-            before = packed(states, momenta, slot + tl.minimum(p, 1), CONFIG)
-            first, size = place_piece(n, p, tokens, chunk_size, CONFIG)
-            exists, first = rows < size, program * tokens + first
+    """Walk the chunks. Packed weights and momentum before the first are given, those after each are stored in a row."""
+    program = begin + tl.program_id(0).to(tl.int64)
+    scratch += tl.program_id(0).to(tl.int64) * scratch_size
+    token, length, source, slot = place_document(program, bounds, heads, row_step, tokens, chunk_size, slots)
+    start = packed(given, given_momenta, source, CONFIG)
+    rows = tl.arange(0, CONFIG.rows)
+    for n in range(tl.cdiv(length, chunk_size)):
+        after = packed(states, momenta, slot + n, CONFIG)
+        boundary = choose(n == 0, start, packed(states, momenta, slot + tl.maximum(n, 1) - 1, CONFIG))
+        for p in range(count_pieces(n, length, chunk_size, CONFIG)):
+            before = choose(p == 0, boundary, after)
+            first, size = place_piece(n, p, length, chunk_size, CONFIG)
+            exists, first = rows < size, token + first
             streams = k + first * CONFIG.dim, v + first * CONFIG.dim, q + first * CONFIG.dim
             logits = gates_at(eta, alpha, mu, first, CONFIG)
             inputs = open_piece(logits, streams, exists, size, boundary[0], scratch, CONFIG)

@@ -13,8 +13,37 @@ from hopescale.ops.self_modifying.triton.tables import decay_weights, last_weigh
 
 
 @triton.jit
+def place_document(program, bounds, heads, row_step, tokens, chunk_size, slots):
+    """Find the document and the head of a program.
+
+    Args:
+        bounds: Pointer to the first token of each document among those of all rows, one row after the other.
+        heads: Number of heads.
+        row_step: Number of heads, or 0 if all rows begin with one state.
+        tokens: Number of tokens of a row.
+        slots: Number of sets of weights that are kept for a head.
+
+    Returns:
+        Place of its first token in tensors `[B, H, T]`; number of its tokens; place of the state that it begins with,
+        and of that with which its second chunk does.
+    """
+    number, head = program // heads, program % heads
+    begin = tl.load(bounds + number)
+    row = begin // tokens
+    length = (tl.load(bounds + number + 1) - begin).to(tl.int32)
+    token = (row * heads + head) * tokens + begin - row * tokens
+    return token, length, row * row_step + head, head * slots + begin // chunk_size + number
+
+
+@triton.jit
+def choose(use_first, first, second):
+    """Return the first or the second pair of pointers."""
+    return tl.where(use_first, first[0], second[0]), tl.where(use_first, first[1], second[1])
+
+
+@triton.jit
 def place_piece(n, p, tokens, chunk_size, CONFIG: tl.constexpr):
-    """Find piece `p` of chunk `n`: its first token in the sequence, and how many there are."""
+    """Find piece `p` of chunk `n`: its first token in the document, and how many there are."""
     first = n * chunk_size + p * CONFIG.rows
     return first, tl.minimum(CONFIG.rows, tl.minimum(chunk_size - p * CONFIG.rows, tokens - first))
 

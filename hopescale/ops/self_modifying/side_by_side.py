@@ -1,0 +1,117 @@
+"""Documents of packed sequences as sequences of a batch, for code that runs sequences of one length.
+
+All documents go along together, chunk after chunk, and one that has no whole chunk left drops out. What is left of
+each, less than a chunk, is run in the end, padded to one of few lengths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hopescale.ops.documents import Documents
+from hopescale.ops.self_modifying.types import Memories, SelfModifyingOutput, Streams
+
+Run = Callable[[Streams, Memories], SelfModifyingOutput]
+"""Runs memories over sequences `[B, H, T, ...]` that begin with a chunk."""
+
+
+class _Pass(NamedTuple):
+    """Documents run together: each from its token `start` on, for `tokens` tokens, padded where it has fewer."""
+
+    numbers: Sequence[int]
+    start: int
+    tokens: int
+
+
+def _passes(documents: Documents, size: int) -> tuple[list[_Pass], list[_Pass]]:
+    """Plan the passes over whole chunks of `size` tokens, and those over what is left.
+
+    Each of the former has the first documents of the one before it. Among the latter, a document that ends its sequence
+    is not padded, so that the state after it is that after its last token.
+    """
+    lengths, last = documents.lengths, set(documents.last)
+    order = sorted(range(len(lengths)), key=lambda number: -(lengths[number] // size))
+    whole, done = [], 0
+    for count in sorted({length // size for length in lengths} - {0}):
+        numbers = [number for number in order if lengths[number] // size >= count]
+        whole.append(_Pass(numbers, done * size, (count - done) * size))
+        done = count
+    rest: dict[int, list[int]] = {}
+    for number, length in enumerate(lengths):
+        if left := length % size:
+            padded = left if number in last else min(size, 1 << (left - 1).bit_length())
+            rest.setdefault(padded, []).append(number)
+    return whole, [_Pass(numbers, -1, tokens) for tokens, numbers in sorted(rest.items())]
+
+
+def _places(documents: Documents, one: _Pass, size: int) -> Tensor:
+    """Return where a pass finds its tokens among all of them `[N, T]`; padding lies behind the last one."""
+    begins = torch.tensor([documents.bounds[number] for number in one.numbers])
+    ends = torch.tensor([documents.bounds[number + 1] for number in one.numbers])
+    start = begins + one.start if one.start >= 0 else ends - (ends - begins) % size
+    places = start[:, None] + torch.arange(one.tokens)
+    return torch.where(places < ends[:, None], places, documents.bounds[-1])
+
+
+def run_side_by_side(
+    run: Run, streams: Streams, state: Memories, documents: Documents, size: int
+) -> SelfModifyingOutput:
+    """Run memories over the documents of packed sequences.
+
+    Padding has keys of zero, so that it writes nothing, and comes after what a document reads.
+
+    Args:
+        run: Function that runs memories over sequences.
+        streams: Streams of the packed sequences.
+        state: Memories that each document begins with, for a batch of one.
+        documents: Documents in the sequences.
+        size: Tokens after which all memories are at a boundary.
+    """
+    whole, rest = _passes(documents, size)
+    places = [_places(documents, one, size) for one in (*whole, *rest)]
+    parts = _gather(streams, places)
+    outputs, found = [], dict.fromkeys(range(len(documents.lengths)), state)
+    alive = state.expand(len(whole[0].numbers)) if whole else state
+    for index, (one, part) in enumerate(zip(whole, parts, strict=False)):
+        output = run(part, alive)
+        outputs.append(output)
+        going = len(whole[index + 1].numbers) if index + 1 < len(whole) else 0
+        alive, ended = output.state.split([going, len(one.numbers) - going])
+        found |= zip(one.numbers[going:], ended.split([1] * (len(one.numbers) - going)), strict=True)
+    for one, part in zip(rest, parts[len(whole) :], strict=True):
+        output = run(part, Memories.cat([found[number] for number in one.numbers]))
+        outputs.append(output)
+        found |= zip(one.numbers, output.state.split([1] * len(one.numbers)), strict=True)
+    y, stats = (_scatter(list(of), places, documents) for of in list(zip(*outputs, strict=True))[:2])
+    return SelfModifyingOutput(y, stats, Memories.cat([found[number] for number in documents.last]))
+
+
+def _gather(streams: Streams, places: list[Tensor]) -> list[Streams]:
+    """Return the streams of each pass; padding is zero."""
+    index = torch.cat([each.flatten() for each in places]).to(streams.k.device)
+    sizes = [each.numel() for each in places]
+
+    def parts(x: Tensor | None) -> list[Tensor | None]:
+        if x is None:
+            return [None] * len(places)
+        rows = x.transpose(1, 2).flatten(0, 1)  # [B * T, H, ...]
+        rows = torch.cat([rows, rows.new_zeros(1, *rows.shape[1:])]).index_select(0, index)
+        return [
+            part.unflatten(0, each.shape).transpose(1, 2) for part, each in zip(rows.split(sizes), places, strict=True)
+        ]
+
+    return [Streams(*part) for part in zip(*map(parts, streams), strict=True)]
+
+
+def _scatter(outputs: list[Tensor], places: list[Tensor], documents: Documents) -> Tensor:
+    """Put the outputs `[N, H, T, ...]` of passes back to where their tokens lie: `[B, H, T, ...]`."""
+    index, tokens = torch.cat([each.flatten() for each in places]), documents.bounds[-1]
+    origin = torch.empty(tokens + 1, dtype=torch.int64)
+    origin[index] = torch.arange(len(index))
+    rows = torch.cat([each.transpose(1, 2).flatten(0, 1) for each in outputs])
+    rows = rows.index_select(0, origin[:tokens].to(rows.device))
+    return rows.unflatten(0, documents.first.shape).transpose(1, 2)
