@@ -27,12 +27,18 @@ VARIANTS = {
             )
         }
     },
+    "hybrid, within documents": {
+        "mixers": {"hope": SelfModifyingConfig(chunk_size=8), "local": AttentionConfig(window=5)},
+        "pattern": ("local", "hope"),
+        "within_documents": True,
+    },
     "attention": {"mixers": {"attention": AttentionConfig(qk_norm=True)}, "within_documents": True},
     "sliding window": {"mixers": {"attention": AttentionConfig(window=5)}, "within_documents": True},
     "grouped-query attention": {
-        "mixers": {"attention": AttentionConfig()},
+        "mixers": {
+            "attention": AttentionConfig(num_kv_heads=4, qkv_bias=True, rope_scaling=RopeScalingConfig(first_context=8))
+        },
         "num_heads": 8,
-        "attention": AttentionConfig(num_kv_heads=4, qkv_bias=True, rope_scaling=RopeScalingConfig(first_context=8)),
     },
     "independent levels": {"cms": CmsConfig("independent", LEVELS)},
     "untied, no padding": {"tie_embeddings": False, "vocab_size": 256},
