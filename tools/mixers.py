@@ -36,7 +36,7 @@ MIXERS: dict[str, dict[str, str]] = {
     "mamba2": _PLAIN | {"gate": "true"},
     "linear-attention": _PLAIN | {"conv_width": "null", "retention": "false"},
 }
-"""Settings of `model.self_modifying` by the name of what they come nearest to; the baseline is softmax attention."""
+"""Settings of the self-modifying mixer by the name of what they come nearest to; the baseline is softmax attention."""
 
 
 @dataclass(frozen=True)
@@ -83,10 +83,11 @@ def configure(mixer: str, shape: Shape) -> ModelConfig:
         raise ConfigError(f"there is no mixer {name!r}", f"the names are {', '.join(MIXERS)}")
     kind = "attention" if name == BASELINE else "self_modifying"
     settings = [f"{key}={value}" for key, value in MIXERS[name].items()] + changes
-    sizes = {"d_model": shape.d_model, "num_heads": shape.heads, "num_layers": shape.layers + 2, "mixer": kind}
+    sizes = {"d_model": shape.d_model, "num_heads": shape.heads, "num_layers": shape.layers + 2}
+    sizes["mixers.attention.kind"] = kind
     sizes["cms.levels.mlp.d_ff"] = round(8 * shape.d_model / 3 / 16) * 16
     overrides = [f"model.{key}={value}" for key, value in sizes.items()]
-    overrides += [f"model.{kind}.{setting}" for setting in settings]
+    overrides += [f"model.mixers.attention.{setting}" for setting in settings]
     return require_valid(load_recipe("transformer_tiny", overrides)).config.model
 
 

@@ -17,7 +17,7 @@ from hopescale.cli.app import main as hopescale
 RATES = ",".join(f"{2.0**-k:g}" for k in range(9, 5, -1))
 HEAD_DIM = 16
 RUN = (
-    "model.self_modifying={memory: linear, chunk_size: 32}",
+    "model.mixers.hope={memory: linear, chunk_size: 32}",
     "model.cms.levels.mid=null",
     "model.cms.levels.slow=null",
     "optim.groups.no_decay.lr_scale=0.25",

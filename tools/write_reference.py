@@ -91,11 +91,12 @@ def keys() -> Iterator[str]:
     """Yield the lines of the page on the keys of a recipe."""
     yield from ("# Keys of a recipe", "", ORIGIN, "")
     yield "`hopescale config docs [PREFIX]` prints the same. `NAME` stands for a name that you choose."
-    sections: dict[str, list[FieldDoc]] = {}
+    sections: dict[tuple[str, str], list[FieldDoc]] = {}
     for row in field_docs():
-        sections.setdefault(row.key.rpartition(".")[0], []).append(row)
-    for section, rows in sections.items():
-        yield from ("", f"## {section or 'The run'}", "", "| key | type | default | meaning |", "|---|---|---|---|")
+        sections.setdefault((row.key.rpartition(".")[0], row.kind), []).append(row)
+    for (section, kind), rows in sections.items():
+        title = f"{section or 'The run'}{f', kind {kind}' if kind else ''}"
+        yield from ("", f"## {title}", "", "| key | type | default | meaning |", "|---|---|---|---|")
         yield from (_key(row) for row in rows)
 
 

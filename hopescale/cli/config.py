@@ -12,7 +12,7 @@ from hopescale.common.errors import ConfigError
 from hopescale.common.paths import display_path
 from hopescale.common.units import format_count
 from hopescale.config.check import require_valid
-from hopescale.config.fields import field_docs
+from hopescale.config.fields import field_docs, leaves
 from hopescale.config.load import load_recipe
 from hopescale.config.plan import make_plan
 from hopescale.config.show import diff as find_changes
@@ -51,7 +51,7 @@ def check(recipe: Recipe, overrides: Overrides = None) -> None:
     rows = {
         "parameters": counts,
         "flops_per_token": format_count(flops_per_token(config.model, config.train.seq_len)),
-        **{name: f"{value:,}" for name, value in make_plan(config).to_dict().items() if value is not None},
+        **{name: f"{value:,}" for name, value in leaves(make_plan(config).to_dict()).items() if value is not None},
     }
     echo_rows(rows, indent="  ")
 

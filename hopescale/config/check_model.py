@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from hopescale.common.errors import Problem
-from hopescale.config.check_base import Check, Origins, leaves_rest, set_keys
-from hopescale.config.fields import leaves
-from hopescale.config.model_shape import head_dim, kv_heads
-from hopescale.config.schema import RopeScalingConfig, RunConfig
-from hopescale.config.values import format_value
+from hopescale.config.check_base import Check, Origins, leaves_rest
+from hopescale.config.model_shape import attention_mixers, head_dim, kv_heads, self_modifying_mixers
+from hopescale.config.schema import RopeScalingConfig, RunConfig, SelfModifyingConfig
 
 SYNTHETIC_MARKERS = 2
 """Symbols of the vocabulary that a synthetic task needs beside its own."""
@@ -23,68 +22,97 @@ def heads_divide_the_width(config: RunConfig, origins: Origins) -> Iterator[Prob
         yield Problem("model.d_model", message, hint="change either, or set model.head_dim")
 
 
-def only_the_selected_mixer_is_set(config: RunConfig, origins: Origins) -> Iterator[Problem]:
-    """Keys of the mixer that is not selected would do nothing."""
-    other = {"self_modifying": "attention", "attention": "self_modifying"}[config.model.mixer]
-    for key in set_keys(config, origins, f"model.{other}"):
-        default = format_value(leaves(RunConfig()).get(key))
-        message = f"has no effect: model.mixer is {config.model.mixer}"
-        yield Problem(key, message, hint=f"set it back to its default with {key}={default}, or set model.mixer={other}")
+def blocks_have_mixers(config: RunConfig, origins: Origins) -> Iterator[Problem]:
+    """Each block has a mixer that is defined, and each mixer is in a block."""
+    model, names = config.model, ", ".join(config.model.mixers)
+    if not model.mixers:
+        hint = "set model.mixers.NAME.kind, or begin with a base: base/hope.yaml or base/transformer.yaml"
+        yield Problem("model.mixers", "no mixer", hint=hint)
+    elif not model.pattern and len(model.mixers) > 1:
+        message = f"is empty, and there are {len(model.mixers)} mixers: {names}"
+        yield Problem("model.pattern", message, hint=f"name them in the order of the blocks: [{names}]")
+    for name in sorted(set(model.pattern) - set(model.mixers)):
+        hint = f"define model.mixers.{name}, or name one of {names}" if names else ""
+        yield Problem("model.pattern", f"holds {name}, which is no mixer of the model", hint=hint)
+    if 0 < model.num_layers < len(model.pattern):
+        message = f"names {len(model.pattern)} blocks, but model.num_layers is {model.num_layers}"
+        yield Problem("model.pattern", message, hint="leave out what no block has")
+    for name in model.mixers if model.pattern else ():
+        if name not in model.pattern:
+            yield Problem(
+                f"model.mixers.{name}", "has no effect: model.pattern does not name it", hint="set it to null"
+            )
 
 
 def attention(config: RunConfig, origins: Origins) -> Iterator[Problem]:
     """Rotary positions turn pairs of channels, and each head of keys serves equally many heads of queries."""
-    model, key, scaling = config.model, "model.attention", config.model.attention.rope_scaling
-    if model.mixer == "attention":
+    model = config.model
+    for name, mixer in attention_mixers(model).items():
+        key, scaling = f"model.mixers.{name}", mixer.rope_scaling
         if model.num_heads > 0 and head_dim(model) % 2:
             yield Problem("model.head_dim", f"attention needs an even head dim, it is {head_dim(model)}")
-        if leaves_rest(model.num_heads, kv_heads(model)):
-            message = f"{model.attention.num_kv_heads} does not divide model.num_heads = {model.num_heads}"
+        if leaves_rest(model.num_heads, kv_heads(model, mixer)):
+            message = f"{mixer.num_kv_heads} does not divide model.num_heads = {model.num_heads}"
             yield Problem(f"{key}.num_kv_heads", message)
-    if scaling is not None and scaling.kind == "linear":
-        for name in ("low_freq_factor", "high_freq_factor", "first_context"):
-            if getattr(scaling, name) != getattr(RopeScalingConfig(), name):
-                yield Problem(f"{key}.rope_scaling.{name}", "has no effect: kind is linear", hint="leave it out")
-    elif scaling is not None and scaling.low_freq_factor >= scaling.high_freq_factor:
-        message = f"{scaling.high_freq_factor:g} is not above low_freq_factor = {scaling.low_freq_factor:g}"
-        yield Problem(f"{key}.rope_scaling.high_freq_factor", message)
+        if scaling is not None and scaling.kind == "linear":
+            for part in ("low_freq_factor", "high_freq_factor", "first_context"):
+                if getattr(scaling, part) != getattr(RopeScalingConfig(), part):
+                    yield Problem(f"{key}.rope_scaling.{part}", "has no effect: kind is linear", hint="leave it out")
+        elif scaling is not None and scaling.low_freq_factor >= scaling.high_freq_factor:
+            message = f"{scaling.high_freq_factor:g} is not above low_freq_factor = {scaling.low_freq_factor:g}"
+            yield Problem(f"{key}.rope_scaling.high_freq_factor", message)
 
 
 def memories(config: RunConfig, origins: Origins) -> Iterator[Problem]:
     """A projection is a memory or is not, and what is a memory has what it needs."""
-    mixer, key = config.model.self_modifying, "model.self_modifying"
-    adaptive = mixer.adaptive
+    for name, mixer in self_modifying_mixers(config.model).items():
+        for problem in _memories(mixer):
+            yield replace(problem, key=f"model.mixers.{name}.{problem.key}")
+
+
+def _memories(mixer: SelfModifyingConfig) -> Iterator[Problem]:
+    adaptive, size = mixer.adaptive, mixer.projection_chunk_size
     if mixer.memory_dim is not None and mixer.memory != "mlp":
         message = f"{mixer.memory_dim} has no effect: memory is {mixer.memory}"
-        yield Problem(f"{key}.memory_dim", message, hint="leave it null, or set memory to mlp")
+        yield Problem("memory_dim", message, hint="leave it null, or set memory to mlp")
     for name in sorted({name for name in adaptive if adaptive.count(name) > 1}):
-        yield Problem(f"{key}.adaptive", f"{name} is listed {adaptive.count(name)} times")
+        yield Problem("adaptive", f"{name} is listed {adaptive.count(name)} times")
     if "alpha" in adaptive and not mixer.retention:
         hint = f"use adaptive: [{', '.join(name for name in adaptive if name != 'alpha')}]"
-        yield Problem(f"{key}.adaptive", "holds alpha, but retention is off", hint=hint)
+        yield Problem("adaptive", "holds alpha, but retention is off", hint=hint)
     if mixer.targets == "value" and (adaptive or mixer.query != "static"):
         message = f"value needs adaptive: [] and query: static, they are {list(adaptive)} and {mixer.query}"
-        yield Problem(f"{key}.targets", message)
-    if (size := mixer.projection_chunk_size) is not None:
-        if leaves_rest(size, mixer.chunk_size):
-            yield Problem(
-                f"{key}.projection_chunk_size", f"{size} is not a multiple of chunk_size = {mixer.chunk_size}"
-            )
-        if not adaptive and mixer.query == "static":
-            message = f"{size} has no effect: no projection is a memory"
-            yield Problem(f"{key}.projection_chunk_size", message, hint="leave it null")
+        yield Problem("targets", message)
+    if size is not None and leaves_rest(size, mixer.chunk_size):
+        yield Problem("projection_chunk_size", f"{size} is not a multiple of chunk_size = {mixer.chunk_size}")
+    if size is not None and not adaptive and mixer.query == "static":
+        message = f"{size} has no effect: no projection is a memory"
+        yield Problem("projection_chunk_size", message, hint="leave it null")
     if mixer.error_cap is not None and mixer.objective != "l2":
         message = f"{mixer.error_cap:g} has no effect: objective is {mixer.objective}"
-        yield Problem(f"{key}.error_cap", message, hint="leave it null, or set objective to l2")
-
-
-def gate_starts_need_their_gates(config: RunConfig, origins: Origins) -> Iterator[Problem]:
-    """A gate that is switched off has no first value."""
+        yield Problem("error_cap", message, hint="leave it null, or set objective to l2")
     for name, switch in {"mu_init": "momentum", "alpha_init": "retention"}.items():
-        if not getattr(config.model.self_modifying, switch):
-            for key in set_keys(config, origins, f"model.self_modifying.{name}"):
-                hint = f"leave it out, or turn {switch} on"
-                yield Problem(key, f"has no effect: {switch} is off", hint=hint)
+        if not getattr(mixer, switch) and getattr(mixer, name) != getattr(SelfModifyingConfig(), name):
+            hint = f"leave it out, or turn {switch} on"
+            yield Problem(name, f"has no effect: {switch} is off", hint=hint)
+
+
+def memories_grow_alike(config: RunConfig, origins: Origins) -> Iterator[Problem]:
+    """With `model.transfer` all hidden widths of memories grow with the head dim, or none does."""
+    mixers = {name: mixer for name, mixer in self_modifying_mixers(config.model).items() if mixer.memory == "mlp"}
+    fixed = [name for name, mixer in mixers.items() if mixer.memory_dim is not None]
+    if config.model.transfer is not None and fixed and len(fixed) < len(mixers):
+        others = ", ".join(name for name in mixers if name not in fixed)
+        message = f"is set, and that of {others} is null: with model.transfer all must be set, or none"
+        yield Problem(f"model.mixers.{fixed[0]}.memory_dim", message)
+
+
+def documents_matter(config: RunConfig, origins: Origins) -> Iterator[Problem]:
+    """Rows of a synthetic source are one document each: nothing is to be kept apart."""
+    sources = config.data.sources.values()
+    if config.model.within_documents and sources and all(source.synthetic is not None for source in sources):
+        message = "true has no effect: each row of a synthetic source is one document"
+        yield Problem("model.within_documents", message, hint="leave it false")
 
 
 def levels(config: RunConfig, origins: Origins) -> Iterator[Problem]:
@@ -132,10 +160,11 @@ def sources(config: RunConfig, origins: Origins) -> Iterator[Problem]:
 
 CHECKS: tuple[Check, ...] = (
     heads_divide_the_width,
-    only_the_selected_mixer_is_set,
+    blocks_have_mixers,
     attention,
     memories,
-    gate_starts_need_their_gates,
+    memories_grow_alike,
+    documents_matter,
     levels,
     sources,
 )

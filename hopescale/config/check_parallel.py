@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from hopescale.common.errors import Problem
 from hopescale.config.check_base import Check, Origins, leaves_rest
 from hopescale.config.layout import AXES
-from hopescale.config.model_shape import VOCAB_MULTIPLE, padded_vocab_size
+from hopescale.config.model_shape import VOCAB_MULTIPLE, attention_mixers, padded_vocab_size
 from hopescale.config.schema import RunConfig
 
 
@@ -40,8 +40,9 @@ def tensor_parallel_ranks_share_evenly(config: RunConfig, origins: Origins) -> I
         message = f"{seq_len} is not a multiple of parallel.tp = {tp}, which sequence_parallel needs"
         yield Problem("train.seq_len", message)
     sizes = {"model.num_heads": model.num_heads}
-    if model.mixer == "attention" and model.attention.num_kv_heads is not None:
-        sizes["model.attention.num_kv_heads"] = model.attention.num_kv_heads
+    for name, mixer in attention_mixers(model).items():
+        if mixer.num_kv_heads is not None:
+            sizes[f"model.mixers.{name}.num_kv_heads"] = mixer.num_kv_heads
     sizes |= {f"model.cms.levels.{name}.d_ff": level.d_ff for name, level in model.cms.levels.items()}
     for key, size in sizes.items():
         if leaves_rest(size, tp):

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from hopescale.common.errors import Problem
 from hopescale.config.check_base import Check, Origins, leaves_rest
 from hopescale.config.execution import memory_backend, reverse_saves
-from hopescale.config.model_shape import has_chunk_loop, head_dim, projection_chunk_size
+from hopescale.config.model_shape import has_chunk_loop, head_dim, projection_chunk_size, self_modifying_mixers
 from hopescale.config.schema import RunConfig
 
 
@@ -36,33 +36,32 @@ def kept_checkpoints_are_written(config: RunConfig, origins: Origins) -> Iterato
 
 def backend_can_run(config: RunConfig, origins: Origins) -> Iterator[Problem]:
     """A backend can run the memories on a machine that has what it takes; attention has one implementation."""
-    train, mixer = config.train, config.model.mixer
-    if train.backend != "auto" and mixer != "self_modifying":
-        message = f"{train.backend} has no effect: the mixer is {mixer}"
-        yield Problem("train.backend", message, hint="leave it at auto")
-    if mixer == "self_modifying" and config.model.num_heads > 0:
-        choice = memory_backend(config)
+    train, memories = config.train, self_modifying_mixers(config.model)
+    if train.backend != "auto" and not memories:
+        kinds = " and ".join(sorted({mixer.kind for mixer in config.model.mixers.values()}))
+        yield Problem("train.backend", f"{train.backend} has no effect: mixers are {kinds}", hint="leave it at auto")
+    for name, mixer in memories.items() if config.model.num_heads > 0 else ():
+        choice = memory_backend(config, mixer)
         if choice.backend is None:
-            yield Problem("train.backend", f"{train.backend} cannot run: {choice.reason}", hint="leave it at auto")
+            message = f"{train.backend} cannot run model.mixers.{name}: {choice.reason}"
+            yield Problem("train.backend", message, hint="leave it at auto")
 
 
 def chunks_can_be_compiled_or_reversed(config: RunConfig, origins: Origins) -> Iterator[Problem]:
     """Only a chunk loop is compiled, and only where chunks write less than they write to are states found again."""
-    model, mixer, train, key = config.model, config.model.self_modifying, config.train, "train.recompute"
+    model, train, key = config.model, config.train, "train.recompute"
     reverse = train.recompute == "reverse" and model.num_heads > 0
-    if not has_chunk_loop(model):
-        why = "stores static values" if model.mixer == "self_modifying" else f"is {model.mixer}"
-        why = f"has no effect: the mixer {why}, without a chunk loop"
+    loops = {name: mixer for name, mixer in model.mixers.items() if has_chunk_loop(mixer)}
+    if not loops:
+        why = "has no effect: no mixer has a chunk loop, which writes what depends on what memories hold"
         if train.compile:
             yield Problem("train.compile", f"true {why}", hint="leave it false")
         if reverse:
             yield Problem(key, f"reverse {why}", hint="set it to none, memory or block")
-    elif reverse:
-        size, chunk = (
-            "projection_chunk_size" if mixer.projection_chunk_size else "chunk_size",
-            projection_chunk_size(model),
-        )
-        if not reverse_saves(model):
+    for name, mixer in loops.items() if reverse else ():
+        chunk = projection_chunk_size(mixer)
+        size = f"model.mixers.{name}.{'projection_chunk_size' if mixer.projection_chunk_size else 'chunk_size'}"
+        if not reverse_saves(model, mixer):
             message = f"reverse has no effect: what {size} = {chunk} tokens write is not less than what they write to"
             hint = f"set it to chunks, or {size} well below the head dim, {head_dim(model)}"
             yield Problem(key, message, hint=hint)

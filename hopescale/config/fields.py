@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cache
 from typing import Any, get_args, get_origin, get_type_hints
 
-from hopescale.config.schema import RunConfig
+from hopescale.config.schema import KINDS, MixerConfig, RunConfig
 from hopescale.config.schema.ranges import NumberRange
 from hopescale.config.values import describe_type, format_value, split_optional
 
@@ -21,17 +21,24 @@ ENTRY = "NAME"
 
 @dataclass(frozen=True)
 class FieldDoc:
-    """One row of the reference: dotted key, type and default as a recipe's author sees them, docstring."""
+    """One row of the reference: dotted key, type and default as a recipe's author sees them, docstring.
+
+    The key of a mixer has the kind of mixers that have it.
+    """
 
     key: str
     type: str
     default: str
     doc: str
+    kind: str = ""
 
 
 @cache
 def child_types(section: Any) -> Mapping[str, Any] | None:
-    """Return the types of a section's fields by name, or None where `section` is no dataclass."""
+    """Return the types of a section's fields by name, of a mixer those of all kinds; None where it is no dataclass."""
+    if section is MixerConfig:
+        hints = [get_type_hints(kind) for kind in (*KINDS.values(), section)]
+        return {name: hint for kind in hints for name, hint in kind.items()}
     return get_type_hints(section) if is_dataclass(section) else None
 
 
@@ -77,18 +84,22 @@ def map_entries(node: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) -
     return replace(node, **changed)
 
 
-def field_docs(section: type = RunConfig, prefix: str = "") -> Iterator[FieldDoc]:
+def field_docs(section: type = RunConfig, prefix: str = "", kind: str = "") -> Iterator[FieldDoc]:
     """List every field of the schema, in the order of its definition; `NAME` stands for an entry's name."""
     docs, defaults = docstrings(section), section()
-    for name, hint in child_types(section).items():
+    for name, hint in get_type_hints(section).items():
         key, default = f"{prefix}{name}", getattr(defaults, name)
         inner, _ = split_optional(hint)
         if not is_dataclass(inner) or default is None:
             shown = f"entries {', '.join(default)}" if default and isinstance(default, dict) else format_value(default)
-            yield FieldDoc(key, describe_type(hint), shown, docs[name])
+            yield FieldDoc(key, describe_type(hint), shown, docs[name], kind)
+        entry = split_optional(entry_type(inner))[0]
         if is_dataclass(inner):
-            yield from field_docs(inner, f"{key}.")
-        elif is_dataclass(entry := split_optional(entry_type(inner))[0]):
+            yield from field_docs(inner, f"{key}.", kind)
+        elif entry is MixerConfig:
+            for each, mixer in KINDS.items():
+                yield from field_docs(mixer, f"{key}.{ENTRY}.", each)
+        elif is_dataclass(entry):
             yield from field_docs(entry, f"{key}.{ENTRY}.")
 
 

@@ -14,6 +14,7 @@ from hopescale.common.errors import ConfigError, Problem
 from hopescale.common.paths import display_path
 from hopescale.config.fields import child_types, entry_type, leaves, map_entries, suggest
 from hopescale.config.files import find_recipe, read_chain, read_yaml
+from hopescale.config.mixers import begin_anew, misplaced, read_old
 from hopescale.config.schema import RunConfig
 from hopescale.config.values import (
     describe_type,
@@ -105,13 +106,14 @@ def load_resolved(path: str | Path) -> RunConfig:
 def from_dict(tree: dict[str, Any], origin: str) -> RunConfig:
     """Read a resolved config from plain values, as `to_dict` gives them.
 
-    Named entries are the tree's alone: none comes from the defaults.
+    Named entries are the tree's alone: none comes from the defaults. Values of versions whose model has one mixer are
+    read as they are written now.
 
     Raises:
         ConfigError: If the tree does not fit the schema.
     """
     problems: list[Problem] = []
-    layer = _read_layer(tree, origin, problems)
+    layer = _read_layer(read_old(tree), origin, problems)
     return _merge(map_entries(RunConfig(), lambda entries: {}), [layer], problems)
 
 
@@ -186,8 +188,12 @@ def _unknown_key(prefix: str, name: str, value: Any, known: list[str], origin: s
 
 
 def _merge(start: RunConfig, layers: list[_ConfigLayer], problems: list[Problem]) -> RunConfig:
+    mixers = begin_anew([layer.tree for layer in layers])
+    problems += [problem for layer in layers for problem in misplaced(layer.tree, mixers, layer.origin)]
     if problems:
         raise ConfigError(problems)
+    if any("mixers" in layer.tree.get("model", {}) for layer in layers):
+        start = replace(start, model=replace(start.model, mixers=mixers))
     merged = OmegaConf.merge(OmegaConf.structured(start), *(layer.tree for layer in layers))
     config = OmegaConf.to_object(merged)
     return map_entries(config, lambda entries: {name: entry for name, entry in entries.items() if entry is not None})

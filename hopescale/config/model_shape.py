@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from hopescale.config.schema import LevelConfig, ModelConfig
+from collections import Counter
+
+from hopescale.config.schema import AttentionConfig, LevelConfig, MixerConfig, ModelConfig, SelfModifyingConfig
 from hopescale.ops.limits import is_sequential
 
 VOCAB_MULTIPLE = 128
@@ -14,22 +16,45 @@ def head_dim(model: ModelConfig) -> int:
     return model.head_dim or model.d_model // model.num_heads
 
 
-def kv_heads(model: ModelConfig) -> int:
+def block_pattern(model: ModelConfig) -> tuple[str, ...]:
+    """Return the name of each block's mixer: the pattern, repeated, or the one mixer there is."""
+    pattern = model.pattern or tuple(model.mixers)[:1]
+    return tuple(pattern[number % len(pattern)] for number in range(model.num_layers))
+
+
+def mixer_of_block(model: ModelConfig, number: int) -> MixerConfig:
+    """Return the mixer of a block, counted from 0."""
+    return model.mixers[block_pattern(model)[number]]
+
+
+def mixer_counts(model: ModelConfig) -> list[tuple[MixerConfig, int]]:
+    """Return the mixers, and how many blocks have each."""
+    return [(model.mixers[name], count) for name, count in Counter(block_pattern(model)).items()]
+
+
+def self_modifying_mixers(model: ModelConfig) -> dict[str, SelfModifyingConfig]:
+    """Return the self-modifying mixers by name."""
+    return {name: mixer for name, mixer in model.mixers.items() if isinstance(mixer, SelfModifyingConfig)}
+
+
+def attention_mixers(model: ModelConfig) -> dict[str, AttentionConfig]:
+    """Return the attention mixers by name."""
+    return {name: mixer for name, mixer in model.mixers.items() if isinstance(mixer, AttentionConfig)}
+
+
+def kv_heads(model: ModelConfig, mixer: AttentionConfig) -> int:
     """Return the heads of keys and values of attention: as set, or as many as there are of queries."""
-    return model.attention.num_kv_heads or model.num_heads
+    return mixer.num_kv_heads or model.num_heads
 
 
-def memory_dim(model: ModelConfig) -> int | None:
-    """Return the hidden width of the mixer's MLP memories, or None where it has none."""
-    if model.mixer != "self_modifying" or model.self_modifying.memory != "mlp":
-        return None
-    return model.self_modifying.memory_dim or head_dim(model)
+def memory_dim(model: ModelConfig, mixer: SelfModifyingConfig) -> int | None:
+    """Return the hidden width of a mixer's MLP memories, or None where they are linear."""
+    return None if mixer.memory != "mlp" else mixer.memory_dim or head_dim(model)
 
 
-def projection_chunk_size(model: ModelConfig) -> int | None:
-    """Return the tokens between two boundaries of the projection memories, or None where there are none."""
-    mixer = model.self_modifying
-    return (mixer.projection_chunk_size or mixer.chunk_size) if model.mixer == "self_modifying" else None
+def projection_chunk_size(mixer: SelfModifyingConfig) -> int:
+    """Return the tokens between two boundaries of the projection memories, or of the only bank."""
+    return mixer.projection_chunk_size or mixer.chunk_size
 
 
 def padded_vocab_size(model: ModelConfig) -> int:
@@ -37,19 +62,17 @@ def padded_vocab_size(model: ModelConfig) -> int:
     return -(-model.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
-def has_chunk_loop(model: ModelConfig) -> bool:
+def has_chunk_loop(mixer: MixerConfig) -> bool:
     """Tell whether memories are written with what depends on what they hold, so that chunks follow one another."""
-    mixer = model.self_modifying
-    if model.mixer != "self_modifying":
+    if not isinstance(mixer, SelfModifyingConfig):
         return False
     adaptive = bool(mixer.adaptive) or mixer.query == "memory"
     inner = {"objective": mixer.objective, "own_target": mixer.targets == "self", "read": mixer.read}
     return is_sequential(adaptive=adaptive, linear=mixer.memory == "linear", **inner)
 
 
-def memory_banks(model: ModelConfig) -> dict[str, list[str]]:
+def memory_banks(mixer: SelfModifyingConfig) -> dict[str, list[str]]:
     """Return the names of the memories in each bank, those that answer with vectors first."""
-    mixer = model.self_modifying
     others = [name for name in "kv" if name in mixer.adaptive] + ["q"] * (mixer.query == "memory")
     others += [name for name in ("eta", "alpha") if name in mixer.adaptive]
     if mixer.projection_chunk_size in (None, mixer.chunk_size):
@@ -57,9 +80,9 @@ def memory_banks(model: ModelConfig) -> dict[str, list[str]]:
     return {"memory": ["mem"], "projection": others}
 
 
-def bank_layers(model: ModelConfig, names: list[str]) -> list[tuple[int, int, int]]:
+def bank_layers(model: ModelConfig, mixer: SelfModifyingConfig, names: list[str]) -> list[tuple[int, int, int]]:
     """Return inputs, outputs and number of a bank's linear layers: the first, side by side, and the second."""
-    gates, dim, hidden = len({"eta", "alpha"} & set(names)), head_dim(model), memory_dim(model)
+    gates, dim, hidden = len({"eta", "alpha"} & set(names)), head_dim(model), memory_dim(model, mixer)
     vectors = len(names) - gates
     first = (dim, vectors * (hidden or dim) + gates * (hidden or 1), 1)
     return [first] if hidden is None else [first, (hidden, dim, vectors), (hidden, 1, gates)]

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from hopescale.config.layout import Layout, smallest_layout
-from hopescale.config.model_shape import head_dim, memory_dim, padded_vocab_size, projection_chunk_size
+from hopescale.config.model_shape import (
+    head_dim,
+    memory_dim,
+    padded_vocab_size,
+    projection_chunk_size,
+    self_modifying_mixers,
+)
 from hopescale.config.schema import RunConfig
 
 
@@ -25,11 +32,12 @@ class RunPlan:
     total_sequences: int
     """Sequences of the whole run."""
     head_dim: int
-    memory_dim: int | None
-    projection_chunk_size: int | None
+    memory_dim: dict[str, int | None]
+    """Hidden width of the memories by the name of their mixer."""
+    projection_chunk_size: dict[str, int]
     padded_vocab_size: int
 
-    def to_dict(self) -> dict[str, int | None]:
+    def to_dict(self) -> dict[str, Any]:
         """Return the values by name, for `plan.json`."""
         return asdict(self)
 
@@ -38,6 +46,7 @@ def make_plan(config: RunConfig, layout: Layout | None = None) -> RunPlan:
     """Derive the plan of a config that has passed its checks; without a layout, on the fewest ranks that run it."""
     layout = layout or smallest_layout(config)
     train, model = config.train, config.model
+    memories = self_modifying_mixers(model)
     global_batch_size = train.global_batch_tokens // train.seq_len
     return RunPlan(
         dp=layout.dp,
@@ -48,7 +57,7 @@ def make_plan(config: RunConfig, layout: Layout | None = None) -> RunPlan:
         total_tokens=train.steps * train.global_batch_tokens,
         total_sequences=train.steps * global_batch_size,
         head_dim=head_dim(model),
-        memory_dim=memory_dim(model),
-        projection_chunk_size=projection_chunk_size(model),
+        memory_dim={name: memory_dim(model, mixer) for name, mixer in memories.items()},
+        projection_chunk_size={name: projection_chunk_size(mixer) for name, mixer in memories.items()},
         padded_vocab_size=padded_vocab_size(model),
     )

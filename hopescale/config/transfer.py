@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-from hopescale.config.model_shape import head_dim
+from hopescale.config.model_shape import head_dim, self_modifying_mixers
 from hopescale.config.schema import ModelConfig
 
 Size = Literal["width", "head", "memory", "one"]
@@ -18,7 +18,8 @@ def growth(model: ModelConfig) -> dict[Size, float]:
     if transfer is None:
         return dict.fromkeys(get_args(Size), 1.0)
     head = own / (transfer.base_head_dim or own)
-    memory = head if model.self_modifying.memory_dim is None else 1.0
+    set_dims = [mixer.memory_dim for mixer in self_modifying_mixers(model).values() if mixer.memory == "mlp"]
+    memory = 1.0 if set_dims and None not in set_dims else head
     return {"width": model.d_model / transfer.base_width, "head": head, "memory": memory, "one": 1.0}
 
 

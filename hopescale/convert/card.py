@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hopescale.checkpoint.manifest import Manifest
 from hopescale.common.units import format_count
-from hopescale.config.model_shape import by_period
+from hopescale.config.model_shape import by_period, mixer_counts
 from hopescale.config.schema import RunConfig
 from hopescale.cost.params import count_params
 
@@ -57,14 +57,15 @@ Data seed {seed}; fingerprint of the data `{data}`.
 def model_card(manifest: Manifest, config: RunConfig, recipe: str, tokenizer: str, *, own_code: bool) -> str:
     """Write a model card: `recipe` is the config as YAML, `tokenizer` a sentence about the tokenizer."""
     levels = by_period(config.model.cms.levels)
-    memories = "self-modifying memories" if config.model.mixer == "self_modifying" else "softmax attention"
+    kinds = {"self_modifying": "self-modifying memories", "attention": "softmax attention"}
+    mixers = [mixer for mixer, _ in mixer_counts(config.model)]
     return _TEXT.format(
         name=config.name,
         trust=", trust_remote_code=True" if own_code else "",
         total=format_count(count_params(config.model)["total"]),
         version=manifest.versions.get("hopescale", ""),
         layers=config.model.num_layers,
-        mixer=memories,
+        mixer=" and ".join(dict.fromkeys(kinds[mixer.kind] for mixer in mixers)),
         num_levels=f"{len(levels)} level{'s' if len(levels) > 1 else ''}",
         tokenizer=tokenizer,
         levels="\n".join(f"| {name} | {level.d_ff} | {level.update_every_steps} |" for name, level in levels),

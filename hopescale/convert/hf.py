@@ -33,7 +33,8 @@ from hopescale.checkpoint.save import dtype_name
 from hopescale.common.disk import staged_folder
 from hopescale.common.errors import CheckpointError
 from hopescale.common.groups import grouped
-from hopescale.config.load import from_dict, to_yaml
+from hopescale.config.load import from_dict, to_dict, to_yaml
+from hopescale.config.model_shape import attention_mixers
 from hopescale.config.schema import ModelConfig, RunConfig
 from hopescale.config.transfer import attention_scale, logit_multiplier
 from hopescale.convert.card import model_card
@@ -75,7 +76,7 @@ def export(path: Path, out: Path, *, shard_bytes: int, native: bool = False) -> 
     config = from_dict(manifest.config, str(source))
     weights = {n.removeprefix(WEIGHTS): entry for n, entry in manifest.tensors.items() if n.startswith(WEIGHTS)}
     weight_pairs = _native_pairs(config, source) if native else [Pair(name, (name,)) for name in weights]
-    body = _native_config(manifest, config) if native else _own_config(manifest)
+    body = _native_config(manifest, config) if native else _own_config(manifest, config)
     with staged_folder(out, CheckpointError) as folder:
         _write_weights(source, weight_pairs, weights, config.model, folder, shard_bytes)
         if not native:
@@ -91,7 +92,8 @@ def export(path: Path, out: Path, *, shard_bytes: int, native: bool = False) -> 
 
 def _native_pairs(config: RunConfig, source: Path) -> list[Pair]:
     levels = list(config.model.cms.levels)
-    if config.model.mixer != "attention" or len(levels) > 1 or config.model.cms.variant != "sequential":
+    attends = len(attention_mixers(config.model)) == len(config.model.mixers)
+    if not attends or len(levels) > 1 or config.model.cms.variant != "sequential":
         hint = "leave --native out"
         raise CheckpointError(f"{source} is no Transformer: only attention and one level are a Llama or its kin", hint)
     if logit_multiplier(config.model) != 1 or attention_scale(config.model) is not None:
@@ -134,7 +136,7 @@ def _write_weights(
     _write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": places})
 
 
-def _own_config(manifest: Manifest) -> dict[str, Any]:
+def _own_config(manifest: Manifest, config: RunConfig) -> dict[str, Any]:
     return {
         "architectures": ["HopeForCausalLM"],
         "auto_map": {
@@ -142,16 +144,17 @@ def _own_config(manifest: Manifest) -> dict[str, Any]:
             "AutoModelForCausalLM": "modeling_hope.HopeForCausalLM",
         },
         "model_type": "hope",
-        "hope": manifest.config["model"],
+        "hope": to_dict(config)["model"],
     }
 
 
 def _native_config(manifest: Manifest, config: RunConfig) -> dict[str, Any]:
     (level,) = config.model.cms.levels.values()
-    theirs = write_settings(manifest.config["model"], level.d_ff)
-    length, scaling = config.train.seq_len, config.model.attention.rope_scaling
-    if scaling is not None and scaling.kind == "llama3":
-        length = max(length, int(scaling.factor * scaling.first_context))
+    theirs = write_settings(config.model, level.d_ff)
+    length = config.train.seq_len
+    for mixer in attention_mixers(config.model).values():
+        if mixer.rope_scaling is not None and mixer.rope_scaling.kind == "llama3":
+            length = max(length, int(mixer.rope_scaling.factor * mixer.rope_scaling.first_context))
     name = f"{theirs['model_type'].capitalize()}ForCausalLM"
     return {"architectures": [name], **theirs, "max_position_embeddings": length}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from hopescale.checkpoint.manifest import EXPORT, TOKENIZER, Manifest, TensorEnt
 from hopescale.common.errors import CheckpointError
 from hopescale.common.units import format_bytes, format_count
 from hopescale.config.load import from_dict
-from hopescale.config.model_shape import by_period
+from hopescale.config.model_shape import block_pattern, by_period
 from hopescale.config.schema import RunConfig
 from hopescale.convert.hf import SafetensorsFolder, num_bytes
 from hopescale.cost.params import count_params
@@ -71,8 +72,11 @@ def _of_model(config: RunConfig) -> dict[str, str]:
     counts = ", ".join(f"{part} {format_count(count)}" for part, count in count_params(model).items())
     levels = [f"{name} {level.d_ff} every {level.update_every_steps}" for name, level in by_period(model.cms.levels)]
     where = "in every block" if model.cms.placement == "every_block" else "over depth"
+    counted = Counter(block_pattern(model))
+    mixers = ", ".join(f"{model.mixers[name].kind} ({name}) in {blocks}" for name, blocks in counted.items())
+    mixers = mixers if len(counted) > 1 else next(iter(model.mixers.values())).kind
     return {
-        "model": f"{model.mixer}, {model.num_layers} blocks, width {model.d_model}, {model.num_heads} heads, "
+        "model": f"{mixers}, {model.num_layers} blocks, width {model.d_model}, {model.num_heads} heads, "
         f"vocabulary {model.vocab_size:,}",
         "parameters": counts,
         "levels": f"{'; '.join(levels)} ({where}, {model.cms.variant})",

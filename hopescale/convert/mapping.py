@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hopescale.common.errors import CheckpointError
-from hopescale.config.model_shape import head_dim, kv_heads, padded_vocab_size
+from hopescale.config.model_shape import head_dim, kv_heads, mixer_of_block, padded_vocab_size
 from hopescale.config.schema import ModelConfig
 
 _ATTENTION, _MLP = "model.layers.{block}.self_attn", "model.layers.{block}.mlp"
@@ -70,7 +70,9 @@ ROPE = {
         "original_max_position_embeddings": "first_context",
     },
 }
-"""Their rotary scaling of each kind, and our keys below `model.attention.rope_scaling`."""
+"""Their rotary scaling of each kind, and our keys below `rope_scaling` of a mixer."""
+SHARED = ("num_kv_heads", "qkv_bias", "qk_norm", "rope_theta", "rope_scaling")
+"""Settings of attention that all layers of a model of theirs share."""
 FAMILIES = {
     "llama": {"qkv_bias": False, "qk_norm": False},
     "mistral": {"qkv_bias": False, "qk_norm": False},
@@ -99,11 +101,12 @@ def layer_names(model: ModelConfig, model_type: str) -> dict[str, str]:
 
 def pairs(model: ModelConfig, level_of_block: Callable[[int], str]) -> Iterator[Pair]:
     """List the weights of a Transformer, names complete; `level_of_block` names the level that is a block's MLP."""
+    switches = _switches(model)
     absent = {
         "head.weight": model.tie_embeddings,
-        "blocks.{block}.mixer.qkv_proj.bias": not model.attention.qkv_bias,
-        "blocks.{block}.mixer.q_norm.weight": not model.attention.qk_norm,
-        "blocks.{block}.mixer.k_norm.weight": not model.attention.qk_norm,
+        "blocks.{block}.mixer.qkv_proj.bias": not switches["qkv_bias"],
+        "blocks.{block}.mixer.q_norm.weight": not switches["qk_norm"],
+        "blocks.{block}.mixer.k_norm.weight": not switches["qk_norm"],
     }
     for pair in WEIGHTS:
         if absent.get(pair.ours):
@@ -128,7 +131,7 @@ def join(pair: Pair, parts: Sequence[Tensor], model: ModelConfig) -> Tensor:
         return torch.cat([part, part.new_zeros(padded_vocab_size(model) - part.shape[0], part.shape[1])])
     if len(parts) == 1:
         return parts[0]
-    groups = [part.unflatten(0, (kv_heads(model), -1, head_dim(model))) for part in parts]
+    groups = [part.unflatten(0, (_kv_heads(model), -1, head_dim(model))) for part in parts]
     return torch.cat(groups, dim=1).flatten(0, 2)
 
 
@@ -138,8 +141,8 @@ def split(pair: Pair, weight: Tensor, model: ModelConfig) -> tuple[Tensor, ...]:
         return (weight[: model.vocab_size].contiguous(),)
     if len(pair.theirs) == 1:
         return (weight,)
-    shared_by = model.num_heads // kv_heads(model)
-    groups = weight.unflatten(0, (kv_heads(model), shared_by + 2, head_dim(model)))
+    shared_by = model.num_heads // _kv_heads(model)
+    groups = weight.unflatten(0, (_kv_heads(model), shared_by + 2, head_dim(model)))
     return tuple(part.flatten(0, 2).contiguous() for part in groups.split([shared_by, 1, 1], dim=1))
 
 
@@ -149,7 +152,17 @@ def _part_shapes(pair: Pair, model: ModelConfig) -> list[tuple[int, ...]]:
         return [(model.vocab_size,)]
     if len(pair.theirs) == 1:
         return [()]
-    return [(heads * head_dim(model),) for heads in (model.num_heads, kv_heads(model), kv_heads(model))]
+    return [(heads * head_dim(model),) for heads in (model.num_heads, _kv_heads(model), _kv_heads(model))]
+
+
+def _kv_heads(model: ModelConfig) -> int:
+    return kv_heads(model, mixer_of_block(model, 0))
+
+
+def _switches(model: ModelConfig) -> dict[str, Any]:
+    """Return what all layers of one of their models share, of the model's first mixer."""
+    mixer = mixer_of_block(model, 0)
+    return {name: getattr(mixer, name) for name in SHARED}
 
 
 def read_settings(theirs: Mapping[str, Any], origin: str) -> dict[str, Any]:
@@ -163,12 +176,10 @@ def read_settings(theirs: Mapping[str, Any], origin: str) -> dict[str, Any]:
         raise CheckpointError(f"{origin} is of the family {family}, not of {', '.join(FAMILIES)}")
     rope = dict(theirs.get("rope_parameters") or {})
     kind = rope.get("rope_type", "default")
-    windowed = {kind == "sliding_attention" for kind in theirs.get("layer_types") or ()} or {family == "mistral"}
     odd = {
         f"hidden_act {theirs.get('hidden_act')}": theirs.get("hidden_act") != "silu",
         "attention_bias (of the out-projection)": family != "qwen2" and theirs.get("attention_bias"),
         "mlp_bias": theirs.get("mlp_bias"),
-        "sliding-window attention in some layers": len(windowed) > 1,
         f"rope_type {kind}": kind not in ("default", *ROPE),
         "partial_rotary_factor": rope.get("partial_rotary_factor", 1.0) != 1.0,
     }
@@ -178,34 +189,50 @@ def read_settings(theirs: Mapping[str, Any], origin: str) -> dict[str, Any]:
     if ours["head_dim"] == ours["d_model"] // ours["num_heads"]:
         ours["head_dim"] = None
     attention = {"num_kv_heads": theirs.get("num_key_value_heads"), "rope_theta": rope.get("rope_theta", 10_000.0)}
-    attention["window"] = theirs.get("sliding_window") if True in windowed else None
     if kind != "default":
         scaling = {key: rope[name] for name, key in ROPE[kind].items() if name in rope}
         attention["rope_scaling"] = {"kind": kind, **scaling}
-    return {"mixer": "attention", "attention": FAMILIES[family] | attention, **ours}
+    full = {"kind": "attention", **FAMILIES[family], **attention}
+    window, depth = theirs.get("sliding_window"), ours["num_layers"]
+    layers = theirs.get("layer_types") or ["sliding_attention" if family == "mistral" and window else "full"] * depth
+    pattern = ["sliding" if layer == "sliding_attention" else "attention" for layer in layers]
+    mixers = {name: full | ({"window": window} if name == "sliding" else {}) for name in sorted(set(pattern))}
+    if len(mixers) == 1:
+        return {"mixers": {"attention": next(iter(mixers.values()))}, "pattern": [], **ours}
+    return {"mixers": mixers, "pattern": pattern, **ours}
 
 
-def write_settings(ours: Mapping[str, Any], d_ff: int) -> dict[str, Any]:
+def write_settings(model: ModelConfig, d_ff: int) -> dict[str, Any]:
     """Undo `read_settings` for a Transformer with one level.
 
     Raises:
         CheckpointError: If no family has such attention.
     """
-    attention = ours["attention"]
-    switches = {name: attention[name] for name in ("qkv_bias", "qk_norm")}
-    window = attention.get("window")  # not known to checkpoints older than the key
-    fitting = (name for name, fixed in FAMILIES.items() if fixed == switches and not (name == "llama" and window))
-    family = next(fitting, None)
+    shared, layers = _switches(model), [mixer_of_block(model, number) for number in range(model.num_layers)]
+    for mixer in layers:
+        if other := [name for name, value in shared.items() if getattr(mixer, name) != value]:
+            raise CheckpointError(f"no family of {', '.join(FAMILIES)} has layers that differ in {', '.join(other)}")
+    switches = {name: shared[name] for name in ("qkv_bias", "qk_norm")}
+    windows = {mixer.window for mixer in layers}
+    window = max(filter(None, windows), default=None)
+    if len(windows - {None}) > 1:
+        raise CheckpointError(f"no family of {', '.join(FAMILIES)} has windows of several sizes: {sorted(windows)}")
+    # A Mistral has one kind of layers, and a Llama no window.
+    able = [name for name in FAMILIES if not (window and (name == "llama" or (name == "mistral" and None in windows)))]
+    family = next((name for name in able if FAMILIES[name] == switches), None)
     if family is None:
-        raise CheckpointError(f"no family of {', '.join(FAMILIES)} has attention with {switches}")
+        raise CheckpointError(f"no family of {', '.join(able)} has attention with {switches}")
     theirs: dict[str, Any] = {"model_type": family, "hidden_act": "silu", "intermediate_size": d_ff}
     if window:
-        theirs |= {"sliding_window": window, "use_sliding_window": True, "max_window_layers": 0}
-    theirs |= {name: ours[key] for name, key in SETTINGS.items()}
-    theirs["head_dim"] = ours["head_dim"] or ours["d_model"] // ours["num_heads"]
-    theirs["num_key_value_heads"] = attention["num_kv_heads"] or ours["num_heads"]
-    theirs["rope_parameters"] = {"rope_type": "default", "rope_theta": attention["rope_theta"]}
-    if scaling := attention["rope_scaling"]:
-        factors = {name: scaling[key] for name, key in ROPE[scaling["kind"]].items()}
-        theirs["rope_parameters"] |= {"rope_type": scaling["kind"], **factors}
+        kinds = ["full_attention" if mixer.window is None else "sliding_attention" for mixer in layers]
+        first = kinds.index("sliding_attention")
+        theirs |= {"sliding_window": window, "use_sliding_window": True, "max_window_layers": first}
+        theirs |= {"layer_types": kinds} if family != "mistral" else {}
+    theirs |= {name: getattr(model, key) for name, key in SETTINGS.items()}
+    theirs["head_dim"] = head_dim(model)
+    theirs["num_key_value_heads"] = shared["num_kv_heads"] or model.num_heads
+    theirs["rope_parameters"] = {"rope_type": "default", "rope_theta": shared["rope_theta"]}
+    if scaling := shared["rope_scaling"]:
+        factors = {name: getattr(scaling, key) for name, key in ROPE[scaling.kind].items()}
+        theirs["rope_parameters"] |= {"rope_type": scaling.kind, **factors}
     return theirs

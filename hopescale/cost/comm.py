@@ -11,9 +11,9 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping
 
 from hopescale.config.layout import Layout
-from hopescale.config.model_shape import head_dim, padded_vocab_size
+from hopescale.config.model_shape import head_dim, mixer_of_block, padded_vocab_size
 from hopescale.config.plan import make_plan
-from hopescale.config.schema import RunConfig
+from hopescale.config.schema import AttentionConfig, RunConfig
 from hopescale.cost.holdings import Holdings, gathers
 from hopescale.cost.params import FP32, ParameterShape, itemsize
 from hopescale.cost.updates import BUCKET_ELEMENTS, assign_owners, buckets
@@ -97,8 +97,9 @@ class SentBytes:
         sums = 2 if independent else 1 + levels
         total = (first + last + 2 * blocks * sums) * stream + last * 3 * FP32 * train.seq_len * train.micro_batch_size
         total += blocks * FP32 * levels * independent
-        if model.mixer == "attention" and model.attention.qk_norm:
-            total += blocks * 2 * FP32 * head_dim(model)
+        mixers = [mixer_of_block(model, number) for blocks in self.slices for number in blocks]
+        normed = sum(isinstance(mixer, AttentionConfig) and mixer.qk_norm for mixer in mixers)
+        total += normed * 2 * FP32 * head_dim(model)
         if train.recompute == "block":
             total += blocks * (sums - 1) * stream
         if self.layout.sequence_parallel:

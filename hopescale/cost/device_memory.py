@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from hopescale.config.execution import effective_recompute
 from hopescale.config.layout import Layout
-from hopescale.config.model_shape import levels_of_block, padded_vocab_size
+from hopescale.config.model_shape import levels_of_block, mixer_of_block, padded_vocab_size
 from hopescale.config.plan import make_plan
-from hopescale.config.schema import ModelConfig, RunConfig
+from hopescale.config.schema import MixerConfig, ModelConfig, RunConfig
 from hopescale.cost.holdings import Holding, Holdings, Kind, gathers
 from hopescale.cost.mixers import Activations, MicroBatch, mixer_activations
 from hopescale.cost.params import FP32, count_params, itemsize
@@ -32,19 +32,19 @@ MOST_BLOCKS = 10_000
 """Blocks of the largest model whose parameters are listed before a run starts."""
 
 
-def block_activations(model: ModelConfig, micro: MicroBatch, recompute: str) -> Activations:
-    """Count one block; all cost the same."""
+def block_activations(model: ModelConfig, mixer: MixerConfig, micro: MicroBatch, recompute: str) -> Activations:
+    """Count one block with a mixer."""
     norm, inner = _norm(model, micro), _stream(model, micro) * micro.stream_share
-    mixer = mixer_activations(model, micro, recompute)
+    mixing = mixer_activations(model, mixer, micro, recompute)
     levels, level_workspace = _levels(model, micro, norm)
-    outside, workspace = norm + inner + levels, max(level_workspace, mixer.workspace - levels)
+    outside, workspace = norm + inner + levels, max(level_workspace, mixing.workspace - levels)
     if recompute == "block":
-        return Activations(inner, 0, outside + mixer.kept + mixer.states + workspace)
+        return Activations(inner, 0, outside + mixing.kept + mixing.states + workspace)
     if recompute == "memory":
         # When the mixer is computed again, the levels are done.
-        again = mixer.kept + mixer.states + mixer.workspace - levels
+        again = mixing.kept + mixing.states + mixing.workspace - levels
         return Activations(outside, 0, max(level_workspace, again))
-    return Activations(outside + mixer.kept, mixer.states, workspace)
+    return Activations(outside + mixing.kept, mixing.states, workspace)
 
 
 def _stream(model: ModelConfig, micro: MicroBatch) -> float:
@@ -179,8 +179,10 @@ def _moments(
     """Count what a rank holds by moment and kind, beside what lasts."""
     model, micro = config.model, MicroBatch.of(config.train, layout)
     several, is_last = make_plan(config, layout).grad_accumulation > 1, slices[-1].stop == model.num_layers
-    block, blocks = block_activations(model, micro, effective_recompute(config)), sum(map(len, slices)) / len(slices)
-    states, one = blocks * block.states, blocks * block.kept
+    blocks = [_block(config, micro, mixer_of_block(model, number)) for each in slices for number in each]
+    states, one = (sum(getattr(each, part) for each in blocks) / len(slices) for part in ("states", "kept"))
+    # The block that needs most when its turn comes counts as the last one.
+    block = max(blocks, key=lambda each: each.kept + each.states + each.workspace)
     if layout.pp > 1:
         one += 2 * _stream(model, micro) * micro.stream_share
     kept = {"activations": one, "memory states": states, "in flight": (in_flight - 1) * (one + states)}
@@ -188,7 +190,7 @@ def _moments(
     logits = (3 if micro.tp == 1 else 2) * micro.tokens * padded_vocab_size(model) / micro.tp * FP32
     head = {"activations": one + head_bytes(model, micro), "logits": logits}
     vocabulary = padded_vocab_size(model) * model.d_model * micro.itemsize
-    workspace = block.workspace + _gathered(config, holding, vocabulary)
+    workspace = max(each.workspace for each in blocks) + _gathered(config, holding, vocabulary)
     if model.tie_embeddings and is_last and slices[0].start == 0:
         workspace += vocabulary / layout.tp  # the embedding's gradient, of the head
     # The last block's backward makes gradients beside the sums of those before it.
@@ -206,6 +208,10 @@ def _moments(
         },
         "update": {"gradients": gradients, "workspace": _update_workspace(config, layout, holding)},
     }
+
+
+def _block(config: RunConfig, micro: MicroBatch, mixer: MixerConfig) -> Activations:
+    return block_activations(config.model, mixer, micro, effective_recompute(config, mixer))
 
 
 def _gathered(config: RunConfig, holding: Holding, vocabulary: float) -> float:

@@ -5,18 +5,20 @@ docs/planning.md says what each assumption rests on.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 
 from hopescale.config.execution import effective_recompute, is_fused
 from hopescale.config.layout import Layout
-from hopescale.config.model_shape import has_chunk_loop, projection_chunk_size
+from hopescale.config.model_shape import block_pattern, has_chunk_loop, padded_vocab_size, projection_chunk_size
 from hopescale.config.plan import make_plan
-from hopescale.config.schema import ModelConfig, RunConfig
+from hopescale.config.schema import MixerConfig, RunConfig, SelfModifyingConfig
 from hopescale.cost.comm import stream_bytes
-from hopescale.cost.flops import flops_by_part, flops_per_token
+from hopescale.cost.flops import block_flops, flops_per_token
 from hopescale.cost.hardware import Device
 from hopescale.cost.holdings import Holdings
+from hopescale.cost.operation import OpCost, product
 from hopescale.cost.params import FP32
 from hopescale.cost.updates import update_flops
 
@@ -89,7 +91,7 @@ class Estimator:
         self.rate = device.peak_flops * (efficiency or device.efficiency)
         config = holdings.config
         self.model_flops = flops_per_token(config.model, config.train.seq_len)
-        self._flops = cache(partial(flops_by_part, config.model, config.train.seq_len))
+        self._flops = cache(self._flops_of_block)
         self._rule_flops = cache(self._flops_of_rules)
 
     def step(self, config: RunConfig, layout: Layout) -> Estimate:
@@ -119,18 +121,21 @@ class Estimator:
     def assumptions(self) -> list[str]:
         """Say what the estimate takes for granted."""
         config, device = self.holdings.config, self.device
-        on_cpu, kind = device.name == "cpu", memory_kind(config.model)
+        on_cpu = device.name == "cpu"
         lines = [f"large products reach {self.rate / device.peak_flops:.0%} of the peak"]
-        if is_fused(config):
-            how = "" if on_cpu else ": float32 by TF32"
-            lines.append(f"one operation runs all chunks of memories, at {self._fused_rate(config):.0%} of that{how}")
-            if not on_cpu:
-                lines.append(f"a head of a sequence is one program, and {device.units} run at a time")
-        elif kind is not None:
-            lines.append(f"products of memories reach {MIXING_RATE[kind]:.0%} of that, as on a CPU")
-            if self._calls_s(config):
-                calls, least = CALLS_PER_CHUNK[kind], 1e6 * device.call_s
-                lines.append(f"a chunk is {calls:,} calls, one after the other, of {least:.0f} us at least")
+        for mixer in config.model.mixers.values():
+            kind = memory_kind(mixer)
+            if is_fused(config, mixer):
+                share, how = f"{self._fused_rate(mixer):.0%}", "" if on_cpu else ": float32 by TF32"
+                lines.append(f"one operation runs all chunks of memories, at {share} of that{how}")
+                if not on_cpu:
+                    lines.append(f"a head of a sequence is one program, and {device.units} run at a time")
+            elif kind is not None:
+                lines.append(f"products of memories reach {MIXING_RATE[kind]:.0%} of that, as on a CPU")
+                if self._calls_s(mixer):
+                    calls, least = CALLS_PER_CHUNK[kind], 1e6 * device.call_s
+                    lines.append(f"a chunk is {calls:,} calls, one after the other, of {least:.0f} us at least")
+        lines = list(dict.fromkeys(lines))
         if not on_cpu:
             node = f"{device.link / 1e9:.0f} GB/s within a node of {device.per_node}"
             beyond = f"{device.network / 1e9:.0f} beyond"
@@ -139,35 +144,42 @@ class Estimator:
 
     def _stage_s(self, config: RunConfig, layout: Layout, stage: int) -> float:
         """Return the seconds of a micro batch's forward and backward on a stage."""
-        model, train = config.model, config.train
-        parts, slices = self._flops(recompute=effective_recompute(config)), self.holdings.slices(layout, stage)
-        blocks, tokens = sum(map(len, slices)), train.seq_len * train.micro_batch_size
-        part = blocks / model.num_layers / layout.tp
-        dense = (parts["maps"].total + parts["levels"].total) * part
+        model, train, slices = config.model, config.train, self.holdings.slices(layout, stage)
+        tokens = train.seq_len * train.micro_batch_size
+        numbers = Counter(block_pattern(model)[number] for blocks in slices for number in blocks)
+        dense, mixing = 0.0, 0.0
+        for name, blocks in numbers.items():
+            mixer = model.mixers[name]
+            parts = self._flops(name, effective_recompute(config, mixer))
+            dense += (parts["maps"].total + parts["levels"].total) * blocks / layout.tp
+            flops = parts["mixing"].total * blocks / layout.tp * tokens
+            mixing += self._mixing_s(config, layout, mixer, flops, blocks)
         if slices[-1].stop == model.num_layers:
-            dense += parts["head"].total / layout.tp
-        mixing = parts["mixing"].total * part * tokens
-        return dense * tokens / self.rate + self._mixing_s(config, layout, mixing, blocks)
+            dense += product(1, model.d_model, padded_vocab_size(model)).total / layout.tp
+        return dense * tokens / self.rate + mixing
 
-    def _mixing_s(self, config: RunConfig, layout: Layout, flops: float, blocks: int) -> float:
-        """Return the seconds of a micro batch's products between the maps, `flops` in all, of some blocks."""
-        if is_fused(config):
+    def _flops_of_block(self, name: str, recompute: str) -> dict[str, OpCost]:
+        config = self.holdings.config
+        return block_flops(config.model, config.model.mixers[name], config.train.seq_len, recompute=recompute)
+
+    def _mixing_s(self, config: RunConfig, layout: Layout, mixer: MixerConfig, flops: float, blocks: int) -> float:
+        """Return the seconds of a micro batch's products between the maps, `flops` in all, of blocks with a mixer."""
+        if is_fused(config, mixer):
             programs = config.model.num_heads / layout.tp * config.train.micro_batch_size
-            return flops / (self.rate * self._fused_rate(config) * min(1.0, programs / self.device.units))
-        kind = memory_kind(config.model)
+            return flops / (self.rate * self._fused_rate(mixer) * min(1.0, programs / self.device.units))
+        kind = memory_kind(mixer)
         rate = 1.0 if kind is None else MIXING_RATE[kind]
-        return max(flops / (self.rate * rate), blocks * self._calls_s(config))
+        return max(flops / (self.rate * rate), blocks * self._calls_s(mixer))
 
-    def _fused_rate(self, config: RunConfig) -> float:
-        return FUSED_RATE[memory_kind(config.model)] if self.device.name == "cpu" else FUSED_GPU_RATE
+    def _fused_rate(self, mixer: MixerConfig) -> float:
+        return FUSED_RATE[memory_kind(mixer)] if self.device.name == "cpu" else FUSED_GPU_RATE
 
-    def _calls_s(self, config: RunConfig) -> float:
+    def _calls_s(self, mixer: MixerConfig) -> float:
         """Return the least seconds of a mixer's chunk loop: calls of operations, one after the other."""
-        model = config.model
-        if not has_chunk_loop(model):
+        if not has_chunk_loop(mixer):
             return 0.0
-        chunks = config.train.seq_len / projection_chunk_size(model)
-        return chunks * CALLS_PER_CHUNK[memory_kind(model)] * self.device.call_s
+        chunks = self.holdings.config.train.seq_len / projection_chunk_size(mixer)
+        return chunks * CALLS_PER_CHUNK[memory_kind(mixer)] * self.device.call_s
 
     def _bandwidth(self, ranks: int) -> float:
         return self.device.link if ranks <= self.device.per_node else self.device.network
@@ -214,9 +226,8 @@ class Estimator:
         )
 
 
-def memory_kind(model: ModelConfig) -> str | None:
+def memory_kind(mixer: MixerConfig) -> str | None:
     """Return what decides the speed of memories: `mlp` or `linear` if they make what is written, else `static`."""
-    mixer = model.self_modifying
-    if model.mixer == "attention":
+    if not isinstance(mixer, SelfModifyingConfig):
         return None
     return mixer.memory if mixer.adaptive or mixer.query == "memory" else "static"

@@ -6,8 +6,10 @@ norms, activations and gates are elementwise and left out. A test holds the coun
 
 from __future__ import annotations
 
-from hopescale.config.model_shape import levels_of_block, padded_vocab_size
-from hopescale.config.schema import ModelConfig
+from collections.abc import Callable
+
+from hopescale.config.model_shape import levels_of_block, mixer_counts, padded_vocab_size
+from hopescale.config.schema import MixerConfig, ModelConfig
 from hopescale.cost.mixers import maps_cost, mixing_cost
 from hopescale.cost.operation import NOTHING, OpCost, product
 
@@ -24,27 +26,35 @@ def flops_per_token(model: ModelConfig, seq_len: int) -> float:
     return sum(part.total for part in flops_by_part(model, seq_len).values())
 
 
-def flops_by_part(model: ModelConfig, seq_len: int, *, recompute: str | None = None) -> dict[str, OpCost]:
+def flops_by_part(
+    model: ModelConfig, seq_len: int, *, recompute: Callable[[MixerConfig], str] | None = None
+) -> dict[str, OpCost]:
     """Count the operations of one token by part: `maps` of the mixers, their `mixing`, `levels`, `head`.
 
-    What `train.recompute` repeats counts as backward; a `recompute` of None counts the model alone.
+    What is computed again counts as backward; `recompute` says what by the block's mixer, as `train.recompute` does.
+    None counts the model alone.
     """
-    parts = _block(model, seq_len, recompute)
-    for name in _RECOMPUTED.get(recompute or "none", ()):
-        parts[name] += OpCost(0, _block(model, seq_len, "none")[name].forward)
-    head = product(1, model.d_model, padded_vocab_size(model))
-    return {name: part.times(model.num_layers) for name, part in parts.items()} | {"head": head}
+    total = {"maps": NOTHING, "mixing": NOTHING, "levels": NOTHING}
+    for mixer, blocks in mixer_counts(model):
+        parts = block_flops(model, mixer, seq_len, recompute=recompute and recompute(mixer))
+        total = {name: cost + parts[name].times(blocks) for name, cost in total.items()}
+    return total | {"head": product(1, model.d_model, padded_vocab_size(model))}
 
 
-def block_flops(model: ModelConfig, seq_len: int) -> OpCost:
-    """Count one block for a token, which costs the same in all blocks."""
-    return sum(_block(model, seq_len, None).values(), NOTHING)
+def block_flops(
+    model: ModelConfig, mixer: MixerConfig, seq_len: int, *, recompute: str | None = None
+) -> dict[str, OpCost]:
+    """Count the operations of one token in a block by part, `maps`, `mixing` and `levels`; levels cost alike in all.
 
-
-def _block(model: ModelConfig, seq_len: int, recompute: str | None) -> dict[str, OpCost]:
+    Without `recompute`, the value of `train.recompute`, it counts the model alone.
+    """
     levels = levels_of_block(model, 0).values()
-    return {
-        "maps": maps_cost(model),
-        "mixing": mixing_cost(model, seq_len, recompute),
+    parts = {
+        "maps": maps_cost(model, mixer),
+        "mixing": mixing_cost(model, mixer, seq_len, recompute),
         "levels": sum((product(1, model.d_model, 3 * level.d_ff) for level in levels), NOTHING),
     }
+    for name in _RECOMPUTED.get(recompute or "none", ()):
+        once = mixing_cost(model, mixer, seq_len, "none") if name == "mixing" else parts[name]
+        parts[name] += OpCost(0, once.forward)
+    return parts

@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 from hopescale.config.groups import assign_groups
 from hopescale.config.layout import Layout
-from hopescale.config.model_shape import padded_vocab_size
-from hopescale.config.schema import ModelConfig, RunConfig
+from hopescale.config.model_shape import block_pattern, padded_vocab_size
+from hopescale.config.schema import MixerConfig, ModelConfig, RunConfig
 from hopescale.cost.flops import block_flops
 from hopescale.cost.operation import product
 from hopescale.cost.params import ParameterShape, model_parameters
@@ -25,9 +25,8 @@ def cut_blocks(model: ModelConfig, seq_len: int, num_stages: int) -> list[range]
     """Cut the blocks into consecutive stages whose dearest costs least.
 
     Counted are the operations of the blocks and, on the last stage, of the head; looking up the embedding costs none.
-    Of equally good cuts, the last stage takes the fewest blocks; the others differ by one at most, earlier ones more.
-
-    All blocks cost the same; tokens per sequence decide what a mixer costs.
+    Of equally good cuts, the last stage takes the fewest blocks; the others cost as much as their average as far as
+    they can, earlier ones more. Tokens per sequence decide what a mixer costs.
 
     Returns:
         Numbers of each stage's blocks, at least one.
@@ -39,17 +38,47 @@ def cut_blocks(model: ModelConfig, seq_len: int, num_stages: int) -> list[range]
         raise ValueError(f"a model of {model.num_layers} blocks cannot be cut into {num_stages} stages")
     if num_stages == 1:
         return [range(model.num_layers)]
-    block, head = block_flops(model, seq_len).total, product(1, model.d_model, padded_vocab_size(model)).total
-    others = num_stages - 1
-
-    def dearest(last: int) -> int:
-        most = -(-(model.num_layers - last) // others)
-        return max(most * block, last * block + head)
-
-    last = min(range(1, model.num_layers - others + 1), key=dearest)
-    each, more = divmod(model.num_layers - last, others)
-    sizes = [each + (stage < more) for stage in range(others)] + [last]
+    each = {name: _block_cost(model, mixer, seq_len) for name, mixer in model.mixers.items()}
+    costs = [each[name] for name in block_pattern(model)]
+    head = round(product(1, model.d_model, padded_vocab_size(model)).total)
+    least, most = max(*costs, costs[-1] + head), sum(costs) + head
+    while least < most:
+        limit = (least + most) // 2
+        least, most = (least, limit) if _cut(costs, num_stages, limit, head) else (limit + 1, most)
+    first = len(costs) - _cut(costs, num_stages, most, head)[-1]
+    sizes = [*_even(costs[:first], num_stages - 1, most), len(costs) - first]
     return [range(sum(sizes[:stage]), sum(sizes[: stage + 1])) for stage in range(num_stages)]
+
+
+def _block_cost(model: ModelConfig, mixer: MixerConfig, seq_len: int) -> int:
+    return round(sum(part.total for part in block_flops(model, mixer, seq_len).values()))
+
+
+def _cut(costs: list[int], num_stages: int, limit: int, head: int = 0) -> list[int] | None:
+    """Return sizes of stages that cost at most `limit` each, earlier ones filled first; None if there are none."""
+    sizes = []
+    for stage in range(num_stages - 1):
+        begin, size, cost = sum(sizes), 0, 0
+        others = num_stages - stage - 1
+        while begin + size + others < len(costs) and cost + costs[begin + size] <= limit:
+            cost += costs[begin + size]
+            size += 1
+        if size == 0:
+            return None
+        sizes.append(size)
+    rest = costs[sum(sizes) :]
+    return [*sizes, len(rest)] if sum(rest) + head <= limit else None
+
+
+def _even(costs: list[int], num_stages: int, limit: int) -> list[int]:
+    """Return sizes of stages that cost at most `limit` each: every one the least that the average of the rest asks."""
+    if num_stages == 1:
+        return [len(costs)]
+    most = _cut(costs, num_stages, limit)[0]
+    size, average = 1, sum(costs) / num_stages
+    while size < most and (sum(costs[:size]) < average or not _cut(costs[size:], num_stages - 1, limit)):
+        size += 1
+    return [size, *_even(costs[size:], num_stages - 1, limit)]
 
 
 class Kind(NamedTuple):

@@ -22,7 +22,7 @@ from hopescale.config.model_shape import (
     memory_dim,
     projection_chunk_size,
 )
-from hopescale.config.schema import ModelConfig, SelfModifyingConfig, TrainConfig
+from hopescale.config.schema import AttentionConfig, MixerConfig, ModelConfig, SelfModifyingConfig, TrainConfig
 from hopescale.cost.operation import NOTHING, OpCost, product, saved, solve
 from hopescale.cost.params import FP32, itemsize, num_projections
 from hopescale.ops.limits import REVERSE_PARTS, is_moved_by_map, is_trace_smaller, trace_size
@@ -49,33 +49,33 @@ class MicroBatch:
         return cls(train.seq_len * batch, batch, train.seq_len, size, layout.tp, share)
 
 
-def maps_cost(model: ModelConfig) -> OpCost:
+def maps_cost(model: ModelConfig, mixer: MixerConfig) -> OpCost:
     """Count the mixer's maps in and out for a token."""
     width = model.num_heads * head_dim(model)
-    if model.mixer == "attention":
-        return product(1, model.d_model, 2 * width + 2 * kv_heads(model) * head_dim(model))
-    return product(1, model.d_model, width * (num_projections(model) + 1))
+    if isinstance(mixer, AttentionConfig):
+        return product(1, model.d_model, 2 * width + 2 * kv_heads(model, mixer) * head_dim(model))
+    return product(1, model.d_model, width * (num_projections(mixer) + 1))
 
 
-def mixing_cost(model: ModelConfig, seq_len: int, recompute: str | None) -> OpCost:
+def mixing_cost(model: ModelConfig, mixer: MixerConfig, seq_len: int, recompute: str | None) -> OpCost:
     """Count what a mixer does between its maps for a token: scores and reads, or memories.
 
     Without `recompute`, the value of `train.recompute`, it counts the model alone.
     """
-    if model.mixer == "attention":
-        reads = product(1, head_dim(model), _keys_per_token(model, seq_len, recompute)).times(2 * model.num_heads)
+    if isinstance(mixer, AttentionConfig):
+        reads = product(1, head_dim(model), _keys_per_token(mixer, seq_len, recompute)).times(2 * model.num_heads)
         # Each gradient is two products; the scores are a third.
         return reads if recompute is None else OpCost(reads.forward, 2.5 * reads.forward)
-    once = _sequence(model, seq_len).times(model.num_heads / seq_len)
-    if recompute in (None, "none") or not has_chunk_loop(model):
+    once = _sequence(model, mixer, seq_len).times(model.num_heads / seq_len)
+    if recompute in (None, "none") or not has_chunk_loop(mixer):
         return once
-    replay = _replay(model, seq_len) * model.num_heads / seq_len if recompute == "reverse" else 0
+    replay = _replay(model, mixer, seq_len) * model.num_heads / seq_len if recompute == "reverse" else 0
     return OpCost(once.forward, once.backward + once.forward + replay)
 
 
-def _keys_per_token(model: ModelConfig, seq_len: int, recompute: str | None) -> float:
+def _keys_per_token(mixer: AttentionConfig, seq_len: int, recompute: str | None) -> float:
     """Count the keys that a token of attention sees, on average, or that it is multiplied with if anything runs."""
-    window = model.attention.window or seq_len
+    window = mixer.window or seq_len
     if seq_len <= window:
         return (seq_len + 1) / 2
     later = seq_len - window
@@ -99,15 +99,15 @@ class Activations:
     workspace: float
 
 
-def _attention(model: ModelConfig, micro: MicroBatch) -> Activations:
+def _attention(model: ModelConfig, mixer: AttentionConfig, micro: MicroBatch) -> Activations:
     """Count queries and keys after rotation, values within the in-projection's result, the answer, and it in order."""
-    heads, groups, dim = model.num_heads / micro.tp, kv_heads(model) / micro.tp, head_dim(model)
+    heads, groups, dim = model.num_heads / micro.tp, kv_heads(model, mixer) / micro.tp, head_dim(model)
     rotated, projected = (heads + groups) * dim, (heads + 2 * groups) * dim
     kept = micro.tokens * ((rotated + projected + 2 * heads * dim) * micro.itemsize + heads * FP32)
-    if model.attention.qk_norm:
+    if mixer.qk_norm:
         copies = 1 if micro.itemsize == FP32 else 2
         kept += micro.tokens * (rotated * copies + heads + groups) * FP32
-    window, in_blocks = model.attention.window or micro.seq_len, 0.0
+    window, in_blocks = mixer.window or micro.seq_len, 0.0
     if (later := micro.seq_len - window) > 0:
         # Blocks of later queries and their answers, with two blocks of keys and values each.
         in_blocks = micro.batch * -(-later // window) * window * (2 * heads + 4 * groups) * dim
@@ -116,30 +116,32 @@ def _attention(model: ModelConfig, micro: MicroBatch) -> Activations:
     return Activations(kept, 0, (micro.tokens * (2 * projected + model.d_model) + in_blocks) * micro.itemsize)
 
 
-def mixer_activations(model: ModelConfig, micro: MicroBatch, recompute: str) -> Activations:
+def mixer_activations(model: ModelConfig, mixer: MixerConfig, micro: MicroBatch, recompute: str) -> Activations:
     """Count a mixer, without its norm's result, where `recompute` is what the mixer itself computes again."""
-    if model.mixer == "attention":
-        return _attention(model, micro)
-    mixer, heads, dim = model.self_modifying, model.num_heads / micro.tp, head_dim(model)
+    if isinstance(mixer, AttentionConfig):
+        return _attention(model, mixer, micro)
+    heads, dim = model.num_heads / micro.tp, head_dim(model)
     width, per_head = micro.tokens * heads * dim, micro.batch * heads * FP32
     kept = _streams(mixer, micro, heads, dim)
-    if not has_chunk_loop(model):
+    if not has_chunk_loop(mixer):
         # The states between chunks are there twice: as they come, and side by side.
         states = 2 * (1 + mixer.momentum) * dim * dim * max(1, micro.seq_len / mixer.chunk_size)
-        return Activations(kept + _sequence(model, micro.seq_len).saved * per_head, states * per_head, 6 * width * FP32)
-    banks, chunk = _banks(model), min(projection_chunk_size(model), micro.seq_len)
+        return Activations(
+            kept + _sequence(model, mixer, micro.seq_len).saved * per_head, states * per_head, 6 * width * FP32
+        )
+    banks, chunk = _banks(model, mixer), min(projection_chunk_size(mixer), micro.seq_len)
     chunks, entries = -(-micro.seq_len // chunk), sum(bank.size for bank in banks)
     states = chunks * entries * (1 + mixer.momentum) * per_head
     # Of two chunks at a time: what a chunk hands on, and the gradients of what was carried into it.
     handed_on = 2 * entries * (3 + 2 * mixer.momentum) * per_head
     if recompute == "none":
-        kept += _sequence(model, micro.seq_len).saved * per_head
+        kept += _sequence(model, mixer, micro.seq_len).saved * per_head
         return Activations(kept, states, 4 * width * FP32 + handed_on)
     # Gradients of streams and answers, and one chunk's tensors.
-    workspace = 5 * width * FP32 + handed_on + 1.3 * _chunk(model, chunk).saved * per_head
+    workspace = 5 * width * FP32 + handed_on + 1.3 * _chunk(model, mixer, chunk).saved * per_head
     if recompute != "reverse":
         return Activations(kept, states, workspace)
-    trace, restored = (entries * per_head for entries in _trace(model, chunk))
+    trace, restored = (entries * per_head for entries in _trace(model, mixer, chunk))
     rows = -(-chunks // REVERSE_PARTS)
     # States that are computed again: of a row the last, and one for each half, quarter, ... before it.
     workspace += (min(chunks, REVERSE_PARTS) - 1).bit_length() * restored
@@ -193,24 +195,24 @@ class _Bank:
         return self.vectors - self.is_main
 
 
-def _banks(model: ModelConfig) -> list[_Bank]:
+def _banks(model: ModelConfig, mixer: SelfModifyingConfig) -> list[_Bank]:
     """Return the banks of a head, the one with the main memory first."""
-    result, widths = [], (head_dim(model), memory_dim(model))
-    for names in memory_banks(model).values():
+    result, widths = [], (head_dim(model), memory_dim(model, mixer))
+    for names in memory_banks(mixer).values():
         gates = sum(name in ("eta", "alpha") for name in names)
-        result.append(_Bank(len(names) - gates, gates, *widths, names[0] == "mem", bank_layers(model, names)))
+        result.append(_Bank(len(names) - gates, gates, *widths, names[0] == "mem", bank_layers(model, mixer, names)))
     return result
 
 
-def _sequence(model: ModelConfig, seq_len: int) -> OpCost:
+def _sequence(model: ModelConfig, mixer: SelfModifyingConfig, seq_len: int) -> OpCost:
     """Count the memories of a head over a sequence."""
-    mixer, dim = model.self_modifying, head_dim(model)
-    if has_chunk_loop(model):
-        chunk = min(projection_chunk_size(model), seq_len)
+    dim = head_dim(model)
+    if has_chunk_loop(mixer):
+        chunk = min(projection_chunk_size(mixer), seq_len)
         # Nobody reads the states after the last chunk, which get no gradient.
-        (main, *others), size = _banks(model), min(mixer.chunk_size, chunk)
+        (main, *others), size = _banks(model, mixer), min(mixer.chunk_size, chunk)
         last = sum((_states(mixer, bank, chunk) for bank in others), _states(mixer, main, size if others else chunk))
-        return _chunk(model, chunk).times(seq_len / chunk) + OpCost(0, -last.backward)
+        return _chunk(model, mixer, chunk).times(seq_len / chunk) + OpCost(0, -last.backward)
     chunk = min(mixer.chunk_size, seq_len)
     each = _tables(mixer, chunk) + _open(mixer, chunk, dim) + _transition(mixer, chunk, dim)
     each += _added(mixer, chunk, dim, dim, by_map=True)
@@ -218,12 +220,12 @@ def _sequence(model: ModelConfig, seq_len: int) -> OpCost:
     return each.times(seq_len / chunk)
 
 
-def _chunk(model: ModelConfig, tokens: int) -> OpCost:
+def _chunk(model: ModelConfig, mixer: SelfModifyingConfig, tokens: int) -> OpCost:
     """Count a projection chunk: the projections that memories make, the main memory's chunks, and all writes.
 
     States at the start of a projection chunk are left out; those at the start of the main memory's chunks in it count.
     """
-    mixer, (main, *others) = model.self_modifying, _banks(model)
+    main, *others = _banks(model, mixer)
     source = others[0] if others else main
     cost = _inputs(mixer, source, tokens)
     if not others:
@@ -351,32 +353,31 @@ def _read(mixer: SelfModifyingConfig, tokens: int, width: int, out: int) -> OpCo
     return cost + saved((2 + both) * tokens * tokens)
 
 
-def _layers(model: ModelConfig, tokens: int) -> list[tuple[int, int, int, bool]]:
+def _layers(model: ModelConfig, mixer: SelfModifyingConfig, tokens: int) -> list[tuple[int, int, int, bool]]:
     """Return width, outputs, number and `is_trace_smaller` of the layers that are written at projection chunks."""
-    mixer = model.self_modifying
     rule = {"momentum": mixer.momentum, "erase": mixer.inner_rule == "dgd"}
-    return [(*layer, is_trace_smaller(tokens, *layer[:2], **rule)) for layer in _banks(model)[-1].layers]
+    return [(*layer, is_trace_smaller(tokens, *layer[:2], **rule)) for layer in _banks(model, mixer)[-1].layers]
 
 
-def _replay(model: ModelConfig, seq_len: int) -> float:
+def _replay(model: ModelConfig, mixer: SelfModifyingConfig, seq_len: int) -> float:
     """Count what `train.recompute: reverse` adds to compute the states of a sequence again, half a row at a time."""
-    mixer, tokens = model.self_modifying, projection_chunk_size(model)
+    tokens = projection_chunk_size(mixer)
     chunks, once = seq_len / tokens, 0.0
-    for width, out, count, is_smaller in _layers(model, tokens):
+    for width, out, count, is_smaller in _layers(model, mixer, tokens):
         by_map = is_moved_by_map(tokens, width, out, momentum=mixer.momentum)
         once += count * is_smaller * _added(mixer, tokens, width, out, by_map=by_map).forward
     return once * chunks / 2 * math.log2(max(1, min(REVERSE_PARTS, chunks)))
 
 
-def _trace(model: ModelConfig, tokens: int) -> tuple[float, float]:
+def _trace(model: ModelConfig, mixer: SelfModifyingConfig, tokens: int) -> tuple[float, float]:
     """Count what says how a projection chunk moves all layers, and the weights and momenta it says that of.
 
     A main memory with chunks of its own moves several times: its result is kept instead.
     """
-    mixer, rates = model.self_modifying, 1 + model.self_modifying.momentum
+    rates = 1 + mixer.momentum
     rule = {"momentum": mixer.momentum, "erase": mixer.inner_rule == "dgd"}
-    kept, restored = sum(bank.size * rates for bank in _banks(model)[:-1]), 0
-    for width, out, count, is_smaller in _layers(model, tokens):
+    kept, restored = sum(bank.size * rates for bank in _banks(model, mixer)[:-1]), 0
+    for width, out, count, is_smaller in _layers(model, mixer, tokens):
         state = width * out * rates
         kept += count * (trace_size(tokens, width, out, **rule) if is_smaller else state)
         restored += count * state * is_smaller

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 from hopescale.config.execution import effective_recompute
@@ -67,7 +68,7 @@ def _layout(config: RunConfig, layout: Layout) -> dict[str, Any]:
 
 def _flops(config: RunConfig) -> dict[str, Any]:
     model, seq_len = config.model, config.train.seq_len
-    executed = flops_by_part(model, seq_len, recompute=effective_recompute(config))
+    executed = flops_by_part(model, seq_len, recompute=partial(effective_recompute, config))
     total = flops_per_token(model, seq_len)
     parts = {
         name: {"forward": part.forward, "backward": part.backward, "executed": executed[name].total}

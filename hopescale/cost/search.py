@@ -8,7 +8,7 @@ from itertools import product
 
 from hopescale.config.execution import reverse_saves
 from hopescale.config.layout import Layout
-from hopescale.config.model_shape import kv_heads, padded_vocab_size
+from hopescale.config.model_shape import attention_mixers, has_chunk_loop, kv_heads, padded_vocab_size
 from hopescale.config.schema import RunConfig
 from hopescale.cost.device_memory import device_memory_of_stage
 from hopescale.cost.estimate import Estimate, Estimator
@@ -110,9 +110,10 @@ def cheapest_change(estimator: Estimator, config: RunConfig, layout: Layout) -> 
 
 def recompute_modes(config: RunConfig) -> tuple[str, ...]:
     """Return what can be computed again, from what keeps most to what keeps least."""
-    if config.model.mixer == "attention":
+    loops = [mixer for mixer in config.model.mixers.values() if has_chunk_loop(mixer)]
+    if not loops:
         return ("none", "memory", "block")
-    reverse = ("reverse",) if reverse_saves(config.model) else ()
+    reverse = ("reverse",) if all(reverse_saves(config.model, mixer) for mixer in loops) else ()
     return ("none", "chunks", *reverse, "memory", "block")
 
 
@@ -120,7 +121,7 @@ def _layouts(config: RunConfig, ranks: int, per_node: int) -> Iterator[tuple[Run
     """Yield layouts that split the model evenly, tensor-parallel ranks within a node."""
     model = config.model
     sizes = [model.num_heads, padded_vocab_size(model), *(level.d_ff for level in model.cms.levels.values())]
-    sizes += [kv_heads(model)] if model.mixer == "attention" else []
+    sizes += [kv_heads(model, mixer) for mixer in attention_mixers(model).values()]
     for tp in _divisors(ranks):
         if tp > per_node or any(size % tp for size in sizes):
             continue

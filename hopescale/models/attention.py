@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hopescale.config.model_shape import head_dim, kv_heads
-from hopescale.config.schema import ModelConfig
+from hopescale.config.schema import AttentionConfig, ModelConfig
 from hopescale.config.transfer import attention_scale
 from hopescale.models.norm import RMSNorm
 from hopescale.models.state import LayerState
@@ -31,15 +31,16 @@ class Attention(nn.Module):
     Its state is the keys and values of the tokens read: it grows with them, up to the window if there is one.
 
     Args:
-        model: Sizes and switches; the head dim `D` is even, and heads are split over tensor-parallel ranks.
+        model: Sizes; the head dim `D` is even, and heads are split over tensor-parallel ranks.
+        mixer: Switches.
         out_std: Standard deviation of the out-projection's initial weights.
         mesh: Ranks of the run, and this process among them.
     """
 
-    def __init__(self, model: ModelConfig, *, out_std: float, mesh: Mesh):
+    def __init__(self, model: ModelConfig, mixer: AttentionConfig, *, out_std: float, mesh: Mesh):
         super().__init__()
-        width, groups = model.d_model, kv_heads(model)
-        self.config, self.head_dim, self.scale = model.attention, head_dim(model), attention_scale(model)
+        width, groups = model.d_model, kv_heads(model, mixer)
+        self.config, self.head_dim, self.scale = mixer, head_dim(model), attention_scale(model)
         self.kv_heads, self.shared_by = groups // mesh.tp_group.size(), model.num_heads // groups
         # Queries, then key and value of each group side by side, so that a rank holds whole groups.
         size = (model.num_heads + 2 * groups) * self.head_dim
@@ -61,7 +62,7 @@ class Attention(nn.Module):
 
         Args:
             state: Keys and values of earlier tokens; None begins without any.
-            document_ids: `[B, T]`; used with `within_documents`, where `None` treats all tokens as one document.
+            document_ids: Document of each token `[B, T]`; None treats all as one.
 
         Returns:
             Residual activations and the state after the last token.
@@ -80,9 +81,7 @@ class Attention(nn.Module):
         q, k = rotate(q, tables), rotate(k, tables)
         if state.position:
             k, v = torch.cat([state.tensors.k, k], dim=2), torch.cat([state.tensors.v, v], dim=2)
-        if document_ids is None or not self.config.within_documents:
-            document_ids = None
-        elif state.position:
+        if document_ids is not None and state.position:
             raise ValueError("document_ids are given, but the documents of the tokens in the state are unknown")
         y = self._attend(q, k, v, document_ids)
         y = self.out_proj(y.permute(2, 0, 1, 3).flatten(2))

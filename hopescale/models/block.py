@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from hopescale.config.model_shape import head_dim, levels_of_block
-from hopescale.config.schema import ModelConfig
+from hopescale.config.model_shape import head_dim, levels_of_block, mixer_of_block
+from hopescale.config.schema import AttentionConfig, ModelConfig
 from hopescale.models.attention import Attention
 from hopescale.models.cms import ContinuumMemory
 from hopescale.models.norm import stream_norm
@@ -45,11 +45,12 @@ class Block(nn.Module):
         out_scale = (2 * config.num_layers) ** -0.5
         out_std = out_scale * (config.num_heads * head_dim(config)) ** -0.5
         self.norm = stream_norm(config.d_model, eps=config.norm_eps, mesh=mesh)
-        if config.mixer == "attention":
-            self.mixer = Attention(config, out_std=out_std, mesh=mesh)
+        mixer = mixer_of_block(config, number)
+        if isinstance(mixer, AttentionConfig):
+            self.mixer = Attention(config, mixer, out_std=out_std, mesh=mesh)
         else:
             computed = {"recompute": recompute, "compiled": compiled, "backend": backend}
-            self.mixer = SelfModifying(config, out_std=out_std, mesh=mesh, **computed)
+            self.mixer = SelfModifying(config, mixer, out_std=out_std, mesh=mesh, **computed)
         self.cms = ContinuumMemory(config, levels_of_block(config, number), out_scale=out_scale, mesh=mesh)
 
     def forward(

@@ -100,7 +100,7 @@ class Model(nn.Module):
             tokens: `[B, T]`, int64; read by the slice that begins the model only.
             state: State that an earlier call returned; None begins anew.
             hidden: Output `[T, B, N]` of the slice before; None for the slice that begins the model.
-            document_ids: `[B, T]`, for attention `within_documents`.
+            document_ids: `[B, T]`, used if the model mixes `within_documents`.
             probe: Dict to be filled with `memory/<layer>/<statistic>` scalars.
             last_only: Whether to predict after the last token alone, as generation needs.
 
@@ -114,6 +114,7 @@ class Model(nn.Module):
                 (sequence parallel).
         """
         x = self._enter(tokens, hidden)
+        document_ids = document_ids if self.config.within_documents else None
         states = []
         for index, (number, block) in enumerate(self.blocks.items()):
             stats: dict[str, Tensor] | None = None if probe is None else {}

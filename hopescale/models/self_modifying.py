@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hopescale.config.model_shape import head_dim, memory_dim
-from hopescale.config.schema import ModelConfig
+from hopescale.config.schema import ModelConfig, SelfModifyingConfig
 from hopescale.models.memory import MemoryBank
 from hopescale.models.norm import RMSNorm
 from hopescale.models.state import LayerState
@@ -69,7 +69,8 @@ class SelfModifying(nn.Module):
     The heads are split over tensor-parallel ranks; the recurrence communicates nothing.
 
     Args:
-        model: Sizes, switches and starting values.
+        model: Sizes.
+        mixer: Switches and starting values.
         out_std: Standard deviation of the out-projection's initial weights.
         mesh: Ranks of the run, and this process among them.
         recompute, compiled, backend: Arguments of `ops.self_modifying`.
@@ -78,6 +79,7 @@ class SelfModifying(nn.Module):
     def __init__(
         self,
         model: ModelConfig,
+        mixer: SelfModifyingConfig,
         *,
         out_std: float,
         mesh: Mesh,
@@ -87,7 +89,7 @@ class SelfModifying(nn.Module):
     ):
         super().__init__()
         self.computed = {"recompute": recompute, "compiled": compiled, "backend": backend}
-        config, dim = model.self_modifying, head_dim(model)
+        config, dim = mixer, head_dim(model)
         self.config, self.head_dim = config, dim
         self.heads, width = model.num_heads // mesh.tp_group.size(), model.num_heads * dim
         adaptive = set(config.adaptive)
@@ -99,7 +101,7 @@ class SelfModifying(nn.Module):
             channels = self.heads * len(STREAMS) * dim
             self.conv = nn.ParameterDict({"weight": new_parameter(channels, config.conv_width, spec=spec)})
         self.gates = nn.ModuleDict(self._gates(adaptive))
-        self.spec = self._memory_spec(adaptive, memory_dim(model))
+        self.spec = self._memory_spec(adaptive, memory_dim(model, mixer))
         names = zip(Memories._fields, self.spec.banks, strict=True)
         self.banks = nn.ModuleDict({name: MemoryBank(bank, self.heads, dim) for name, bank in names if bank})
         self.norm = RMSNorm(self.heads, dim, eps=model.norm_eps, partition_dim=0)

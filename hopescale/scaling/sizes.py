@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from hopescale.common.errors import ConfigError
 from hopescale.config.check import require_valid
 from hopescale.config.load import load_recipe
-from hopescale.config.model_shape import head_dim
+from hopescale.config.model_shape import attention_mixers, head_dim
 from hopescale.config.schema import ModelConfig
 from hopescale.cost.flops import flops_per_token
 from hopescale.cost.params import count_params
@@ -57,8 +58,9 @@ def best_size(recipe: str, overrides: Sequence[str], flops: float, law: Law) -> 
 
 def family(model: ModelConfig) -> Iterator[tuple[dict[str, int], ModelConfig]]:
     """Yield smaller and larger models of one shape, narrow to wide, with the settings that make them."""
-    dim, kv = head_dim(model), model.attention.num_kv_heads if model.mixer == "attention" else None
-    group = model.num_heads // kv if kv else 1
+    dim, shared = head_dim(model), {name: mixer.num_kv_heads for name, mixer in attention_mixers(model).items()}
+    groups = {name: model.num_heads // kv for name, kv in shared.items() if kv}
+    group = math.lcm(*groups.values())
     for heads in range(group, WIDEST // dim + 1, group):
         ratio = heads / model.num_heads
         layers = max(1, round(model.num_layers * ratio))
@@ -70,9 +72,7 @@ def family(model: ModelConfig) -> Iterator[tuple[dict[str, int], ModelConfig]]:
         levels = {name: replace(level, d_ff=widths[name]) for name, level in model.cms.levels.items()}
         settings = {"model.d_model": width, "model.num_heads": heads, "model.num_layers": layers}
         settings |= {f"model.cms.levels.{name}.d_ff": d_ff for name, d_ff in widths.items()}
-        attention = model.attention
-        if kv:
-            settings["model.attention.num_kv_heads"] = heads // group
-            attention = replace(attention, num_kv_heads=heads // group)
-        cms = replace(model.cms, levels=levels)
-        yield settings, replace(model, d_model=width, num_heads=heads, num_layers=layers, cms=cms, attention=attention)
+        settings |= {f"model.mixers.{name}.num_kv_heads": heads // each for name, each in groups.items()}
+        mixers = {name: replace(model.mixers[name], num_kv_heads=heads // each) for name, each in groups.items()}
+        changed = {"cms": replace(model.cms, levels=levels), "mixers": model.mixers | mixers}
+        yield settings, replace(model, d_model=width, num_heads=heads, num_layers=layers, **changed)

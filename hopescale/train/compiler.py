@@ -10,6 +10,7 @@ import torch
 
 from hopescale.common.errors import ConfigError
 from hopescale.config.execution import memory_backend
+from hopescale.config.model_shape import self_modifying_mixers
 from hopescale.config.schema import RunConfig
 from hopescale.ops.backends import Choice
 from hopescale.ops.device import device_type
@@ -34,16 +35,16 @@ def check_compiler(device: torch.device) -> None:
         )
 
 
-def choose_backend(config: RunConfig, device: torch.device) -> Choice | None:
-    """Choose the code that trains memories; None for a model without any.
+def choose_backends(config: RunConfig, device: torch.device) -> dict[str, Choice]:
+    """Choose the code that trains the memories of each mixer that has some.
 
     Raises:
         ConfigError: If `train.backend` cannot run: for the device, the installation, the compiler or the memories.
     """
-    if config.model.mixer != "self_modifying":
-        return None
-    choice = memory_backend(config, device_type(device))
-    if choice.backend is None:
-        problem = f"train.backend is {config.train.backend}, but {choice.reason}"
-        raise ConfigError(problem, "set train.backend=auto, which runs without it")
-    return choice
+    chosen = {}
+    for name, mixer in self_modifying_mixers(config.model).items():
+        chosen[name] = choice = memory_backend(config, mixer, device_type(device))
+        if choice.backend is None:
+            problem = f"train.backend is {config.train.backend}, but {choice.reason}"
+            raise ConfigError(problem, "set train.backend=auto, which runs without it")
+    return chosen

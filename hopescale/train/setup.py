@@ -31,7 +31,7 @@ from hopescale.optim.replicated import ReplicatedAdamW
 from hopescale.optim.rules import changed_state
 from hopescale.optim.transfer import ParameterSizes, transfer_groups
 from hopescale.parallel.mesh import Mesh
-from hopescale.train.compiler import check_compiler, choose_backend
+from hopescale.train.compiler import check_compiler, choose_backends
 from hopescale.train.device_memory import check_device_memory
 from hopescale.train.folder import RunFolder
 from hopescale.train.request import RunRequest
@@ -103,7 +103,7 @@ def _build_slices(config: RunConfig, mesh: Mesh, device: torch.device) -> list[M
     slices, computed = [], {"recompute": train.recompute, "compiled": train.compile, "backend": train.backend}
     if train.compile:
         check_compiler(device)
-    choose_backend(config, device)
+    choose_backends(config, device)
     for blocks in cut_blocks(config.model, train.seq_len, pp * mesh.virtual_stages)[mesh.pp_group.rank() :: pp]:
         model = Model(config.model, seed=train.seed, mesh=mesh, blocks=blocks, **computed)
         slices.append(model.to(device).to_precision(DTYPES[train.precision]))

@@ -20,7 +20,7 @@ from hopescale.parallel import process
 from hopescale.parallel.control import Control
 from hopescale.parallel.init_distributed import init_distributed
 from hopescale.parallel.mesh import Mesh
-from hopescale.train.compiler import choose_backend
+from hopescale.train.compiler import choose_backends
 from hopescale.train.device_memory import memory_errors_explained
 from hopescale.train.folder import Record, RunFolder
 from hopescale.train.request import RunRequest
@@ -118,8 +118,10 @@ def _introduction(state: TrainState, request: RunRequest, device: torch.device) 
     where = f"{device.type}{ranks if layout.num_ranks > 1 else ''}"
     yield f"{config.name}: {sum(state.sizes.values()):,} parameters on {where}, run folder {request.folder}"
     yield f"parameter groups: {group_summary(state.optimizer.groups, state.sizes)}; all of them in groups.txt"
-    if backend := choose_backend(config, device):
-        yield f"memories: {backend.describe(memory_shape(config.model))}"
+    chosen = choose_backends(config, device)
+    for name, backend in chosen.items():
+        whose = f" of {name}" if len(chosen) > 1 else ""
+        yield f"memories{whose}: {backend.describe(memory_shape(config.model, config.model.mixers[name]))}"
     for level in sorted(state.levels_never_due()):
         yield f"note: level {level} is due at no step up to train.steps={config.train.steps}; its weights stay"
 

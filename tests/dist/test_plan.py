@@ -35,22 +35,22 @@ ALONE = {
         "train.recompute=reverse",
         "train.seq_len=512",
         "train.micro_batch_size=2",
-        "model.self_modifying.chunk_size=8",
+        "model.mixers.hope.chunk_size=8",
     ],
     "states again, no momentum": [
         "train.recompute=reverse",
         "train.seq_len=256",
-        "model.self_modifying={chunk_size: 8, momentum: false, memory: linear}",
+        "model.mixers.hope={chunk_size: 8, momentum: false, memory: linear}",
     ],
     "transformer": [
-        "model.mixer=attention",
-        "model.self_modifying.chunk_size=64",
+        "model.mixers.hope.kind=attention",
+        "model.mixers.hope.chunk_size=64",
         "model.vocab_size=512",
         "model.cms.levels={mid: null, slow: null}",
     ],
     "an update": [
-        "model.mixer=attention",
-        "model.self_modifying.chunk_size=64",
+        "model.mixers.hope.kind=attention",
+        "model.mixers.hope.chunk_size=64",
         "model.d_model=256",
         "train.seq_len=16",
         "train.global_batch_tokens=64",
@@ -102,7 +102,7 @@ def check(
     """Check bytes sent and, if `most` is given, that the plan is 0.9 to `most` times the bytes held."""
     wrong = []
     for name, overrides in cases.items():
-        computed = [] if "model.mixer=attention" in overrides else [f"train.backend={backend}"]
+        computed = [] if "model.mixers.hope.kind=attention" in overrides else [f"train.backend={backend}"]
         loaded = require_valid(load_recipe("debug", [*SMALL, *computed, *overrides]))
         config, layout = loaded.config, make_layout(loaded.config, num_ranks)
         check_layout(config, layout, loaded.origins)

@@ -297,8 +297,6 @@ def check_model_of(config: ModelConfig, dtype: torch.dtype, tolerance: float, me
             torch.testing.assert_close(measured[stage], measured[0], rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize(
-    "changes", [{}, {"mixer": "attention", "attention": AttentionConfig()}, {"tie_embeddings": False}]
-)
+@pytest.mark.parametrize("changes", [{}, {"mixers": {"attention": AttentionConfig()}}, {"tie_embeddings": False}])
 def test_the_model_trains_evaluates_and_continues_texts_at_stages_1_and_3(changes: dict, tmp_path: Path):
     run_ranks(check_model, 2, tmp_path, changes)

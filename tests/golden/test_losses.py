@@ -17,9 +17,9 @@ from hopescale.cli.app import main
 RECORD = Path(__file__).with_name("losses.json")
 RUNS = {
     "hope": [],
-    "hope linear": ["model.self_modifying.memory=linear"],
+    "hope linear": ["model.mixers.hope.memory=linear"],
     "hope bf16": ["train.precision=bf16"],
-    "hope-attention": ["model.mixer=attention", "model.self_modifying.chunk_size=64"],
+    "hope-attention": ["model.mixers.hope.kind=attention", "model.mixers.hope.chunk_size=64"],
     "independent levels": ["model.cms.variant=independent"],
 }
 

@@ -50,8 +50,8 @@ STATIC = {"adaptive": (), "targets": "value", "memory": "linear", "objective": "
 
 
 def make_mixer(config: SelfModifyingConfig, heads: int, dim: int) -> SelfModifying:
-    model = ModelConfig(d_model=8, num_heads=heads, head_dim=dim, self_modifying=config)
-    return SelfModifying(model, out_std=0.3, mesh=Mesh.alone(), backend="torch")
+    model = ModelConfig(d_model=8, num_heads=heads, head_dim=dim, mixers={"hope": config})
+    return SelfModifying(model, config, out_std=0.3, mesh=Mesh.alone(), backend="torch")
 
 
 def make_inputs(mixer: SelfModifying, tokens: int, batch: int) -> dict[str, Tensor]:

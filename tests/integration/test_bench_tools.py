@@ -50,7 +50,7 @@ def test_every_mixer_is_compared_with_the_transformer(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("mixer", "said"), [("hop", "there is no mixer 'hop'"), ("titans:chunk=8", "self_modifying.chunk: unknown key")]
+    ("mixer", "said"), [("hop", "there is no mixer 'hop'"), ("titans:chunk=8", "mixers.attention.chunk: unknown key")]
 )
 def test_a_mixer_that_does_not_exist_is_one_message(mixer: str, said: str):
     done = run_tool("bench_mixers.py", "--mixers", mixer)

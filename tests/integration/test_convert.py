@@ -24,12 +24,12 @@ from tests.support.greedy import assert_same_text
 from tests.support.layouts import train_run, values
 from tests.support.ranks import run_ranks
 
-ATTENTION = ("model.mixer=attention", "model.self_modifying={chunk_size: 64, mu_init: 0.5}")
+ATTENTION = ("model.mixers.hope.kind=attention", "model.mixers.hope={chunk_size: 64, mu_init: 0.5}")
 ARCHITECTURES = {
     "hope": (),
-    "hope_attention": (*ATTENTION, "model.attention={num_kv_heads: 2, qk_norm: true}"),
+    "hope_attention": (*ATTENTION, "model.mixers.hope={num_kv_heads: 2, qk_norm: true}"),
     "transformer": (*ATTENTION, "model.cms.levels.mid=null", "model.cms.levels.slow=null"),
-    "hope_bf16": ("train.precision=bf16", "model.self_modifying.projection_chunk_size=16"),
+    "hope_bf16": ("train.precision=bf16", "model.mixers.hope.projection_chunk_size=16"),
 }
 
 
@@ -171,7 +171,7 @@ def test_weights_from_an_export_fit_other_layouts(hopescale, exports: Path, tmp_
 def test_an_export_that_answers_otherwise_is_told_with_its_first_layer(hopescale, exports: Path, tmp_path: Path):
     folder = shutil.copytree(exports / "hope-hf", tmp_path / "copy")
     config = json.loads((folder / "config.json").read_text())
-    config["hope"]["self_modifying"]["chunk_size"] = 4
+    config["hope"]["mixers"]["hope"]["chunk_size"] = 4
     (folder / "config.json").write_text(json.dumps(config))
     done = hopescale("convert", "verify", folder, exports / "hope")
     assert done.code == 4 and "the first layer to differ is blocks.0.mixer" in done.err

@@ -85,7 +85,7 @@ def trained(request, hopescale, tiny, text_data: Path, tmp_path_factory: pytest.
     run = tmp_path_factory.mktemp("eval") / request.param
     mixer = (f"model.mixer={request.param}",)
     if request.param == "attention":
-        mixer += ("model.self_modifying={chunk_size: 64}",)
+        mixer += ("model.mixers.hope={chunk_size: 64}",)
     source = f"data.sources.text.path={text_data / 'data'}"
     done = hopescale("train", "debug", *tiny, *SIZES, *mixer, source, "--run-dir", run)
     assert done.code == 0, done.err

@@ -21,7 +21,7 @@ from tests.support.cluster import Cluster, steps
 TINY = (
     "model.d_model=16",
     "model.num_layers=1",
-    "model.self_modifying.chunk_size=8",
+    "model.mixers.hope.chunk_size=8",
     "model.cms.levels.fast.d_ff=16",
     "model.cms.levels.mid.d_ff=16",
     "model.cms.levels.slow.d_ff=16",

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 MIXERS: dict[str, list[str]] = {
     "hope": [],
-    "linear": ["model.self_modifying.memory=linear"],
-    "narrow memories": ["model.self_modifying.memory_dim=10"],
-    "wide memories": ["model.self_modifying.memory_dim=40"],
-    "plain gradient descent": ["model.self_modifying.inner_rule=gd"],
-    "no momentum": ["model.self_modifying.momentum=false"],
-    "boundary, dot": ["model.self_modifying={read: boundary, objective: dot}"],
-    "titans": ["model.self_modifying={adaptive: [], targets: value, inner_rule: gd}"],
-    "two banks": ["model.self_modifying={adaptive: [k, eta], query: memory, gate: true, projection_chunk_size: 32}"],
+    "linear": ["model.mixers.hope.memory=linear"],
+    "narrow memories": ["model.mixers.hope.memory_dim=10"],
+    "wide memories": ["model.mixers.hope.memory_dim=40"],
+    "plain gradient descent": ["model.mixers.hope.inner_rule=gd"],
+    "no momentum": ["model.mixers.hope.momentum=false"],
+    "boundary, dot": ["model.mixers.hope={read: boundary, objective: dot}"],
+    "titans": ["model.mixers.hope={adaptive: [], targets: value, inner_rule: gd}"],
+    "two banks": ["model.mixers.hope={adaptive: [k, eta], query: memory, gate: true, projection_chunk_size: 32}"],
     "deltanet": [
-        "model.self_modifying={memory: linear, adaptive: [], targets: value, objective: dot, momentum: false, "
+        "model.mixers.hope={memory: linear, adaptive: [], targets: value, objective: dot, momentum: false, "
         "retention: false, read: inclusive}"
     ],
-    "attention": ["model.mixer=attention"],
-    "grouped attention": ["model.mixer=attention", "model.attention={num_kv_heads: 1, qk_norm: true}"],
-    "sliding window": ["model.mixer=attention", "model.attention={num_kv_heads: 1, window: 48}"],
+    "attention": ["model.mixers.hope.kind=attention"],
+    "grouped attention": ["model.mixers.hope.kind=attention", "model.mixers.hope={num_kv_heads: 1, qk_norm: true}"],
+    "sliding window": ["model.mixers.hope.kind=attention", "model.mixers.hope={num_kv_heads: 1, window: 48}"],
 }

@@ -10,6 +10,6 @@ BASE = ModelConfig(
     d_model=32,
     num_layers=2,
     num_heads=4,
-    self_modifying=SelfModifyingConfig(chunk_size=8),
+    mixers={"hope": SelfModifyingConfig(chunk_size=8)},
     cms=CmsConfig(levels=LEVELS),
 )

@@ -16,20 +16,30 @@ from tests.support.models import BASE, LEVELS
 VARIANTS = {
     "hope": {},
     "hope, all switches": {
-        "self_modifying": SelfModifyingConfig(
-            memory="linear", query="memory", gate=True, adaptive=("k", "eta"), chunk_size=8, projection_chunk_size=16
-        )
+        "mixers": {
+            "hope": SelfModifyingConfig(
+                memory="linear",
+                query="memory",
+                gate=True,
+                adaptive=("k", "eta"),
+                chunk_size=8,
+                projection_chunk_size=16,
+            )
+        }
     },
-    "attention": {"mixer": "attention", "attention": AttentionConfig(qk_norm=True, within_documents=True)},
-    "sliding window": {"mixer": "attention", "attention": AttentionConfig(window=5, within_documents=True)},
+    "attention": {"mixers": {"attention": AttentionConfig(qk_norm=True)}, "within_documents": True},
+    "sliding window": {"mixers": {"attention": AttentionConfig(window=5)}, "within_documents": True},
     "grouped-query attention": {
-        "mixer": "attention",
+        "mixers": {"attention": AttentionConfig()},
         "num_heads": 8,
         "attention": AttentionConfig(num_kv_heads=4, qkv_bias=True, rope_scaling=RopeScalingConfig(first_context=8)),
     },
     "independent levels": {"cms": CmsConfig("independent", LEVELS)},
     "untied, no padding": {"tie_embeddings": False, "vocab_size": 256},
-    "attention, wider than its base": {"mixer": "attention", "transfer": TransferConfig(16, base_head_dim=4)},
+    "attention, wider than its base": {
+        "mixers": {"attention": AttentionConfig()},
+        "transfer": TransferConfig(16, base_head_dim=4),
+    },
 }
 
 

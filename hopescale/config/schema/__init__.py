@@ -1,11 +1,13 @@
 """The config tree as frozen dataclasses. Every field has its docstring beneath it: meaning, unit, effect."""
 
-from hopescale.config.schema.model import AttentionConfig as AttentionConfig
+from hopescale.config.schema.mixers import KINDS as KINDS
+from hopescale.config.schema.mixers import AttentionConfig as AttentionConfig
+from hopescale.config.schema.mixers import MixerConfig as MixerConfig
+from hopescale.config.schema.mixers import RopeScalingConfig as RopeScalingConfig
+from hopescale.config.schema.mixers import SelfModifyingConfig as SelfModifyingConfig
 from hopescale.config.schema.model import CmsConfig as CmsConfig
 from hopescale.config.schema.model import LevelConfig as LevelConfig
 from hopescale.config.schema.model import ModelConfig as ModelConfig
-from hopescale.config.schema.model import RopeScalingConfig as RopeScalingConfig
-from hopescale.config.schema.model import SelfModifyingConfig as SelfModifyingConfig
 from hopescale.config.schema.model import TransferConfig as TransferConfig
 from hopescale.config.schema.optim import DeepMomentumConfig as DeepMomentumConfig
 from hopescale.config.schema.optim import DeltaMomentumConfig as DeltaMomentumConfig

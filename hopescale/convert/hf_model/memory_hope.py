@@ -186,9 +186,9 @@ class HopeGate(nn.Module):
 class HopeSelfModifying(nn.Module):
     """Hope's mixer: memories that make keys, values and gates for themselves, chunk by chunk."""
 
-    def __init__(self, model: SimpleNamespace, dim: int):
+    def __init__(self, model: SimpleNamespace, config: SimpleNamespace, dim: int):
         super().__init__()
-        config, heads = model.self_modifying, model.num_heads
+        heads = model.num_heads
         self.config, self.heads, self.dim = config, heads, dim
         self.in_proj = nn.Linear(model.d_model, heads * dim * (3 + config.gate), bias=False)
         self.conv = None

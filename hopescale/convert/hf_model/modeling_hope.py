@@ -46,11 +46,11 @@ class HopeCache:
 class HopeAttention(nn.Module):
     """Causal softmax attention, heads of queries in groups that share a key and a value, with rotary positions."""
 
-    def __init__(self, model: SimpleNamespace, dim: int):
+    def __init__(self, model: SimpleNamespace, config: SimpleNamespace, dim: int):
         super().__init__()
-        config, transfer = model.attention, model.transfer
+        transfer = model.transfer
         self.config, self.dim, self.scale = config, dim, None
-        self.window = getattr(config, "window", None)  # not known to configs older than the key
+        self.window = config.window
         if transfer is not None and transfer.base_head_dim not in (None, dim):
             self.scale = transfer.base_head_dim**0.5 / dim  # products of wider heads, as at the base width
         self.groups = config.num_kv_heads or model.num_heads
@@ -163,6 +163,9 @@ class HopeContinuumMemory(nn.Module):
         return x + sum(weight * level(shared) for weight, level in zip(weights, self.levels.values(), strict=True))
 
 
+MIXERS = {"attention": HopeAttention, "self_modifying": HopeSelfModifying}
+
+
 class HopeBlock(nn.Module):
     """`x <- x + mixer(norm(x))`, then `x <- cms(x)`."""
 
@@ -170,7 +173,8 @@ class HopeBlock(nn.Module):
         super().__init__()
         dim = model.head_dim or model.d_model // model.num_heads
         self.norm = Norm(model.d_model, eps=model.norm_eps)
-        self.mixer = (HopeAttention if model.mixer == "attention" else HopeSelfModifying)(model, dim)
+        mixer = model.mixers[model.pattern[number % len(model.pattern)]]
+        self.mixer = MIXERS[mixer.kind](model, mixer, dim)
         self.cms = HopeContinuumMemory(model, number)
 
     def forward(self, x: Tensor, state: State, columns: Columns) -> tuple[Tensor, State]:
@@ -190,11 +194,11 @@ class HopeForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: HopeConfig):
         super().__init__(config)
-        model = _namespace({"transfer": None} | config.hope)  # not known to configs older than the key
+        model = _namespace(config.hope)
+        model.pattern = model.pattern or list(model.mixers)
         rows = -(-model.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-        self.period = 1
-        if model.mixer == "self_modifying":
-            self.period = model.self_modifying.projection_chunk_size or model.self_modifying.chunk_size
+        memories = [mixer for mixer in model.mixers.values() if mixer.kind == "self_modifying"]
+        self.period = math.lcm(*(mixer.projection_chunk_size or mixer.chunk_size for mixer in memories))
         self.embedding = nn.Embedding(rows, model.d_model)
         self.blocks = nn.ModuleDict({str(number): HopeBlock(model, number) for number in range(model.num_layers)})
         multiplier = 1.0 if model.transfer is None else model.transfer.base_width / model.d_model
@@ -265,6 +269,8 @@ class HopeForCausalLM(PreTrainedModel, GenerationMixin):
 
 
 def _namespace(section: dict[str, Any]) -> SimpleNamespace:
-    """Turn a config section and the sections below it, but no level, into attributes."""
-    inner = {name: value for name, value in section.items() if isinstance(value, dict) and name != "levels"}
-    return SimpleNamespace(**{**section, **{name: _namespace(value) for name, value in inner.items()}})
+    """Turn a config section and the sections below it, but no level, into attributes; mixers stay a dict of these."""
+    inner = {name: _namespace(value) for name, value in section.items() if isinstance(value, dict) and name != "levels"}
+    if "mixers" in inner:
+        inner["mixers"] = vars(inner["mixers"])
+    return SimpleNamespace(**{**section, **inner})

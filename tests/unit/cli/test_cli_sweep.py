@@ -81,7 +81,7 @@ def test_status_tells_what_every_trial_says(sweep, tmp_path: Path):
 
 def test_a_pipe_gets_every_label_whole(sweep, tmp_path: Path):
     size = "a" * 250
-    axes = "{model.self_modifying.adaptive: [[k, v]]}"
+    axes = "{model.mixers.hope.adaptive: [[k, v]]}"
     (tmp_path / "toy.yaml").write_text(f"recipe: debug\nsizes: {{{size}: {{}}}}\naxes: {axes}\n")
     code, out = sweep("plan")
     assert code == 0 and "[k, v]" in out and f" {size} " in out

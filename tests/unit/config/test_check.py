@@ -18,11 +18,12 @@ model:
 data: {sources: {main: {path: data/main}}}
 train: {steps: 100, seq_len: 32, micro_batch_size: 2, global_batch_tokens: 128}
 """
-ATTENTION = "model.mixer=attention"
-MIXER = "model.self_modifying"
+ATTENTION = "model.mixers.hope.kind=attention"
+MIXER = "model.mixers.hope"
 PROJECTION = f"{MIXER}.projection_chunk_size"
 STATIC = [f"{MIXER}.{setting}" for setting in ("memory=linear", "objective=dot", "adaptive=[]", "targets=value")]
-SCALING = "model.attention.rope_scaling"
+SCALING = "model.mixers.hope.rope_scaling"
+LOCAL = "model.mixers={hope: {}, local: {kind: attention, window: 8}}"
 SYNTHETIC = "data.sources.s.synthetic"
 LEVEL = "model.cms.levels.slow"
 DEPTH = "model.cms.placement=depth"
@@ -30,19 +31,19 @@ DEPTH = "model.cms.placement=depth"
 # overrides that break one rule -> the key that is named, part of its message
 BROKEN = [
     (["train.steps=0", f"{LEVEL}=null"], "train.steps", "must be at least 1, is 0"),
-    (["model.self_modifying.eta_max=2.5"], f"{MIXER}.eta_max", "in (0, 2]"),
-    (["model.self_modifying.alpha_init=1"], f"{MIXER}.alpha_init", "in (0, 1)"),
+    (["model.mixers.hope.eta_max=2.5"], f"{MIXER}.eta_max", "in (0, 2]"),
+    (["model.mixers.hope.alpha_init=1"], f"{MIXER}.alpha_init", "in (0, 1)"),
     (["optim.betas=[0.9, 1]"], "optim.betas", "in [0, 1)"),
     (["optim.groups.no_decay.betas=[0.9, 1]"], "optim.groups.no_decay.betas", "in [0, 1)"),
     (["data.sources.main.weight=0"], "data.sources.main.weight", "above 0"),
     (["train.loss_spike=0"], "train.loss_spike", "above 0"),
-    ([ATTENTION, "train.compile=true"], "train.compile", "the mixer is attention"),
+    ([ATTENTION, "train.compile=true"], "train.compile", "no mixer has a chunk loop"),
     (
         ["train.compile=true", *STATIC],
         "train.compile",
-        "stores static values",
+        "no mixer has a chunk loop",
     ),
-    ([ATTENTION, "train.backend=torch"], "train.backend", "the mixer is attention"),
+    ([ATTENTION, "train.backend=torch"], "train.backend", "mixers are attention"),
     (["train.backend=cpp", "train.compile=true"], "train.backend", "train.compile takes the chunk loop"),
     (
         ["train.backend=cpp", "train.recompute=reverse", "model.num_heads=1", f"{MIXER}.chunk_size=4"],
@@ -56,17 +57,17 @@ BROKEN = [
         "memories are 48 wide, not 16, 32, 64 or 128",
     ),
     (["train.backend=cpp", f"{MIXER}.memory_dim=24"], "train.backend", "memories are 24 wide, not a multiple of 16"),
-    ([ATTENTION, "train.recompute=reverse"], "train.recompute", "the mixer is attention"),
+    ([ATTENTION, "train.recompute=reverse"], "train.recompute", "no mixer has a chunk loop"),
     (
         ["train.recompute=reverse", *STATIC],
         "train.recompute",
-        "stores static values",
+        "no mixer has a chunk loop",
     ),
-    (["train.recompute=reverse"], "train.recompute", "what chunk_size = 64 tokens write"),
+    (["train.recompute=reverse"], "train.recompute", "what model.mixers.hope.chunk_size = 64 tokens write"),
     (
         ["train.recompute=reverse", f"{MIXER}.chunk_size=4", f"{PROJECTION}=16"],
         "train.recompute",
-        "what projection_chunk_size = 16 tokens write",
+        "projection_chunk_size = 16 tokens write",
     ),
     (["train.recompute=reverse", f"{MIXER}.chunk_size=4", "train.seq_len=4"], "train.recompute", "is one chunk"),
     (["checkpoint.keep_last=0"], "checkpoint.keep_last", "at least 1"),
@@ -75,12 +76,20 @@ BROKEN = [
     (["name="], "name", "cannot name a folder"),
     (["model.num_heads=5"], "model.d_model", "32 is not a multiple of num_heads = 5"),
     ([ATTENTION, "model.head_dim=3"], "model.head_dim", "even head dim"),
-    ([ATTENTION, f"{MIXER}.gate=true"], f"{MIXER}.gate", "no effect: model.mixer is attention"),
-    ([ATTENTION, "model.attention.num_kv_heads=3"], "model.attention.num_kv_heads", "3 does not divide"),
+    ([ATTENTION, "model.mixers.hope.num_kv_heads=3"], "model.mixers.hope.num_kv_heads", "3 does not divide"),
     ([ATTENTION, f"{SCALING}={{kind: linear, first_context: 64}}"], f"{SCALING}.first_context", "kind is linear"),
     ([ATTENTION, f"{SCALING}={{low_freq_factor: 4}}"], f"{SCALING}.high_freq_factor", "not above low_freq_factor = 4"),
-    ([f"{SCALING}={{kind: linear}}"], f"{SCALING}.kind", "no effect: model.mixer is self_modifying"),
-    (["model.attention.qk_norm=true"], "model.attention.qk_norm", "no effect: model.mixer is self_modifying"),
+    (["model.mixers.hope=null"], "model.mixers", "no mixer"),
+    ([LOCAL], "model.pattern", "is empty, and there are 2 mixers: hope, local"),
+    ([LOCAL, "model.pattern=[hope]"], "model.mixers.local", "model.pattern does not name it"),
+    (["model.pattern=[hope, local]"], "model.pattern", "holds local, which is no mixer"),
+    ([LOCAL, "model.pattern=[hope, local]", "model.num_layers=1"], "model.pattern", "names 2 blocks, but model.num_layers is 1"),
+    (
+        ["model.transfer.base_width=32", "model.mixers={hope: {}, b: {memory_dim: 8}}", "model.pattern=[hope, b]"],
+        "model.mixers.b.memory_dim",
+        "that of hope is null",
+    ),
+    (["model.within_documents=true", "data.sources.main=null", f"{SYNTHETIC}={{}}"], "model.within_documents", "row"),
     ([f"{MIXER}.memory=linear", f"{MIXER}.memory_dim=8"], f"{MIXER}.memory_dim", "memory is linear"),
     ([f"{MIXER}.adaptive=[k, k]"], f"{MIXER}.adaptive", "k is listed 2 times"),
     ([f"{MIXER}.retention=false"], f"{MIXER}.adaptive", "retention is off"),
@@ -130,7 +139,7 @@ def problems_of(recipe, *overrides):
     "overrides",
     [
         [],
-        [ATTENTION, "model.attention.qk_norm=true"],
+        [ATTENTION, "model.mixers.hope.qk_norm=true"],
         ["model.num_heads=5", "model.head_dim=7"],
         [f"{MIXER}.retention=false", f"{MIXER}.adaptive=[k, v, eta]", f"{MIXER}.momentum=false"],
         [f"{MIXER}.targets=value", f"{MIXER}.adaptive=[]", f"{MIXER}.error_cap=2"],
@@ -171,11 +180,11 @@ def test_all_rules_speak_at_once_with_origins(recipe):
 
 
 @pytest.mark.parametrize("key", ["model.num_heads", "train.seq_len", f"{MIXER}.chunk_size", "checkpoint.every"])
-@pytest.mark.parametrize("mixer", ["attention", "self_modifying"])
+@pytest.mark.parametrize("mixer", ["hope.kind=self_modifying", "local={kind: attention}"])
 @pytest.mark.parametrize("value", [0, -3])
 @pytest.mark.parametrize("also", [[], ["train.backend=cpp"], ["train.recompute=reverse"]], ids=str)
 def test_numbers_out_of_range_break_no_rule(recipe, key, mixer, value, also):
-    overrides = [f"{key}={value}", f"model.mixer={mixer}", "checkpoint.keep_every=3", *also]
+    overrides = [f"{key}={value}", f"model.mixers.{mixer}", "checkpoint.keep_every=3", *also]
     assert key in [problem.key for problem in problems_of(recipe, *overrides)]
 
 

@@ -61,9 +61,9 @@ BROKEN = [
         "not a multiple of parallel.pp = 2, as parallel.virtual_stages = 2 needs",
     ),
     (
-        ["parallel.tp=4", "model.mixer=attention", "model.attention.num_kv_heads=2"],
+        ["parallel.tp=4", "model.mixers.hope.kind=attention", "model.mixers.hope.num_kv_heads=2"],
         4,
-        "model.attention.num_kv_heads",
+        "model.mixers.hope.num_kv_heads",
         "2 is not a multiple of parallel.tp = 4",
     ),
     (["parallel.zero=2", "parallel.dp=2", "parallel.pp=2"], 4, "parallel.zero", "2 needs parallel.pp of 1, it is 2"),

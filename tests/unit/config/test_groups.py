@@ -4,7 +4,15 @@ import pytest
 
 from hopescale.common.errors import ConfigError
 from hopescale.config.groups import assign_groups, group_summary, group_table
-from hopescale.config.schema import GroupConfig, LevelConfig, ModelConfig, OptimConfig
+from hopescale.config.schema import (
+    AttentionConfig,
+    GroupConfig,
+    LevelConfig,
+    MixerConfig,
+    ModelConfig,
+    OptimConfig,
+    SelfModifyingConfig,
+)
 from hopescale.config.schema.model import CmsConfig
 from hopescale.models import Model
 
@@ -65,12 +73,17 @@ def test_the_group_of_the_rest_takes_no_matched_parameter():
 
 
 @pytest.mark.parametrize("variant", ["sequential", "independent"])
-@pytest.mark.parametrize("mixer", ["self_modifying", "attention"])
-def test_the_default_groups_keep_vectors_from_decay(mixer: str, variant: str):
+@pytest.mark.parametrize("mixer", [SelfModifyingConfig(), AttentionConfig()], ids=lambda mixer: mixer.kind)
+def test_the_default_groups_keep_vectors_from_decay(mixer: MixerConfig, variant: str):
     """Norms, gates, convolutions and mixing weights are not decayed; matrices are, whatever a level is called."""
     levels = {"fast": LevelConfig(d_ff=8), "slow": LevelConfig(d_ff=8, update_every_steps=2)}
     config = ModelConfig(
-        vocab_size=32, d_model=16, num_layers=1, num_heads=2, mixer=mixer, cms=CmsConfig(variant=variant, levels=levels)
+        vocab_size=32,
+        d_model=16,
+        num_layers=1,
+        num_heads=2,
+        mixers={"mixer": mixer},
+        cms=CmsConfig(variant=variant, levels=levels),
     )
     names = {name: parameter.shape for name, parameter in Model(config).named_parameters()}
     still = {name for name, group in assign_groups(names, OptimConfig().groups).items() if group == "no_decay"}

@@ -6,6 +6,7 @@ from hopescale.config.layout import Layout
 from hopescale.config.model_shape import levels_of_block
 from hopescale.config.plan import make_plan
 from hopescale.config.schema import (
+    AttentionConfig,
     CmsConfig,
     LevelConfig,
     ModelConfig,
@@ -29,23 +30,24 @@ def test_plan_of_a_self_modifying_run():
         "total_tokens": 2560,
         "total_sequences": 80,
         "head_dim": 24,
-        "memory_dim": 24,
-        "projection_chunk_size": 64,
+        "memory_dim": {"hope": 24},
+        "projection_chunk_size": {"hope": 64},
         "padded_vocab_size": 256,
     }
 
 
 def test_widths_that_are_set_win():
     mixer = SelfModifyingConfig(memory_dim=7, chunk_size=4, projection_chunk_size=16)
-    plan = make_plan(RunConfig(model=ModelConfig(vocab_size=128, head_dim=5, self_modifying=mixer)))
-    assert (plan.head_dim, plan.memory_dim, plan.projection_chunk_size, plan.padded_vocab_size) == (5, 7, 16, 128)
+    plan = make_plan(RunConfig(model=ModelConfig(vocab_size=128, head_dim=5, mixers={"hope": mixer})))
+    assert (plan.head_dim, plan.padded_vocab_size) == (5, 128)
+    assert (plan.memory_dim, plan.projection_chunk_size) == ({"hope": 7}, {"hope": 16})
 
 
 def test_other_mixers_and_memories_have_no_hidden_width():
-    attention = make_plan(RunConfig(model=ModelConfig(mixer="attention")))
-    assert attention.memory_dim is None and attention.projection_chunk_size is None
-    linear = make_plan(RunConfig(model=ModelConfig(self_modifying=SelfModifyingConfig(memory="linear"))))
-    assert linear.memory_dim is None and linear.projection_chunk_size == 64
+    attention = make_plan(RunConfig(model=ModelConfig(mixers={"attention": AttentionConfig()})))
+    assert attention.memory_dim == attention.projection_chunk_size == {}
+    linear = make_plan(RunConfig(model=ModelConfig(mixers={"hope": SelfModifyingConfig(memory="linear")})))
+    assert linear.memory_dim == {"hope": None} and linear.projection_chunk_size == {"hope": 64}
 
 
 def test_accumulation_is_that_of_a_replica():

@@ -27,7 +27,7 @@ def test_every_shipped_recipe_loads_checks_and_plans(name):
 def test_sizes_are_what_names_say(architecture, size):
     config = load_recipe(f"{architecture}_{size}").config
     assert count_params(config.model)["total"] == pytest.approx(SIZES[size], rel=0.03)
-    assert config.model.mixer == ("self_modifying" if architecture == "hope" else "attention")
+    assert list(config.model.mixers) == ["hope" if architecture == "hope" else "attention"]
     assert make_plan(config).head_dim in (64, 128)
     periods = [level.update_every_steps for level in config.model.cms.levels.values()]
     assert periods == ([1] if architecture == "transformer" else [1, 4, 16])

@@ -21,7 +21,7 @@ def make(base_head_dim: int | None = None, **settings) -> ModelConfig:
 def test_sizes_grow_as_the_widths_say():
     assert growth(make()) == {"width": 8.0, "head": 1.0, "memory": 1.0, "one": 1.0}
     assert growth(make(16)) == {"width": 8.0, "head": 4.0, "memory": 4.0, "one": 1.0}
-    stays = make(16, self_modifying=SelfModifyingConfig(memory_dim=32))
+    stays = make(16, mixers={"hope": SelfModifyingConfig(memory_dim=32)})
     assert growth(stays) == {"width": 8.0, "head": 4.0, "memory": 1.0, "one": 1.0}
     assert set(growth(ModelConfig(d_model=512)).values()) == {1.0}
 

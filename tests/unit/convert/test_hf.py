@@ -76,7 +76,12 @@ print(value("VmHWM") - before)
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measures memory in /proc")
 def test_an_export_needs_less_than_two_shards(save, tmp_path: Path):
     """Of a model of 4 shards, in a process that has exported a first time and so has loaded all it needs."""
-    wide = ("model.d_model=768", "model.mixer=attention", "model.self_modifying.chunk_size=64", "model.num_layers=4")
+    wide = (
+        "model.d_model=768",
+        "model.mixers.hope.kind=attention",
+        "model.mixers.hope.chunk_size=64",
+        "model.num_layers=4",
+    )
     checkpoint = save(*wide, *(f"model.cms.levels.{name}.d_ff=512" for name in ("fast", "mid", "slow")))
     shard = sum(file.stat().st_size for file in checkpoint.glob("*.distcp")) // 4
     # Freed memory goes back to the system at once, so that the peak is what is in use.

@@ -21,30 +21,47 @@ PADS = (0, 5, 16)
 VARIANTS = {
     "hope": {},
     "two banks, linear": {
-        "self_modifying": SelfModifyingConfig(
-            memory="linear", query="memory", gate=True, adaptive=("k", "eta"), chunk_size=8, projection_chunk_size=16
-        )
+        "mixers": {
+            "hope": SelfModifyingConfig(
+                memory="linear",
+                query="memory",
+                gate=True,
+                adaptive=("k", "eta"),
+                chunk_size=8,
+                projection_chunk_size=16,
+            )
+        }
     },
-    "two banks, MLP": {"self_modifying": SelfModifyingConfig(chunk_size=4, projection_chunk_size=8, memory_dim=5)},
+    "two banks, MLP": {"mixers": {"hope": SelfModifyingConfig(chunk_size=4, projection_chunk_size=8, memory_dim=5)}},
     "no momentum, no erase, no convolution": {
-        "self_modifying": SelfModifyingConfig(
-            read="inclusive", momentum=False, inner_rule="gd", chunk_size=8, error_cap=0.5, conv_width=None
-        )
+        "mixers": {
+            "hope": SelfModifyingConfig(
+                read="inclusive", momentum=False, inner_rule="gd", chunk_size=8, error_cap=0.5, conv_width=None
+            )
+        }
     },
     "static maps": {
-        "self_modifying": SelfModifyingConfig(
-            read="boundary", objective="dot", targets="value", adaptive=(), retention=False, chunk_size=4, eta_max=1.5
-        )
+        "mixers": {
+            "hope": SelfModifyingConfig(
+                read="boundary",
+                objective="dot",
+                targets="value",
+                adaptive=(),
+                retention=False,
+                chunk_size=4,
+                eta_max=1.5,
+            )
+        }
     },
-    "attention": {"mixer": "attention", "attention": AttentionConfig(qk_norm=True)},
+    "attention": {"mixers": {"attention": AttentionConfig(qk_norm=True)}},
     "grouped-query attention": {
-        "mixer": "attention",
-        "attention": AttentionConfig(num_kv_heads=2, qkv_bias=True, rope_scaling=RopeScalingConfig(first_context=8)),
+        "mixers": {
+            "attention": AttentionConfig(num_kv_heads=2, qkv_bias=True, rope_scaling=RopeScalingConfig(first_context=8))
+        },
     },
-    "sliding window": {"mixer": "attention", "attention": AttentionConfig(num_kv_heads=2, window=6)},
+    "sliding window": {"mixers": {"attention": AttentionConfig(num_kv_heads=2, window=6)}},
     "linear rope scaling": {
-        "mixer": "attention",
-        "attention": AttentionConfig(rope_scaling=RopeScalingConfig(kind="linear", factor=3.0)),
+        "mixers": {"attention": AttentionConfig(rope_scaling=RopeScalingConfig(kind="linear", factor=3.0))},
     },
     "independent levels": {"cms": CmsConfig("independent", LEVELS)},
     "levels over depth": {
@@ -53,7 +70,10 @@ VARIANTS = {
     },
     "untied, no padding": {"tie_embeddings": False, "vocab_size": 256},
     "wider than its base": {"transfer": TransferConfig(16)},
-    "attention, wider than its base": {"mixer": "attention", "transfer": TransferConfig(24, base_head_dim=4)},
+    "attention, wider than its base": {
+        "mixers": {"attention": AttentionConfig()},
+        "transfer": TransferConfig(24, base_head_dim=4),
+    },
 }
 
 

@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from hopescale.checkpoint.load import read_tensors
 from hopescale.checkpoint.manifest import read_manifest
 from hopescale.common.errors import CheckpointError, ConfigError
-from hopescale.config.load import load_resolved
+from hopescale.config.load import from_dict, load_resolved
+from hopescale.config.schema import ModelConfig
 from hopescale.convert.hf import SafetensorsFolder, export
 from hopescale.convert.info import describe
 from hopescale.convert.mapping import read_settings, write_settings
@@ -187,11 +188,6 @@ def test_a_wrong_cache_is_told(sources, tmp_path: Path, monkeypatch: pytest.Monk
         ("llama", {"attention_bias": True}, "attention_bias"),
         ("llama", {"mlp_bias": True}, "mlp_bias"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act gelu"),
-        (
-            "qwen2",
-            {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
-            "sliding-window attention in",
-        ),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type dynamic"),
     ],
 )
@@ -206,11 +202,27 @@ def test_a_window_of_all_layers_passes_in_both_directions(family: str):
     changes = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}
     theirs = AutoConfig.for_model(family, **{**SIZES, **SOURCES[family], **changes}).to_dict()
     ours = read_settings(theirs, "it")
-    assert ours["attention"]["window"] == 8
-    ours["attention"].setdefault("rope_scaling", None)
-    written = write_settings(ours, 48)
+    assert ours["mixers"]["attention"]["window"] == 8
+    written = write_settings(as_model(ours), 48)
     again = AutoConfig.for_model(**written).to_dict()
-    assert written["model_type"] == family and read_settings(again, "it")["attention"]["window"] == 8
+    assert written["model_type"] == family and read_settings(again, "it") == ours
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_a_window_of_some_layers_is_a_pattern(family: str):
+    changes = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
+    theirs = AutoConfig.for_model(family, **{**SIZES, **SOURCES[family], **changes}).to_dict()
+    ours = read_settings(theirs, "it")
+    kinds = ["sliding" if kind == "sliding_attention" else "attention" for kind in theirs["layer_types"]]
+    assert ours["pattern"] == kinds and set(kinds) == {"attention", "sliding"}
+    assert [ours["mixers"][name].get("window") for name in ("attention", "sliding")] == [None, 8]
+    written = write_settings(as_model(ours), 48)
+    assert written["model_type"] == family
+    assert read_settings(AutoConfig.for_model(**written).to_dict(), "it") == ours
+
+
+def as_model(settings: dict) -> ModelConfig:
+    return from_dict({"model": settings}, "it").model
 
 
 def test_other_families_are_refused(tmp_path: Path):

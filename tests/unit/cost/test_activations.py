@@ -17,14 +17,14 @@ from tests.support.mixers import MIXERS
 SMALL = (
     "model.d_model=48",
     "model.head_dim=24",
-    "model.self_modifying.chunk_size=16",
+    "model.mixers.hope.chunk_size=16",
     "model.vocab_size=100",
     "train.seq_len=160",
     "train.micro_batch_size=2",
 )
 CASES = MIXERS | {
-    "gate, no convolution": ["model.self_modifying={gate: true, conv_width: null, error_cap: 1.0}"],
-    "independent levels": ["model.mixer=attention", "model.cms.variant=independent"],
+    "gate, no convolution": ["model.mixers.hope={gate: true, conv_width: null, error_cap: 1.0}"],
+    "independent levels": ["model.mixers.hope.kind=attention", "model.cms.variant=independent"],
 }
 
 

@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import pytest
 
-from hopescale.config.schema import CmsConfig, LevelConfig, ModelConfig, SelfModifyingConfig
+from hopescale.config.schema import AttentionConfig, CmsConfig, LevelConfig, ModelConfig, SelfModifyingConfig
 from hopescale.cost.flops import flops_per_token
 from hopescale.cost.hardware import peak_bf16_flops
 from hopescale.cost.params import count_params
 
 MODEL = ModelConfig(vocab_size=256, d_model=64, num_heads=4, cms=CmsConfig(levels={"mlp": LevelConfig(d_ff=128)}))
-ATTENTION = replace(MODEL, mixer="attention")
+ATTENTION = replace(MODEL, mixers={"attention": AttentionConfig()})
 
 
 def test_attention_is_six_per_weight_and_the_causal_scores():
@@ -41,7 +41,7 @@ def test_memories_do_not_grow_with_the_context():
 )
 def test_switches_have_their_price(cheaper, dearer):
     costs = [
-        flops_per_token(replace(MODEL, self_modifying=SelfModifyingConfig(**changes)), 256)
+        flops_per_token(replace(MODEL, mixers={"hope": SelfModifyingConfig(**changes)}), 256)
         for changes in (cheaper, dearer)
     ]
     assert costs[0] < costs[1]

@@ -19,11 +19,9 @@ from tests.support.mixers import MIXERS
 
 aten = torch.ops.aten
 SHORT, SEQ_LEN, BATCH = 96, 160, 1
-SMALL = ("model.d_model=48", "model.head_dim=24", "model.self_modifying.chunk_size=16", "model.vocab_size=128")
+SMALL = ("model.d_model=48", "model.head_dim=24", "model.mixers.hope.chunk_size=16", "model.vocab_size=128")
 CASES = MIXERS | {
-    "momentum of static values": [
-        "model.self_modifying={memory: linear, adaptive: [], targets: value, objective: dot}"
-    ],
+    "momentum of static values": ["model.mixers.hope={memory: linear, adaptive: [], targets: value, objective: dot}"],
 }
 
 
@@ -72,7 +70,7 @@ def test_model_flops_are_what_torch_executes(overrides: list[str]):
     model = config_of(overrides)
     expected = of_more_tokens(lambda seq_len: counted(model, seq_len, "none"))
     assert of_more_tokens(lambda seq_len: executed(overrides, "none", seq_len)) == pytest.approx(expected, rel=0.01)
-    if model.mixer == "self_modifying":
+    if "hope" in model.mixers:
         assert flops_per_token(model, SEQ_LEN) * SEQ_LEN == counted(model, SEQ_LEN, "none")
 
 

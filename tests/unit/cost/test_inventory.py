@@ -12,11 +12,14 @@ from hopescale.models.model import level_of
 
 VARIANTS = {
     "hope": [],
-    "linear": ["model.self_modifying.memory=linear"],
-    "two banks": ["model.self_modifying={adaptive: [k, eta], query: memory, gate: true, projection_chunk_size: 64}"],
-    "static": ["model.self_modifying={adaptive: [], targets: value, momentum: false, conv_width: null}"],
-    "no retention": ["model.self_modifying={adaptive: [v], retention: false, memory_dim: 20}"],
-    "attention": ["model.mixer=attention", "model.attention={qk_norm: true, qkv_bias: true, num_kv_heads: 1}"],
+    "linear": ["model.mixers.hope.memory=linear"],
+    "two banks": ["model.mixers.hope={adaptive: [k, eta], query: memory, gate: true, projection_chunk_size: 64}"],
+    "static": ["model.mixers.hope={adaptive: [], targets: value, momentum: false, conv_width: null}"],
+    "no retention": ["model.mixers.hope={adaptive: [v], retention: false, memory_dim: 20}"],
+    "attention": [
+        "model.mixers.hope.kind=attention",
+        "model.mixers.hope={qk_norm: true, qkv_bias: true, num_kv_heads: 1}",
+    ],
     "untied, independent": ["model.tie_embeddings=false", "model.cms.variant=independent"],
     "depth": ["model.cms.placement=depth", "model.num_layers=3"],
 }

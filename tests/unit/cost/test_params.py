@@ -15,7 +15,7 @@ def model(**changes) -> ModelConfig:
 
 def test_attention_model_by_hand():
     attention = AttentionConfig(qk_norm=True)
-    counts = count_params(model(mixer="attention", attention=attention, tie_embeddings=False))
+    counts = count_params(model(mixers={"attention": attention}, tie_embeddings=False))
     assert counts["embedding"] == counts["head"] == 256 * 8
     assert counts["mixers"] == 2 * (4 * 8 * 8 + 2 * 4)
     assert counts["levels"] == 2 * 3 * 8 * (5 + 7)
@@ -35,7 +35,7 @@ def test_independent_levels_share_a_norm_and_have_mix_weights():
 
 def mixer(**changes) -> int:
     """Parameters of one mixer with 2 heads of 4 in a model of width 8."""
-    return count_params(model(num_layers=1, self_modifying=SelfModifyingConfig(**changes)))["mixers"]
+    return count_params(model(num_layers=1, mixers={"hope": SelfModifyingConfig(**changes)}))["mixers"]
 
 
 def test_hope_by_hand():

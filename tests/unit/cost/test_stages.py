@@ -6,7 +6,16 @@ from itertools import combinations
 import pytest
 
 from hopescale.config.layout import Layout
-from hopescale.config.schema import CmsConfig, LevelConfig, ModelConfig, RunConfig, TrainConfig
+from hopescale.config.schema import (
+    AttentionConfig,
+    CmsConfig,
+    LevelConfig,
+    MixerConfig,
+    ModelConfig,
+    RunConfig,
+    SelfModifyingConfig,
+    TrainConfig,
+)
 from hopescale.cost.flops import block_flops, flops_per_token
 from hopescale.cost.holdings import Holdings, cut_blocks
 
@@ -26,10 +35,10 @@ def all_cuts(blocks: int, stages: int) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("vocab_size", [128, 2048, 16_384, 65_536])
-@pytest.mark.parametrize("mixer", ["self_modifying", "attention"])
-def test_no_cut_has_a_cheaper_dearest_stage(mixer: str, vocab_size: int):
+@pytest.mark.parametrize("mixer", [SelfModifyingConfig(), AttentionConfig()], ids=lambda mixer: mixer.kind)
+def test_no_cut_has_a_cheaper_dearest_stage(mixer: MixerConfig, vocab_size: int):
     for blocks in range(1, 9):
-        model = replace(SMALL, mixer=mixer, vocab_size=vocab_size, num_layers=blocks)
+        model = replace(SMALL, mixers={"mixer": mixer}, vocab_size=vocab_size, num_layers=blocks)
         for stages in range(1, blocks + 1):
             cut = cut_blocks(model, 128, stages)
             assert [number for part in cut for number in part] == list(range(blocks))

@@ -30,7 +30,7 @@ def make_engine(dtype: torch.dtype = torch.float32, **optim) -> Engine:
         d_model=16,
         num_layers=1,
         num_heads=2,
-        self_modifying=SelfModifyingConfig(chunk_size=8),
+        mixers={"hope": SelfModifyingConfig(chunk_size=8)},
         cms=CmsConfig(levels=LEVELS),
     )
     model = Model(config).to_precision(dtype)

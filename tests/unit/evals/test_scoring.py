@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hopescale.config.schema import LevelConfig, ModelConfig, SelfModifyingConfig
+from hopescale.config.schema import AttentionConfig, LevelConfig, ModelConfig, SelfModifyingConfig
 from hopescale.config.schema.model import CmsConfig
 from hopescale.evals import scoring
 from hopescale.evals.scoring import score, write
@@ -17,12 +17,13 @@ VOCAB = 32
 LENGTHS = (2, 9, 30, 17, 3, 24)
 
 
-@pytest.fixture(scope="module", params=["self_modifying", "attention"])
+@pytest.fixture(
+    scope="module", params=[SelfModifyingConfig(chunk_size=8), AttentionConfig()], ids=lambda mixer: mixer.kind
+)
 def model(request) -> Model:
     levels = CmsConfig(levels={"fast": LevelConfig(d_ff=16), "slow": LevelConfig(d_ff=16, update_every_steps=2)})
     sizes = {"vocab_size": VOCAB, "d_model": 16, "num_layers": 2, "num_heads": 2, "tie_embeddings": False}
-    mixer = SelfModifyingConfig(chunk_size=8)
-    model = Model(ModelConfig(**sizes, mixer=request.param, self_modifying=mixer, cms=levels), seed=3)
+    model = Model(ModelConfig(**sizes, mixers={"mixer": request.param}, cms=levels), seed=3)
     return model.eval().double()  # no two tokens are equally likely but for rounding, see `naive_continuation`
 
 

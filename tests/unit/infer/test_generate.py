@@ -17,10 +17,10 @@ from tests.support.greedy import margins
 VOCAB, CHUNK = 32, 8
 LEVELS = {"fast": LevelConfig(d_ff=16), "slow": LevelConfig(d_ff=16, update_every_steps=2)}
 ARCHITECTURES = {
-    "hope": {"mixer": "self_modifying", "cms": CmsConfig(levels=LEVELS)},
-    "hope_attention": {"mixer": "attention", "cms": CmsConfig(levels=LEVELS)},
-    "transformer": {"mixer": "attention", "cms": CmsConfig(levels={"mlp": LevelConfig(d_ff=16)})},
-    "sliding window": {"mixer": "attention", "attention": AttentionConfig(window=9), "cms": CmsConfig(levels=LEVELS)},
+    "hope": {"cms": CmsConfig(levels=LEVELS)},
+    "hope_attention": {"mixers": {"attention": AttentionConfig()}, "cms": CmsConfig(levels=LEVELS)},
+    "transformer": {"mixers": {"attention": AttentionConfig()}, "cms": CmsConfig(levels={"mlp": LevelConfig(d_ff=16)})},
+    "sliding window": {"mixers": {"attention": AttentionConfig(window=9)}, "cms": CmsConfig(levels=LEVELS)},
 }
 
 
@@ -28,7 +28,7 @@ def make_model(name: str) -> Model:
     """An untied head, as a fresh model with a tied one repeats its last token whatever stood before."""
     sizes = {"vocab_size": VOCAB, "d_model": 16, "num_layers": 2, "num_heads": 2, "tie_embeddings": False}
     mixer = SelfModifyingConfig(chunk_size=CHUNK)
-    return Model(ModelConfig(**sizes, self_modifying=mixer, **ARCHITECTURES[name]), seed=3).eval()
+    return Model(ModelConfig(**sizes, mixers={"hope": mixer}, **ARCHITECTURES[name]), seed=3).eval()
 
 
 @pytest.fixture(scope="module")

@@ -22,8 +22,8 @@ from hopescale.models import Model
 
 KINDS = {
     "hope": {},
-    "linear": {"self_modifying": {"chunk_size": 8, "memory": "linear", "momentum": False, "conv_width": 0}},
-    "hope_attention": {"mixer": "attention", "attention": {"num_kv_heads": 1, "qk_norm": True}},
+    "linear": {"mixers": {"hope": {"chunk_size": 8, "memory": "linear", "momentum": False, "conv_width": 0}}},
+    "hope_attention": {"mixers": {"attention": {"kind": "attention", "num_kv_heads": 1, "qk_norm": True}}},
 }
 LENGTHS = (5, 8, 21)
 
@@ -32,7 +32,7 @@ def make_loaded(kind: str = "hope", precision: str = "fp32", seed: int = 3, **mo
     tree = to_dict(RunConfig())
     levels = {"fast": {"d_ff": 16}, "slow": {"d_ff": 16, "update_every_steps": 2}}
     tree["model"] = {"vocab_size": 32, "d_model": 16, "num_layers": 2, "num_heads": 2, "tie_embeddings": False}
-    tree["model"] |= {"self_modifying": {"chunk_size": 8}, "cms": {"levels": levels}, **KINDS[kind], **model}
+    tree["model"] |= {"mixers": {"hope": {"chunk_size": 8}}, "cms": {"levels": levels}, **KINDS[kind], **model}
     tree["train"]["precision"] = precision
     config = from_dict(tree, "test")
     net = Model(config.model, seed=seed).eval()
@@ -84,14 +84,14 @@ WEIGHTS = {f"{kind}/{layer}" for kind in ("running", "momentum", "boundary") for
 NAMES = {
     "hope": ({}, {f"memory/{name}" for name in WEIGHTS} | {"conv_tail"}),
     "two banks": (
-        {"self_modifying": {"chunk_size": 8, "projection_chunk_size": 16, "conv_width": None}},
+        {"mixers": {"hope": {"chunk_size": 8, "projection_chunk_size": 16, "conv_width": None}}},
         {f"memory/{name}" for name in WEIGHTS if "narrow" not in name} | {f"projection/{name}" for name in WEIGHTS},
     ),
     "linear": (
-        {"self_modifying": {"memory": "linear", "momentum": False}},
+        {"mixers": {"hope": {"memory": "linear", "momentum": False}}},
         {"memory/running/first", "memory/boundary/first", "conv_tail"},
     ),
-    "attention": ({"mixer": "attention"}, {"k", "v"}),
+    "attention": ({"mixers": {"attention": {"kind": "attention"}}}, {"k", "v"}),
 }
 
 

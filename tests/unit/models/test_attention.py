@@ -17,8 +17,8 @@ WIDTH, HEADS, DIM, BATCH = 12, 4, 6, 2
 
 
 def make_attention(**switches) -> Attention:
-    config = ModelConfig(d_model=WIDTH, num_heads=HEADS, head_dim=DIM, attention=AttentionConfig(**switches))
-    attention = Attention(config, out_std=0.3, mesh=Mesh.alone())
+    config = ModelConfig(d_model=WIDTH, num_heads=HEADS, head_dim=DIM)
+    attention = Attention(config, AttentionConfig(**switches), out_std=0.3, mesh=Mesh.alone())
     initialize(attention, 0, Mesh.alone())
     if attention.qkv_proj.bias is not None:
         torch.nn.init.normal_(attention.qkv_proj.bias, generator=torch.Generator().manual_seed(2))
@@ -82,25 +82,26 @@ SWITCHES = (
     {},
     {"qk_norm": True},
     {"rope_theta": 50.0},
-    {"within_documents": True},
     {"num_kv_heads": 2, "qkv_bias": True},
-    {"num_kv_heads": 1, "within_documents": True, "qk_norm": True},
+    {"num_kv_heads": 1, "qk_norm": True},
     {"rope_scaling": RopeScalingConfig(kind="linear", factor=4.0)},
     {"rope_scaling": LLAMA3, "rope_theta": 50.0},
     {"window": 1},
     {"window": 3, "num_kv_heads": 2},
     {"window": 13},
-    {"window": 4, "num_kv_heads": 1, "within_documents": True, "qk_norm": True},
-    {"window": 5, "within_documents": True},
+    {"window": 4, "num_kv_heads": 1, "qk_norm": True},
+    {"window": 5},
 )
 
 
 @pytest.mark.parametrize("switches", SWITCHES)
 @pytest.mark.parametrize("tokens", [1, 13])
-def test_attention_equals_its_equation(switches: dict, tokens: int):
+@pytest.mark.parametrize("within_documents", [False, True])
+def test_attention_equals_its_equation(switches: dict, tokens: int, within_documents: bool):
     attention, x = make_attention(**switches), make_input(tokens)
     documents = torch.tensor([[0] * 5 + [1] * 8, [0] * 12 + [1]])[:, :tokens]
-    expected = naive_attention(attention, x, documents if "within_documents" in switches else None)
+    documents = documents if within_documents else None
+    expected = naive_attention(attention, x, documents)
     result = attention(x, document_ids=documents)[0]
     # Rotary tables are float32, as in training.
     torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-6)
@@ -123,7 +124,7 @@ def test_split_sequence_equals_one_pass(cuts: list[int], window: int | None):
 
 
 def test_documents_of_earlier_tokens_are_unknown():
-    attention, x = make_attention(within_documents=True), make_input(4)
+    attention, x = make_attention(), make_input(4)
     _, state = attention(x)
     with pytest.raises(ValueError, match="document_ids are given"):
         attention(x, state, document_ids=torch.zeros(BATCH, 4, dtype=torch.int32))

@@ -26,8 +26,8 @@ pytestmark = pytest.mark.skipif(build.problem() is not None, reason="no C++ comp
 
 def make_mixer(switch: str, chunk_size: int, backend: str) -> SelfModifying:
     config = replace(SelfModifyingConfig(chunk_size=chunk_size), **FUSED[switch])
-    model = ModelConfig(d_model=WIDTH, num_heads=HEADS, head_dim=DIM, self_modifying=config)
-    mixer = SelfModifying(model, out_std=0.3, mesh=Mesh.alone(), backend=backend)
+    model = ModelConfig(d_model=WIDTH, num_heads=HEADS, head_dim=DIM, mixers={"hope": config})
+    mixer = SelfModifying(model, config, out_std=0.3, mesh=Mesh.alone(), backend=backend)
     initialize(mixer, 0, Mesh.alone())
     g = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -120,8 +120,8 @@ def refuse(*_: object, **__: object) -> None:
 
 def run_without_loop(monkeypatch: pytest.MonkeyPatch, backend: str, **changes: object) -> Callable[[], None]:
     config = replace(SelfModifyingConfig(chunk_size=4), **changes)
-    model = ModelConfig(d_model=WIDTH, num_heads=HEADS, head_dim=DIM, self_modifying=config)
-    mixer = SelfModifying(model, out_std=0.3, mesh=Mesh.alone(), backend=backend)
+    model = ModelConfig(d_model=WIDTH, num_heads=HEADS, head_dim=DIM, mixers={"hope": config})
+    mixer = SelfModifying(model, config, out_std=0.3, mesh=Mesh.alone(), backend=backend)
     monkeypatch.setattr(chunked, "scan", refuse)
     return lambda: mixer(torch.randn(9, BATCH, WIDTH))
 

@@ -8,27 +8,33 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hopescale.config.schema import AttentionConfig, CmsConfig, LevelConfig, ModelConfig, SelfModifyingConfig
+from hopescale.config.schema import (
+    AttentionConfig,
+    CmsConfig,
+    LevelConfig,
+    MixerConfig,
+    ModelConfig,
+    SelfModifyingConfig,
+)
 from hopescale.cost.params import count_params
 from hopescale.models import Model, level_of
 from hopescale.parallel.layers import cross_entropy_sum
 from tests.support import models
 
-BASE = replace(models.BASE, num_heads=2, self_modifying=SelfModifyingConfig(chunk_size=16))
+BASE = replace(models.BASE, num_heads=2, mixers={"hope": SelfModifyingConfig(chunk_size=16)})
 VARIANTS = {
     "hope": {},
-    "hope linear": {"self_modifying": SelfModifyingConfig(memory="linear", chunk_size=16)},
-    "hope gate, query memory": {"self_modifying": SelfModifyingConfig(gate=True, query="memory", chunk_size=16)},
-    "hope static": {"self_modifying": SelfModifyingConfig(adaptive=(), chunk_size=16)},
-    "hope two chunk sizes": {"self_modifying": SelfModifyingConfig(chunk_size=8, projection_chunk_size=16)},
-    "attention": {"mixer": "attention", "attention": AttentionConfig(qk_norm=True)},
+    "hope linear": {"mixers": {"hope": SelfModifyingConfig(memory="linear", chunk_size=16)}},
+    "hope gate, query memory": {"mixers": {"hope": SelfModifyingConfig(gate=True, query="memory", chunk_size=16)}},
+    "hope static": {"mixers": {"hope": SelfModifyingConfig(adaptive=(), chunk_size=16)}},
+    "hope two chunk sizes": {"mixers": {"hope": SelfModifyingConfig(chunk_size=8, projection_chunk_size=16)}},
+    "attention": {"mixers": {"attention": AttentionConfig(qk_norm=True)}},
     "levels over depth": {
         "num_layers": 5,
         "cms": CmsConfig(placement="depth", levels={"fast": LevelConfig(9), "slow": LevelConfig(9, 4)}),
     },
     "grouped-query attention": {
-        "mixer": "attention",
-        "attention": AttentionConfig(num_kv_heads=1, qkv_bias=True),
+        "mixers": {"attention": AttentionConfig(num_kv_heads=1, qkv_bias=True)},
     },
     "independent": {"cms": CmsConfig("independent", models.LEVELS)},
     "untied": {"tie_embeddings": False},
@@ -74,10 +80,10 @@ def test_sequence_split_anywhere_equals_one_pass(variant: str):
 
 
 @pytest.mark.parametrize("tie", [True, False])
-@pytest.mark.parametrize("mixer", ["self_modifying", "attention"])
+@pytest.mark.parametrize("mixer", [SelfModifyingConfig(), AttentionConfig()], ids=lambda mixer: mixer.kind)
 @pytest.mark.parametrize(("width", "std"), [(32, 0.02), (512, 0.02), (64, 0.5)])
-def test_loss_starts_at_the_logarithm_of_the_vocabulary(mixer: str, width: int, std: float, tie: bool):
-    config = replace(BASE, mixer=mixer, vocab_size=1000, d_model=width, tie_embeddings=tie, init_std=std)
+def test_loss_starts_at_the_logarithm_of_the_vocabulary(mixer: MixerConfig, width: int, std: float, tie: bool):
+    config = replace(BASE, mixers={"mixer": mixer}, vocab_size=1000, d_model=width, tie_embeddings=tie, init_std=std)
     tokens = make_tokens(2, 200, 1000)
     model = Model(config)
     with torch.no_grad():

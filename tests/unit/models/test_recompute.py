@@ -60,7 +60,7 @@ def test_losses_gradients_and_probes_are_the_same_bits(variant: str, recompute: 
     (loss, probed, gradients), (again, probed_again, gradients_again) = results
     assert torch.equal(loss, again)
     assert probed == probed_again
-    assert len(probed) == (0 if config.mixer == "attention" else 6)
+    assert len(probed) == (0 if "attention" in config.mixers else 6)
     for name, gradient in gradients.items():
         assert torch.equal(gradient, gradients_again[name]), name
 
@@ -100,7 +100,7 @@ REVERSED = {
 @pytest.mark.parametrize("carried", [False, True])
 @pytest.mark.parametrize("settings", REVERSED.values(), ids=REVERSED)
 def test_states_found_again_are_the_same_bits(settings: dict, carried: bool):
-    config = replace(BASE, num_heads=2, self_modifying=SelfModifyingConfig(**(SHORT | settings)))
+    config = replace(BASE, num_heads=2, mixers={"hope": SelfModifyingConfig(**(SHORT | settings))})
     results, kept = {}, {}
     for mode in ("none", "chunks", "reverse"):
         model = Model(config, seed=2, recompute=mode, backend="torch")

@@ -20,8 +20,8 @@ WIDTH, HEADS, DIM, BATCH = 12, 2, 6, 2
 
 
 def fresh_mixer(config: SelfModifyingConfig, dim: int) -> SelfModifying:
-    model = ModelConfig(d_model=WIDTH, num_heads=HEADS, head_dim=dim, self_modifying=config)
-    mixer = SelfModifying(model, out_std=0.3, mesh=Mesh.alone())
+    model = ModelConfig(d_model=WIDTH, num_heads=HEADS, head_dim=dim, mixers={"hope": config})
+    mixer = SelfModifying(model, config, out_std=0.3, mesh=Mesh.alone())
     initialize(mixer, 0, Mesh.alone())
     return mixer
 
@@ -155,7 +155,7 @@ def test_the_chunk_loop_is_traced_without_a_break(monkeypatch: pytest.MonkeyPatc
 def test_the_backend_reaches_what_computes(memory: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     config = SelfModifyingConfig(memory=memory, objective="dot", adaptive=())
-    model = ModelConfig(d_model=32, num_heads=2, self_modifying=config)
-    mixer = SelfModifying(model, out_std=0.1, mesh=Mesh.alone(), backend="triton")
+    model = ModelConfig(d_model=32, num_heads=2, mixers={"hope": config})
+    mixer = SelfModifying(model, config, out_std=0.1, mesh=Mesh.alone(), backend="triton")
     with pytest.raises(ValueError, match="backend is 'triton', but"):
         mixer(torch.randn(1, 3, 32), None)

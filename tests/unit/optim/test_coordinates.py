@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hopescale.config.groups import assign_groups
 from hopescale.config.schema import (
+    AttentionConfig,
     CmsConfig,
     DeltaMomentumConfig,
     GroupConfig,
@@ -45,7 +46,7 @@ def make_model(width: int, *, transfer: bool, wider_heads: bool = False, **setti
         d_model=width,
         num_layers=1,
         num_heads=BASE // BASE_HEAD_DIM if wider_heads else width // BASE_HEAD_DIM,
-        self_modifying=SelfModifyingConfig(memory="linear", chunk_size=8),
+        mixers={"hope": SelfModifyingConfig(memory="linear", chunk_size=8)},
         cms=CmsConfig(levels={"fast": LevelConfig(d_ff=width)}),
         transfer=TransferConfig(BASE, BASE_HEAD_DIM) if transfer else None,
     )
@@ -124,8 +125,8 @@ def alone(match: Sequence[str], rule: str, **settings: Any) -> OptimConfig:
 
 MATCHED = {"muon": MuonConfig(adjust_lr_fn="match_rms_adamw")}
 SECOND = {"delta_momentum": DeltaMomentumConfig(beta2=0.95)}
-STATIC = {"self_modifying": SelfModifyingConfig(memory="linear", chunk_size=8, adaptive=())}
-MLP = {"self_modifying": SelfModifyingConfig(chunk_size=8)}
+STATIC = {"mixers": {"hope": SelfModifyingConfig(memory="linear", chunk_size=8, adaptive=())}}
+MLP = {"mixers": {"hope": SelfModifyingConfig(chunk_size=8)}}
 MANY = {"batch": (8, 33)}
 """Tokens enough for gradients of full rank: an orthogonalised update of lower rank is longer at the same RMS."""
 FEW = {"batch": (2, 6)}
@@ -133,7 +134,11 @@ FEW = {"batch": (2, 6)}
 WIDER = {"wider_heads": True}
 CASES: dict[str, tuple[OptimConfig, str, Mapping[str, Any]]] = {
     "levels, adamw": (alone(HIDDEN, "adamw"), "blocks.0.cms", {}),
-    "levels, attention, adamw": (alone(HIDDEN, "adamw"), "blocks.0.mixer", {"mixer": "attention"}),
+    "levels, attention, adamw": (
+        alone(HIDDEN, "adamw"),
+        "blocks.0.mixer",
+        {"mixers": {"attention": AttentionConfig()}},
+    ),
     "levels, m3": (alone(HIDDEN, "m3"), "blocks.0.cms", MANY),
     "levels, muon of AdamW's length": (alone(HIDDEN, "muon", **MATCHED), "blocks.0.cms", MANY),
     "levels, delta momentum": (alone(HIDDEN, "delta_momentum"), "blocks.0.cms", MANY),

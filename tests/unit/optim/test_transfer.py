@@ -31,12 +31,11 @@ LEVELS = {"fast": LevelConfig(d_ff=96), "slow": LevelConfig(d_ff=96, update_ever
 HOPE = ModelConfig(vocab_size=64, d_model=64, num_layers=1, num_heads=4, cms=CmsConfig(levels=LEVELS))
 MODELS = {
     "mlp": HOPE,
-    "linear": replace(HOPE, self_modifying=SelfModifyingConfig(memory="linear", gate=True, query="memory")),
-    "static": replace(HOPE, tie_embeddings=False, self_modifying=SelfModifyingConfig(memory="linear", adaptive=())),
+    "linear": replace(HOPE, mixers={"hope": SelfModifyingConfig(memory="linear", gate=True, query="memory")}),
+    "static": replace(HOPE, tie_embeddings=False, mixers={"hope": SelfModifyingConfig(memory="linear", adaptive=())}),
     "attention": replace(
         HOPE,
-        mixer="attention",
-        attention=AttentionConfig(qkv_bias=True, qk_norm=True),
+        mixers={"attention": AttentionConfig(qkv_bias=True, qk_norm=True)},
         cms=CmsConfig("independent", LEVELS),
     ),
 }
@@ -94,7 +93,7 @@ def using(rule: str, **settings) -> OptimConfig:
     return OptimConfig(groups=groups | {"decay": GroupConfig()}, **settings)
 
 
-WIDE_HIDDEN = replace(HOPE, self_modifying=SelfModifyingConfig(memory_dim=64))
+WIDE_HIDDEN = replace(HOPE, mixers={"hope": SelfModifyingConfig(memory_dim=64)})
 """MLP memories of which only the input grows with the head: from 4 to 16, to a hidden width of 64."""
 BY_RULE: dict[str, tuple[OptimConfig, dict[str, tuple[float, float]]]] = {
     # lr sqrt(max(1, R / C)): square maps stay, tall ones lose a root of 4 with wider heads, and get it back.

@@ -63,8 +63,8 @@ def test_an_isoflop_design_spends_its_budget_at_every_size(sweep):
         assert config.optim.schedule.warmup_steps == round(trial.steps / 10)
         assert config.name == trial.name
     hope, transformer = trials[2].config.model, trials[6].config.model
-    assert hope.cms.levels["fast"].d_ff == 56 and hope.mixer == "self_modifying"
-    assert transformer.mixer == "attention" and transformer.vocab_size == 128
+    assert hope.cms.levels["fast"].d_ff == 56 and list(hope.mixers) == ["hope"]
+    assert list(transformer.mixers) == ["attention"] and transformer.vocab_size == 128
 
 
 def test_a_grid_of_any_keys(sweep):
@@ -72,20 +72,20 @@ def test_a_grid_of_any_keys(sweep):
     name: toy
     recipe: transformer_tiny
     axes:
-      model.mixer: [self_modifying, attention]
+      model.mixers.attention.kind: [self_modifying, attention]
       optim.lr: [1e-3, 3e-3]
     set: {train.steps: 7}
     """
     trials = make_trials(sweep(text))
     assert [trial.name for trial in trials] == [
-        "mixerself_modifying-lr0.001",
-        "mixerself_modifying-lr0.003",
-        "mixerattention-lr0.001",
-        "mixerattention-lr0.003",
+        "kindself_modifying-lr0.001",
+        "kindself_modifying-lr0.003",
+        "kindattention-lr0.001",
+        "kindattention-lr0.003",
     ]
     assert {trial.series for trial in trials} == {"transformer_tiny"} and {trial.steps for trial in trials} == {7}
-    assert columns(trials) == ["model.mixer", "optim.lr"]
-    assert trials[3].config.model.mixer == "attention" and trials[3].config.optim.lr == 3e-3
+    assert columns(trials) == ["model.mixers.attention.kind", "optim.lr"]
+    assert trials[3].config.model.mixers["attention"].kind == "attention" and trials[3].config.optim.lr == 3e-3
 
 
 def test_horizons_in_tokens(sweep):

@@ -42,7 +42,7 @@ def test_a_model_too_large_for_one_rank_may_fit_on_many():
 def test_what_zero_shards_counts_once_over_all_replicas(zero: int, each: float):
     # Of attention only the norms stay float32.
     overrides = ["model.d_model=1M", "model.vocab_size=1M", "train.precision=bf16", f"parallel.zero={zero}"]
-    overrides.append("model.mixer=attention")
+    overrides.append("model.mixers.hope.kind=attention")
     config = load_recipe("debug", overrides).config
     need = count_params(config.model)["total"] * each / 2**40
     with pytest.raises(ConfigError, match=f"take {need:.1f}TiB on each of 8 ranks"):
