@@ -172,7 +172,7 @@ class LinearAttention(nn.Module):
         named = {
             name: number.flatten(2).transpose(0, 1).to(wide) for name, number in zip(sizes.gates, numbers, strict=True)
         }
-        return streams, z.flatten(2) if sizes.gated else None, named
+        return streams, z.flatten(2).contiguous() if sizes.gated else None, named
 
     def _heads(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries and keys `[B, T, G, D]` and values `[B, T, H, Do]` of streams `[T, B, G, .]`."""

@@ -65,8 +65,8 @@ def gated_delta_rule(
 
 
 def _in_chunks(x: Tensor, size: int, kind: torch.dtype) -> Tensor:
-    """Cut `[B, T, H, ...]` into chunks `[B, H, N, C, ...]`."""
-    return x.to(kind).transpose(1, 2).unflatten(2, (-1, size))
+    """Cut `[B, T, H, ...]` into chunks `[B, H, N, C, ...]`, in one piece, so that no product copies them again."""
+    return x.to(kind).transpose(1, 2).unflatten(2, (-1, size)).contiguous()
 
 
 def _run(
