@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hopescale.config.layout import Layout
 from hopescale.models.linear_attention import LinearAttention
+from hopescale.ops.documents import Documents
 from hopescale.parallel.mesh import Mesh
 from hopescale.parallel.regions import gather_tokens
 from tests.support.linear_attention import MODEL, SYSTEMS, make_mixer
@@ -19,7 +20,7 @@ TOKENS, BATCH = 20, 2
 
 
 def run(mixer: LinearAttention, x: Tensor, weights: Tensor, ids: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-    y, _ = mixer(x, document_ids=ids)
+    y, _ = mixer(x, documents=None if ids is None else Documents.of(ids))
     (y * weights).sum().backward()
     return y.detach(), {name: p.grad for name, p in mixer.named_parameters()} | {"x": x.grad}
 

@@ -56,6 +56,16 @@ def test_a_filter_within_documents_has_the_gradient_of_its_equation():
     assert torch.autograd.gradcheck(lambda *given: short_conv(*given, FIRST), inputs)
 
 
+def test_short_conv_adds_a_bias_before_silu():
+    x, weight, bias = randn(11, 2, 6), randn(6, 4, seed=1), randn(6, seed=3)
+    padded = F.pad(x.permute(1, 2, 0), (3, 0))
+    expected = F.silu(F.conv1d(padded, weight[:, None], bias, groups=6)).permute(2, 0, 1)
+    found, _ = short_conv(x, weight, torch.zeros(3, 2, 6, dtype=x.dtype), bias=bias)
+    torch.testing.assert_close(found, expected)
+    inputs = [tensor.requires_grad_() for tensor in (x, weight, randn(3, 2, 6, seed=2), bias)]
+    assert torch.autograd.gradcheck(lambda *given: short_conv(*given[:3], bias=given[3]), inputs)
+
+
 def test_norms():
     x, weight = randn(3, 8), randn(8, seed=1)
     torch.testing.assert_close(l2_norm(x).norm(dim=-1), torch.ones(3, dtype=x.dtype), rtol=1e-5, atol=0)
