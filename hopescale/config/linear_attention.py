@@ -39,7 +39,7 @@ class LinearSizes:
         groups = config.key_groups or heads
         gates = ("dt",) * (config.decay == "input") + ("eta",) * (config.write == "sigmoid")
         widths = (config.key_dim or head_dim(model), config.value_dim or head_dim(model))
-        return cls(groups, heads // groups, *widths, config.gate != "none", gates)
+        return cls(groups, heads // groups, *widths, config.output_gate != "none", gates)
 
     @property
     def heads(self) -> int:

@@ -212,11 +212,11 @@ class LinearAttention(nn.Module):
         """Normalise and gate answers `[T, B, H, Do]`: `[T, B, H Do]`."""
         gate = None if z is None else F.silu(z.to(y.dtype))
         y = y.flatten(2)
-        if self.config.gate == "before_norm":
+        if self.config.output_gate == "before_norm":
             y = y * gate
         y = y.unflatten(-1, (self.heads if self.config.norm == "head" else self.groups, -1))
         y = rms_norm(y, y.new_ones(()), self.eps) if self.norm is None else self.norm(y)
-        return y.flatten(2) * gate if self.config.gate == "after_norm" else y.flatten(2)
+        return y.flatten(2) * gate if self.config.output_gate == "after_norm" else y.flatten(2)
 
 
 def _gate_specs(config: LinearAttentionConfig, split: dict[str, object]) -> dict[str, ParameterSpec]:

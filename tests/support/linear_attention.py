@@ -30,19 +30,19 @@ MAMBA2 = {
     "write": "step",
     "erase": False,
     "skip": True,
-    "gate": "before_norm",
+    "output_gate": "before_norm",
     "norm": "group",
     "norm_weight": "own",
 }
 SMALL = {"key_dim": 6, "value_dim": 10, "chunk_size": 16}
 SYSTEMS = {
     "RetNet": LinearAttentionConfig(**RETNET, **SMALL),
-    "DeltaNet": LinearAttentionConfig(decay="none", gate="none", **SMALL),
+    "DeltaNet": LinearAttentionConfig(decay="none", output_gate="none", **SMALL),
     "Gated DeltaNet": LinearAttentionConfig(key_groups=2, **SMALL),
     "Mamba-2": LinearAttentionConfig(key_groups=2, **MAMBA2, **SMALL),
     "Mamba-2, one group": LinearAttentionConfig(key_groups=1, **MAMBA2, **SMALL),
     "linear attention": LinearAttentionConfig(
-        decay="none", write="one", erase=False, gate="none", norm_weight="own", num_heads=2, chunk_size=16
+        decay="none", write="one", erase=False, output_gate="none", norm_weight="own", num_heads=2, chunk_size=16
     ),
 }
 
@@ -85,7 +85,7 @@ def naive_layer(mixer: LinearAttention, x: Tensor) -> Tensor:
     rows = weights["in_proj.weight"].view(groups, sizes.group_inputs, -1)
     values = shared * out
     streams = 2 * dim + values
-    after_gate = streams + (values if config.gate != "none" else 0)
+    after_gate = streams + (values if config.output_gate != "none" else 0)
     memory = x.new_zeros(x.shape[1], groups * shared, dim, out)
     past, ys = [], []
     for t, token in enumerate(x):
@@ -126,14 +126,14 @@ def naive_layer(mixer: LinearAttention, x: Tensor) -> Tensor:
         y = torch.einsum("bhdo,bhd->bho", memory, q)
         if config.skip:
             y = y + weights["gates.D"][:, None] * v
-        z = now[..., streams:after_gate].reshape(-1, groups * shared, out) if config.gate != "none" else None
-        if config.gate == "before_norm":
+        z = now[..., streams:after_gate].reshape(-1, groups * shared, out) if config.output_gate != "none" else None
+        if config.output_gate == "before_norm":
             y = y * F.silu(z)
         y = rms(y) if config.norm == "head" else rms(y.reshape(-1, groups, values)).reshape(y.shape)
         if config.norm_weight != "none":
             weight = weights["norm.weight"]
             y = y * (weight if config.norm_weight == "shared" else weight.view(groups * shared, out))
-        if config.gate == "after_norm":
+        if config.output_gate == "after_norm":
             y = y * F.silu(z)
         ys.append(y.flatten(1) @ weights["out_proj.weight"].T)
     return torch.stack(ys)

@@ -5,14 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from hopescale.config.schema.mixers import MixerConfig
 from hopescale.config.schema.ranges import Count, Positive
 
 
 @dataclass(frozen=True)
-class LinearAttentionConfig:
+class LinearAttentionConfig(MixerConfig):
     """A linear memory per head: linear attention, RetNet, DeltaNet, Gated DeltaNet, Mamba-2. The defaults are Gated
     DeltaNet's; `docs/models.md` has the others' values."""
 
+    kind: Literal["linear_attention"] = "linear_attention"
+    """Kind of the mixer."""
     num_heads: Count | None = None
     """Heads of the mixer, each with a memory; null is `model.num_heads`."""
     key_dim: Count | None = None
@@ -43,7 +46,7 @@ class LinearAttentionConfig:
     needs keys of unit length."""
     skip: bool = False
     """Whether each value is added to its answer, times a learned number per head (the `D` of Mamba-2)."""
-    gate: Literal["none", "after_norm", "before_norm"] = "after_norm"
+    output_gate: Literal["none", "after_norm", "before_norm"] = "after_norm"
     """Where answers are multiplied by a SiLU gate of the layer's input: `norm(y) * silu(z)`, as in RetNet and Gated
     DeltaNet, or `norm(y * silu(z))`, as in Mamba-2."""
     norm: Literal["head", "group"] = "head"

@@ -30,7 +30,7 @@ class HopeLinearAttention(nn.Module):
         self.groups = config.key_groups or self.heads
         self.keys, self.values = config.key_dim or dim, config.value_dim or dim
         shared = self.heads // self.groups
-        streams, gate = 2 * self.keys + shared * self.values, shared * self.values * (config.gate != "none")
+        streams, gate = 2 * self.keys + shared * self.values, shared * self.values * (config.output_gate != "none")
         self.numbers = ["dt"] * (config.decay == "input") + ["eta"] * (config.write == "sigmoid")
         self.widths = [streams, gate, *[shared] * len(self.numbers)]
         self.in_proj = nn.Linear(model.d_model, self.groups * sum(self.widths), bias=False)
@@ -138,7 +138,7 @@ class HopeLinearAttention(nn.Module):
     def _gated_norm(self, y: Tensor, z: Tensor) -> Tensor:
         """Normalise and gate answers `[B, T, H Do]`."""
         gate = F.silu(z.flatten(2).float())
-        y = y * gate if self.config.gate == "before_norm" else y
+        y = y * gate if self.config.output_gate == "before_norm" else y
         y = y.unflatten(-1, (self.heads if self.config.norm == "head" else self.groups, -1))
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps) if self.norm is None else self.norm(y)
-        return y.flatten(2) * gate if self.config.gate == "after_norm" else y.flatten(2)
+        return y.flatten(2) * gate if self.config.output_gate == "after_norm" else y.flatten(2)

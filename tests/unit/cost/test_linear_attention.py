@@ -34,7 +34,7 @@ SIZES = {"key_dim": 24, "value_dim": 20, "chunk_size": 16}
 CASES = {name: replace(config, **SIZES) for name, config in SYSTEMS.items()} | {
     "no convolution": LinearAttentionConfig(conv_width=None, **SIZES),
     "erase by 1": LinearAttentionConfig(write="one", decay="none", norm_weight="none", **SIZES),
-    "skip and erase": LinearAttentionConfig(skip=True, decay="fixed", gate="before_norm", **SIZES),
+    "skip and erase": LinearAttentionConfig(skip=True, decay="fixed", output_gate="before_norm", **SIZES),
     "own heads": LinearAttentionConfig(num_heads=6, key_groups=3, norm="group", norm_weight="own", **SIZES),
 }
 every_case = pytest.mark.parametrize("config", CASES.values(), ids=CASES)
