@@ -71,6 +71,18 @@ def short_conv(
     return _ConvSilu.apply(padded, weight, bias, age), document_tail(padded[tokens:], first)
 
 
+def linear_conv(
+    x: Tensor, weight: Tensor, tail: Tensor, first: Tensor | None = None, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Convolve each channel over time as `short_conv` does, but apply no SiLU."""
+    padded, width = torch.cat([tail.to(x.dtype), x]), weight.shape[1]
+    age = None if first is None else (torch.arange(len(x), device=x.device) - first).T[..., None]
+    taps = (padded[tap : tap + len(x)] for tap in range(width))
+    mixed = sum(_reaching(one, age, width - 1 - tap) * weight[:, tap] for tap, one in enumerate(taps))
+    after = padded[len(x) :] if first is None else document_tail(padded[len(x) :], first)
+    return mixed if bias is None else mixed + bias, after
+
+
 def document_tail(tail: Tensor, first: Tensor) -> Tensor:
     """Clear of the last inputs `[W - 1, B, N]` those that lie before the last document of their sequence."""
     tokens = first.shape[1]
