@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from hopescale.config.layout import Layout
 from hopescale.config.model_shape import (
     bank_layers,
     has_chunk_loop,
@@ -22,31 +21,12 @@ from hopescale.config.model_shape import (
     memory_dim,
     projection_chunk_size,
 )
-from hopescale.config.schema import AttentionConfig, MixerConfig, ModelConfig, SelfModifyingConfig, TrainConfig
+from hopescale.config.schema import AttentionConfig, MixerConfig, ModelConfig, SelfModifyingConfig
+from hopescale.cost.micro_batch import Activations as Activations
+from hopescale.cost.micro_batch import MicroBatch as MicroBatch
 from hopescale.cost.operation import NOTHING, OpCost, product, saved, solve
-from hopescale.cost.params import FP32, itemsize, num_projections
+from hopescale.cost.params import FP32, num_projections
 from hopescale.ops.limits import REVERSE_PARTS, is_moved_by_map, is_trace_smaller, trace_size
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """A rank's micro batch: what activations depend on, apart from the model."""
-
-    tokens: int
-    batch: int
-    seq_len: int
-    itemsize: int
-    """Bytes of an entry of the residual stream."""
-    tp: int
-    stream_share: float
-    """Part of the tokens' residual stream that a rank holds between layers."""
-
-    @classmethod
-    def of(cls, train: TrainConfig, layout: Layout) -> MicroBatch:
-        """Return the micro batch of each rank of a layout."""
-        share = 1 / layout.tp if layout.sequence_parallel else 1
-        batch, size = train.micro_batch_size, itemsize(train.precision)
-        return cls(train.seq_len * batch, batch, train.seq_len, size, layout.tp, share)
 
 
 def maps_cost(model: ModelConfig, mixer: MixerConfig) -> OpCost:
@@ -82,21 +62,6 @@ def _keys_per_token(mixer: AttentionConfig, seq_len: int, recompute: str | None)
     # Each block of later tokens reads its own keys and those of the block before.
     keys = later * window if recompute is None else -(-later // window) * 2 * window**2
     return (window * (window + 1) / 2 + keys) / seq_len
-
-
-@dataclass(frozen=True)
-class Activations:
-    """Bytes of one mixer or block, and micro batch.
-
-    Attributes:
-        kept: Bytes from forward to backward, without the states.
-        states: Bytes of memories at the start of chunks, from forward to backward.
-        workspace: Bytes that the backward needs on top of these, at most.
-    """
-
-    kept: float
-    states: float
-    workspace: float
 
 
 def _attention(model: ModelConfig, mixer: AttentionConfig, micro: MicroBatch) -> Activations:

@@ -5,10 +5,9 @@ A test holds names, shapes, splits and order to the real modules.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from hopescale.config.model_shape import (
     block_pattern,
@@ -22,46 +21,12 @@ from hopescale.config.model_shape import (
     padded_vocab_size,
 )
 from hopescale.config.schema import AttentionConfig, LevelConfig, MixerConfig, ModelConfig, SelfModifyingConfig
+from hopescale.cost.parameter import FP32 as FP32
+from hopescale.cost.parameter import ParameterShape as ParameterShape
+from hopescale.cost.parameter import itemsize as itemsize
 
-FP32 = 4
-"""Bytes of a float32 entry."""
 EVERY_STEP = "every step"
 """Name under which parameters of no level are counted."""
-
-
-@dataclass(frozen=True)
-class ParameterShape:
-    """One parameter: its name in the model, and the shape of the whole, or of this rank's slice."""
-
-    name: str
-    shape: tuple[int, ...]
-    split: int | None = None
-    """Dimension that is split over tensor-parallel ranks; None if every rank holds the whole."""
-    keep_fp32: bool = False
-    """Whether it stays float32 in a model of lower precision."""
-    level: str | None = None
-    """Name of the level it belongs to; None if it is updated at every step."""
-
-    @property
-    def size(self) -> int:
-        """Entries."""
-        return math.prod(self.shape)
-
-    def slice(self, tp: int) -> ParameterShape:
-        """Return what one of `tp` tensor-parallel ranks holds."""
-        if self.split is None or tp == 1:
-            return self
-        shape = tuple(n // tp if dim == self.split else n for dim, n in enumerate(self.shape))
-        return replace(self, shape=shape)
-
-    def itemsize(self, precision: str) -> int:
-        """Return the bytes of an entry in `bf16` or `fp32`."""
-        return FP32 if self.keep_fp32 else itemsize(precision)
-
-
-def itemsize(precision: str) -> int:
-    """Return the bytes of an entry of the residual stream, and of most weights, in `bf16` or `fp32`."""
-    return {"bf16": 2, "fp32": FP32}[precision]
 
 
 def model_parameters(model: ModelConfig, slices: Sequence[range] | None = None) -> list[ParameterShape]:

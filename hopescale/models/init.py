@@ -26,10 +26,12 @@ def _initial_values(name: str, parameter: nn.Parameter, seed: int, mesh: Mesh) -
     spec: ParameterSpec = parameter.spec
     shape = spec.whole_shape(parameter.shape, mesh.tp_group.size())
     values = torch.full(shape, spec.mean)
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     if spec.std:
-        digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         values += spec.std * torch.randn(shape, generator=generator)
+    if spec.of_uniform is not None:
+        values = spec.of_uniform(torch.rand(shape, generator=generator))
     if spec.identity:
         values += torch.eye(shape[-1])
     if spec.partition_dim is None:

@@ -15,22 +15,22 @@ class _ConvSilu(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, padded: Tensor, weight: Tensor, age: Tensor | None) -> Tensor:
-        ctx.save_for_backward(padded, weight, age)
-        mixed = _convolve(padded, weight, age)
+    def forward(ctx: Any, padded: Tensor, weight: Tensor, bias: Tensor | None, age: Tensor | None) -> Tensor:
+        ctx.save_for_backward(padded, weight, bias, age)
+        mixed = _convolve(padded, weight, bias, age)
         return mixed.mul_(torch.sigmoid(mixed))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        padded, weight, age = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        padded, weight, bias, age = ctx.saved_tensors
         width, tokens = weight.shape[1], grad.shape[0]
-        d_mixed = torch.ops.aten.silu_backward(grad.contiguous(), _convolve(padded, weight, age))
+        d_mixed = torch.ops.aten.silu_backward(grad.contiguous(), _convolve(padded, weight, bias, age))
         d_padded, taps = torch.zeros_like(padded), []
         for tap in range(width):
             reaching = _reaching(d_mixed, age, width - 1 - tap)
             d_padded[tap : tap + tokens].addcmul_(reaching, weight[:, tap])
             taps.append((reaching * padded[tap : tap + tokens]).sum((0, 1)))
-        return d_padded, torch.stack(taps, dim=1), None
+        return d_padded, torch.stack(taps, dim=1), None if bias is None else d_mixed.sum((0, 1)), None
 
 
 def _reaching(x: Tensor, age: Tensor | None, lag: int) -> Tensor:
@@ -38,16 +38,18 @@ def _reaching(x: Tensor, age: Tensor | None, lag: int) -> Tensor:
     return x if age is None or lag == 0 else x * (age >= lag)
 
 
-def _convolve(padded: Tensor, weight: Tensor, age: Tensor | None) -> Tensor:
+def _convolve(padded: Tensor, weight: Tensor, bias: Tensor | None, age: Tensor | None) -> Tensor:
     width = weight.shape[1]
     tokens = padded.shape[0] - width + 1
     mixed = _reaching(padded[:tokens], age, width - 1) * weight[:, 0]
     for tap in range(1, width):
         mixed.addcmul_(_reaching(padded[tap : tap + tokens], age, width - 1 - tap), weight[:, tap])
-    return mixed
+    return mixed if bias is None else mixed.add_(bias)
 
 
-def short_conv(x: Tensor, weight: Tensor, tail: Tensor, first: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def short_conv(
+    x: Tensor, weight: Tensor, tail: Tensor, first: Tensor | None = None, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Convolve each channel over time and apply SiLU.
 
     Args:
@@ -56,16 +58,29 @@ def short_conv(x: Tensor, weight: Tensor, tail: Tensor, first: Tensor | None = N
         tail: The `W - 1` inputs before `x`: `[W - 1, B, N]`.
         first: Place of the first token of each token's document `[B, T]`, int32; inputs before it count as zeros. None
             takes all tokens for one document, the tail included.
+        bias: Numbers added before SiLU `[N]`; None adds nothing.
 
     Returns:
         Outputs `[T, B, N]` and the tail for the next call, zeros where it lies before the last document.
     """
     padded = torch.cat([tail.to(x.dtype), x])  # [W - 1 + T, B, N]
     if first is None:
-        return _ConvSilu.apply(padded, weight, None), padded[x.shape[0] :]
+        return _ConvSilu.apply(padded, weight, bias, None), padded[x.shape[0] :]
     tokens = len(x)
     age = (torch.arange(tokens, device=x.device) - first).T[..., None]
-    return _ConvSilu.apply(padded, weight, age), document_tail(padded[tokens:], first)
+    return _ConvSilu.apply(padded, weight, bias, age), document_tail(padded[tokens:], first)
+
+
+def linear_conv(
+    x: Tensor, weight: Tensor, tail: Tensor, first: Tensor | None = None, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Convolve each channel over time as `short_conv` does, but apply no SiLU."""
+    padded, width = torch.cat([tail.to(x.dtype), x]), weight.shape[1]
+    age = None if first is None else (torch.arange(len(x), device=x.device) - first).T[..., None]
+    taps = (padded[tap : tap + len(x)] for tap in range(width))
+    mixed = sum(_reaching(one, age, width - 1 - tap) * weight[:, tap] for tap, one in enumerate(taps))
+    after = padded[len(x) :] if first is None else document_tail(padded[len(x) :], first)
+    return mixed if bias is None else mixed + bias, after
 
 
 def document_tail(tail: Tensor, first: Tensor) -> Tensor:

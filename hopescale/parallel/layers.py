@@ -6,7 +6,7 @@ rank holds `[T / tp, B, N]`, and a layer gathers the tokens on its way in and sh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -38,6 +38,8 @@ class ParameterSpec:
         identity: Whether a square matrix starts as the identity plus the above.
         partition_dim: Dimension split over tensor-parallel ranks; None if every rank holds the whole.
         keep_fp32: Whether it stays float32 in a model of lower precision (gates, norms, memories).
+        of_uniform: Function from numbers drawn evenly from [0, 1) to its initial values, entry by entry; None for a
+            parameter that starts as the above.
         sizes: Kinds of the rows and columns of a linear map, or of the entries of a vector that inputs are multiplied
             with; empty where each entry acts alone. They decide how its learning rate follows the width.
     """
@@ -47,6 +49,7 @@ class ParameterSpec:
     identity: bool = False
     partition_dim: int | None = None
     keep_fp32: bool = False
+    of_uniform: Callable[[Tensor], Tensor] | None = None
     sizes: tuple[Size, ...] = ()
 
     def whole_shape(self, shape: Sequence[int], tp: int) -> tuple[int, ...]:

@@ -46,3 +46,10 @@ def reduce_from_ranks(x: Tensor, mesh: Mesh) -> Tensor:
     if mesh.sequence_parallel:
         return reduce_scatter_to_sequence_parallel_region(x, group=mesh.tp_group)
     return reduce_from_tensor_model_parallel_region(x.contiguous(), group=mesh.tp_group)
+
+
+def sum_over_ranks(x: Tensor, mesh: Mesh) -> Tensor:
+    """Sum over tensor-parallel ranks what each of them goes on with: the gradient is summed over them, too."""
+    if mesh.tp_group.size() == 1:
+        return x
+    return share_with_ranks(reduce_from_tensor_model_parallel_region(x.contiguous(), group=mesh.tp_group), mesh)

@@ -5,6 +5,7 @@ What the memories have learned so far is the cache: it has the same size after t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 KEY_EPS = 1e-2  # of hopescale's memories: keeps the direction of an erased memory's answer from being amplified
 
 State = dict[str, Tensor]
+Mix = Callable[[Tensor, State, Tensor], tuple[Tensor, State]]
 
 
 class Columns(NamedTuple):
@@ -44,7 +46,26 @@ class Norm(nn.Module):
         return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps) * weight).to(x.dtype)
 
 
-def _unit(x: Tensor) -> Tensor:
+def mix_groups(run: Mix, x: Tensor, state: State, columns: Columns) -> tuple[Tensor, State]:
+    """Run a recurrence over the tokens of each group of rows: `run(x, state, position)` knows of no padding.
+
+    Padding in `x` `[B, T, N]` gives zeros, and moves no state.
+    """
+    if len(columns.groups) == 1 and columns.groups[0][0].numel() == x.shape[0]:
+        rows, span = columns.groups[0]
+        y, state = run(x[:, span], state, columns.position)
+        return F.pad(y, (0, 0, span.start, x.shape[1] - span.stop)), state
+    mixed, state = torch.zeros_like(x), {name: tensor.clone() for name, tensor in state.items()}
+    for rows, span in columns.groups:
+        part = {name: tensor[rows] for name, tensor in state.items()}
+        mixed[rows, span], part = run(x[rows, span], part, columns.position[rows])
+        for name, tensor in part.items():
+            state[name][rows] = tensor.to(state[name].dtype)
+    return mixed, state
+
+
+def to_unit(x: Tensor) -> Tensor:
+    """Scale vectors to unit length."""
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
 
 
@@ -227,18 +248,7 @@ class HopeSelfModifying(nn.Module):
 
     def forward(self, x: Tensor, state: State, columns: Columns) -> tuple[Tensor, State]:
         """Mix `[B, T, N]`; padding neither moves a memory nor counts as a token."""
-        state = state or self.initial_state(x.shape[0])
-        if len(columns.groups) == 1 and columns.groups[0][0].numel() == x.shape[0]:
-            rows, span = columns.groups[0]
-            y, state = self._run(x[:, span], state, columns.position)
-            return F.pad(y, (0, 0, span.start, x.shape[1] - span.stop)), state
-        mixed, state = torch.zeros_like(x), {name: tensor.clone() for name, tensor in state.items()}
-        for rows, span in columns.groups:
-            part = {name: tensor[rows] for name, tensor in state.items()}
-            mixed[rows, span], part = self._run(x[rows, span], part, columns.position[rows])
-            for name, tensor in part.items():
-                state[name][rows] = tensor.to(state[name].dtype)
-        return mixed, state
+        return mix_groups(self._run, x, state or self.initial_state(x.shape[0]), columns)
 
     def _run(self, x: Tensor, state: State, position: Tensor) -> tuple[Tensor, State]:
         """Mix tokens without padding; of more than one token, all rows stand at the same place of a chunk."""
@@ -273,16 +283,16 @@ class HopeSelfModifying(nn.Module):
                 key = f"boundary/{name}/{matrix}"
                 state[key] = torch.where(begins, running, state[key])
             boundary[name] = self._weights(state, "boundary/", name)
-        unit = dict(zip("kvq", _unit(streams), strict=True))
+        unit = dict(zip("kvq", to_unit(streams), strict=True))
         asked = {
             name: memory.retrieve(boundary[name], unit.get(name, unit["k"])) for name, memory in self.memories.items()
         }
         gates = {name: gate(asked.get(name, unit["k"])) for name, gate in self.gates.items()}
         eta, mu = config.eta_max * gates["eta"], gates.get("mu")
         alpha = gates["alpha"] if config.retention else torch.ones_like(eta)
-        q, k = (_unit(asked[name]) if name in asked else unit[name] for name in "qk")
+        q, k = (to_unit(asked[name]) if name in asked else unit[name] for name in "qk")
         v = asked.get("v", streams[1])
-        v = _unit(v) if config.targets == "self" else v
+        v = to_unit(v) if config.targets == "self" else v
         tables = _tables(eta, alpha, mu)
         output = self.memories["mem"].retrieve(boundary["mem"], q)
         for name, memory in self.memories.items():

@@ -79,6 +79,14 @@ def _log(gate: Tensor) -> Tensor:
     return gate.clamp_min(torch.finfo(gate.dtype).tiny).log()
 
 
+def products_to_tokens(log_gate: Tensor) -> Tensor:
+    """Return at `(t, s)` the product of a gate from token `s + 1` to `t`, from its logs `[..., C]`: `[..., C, C]`.
+
+    It is 1 on the diagonal and 0 above. A log of `-inf` is a gate of 0.
+    """
+    return _Ratios.apply(log_gate)[..., 1:, :]
+
+
 def decay_weights(eta: Tensor, alpha: Tensor, mu: Tensor | None) -> DecayWeights:
     """Compute the tables of one chunk from its gates, each `[..., C]`; `alpha` and `mu` in `[0, 1]`."""
     log_alpha = _log(alpha)

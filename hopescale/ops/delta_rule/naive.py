@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hopescale.ops.delta_rule.types import DeltaRuleOutput, Read, check_arguments
+from hopescale.ops.delta_rule.types import DeltaRuleOutput, Read, check_arguments, check_gated_arguments
 
 
 def delta_rule_naive(
@@ -53,3 +53,31 @@ def delta_rule_naive(
         empty = u.new_zeros(u.shape[0], 0, *u.shape[2:])
         output = (torch.stack(outputs, 1) if outputs else empty).to(out_type)  # [B, T, H, Do]
     return DeltaRuleOutput(output, state, momentum)
+
+
+def gated_delta_rule_naive(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_alpha: Tensor,
+    eta: Tensor | None,
+    state: Tensor,
+    *,
+    erase: bool = True,
+    chunk_size: int = 64,
+) -> tuple[Tensor, Tensor]:
+    """Run a decayed delta rule as a loop over tokens. Same arguments, result and errors as `gated_delta_rule`."""
+    check_gated_arguments(q, k, v, log_alpha, eta, state, chunk_size)
+    kind, shared_by = state.dtype, v.shape[2] // k.shape[2]
+    q, k = (x.to(kind).repeat_interleave(shared_by, dim=2) for x in (q, k))
+    outputs = []
+    for t in range(k.shape[1]):
+        state = log_alpha[:, t, :, None, None].to(kind).exp() * state
+        write = v[:, t].to(kind)
+        if erase:
+            write = write - torch.einsum("bhdo,bhd->bho", state, k[:, t])
+        if eta is not None:
+            write = eta[:, t, :, None].to(kind) * write
+        state = state + k[:, t, :, :, None] * write[:, :, None, :]
+        outputs.append(torch.einsum("bhdo,bhd->bho", state, q[:, t]))
+    return torch.stack(outputs, 1) if outputs else v.to(kind), state

@@ -66,3 +66,34 @@ def check_arguments(
         raise ValueError(f"chunk_size is {chunk_size}, but a chunk has at least one token")
     if momentum is not None and mu is None:
         raise ValueError("momentum is given without mu, so it would have no effect")
+
+
+def check_gated_arguments(
+    q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, eta: Tensor | None, state: Tensor, chunk_size: int
+) -> None:
+    """Check the arguments of `gated_delta_rule` against each other.
+
+    Raises:
+        ValueError: Naming the argument, what it is and what it must be.
+    """
+    if k.dim() != 4 or v.dim() != 4:
+        raise ValueError(f"k and v have the shape [B, T, H, D], but theirs are {tuple(k.shape)} and {tuple(v.shape)}")
+    if state.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"state is {state.dtype}, but memories are kept in float32 (float64 in tests)")
+    batch, tokens, groups, dim = k.shape
+    heads = v.shape[2]
+    if heads % groups:
+        raise ValueError(f"v has {heads} heads, but k has {groups}, which does not divide them")
+    gate = (batch, tokens, heads)
+    expected = {
+        "q": (q, tuple(k.shape)),
+        "v": (v, (*gate, v.shape[-1])),
+        "log_alpha": (log_alpha, gate),
+        "eta": (eta, gate),
+        "state": (state, (batch, heads, dim, v.shape[-1])),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but k {tuple(k.shape)} asks for {shape}")
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size is {chunk_size}, but a chunk has at least one token")

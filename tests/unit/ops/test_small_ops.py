@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from hopescale.ops.norm import l2_norm, rms_norm
 from hopescale.ops.rope import rope_frequencies, rope_tables, rotate
-from hopescale.ops.short_conv import short_conv
+from hopescale.ops.short_conv import linear_conv, short_conv
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -54,6 +54,26 @@ def test_a_filter_within_documents_has_the_gradient_of_its_equation():
     inputs = [randn(11, 2, 6), randn(6, 4, seed=1), randn(3, 2, 6, seed=2)]
     inputs = [tensor.requires_grad_() for tensor in inputs]
     assert torch.autograd.gradcheck(lambda *given: short_conv(*given, FIRST), inputs)
+
+
+def test_short_conv_adds_a_bias_before_silu():
+    x, weight, bias = randn(11, 2, 6), randn(6, 4, seed=1), randn(6, seed=3)
+    padded = F.pad(x.permute(1, 2, 0), (3, 0))
+    expected = F.silu(F.conv1d(padded, weight[:, None], bias, groups=6)).permute(2, 0, 1)
+    found, _ = short_conv(x, weight, torch.zeros(3, 2, 6, dtype=x.dtype), bias=bias)
+    torch.testing.assert_close(found, expected)
+    inputs = [tensor.requires_grad_() for tensor in (x, weight, randn(3, 2, 6, seed=2), bias)]
+    assert torch.autograd.gradcheck(lambda *given: short_conv(*given[:3], bias=given[3]), inputs)
+
+
+@pytest.mark.parametrize("within_documents", [True, False])
+def test_silu_of_the_linear_convolution_is_the_short_one(within_documents: bool):
+    inputs = [randn(11, 2, 6), randn(6, 4, seed=1), randn(3, 2, 6, seed=2)]
+    first = torch.tensor([0] * 5 + [5] * 6).expand(2, -1) if within_documents else None
+    wanted, wanted_tail = short_conv(*inputs, first, bias=randn(6, seed=3))
+    found, tail = linear_conv(*inputs, first, bias=randn(6, seed=3))
+    torch.testing.assert_close(F.silu(found), wanted)
+    assert torch.equal(tail, wanted_tail)
 
 
 def test_norms():

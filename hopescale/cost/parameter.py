@@ -1,0 +1,44 @@
+"""One parameter by name, shape and split, and the bytes of its entries. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+FP32 = 4
+"""Bytes of a float32 entry."""
+
+
+@dataclass(frozen=True)
+class ParameterShape:
+    """One parameter: its name in the model, and the shape of the whole, or of this rank's slice."""
+
+    name: str
+    shape: tuple[int, ...]
+    split: int | None = None
+    """Dimension that is split over tensor-parallel ranks; None if every rank holds the whole."""
+    keep_fp32: bool = False
+    """Whether it stays float32 in a model of lower precision."""
+    level: str | None = None
+    """Name of the level it belongs to; None if it is updated at every step."""
+
+    @property
+    def size(self) -> int:
+        """Entries."""
+        return math.prod(self.shape)
+
+    def slice(self, tp: int) -> ParameterShape:
+        """Return what one of `tp` tensor-parallel ranks holds."""
+        if self.split is None or tp == 1:
+            return self
+        shape = tuple(n // tp if dim == self.split else n for dim, n in enumerate(self.shape))
+        return replace(self, shape=shape)
+
+    def itemsize(self, precision: str) -> int:
+        """Return the bytes of an entry in `bf16` or `fp32`."""
+        return FP32 if self.keep_fp32 else itemsize(precision)
+
+
+def itemsize(precision: str) -> int:
+    """Return the bytes of an entry of the residual stream, and of most weights, in `bf16` or `fp32`."""
+    return {"bf16": 2, "fp32": FP32}[precision]

@@ -1,0 +1,156 @@
+"""The dual form of test-time training: a mini-batch of tokens by matrix products (arXiv 2407.04620, section 2.5)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hopescale.ops.documents import Documents
+from hopescale.ops.ttt.types import TttMemory, TttState, TttStreams, TttWeights
+
+
+def ttt(
+    streams: TttStreams,
+    state: TttState,
+    memory: TttMemory,
+    *,
+    position: int = 0,
+    documents: Documents | None = None,
+) -> tuple[Tensor, TttState]:
+    """Let memories learn from tokens, a mini-batch at a time, and answer each token after its own step.
+
+    A memory answers `x + LN(f(x; W))` and learns by `1/2 |k + LN(f(k; W)) - v|^2`, its gradients taken at the weights
+    with which the mini-batch began. Token `i` of a mini-batch is answered by `W_i = W_0 - scale_i sum_{j <= i} rate_j
+    g_j`, and the last token's weights begin the next one. Equal to `ttt_naive` up to rounding.
+
+    Args:
+        streams: Tokens, float32 (float64 in tests).
+        state: Weights and sums before the first token. With documents: those that each begins with, a batch of one.
+        memory: Parts of the inner loss that stay.
+        position: Tokens that came before; mini-batches begin at multiples of their size.
+        documents: Documents in the sequences, each with weights and mini-batches of its own. The state returned is that
+            after the last one of each sequence. None takes a sequence for one document.
+
+    Returns:
+        Answers `[B, H, T, D]` and the state after the last token.
+
+    Raises:
+        ValueError: If documents are given and tokens came before.
+    """
+    if documents is not None:
+        if position:
+            raise ValueError(f"documents are given, but {position} tokens came before, whose documents are unknown")
+        return _by_documents(streams, state, memory, documents)
+    tokens, size, outputs, begin = streams.q.shape[2], len(memory.scale), [], 0
+    while begin < tokens:
+        place = (position + begin) % size
+        end = min(tokens, begin + size - place)
+        y, state = _mini_batch(streams.tokens(begin, end), state, memory, place)
+        outputs.append(y)
+        if place + end - begin == size:
+            state = _stepped(state, memory)
+        begin = end
+    return torch.cat(outputs, dim=2) if outputs else streams.q, state
+
+
+def _mini_batch(streams: TttStreams, state: TttState, memory: TttMemory, place: int) -> tuple[Tensor, TttState]:
+    """Run tokens of one mini-batch, from its token `place` on; only the sums of the state change."""
+    q, k, v, rate = streams
+    scale = memory.scale[place : place + q.shape[2], None]
+    weights, learned = state.weights, _inputs_and_gradients(state.weights, k, v - k, memory)
+    z, sums = q, []
+    for number, ((w, b), earlier, (x, g)) in enumerate(
+        zip(weights.layers(), state.sums.layers(), learned, strict=True)
+    ):
+        z = z if number == 0 else F.gelu(z, approximate="tanh")
+        # Each earlier token's step moves the answer by its input's product with this one's, and by 1 for the bias.
+        moved = ((z @ x.mT + 1) * rate[..., None, :]).tril() @ g
+        stepping = rate[..., None] * g
+        steps = x.mT @ stepping, stepping.sum(-2, keepdim=True)
+        if place:
+            moved = moved + (z @ earlier[0] + earlier[1])
+            steps = (step + before for step, before in zip(steps, earlier, strict=True))
+        z = z @ w + b - scale * moved
+        sums += steps
+    normed, _ = _normed(z, memory.eps)
+    sums = TttWeights(*sums, *[None] * (4 - len(sums)))
+    return q + memory.gamma * normed + memory.beta, TttState(weights, sums)
+
+
+def _inputs_and_gradients(
+    weights: TttWeights, k: Tensor, target: Tensor, memory: TttMemory
+) -> list[tuple[Tensor, Tensor]]:
+    """Return what enters each layer for the keys, and the inner loss's gradient with respect to what leaves it."""
+    z = k @ weights.w1 + weights.b1
+    if weights.w2 is None:
+        return [(k, _loss_gradient(z, target, memory))]
+    hidden = F.gelu(z, approximate="tanh")
+    gradient = _loss_gradient(hidden @ weights.w2 + weights.b2, target, memory)
+    return [(k, gradient @ weights.w2.mT * _gelu_slope(z)), (hidden, gradient)]
+
+
+def _normed(z: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return `z` with mean 0 and variance 1, and the factor that made it so."""
+    centred = z - z.mean(-1, keepdim=True)
+    factor = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+    return centred * factor, factor
+
+
+def _loss_gradient(z: Tensor, target: Tensor, memory: TttMemory) -> Tensor:
+    """Return the gradient of `1/2 |LN(z) - target|^2` with respect to `z`."""
+    normed, factor = _normed(z, memory.eps)
+    g = (memory.gamma * normed + memory.beta - target) * memory.gamma
+    return factor * (g - g.mean(-1, keepdim=True) - normed * (g * normed).mean(-1, keepdim=True))
+
+
+def _gelu_slope(z: Tensor) -> Tensor:
+    """Return the derivative of GELU in its tanh form."""
+    root = math.sqrt(2 / math.pi)
+    tanh = torch.tanh(root * (z + 0.044715 * z**3))
+    return 0.5 * (1 + tanh) + 0.5 * z * (1 - tanh.square()) * root * (1 + 3 * 0.044715 * z.square())
+
+
+def _stepped(state: TttState, memory: TttMemory) -> TttState:
+    """Take the step of a whole mini-batch."""
+    weights = state.weights.map(lambda w, g: w - memory.scale[-1] * g, state.sums)
+    return TttState(weights, state.sums.map(torch.zeros_like))
+
+
+def _by_documents(
+    streams: TttStreams, state: TttState, memory: TttMemory, documents: Documents
+) -> tuple[Tensor, TttState]:
+    """Run all documents along together, a mini-batch at a time; one that has ended drops out.
+
+    Padding behind a document's last token has a rate of 0, so that it teaches nothing.
+    """
+    size, tokens, bounds = len(memory.scale), documents.bounds[-1], torch.tensor(documents.bounds)
+    order = sorted(range(len(documents.lengths)), key=lambda number: -documents.lengths[number])
+    begins, ends = (bounds[torch.tensor(order) + after].to(streams.q.device) for after in (0, 1))
+    flat = [x.transpose(1, 2).flatten(0, 1) for x in streams]  # [B T, H, ...]
+    flat = [torch.cat([x, x.new_zeros(1, *x.shape[1:])]) for x in flat]
+    state = TttState(*(part.map(lambda x: x.expand(len(order), *x.shape[1:])) for part in state))
+    outputs, places, ended = [], [], []
+    for start in range(0, documents.lengths[order[0]], size):
+        going = sum(documents.lengths[number] > start for number in order)
+        ended.append(state.rows(slice(going, None)))
+        at = begins[:going, None] + start + torch.arange(size, device=begins.device)
+        at = torch.where(at < ends[:going, None], at, tokens)
+        y, state = _mini_batch(TttStreams(*(x[at].transpose(1, 2) for x in flat)), state.rows(slice(going)), memory, 0)
+        outputs.append(y.transpose(1, 2).flatten(0, 1))
+        places.append(at.flatten())
+        whole = (at[:, -1] < tokens)[:, None, None, None]
+        stepped = _stepped(state, memory)
+        pairs = zip(stepped, state, strict=True)
+        state = TttState(*(new.map(lambda a, b, m=whole: torch.where(m, a, b), old) for new, old in pairs))
+    # Documents ended in the reverse of their order.
+    parts = [state, *reversed(ended)]
+    last = torch.tensor([order.index(number) for number in documents.last], device=begins.device)
+    state = TttState(*(TttWeights.cat(part).map(lambda x: x[last]) for part in zip(*parts, strict=True)))
+    origin = torch.empty(tokens + 1, dtype=torch.int64, device=begins.device)
+    index = torch.cat(places)
+    origin[index] = torch.arange(len(index), device=index.device)
+    y = torch.cat(outputs).index_select(0, origin[:tokens])
+    return y.unflatten(0, documents.first.shape).transpose(1, 2), state

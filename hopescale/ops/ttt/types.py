@@ -1,0 +1,90 @@
+"""What test-time training reads, carries and is told, shared by the dual form and its naive twin."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class TttStreams(NamedTuple):
+    """Tokens of heads.
+
+    Attributes:
+        q: Queries `[B, H, T, D]`.
+        k: Keys, the same.
+        v: Values, the same.
+        rate: Learned part of the inner learning rate `[B, H, T]`.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    rate: Tensor
+
+    def tokens(self, begin: int, end: int) -> TttStreams:
+        """Return some of the tokens."""
+        return TttStreams(*(x[:, :, begin:end] for x in self))
+
+
+class TttWeights(NamedTuple):
+    """Weights of memories, or sums of gradients with respect to them: `z W1 + b1`, or `gelu(z W1 + b1) W2 + b2`.
+
+    Attributes:
+        w1: `[B, H, D, D]`, or `[B, H, D, E]` in front of a second layer.
+        b1: `[B, H, 1, D]`, or `[B, H, 1, E]`.
+        w2: `[B, H, E, D]`; None if the memory is linear.
+        b2: `[B, H, 1, D]`; None if the memory is linear.
+    """
+
+    w1: Tensor
+    b1: Tensor
+    w2: Tensor | None
+    b2: Tensor | None
+
+    def layers(self) -> list[tuple[Tensor, Tensor]]:
+        """Return weight and bias of each layer."""
+        return [(self.w1, self.b1)] + ([] if self.w2 is None else [(self.w2, self.b2)])
+
+    def map(self, function: Callable[..., Tensor], *others: TttWeights) -> TttWeights:
+        """Apply a function to every tensor, and to those at its place in other weights."""
+        return TttWeights(*(None if part[0] is None else function(*part) for part in zip(self, *others, strict=True)))
+
+    @classmethod
+    def cat(cls, parts: Sequence[TttWeights]) -> TttWeights:
+        """Join batches."""
+        return cls(*(None if each[0] is None else torch.cat(each) for each in zip(*parts, strict=True)))
+
+
+class TttState(NamedTuple):
+    """What a sequence carries.
+
+    Attributes:
+        weights: Weights at the start of the mini-batch of the next token.
+        sums: Sums of its earlier tokens' gradients, times their rates; 0 where it has none, and not looked at.
+    """
+
+    weights: TttWeights
+    sums: TttWeights
+
+    def rows(self, rows: slice) -> TttState:
+        """Return the state of some sequences of the batch."""
+        return TttState(*(part.map(lambda x: x[rows]) for part in self))
+
+
+class TttMemory(NamedTuple):
+    """What is learned of the inner loss and does not change along a sequence.
+
+    Attributes:
+        scale: Factor on the inner learning rate by place in a mini-batch `[K]`; its length is that of mini-batches.
+        gamma: Weights of the layer norm `[H, 1, D]`.
+        beta: Biases of the layer norm, the same.
+        eps: Number added to the variance.
+    """
+
+    scale: Tensor
+    gamma: Tensor
+    beta: Tensor
+    eps: float
