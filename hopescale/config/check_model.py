@@ -7,8 +7,10 @@ from dataclasses import replace
 
 from hopescale.common.errors import Problem
 from hopescale.config.check_base import Check, Origins, leaves_rest
+from hopescale.config.linear_attention import linear_attention_problems
 from hopescale.config.model_shape import attention_mixers, head_dim, kv_heads, self_modifying_mixers
-from hopescale.config.schema import RopeScalingConfig, RunConfig, SelfModifyingConfig
+from hopescale.config.schema import LinearAttentionConfig, RopeScalingConfig, RunConfig, SelfModifyingConfig, TttConfig
+from hopescale.config.ttt import ttt_problems
 
 SYNTHETIC_MARKERS = 2
 """Symbols of the vocabulary that a synthetic task needs beside its own."""
@@ -101,6 +103,20 @@ def _memories(mixer: SelfModifyingConfig) -> Iterator[Problem]:
             yield Problem(name, f"has no effect: {switch} is off", hint=hint)
 
 
+def linear_attention(config: RunConfig, origins: Origins) -> Iterator[Problem]:
+    """Switches of a mixer with linear memories go together."""
+    for name, mixer in config.model.mixers.items():
+        if isinstance(mixer, LinearAttentionConfig) and config.model.num_heads > 0:
+            yield from linear_attention_problems(config.model, mixer, f"model.mixers.{name}", config.parallel.tp)
+
+
+def test_time_training(config: RunConfig, origins: Origins) -> Iterator[Problem]:
+    """Memories of TTT have what they need."""
+    for name, mixer in config.model.mixers.items():
+        if isinstance(mixer, TttConfig) and config.model.num_heads > 0:
+            yield from ttt_problems(config.model, mixer, f"model.mixers.{name}")
+
+
 def memories_grow_alike(config: RunConfig, origins: Origins) -> Iterator[Problem]:
     """With `model.transfer` all hidden widths of memories grow with the head dim, or none does."""
     mixers = {name: mixer for name, mixer in self_modifying_mixers(config.model).items() if mixer.memory == "mlp"}
@@ -167,6 +183,8 @@ CHECKS: tuple[Check, ...] = (
     blocks_have_mixers,
     attention,
     memories,
+    linear_attention,
+    test_time_training,
     memories_grow_alike,
     documents_matter,
     levels,

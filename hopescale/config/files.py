@@ -32,21 +32,21 @@ def find_recipe(recipe: str | Path) -> Path:
 
 
 def read_chain(recipe: Path) -> list[tuple[Path, dict[Any, Any]]]:
-    """Read a recipe and its bases, the deepest base first, without their `base` keys.
+    """Read a recipe and its bases, the deepest base first, without their `base` keys; of several, later ones win.
 
     A base is a path relative to the file that names it, or the name of a shipped recipe.
 
     Raises:
         ConfigError: If a file is missing or is not a YAML mapping, or the chain is circular or too deep.
     """
-    chain: list[tuple[Path, dict[Any, Any]]] = []
-    path: Path | None = recipe
-    while path is not None:
-        _check_chain([*(file for file, _ in chain), path])
-        tree = read_yaml(path)
-        chain.append((path, tree))
-        path = _base_path(path, tree)
-    return chain[::-1]
+    return _read_below(recipe, [])
+
+
+def _read_below(path: Path, above: list[Path]) -> list[tuple[Path, dict[Any, Any]]]:
+    _check_chain([*above, path])
+    tree = read_yaml(path)
+    chain = [entry for base in _bases(path, tree) for entry in _read_below(base, [*above, path])]
+    return [*chain, (path, tree)]
 
 
 def read_yaml(path: Path) -> dict[Any, Any]:
@@ -90,12 +90,16 @@ def _check_chain(files: list[Path]) -> None:
         raise _file_error(display_path(above[-1]), f"more than {MAX_BASES} levels of base: {shown}")
 
 
-def _base_path(path: Path, tree: dict[Any, Any]) -> Path | None:
-    if "base" not in tree:
-        return None
-    base, shown = tree.pop("base"), display_path(path)
-    if not isinstance(base, str):
-        raise _file_error(shown, f"base must be a path, got {base!r}")
+def _bases(path: Path, tree: dict[Any, Any]) -> list[Path]:
+    """Take the bases out of a file's values: one path, or a list of which later ones win."""
+    named, shown = tree.pop("base", []), display_path(path)
+    bases = named if isinstance(named, list) else [named]
+    if not all(isinstance(base, str) for base in bases):
+        raise _file_error(shown, f"base must be a path or a list of paths, got {named!r}")
+    return [_base_path(path, base, shown) for base in bases]
+
+
+def _base_path(path: Path, base: str, shown: str) -> Path:
     if found := _locate(base, path.parent):
         return found
     near = sorted(file.name for file in (path.parent / base).parent.glob("*.yaml"))

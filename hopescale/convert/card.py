@@ -57,7 +57,12 @@ Data seed {seed}; fingerprint of the data `{data}`.
 def model_card(manifest: Manifest, config: RunConfig, recipe: str, tokenizer: str, *, own_code: bool) -> str:
     """Write a model card: `recipe` is the config as YAML, `tokenizer` a sentence about the tokenizer."""
     levels = by_period(config.model.cms.levels)
-    kinds = {"self_modifying": "self-modifying memories", "attention": "softmax attention"}
+    kinds = {
+        "self_modifying": "self-modifying memories",
+        "attention": "softmax attention",
+        "linear_attention": "linear memories",
+        "ttt": "memories of test-time training",
+    }
     mixers = [mixer for mixer, _ in mixer_counts(config.model)]
     return _TEXT.format(
         name=config.name,

@@ -21,7 +21,14 @@ from hopescale.config.model_shape import (
     memory_dim,
     projection_chunk_size,
 )
-from hopescale.config.schema import AttentionConfig, MixerConfig, ModelConfig, SelfModifyingConfig
+from hopescale.config.schema import (
+    AttentionConfig,
+    LinearAttentionConfig,
+    MixerConfig,
+    ModelConfig,
+    SelfModifyingConfig,
+)
+from hopescale.cost.linear_attention import linear_attention_activations, linear_attention_maps, linear_attention_mixing
 from hopescale.cost.micro_batch import Activations as Activations
 from hopescale.cost.micro_batch import MicroBatch as MicroBatch
 from hopescale.cost.operation import NOTHING, OpCost, product, saved, solve
@@ -32,6 +39,8 @@ from hopescale.ops.limits import REVERSE_PARTS, is_moved_by_map, is_trace_smalle
 def maps_cost(model: ModelConfig, mixer: MixerConfig) -> OpCost:
     """Count the mixer's maps in and out for a token."""
     width = model.num_heads * head_dim(model)
+    if isinstance(mixer, LinearAttentionConfig):
+        return linear_attention_maps(model, mixer)
     if isinstance(mixer, AttentionConfig):
         return product(1, model.d_model, 2 * width + 2 * kv_heads(model, mixer) * head_dim(model))
     return product(1, model.d_model, width * (num_projections(mixer) + 1))
@@ -42,6 +51,8 @@ def mixing_cost(model: ModelConfig, mixer: MixerConfig, seq_len: int, recompute:
 
     Without `recompute`, the value of `train.recompute`, it counts the model alone.
     """
+    if isinstance(mixer, LinearAttentionConfig):
+        return linear_attention_mixing(model, mixer, seq_len)
     if isinstance(mixer, AttentionConfig):
         reads = product(1, head_dim(model), _keys_per_token(mixer, seq_len, recompute)).times(2 * model.num_heads)
         # Each gradient is two products; the scores are a third.
@@ -83,6 +94,8 @@ def _attention(model: ModelConfig, mixer: AttentionConfig, micro: MicroBatch) ->
 
 def mixer_activations(model: ModelConfig, mixer: MixerConfig, micro: MicroBatch, recompute: str) -> Activations:
     """Count a mixer, without its norm's result, where `recompute` is what the mixer itself computes again."""
+    if isinstance(mixer, LinearAttentionConfig):
+        return linear_attention_activations(model, mixer, micro)
     if isinstance(mixer, AttentionConfig):
         return _attention(model, mixer, micro)
     heads, dim = model.num_heads / micro.tp, head_dim(model)

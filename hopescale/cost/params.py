@@ -20,7 +20,15 @@ from hopescale.config.model_shape import (
     mixer_of_block,
     padded_vocab_size,
 )
-from hopescale.config.schema import AttentionConfig, LevelConfig, MixerConfig, ModelConfig, SelfModifyingConfig
+from hopescale.config.schema import (
+    AttentionConfig,
+    LevelConfig,
+    LinearAttentionConfig,
+    MixerConfig,
+    ModelConfig,
+    SelfModifyingConfig,
+)
+from hopescale.cost.linear_attention import linear_attention_parameters
 from hopescale.cost.parameter import FP32 as FP32
 from hopescale.cost.parameter import ParameterShape as ParameterShape
 from hopescale.cost.parameter import itemsize as itemsize
@@ -62,7 +70,11 @@ def block_parameters(model: ModelConfig, number: int) -> list[ParameterShape]:
 
 def mixer_parameters(model: ModelConfig, mixer: MixerConfig) -> Iterator[ParameterShape]:
     """List the parameters of a mixer, by their names in it."""
-    parts = {AttentionConfig: _attention, SelfModifyingConfig: _self_modifying}
+    parts = {
+        AttentionConfig: _attention,
+        LinearAttentionConfig: linear_attention_parameters,
+        SelfModifyingConfig: _self_modifying,
+    }
     return parts[type(mixer)](model, mixer)
 
 

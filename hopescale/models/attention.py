@@ -57,13 +57,18 @@ class Attention(nn.Module):
         return LayerState(0, AttentionCache(empty, empty))
 
     def forward(
-        self, x: Tensor, state: LayerState | None = None, documents: Documents | None = None
+        self,
+        x: Tensor,
+        state: LayerState | None = None,
+        documents: Documents | None = None,
+        probe: dict[str, Tensor] | None = None,
     ) -> tuple[Tensor, LayerState]:
         """Mix tokens `x`, residual activations.
 
         Args:
             state: Keys and values of earlier tokens; None begins without any.
             documents: Documents of all tokens; None treats a sequence as one.
+            probe: Dict that stays as it is: attention has no statistics.
 
         Returns:
             Residual activations and the state after the last token.

@@ -5,16 +5,26 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from hopescale.config.model_shape import head_dim, levels_of_block, mixer_of_block
-from hopescale.config.schema import AttentionConfig, ModelConfig
+from hopescale.config.schema import ModelConfig
 from hopescale.models.attention import Attention
 from hopescale.models.cms import ContinuumMemory
+from hopescale.models.linear_attention import LinearAttention
 from hopescale.models.norm import stream_norm
 from hopescale.models.recompute import recomputed
 from hopescale.models.self_modifying import SelfModifying
 from hopescale.models.state import LayerState
+from hopescale.models.ttt import Ttt
 from hopescale.ops.backends import Backend, Recompute
 from hopescale.ops.documents import Documents
 from hopescale.parallel.mesh import Mesh
+
+MIXERS: dict[str, type[nn.Module]] = {
+    "self_modifying": SelfModifying,
+    "attention": Attention,
+    "linear_attention": LinearAttention,
+    "ttt": Ttt,
+}
+"""The module of each kind of mixer."""
 
 
 class Block(nn.Module):
@@ -47,11 +57,9 @@ class Block(nn.Module):
         out_std = out_scale * (config.num_heads * head_dim(config)) ** -0.5
         self.norm = stream_norm(config.d_model, eps=config.norm_eps, mesh=mesh)
         mixer = mixer_of_block(config, number)
-        if isinstance(mixer, AttentionConfig):
-            self.mixer = Attention(config, mixer, out_std=out_std, mesh=mesh)
-        else:
-            computed = {"recompute": recompute, "compiled": compiled, "backend": backend}
-            self.mixer = SelfModifying(config, mixer, out_std=out_std, mesh=mesh, **computed)
+        own = {"recompute": recompute, "compiled": compiled, "backend": backend}
+        own = own if mixer.kind == "self_modifying" else {}
+        self.mixer = MIXERS[mixer.kind](config, mixer, out_std=out_std, mesh=mesh, **own)
         self.cms = ContinuumMemory(config, levels_of_block(config, number), out_scale=out_scale, mesh=mesh)
 
     def forward(
@@ -63,7 +71,7 @@ class Block(nn.Module):
     ) -> tuple[Tensor, LayerState]:
         """Map the residual stream to itself, and return the mixer's state.
 
-        `documents` are those of all tokens; `probe` is for memories only.
+        `documents` are those of all tokens; `probe` is for memories only: attention fills nothing in.
         """
         if self.recompute == "block":
             return recomputed(self._forward, x, state, documents, probe=probe)
@@ -81,6 +89,4 @@ class Block(nn.Module):
     def _mix(
         self, x: Tensor, state: LayerState | None, documents: Documents | None, probe: dict[str, Tensor] | None
     ) -> tuple[Tensor, LayerState]:
-        if isinstance(self.mixer, Attention):
-            return self.mixer(x, state, documents)
         return self.mixer(x, state, documents, probe)

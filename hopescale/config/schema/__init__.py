@@ -1,6 +1,7 @@
 """The config tree as frozen dataclasses. Every field has its docstring beneath it: meaning, unit, effect."""
 
-from hopescale.config.schema.mixers import KINDS as KINDS
+from hopescale.config.schema.kinds import KINDS as KINDS
+from hopescale.config.schema.linear_attention import LinearAttentionConfig as LinearAttentionConfig
 from hopescale.config.schema.mixers import AttentionConfig as AttentionConfig
 from hopescale.config.schema.mixers import MixerConfig as MixerConfig
 from hopescale.config.schema.mixers import RopeScalingConfig as RopeScalingConfig
@@ -25,3 +26,4 @@ from hopescale.config.schema.run import SourceConfig as SourceConfig
 from hopescale.config.schema.run import SyntheticConfig as SyntheticConfig
 from hopescale.config.schema.run import TrainConfig as TrainConfig
 from hopescale.config.schema.run import ValidationConfig as ValidationConfig
+from hopescale.config.schema.ttt import TttConfig as TttConfig

@@ -12,7 +12,7 @@ from hopescale.config.schema.ranges import Count, Fraction, NumberRange, Positiv
 class MixerConfig:
     """A mixer of any kind. Keys that kinds share by name have one type."""
 
-    kind: Literal["self_modifying", "attention"] = "self_modifying"
+    kind: Literal["self_modifying", "attention", "linear_attention", "ttt"] = "self_modifying"
     """What mixes tokens; the other keys of a mixer are those of its kind."""
 
 
@@ -106,7 +106,3 @@ class AttentionConfig(MixerConfig):
     window: Count | None = None
     """Tokens that a token sees, itself included (sliding-window attention); null is all up to it. The cache then holds
     no more than these."""
-
-
-KINDS: dict[str, type[MixerConfig]] = {"self_modifying": SelfModifyingConfig, "attention": AttentionConfig}
-"""The classes of mixers by their kind."""

@@ -250,6 +250,15 @@ class HopeSelfModifying(nn.Module):
         """Mix `[B, T, N]`; padding neither moves a memory nor counts as a token."""
         return mix_groups(self._run, x, state or self.initial_state(x.shape[0]), columns)
 
+    def _reset(self, state: State, position: Tensor) -> None:
+        """Start memories anew in the rows that stand where a piece of `reset_every` tokens begins."""
+        if self.config.reset_every is None:
+            return
+        begins = position % self.config.reset_every == 0
+        for name, initial in self.initial_state(len(position)).items():
+            if name != "tail":
+                state[name] = torch.where(begins.view(-1, *[1] * (initial.dim() - 1)), initial, state[name])
+
     def _run(self, x: Tensor, state: State, position: Tensor) -> tuple[Tensor, State]:
         """Mix tokens without padding; of more than one token, all rows stand at the same place of a chunk."""
         mixed = self.in_proj(x).unflatten(-1, (self.heads, -1, self.dim))  # [B, T, H, S, D]
@@ -264,6 +273,7 @@ class HopeSelfModifying(nn.Module):
         outputs, read, size = [], 0, self.config.chunk_size
         while read < x.shape[1]:
             stop = min(x.shape[1], read + size - int(position[0] + read) % size)
+            self._reset(state, position + read)
             y = self._chunk(streams[:, :, :, read:stop], state, position + read)
             outputs.append(y)
             read = stop

@@ -14,6 +14,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration_hope import HopeConfig
+from .linear_hope import HopeLinearAttention
 from .memory_hope import Columns, HopeSelfModifying, Norm, State
 
 VOCAB_MULTIPLE = 128  # rows of the embedding are padded to a multiple of this
@@ -163,7 +164,11 @@ class HopeContinuumMemory(nn.Module):
         return x + sum(weight * level(shared) for weight, level in zip(weights, self.levels.values(), strict=True))
 
 
-MIXERS = {"attention": HopeAttention, "self_modifying": HopeSelfModifying}
+MIXERS = {
+    "attention": HopeAttention,
+    "linear_attention": HopeLinearAttention,
+    "self_modifying": HopeSelfModifying,
+}
 
 
 class HopeBlock(nn.Module):
@@ -199,6 +204,7 @@ class HopeForCausalLM(PreTrainedModel, GenerationMixin):
         rows = -(-model.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
         memories = [mixer for mixer in model.mixers.values() if mixer.kind == "self_modifying"]
         self.period = math.lcm(*(mixer.projection_chunk_size or mixer.chunk_size for mixer in memories))
+        self.period = math.lcm(self.period, *(mixer.reset_every or 1 for mixer in memories))
         self.embedding = nn.Embedding(rows, model.d_model)
         self.blocks = nn.ModuleDict({str(number): HopeBlock(model, number) for number in range(model.num_layers)})
         multiplier = 1.0 if model.transfer is None else model.transfer.base_width / model.d_model
