@@ -144,7 +144,7 @@ class LinearAttention(nn.Module):
             q, k = (rotate(one.transpose(1, 2), tables).transpose(1, 2) for one in (q, k))
         log_alpha, eta = self._rates(numbers, v)
         if probe is not None:
-            means = {"alpha_mean": log_alpha.exp() if self.config.decay == "input" else None, "eta_mean": eta}
+            means = {"alpha_mean": log_alpha.detach().exp() if self.config.decay == "input" else None, "eta_mean": eta}
             probe |= {name: gate.detach().mean() for name, gate in means.items() if gate is not None}
         if first is not None:
             begins = torch.arange(len(mixed), device=x.device) == first

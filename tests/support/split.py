@@ -7,7 +7,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from hopescale.config.schema import AttentionConfig, CmsConfig, RopeScalingConfig, SelfModifyingConfig, TransferConfig
+from hopescale.config.schema import (
+    AttentionConfig,
+    CmsConfig,
+    LinearAttentionConfig,
+    RopeScalingConfig,
+    SelfModifyingConfig,
+    TransferConfig,
+)
 from hopescale.models import Model
 from hopescale.parallel.layers import IGNORED_TARGET, cross_entropy_sum
 from hopescale.parallel.mesh import Mesh
@@ -30,6 +37,10 @@ VARIANTS = {
     "hybrid, within documents": {
         "mixers": {"hope": SelfModifyingConfig(chunk_size=8), "local": AttentionConfig(window=5)},
         "pattern": ("local", "hope"),
+        "within_documents": True,
+    },
+    "linear attention, within documents": {
+        "mixers": {"gdn": LinearAttentionConfig(key_dim=6, chunk_size=8)},
         "within_documents": True,
     },
     "attention": {"mixers": {"attention": AttentionConfig(qk_norm=True)}, "within_documents": True},

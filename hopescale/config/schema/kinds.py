@@ -1,4 +1,4 @@
-"""The kinds of mixers: a new one is added here, to `MixerConfig.kind`, and in `models/block.py` and `cost/mixers.py`."""
+"""The kinds of mixers. A new one is added here and in `MixerConfig.kind`, `models/block.py` and `cost/mixers.py`."""
 
 from __future__ import annotations
 

@@ -9,7 +9,14 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from hopescale.config.schema import AttentionConfig, CmsConfig, RopeScalingConfig, SelfModifyingConfig, TransferConfig
+from hopescale.config.schema import (
+    AttentionConfig,
+    CmsConfig,
+    LinearAttentionConfig,
+    RopeScalingConfig,
+    SelfModifyingConfig,
+    TransferConfig,
+)
 from hopescale.convert.hf_model.configuration_hope import HopeConfig
 from hopescale.convert.hf_model.modeling_hope import HopeForCausalLM
 from hopescale.models import Model
@@ -31,6 +38,18 @@ VARIANTS = {
                 projection_chunk_size=16,
             )
         }
+    },
+    "memories that start anew": {
+        "mixers": {"hope": SelfModifyingConfig(chunk_size=4, projection_chunk_size=8, memory_dim=5, reset_every=8)}
+    },
+    "three kinds": {
+        "num_layers": 4,
+        "mixers": {
+            "hope": SelfModifyingConfig(chunk_size=4),
+            "gdn": LinearAttentionConfig(key_dim=6, chunk_size=8),
+            "local": AttentionConfig(window=6),
+        },
+        "pattern": ("hope", "gdn", "local"),
     },
     "two banks, MLP": {"mixers": {"hope": SelfModifyingConfig(chunk_size=4, projection_chunk_size=8, memory_dim=5)}},
     "no momentum, no erase, no convolution": {
