@@ -82,10 +82,8 @@ class Ttt(nn.Module):
         if config.conv_width:
             # Of each head the filters of queries, then those of keys.
             channels, spec = 2 * self.heads * dim, ParameterSpec(std=config.conv_width**-0.5, **split)
-            weight = new_parameter(channels, config.conv_width, spec=spec)
-            self.conv = nn.ParameterDict(
-                {"weight": weight, "bias": new_parameter(channels, spec=ParameterSpec(**split))}
-            )
+            self.conv = nn.ParameterDict({"weight": new_parameter(channels, config.conv_width, spec=spec)})
+            self.conv["bias"] = new_parameter(channels, spec=ParameterSpec(**split))
         hidden = ttt_hidden(model, config)
         self.banks = nn.ParameterDict()
         self.gates = nn.ParameterDict({"rate": new_parameter(self.heads, spec=ParameterSpec(**split))})
@@ -182,7 +180,8 @@ class Ttt(nn.Module):
         q, k, v, rate = (one.permute(1, 2, 0, 3).to(wide) for one in (*slices[:3], rate))
         tables = self._rotation(position, len(mixed), first, mixed.device)
         rate = torch.sigmoid(rate[..., 0] + self.gates["rate"][:, None])
-        return TttStreams(rotate(q, tables), rotate(k, tables), v, rate), slices[3] if self.config.gate else None, tail
+        z = slices[3].contiguous() if self.config.gate else None
+        return TttStreams(rotate(q, tables), rotate(k, tables), v, rate), z, tail
 
     def _rotation(
         self, position: int, tokens: int, first: Tensor | None, device: torch.device
