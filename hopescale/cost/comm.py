@@ -15,7 +15,7 @@ from hopescale.config.model_shape import head_dim, mixer_of_block, padded_vocab_
 from hopescale.config.plan import make_plan
 from hopescale.config.schema import AttentionConfig, RunConfig
 from hopescale.cost.holdings import Holdings, gathers
-from hopescale.cost.params import FP32, ParameterShape, itemsize
+from hopescale.cost.parameter import FP32, ParameterShape, itemsize
 from hopescale.cost.updates import BUCKET_ELEMENTS, assign_owners, buckets
 
 AXES = ("tp", "dp", "pp", "embedding", "world")

@@ -15,8 +15,10 @@ from hopescale.config.model_shape import levels_of_block, mixer_of_block, padded
 from hopescale.config.plan import make_plan
 from hopescale.config.schema import MixerConfig, ModelConfig, RunConfig
 from hopescale.cost.holdings import Holding, Holdings, Kind, gathers
-from hopescale.cost.mixers import Activations, MicroBatch, mixer_activations
-from hopescale.cost.params import FP32, count_params, itemsize
+from hopescale.cost.micro_batch import Activations, MicroBatch
+from hopescale.cost.mixers import COSTS
+from hopescale.cost.parameter import FP32, itemsize
+from hopescale.cost.params import count_params
 
 LASTING = ("weights", "gradients", "accumulators", "masters", "optimizer")
 """Kinds of memory that outlive a micro batch; `accumulators` are the gradient sums of slow levels."""
@@ -35,7 +37,7 @@ MOST_BLOCKS = 10_000
 def block_activations(model: ModelConfig, mixer: MixerConfig, micro: MicroBatch, recompute: str) -> Activations:
     """Count one block with a mixer."""
     norm, inner = _norm(model, micro), _stream(model, micro) * micro.stream_share
-    mixing = mixer_activations(model, mixer, micro, recompute)
+    mixing = COSTS[mixer.kind].activations(model, mixer, micro, recompute)
     levels, level_workspace = _levels(model, micro, norm)
     outside, workspace = norm + inner + levels, max(level_workspace, mixing.workspace - levels)
     if recompute == "block":

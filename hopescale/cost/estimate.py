@@ -19,7 +19,7 @@ from hopescale.cost.flops import block_flops, flops_per_token
 from hopescale.cost.hardware import Device
 from hopescale.cost.holdings import Holdings
 from hopescale.cost.operation import OpCost, product
-from hopescale.cost.params import FP32
+from hopescale.cost.parameter import FP32
 from hopescale.cost.updates import update_flops
 
 MIXING_RATE = {"mlp": 0.30, "linear": 0.29, "static": 0.20}

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from hopescale.config.model_shape import levels_of_block, mixer_counts, padded_vocab_size
 from hopescale.config.schema import MixerConfig, ModelConfig
-from hopescale.cost.mixers import maps_cost, mixing_cost
+from hopescale.cost.mixers import COSTS
 from hopescale.cost.operation import NOTHING, OpCost, product
 
 _RECOMPUTED = {"memory": ("maps", "mixing"), "block": ("maps", "mixing", "levels")}
@@ -48,13 +48,13 @@ def block_flops(
 
     Without `recompute`, the value of `train.recompute`, it counts the model alone.
     """
-    levels = levels_of_block(model, 0).values()
+    cost, levels = COSTS[mixer.kind], levels_of_block(model, 0).values()
     parts = {
-        "maps": maps_cost(model, mixer),
-        "mixing": mixing_cost(model, mixer, seq_len, recompute),
+        "maps": cost.maps(model, mixer),
+        "mixing": cost.mixing(model, mixer, seq_len, recompute),
         "levels": sum((product(1, model.d_model, 3 * level.d_ff) for level in levels), NOTHING),
     }
     for name in _RECOMPUTED.get(recompute or "none", ()):
-        once = mixing_cost(model, mixer, seq_len, "none") if name == "mixing" else parts[name]
+        once = cost.mixing(model, mixer, seq_len, "none") if name == "mixing" else parts[name]
         parts[name] += OpCost(0, once.forward)
     return parts

@@ -17,7 +17,8 @@ from hopescale.config.model_shape import block_pattern, padded_vocab_size
 from hopescale.config.schema import MixerConfig, ModelConfig, RunConfig
 from hopescale.cost.flops import block_flops
 from hopescale.cost.operation import product
-from hopescale.cost.params import ParameterShape, model_parameters
+from hopescale.cost.parameter import ParameterShape
+from hopescale.cost.params import model_parameters
 from hopescale.cost.updates import Work, assign_owners, state_entries, update_cost
 
 

@@ -43,8 +43,13 @@ def linear_attention_maps(model: ModelConfig, config: LinearAttentionConfig) -> 
     return product(1, model.d_model, sizes.groups * sizes.group_inputs + sizes.width)
 
 
-def linear_attention_mixing(model: ModelConfig, config: LinearAttentionConfig, seq_len: int) -> OpCost:
-    """Count writes and reads of all memories for a token, on average over a sequence."""
+def linear_attention_mixing(
+    model: ModelConfig, config: LinearAttentionConfig, seq_len: int, recompute: str | None = None
+) -> OpCost:
+    """Count writes and reads of all memories for a token, on average over a sequence.
+
+    The mixer itself computes nothing again, whatever `recompute` says.
+    """
     sizes, chunk = LinearSizes.of(model, config), min(config.chunk_size, seq_len)
     keys, value = sizes.key_dim, sizes.value_dim
     scores = product(chunk, keys, chunk)
@@ -65,8 +70,13 @@ def linear_attention_state(model: ModelConfig, config: LinearAttentionConfig) ->
     return entries
 
 
-def linear_attention_activations(model: ModelConfig, config: LinearAttentionConfig, micro: MicroBatch) -> Activations:
-    """Count a mixer, without its norm's result."""
+def linear_attention_activations(
+    model: ModelConfig, config: LinearAttentionConfig, micro: MicroBatch, recompute: str = "none"
+) -> Activations:
+    """Count a mixer, without its norm's result.
+
+    The mixer itself computes nothing again, whatever `recompute` says.
+    """
     sizes, chunk = LinearSizes.of(model, config), min(config.chunk_size, micro.seq_len)
     own = replace(sizes, groups=sizes.groups / micro.tp)  # of a rank
     entries = _memory_entries(config, own, chunk) + _answer_entries(config, own)

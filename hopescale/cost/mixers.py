@@ -1,362 +1,55 @@
-"""Operations and activations of every mixer: the one file of `cost` that a new mixer is added to.
-
-Operations are counted per token; activations are the tensors that torch keeps for the backward, on one rank. Of a
-self-modifying mixer both are counted chunk by chunk, next to each other, as `models.memory` and `ops.delta_rule` run
-them, for one head and one sequence: matrix products and triangular solves, and the entries that they leave in float32.
-The first chunk and one that the sequence cuts short count like all others. Letters: `C` tokens of a chunk,
-`D` width of a head, `E` hidden width of a memory.
-"""
+"""What every kind of mixer costs: the one file of `cost` that a new kind is added to."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
-from hopescale.config.model_shape import (
-    bank_layers,
-    has_chunk_loop,
-    head_dim,
-    kv_heads,
-    memory_banks,
-    memory_dim,
-    projection_chunk_size,
+from hopescale.cost.attention import attention_activations, attention_maps, attention_mixing, attention_parameters
+from hopescale.cost.linear_attention import (
+    linear_attention_activations,
+    linear_attention_maps,
+    linear_attention_mixing,
+    linear_attention_parameters,
 )
-from hopescale.config.schema import (
-    AttentionConfig,
-    LinearAttentionConfig,
-    MixerConfig,
-    ModelConfig,
-    SelfModifyingConfig,
+from hopescale.cost.micro_batch import Activations
+from hopescale.cost.operation import OpCost
+from hopescale.cost.parameter import ParameterShape
+from hopescale.cost.self_modifying import (
+    self_modifying_activations,
+    self_modifying_maps,
+    self_modifying_mixing,
+    self_modifying_parameters,
 )
-from hopescale.cost.linear_attention import linear_attention_activations, linear_attention_maps, linear_attention_mixing
-from hopescale.cost.micro_batch import Activations as Activations
-from hopescale.cost.micro_batch import MicroBatch as MicroBatch
-from hopescale.cost.operation import NOTHING, OpCost, product, saved, solve
-from hopescale.cost.params import FP32, num_projections
-from hopescale.ops.limits import REVERSE_PARTS, is_moved_by_map, is_trace_smaller, trace_size
+from hopescale.cost.ttt import ttt_activations, ttt_maps, ttt_mixing, ttt_parameters
 
 
-def maps_cost(model: ModelConfig, mixer: MixerConfig) -> OpCost:
-    """Count the mixer's maps in and out for a token."""
-    width = model.num_heads * head_dim(model)
-    if isinstance(mixer, LinearAttentionConfig):
-        return linear_attention_maps(model, mixer)
-    if isinstance(mixer, AttentionConfig):
-        return product(1, model.d_model, 2 * width + 2 * kv_heads(model, mixer) * head_dim(model))
-    return product(1, model.d_model, width * (num_projections(mixer) + 1))
+class MixerCost(NamedTuple):
+    """Counts of a kind of mixer; each takes the model and the mixer's settings first.
 
-
-def mixing_cost(model: ModelConfig, mixer: MixerConfig, seq_len: int, recompute: str | None) -> OpCost:
-    """Count what a mixer does between its maps for a token: scores and reads, or memories.
-
-    Without `recompute`, the value of `train.recompute`, it counts the model alone.
-    """
-    if isinstance(mixer, LinearAttentionConfig):
-        return linear_attention_mixing(model, mixer, seq_len)
-    if isinstance(mixer, AttentionConfig):
-        reads = product(1, head_dim(model), _keys_per_token(mixer, seq_len, recompute)).times(2 * model.num_heads)
-        # Each gradient is two products; the scores are a third.
-        return reads if recompute is None else OpCost(reads.forward, 2.5 * reads.forward)
-    once = _sequence(model, mixer, seq_len).times(model.num_heads / seq_len)
-    if recompute in (None, "none") or not has_chunk_loop(mixer):
-        return once
-    replay = _replay(model, mixer, seq_len) * model.num_heads / seq_len if recompute == "reverse" else 0
-    return OpCost(once.forward, once.backward + once.forward + replay)
-
-
-def _keys_per_token(mixer: AttentionConfig, seq_len: int, recompute: str | None) -> float:
-    """Count the keys that a token of attention sees, on average, or that it is multiplied with if anything runs."""
-    window = mixer.window or seq_len
-    if seq_len <= window:
-        return (seq_len + 1) / 2
-    later = seq_len - window
-    # Each block of later tokens reads its own keys and those of the block before.
-    keys = later * window if recompute is None else -(-later // window) * 2 * window**2
-    return (window * (window + 1) / 2 + keys) / seq_len
-
-
-def _attention(model: ModelConfig, mixer: AttentionConfig, micro: MicroBatch) -> Activations:
-    """Count queries and keys after rotation, values within the in-projection's result, the answer, and it in order."""
-    heads, groups, dim = model.num_heads / micro.tp, kv_heads(model, mixer) / micro.tp, head_dim(model)
-    rotated, projected = (heads + groups) * dim, (heads + 2 * groups) * dim
-    kept = micro.tokens * ((rotated + projected + 2 * heads * dim) * micro.itemsize + heads * FP32)
-    if mixer.qk_norm:
-        copies = 1 if micro.itemsize == FP32 else 2
-        kept += micro.tokens * (rotated * copies + heads + groups) * FP32
-    window, in_blocks = mixer.window or micro.seq_len, 0.0
-    if (later := micro.seq_len - window) > 0:
-        # Blocks of later queries and their answers, with two blocks of keys and values each.
-        in_blocks = micro.batch * -(-later // window) * window * (2 * heads + 4 * groups) * dim
-    kept += in_blocks * micro.itemsize
-    # The gradients of queries, keys and values, of the in-projection's result, and of its input.
-    return Activations(kept, 0, (micro.tokens * (2 * projected + model.d_model) + in_blocks) * micro.itemsize)
-
-
-def mixer_activations(model: ModelConfig, mixer: MixerConfig, micro: MicroBatch, recompute: str) -> Activations:
-    """Count a mixer, without its norm's result, where `recompute` is what the mixer itself computes again."""
-    if isinstance(mixer, LinearAttentionConfig):
-        return linear_attention_activations(model, mixer, micro)
-    if isinstance(mixer, AttentionConfig):
-        return _attention(model, mixer, micro)
-    heads, dim = model.num_heads / micro.tp, head_dim(model)
-    width, per_head = micro.tokens * heads * dim, micro.batch * heads * FP32
-    kept = _streams(mixer, micro, heads, dim)
-    if not has_chunk_loop(mixer):
-        # The states between chunks are there twice: as they come, and side by side.
-        states = 2 * (1 + mixer.momentum) * dim * dim * max(1, micro.seq_len / mixer.chunk_size)
-        return Activations(
-            kept + _sequence(model, mixer, micro.seq_len).saved * per_head, states * per_head, 6 * width * FP32
-        )
-    banks, chunk = _banks(model, mixer), min(projection_chunk_size(mixer), micro.seq_len)
-    chunks, entries = -(-micro.seq_len // chunk), sum(bank.size for bank in banks)
-    states = chunks * entries * (1 + mixer.momentum) * per_head
-    # Of two chunks at a time: what a chunk hands on, and the gradients of what was carried into it.
-    handed_on = 2 * entries * (3 + 2 * mixer.momentum) * per_head
-    if recompute == "none":
-        kept += _sequence(model, mixer, micro.seq_len).saved * per_head
-        return Activations(kept, states, 4 * width * FP32 + handed_on)
-    # Gradients of streams and answers, and one chunk's tensors.
-    workspace = 5 * width * FP32 + handed_on + 1.3 * _chunk(model, mixer, chunk).saved * per_head
-    if recompute != "reverse":
-        return Activations(kept, states, workspace)
-    trace, restored = (entries * per_head for entries in _trace(model, mixer, chunk))
-    rows = -(-chunks // REVERSE_PARTS)
-    # States that are computed again: of a row the last, and one for each half, quarter, ... before it.
-    workspace += (min(chunks, REVERSE_PARTS) - 1).bit_length() * restored
-    return Activations(kept, rows * states / chunks + (chunks - rows) * trace, workspace)
-
-
-def _streams(mixer: SelfModifyingConfig, micro: MicroBatch, heads: float, dim: int) -> float:
-    """Count what enters the memories and leaves them, in bytes."""
-    numbers = micro.tokens * heads * FP32
-    # Streams: into the convolution, out of it in float32, and as unit vectors by head.
-    conv = (micro.tokens + (mixer.conv_width - 1) * micro.batch) * heads * dim if mixer.conv_width else 0
-    kept = 3 * (conv * micro.itemsize + (2 * dim + 1) * numbers)
-    kept += (1 + mixer.momentum + mixer.retention - len({"eta", "alpha"} & set(mixer.adaptive))) * numbers
-    # The answers and their norm per head in float32, what goes into the out-projection, and the output gate.
-    kept += (2 * dim + 1) * numbers
-    return kept + (1 + 6 * mixer.gate) * micro.tokens * heads * dim * micro.itemsize
-
-
-@dataclass(frozen=True)
-class _Bank:
-    """Memories of one head that are written at the same boundaries: some answer with vectors, some with one number.
-
-    Hidden widths are those of MLP memories. The first of the vectors of a main bank is the memory that is read.
+    Attributes:
+        parameters: Its parameters, by their names in it.
+        maps: Operations of the maps in and out for a token.
+        mixing: Operations between the maps for a token, given the tokens of a sequence and `train.recompute`, which is
+            None where the model alone is counted.
+        activations: Bytes that are kept for the backward, without the norm's result, given the micro batch and what the
+            mixer itself computes again.
     """
 
-    vectors: int
-    gates: int
-    dim: int
-    hidden: int | None
-    is_main: bool
-    layers: list[tuple[int, int, int]]
-
-    @property
-    def rows(self) -> int:
-        """Outputs of the first layer of a memory that answers with vectors."""
-        return self.hidden or self.dim
-
-    @property
-    def outputs(self) -> int:
-        """Outputs of all first layers."""
-        return self.layers[0][1]
-
-    @property
-    def size(self) -> int:
-        """Entries of all weights."""
-        return sum(width * out * count for width, out, count in self.layers)
-
-    @property
-    def inputs(self) -> int:
-        """Memories that make keys, values or queries."""
-        return self.vectors - self.is_main
+    parameters: Callable[..., Iterator[ParameterShape]]
+    maps: Callable[..., OpCost]
+    mixing: Callable[..., OpCost]
+    activations: Callable[..., Activations]
 
 
-def _banks(model: ModelConfig, mixer: SelfModifyingConfig) -> list[_Bank]:
-    """Return the banks of a head, the one with the main memory first."""
-    result, widths = [], (head_dim(model), memory_dim(model, mixer))
-    for names in memory_banks(mixer).values():
-        gates = sum(name in ("eta", "alpha") for name in names)
-        result.append(_Bank(len(names) - gates, gates, *widths, names[0] == "mem", bank_layers(model, mixer, names)))
-    return result
-
-
-def _sequence(model: ModelConfig, mixer: SelfModifyingConfig, seq_len: int) -> OpCost:
-    """Count the memories of a head over a sequence."""
-    dim = head_dim(model)
-    if has_chunk_loop(mixer):
-        chunk = min(projection_chunk_size(mixer), seq_len)
-        # Nobody reads the states after the last chunk, which get no gradient.
-        (main, *others), size = _banks(model, mixer), min(mixer.chunk_size, chunk)
-        last = sum((_states(mixer, bank, chunk) for bank in others), _states(mixer, main, size if others else chunk))
-        return _chunk(model, mixer, chunk).times(seq_len / chunk) + OpCost(0, -last.backward)
-    chunk = min(mixer.chunk_size, seq_len)
-    each = _tables(mixer, chunk) + _open(mixer, chunk, dim) + _transition(mixer, chunk, dim)
-    each += _added(mixer, chunk, dim, dim, by_map=True)
-    each += _values(mixer, chunk, dim, dim) + _read(mixer, chunk, dim, dim)
-    return each.times(seq_len / chunk)
-
-
-def _chunk(model: ModelConfig, mixer: SelfModifyingConfig, tokens: int) -> OpCost:
-    """Count a projection chunk: the projections that memories make, the main memory's chunks, and all writes.
-
-    States at the start of a projection chunk are left out; those at the start of the main memory's chunks in it count.
-    """
-    main, *others = _banks(model, mixer)
-    source = others[0] if others else main
-    cost = _inputs(mixer, source, tokens)
-    if not others:
-        return cost + _move(mixer, main, tokens, reads=True)
-    size = min(mixer.chunk_size, tokens)
-    each = _move(mixer, main, size, reads=True) + saved(main.size * (1 + mixer.momentum))
-    return cost + each.times(tokens / size) + _move(mixer, source, tokens, reads=False)
-
-
-def _inputs(mixer: SelfModifyingConfig, bank: _Bank, tokens: int) -> OpCost:
-    """Count keys, values, queries and gates that memories answer: hidden values twice, answers, and unit vectors."""
-    unit_vectors = bank.inputs - (mixer.targets == "self" and "v" in mixer.adaptive)
-    cost = _answer(bank, tokens, bank.inputs) + saved(tokens * bank.dim * (bank.inputs + unit_vectors) + 5 * tokens)
-    gates = product(tokens, bank.dim, bank.gates * (bank.hidden or 1))
-    return cost + gates + saved(2 * tokens * (bank.hidden or 0) * bank.gates)
-
-
-def _answer(bank: _Bank, tokens: int, memories: int) -> OpCost:
-    """Count the answers of memories with fixed weights, hidden values kept twice."""
-    cost = product(tokens, bank.dim, bank.rows)
-    if bank.hidden is not None:
-        cost += product(tokens, bank.hidden, bank.dim) + saved(2 * tokens * bank.hidden)
-    return cost.times(memories)
-
-
-def _move(mixer: SelfModifyingConfig, bank: _Bank, tokens: int, *, reads: bool) -> OpCost:
-    """Count a bank's chunk: decay weights, writes, its layers moved, and the main memory read if there are queries."""
-    cost = _tables(mixer, tokens) + _writes(mixer, bank, tokens) + _states(mixer, bank, tokens)
-    for width, _, count in bank.layers:
-        cost += _open(mixer, tokens, width).times(count)
-    if not reads:
-        return cost
-    if mixer.read == "boundary":
-        return cost + _answer(bank, tokens, 1)._replace(saved=2 * tokens * (bank.hidden or 0))
-    for width, out in [(bank.dim, bank.rows), (bank.hidden, bank.dim)][: 1 if bank.hidden is None else 2]:
-        cost += _values(mixer, tokens, width, out) + _read(mixer, tokens, width, out)
-    return cost + saved(2 * tokens * (bank.hidden or 0))
-
-
-def _tables(mixer: SelfModifyingConfig, tokens: int) -> OpCost:
-    """Count the products of gates between tokens: retention, momentum and both, and with the learning rates."""
-    row = (tokens + 1) * tokens
-    if not mixer.momentum:
-        return saved(2 * row)
-    erase = mixer.inner_rule == "dgd"
-    return product(tokens + 1, tokens, tokens + 1) + saved((3 + erase) * row + tokens * tokens)
-
-
-def _writes(mixer: SelfModifyingConfig, bank: _Bank, tokens: int) -> OpCost:
-    """Count keys, values, and the inner gradient: first layers at keys and targets, and the way back through second."""
-    own = mixer.targets == "self"
-    cost = product((1 + own) * tokens, bank.dim, bank.outputs) + saved(2 * tokens * bank.dim * own)
-    spread = 1 + mixer.momentum + (mixer.error_cap is not None)
-    # What enters a state is all that is left of values where there is no momentum; a map takes them as they are.
-    erased = mixer.inner_rule == "dgd" and not mixer.momentum
-    first_erased = erased and not is_moved_by_map(tokens, bank.dim, bank.outputs, momentum=False)
-    if bank.hidden is None:
-        return cost + saved(tokens * bank.outputs * (spread - first_erased))
-    asks = mixer.objective == "l2" or own
-    out = bank.vectors * bank.dim + bank.gates
-    cost += product(tokens, bank.hidden, out).times(1 + asks)
-    hidden = tokens * bank.hidden * (bank.vectors + bank.gates) * (3 * (1 + own) + (asks and own) + 2)
-    return cost + saved(hidden + tokens * (out * (spread + 1 - erased) + bank.outputs * (1 - first_erased)))
-
-
-def _open(mixer: SelfModifyingConfig, tokens: int, width: int) -> OpCost:
-    """Count the keys' similarities and the solve for what they erase."""
-    if mixer.inner_rule != "dgd":
-        return NOTHING
-    kept = (2 + mixer.momentum) * tokens * tokens + tokens * width
-    return product(tokens, width, tokens) + solve(tokens, width) + saved(kept)
-
-
-def _states(mixer: SelfModifyingConfig, bank: _Bank, tokens: int) -> OpCost:
-    """Count the states of all layers after a chunk."""
-    return sum((_after(mixer, tokens, width, out).times(count) for width, out, count in bank.layers), NOTHING)
-
-
-def _after(mixer: SelfModifyingConfig, tokens: int, width: int, out: int) -> OpCost:
-    """Count a layer's state after a chunk, `width` inputs to `out` outputs."""
-    if is_moved_by_map(tokens, width, out, momentum=mixer.momentum):
-        return _transition(mixer, tokens, width) + _added(mixer, tokens, width, out, by_map=True)
-    last = tokens * width * (mixer.momentum or mixer.inner_rule != "dgd")
-    return _values(mixer, tokens, width, out) + _added(mixer, tokens, width, out, by_map=False) + saved(last)
-
-
-def _added(mixer: SelfModifyingConfig, tokens: int, width: int, out: int, *, by_map: bool) -> OpCost:
-    """Count how what enters a layer in a chunk is added, after its state was multiplied by a matrix or erased."""
-    momentum, entering = mixer.momentum, product(width, tokens, out)
-    if by_map:
-        cost = (entering + product(width, width, out)).times(1 + momentum)
-    else:
-        cost = entering.times(1 + momentum + (momentum and mixer.inner_rule == "dgd"))
-    return cost + saved(tokens * width * momentum)
-
-
-def _transition(mixer: SelfModifyingConfig, tokens: int, width: int) -> OpCost:
-    """Count the matrix `width x width` by which a chunk moves a layer."""
-    momentum, erase = mixer.momentum, mixer.inner_rule == "dgd"
-    kept = (1 + momentum) * width * width + tokens * width * ((1 + momentum) * erase + (momentum or not erase))
-    if not erase:
-        return saved(kept)
-    cost = product(width, tokens, width).times(1 + momentum) + product(width, tokens, tokens).times(momentum)
-    return cost + saved(kept)
-
-
-def _values(mixer: SelfModifyingConfig, tokens: int, width: int, out: int) -> OpCost:
-    """Count what keys read of the state at the chunk's start, and of what was written since."""
-    if mixer.inner_rule != "dgd":
-        return NOTHING
-    cost = _from_start(mixer, tokens, width, out) + saved(tokens * out)
-    return cost + product(tokens, tokens, out).times(mixer.momentum)
-
-
-def _from_start(mixer: SelfModifyingConfig, tokens: int, width: int, out: int) -> OpCost:
-    """Count what keys or queries read of the state and the momentum at the chunk's start."""
-    return (product(tokens, width, out) + saved(tokens * out)).times(1 + mixer.momentum)
-
-
-def _read(mixer: SelfModifyingConfig, tokens: int, width: int, out: int) -> OpCost:
-    """Count a read inside a chunk: of the state at its start, of writes and of erases since."""
-    erase, both = mixer.inner_rule == "dgd", mixer.inner_rule == "dgd" and mixer.momentum
-    cost = product(tokens, width, tokens) + _from_start(mixer, tokens, width, out)
-    cost += solve(tokens, tokens).times(erase) + product(tokens, tokens, out).times(1 + both)
-    return cost + saved((2 + both) * tokens * tokens)
-
-
-def _layers(model: ModelConfig, mixer: SelfModifyingConfig, tokens: int) -> list[tuple[int, int, int, bool]]:
-    """Return width, outputs, number and `is_trace_smaller` of the layers that are written at projection chunks."""
-    rule = {"momentum": mixer.momentum, "erase": mixer.inner_rule == "dgd"}
-    return [(*layer, is_trace_smaller(tokens, *layer[:2], **rule)) for layer in _banks(model, mixer)[-1].layers]
-
-
-def _replay(model: ModelConfig, mixer: SelfModifyingConfig, seq_len: int) -> float:
-    """Count what `train.recompute: reverse` adds to compute the states of a sequence again, half a row at a time."""
-    tokens = projection_chunk_size(mixer)
-    chunks, once = seq_len / tokens, 0.0
-    for width, out, count, is_smaller in _layers(model, mixer, tokens):
-        by_map = is_moved_by_map(tokens, width, out, momentum=mixer.momentum)
-        once += count * is_smaller * _added(mixer, tokens, width, out, by_map=by_map).forward
-    return once * chunks / 2 * math.log2(max(1, min(REVERSE_PARTS, chunks)))
-
-
-def _trace(model: ModelConfig, mixer: SelfModifyingConfig, tokens: int) -> tuple[float, float]:
-    """Count what says how a projection chunk moves all layers, and the weights and momenta it says that of.
-
-    A main memory with chunks of its own moves several times: its result is kept instead.
-    """
-    rates = 1 + mixer.momentum
-    rule = {"momentum": mixer.momentum, "erase": mixer.inner_rule == "dgd"}
-    kept, restored = sum(bank.size * rates for bank in _banks(model, mixer)[:-1]), 0
-    for width, out, count, is_smaller in _layers(model, mixer, tokens):
-        state = width * out * rates
-        kept += count * (trace_size(tokens, width, out, **rule) if is_smaller else state)
-        restored += count * state * is_smaller
-    return kept, restored
+COSTS: dict[str, MixerCost] = {
+    "attention": MixerCost(attention_parameters, attention_maps, attention_mixing, attention_activations),
+    "linear_attention": MixerCost(
+        linear_attention_parameters, linear_attention_maps, linear_attention_mixing, linear_attention_activations
+    ),
+    "self_modifying": MixerCost(
+        self_modifying_parameters, self_modifying_maps, self_modifying_mixing, self_modifying_activations
+    ),
+    "ttt": MixerCost(ttt_parameters, ttt_maps, ttt_mixing, ttt_activations),
+}
+"""The counts of each kind."""

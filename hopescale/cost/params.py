@@ -12,26 +12,16 @@ from dataclasses import replace
 from hopescale.config.model_shape import (
     block_pattern,
     by_period,
-    head_dim,
-    kv_heads,
     levels_of_block,
-    memory_banks,
-    memory_dim,
     mixer_of_block,
     padded_vocab_size,
 )
 from hopescale.config.schema import (
-    AttentionConfig,
     LevelConfig,
-    LinearAttentionConfig,
-    MixerConfig,
     ModelConfig,
-    SelfModifyingConfig,
 )
-from hopescale.cost.linear_attention import linear_attention_parameters
-from hopescale.cost.parameter import FP32 as FP32
-from hopescale.cost.parameter import ParameterShape as ParameterShape
-from hopescale.cost.parameter import itemsize as itemsize
+from hopescale.cost.mixers import COSTS
+from hopescale.cost.parameter import ParameterShape
 
 EVERY_STEP = "every step"
 """Name under which parameters of no level are counted."""
@@ -60,61 +50,12 @@ def model_parameters(model: ModelConfig, slices: Sequence[range] | None = None) 
 def block_parameters(model: ModelConfig, number: int) -> list[ParameterShape]:
     """List the parameters of a block, counted from 0."""
     here, levels = f"blocks.{number}", levels_of_block(model, number)
-    mixer = mixer_parameters(model, mixer_of_block(model, number))
+    mixer = mixer_of_block(model, number)
     return [
         ParameterShape(f"{here}.norm.weight", (model.d_model,), keep_fp32=True),
-        *(replace(part, name=f"{here}.mixer.{part.name}") for part in mixer),
+        *(replace(part, name=f"{here}.mixer.{part.name}") for part in COSTS[mixer.kind].parameters(model, mixer)),
         *(replace(part, name=f"{here}.cms.{part.name}") for part in _levels(model, levels)),
     ]
-
-
-def mixer_parameters(model: ModelConfig, mixer: MixerConfig) -> Iterator[ParameterShape]:
-    """List the parameters of a mixer, by their names in it."""
-    parts = {
-        AttentionConfig: _attention,
-        LinearAttentionConfig: linear_attention_parameters,
-        SelfModifyingConfig: _self_modifying,
-    }
-    return parts[type(mixer)](model, mixer)
-
-
-def _attention(model: ModelConfig, mixer: AttentionConfig) -> Iterator[ParameterShape]:
-    dim = head_dim(model)
-    size = (model.num_heads + 2 * kv_heads(model, mixer)) * dim
-    yield ParameterShape("qkv_proj.weight", (size, model.d_model), 0)
-    if mixer.qkv_bias:
-        yield ParameterShape("qkv_proj.bias", (size,), 0)
-    yield ParameterShape("out_proj.weight", (model.d_model, model.num_heads * dim), 1)
-    for name in ("q_norm", "k_norm") if mixer.qk_norm else ():
-        yield ParameterShape(f"{name}.weight", (dim,), keep_fp32=True)
-
-
-def _self_modifying(model: ModelConfig, mixer: SelfModifyingConfig) -> Iterator[ParameterShape]:
-    heads, dim = model.num_heads, head_dim(model)
-    yield ParameterShape("in_proj.weight", (heads * dim * num_projections(mixer), model.d_model), 0)
-    if mixer.conv_width:
-        yield ParameterShape("conv.weight", (heads * dim * 3, mixer.conv_width), 0, keep_fp32=True)
-    for gate in ("eta", *["alpha"] * mixer.retention, *["mu"] * mixer.momentum):
-        yield ParameterShape(f"gates.{gate}.bias", (heads,), 0, keep_fp32=True)
-        if gate not in mixer.adaptive:
-            yield ParameterShape(f"gates.{gate}.weight", (heads, dim), 0, keep_fp32=True)
-    for bank, names in memory_banks(mixer).items():
-        for name in names:
-            for matrix, rows, columns in _memory_matrices(model, mixer, 1 if name in ("eta", "alpha") else dim):
-                yield ParameterShape(f"banks.{bank}.{name}.{matrix}", (heads, rows, columns), 0, keep_fp32=True)
-    yield ParameterShape("norm.weight", (heads, dim), 0, keep_fp32=True)
-    yield ParameterShape("out_proj.weight", (model.d_model, heads * dim), 1)
-
-
-def num_projections(mixer: SelfModifyingConfig) -> int:
-    """Count the slices of the in-projection: streams for keys, values and queries, and the output gate."""
-    return 3 + mixer.gate
-
-
-def _memory_matrices(model: ModelConfig, mixer: SelfModifyingConfig, out_dim: int) -> list[tuple[str, int, int]]:
-    """List the matrices of one memory as (name, rows, columns)."""
-    hidden, dim = memory_dim(model, mixer), head_dim(model)
-    return [("w", out_dim, dim)] if hidden is None else [("w2", hidden, dim), ("w1", out_dim, hidden)]
 
 
 def _levels(model: ModelConfig, levels: dict[str, LevelConfig]) -> Iterator[ParameterShape]:

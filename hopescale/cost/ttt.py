@@ -49,8 +49,11 @@ def ttt_maps(model: ModelConfig, config: TttConfig) -> OpCost:
     return product(1, model.d_model, heads * (ttt_slices(config) * dim + 1) + heads * dim)
 
 
-def ttt_mixing(model: ModelConfig, config: TttConfig, seq_len: int) -> OpCost:
-    """Count what all memories learn and answer for a token, on average over a sequence."""
+def ttt_mixing(model: ModelConfig, config: TttConfig, seq_len: int, recompute: str | None = None) -> OpCost:
+    """Count what all memories learn and answer for a token, on average over a sequence.
+
+    The mixer itself computes nothing again, whatever `recompute` says.
+    """
     chunk, each = min(config.chunk_size, seq_len), NOTHING
     layers = _layers(model, config)
     for size_in, size_out in layers:
@@ -74,8 +77,11 @@ def ttt_state(model: ModelConfig, config: TttConfig) -> dict[str, int]:
     return entries
 
 
-def ttt_activations(model: ModelConfig, config: TttConfig, micro: MicroBatch) -> Activations:
-    """Count a mixer, without its norm's result."""
+def ttt_activations(model: ModelConfig, config: TttConfig, micro: MicroBatch, recompute: str = "none") -> Activations:
+    """Count a mixer, without its norm's result.
+
+    The mixer itself computes nothing again, whatever `recompute` says.
+    """
     heads, dim, chunk = model.num_heads / micro.tp, head_dim(model), min(config.chunk_size, micro.seq_len)
     layers, hidden = _layers(model, config), ttt_hidden(model, config) or 0
     # Queries and keys by head, answers and gradients through both layer norms, tables of a mini-batch by layer.

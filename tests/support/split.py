@@ -14,6 +14,7 @@ from hopescale.config.schema import (
     RopeScalingConfig,
     SelfModifyingConfig,
     TransferConfig,
+    TttConfig,
 )
 from hopescale.models import Model
 from hopescale.parallel.layers import IGNORED_TARGET, cross_entropy_sum
@@ -41,6 +42,10 @@ VARIANTS = {
     },
     "linear attention, within documents": {
         "mixers": {"gdn": LinearAttentionConfig(key_dim=6, chunk_size=8)},
+        "within_documents": True,
+    },
+    "ttt, within documents": {
+        "mixers": {"ttt": TttConfig(memory="mlp", chunk_size=4)},
         "within_documents": True,
     },
     "attention": {"mixers": {"attention": AttentionConfig(qk_norm=True)}, "within_documents": True},

@@ -16,6 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from .configuration_hope import HopeConfig
 from .linear_hope import HopeLinearAttention
 from .memory_hope import Columns, HopeSelfModifying, Norm, State
+from .ttt_hope import HopeTtt
 
 VOCAB_MULTIPLE = 128  # rows of the embedding are padded to a multiple of this
 
@@ -168,6 +169,7 @@ MIXERS = {
     "attention": HopeAttention,
     "linear_attention": HopeLinearAttention,
     "self_modifying": HopeSelfModifying,
+    "ttt": HopeTtt,
 }
 
 
@@ -202,9 +204,7 @@ class HopeForCausalLM(PreTrainedModel, GenerationMixin):
         model = _namespace(config.hope)
         model.pattern = model.pattern or list(model.mixers)
         rows = -(-model.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-        memories = [mixer for mixer in model.mixers.values() if mixer.kind == "self_modifying"]
-        self.period = math.lcm(*(mixer.projection_chunk_size or mixer.chunk_size for mixer in memories))
-        self.period = math.lcm(self.period, *(mixer.reset_every or 1 for mixer in memories))
+        self.period = math.lcm(*(_period(mixer) for mixer in model.mixers.values()))
         self.embedding = nn.Embedding(rows, model.d_model)
         self.blocks = nn.ModuleDict({str(number): HopeBlock(model, number) for number in range(model.num_layers)})
         multiplier = 1.0 if model.transfer is None else model.transfer.base_width / model.d_model
@@ -272,6 +272,13 @@ class HopeForCausalLM(PreTrainedModel, GenerationMixin):
                 raise ValueError("attention_mask has a gap: padding may surround a row's tokens, but not part them")
             if length:
                 yield rows, slice(start, start + length)
+
+
+def _period(mixer: SimpleNamespace) -> int:
+    """Return the tokens after which it no longer matters to a mixer where a call begins."""
+    if mixer.kind == "self_modifying":
+        return math.lcm(mixer.projection_chunk_size or mixer.chunk_size, mixer.reset_every or 1)
+    return mixer.chunk_size if mixer.kind == "ttt" else 1
 
 
 def _namespace(section: dict[str, Any]) -> SimpleNamespace:

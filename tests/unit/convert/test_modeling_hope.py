@@ -16,6 +16,7 @@ from hopescale.config.schema import (
     RopeScalingConfig,
     SelfModifyingConfig,
     TransferConfig,
+    TttConfig,
 )
 from hopescale.convert.hf_model.configuration_hope import HopeConfig
 from hopescale.convert.hf_model.modeling_hope import HopeForCausalLM
@@ -42,14 +43,15 @@ VARIANTS = {
     "memories that start anew": {
         "mixers": {"hope": SelfModifyingConfig(chunk_size=4, projection_chunk_size=8, memory_dim=5, reset_every=8)}
     },
-    "three kinds": {
+    "all kinds": {
         "num_layers": 4,
         "mixers": {
             "hope": SelfModifyingConfig(chunk_size=4),
             "gdn": LinearAttentionConfig(key_dim=6, chunk_size=8),
             "local": AttentionConfig(window=6),
+            "ttt": TttConfig(chunk_size=4),
         },
-        "pattern": ("hope", "gdn", "local"),
+        "pattern": ("hope", "gdn", "local", "ttt"),
     },
     "two banks, MLP": {"mixers": {"hope": SelfModifyingConfig(chunk_size=4, projection_chunk_size=8, memory_dim=5)}},
     "no momentum, no erase, no convolution": {

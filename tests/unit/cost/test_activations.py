@@ -9,7 +9,7 @@ from hopescale.config.layout import Layout
 from hopescale.config.load import load_recipe
 from hopescale.config.model_shape import mixer_of_block, padded_vocab_size
 from hopescale.cost.device_memory import block_activations, head_bytes
-from hopescale.cost.mixers import MicroBatch
+from hopescale.cost.micro_batch import MicroBatch
 from hopescale.models import Model
 from hopescale.parallel.layers import cross_entropy_sum
 from tests.support.mixers import MIXERS

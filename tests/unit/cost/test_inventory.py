@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from hopescale.config.load import load_recipe
-from hopescale.cost.params import ParameterShape, model_parameters
+from hopescale.cost.parameter import ParameterShape
+from hopescale.cost.params import model_parameters
 from hopescale.models import Model
 from hopescale.models.model import level_of
 
