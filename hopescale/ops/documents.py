@@ -34,19 +34,16 @@ class Documents(NamedTuple):
         begins[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
         places = torch.arange(begins.shape[1], dtype=torch.int32, device=begins.device)
         first = torch.where(begins, places, 0).cummax(dim=1).values.to(torch.int32)
-        offsets = torch.cat(
-            [begins.flatten().nonzero()[:, 0], begins.new_full((1,), begins.numel(), dtype=torch.int64)]
-        )
+        end = torch.tensor([begins.numel()], device=begins.device)
+        offsets = torch.cat([begins.flatten().nonzero()[:, 0], end])
         return cls(first, offsets, tuple(offsets.tolist()))
 
     @classmethod
     def whole(cls, batch: int, tokens: int, device: torch.device) -> Documents:
         """Take each of `batch` sequences of `tokens` tokens for one document."""
-        bounds, first = (
-            range(0, batch * tokens + 1, tokens),
-            torch.zeros(batch, tokens, dtype=torch.int32, device=device),
-        )
-        return cls(first, torch.arange(0, batch * tokens + 1, tokens, device=device), tuple(bounds))
+        bounds = range(0, batch * tokens + 1, tokens)
+        first = torch.zeros(batch, tokens, dtype=torch.int32, device=device)
+        return cls(first, torch.arange(bounds.start, bounds.stop, bounds.step, device=device), tuple(bounds))
 
     def cut(self, size: int) -> Documents:
         """Return pieces of the documents as documents: each of `size` tokens, the last ones of the rest."""
