@@ -83,7 +83,7 @@ class Attention(nn.Module):
         q, k, v = q.flatten(1, 2), k[:, :, 0], v[:, :, 0]  # [B, H, T, D], [B, G, T, D]
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        tables = rope_tables(state.position, tokens, self._frequencies(x.device))
+        tables = rope_tables(state.position, tokens, self._frequencies(x.device), documents and documents.first)
         q, k = rotate(q, tables), rotate(k, tables)
         if state.position:
             k, v = torch.cat([state.tensors.k, k], dim=2), torch.cat([state.tensors.v, v], dim=2)

@@ -140,7 +140,8 @@ class LinearAttention(nn.Module):
             streams, tail = self._convolve(streams, tail, first)
         q, k, v = self._heads(streams.to(memory.dtype))
         if self.config.rotary:
-            tables = self._rotation(position, len(mixed), first, x.device)
+            frequencies = rope_frequencies(self.sizes.key_dim, ROPE_THETA, x.device)
+            tables = rope_tables(position, len(mixed), frequencies, first)
             q, k = (rotate(one.transpose(1, 2), tables).transpose(1, 2) for one in (q, k))
         log_alpha, eta = self._rates(numbers, v)
         if probe is not None:
@@ -183,16 +184,6 @@ class LinearAttention(nn.Module):
         if self.config.query_scale:
             q = q * sizes.key_dim**-0.5
         return q, k, v.flatten(2).unflatten(-1, (self.heads, sizes.value_dim))
-
-    def _rotation(
-        self, position: int, tokens: int, first: Tensor | None, device: torch.device
-    ) -> tuple[Tensor, Tensor]:
-        """Return tables `[T, D / 2]`, or `[B, 1, T, D / 2]` if positions are counted in documents."""
-        cos, sin = rope_tables(position, tokens, rope_frequencies(self.sizes.key_dim, ROPE_THETA, device))
-        if first is None:
-            return cos, sin
-        places = torch.arange(tokens, device=device) - first
-        return cos[places][:, None], sin[places][:, None]
 
     def _rates(self, numbers: dict[str, Tensor], like: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return logs of the retention, and learning rates or None where all are 1, like the values, `[B, T, H]`."""

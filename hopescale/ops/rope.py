@@ -28,10 +28,22 @@ def slow_down(frequencies: Tensor, factor: float, low: float, high: float, first
     return frequencies * (kept + (1 - kept) / factor)
 
 
-def rope_tables(start: int, tokens: int, frequencies: Tensor) -> tuple[Tensor, Tensor]:
-    """Return cosines and sines `[T, D / 2]`, float32, of positions `start ... start + tokens - 1`."""
-    positions = torch.arange(start, start + tokens, device=frequencies.device, dtype=torch.float32)
-    angles = positions[:, None] * frequencies
+def rope_tables(start: int, tokens: int, frequencies: Tensor, first: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return cosines and sines, float32, of the positions of tokens.
+
+    Args:
+        start: Position of the first token.
+        tokens: Number of tokens, `T`.
+        frequencies: Angle per token of each pair of channels `[D / 2]`.
+        first: Place of the first token of each token's document `[B, T]`, at which positions begin anew.
+
+    Returns:
+        Tables `[T, D / 2]`, or `[B, 1, T, D / 2]` with documents.
+    """
+    positions = torch.arange(start, start + tokens, device=frequencies.device)
+    if first is not None:
+        positions = (positions - first)[:, None]
+    angles = positions.float()[..., None] * frequencies
     return angles.cos(), angles.sin()
 
 
