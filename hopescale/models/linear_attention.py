@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hopescale.config.linear_attention import LinearSizes
+from hopescale.config.model_shape import head_dim
 from hopescale.config.schema import ModelConfig
 from hopescale.config.schema.linear_attention import LinearAttentionConfig
 from hopescale.models.norm import RMSNorm
@@ -55,7 +56,8 @@ class LinearAttention(nn.Module):
     Args:
         model: Sizes that the mixer takes over where its own config has none.
         config: Settings of the mixer.
-        out_std: Standard deviation of the out-projection's initial weights, whose inputs are `LinearSizes.width` wide.
+        out_std: Standard deviation of the initial weights of an out-projection with the model's `num_heads * head_dim`
+            inputs; one with more inputs has smaller weights, and its output the same size.
         mesh: Ranks of the run, and this process among them.
 
     Raises:
@@ -84,6 +86,7 @@ class LinearAttention(nn.Module):
         for name, spec in _gate_specs(config, split).items():
             self.gates[name] = new_parameter(self.heads, spec=spec)
         self.norm = self._norm(mesh)
+        out_std *= (model.num_heads * head_dim(model) / sizes.width) ** 0.5
         self.out_proj = RowLinear(sizes.width, model.d_model, std=out_std, mesh=mesh)
 
     def _norm(self, mesh: Mesh) -> RMSNorm | None:

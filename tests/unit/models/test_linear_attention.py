@@ -149,6 +149,16 @@ def test_fresh_gates_start_as_published():
     assert bool((mixer.gates["D"] == 1).all())
 
 
+def test_a_wider_mixer_starts_with_an_output_of_the_same_size():
+    stds = {}
+    for heads in (4, 64):
+        mixer = LinearAttention(MODEL, LinearAttentionConfig(num_heads=heads), out_std=0.1, mesh=Mesh.alone())
+        initialize(mixer, 0, Mesh.alone())
+        stds[heads] = float(mixer.out_proj.weight.detach().std())
+    assert stds[4] == pytest.approx(0.1, rel=0.1)
+    assert stds[64] == pytest.approx(0.025, rel=0.1)
+
+
 def test_a_probe_is_filled_with_means():
     probe: dict[str, Tensor] = {}
     make_mixer(SYSTEMS["Gated DeltaNet"])(randn(9, BATCH, MODEL.d_model), probe=probe)
