@@ -61,7 +61,7 @@ def join_without_one(rank: int, ports: list[int]) -> None:
         dist.TCPStore("127.0.0.1", ports[0], 3, is_master=False, timeout=timeout)
         return
     with pytest.raises(LaunchError, match=r"ranks \[1\] did not say within 2 s what they were started for"):
-        joining.join(rank_info, Layout(dp=3), "cpu", "train.device", SAME, timeout=timeout)
+        joining.init_distributed(rank_info, Layout(dp=3), "cpu", "train.device", SAME, timeout=timeout)
 
 
 def one_number_twice(rank: int, ports: list[int]) -> None:
