@@ -19,41 +19,52 @@ Run = Callable[[Streams, Memories], SelfModifyingOutput]
 """Runs memories over sequences `[B, H, T, ...]` that begin with a chunk."""
 
 
+MOST_RESTS = 64
+"""Documents whose rests are run together, at most: each has memories of its own."""
+
+
 class _Pass(NamedTuple):
     """Documents run together: each from its token `start` on, for `tokens` tokens, padded where it has fewer."""
 
     numbers: Sequence[int]
-    start: int
+    starts: Sequence[int]
     tokens: int
 
 
-def _passes(documents: Documents, size: int) -> tuple[list[_Pass], list[_Pass]]:
-    """Plan the passes over whole chunks of `size` tokens, and those over what is left.
-
-    Each of the former has the first documents of the one before it. Among the latter, a document that ends its sequence
-    is not padded, so that the state after it is that after its last token.
-    """
-    lengths, last = documents.lengths, set(documents.last)
-    order = sorted(range(len(lengths)), key=lambda number: -(lengths[number] // size))
-    whole, done = [], 0
-    for count in sorted({length // size for length in lengths} - {0}):
-        numbers = [number for number in order if lengths[number] // size >= count]
-        whole.append(_Pass(numbers, done * size, (count - done) * size))
+def _whole_passes(documents: Documents, size: int) -> list[_Pass]:
+    """Plan the passes over whole chunks of `size` tokens; each has the first documents of the one before it."""
+    counts, done, passes = [length // size for length in documents.lengths], 0, []
+    order = sorted(range(len(counts)), key=lambda number: -counts[number])
+    for count in sorted(set(counts) - {0}):
+        numbers = [number for number in order if counts[number] >= count]
+        passes.append(_Pass(numbers, [done * size] * len(numbers), (count - done) * size))
         done = count
-    rest: dict[int, list[int]] = {}
-    for number, length in enumerate(lengths):
+    return passes
+
+
+def _rest_passes(documents: Documents, size: int) -> list[_Pass]:
+    """Plan the passes over what is left of documents after whole chunks.
+
+    A document that ends its sequence is not padded, so that the state after it is that after its last token. Documents
+    without a whole chunk keep to themselves: they begin with one state.
+    """
+    last, alike = set(documents.last), {}
+    for number, length in enumerate(documents.lengths):
         if left := length % size:
-            padded = left if number in last else min(size, 1 << (left - 1).bit_length())
-            rest.setdefault(padded, []).append(number)
-    return whole, [_Pass(numbers, -1, tokens) for tokens, numbers in sorted(rest.items())]
+            tokens = left if number in last else min(size, 1 << (left - 1).bit_length())
+            alike.setdefault((tokens, left == length), []).append((number, length - left))
+    return [
+        _Pass(*zip(*members[begin : begin + MOST_RESTS], strict=True), tokens)
+        for (tokens, _), members in sorted(alike.items())
+        for begin in range(0, len(members), MOST_RESTS)
+    ]
 
 
-def _places(documents: Documents, one: _Pass, size: int) -> Tensor:
+def _places(documents: Documents, one: _Pass) -> Tensor:
     """Return where a pass finds its tokens among all of them `[N, T]`; padding lies behind the last one."""
-    begins = torch.tensor([documents.bounds[number] for number in one.numbers])
+    begins = torch.tensor([documents.bounds[number] for number in one.numbers]) + torch.tensor(one.starts)
     ends = torch.tensor([documents.bounds[number + 1] for number in one.numbers])
-    start = begins + one.start if one.start >= 0 else ends - (ends - begins) % size
-    places = start[:, None] + torch.arange(one.tokens)
+    places = begins[:, None] + torch.arange(one.tokens)
     return torch.where(places < ends[:, None], places, documents.bounds[-1])
 
 
@@ -71,10 +82,10 @@ def run_side_by_side(
         documents: Documents in the sequences.
         size: Tokens after which all memories are at a boundary.
     """
-    whole, rest = _passes(documents, size)
-    places = [_places(documents, one, size) for one in (*whole, *rest)]
+    whole, rest = _whole_passes(documents, size), _rest_passes(documents, size)
+    places = [_places(documents, one) for one in (*whole, *rest)]
     parts = _gather(streams, places)
-    outputs, found = [], dict.fromkeys(range(len(documents.lengths)), state)
+    outputs, found, last = [], {}, set(documents.last)
     alive = state.expand(len(whole[0].numbers)) if whole else state
     for index, (one, part) in enumerate(zip(whole, parts, strict=False)):
         output = run(part, alive)
@@ -83,9 +94,10 @@ def run_side_by_side(
         alive, ended = output.state.split([going, len(one.numbers) - going])
         found |= zip(one.numbers[going:], ended.split([1] * (len(one.numbers) - going)), strict=True)
     for one, part in zip(rest, parts[len(whole) :], strict=True):
-        output = run(part, Memories.cat([found[number] for number in one.numbers]))
+        count = len(one.numbers)
+        output = run(part, Memories.cat([found[n] for n in one.numbers]) if one.starts[0] else state.expand(count))
         outputs.append(output)
-        found |= zip(one.numbers, output.state.split([1] * len(one.numbers)), strict=True)
+        found |= {n: after for n, after in zip(one.numbers, output.state.split([1] * count), strict=True) if n in last}
     y, stats = (_scatter(list(of), places, documents) for of in list(zip(*outputs, strict=True))[:2])
     return SelfModifyingOutput(y, stats, Memories.cat([found[number] for number in documents.last]))
 

@@ -127,6 +127,12 @@ def test_documents_of_any_length_are_apart(rows: list[list[int]], backend: str):
     check(packed, apart, [mixer, mixer], 1e-11 if backend == "torch" else 2e-6, rows)
 
 
+def test_short_documents_may_take_several_passes(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("hopescale.ops.self_modifying.side_by_side.MOST_RESTS", 2)
+    mixer = make_mixer({}, "torch").double()
+    check(packed, apart, [mixer, mixer], 1e-11)
+
+
 @pytest.mark.parametrize("backend", ["torch", pytest.param("cpp", marks=needs_cpp)])
 def test_one_document_is_what_a_sequence_is_without_documents(backend: str):
     mixer = make_mixer({}, backend)
