@@ -28,7 +28,7 @@ class MixerCost(NamedTuple):
     """Counts of a kind of mixer; each takes the model and the mixer's settings first.
 
     Attributes:
-        parameters: Its parameters, by their names in it.
+        parameters: Parameters of a mixer, by their names in it.
         maps: Operations of the maps in and out for a token.
         mixing: Operations between the maps for a token, given the tokens of a sequence and `train.recompute`, which is
             None where the model alone is counted.

@@ -21,13 +21,13 @@ MOST_PROGRAMS = 4096
 """Programs of a launch, at most: each has scratch memory of its own."""
 
 
-class _Layout(NamedTuple):
+class _PieceTable(NamedTuple):
     """Where documents lie.
 
     Attributes:
         offsets: Bounds of the documents, on the device, as in `Documents`.
         shared: Whether all begin with one state, and not each row with its own.
-        ends: Of the last document of each row, the place of the state after it among those kept of a head.
+        ends: Places of the states after the last document of each row, among those kept of a head.
         cut: Whether that document has several chunks.
         last: Number of that document.
         slots: States that are kept of a head.
@@ -41,7 +41,7 @@ class _Layout(NamedTuple):
     slots: int
 
     @classmethod
-    def of(cls, k: Tensor, documents: Documents | None, chunk_size: int) -> _Layout:
+    def of(cls, k: Tensor, documents: Documents | None, chunk_size: int) -> _PieceTable:
         batch, _, tokens, _ = k.shape
         shared, documents = documents is not None, documents or Documents.whole(batch, tokens, k.device)
         chunks = [-(-length // chunk_size) for length in documents.lengths]
@@ -67,7 +67,7 @@ class _Layout(NamedTuple):
 def _run(
     kernel: triton.JITFunction,
     config: KernelConfig,
-    layout: _Layout,
+    layout: _PieceTable,
     chunk_size: int,
     matrices: int,
     k: Tensor,
@@ -91,7 +91,7 @@ class _SelfModify(torch.autograd.Function):
         ctx: FunctionCtx, spec: MemorySpec, documents: Documents | None, k, v, q, eta, alpha, mu, running, momentum
     ):
         streams, chunk_size = Streams(k, v, q, eta, alpha, mu), spec.chunk_size
-        config, layout = KernelConfig.of(streams, spec), _Layout.of(k, documents, chunk_size)
+        config, layout = KernelConfig.of(streams, spec), _PieceTable.of(k, documents, chunk_size)
         states = running.new_empty(k.shape[1], layout.slots, config.size)
         momenta = None if momentum is None else torch.empty_like(states)
         y, stats = torch.empty_like(q), q.new_empty(*q.shape[:3], 3)
@@ -118,7 +118,7 @@ class _SelfModify(torch.autograd.Function):
         config: KernelConfig = ctx.config
         offsets, *tensors = ctx.saved_tensors
         *streams, _, _, states, momenta = tensors
-        layout: _Layout = ctx.layout._replace(offsets=offsets)
+        layout: _PieceTable = ctx.layout._replace(offsets=offsets)
         programs = layout.documents, states.shape[0]
         pieces = -(-min(ctx.chunk_size, d_y.shape[2]) // config.rows)
         replayed = states.new_empty(*programs, pieces - 1, config.size)
