@@ -54,11 +54,12 @@ def self_modifying(
         compiled: Whether a chunk is compiled (`torch.compile`), once for every number of tokens that is met.
 
     Raises:
-        ValueError: If `backend` is `cpp` or `triton`, and it cannot run; if documents are given and tokens came before.
+        ValueError: If `backend` is `cpp` or `triton`, and it cannot run; if documents are given and tokens came before,
+            or if documents or state are of another shape.
     """
     batch, _, tokens, head_dim = streams.k.shape
-    if documents is not None and position:
-        raise ValueError(f"documents are given, but those of the {position} tokens before are unknown")
+    if documents is not None:
+        _check(documents, state, batch, tokens, position)
     if tokens == 0:
         state = state if documents is None else state.expand(batch)
         return SelfModifyingOutput(streams.q, streams.q.new_zeros(*streams.q.shape[:3], 3), state)
@@ -88,6 +89,15 @@ def self_modifying(
     if documents is None:
         return run(streams, state)
     return run_side_by_side(run, streams, state, documents, spec.projection_chunk_size or spec.chunk_size)
+
+
+def _check(documents: Documents, state: Memories, batch: int, tokens: int, position: int) -> None:
+    if position:
+        raise ValueError(f"documents are given, but those of the {position} tokens before are unknown")
+    if documents.first.shape != (batch, tokens):
+        raise ValueError(f"documents are of tokens {list(documents.first.shape)}, but there are {[batch, tokens]}")
+    if (found := state.memory.running.w_in.shape[0]) != 1:
+        raise ValueError(f"documents begin with one state, but the state is for a batch of {found}")
 
 
 def _chunks_at_once(streams: Streams, memories: Memories, spec: MemorySpec) -> SelfModifyingOutput:

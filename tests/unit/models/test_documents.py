@@ -13,6 +13,7 @@ from hopescale.models.init import initialize
 from hopescale.models.self_modifying import SelfModifying
 from hopescale.ops.cpp import build
 from hopescale.ops.documents import Documents
+from hopescale.ops.self_modifying import Memories, Streams, self_modifying
 from hopescale.parallel.mesh import Mesh
 from tests.support.naive_mixer import SWITCHES, naive_mixer
 
@@ -173,3 +174,16 @@ def test_documents_of_a_share_of_the_tokens_are_refused():
     mixer, x = make_mixer({}, "torch"), make_input([[4]])[0]
     with pytest.raises(ValueError, match=r"documents are of tokens \[1, 2\], but there are \[1, 4\]"):
         mixer(x, documents=documents_of([[2]]))
+
+
+def test_the_operation_refuses_what_does_not_go_with_its_documents():
+    mixer = make_mixer({}, "torch")
+    streams = Streams(*(torch.zeros(1, HEADS, 4, DIM) for _ in "kvq"), *(torch.zeros(1, HEADS, 4) for _ in range(3)))
+    one, two = (Memories(mixer.banks["memory"].initial_state(batch, True), None) for batch in (1, 2))
+    for documents, state, position, message in (
+        (documents_of([[4]]), one, 3, "those of the 3 tokens before are unknown"),
+        (documents_of([[5]]), one, 0, r"documents are of tokens \[1, 5\], but there are \[1, 4\]"),
+        (documents_of([[4]]), two, 0, "the state is for a batch of 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            self_modifying(streams, state, mixer.spec, documents=documents, position=position)

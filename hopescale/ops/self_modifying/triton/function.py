@@ -21,34 +21,34 @@ MOST_PROGRAMS = 4096
 """Programs of a launch, at most: each has scratch memory of its own."""
 
 
-class _PieceTable(NamedTuple):
-    """Where documents lie.
+class _Places(NamedTuple):
+    """Where documents lie, and what is kept of them.
 
     Attributes:
         offsets: Bounds of the documents, on the device, as in `Documents`.
         shared: Whether all begin with one state, and not each row with its own.
-        ends: Places of the states after the last document of each row, among those kept of a head.
-        cut: Whether that document has several chunks.
-        last: Number of that document.
-        slots: States that are kept of a head.
+        last: Number of each row's last document.
+        ends: Place of the state after it, among those kept of a head.
+        cut: Whether it has several chunks.
+        slots: Number of states that are kept of a head.
     """
 
     offsets: Tensor
     shared: bool
+    last: list[int]
     ends: list[int]
     cut: list[bool]
-    last: list[int]
     slots: int
 
     @classmethod
-    def of(cls, k: Tensor, documents: Documents | None, chunk_size: int) -> _PieceTable:
+    def of(cls, k: Tensor, documents: Documents | None, chunk_size: int) -> _Places:
         batch, _, tokens, _ = k.shape
         shared, documents = documents is not None, documents or Documents.whole(batch, tokens, k.device)
         chunks = [-(-length // chunk_size) for length in documents.lengths]
         last = documents.last
         ends = [documents.bounds[number] // chunk_size + number + chunks[number] - 1 for number in last]
         slots = documents.bounds[-1] // chunk_size + len(chunks)
-        return cls(documents.offsets, shared, ends, [chunks[number] > 1 for number in last], last, slots)
+        return cls(documents.offsets, shared, last, ends, [chunks[number] > 1 for number in last], slots)
 
     @property
     def documents(self) -> int:
@@ -67,7 +67,7 @@ class _PieceTable(NamedTuple):
 def _run(
     kernel: triton.JITFunction,
     config: KernelConfig,
-    layout: _PieceTable,
+    places: _Places,
     chunk_size: int,
     matrices: int,
     k: Tensor,
@@ -76,13 +76,13 @@ def _run(
     """Run a kernel on every head of every document, with memory for that many matrices of a chunk's tokens."""
     _, heads, tokens, _ = k.shape
     size = scratch.ROWS.value * config.rows + scratch.TABLES.value * config.rows**2 + matrices * config.matrix
-    programs = layout.documents * heads
+    programs = places.documents * heads
     space = k.new_empty(min(programs, MOST_PROGRAMS), size)
-    sizes = (heads, 0 if layout.shared else heads, tokens, chunk_size, layout.slots, size)
+    sizes = (heads, 0 if places.shared else heads, tokens, chunk_size, places.slots, size)
     with torch.cuda.device_of(k):
         for begin in range(0, programs, MOST_PROGRAMS):
             grid, how = (min(programs - begin, MOST_PROGRAMS),), {"num_warps": config.warps, "num_stages": 1}
-            kernel[grid](k, *tensors, space, layout.offsets, begin, *sizes, CONFIG=config, **how)
+            kernel[grid](k, *tensors, space, places.offsets, begin, *sizes, CONFIG=config, **how)
 
 
 class _SelfModify(torch.autograd.Function):
@@ -91,22 +91,22 @@ class _SelfModify(torch.autograd.Function):
         ctx: FunctionCtx, spec: MemorySpec, documents: Documents | None, k, v, q, eta, alpha, mu, running, momentum
     ):
         streams, chunk_size = Streams(k, v, q, eta, alpha, mu), spec.chunk_size
-        config, layout = KernelConfig.of(streams, spec), _PieceTable.of(k, documents, chunk_size)
-        states = running.new_empty(k.shape[1], layout.slots, config.size)
+        config, places = KernelConfig.of(streams, spec), _Places.of(k, documents, chunk_size)
+        states = running.new_empty(k.shape[1], places.slots, config.size)
         momenta = None if momentum is None else torch.empty_like(states)
         y, stats = torch.empty_like(q), q.new_empty(*q.shape[:3], 3)
         tensors = (*streams, running, momentum, states, momenta)
-        _run(self_modify_kernel, config, layout, chunk_size, scratch.FORWARD_MATRICES.value, *tensors, y, stats)
-        ctx.config, ctx.layout, ctx.chunk_size = config, layout._replace(offsets=None), chunk_size
-        ctx.save_for_backward(layout.offsets, *tensors)
+        _run(self_modify_kernel, config, places, chunk_size, scratch.FORWARD_MATRICES.value, *tensors, y, stats)
+        ctx.config, ctx.places, ctx.chunk_size = config, places._replace(offsets=None), chunk_size
+        ctx.save_for_backward(places.offsets, *tensors)
         ctx.mark_non_differentiable(stats)
         last, last_momentum = (
-            None if x is None else torch.stack([x[:, end] for end in layout.ends]) for x in (states, momenta)
+            None if x is None else torch.stack([x[:, end] for end in places.ends]) for x in (states, momenta)
         )
         first = running.expand(len(k), -1, -1)
         boundary = [
             states[:, end - 1] if cut else first[row]
-            for row, (end, cut) in enumerate(zip(layout.ends, layout.cut, strict=True))
+            for row, (end, cut) in enumerate(zip(places.ends, places.cut, strict=True))
         ]
         return y, stats, last, last_momentum, torch.stack(boundary)
 
@@ -118,17 +118,17 @@ class _SelfModify(torch.autograd.Function):
         config: KernelConfig = ctx.config
         offsets, *tensors = ctx.saved_tensors
         *streams, _, _, states, momenta = tensors
-        layout: _PieceTable = ctx.layout._replace(offsets=offsets)
-        programs = layout.documents, states.shape[0]
+        places: _Places = ctx.places._replace(offsets=offsets)
+        programs = places.documents, states.shape[0]
         pieces = -(-min(ctx.chunk_size, d_y.shape[2]) // config.rows)
         replayed = states.new_empty(*programs, pieces - 1, config.size)
         replayed_momenta = None if momenta is None else torch.empty_like(replayed)
         # The kernel changes these in place.
-        weights = [layout.place(x) for x in (d_last, d_last_momentum, d_start)]
+        weights = [places.place(x) for x in (d_last, d_last_momentum, d_start)]
         gradients = [None if x is None else torch.empty_like(x) for x in streams]
         tensors = (*tensors, replayed, replayed_momenta, d_y.contiguous(), *weights, *gradients)
-        _run(self_modify_back_kernel, config, layout, ctx.chunk_size, scratch.BACKWARD_MATRICES.value, *tensors)
-        if layout.shared:
+        _run(self_modify_back_kernel, config, places, ctx.chunk_size, scratch.BACKWARD_MATRICES.value, *tensors)
+        if places.shared:
             weights = [None if x is None else x.sum(0, keepdim=True) for x in weights]
         return None, None, *gradients, *weights[:2]
 
