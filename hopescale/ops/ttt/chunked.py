@@ -44,15 +44,16 @@ def ttt(
         if position:
             raise ValueError(f"documents are given, but {position} tokens came before, whose documents are unknown")
         return _by_documents(streams, state, memory, documents)
-    tokens, size, outputs, begin = streams.q.shape[2], len(memory.scale), [], 0
-    while begin < tokens:
-        place = (position + begin) % size
-        end = min(tokens, begin + size - place)
-        y, state = _mini_batch(streams.tokens(begin, end), state, memory, place)
+    tokens, size, outputs = streams.q.shape[2], len(memory.scale), []
+    place = position % size
+    lengths = [min(tokens, size - place)] if place else []
+    lengths += [min(size, tokens - begin) for begin in range(sum(lengths), tokens, size)]
+    for part in streams.split(lengths):
+        y, state = _mini_batch(part, state, memory, place)
         outputs.append(y)
-        if place + end - begin == size:
-            state = _stepped(state, memory)
-        begin = end
+        place += y.shape[2]
+        if place == size:
+            state, place = _stepped(state, memory), 0
     return torch.cat(outputs, dim=2) if outputs else streams.q, state
 
 
@@ -128,29 +129,39 @@ def _by_documents(
     """
     size, tokens, bounds = len(memory.scale), documents.bounds[-1], torch.tensor(documents.bounds)
     order = sorted(range(len(documents.lengths)), key=lambda number: -documents.lengths[number])
-    begins, ends = (bounds[torch.tensor(order) + after].to(streams.q.device) for after in (0, 1))
-    flat = [x.transpose(1, 2).flatten(0, 1) for x in streams]  # [B T, H, ...]
-    flat = [torch.cat([x, x.new_zeros(1, *x.shape[1:])]) for x in flat]
-    state = TttState(*(part.map(lambda x: x.expand(len(order), *x.shape[1:])) for part in state))
-    outputs, places, ended = [], [], []
+    begins, ends = (bounds[torch.tensor(order) + after] for after in (0, 1))
+    places = []  # of the tokens of each mini-batch among all: [documents that go on, C], `tokens` at padding
     for start in range(0, documents.lengths[order[0]], size):
         going = sum(documents.lengths[number] > start for number in order)
-        ended.append(state.rows(slice(going, None)))
-        at = begins[:going, None] + start + torch.arange(size, device=begins.device)
-        at = torch.where(at < ends[:going, None], at, tokens)
-        y, state = _mini_batch(TttStreams(*(x[at].transpose(1, 2) for x in flat)), state.rows(slice(going)), memory, 0)
+        at = begins[:going, None] + start + torch.arange(size)
+        places.append(torch.where(at < ends[:going, None], at, tokens))
+    index = torch.cat([at.flatten() for at in places])
+    origin = torch.empty(tokens + 1, dtype=torch.int64)
+    origin[index] = torch.arange(len(index))
+    index, origin = index.to(streams.q.device), origin.to(streams.q.device)
+    state = TttState(*(part.map(lambda x: x.expand(len(order), *x.shape[1:])) for part in state))
+    outputs, ended = [], []
+    for at, part in zip(places, _gathered(streams, index, [at.shape for at in places]), strict=True):
+        ended.append(state.rows(slice(len(at), None)))
+        y, state = _mini_batch(part, state.rows(slice(len(at))), memory, 0)
         outputs.append(y.transpose(1, 2).flatten(0, 1))
-        places.append(at.flatten())
-        whole = (at[:, -1] < tokens)[:, None, None, None]
-        stepped = _stepped(state, memory)
-        pairs = zip(stepped, state, strict=True)
+        whole = (at[:, -1] < tokens)[:, None, None, None].to(y.device)
+        pairs = zip(_stepped(state, memory), state, strict=True)
         state = TttState(*(new.map(lambda a, b, m=whole: torch.where(m, a, b), old) for new, old in pairs))
     # Documents ended in the reverse of their order.
     parts = [state, *reversed(ended)]
-    last = torch.tensor([order.index(number) for number in documents.last], device=begins.device)
+    last = torch.tensor([order.index(number) for number in documents.last], device=index.device)
     state = TttState(*(TttWeights.cat(part).map(lambda x: x[last]) for part in zip(*parts, strict=True)))
-    origin = torch.empty(tokens + 1, dtype=torch.int64, device=begins.device)
-    index = torch.cat(places)
-    origin[index] = torch.arange(len(index), device=index.device)
     y = torch.cat(outputs).index_select(0, origin[:tokens])
     return y.unflatten(0, documents.first.shape).transpose(1, 2), state
+
+
+def _gathered(streams: TttStreams, index: Tensor, shapes: list[torch.Size]) -> list[TttStreams]:
+    """Return the tokens at `index` of all sequences in a row, in parts of some shapes `[N, C]`; padding is zero."""
+    found = []
+    for x in streams:
+        rows = x.transpose(1, 2).flatten(0, 1)  # [B T, H, ...]
+        rows = torch.cat([rows, rows.new_zeros(1, *rows.shape[1:])]).index_select(0, index)
+        parts = rows.split([shape.numel() for shape in shapes])
+        found.append([part.unflatten(0, shape).transpose(1, 2) for part, shape in zip(parts, shapes, strict=True)])
+    return [TttStreams(*parts) for parts in zip(*found, strict=True)]

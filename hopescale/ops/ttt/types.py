@@ -24,9 +24,9 @@ class TttStreams(NamedTuple):
     v: Tensor
     rate: Tensor
 
-    def tokens(self, begin: int, end: int) -> TttStreams:
-        """Return some of the tokens."""
-        return TttStreams(*(x[:, :, begin:end] for x in self))
+    def split(self, lengths: list[int]) -> list[TttStreams]:
+        """Cut the tokens into parts; unlike slices, these have one gradient together."""
+        return [TttStreams(*part) for part in zip(*(x.split(lengths, dim=2) for x in self), strict=True)]
 
 
 class TttWeights(NamedTuple):
