@@ -127,33 +127,44 @@ def _by_documents(
 
     Padding behind a document's last token has a rate of 0, so that it teaches nothing.
     """
-    size, tokens, bounds = len(memory.scale), documents.bounds[-1], torch.tensor(documents.bounds)
-    order = sorted(range(len(documents.lengths)), key=lambda number: -documents.lengths[number])
-    begins, ends = (bounds[torch.tensor(order) + after] for after in (0, 1))
-    places = []  # of the tokens of each mini-batch among all: [documents that go on, C], `tokens` at padding
-    for start in range(0, documents.lengths[order[0]], size):
-        going = sum(documents.lengths[number] > start for number in order)
-        at = begins[:going, None] + start + torch.arange(size)
-        places.append(torch.where(at < ends[:going, None], at, tokens))
+    tokens, lengths, device = documents.bounds[-1], documents.lengths, streams.q.device
+    order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
+    places = _places(documents, order, len(memory.scale))
     index = torch.cat([at.flatten() for at in places])
     origin = torch.empty(tokens + 1, dtype=torch.int64)
     origin[index] = torch.arange(len(index))
-    index, origin = index.to(streams.q.device), origin.to(streams.q.device)
+    parts = _gathered(streams, index.to(device), [at.shape for at in places])
     state = TttState(*(part.map(lambda x: x.expand(len(order), *x.shape[1:])) for part in state))
     outputs, ended = [], []
-    for at, part in zip(places, _gathered(streams, index, [at.shape for at in places]), strict=True):
-        ended.append(state.rows(slice(len(at), None)))
-        y, state = _mini_batch(part, state.rows(slice(len(at))), memory, 0)
+    for at, part, alive in zip(places, parts, [*map(len, places[1:]), 0], strict=True):
+        y, state = _mini_batch(part, state, memory, 0)
         outputs.append(y.transpose(1, 2).flatten(0, 1))
-        whole = (at[:, -1] < tokens)[:, None, None, None].to(y.device)
-        pairs = zip(_stepped(state, memory), state, strict=True)
-        state = TttState(*(new.map(lambda a, b, m=whole: torch.where(m, a, b), old) for new, old in pairs))
-    # Documents ended in the reverse of their order.
-    parts = [state, *reversed(ended)]
-    last = torch.tensor([order.index(number) for number in documents.last], device=index.device)
-    state = TttState(*(TttWeights.cat(part).map(lambda x: x[last]) for part in zip(*parts, strict=True)))
-    y = torch.cat(outputs).index_select(0, origin[:tokens])
+        going, gone = state.split([alive, len(at) - alive])
+        state = _stepped(going, memory)
+        # Of the documents that end here, those that end with the mini-batch take its step.
+        whole = (at[alive:, -1] < tokens)[:, None, None, None].to(device)
+        pairs = zip(_stepped(gone, memory), gone, strict=True)
+        ended.append(TttState(*(new.map(lambda a, b, m=whole: torch.where(m, a, b), old) for new, old in pairs)))
+    # The shortest document, the last one in order, ended first.
+    last = torch.tensor([order.index(number) for number in documents.last], device=device)
+    state = TttState(*(TttWeights.cat(each).map(lambda x: x[last]) for each in zip(*reversed(ended), strict=True)))
+    y = torch.cat(outputs).index_select(0, origin[:tokens].to(device))
     return y.unflatten(0, documents.first.shape).transpose(1, 2), state
+
+
+def _places(documents: Documents, order: list[int], size: int) -> list[Tensor]:
+    """Return where each mini-batch finds its tokens among all: `[N, C]` of the `N` documents that are not at their end.
+
+    Documents are in an order from long to short. Padding is at the place behind all tokens.
+    """
+    bounds, tokens, places = torch.tensor(documents.bounds), documents.bounds[-1], []
+    begins, ends = (bounds[torch.tensor(order) + after] for after in (0, 1))
+    lengths = ends - begins
+    for start in range(0, int(lengths[0]), size):
+        going = int((lengths > start).sum())
+        at = begins[:going, None] + start + torch.arange(size)
+        places.append(torch.where(at < ends[:going, None], at, tokens))
+    return places
 
 
 def _gathered(streams: TttStreams, index: Tensor, shapes: list[torch.Size]) -> list[TttStreams]:
