@@ -44,15 +44,16 @@ def ttt(
         if position:
             raise ValueError(f"documents are given, but {position} tokens came before, whose documents are unknown")
         return _by_documents(streams, state, memory, documents)
-    tokens, size, outputs, begin = streams.q.shape[2], len(memory.scale), [], 0
-    while begin < tokens:
-        place = (position + begin) % size
-        end = min(tokens, begin + size - place)
-        y, state = _mini_batch(streams.tokens(begin, end), state, memory, place)
+    tokens, size, outputs = streams.q.shape[2], len(memory.scale), []
+    place = position % size
+    lengths = [min(tokens, size - place)] if place else []
+    lengths += [min(size, tokens - begin) for begin in range(sum(lengths), tokens, size)]
+    for part in streams.split(lengths):
+        y, state = _mini_batch(part, state, memory, place)
         outputs.append(y)
-        if place + end - begin == size:
-            state = _stepped(state, memory)
-        begin = end
+        place += y.shape[2]
+        if place == size:
+            state, place = _stepped(state, memory), 0
     return torch.cat(outputs, dim=2) if outputs else streams.q, state
 
 
@@ -126,31 +127,52 @@ def _by_documents(
 
     Padding behind a document's last token has a rate of 0, so that it teaches nothing.
     """
-    size, tokens, bounds = len(memory.scale), documents.bounds[-1], torch.tensor(documents.bounds)
-    order = sorted(range(len(documents.lengths)), key=lambda number: -documents.lengths[number])
-    begins, ends = (bounds[torch.tensor(order) + after].to(streams.q.device) for after in (0, 1))
-    flat = [x.transpose(1, 2).flatten(0, 1) for x in streams]  # [B T, H, ...]
-    flat = [torch.cat([x, x.new_zeros(1, *x.shape[1:])]) for x in flat]
+    tokens, lengths, device = documents.bounds[-1], documents.lengths, streams.q.device
+    order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
+    places = _places(documents, order, len(memory.scale))
+    index = torch.cat([at.flatten() for at in places])
+    origin = torch.empty(tokens + 1, dtype=torch.int64)
+    origin[index] = torch.arange(len(index))
+    parts = _gathered(streams, index.to(device), [at.shape for at in places])
     state = TttState(*(part.map(lambda x: x.expand(len(order), *x.shape[1:])) for part in state))
-    outputs, places, ended = [], [], []
-    for start in range(0, documents.lengths[order[0]], size):
-        going = sum(documents.lengths[number] > start for number in order)
-        ended.append(state.rows(slice(going, None)))
-        at = begins[:going, None] + start + torch.arange(size, device=begins.device)
-        at = torch.where(at < ends[:going, None], at, tokens)
-        y, state = _mini_batch(TttStreams(*(x[at].transpose(1, 2) for x in flat)), state.rows(slice(going)), memory, 0)
+    outputs, ended = [], []
+    for at, part, alive in zip(places, parts, [*map(len, places[1:]), 0], strict=True):
+        y, state = _mini_batch(part, state, memory, 0)
         outputs.append(y.transpose(1, 2).flatten(0, 1))
-        places.append(at.flatten())
-        whole = (at[:, -1] < tokens)[:, None, None, None]
-        stepped = _stepped(state, memory)
-        pairs = zip(stepped, state, strict=True)
-        state = TttState(*(new.map(lambda a, b, m=whole: torch.where(m, a, b), old) for new, old in pairs))
-    # Documents ended in the reverse of their order.
-    parts = [state, *reversed(ended)]
-    last = torch.tensor([order.index(number) for number in documents.last], device=begins.device)
-    state = TttState(*(TttWeights.cat(part).map(lambda x: x[last]) for part in zip(*parts, strict=True)))
-    origin = torch.empty(tokens + 1, dtype=torch.int64, device=begins.device)
-    index = torch.cat(places)
-    origin[index] = torch.arange(len(index), device=index.device)
-    y = torch.cat(outputs).index_select(0, origin[:tokens])
+        going, gone = state.split([alive, len(at) - alive])
+        state = _stepped(going, memory)
+        # Of the documents that end here, those that end with the mini-batch take its step.
+        whole = (at[alive:, -1] < tokens)[:, None, None, None].to(device)
+        pairs = zip(_stepped(gone, memory), gone, strict=True)
+        ended.append(TttState(*(new.map(lambda a, b, m=whole: torch.where(m, a, b), old) for new, old in pairs)))
+    # The shortest document, the last one in order, ended first.
+    last = torch.tensor([order.index(number) for number in documents.last], device=device)
+    state = TttState(*(TttWeights.cat(each).map(lambda x: x[last]) for each in zip(*reversed(ended), strict=True)))
+    y = torch.cat(outputs).index_select(0, origin[:tokens].to(device))
     return y.unflatten(0, documents.first.shape).transpose(1, 2), state
+
+
+def _places(documents: Documents, order: list[int], size: int) -> list[Tensor]:
+    """Return where each mini-batch finds its tokens among all: `[N, C]` of the `N` documents that are not at their end.
+
+    Documents are in an order from long to short. Padding is at the place behind all tokens.
+    """
+    bounds, tokens, places = torch.tensor(documents.bounds), documents.bounds[-1], []
+    begins, ends = (bounds[torch.tensor(order) + after] for after in (0, 1))
+    lengths = ends - begins
+    for start in range(0, int(lengths[0]), size):
+        going = int((lengths > start).sum())
+        at = begins[:going, None] + start + torch.arange(size)
+        places.append(torch.where(at < ends[:going, None], at, tokens))
+    return places
+
+
+def _gathered(streams: TttStreams, index: Tensor, shapes: list[torch.Size]) -> list[TttStreams]:
+    """Return the tokens at `index` of all sequences in a row, in parts of some shapes `[N, C]`; padding is zero."""
+    found = []
+    for x in streams:
+        rows = x.transpose(1, 2).flatten(0, 1)  # [B T, H, ...]
+        rows = torch.cat([rows, rows.new_zeros(1, *rows.shape[1:])]).index_select(0, index)
+        parts = rows.split([shape.numel() for shape in shapes])
+        found.append([part.unflatten(0, shape).transpose(1, 2) for part, shape in zip(parts, shapes, strict=True)])
+    return [TttStreams(*parts) for parts in zip(*found, strict=True)]

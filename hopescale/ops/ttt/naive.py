@@ -13,9 +13,8 @@ def ttt_naive(streams: TttStreams, state: TttState, memory: TttMemory, *, positi
     """Run test-time training as a loop over tokens. Same arguments and result as `ttt`, of one document."""
     weights, sums = state
     outputs, size = [], len(memory.scale)
-    for t in range(streams.q.shape[2]):
+    for t, (q, k, v, rate) in enumerate(streams.split([1] * streams.q.shape[2])):
         place = (position + t) % size
-        q, k, v, rate = streams.tokens(t, t + 1)
         fixed = weights.map(lambda x: x if x.requires_grad else x.detach().requires_grad_())
         with torch.enable_grad():
             error = _answer(fixed, k, memory) - v

@@ -24,9 +24,9 @@ class TttStreams(NamedTuple):
     v: Tensor
     rate: Tensor
 
-    def tokens(self, begin: int, end: int) -> TttStreams:
-        """Return some of the tokens."""
-        return TttStreams(*(x[:, :, begin:end] for x in self))
+    def split(self, lengths: list[int]) -> list[TttStreams]:
+        """Cut the tokens into parts; unlike slices, these have one gradient together."""
+        return [TttStreams(*part) for part in zip(*(x.split(lengths, dim=2) for x in self), strict=True)]
 
 
 class TttWeights(NamedTuple):
@@ -52,6 +52,11 @@ class TttWeights(NamedTuple):
         """Apply a function to every tensor, and to those at its place in other weights."""
         return TttWeights(*(None if part[0] is None else function(*part) for part in zip(self, *others, strict=True)))
 
+    def split(self, sizes: list[int]) -> list[TttWeights]:
+        """Cut the batch into parts."""
+        parts = ([None] * len(sizes) if x is None else x.split(sizes) for x in self)
+        return [TttWeights(*part) for part in zip(*parts, strict=True)]
+
     @classmethod
     def cat(cls, parts: Sequence[TttWeights]) -> TttWeights:
         """Join batches."""
@@ -69,9 +74,10 @@ class TttState(NamedTuple):
     weights: TttWeights
     sums: TttWeights
 
-    def rows(self, rows: slice) -> TttState:
-        """Return the state of some sequences of the batch."""
-        return TttState(*(part.map(lambda x: x[rows]) for part in self))
+    def split(self, sizes: list[int]) -> list[TttState]:
+        """Cut the batch into parts."""
+        parts = zip(*(part.split(sizes) for part in self), strict=True)
+        return [TttState(*part) for part in parts]
 
 
 class TttMemory(NamedTuple):

@@ -111,8 +111,8 @@ def test_outputs_and_gradients_equal_those_of_transformers(make: Callable, group
     g = torch.Generator().manual_seed(groups)
     ours, peer, values = make(groups)
     with torch.no_grad():
-        for parameter in peer.parameters():
-            parameter += 0.2 * torch.randn(parameter.shape, generator=g)
+        for name, parameter in peer.named_parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=g) + (name in ("norm.weight", "D")))
         copied = dict(values())
         assert copied.keys() == dict(ours.named_parameters()).keys()
         ours.float().load_state_dict(copied)
@@ -129,4 +129,5 @@ def test_outputs_and_gradients_equal_those_of_transformers(make: Callable, group
             parameter.copy_(torch.zeros_like(parameter) if gradient is None else gradient)
         for name, gradient in values():
             found = dict(ours.named_parameters())[name].grad
-            torch.testing.assert_close(found, gradient, rtol=0, atol=2e-4 * float(gradient.abs().max()) + 1e-6)
+            # A norm per head leaves of a head's factor D no more than rounding, where a group has one head.
+            torch.testing.assert_close(found, gradient, rtol=0, atol=2e-4 * float(gradient.abs().max()) + 1e-5)

@@ -63,8 +63,9 @@ def test_the_dual_form_equals_the_token_loop(tokens: int, hidden: int | None):
 def test_a_split_sequence_equals_one_pass(hidden: int | None, cut: int):
     streams, state, memory = make_inputs(41, hidden)
     whole = ttt(streams, state, memory)
-    first, middle = ttt(streams.tokens(0, cut), state, memory)
-    second, last = ttt(streams.tokens(cut, 41), middle, memory, position=cut)
+    parts = streams.split([cut, 41 - cut])
+    first, middle = ttt(parts[0], state, memory)
+    second, last = ttt(parts[1], middle, memory, position=cut)
     assert_all_close([torch.cat([first, second], 2), *tensors(last)], tensors(whole))
 
 
