@@ -72,7 +72,7 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> LoadedConf
         chain = read_chain(find_recipe(recipe))
     except ConfigError as error:
         problems += error.problems
-    layers = [_read_layer(tree, display_path(file), problems) for file, tree in chain]
+    layers = [_read_layer(read_old(tree), display_path(file), problems) for file, tree in chain]
     layers += [_read_override(text, problems) for text in overrides]
     config = _merge(RunConfig(), layers, problems)
     files = [file for file, _ in chain]

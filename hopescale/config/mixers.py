@@ -47,7 +47,7 @@ def misplaced(tree: dict[str, Any], kinds: Mapping[str, MixerConfig], origin: st
 def read_old(tree: dict[str, Any]) -> dict[str, Any]:
     """Return the values of a resolved config as they are written now, where it is of a version with one mixer."""
     model = tree.get("model")
-    if not isinstance(model, dict) or "mixer" not in model:
+    if not isinstance(model, dict) or not {"mixer", *OLD_NAMES} <= model.keys():
         return tree
     settings = {kind: dict(model.get(kind) or {}) for kind in OLD_NAMES}
     within = settings["attention"].pop("within_documents", False) and model["mixer"] == "attention"

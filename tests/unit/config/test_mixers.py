@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import get_args, get_type_hints
 
 import pytest
+from omegaconf import OmegaConf
 
 from hopescale.common.errors import ConfigError
 from hopescale.config.load import from_dict, load_recipe, load_resolved, to_dict, to_yaml
@@ -90,7 +91,7 @@ def test_a_resolved_config_is_read_back(tmp_path: Path):
 
 
 @pytest.mark.parametrize("kind", ["self_modifying", "attention"])
-def test_configs_with_one_mixer_are_read(kind: str):
+def test_configs_with_one_mixer_are_read(tmp_path: Path, kind: str):
     """As manifests of version 0.1 hold them: both sections, and the name of the one that counts."""
     tree = to_dict(RunConfig())
     del tree["model"]["mixers"], tree["model"]["pattern"], tree["model"]["within_documents"]
@@ -103,3 +104,5 @@ def test_configs_with_one_mixer_are_read(kind: str):
         assert model.mixers == {"hope": SelfModifyingConfig(chunk_size=8, momentum=False)}
         assert not model.within_documents
     assert model.pattern == ()
+    path = write(tmp_path, "config", OmegaConf.to_yaml(tree))
+    assert load_recipe(path).config.model == load_resolved(path).model == model
