@@ -11,9 +11,10 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping
 
 from hopescale.config.layout import Layout
-from hopescale.config.model_shape import head_dim, mixer_of_block, padded_vocab_size
+from hopescale.config.model_shape import mixer_of_block, padded_vocab_size
 from hopescale.config.plan import make_plan
-from hopescale.config.schema import AttentionConfig, RunConfig
+from hopescale.config.schema import RunConfig
+from hopescale.config.schema.ttt import TttConfig
 from hopescale.cost.holdings import Holdings, gathers
 from hopescale.cost.parameter import FP32, ParameterShape, itemsize
 from hopescale.cost.updates import BUCKET_ELEMENTS, assign_owners, buckets
@@ -97,9 +98,7 @@ class SentBytes:
         sums = 2 if independent else 1 + levels
         total = (first + last + 2 * blocks * sums) * stream + last * 3 * FP32 * train.seq_len * train.micro_batch_size
         total += blocks * FP32 * levels * independent
-        mixers = [mixer_of_block(model, number) for blocks in self.slices for number in blocks]
-        normed = sum(isinstance(mixer, AttentionConfig) and mixer.qk_norm for mixer in mixers)
-        total += normed * 2 * FP32 * head_dim(model)
+        total += self._within_mixers()
         if train.recompute == "block":
             total += blocks * (sums - 1) * stream
         if self.layout.sequence_parallel:
@@ -107,6 +106,19 @@ class SentBytes:
             total += (first + last + blocks * (2 * sums + 1)) * part + FP32 * model.d_model * (last + blocks * sums)
             total += {"block": blocks * sums, "memory": blocks}.get(train.recompute, 0) * part
         return total
+
+    def _within_mixers(self) -> int:
+        """Count what mixers exchange for a micro batch between their maps in and out.
+
+        Each rank applies a parameter that all hold to its heads alone, so its gradient is summed. TTT's norm over all
+        heads sums two numbers per token, and their gradients.
+        """
+        model, train = self.config.model, self.config.train
+        shared = sum(p.size for p in self.parameters if ".mixer." in p.name and p.split is None)
+        mixers = [mixer_of_block(model, number) for blocks in self.slices for number in blocks]
+        passes = 3 if train.recompute in ("block", "memory") else 2
+        sums = 2 * passes * sum(isinstance(mixer, TttConfig) for mixer in mixers)
+        return FP32 * (shared + sums * train.seq_len * train.micro_batch_size)
 
     def _inputs(self) -> float:
         """Count the inputs of layers that tensor-parallel ranks gather for Gram matrices in a micro batch."""

@@ -150,8 +150,6 @@ class ZeroAdamW(Updater):
         if self.stage < 3:
             super()._load_weights(weights)
             return
-        # An evaluation has left them whole, with the old weights.
-        self._partitioned.release()
         for name, shards in self._set_of.items():
             self._scatter(name, weights.get(name), shards.part(name, "weight"))
 

@@ -42,6 +42,8 @@ class PartitionedModel:
         self._weights = {name: parameter.ds_tensor for name, parameter in parameters.items()}
         self._complete: list[tuple[str, Tensor]] = []
         self._room = BUCKET_ELEMENTS
+        # After the hooks of DeepSpeed, which are there by now.
+        model.register_forward_hook(self._end_forward)
         for name, parameter in parameters.items():
             # The graph remembers the shape it finds here.
             parameter.all_gather()
@@ -75,9 +77,22 @@ class PartitionedModel:
         for (name, _), own in zip(complete, part.split(sizes), strict=True):
             self.gradient(name).add_(own[: self.gradient(name).numel()])
 
-    def release(self) -> None:
-        """Free whatever weights are still whole."""
+    def _end_forward(self, *_: object) -> None:
+        """End a pass that has no backward: free its weights and forget its order, which is not that of training."""
+        if torch.is_grad_enabled():
+            return
         self._offload.partition_all_parameters()
+        coordinator = self._offload.get_param_coordinator()
+        if coordinator.is_record_trace():
+            coordinator._invalidate_trace()
+
+    def end_backward(self) -> None:
+        """Sum what a backward pass has left over, free weights, and settle the order of modules from the first pass."""
+        self.flush()
+        self._offload.partition_all_parameters()
+        coordinator = self._offload.get_param_coordinator()
+        if coordinator.is_record_trace():
+            coordinator.reset_step()
 
     def start_of(self, name: str) -> int:
         """Return where this replica's part of a parameter begins, in entries of the flattened parameter."""
@@ -120,14 +135,11 @@ class PartitionedShards:
 
     def end_backward(self) -> None:
         """Reduce what a backward pass has left over."""
-        self.model.flush()
-        self.model.release()
+        self.model.end_backward()
 
     @torch.no_grad()
     def step(self, rates: Mapping[str, float]) -> None:
         """Update with the gradients here at each group's rate; they are gone afterwards."""
-        # An evaluation may have left some whole.
-        self.model.release()
         for group in self._rule.param_groups:
             group["lr"] = rates[group["name"]]
         for name, master in self._masters.items():

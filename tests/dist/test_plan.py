@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import accumulate
 from pathlib import Path
 
+import pytest
 import torch
 from megatron.core import parallel_state
 from torch.profiler import ProfilerActivity, profile
@@ -26,6 +27,11 @@ from tests.support.traffic import StepBytes, counted_steps
 STEPS = 4
 SMALL = ("data.sources.markov.synthetic.num_symbols=16", "log.every=1")
 MATRICES = "optim.groups.matrices={rule: m3, match: ['*_proj.weight','*.gate.weight','*.up.weight','*.down.weight']}"
+BY_BLOCK = [
+    "model.mixers={linear: {kind: linear_attention}, ttt: {kind: ttt}, attention: {kind: attention, qk_norm: true}}",
+    "model.pattern=[hope, linear, ttt, attention]",
+    "model.num_layers=4",
+]
 ALONE = {
     "one rank": [],
     "bf16, blocks again": ["train.precision=bf16", "train.recompute=block"],
@@ -70,6 +76,14 @@ ONLY_BYTES = {
     "tensor": ["parallel.tp=2"],
     "tensor, gathered matrices": ["parallel.tp=2", MATRICES, "optim.tp_mode=gather"],
     "tensor, independent, again": ["parallel.tp=2", "model.cms.variant=independent", "train.recompute=block"],
+    "tensor, mixers by block": ["parallel.tp=2", *BY_BLOCK],
+    "tensor, mixers by block, again": ["parallel.tp=2", *BY_BLOCK, "train.recompute=memory"],
+    "sequence, mixers by block, blocks again": [
+        "parallel.tp=2",
+        "parallel.sequence_parallel=true",
+        *BY_BLOCK,
+        "train.recompute=block",
+    ],
     "sequence": ["parallel.tp=2", "parallel.sequence_parallel=true", "train.recompute=memory"],
 }
 """What gloo and Megatron copy of each exchange, for a time that differs from run to run, is much of a tiny run."""
@@ -131,8 +145,9 @@ def check(
     assert not wrong, "\n".join(wrong)
 
 
+@pytest.mark.timeout(600)
 def test_one_rank(tmp_path: Path):
-    run_ranks(check, 1, tmp_path, 1, ALONE)
+    run_ranks(check, 1, tmp_path, 1, ALONE, limit_s=360)
     run_ranks(check, 1, tmp_path, 1, FUSED, 1.35, "auto")
 
 

@@ -161,7 +161,14 @@ class OptimConfig:
     groups: dict[str, GroupConfig | None] = field(
         default_factory=lambda: {
             "no_decay": GroupConfig(
-                match=("*norm.weight", "*.mixer.gates.*", "*.mixer.conv.*", "*.mixer.qkv_proj.bias", "*.cms.mix"),
+                match=(
+                    "*norm.weight",
+                    "*.mixer.norm.bias",
+                    "*.mixer.gates.*",
+                    "*.mixer.conv.*",
+                    "*.mixer.qkv_proj.bias",
+                    "*.cms.mix",
+                ),
                 weight_decay=0.0,
             ),
             "decay": GroupConfig(),

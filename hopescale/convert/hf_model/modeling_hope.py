@@ -197,7 +197,7 @@ class HopeForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     _is_stateful = True
     _no_split_modules = ("HopeBlock",)
-    _keep_in_fp32_modules_strict = ("norm.weight", "mixer.gates", "mixer.conv", "mixer.banks", "cms.mix")
+    _keep_in_fp32_modules_strict = ("norm.weight", "norm.bias", "mixer.gates", "mixer.conv", "mixer.banks", "cms.mix")
 
     def __init__(self, config: HopeConfig):
         super().__init__(config)

@@ -5,13 +5,11 @@ import pytest
 from hopescale.common.errors import ConfigError
 from hopescale.config.groups import assign_groups, group_summary, group_table
 from hopescale.config.schema import (
-    AttentionConfig,
+    KINDS,
     GroupConfig,
     LevelConfig,
-    MixerConfig,
     ModelConfig,
     OptimConfig,
-    SelfModifyingConfig,
 )
 from hopescale.config.schema.model import CmsConfig
 from hopescale.models import Model
@@ -73,8 +71,8 @@ def test_the_group_of_the_rest_takes_no_matched_parameter():
 
 
 @pytest.mark.parametrize("variant", ["sequential", "independent"])
-@pytest.mark.parametrize("mixer", [SelfModifyingConfig(), AttentionConfig()], ids=lambda mixer: mixer.kind)
-def test_the_default_groups_keep_vectors_from_decay(mixer: MixerConfig, variant: str):
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_default_groups_keep_vectors_from_decay(kind: str, variant: str):
     """Norms, gates, convolutions and mixing weights are not decayed; matrices are, whatever a level is called."""
     levels = {"fast": LevelConfig(d_ff=8), "slow": LevelConfig(d_ff=8, update_every_steps=2)}
     config = ModelConfig(
@@ -82,7 +80,7 @@ def test_the_default_groups_keep_vectors_from_decay(mixer: MixerConfig, variant:
         d_model=16,
         num_layers=1,
         num_heads=2,
-        mixers={"mixer": mixer},
+        mixers={"mixer": KINDS[kind]()},
         cms=CmsConfig(variant=variant, levels=levels),
     )
     names = {name: parameter.shape for name, parameter in Model(config).named_parameters()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -217,3 +218,12 @@ def test_labels_give_a_loss(tokens: Tensor):
     torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=0)
     loss.backward()
     assert all(parameter.grad is not None for parameter in theirs.parameters())
+
+
+@pytest.mark.parametrize("variant", ["all kinds", "attention", "independent levels"])
+def test_loaded_in_bf16_it_keeps_in_float32_what_ours_keeps(variant: str, tmp_path: Path):
+    ours, theirs = make_pair(variant)
+    theirs.save_pretrained(tmp_path)
+    loaded = HopeForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    found = {name for name, parameter in loaded.named_parameters() if parameter.dtype == torch.float32}
+    assert found == {name for name, parameter in ours.named_parameters() if parameter.spec.keep_fp32}
