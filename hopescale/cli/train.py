@@ -17,6 +17,7 @@ from hopescale.config.layout import Layout, make_layout
 from hopescale.config.load import LoadedConfig, load_recipe
 from hopescale.config.plan import make_plan
 from hopescale.cost.params import count_params
+from hopescale.observe.run_folder import require_own
 from hopescale.train.request import RunRequest
 from hopescale.train.stop import StopRequest
 
@@ -55,6 +56,8 @@ def train(
         raise
     folder = run_dir or Path("runs") / loaded.config.name
     speaks = rank_info is None or rank_info.rank == 0
+    if rank_info is None:  # others wait for rank 0, which looks when they have met
+        require_own(folder, "--run-dir")
     if dry_run:
         if speaks:
             _show_plan(loaded, layout, folder)

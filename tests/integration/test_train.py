@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from hopescale.common.paths import shipped_folder
 from hopescale.config.load import load_recipe, load_resolved
 from hopescale.observe.metrics import read_metrics
 from hopescale.train.folder import RunFolder
@@ -193,6 +194,31 @@ def test_a_run_folder_that_cannot_be_made(hopescale, tiny, run: Run, tmp_path: P
     done = hopescale("train", "debug", *tiny, "--run-dir", tmp_path / place)
     assert done.code == 5 and f"cannot write the run folder {tmp_path / place}" in done.err
     assert (tmp_path / "file").read_text() == "precious"
+
+
+@pytest.mark.parametrize("ranks", [(), ("--nproc", 2)])
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)])
+def test_a_user_s_files_are_not_replaced(hopescale, tiny, run: Run, ranks, dry):
+    """A recipe called `config.yaml` in the folder that is named as the run's."""
+    folder = run.path
+    folder.mkdir()
+    (folder / "config.yaml").write_text(f"# mine\nbase: {shipped_folder('recipes') / 'debug.yaml'}\n")
+    for name in ("metrics.jsonl", "env.txt"):
+        (folder / name).write_text("precious")
+    before = run.content()
+    done = hopescale("train", folder / "config.yaml", *tiny, "--run-dir", folder, *ranks, *dry)
+    assert done.code == 5 and f"{folder} is not empty and not a folder of hopescale's" in done.err
+    assert "config.yaml, env.txt, metrics.jsonl could be replaced" in done.err
+    assert run.content() == before
+
+
+def test_a_run_that_ended_before_it_began_may_begin_again(train, run: Run):
+    run.path.mkdir()
+    (run.path / ".lock").write_text("")
+    assert train("--stop-at", 1).code == 0
+    (run.path / "notes.txt").write_text("mine")
+    assert train("--stop-at", 2).code == 0
+    assert (run.path / "notes.txt").read_text() == "mine"
 
 
 def test_a_dry_run_shows_the_plan_and_touches_nothing(tiny, tmp_path: Path, run: Run):
