@@ -15,6 +15,7 @@ from hopescale.common.errors import CheckpointError, ConfigError
 
 
 def generate(
+    context: typer.Context,
     checkpoint: Annotated[Path, typer.Argument(help="A run folder (its latest checkpoint) or a checkpoint folder.")],
     prompt: Annotated[str, typer.Option(help="Text to continue; `-` reads standard input.")] = "",
     max_tokens: Annotated[int, typer.Option(min=0, help="Most tokens to write.")] = 200,
@@ -69,6 +70,8 @@ def generate(
         for piece in decode_stream(tokens(), tokenizer):
             typer.echo(piece, nl=False)
             sys.stdout.flush()
+            if folder is None and context.obj["console"].is_unread:
+                return
         typer.echo("")
         if folder is not None:
             if steps:

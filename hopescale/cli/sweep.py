@@ -132,6 +132,7 @@ def submit(
 
 @app.command()
 def status(
+    context: typer.Context,
     sweep: SweepFile,
     sweep_dir: SweepDir = None,
     watch: Annotated[
@@ -147,6 +148,8 @@ def status(
         return
     with Live(_states(trials, folder), auto_refresh=False) as live:
         while any(current.state not in (DONE, DIVERGED, FAILED) for current in _statuses(trials, folder)):
+            if context.obj["console"].is_unread:
+                return
             sleep(watch)
             live.update(_states(trials, folder), refresh=True)
 

@@ -21,6 +21,9 @@ from hopescale.observe.run_folder import require_own
 from hopescale.train.request import RunRequest
 from hopescale.train.stop import StopRequest
 
+LOST_LINES = "console.log"
+"""File in a run folder with the lines that could not be shown, as the console was lost."""
+
 
 def train(
     context: typer.Context,
@@ -77,10 +80,13 @@ def train(
         init=init,
         stop_at=stop_at,
     )
+    console = context.obj["console"]
+    if speaks:
+        console.keep(folder / LOST_LINES)
     with StopRequest() as stop:
         from hopescale.train.worker import train as run
 
-        run(request, rank_info=rank_info, stop=stop, report=typer.echo if speaks else lambda line: None)
+        run(request, rank_info=rank_info, stop=stop, report=console.say if speaks else lambda line: None)
 
 
 def _checked(recipe: str, overrides: Sequence[str], num_ranks: int, stop_at: int | None) -> tuple[LoadedConfig, Layout]:

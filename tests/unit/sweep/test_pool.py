@@ -125,7 +125,7 @@ def test_a_trial_that_keeps_failing_ends_the_sweep_in_an_error_after_the_others(
     assert states(trials, tmp_path) == ["done"] * 3
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_stops_the_trials_in_order(run, trials, tmp_path: Path, number: int):
     waiting = {"steps3": ["done"], "steps4": ["wait", "done"], "steps5": ["wait", "done"]}
 
