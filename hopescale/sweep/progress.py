@@ -16,7 +16,7 @@ from hopescale.common.errors import ConfigError, LaunchError
 from hopescale.common.paths import display_path
 from hopescale.config.load import load_resolved
 from hopescale.config.record import CONFIG
-from hopescale.config.show import diff, format_diff
+from hopescale.config.show import Change, diff, format_diff, is_other_place
 from hopescale.observe.run_status import (
     DIVERGED,
     DONE,
@@ -155,13 +155,21 @@ def require_same(sweep: Sweep, trials: Sequence[Trial], folder: Path) -> None:
     for trial in trials:
         path = _config(trial, folder)
         changes = diff(load_resolved(path), trial.config) if path.exists() else []
-        if changes:
+        if changes := [change for change in changes if not _is_same_data(change)]:
             changed.append(f"trial {trial.name}:\n{format_diff(changes)}")
     if changed:
         text = "\n".join(changed).replace("\n", "\n    ")
         hint = "set them back, remove those trials' folders, or give the sweep another name"
         message = f"{display_path(sweep.path)} gives other configs to {len(changed)} trials that have begun\n    {text}"
         raise ConfigError(message, hint)
+
+
+def _is_same_data(change: Change) -> bool:
+    """Tell whether a change names a data set elsewhere that is the same, as far as the old one is there to compare."""
+    if not is_other_place(change):
+        return False
+    before, after = (Path(path).expanduser() / "index.json" for path in change[1:])
+    return not before.exists() or (after.exists() and before.read_bytes() == after.read_bytes())
 
 
 def _config(trial: Trial, folder: Path) -> Path:

@@ -260,6 +260,36 @@ def test_other_data_under_the_same_path_is_refused(on_text, run: Run, hopescale,
     assert run.content("checkpoints") == before
 
 
+def test_the_same_data_may_lie_elsewhere(on_text, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A moved folder, a relative path and one below `~` are the data set that the run began with."""
+    assert on_text("--stop-at", 1).code == 0
+    (tmp_path / "data").rename(tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for step, path in enumerate(("moved", tmp_path / "moved", "~/moved"), 2):
+        done = on_text(f"data.sources.text.path={path}", "--stop-at", step)
+        assert done.code == 0 and "data.sources.text.path: " in done.out, done.err
+    assert run.steps()[-1] == 4
+
+
+def test_other_data_elsewhere_is_refused(on_text, hopescale, text_data: Path, tmp_path: Path):
+    assert on_text("--stop-at", 1).code == 0
+    made = ("--out", tmp_path / "other", "--tokenizer", text_data / "tok", "--validation", 0.1, "--seed", 1)
+    assert hopescale("data", "prepare", text_data / "text", *made).code == 0
+    done = on_text(f"data.sources.text.path={tmp_path / 'other'}")
+    assert done.code == 4 and re.search(
+        r"its fingerprint is \w{12}, not \w{12} \(data.sources.text.path: .* -> ", done.err
+    )
+
+
+def test_a_relative_path_is_told_with_what_it_is_relative_to(on_text, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    done = on_text("data.sources.text.path=data")
+    assert done.code == 3 and "cannot read data/index.json: No such file or directory (from the working" in done.err
+    assert f"directory, {tmp_path / 'here'})" in done.err
+
+
 def test_missing_data_is_one_message(on_text, run: Run, tmp_path: Path):
     shutil.rmtree(tmp_path / "data")
     done = on_text()

@@ -249,3 +249,24 @@ def test_a_sweep_that_changed_since_its_trials_began_is_refused(run, trials, tmp
     with pytest.raises(ConfigError) as caught:
         require_same(sweep, make_trials(load_sweep(tmp_path / "sweep.yaml")), tmp_path / "out")
     assert "trial steps3" in str(caught.value) and "-> 0.5" in str(caught.value)
+
+
+def test_a_sweep_s_data_may_lie_elsewhere(tmp_path: Path):
+    def sweep_on(path: Path):
+        data = f"set: {{data.sources.markov: null, data.sources.main.path: {path}, train.seq_len: 64}}\n"
+        (tmp_path / "sweep.yaml").write_text(SWEEP + data)
+        return load_sweep(tmp_path / "sweep.yaml")
+
+    for name in ("data", "copy", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "index.json").write_text("other" if name == "other" else "same")
+    trials = make_trials(sweep_on(tmp_path / "data"))
+    (tmp_path / "out/trials/steps3").mkdir(parents=True)
+    (tmp_path / "out/trials/steps3/config.yaml").write_text(to_yaml(trials[0].config))
+    for path in (tmp_path / "copy", tmp_path / "x" / ".." / "data"):
+        (tmp_path / "x").mkdir(exist_ok=True)
+        sweep = sweep_on(path)
+        require_same(sweep, make_trials(sweep), tmp_path / "out")
+    sweep = sweep_on(tmp_path / "other")
+    with pytest.raises(ConfigError, match=r'data\.sources\.main\.path: .*/data" -> .*/other"'):
+        require_same(sweep, make_trials(sweep), tmp_path / "out")
