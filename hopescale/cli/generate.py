@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -32,6 +33,8 @@ def generate(
     ] = None,
 ) -> None:
     """Continue a prompt, token by token, from the state a model carries."""
+    # Threads that spin while they wait for one another lose to any other process of the machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
 
     from hopescale.infer.generate import GeneratedToken, prefill
