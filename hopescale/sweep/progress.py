@@ -24,6 +24,7 @@ from hopescale.observe.run_status import (
     OUTCOME,
     RUNNING,
     STOPPED,
+    UNKNOWN,
     WAITING,
     RunStatus,
     Word,
@@ -82,7 +83,11 @@ def trial_folder(folder: Path, trial: Trial) -> Path:
 def read_note(run_dir: Path) -> Note:
     """Read the note of a trial; one that was never started waits."""
     try:
-        return Note(**json.loads((run_dir / NOTE).read_text(encoding="utf-8")))
+        note = Note(**json.loads((run_dir / NOTE).read_text(encoding="utf-8")))
+        for name, value in vars(note).items():
+            if not isinstance(value, int if name in ("starts", "failures", "pid") else str):
+                raise TypeError(f"{name} is {value!r}")
+        return note
     except FileNotFoundError:
         return Note(WAITING)
     except (OSError, ValueError, TypeError) as error:
@@ -103,8 +108,14 @@ def write_note(run_dir: Path, note: Note) -> None:
 
 
 def trial_status(run_dir: Path) -> TrialStatus:
-    """Find out how a trial stands; its folder need not exist. May be called while it is running anywhere."""
-    note = read_note(run_dir)
+    """Find out how a trial stands; its folder need not exist. May be called while it is running anywhere.
+
+    A note that is damaged makes no other trial's state unknown; the run's own word counts more than any note.
+    """
+    try:
+        note = read_note(run_dir)
+    except LaunchError as error:
+        note = Note(UNKNOWN, message=error.message)
     status = read_status(run_dir, lambda: _word(run_dir, note))
     loss, source = _loss(status.records, status.state == DONE)
     return TrialStatus(**{**vars(status), "loss": loss}, source=source, starts=note.starts)
@@ -116,9 +127,9 @@ def _word(run_dir: Path, note: Note) -> Word:
     written = metrics.stat().st_mtime if metrics.exists() else 0.0
     noted = (run_dir / NOTE).stat().st_mtime if note.state not in (WAITING, RUNNING) else 0.0
     is_fresh = time.time() - written < FRESH_S and written > noted and not (run_dir / OUTCOME).exists()
-    if alive or (is_fresh and alive is None):
+    if alive or (is_fresh and alive is None and note.state != UNKNOWN):
         return Word(RUNNING)
-    if note.state in (DIVERGED, FAILED):
+    if note.state in (DIVERGED, FAILED, UNKNOWN):
         return Word(note.state, note.message or None)
     return Word(STOPPED if metrics.exists() or note.starts else WAITING)
 

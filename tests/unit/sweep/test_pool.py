@@ -235,9 +235,20 @@ def test_states_of_trials_that_another_machine_runs(tmp_path: Path):
     assert trial_status(tmp_path).state == "failed"
     os.utime(tmp_path / "metrics.jsonl", (time.time() + 1, time.time() + 1))
     assert trial_status(tmp_path).state == "running"
-    (tmp_path / NOTE).write_text("{")
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"state": "done", "colour": 1}', "null", '{"state": "running", "pid": "x"}']
+)
+def test_a_damaged_note_is_told_of_its_trial_alone(tmp_path: Path, content: str):
+    (tmp_path / NOTE).write_text(content)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 3, "loss": 2.0}\n')
+    status = trial_status(tmp_path)
+    assert (status.state, status.step, status.loss) == ("unknown", 3, 2.0) and "cannot be read" in status.reason
     with pytest.raises(LaunchError, match="cannot be read"):
-        trial_status(tmp_path)
+        read_note(tmp_path)
+    (tmp_path / "outcome").write_text("done at step 3 of 3\n")
+    assert trial_status(tmp_path).state == "done"
 
 
 def test_a_sweep_that_changed_since_its_trials_began_is_refused(run, trials, tmp_path: Path):
