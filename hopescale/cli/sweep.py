@@ -220,4 +220,7 @@ def _print(table: Table) -> None:
 def _summary(trials: Sequence[Trial], folder: Path) -> None:
     states = [current.state for current in _statuses(trials, folder)]
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+    if not folder.is_dir():
+        hint = "begun elsewhere, it is found from there, or by --sweep-dir"
+        typer.echo(f"note: there is no sweep folder {folder.absolute()}; {hint}", err=True)
     typer.echo(f"{folder}: {len(trials)} trials, {counts}")

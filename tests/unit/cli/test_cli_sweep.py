@@ -116,3 +116,9 @@ def test_a_sweep_may_live_beside_its_file(sweep, tmp_path: Path):
     (tmp_path / "toy.yaml").symlink_to("exp/sweep.yaml")
     assert sweep("submit", "--cluster", "cpus.yaml", "--sweep-dir", "exp")[0] == 0
     assert (tmp_path / "exp" / "sweep.yaml").read_text() == SWEEP
+
+
+def test_a_sweep_that_was_begun_elsewhere_is_not_just_waiting(sweep, tmp_path: Path):
+    assert f"note: there is no sweep folder {tmp_path / 'sweeps/toy'}" in sweep("status")[1]
+    (tmp_path / "sweeps" / "toy").mkdir(parents=True)
+    assert "note:" not in sweep("status")[1]
