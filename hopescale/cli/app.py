@@ -11,6 +11,7 @@ import typer
 
 from hopescale import __version__
 from hopescale.cli import config, convert, data, jobs, node, sweep
+from hopescale.cli.console import Console, open_missing_streams
 from hopescale.cli.eval import evaluate
 from hopescale.cli.generate import generate
 from hopescale.cli.plan import plan
@@ -18,6 +19,9 @@ from hopescale.cli.submit import submit
 from hopescale.cli.train import train
 from hopescale.common import signals
 from hopescale.common.errors import HopescaleError, StoppedEarly
+
+KEEPING = ("train", "submit", "data", "convert", "sweep", "node", "eval")
+"""Verbs that leave files: what they print is not their result."""
 
 app = typer.Typer(
     help="Train Hope language models, from a laptop to a cluster.",
@@ -55,7 +59,7 @@ Version = Annotated[
 @app.callback()
 def root(context: typer.Context, verbose: Verbose = False, version: Version = False) -> None:
     """Note for `main` what all verbs share, and for verbs what `main` knows."""
-    context.ensure_object(dict)["verbose"] = verbose
+    context.ensure_object(dict).update(verbose=verbose, verb=context.invoked_subcommand)
     if context.invoked_subcommand != "train":  # which has handlers of its own
         signals.release()
 
@@ -63,18 +67,30 @@ def root(context: typer.Context, verbose: Verbose = False, version: Version = Fa
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line and exit with the code of its outcome: the entry point of `hopescale`.
 
-    On several ranks, what all of them know is told by rank 0, and what one alone has met by that one.
+    On several ranks, what all of them know is told by rank 0, and what one alone has met by that one. A verb goes on
+    without its console; one whose result is lost with it fails.
     """
     args = sys.argv[1:] if args is None else args
-    shared: dict[str, Any] = {"args": list(args), "rank": 0}
-    try:
-        app(args, obj=shared, prog_name="hopescale")
-    except HopescaleError as error:
-        rank = shared["rank"]
-        if shared.get("verbose"):
-            traceback.print_exception(error)
-        elif rank == 0:
-            typer.echo(str(error), err=True)
-        elif not error.repeated and not isinstance(error, StoppedEarly):
-            typer.echo("\n".join(f"[rank {rank}] {line}" for line in str(error).splitlines()), err=True)
-        sys.exit(error.exit_code)
+    open_missing_streams()
+    with Console() as console:
+        shared: dict[str, Any] = {"args": list(args), "rank": 0, "console": console}
+        try:
+            app(args, obj=shared, prog_name="hopescale")
+        except HopescaleError as error:
+            _tell(error, shared)
+            sys.exit(error.exit_code)
+        except SystemExit:
+            if console.failure is not None and shared.get("verb") not in KEEPING:
+                typer.echo(f"error\n  cannot write standard output: {console.failure.strerror}", err=True)
+                sys.exit(1)
+            raise
+
+
+def _tell(error: HopescaleError, shared: dict[str, Any]) -> None:
+    rank = shared["rank"]
+    if shared.get("verbose"):
+        traceback.print_exception(error)
+    elif rank == 0:
+        shared["console"].say(str(error), err=True)
+    elif not error.repeated and not isinstance(error, StoppedEarly):
+        shared["console"].say("\n".join(f"[rank {rank}] {line}" for line in str(error).splitlines()), err=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -15,6 +16,7 @@ from hopescale.common.errors import CheckpointError, ConfigError
 
 
 def generate(
+    context: typer.Context,
     checkpoint: Annotated[Path, typer.Argument(help="A run folder (its latest checkpoint) or a checkpoint folder.")],
     prompt: Annotated[str, typer.Option(help="Text to continue; `-` reads standard input.")] = "",
     max_tokens: Annotated[int, typer.Option(min=0, help="Most tokens to write.")] = 200,
@@ -31,6 +33,8 @@ def generate(
     ] = None,
 ) -> None:
     """Continue a prompt, token by token, from the state a model carries."""
+    # Threads that spin while they wait for one another lose to any other process of the machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
 
     from hopescale.infer.generate import GeneratedToken, prefill
@@ -69,6 +73,8 @@ def generate(
         for piece in decode_stream(tokens(), tokenizer):
             typer.echo(piece, nl=False)
             sys.stdout.flush()
+            if folder is None and context.obj["console"].is_unread:
+                return
         typer.echo("")
         if folder is not None:
             if steps:

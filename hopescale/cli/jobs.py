@@ -48,6 +48,7 @@ def status(run: Run) -> None:
 
 @app.command()
 def logs(
+    context: typer.Context,
     run: Run,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with what is written until the job ends.")] = (
         False
@@ -64,7 +65,8 @@ def logs(
     log = Path(entry.log)
     if not log.exists() and not follow:
         raise LaunchError(f"there is no log yet: {log}", f"`hopescale jobs status {run}` says why")
-    for line in _tail(log, rank, lines, (lambda: _goes_on(run)) if follow else None):
+    console = context.obj["console"]
+    for line in _tail(log, rank, lines, (lambda: not console.is_unread and _goes_on(run)) if follow else None):
         typer.echo(line, nl=False)
 
 

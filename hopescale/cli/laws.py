@@ -24,6 +24,10 @@ SeriesColumn = Annotated[
     str | None,
     typer.Option("--series", metavar="COLUMN", help="Column that tells series apart.", show_default="series"),
 ]
+LossColumn = Annotated[
+    str | None,
+    typer.Option("--loss", metavar="COLUMN", help="Column of the loss.", show_default="val_loss, else loss"),
+]
 DropHighest = Annotated[int, typer.Option(metavar="K", min=0, help="Leave out the K runs of highest loss.")]
 Reference = Annotated[
     str | None,
@@ -38,6 +42,7 @@ def fit(
     sweep: SweepOrFolder = None,
     points: PointsFile = None,
     series: SeriesColumn = None,
+    loss: LossColumn = None,
     drop_highest: DropHighest = 0,
     reference: Reference = None,
     resamples: Resamples = 200,
@@ -48,7 +53,7 @@ def fit(
     from hopescale.scaling.summary import describe, to_json
 
     table, folder = _find_table(sweep, points)
-    analysis = _analyse(table, series, drop_highest, reference, resamples)
+    analysis = _analyse(table, series, loss, drop_highest, reference, resamples)
     content = json.dumps(to_json(analysis), indent=2)
     typer.echo(content if as_json else "\n".join(describe(analysis)))
     if out or folder:
@@ -61,6 +66,7 @@ def plot(
     sweep: SweepOrFolder = None,
     points: PointsFile = None,
     series: SeriesColumn = None,
+    loss: LossColumn = None,
     drop_highest: DropHighest = 0,
     reference: Reference = None,
     resamples: Resamples = 200,
@@ -76,7 +82,7 @@ def plot(
     from hopescale.scaling.curves import read_curves
     from hopescale.scaling.report import write_report
 
-    analysis = _analyse(table, series, drop_highest, reference, resamples)
+    analysis = _analyse(table, series, loss, drop_highest, reference, resamples)
     typer.echo(f"report: {write_report(analysis, read_curves(table), out or folder / 'report')}")
 
 
@@ -97,11 +103,13 @@ def _find_table(sweep: Path | None, points: Path | None) -> tuple[Path, Path | N
     return folder / "points.csv", folder
 
 
-def _analyse(table: Path, series: str | None, drop_highest: int, reference: str | None, resamples: int) -> Analysis:
+def _analyse(
+    table: Path, series: str | None, loss: str | None, drop_highest: int, reference: str | None, resamples: int
+) -> Analysis:
     from hopescale.scaling.analysis import analyse
     from hopescale.scaling.points import read_points
 
-    return analyse(read_points(table, series, drop_highest), reference, resamples)
+    return analyse(read_points(table, series, drop_highest, loss), reference, resamples)
 
 
 def _write(path: Path, content: str) -> None:

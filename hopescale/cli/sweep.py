@@ -18,6 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from hopescale.cli import laws
+from hopescale.common.disk import replace_text
 from hopescale.common.errors import ConfigError, LaunchError
 from hopescale.common.paths import display_path
 from hopescale.common.units import format_count
@@ -25,6 +26,7 @@ from hopescale.config.check import check_layout
 from hopescale.config.layout import make_layout
 from hopescale.launch.array import Element, submit_array
 from hopescale.launch.profile import load_profile
+from hopescale.observe.run_folder import SWEEP_MARKS, require_own
 from hopescale.observe.run_status import DIVERGED, DONE, FAILED, RUNNING
 from hopescale.sweep.collect import collect as write_points
 from hopescale.sweep.grid import Sweep, Trial, columns, load_sweep, make_trials
@@ -130,6 +132,7 @@ def submit(
 
 @app.command()
 def status(
+    context: typer.Context,
     sweep: SweepFile,
     sweep_dir: SweepDir = None,
     watch: Annotated[
@@ -145,6 +148,8 @@ def status(
         return
     with Live(_states(trials, folder), auto_refresh=False) as live:
         while any(current.state not in (DONE, DIVERGED, FAILED) for current in _statuses(trials, folder)):
+            if context.obj["console"].is_unread:
+                return
             sleep(watch)
             live.update(_states(trials, folder), refresh=True)
 
@@ -170,9 +175,13 @@ def _read(path: Path, sweep_dir: Path | None = None) -> tuple[Sweep, list[Trial]
 
 
 def _keep_file(sweep: Sweep, folder: Path) -> None:
-    """Keep the sweep's file beside what came of it."""
+    """Keep the sweep's file beside what came of it, in a folder that was made for it or is one of a sweep."""
+    kept = folder / "sweep.yaml"
+    require_own(folder, "--sweep-dir", SWEEP_MARKS, also=(sweep.path,))
     try:
-        (folder / "sweep.yaml").write_bytes(sweep.path.read_bytes())
+        (folder / "trials").mkdir(exist_ok=True)
+        if not (kept.exists() and kept.samefile(sweep.path)):
+            replace_text(kept, sweep.path.read_text(encoding="utf-8"))
     except OSError as error:
         raise LaunchError(f"cannot write the sweep folder {folder}: {error.strerror}") from error
 
@@ -211,4 +220,7 @@ def _print(table: Table) -> None:
 def _summary(trials: Sequence[Trial], folder: Path) -> None:
     states = [current.state for current in _statuses(trials, folder)]
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+    if not folder.is_dir():
+        hint = "begun elsewhere, it is found from there, or by --sweep-dir"
+        typer.echo(f"note: there is no sweep folder {folder.absolute()}; {hint}", err=True)
     typer.echo(f"{folder}: {len(trials)} trials, {counts}")

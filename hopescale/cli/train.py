@@ -17,8 +17,12 @@ from hopescale.config.layout import Layout, make_layout
 from hopescale.config.load import LoadedConfig, load_recipe
 from hopescale.config.plan import make_plan
 from hopescale.cost.params import count_params
+from hopescale.observe.run_folder import require_own
 from hopescale.train.request import RunRequest
 from hopescale.train.stop import StopRequest
+
+LOST_LINES = "console.log"
+"""File in a run folder with the lines that could not be shown, as the console was lost."""
 
 
 def train(
@@ -55,6 +59,8 @@ def train(
         raise
     folder = run_dir or Path("runs") / loaded.config.name
     speaks = rank_info is None or rank_info.rank == 0
+    if rank_info is None:  # others wait for rank 0, which looks when they have met
+        require_own(folder, "--run-dir")
     if dry_run:
         if speaks:
             _show_plan(loaded, layout, folder)
@@ -74,10 +80,13 @@ def train(
         init=init,
         stop_at=stop_at,
     )
+    console = context.obj["console"]
+    if speaks:
+        console.keep(folder / LOST_LINES)
     with StopRequest() as stop:
         from hopescale.train.worker import train as run
 
-        run(request, rank_info=rank_info, stop=stop, report=typer.echo if speaks else lambda line: None)
+        run(request, rank_info=rank_info, stop=stop, report=console.say if speaks else lambda line: None)
 
 
 def _checked(recipe: str, overrides: Sequence[str], num_ranks: int, stop_at: int | None) -> tuple[LoadedConfig, Layout]:

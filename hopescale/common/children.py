@@ -17,9 +17,8 @@ from typing import IO
 
 from hopescale.common.errors import LaunchError
 from hopescale.common.paths import PACKAGE
-from hopescale.common.signals import release
+from hopescale.common.signals import release, stopping
 
-_FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _PR_SET_PDEATHSIG = 1
 
 
@@ -105,7 +104,7 @@ def supervised(children: list[Child]) -> Iterator[list[int]]:
         The signals that have been received so far, for the caller to pass on.
     """
     received: list[int] = []
-    previous = {number: signal.signal(number, lambda number, _: received.append(number)) for number in _FORWARDED}
+    previous = {number: signal.signal(number, lambda number, _: received.append(number)) for number in stopping()}
     release()
     try:
         try:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from hopescale.common import signals
 from hopescale.common.errors import DataError, HopescaleError
 
 
@@ -40,7 +41,8 @@ def replace_text(path: Path, text: str) -> None:
 def staged_folder(out: Path, error_class: type[HopescaleError] = DataError) -> Iterator[Path]:
     """Give a temporary folder beside `out` that becomes `out` when the block ends and vanishes when it fails.
 
-    Readers of `out` see nothing or everything: files are on disk before the folder gets its name.
+    Readers of `out` see nothing or everything: files are on disk before the folder gets its name. SIGTERM and SIGHUP
+    are failures too.
 
     Raises:
         HopescaleError: The `error_class`, if `out` holds something already, or the disk is full or not writable.
@@ -48,16 +50,17 @@ def staged_folder(out: Path, error_class: type[HopescaleError] = DataError) -> I
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise error_class(f"output {out} already exists", hint="choose another folder, or delete the old one first")
     partial = out.parent / f".{out.name}.{os.getpid()}.partial"
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        for path in [*partial.iterdir(), partial]:
-            sync(path)
-        partial.rename(out)
-    except OSError as error:
-        hint = f"check that {out.parent} is a folder you may write to"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            hint = f"free some space or choose a folder on another disk; the unfinished {out.name} was removed"
-        raise error_class(f"cannot write {out}: {error.strerror or error}", hint=hint) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with signals.unwinding():
+        try:
+            partial.mkdir(parents=True)
+            yield partial
+            for path in [*partial.iterdir(), partial]:
+                sync(path)
+            partial.rename(out)
+        except OSError as error:
+            hint = f"check that {out.parent} is a folder you may write to"
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                hint = f"free some space or choose a folder on another disk; the unfinished {out.name} was removed"
+            raise error_class(f"cannot write {out}: {error.strerror or error}", hint=hint) from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)

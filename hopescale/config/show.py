@@ -16,7 +16,7 @@ from hopescale.config.values import format_value
 IDENTITY: tuple[str, ...] = (
     "model",  # the checkpoint's weights and memories fit this model alone
     "data.seed",  # fixes the order of the samples: with another one, some come twice and some never
-    "data.sources",  # the same, and the validation losses would be of other text
+    "data.sources",  # the same, and the validation losses would be of other text; where it lies is free
     "train.seq_len",  # cuts the text into samples: their order continues only at the same cut
     "train.global_batch_tokens",  # tokens seen = steps * batch: the place in the data and every curve rest on it
     "train.seed",  # the weights in the checkpoint were drawn with it
@@ -60,13 +60,24 @@ def format_diff(changes: list[Change]) -> str:
 
 
 def identity_problems(old: RunConfig, new: RunConfig) -> list[Problem]:
-    """List the changes that a resumed run cannot take: those below `IDENTITY`. All others are its user's choice."""
+    """List the changes that a resumed run cannot take: those below `IDENTITY`. All others are its user's choice.
+
+    Data may lie elsewhere: the fingerprint of its content, which a checkpoint keeps, decides whether it is the same.
+    """
     hint = "set it back, or start a new run in another --run-dir"
     return [
         Problem(key, f"is {_format(before)} in the run folder, now {_format(after)}: a run cannot change it", hint=hint)
         for key, before, after in diff(old, new)
         if any(key == fixed or key.startswith(f"{fixed}.") for fixed in IDENTITY)
+        and not is_other_place((key, before, after))
     ]
+
+
+def is_other_place(change: Change) -> bool:
+    """Tell whether a change names another folder for a data set, or the same one in another way."""
+    key, before, after = change
+    is_path = key.startswith("data.sources.") and key.endswith(".path")
+    return is_path and isinstance(before, str) and isinstance(after, str)
 
 
 def model_problems(old: RunConfig, new: RunConfig, origin: str) -> list[Problem]:

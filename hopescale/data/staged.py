@@ -41,7 +41,12 @@ class Staged:
 
 def folder_of_copies(root: str | Path) -> Path:
     """Return the folder of copies, with the environment variables in its name filled in: they may differ per job."""
-    return Path(os.path.expandvars(root))
+    return Path(os.path.expandvars(root)).expanduser()
+
+
+def folder_of(source: str | Path) -> Path:
+    """Return the folder of a data set by its path in a config, in which `~` is the home of whoever runs."""
+    return Path(source).expanduser()
 
 
 def copy_of(source: str | Path, root: str | Path) -> Path:
@@ -50,7 +55,7 @@ def copy_of(source: str | Path, root: str | Path) -> Path:
     Raises:
         DataError: If there is no complete copy, or no such data set.
     """
-    folder = _name(Path(source), folder_of_copies(root))
+    folder = _name(folder_of(source), folder_of_copies(root))
     if not (folder / INDEX_FILE).is_file():
         hint = "copy it with `hopescale node stage` on every node first, or leave data.staged out"
         raise DataError(f"{root} holds no copy of {source} on {os.uname().nodename}", hint)
@@ -66,7 +71,7 @@ def stage(source: str | Path, root: str | Path) -> Staged:
     Raises:
         DataError: If the data set is damaged, or the disk is full or not writable.
     """
-    source = Path(source)
+    source = folder_of(source)
     index, folder = Index.read(source), _name(source, folder_of_copies(root))
     try:
         with _alone(folder), ThreadPoolExecutor(_THREADS) as threads:

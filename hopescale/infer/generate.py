@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,6 +15,10 @@ from hopescale.models import Model, ModelState
 
 PREFILL_TOKENS = 2048
 """Tokens read at once; bounds the memory of a long prompt."""
+
+
+THREAD_WORK = 2**25
+"""Parameters times tokens of a forward pass that keep one thread of the CPU busy for about 10 ms, at least a thread."""
 
 
 class Reading(NamedTuple):
@@ -37,8 +42,29 @@ class GeneratedToken:
 def prefill(model: Model, tokens: Tensor, state: ModelState | None = None) -> Reading:
     """Read a context `[B, T]`, `T >= 1`, after what `state` has read."""
     for part in tokens.split(PREFILL_TOKENS, dim=1):
-        logits, state = model(part, state, last_only=True)
+        with _threads_for(model, part):
+            logits, state = model(part, state, last_only=True)
     return Reading(logits[:, -1], state)
+
+
+@contextmanager
+def _threads_for(model: Model, tokens: Tensor) -> Iterator[None]:
+    """Compute on no more threads of the CPU than have work: they wait for one another at each operation."""
+    threads = torch.get_num_threads()
+    fitting = threads_with_work(sum(parameter.numel() for parameter in model.parameters()), tokens.numel(), threads)
+    if tokens.is_cuda or fitting == threads:
+        yield
+        return
+    torch.set_num_threads(fitting)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def threads_with_work(num_params: int, num_tokens: int, most: int) -> int:
+    """Return how many threads, at least 1 and at `most` so many, have work in a forward pass."""
+    return max(1, min(most, num_params * num_tokens // THREAD_WORK))
 
 
 def generate(

@@ -17,6 +17,7 @@ from hopescale.launch.sbatch import Array, BatchJob, render
 from hopescale.launch.scheduler import Slurm
 from hopescale.launch.snapshot import take_snapshot
 from hopescale.launch.status import run_status
+from hopescale.observe.run_folder import require_own
 from hopescale.observe.run_status import DONE, FAILED
 
 
@@ -61,8 +62,8 @@ def submit_array(
         Numbers of the jobs; none if nothing is left to run.
 
     Raises:
-        LaunchError: If an element is waiting or running and was not left out, a folder cannot be written, or Slurm
-            refuses.
+        LaunchError: If an element is waiting or running and was not left out, a folder cannot be written or holds files
+            of somebody else's, or Slurm refuses.
     """
     slurm = slurm or Slurm()
     rest, ids, size = _choose(elements, only, slurm), [], slurm.max_array_size()
@@ -93,6 +94,8 @@ def _choose(elements: Iterable[Element], only: str | None, slurm: Slurm) -> list
             raise LaunchError(f"{element.name} is {status.state} as job {status.job.id}", hint)
         elif status.state != DONE:
             rest.append(element)
+    for element in rest:
+        require_own(element.run_dir, f"the run folder of {element.name},")
     return rest
 
 

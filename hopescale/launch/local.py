@@ -43,10 +43,10 @@ def run_local(
 ) -> int:
     """Run `nproc` processes of a command until all have ended; call it from the main thread.
 
-    Each finds its place in the variables torchrun would set. SIGTERM, SIGINT and SIGUSR1 are passed on. Processes stand
-    in sessions of their own, so a Ctrl-C reaches each once; on Linux they get SIGTERM when this process dies. When one
-    fails, the others have `grace_s` to end themselves; then SIGTERM is sent, and SIGKILL after as long again. A second
-    SIGINT sets the same clock running.
+    Each finds its place in the variables torchrun would set. SIGTERM, SIGINT, SIGUSR1 and SIGHUP are passed on.
+    Processes stand in sessions of their own, so a Ctrl-C reaches each once; on Linux they get SIGTERM when this process
+    dies. When one fails, the others have `grace_s` to end themselves; then SIGTERM is sent, and SIGKILL after as long
+    again. A second SIGINT sets the same clock running.
 
     Standard output is this process's, and so is standard error of rank 0.
 

@@ -19,6 +19,7 @@ from hopescale.launch.profile import seconds_of
 from hopescale.launch.sbatch import BatchJob, render
 from hopescale.launch.scheduler import Slurm
 from hopescale.launch.snapshot import take_snapshot
+from hopescale.observe.run_folder import require_own
 from hopescale.observe.run_status import is_locked
 
 SCRIPT = "submit.sbatch"
@@ -32,7 +33,7 @@ def check_job(job: BatchJob, loaded: LoadedConfig, slurm: Slurm) -> None:
     Raises:
         ConfigError: If the cluster has no such partition, nodes or GPUs, the time is too short, or the folder holds
             another run.
-        LaunchError: If the run folder is in use or cannot be written.
+        LaunchError: If the run folder is in use, cannot be written, or holds files of somebody else's.
     """
     if problems := [*_time_problems(job), *_cluster_problems(job, slurm)]:
         raise ConfigError(problems)
@@ -140,6 +141,7 @@ def _check_folder(folder: Path) -> None:
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         reason = "cannot be written" if nearest.is_dir() else "is a file"
         raise LaunchError(f"run folder {folder}: {nearest} {reason}", "choose another --run-dir")
+    require_own(folder, "--run-dir")
     if is_locked(folder):
         hint = "wait for it, stop it, or choose another --run-dir"
         raise LaunchError(f"run folder {folder} is in use by another process", hint)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,15 +20,35 @@ from hopescale.scaling.law import FLOPS_PER_PARAM_TOKEN, Cost
 COLUMNS: dict[str, tuple[str, ...]] = {
     "N": ("n", "params", "parameters", "numparams", "numparameters", "modelsize", "size"),
     "D": ("d", "tokens", "numtokens", "trainingtokens", "traintokens", "tokensseen"),
-    "FLOP": ("flop", "flops", "c", "compute", "trainingflop", "trainingflops", "trainflop", "trainflops"),
-    "loss": ("loss", "valloss", "validationloss", "finalloss", "evalloss", "testloss"),
+    "FLOP": (
+        "flop",
+        "flops",
+        "c",
+        "compute",
+        "trainingflop",
+        "trainingflops",
+        "trainflop",
+        "trainflops",
+        "computebudget",
+    ),
+    "loss": ("valloss", "validationloss", "evalloss", "testloss", "finalloss", "loss"),
     "series": ("series", "mixer", "optimizer", "architecture", "variant"),
     "state": ("state",),
 }
-"""Names a column may have, the first that is there is taken; case, spaces and punctuation do not count."""
+"""Names a column may have, the first that is there is taken; case, spaces and punctuation do not count. A held-out
+loss comes before one of training."""
+
+FINISHED = ("", "done", "finished", "completed")
+"""States of a run that has finished, as sweeps and trackers (Weights & Biases) call them; case does not count."""
+
+MISSING = ("", "none", "null", "n/a", "na", "-")
+"""Cells that hold nothing, as tools export them; case does not count."""
 
 LEAST_GROWTH = 0.05
 """Least power of the parameters with which the FLOPs of a token may rise over a table."""
+
+_Run = tuple[int, str, tuple[float, float, float, float]]
+"""Row in the file, series, and N, D, FLOP and loss."""
 
 ONE_SERIES = "all"
 """Name of the series of a table that tells none apart."""
@@ -78,23 +99,27 @@ class Table:
     source: Path
 
 
-def read_points(path: Path, series_column: str | None = None, drop_highest: int = 0) -> Table:
+def read_points(
+    path: Path, series_column: str | None = None, drop_highest: int = 0, loss_column: str | None = None
+) -> Table:
     """Read a table of runs: comma, semicolon or tab separated, the first row names the columns.
 
     It needs `loss` and two of N, D and FLOP; what is missing of the three follows from `FLOP = 6 N D`. Runs that
-    diverged or have not finished, by their `state` or by a loss that is no finite number, are left out and named.
+    diverged or have not finished, by their `state` or by a loss that is no finite number, are left out and named, as
+    are all but the best of several runs of one size on as many tokens.
 
     Args:
         path: File of the table.
         series_column: Column that tells series apart, where it is none of `COLUMNS`.
         drop_highest: Number of runs of the highest losses to leave out, over all series.
+        loss_column: Column of the loss, where it is not the first of `COLUMNS` that is there.
 
     Raises:
         DataError: If the file cannot be read, lacks a column, or a cell is not what it must be: row and column named.
     """
     rows, header = _read_rows(path)
-    columns = _find_columns(header, series_column, path)
-    kept: list[tuple[int, str, tuple[float, float, float, float]]] = []
+    columns = _find_columns(header, {"series": series_column, "loss": loss_column}, path)
+    kept: list[_Run] = []
     left_out: list[str] = []
     for number, row in rows:
         run = _read_run(row, columns, f"{path}, row {number}")
@@ -102,6 +127,8 @@ def read_points(path: Path, series_column: str | None = None, drop_highest: int 
             left_out.append(f"row {number}: {run}")
         else:
             kept.append((number, row[columns["series"]].strip() if "series" in columns else ONE_SERIES, run))
+    kept, others = _best_of_each(kept)
+    left_out += others
     highest = sorted(kept, key=lambda item: -item[2][3])[:drop_highest]
     left_out += [f"row {number}: loss {run[3]:.4g} is among the highest {drop_highest}" for number, _, run in highest]
     kept = [item for item in kept if item not in highest]
@@ -134,7 +161,7 @@ def _read_rows(path: Path) -> tuple[list[tuple[int, list[str]]], list[str]]:
     return rows, header
 
 
-def _find_columns(header: list[str], series_column: str | None, path: Path) -> dict[str, int]:
+def _find_columns(header: list[str], named: Mapping[str, str | None], path: Path) -> dict[str, int]:
     """Return where each meaning of `COLUMNS` is, for those that the table has."""
     plain = [re.sub(r"[^a-z0-9]", "", name.lower()) for name in header]
     places = {
@@ -142,10 +169,11 @@ def _find_columns(header: list[str], series_column: str | None, path: Path) -> d
         for meaning, names in COLUMNS.items()
         if set(names) & set(plain)
     }
-    if series_column is not None:
-        if series_column not in header:
-            raise DataError(f"{path} has no column {series_column!r}, only {', '.join(header)}")
-        places["series"] = header.index(series_column)
+    for meaning, column in named.items():
+        if column is not None:
+            if column not in header:
+                raise DataError(f"{path} has no column {column!r}, only {', '.join(header)}")
+            places[meaning] = header.index(column)
     if "loss" not in places or len({"N", "D", "FLOP"} & set(places)) < 2:
         lacking = "loss" if "loss" not in places else "two of N, D and FLOP"
         raise DataError(
@@ -158,12 +186,15 @@ def _find_columns(header: list[str], series_column: str | None, path: Path) -> d
 def _read_run(row: list[str], columns: dict[str, int], place: str) -> tuple[float, float, float, float] | str:
     """Return N, D, FLOP and loss of a row, or why it is left out."""
     state = row[columns["state"]].strip() if "state" in columns else ""
-    if state not in ("", "done"):
+    if state.lower() not in FINISHED:
         return state
-    loss = _number(row[columns["loss"]], "loss", place, empty=math.nan)
-    if not math.isfinite(loss):
-        return "no loss" if not row[columns["loss"]].strip() else f"loss is {loss}"
-    values = {name: _number(row[columns[name]], name, place) for name in ("N", "D", "FLOP") if name in columns}
+    loss = _number(row[columns["loss"]], "loss", place) if _holds(row[columns["loss"]]) else None
+    if loss is None or not math.isfinite(loss):
+        return "no loss" if loss is None else f"loss is {loss}"
+    there = [name for name in ("N", "D", "FLOP") if name in columns]
+    if lacking := [name for name in there if not _holds(row[columns[name]])]:
+        return f"no {lacking[0]}"
+    values = {name: _number(row[columns[name]], name, place) for name in there}
     for name, value in {**values, "loss": loss}.items():
         if not 0 < value < math.inf:
             raise DataError(f"{place}, column {name}: {value:g}, but must be above 0 and finite")
@@ -173,10 +204,28 @@ def _read_run(row: list[str], columns: dict[str, int], place: str) -> tuple[floa
     return params, tokens, flops, loss
 
 
-def _number(text: str, column: str, place: str, empty: float | None = None) -> float:
-    if not text.strip() and empty is not None:
-        return empty
+def _holds(cell: str) -> bool:
+    return cell.strip().lower() not in MISSING
+
+
+def _number(text: str, column: str, place: str) -> float:
     try:
         return float(text)
     except ValueError:
         raise DataError(f"{place}, column {column}: {text.strip()!r} is not a number") from None
+
+
+def _best_of_each(kept: list[_Run]) -> tuple[list[_Run], list[str]]:
+    """Keep the run of the lowest loss of those of one series with the same N, D and FLOP; name the others."""
+    best: dict[tuple[object, ...], _Run] = {}
+    for item in kept:
+        key = (item[1], *item[2][:3])
+        if key not in best or item[2][3] < best[key][2][3]:
+            best[key] = item
+    chosen = [item for item in kept if best[(item[1], *item[2][:3])] is item]
+    others = [
+        f"row {number}: loss {run[3]:.4g}, but row {best[(name, *run[:3])][0]} is the best of its size and tokens"
+        for number, name, run in kept
+        if best[(name, *run[:3])][0] != number
+    ]
+    return chosen, others

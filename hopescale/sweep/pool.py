@@ -72,8 +72,8 @@ def run_trials(
 
     Each trial is a process of `hopescale train`, which continues from its last checkpoint. Trials that are done or have
     diverged are left alone. One that fails is started again, up to `retries` times, unless its config or its data are
-    at fault. SIGTERM and SIGINT stop all trials, which save their state; a second SIGINT kills them. They are also
-    asked to stop when this process dies. Threads are distributed among `jobs` where `environ` does not set their
+    at fault. SIGTERM, SIGHUP and SIGINT stop all trials, which save their state; a second SIGINT kills them. They are
+    also asked to stop when this process dies. Threads are distributed among `jobs` where `environ` does not set their
     number. `report` takes each line about a trial, and `show` is called about every second, as long as trials run.
 
     Raises:

@@ -16,7 +16,7 @@ from hopescale.common.errors import ConfigError, LaunchError
 from hopescale.common.paths import display_path
 from hopescale.config.load import load_resolved
 from hopescale.config.record import CONFIG
-from hopescale.config.show import diff, format_diff
+from hopescale.config.show import Change, diff, format_diff, is_other_place
 from hopescale.observe.run_status import (
     DIVERGED,
     DONE,
@@ -24,6 +24,7 @@ from hopescale.observe.run_status import (
     OUTCOME,
     RUNNING,
     STOPPED,
+    UNKNOWN,
     WAITING,
     RunStatus,
     Word,
@@ -82,7 +83,11 @@ def trial_folder(folder: Path, trial: Trial) -> Path:
 def read_note(run_dir: Path) -> Note:
     """Read the note of a trial; one that was never started waits."""
     try:
-        return Note(**json.loads((run_dir / NOTE).read_text(encoding="utf-8")))
+        note = Note(**json.loads((run_dir / NOTE).read_text(encoding="utf-8")))
+        for name, value in vars(note).items():
+            if not isinstance(value, int if name in ("starts", "failures", "pid") else str):
+                raise TypeError(f"{name} is {value!r}")
+        return note
     except FileNotFoundError:
         return Note(WAITING)
     except (OSError, ValueError, TypeError) as error:
@@ -103,8 +108,14 @@ def write_note(run_dir: Path, note: Note) -> None:
 
 
 def trial_status(run_dir: Path) -> TrialStatus:
-    """Find out how a trial stands; its folder need not exist. May be called while it is running anywhere."""
-    note = read_note(run_dir)
+    """Find out how a trial stands; its folder need not exist. May be called while it is running anywhere.
+
+    A note that is damaged makes no other trial's state unknown; the run's own word counts more than any note.
+    """
+    try:
+        note = read_note(run_dir)
+    except LaunchError as error:
+        note = Note(UNKNOWN, message=error.message)
     status = read_status(run_dir, lambda: _word(run_dir, note))
     loss, source = _loss(status.records, status.state == DONE)
     return TrialStatus(**{**vars(status), "loss": loss}, source=source, starts=note.starts)
@@ -116,9 +127,9 @@ def _word(run_dir: Path, note: Note) -> Word:
     written = metrics.stat().st_mtime if metrics.exists() else 0.0
     noted = (run_dir / NOTE).stat().st_mtime if note.state not in (WAITING, RUNNING) else 0.0
     is_fresh = time.time() - written < FRESH_S and written > noted and not (run_dir / OUTCOME).exists()
-    if alive or (is_fresh and alive is None):
+    if alive or (is_fresh and alive is None and note.state != UNKNOWN):
         return Word(RUNNING)
-    if note.state in (DIVERGED, FAILED):
+    if note.state in (DIVERGED, FAILED, UNKNOWN):
         return Word(note.state, note.message or None)
     return Word(STOPPED if metrics.exists() or note.starts else WAITING)
 
@@ -155,13 +166,21 @@ def require_same(sweep: Sweep, trials: Sequence[Trial], folder: Path) -> None:
     for trial in trials:
         path = _config(trial, folder)
         changes = diff(load_resolved(path), trial.config) if path.exists() else []
-        if changes:
+        if changes := [change for change in changes if not _is_same_data(change)]:
             changed.append(f"trial {trial.name}:\n{format_diff(changes)}")
     if changed:
         text = "\n".join(changed).replace("\n", "\n    ")
         hint = "set them back, remove those trials' folders, or give the sweep another name"
         message = f"{display_path(sweep.path)} gives other configs to {len(changed)} trials that have begun\n    {text}"
         raise ConfigError(message, hint)
+
+
+def _is_same_data(change: Change) -> bool:
+    """Tell whether a change names a data set elsewhere that is the same, as far as the old one is there to compare."""
+    if not is_other_place(change):
+        return False
+    before, after = (Path(path).expanduser() / "index.json" for path in change[1:])
+    return not before.exists() or (after.exists() and before.read_bytes() == after.read_bytes())
 
 
 def _config(trial: Trial, folder: Path) -> Path:

@@ -15,6 +15,7 @@ from hopescale.config.record import write_record
 from hopescale.config.schema import LogConfig
 from hopescale.data.tokenizer import Tokenizer
 from hopescale.observe.metrics import MetricsLog
+from hopescale.observe.run_folder import require_own
 from hopescale.observe.run_status import OUTCOME
 from hopescale.observe.trackers import TensorBoardTracker
 from hopescale.train.request import RunRequest
@@ -27,7 +28,8 @@ class RunFolder:
         path: The folder; it is made if missing.
 
     Raises:
-        LaunchError: From every method that cannot write the folder, and on entry if another process is training in it.
+        LaunchError: From every method that cannot write the folder, and on entry if another process is training in it,
+            or it holds files of somebody else's.
     """
 
     def __init__(self, path: Path):
@@ -36,6 +38,7 @@ class RunFolder:
 
     def __enter__(self) -> RunFolder:
         with self._writing():
+            require_own(self.path, "--run-dir")
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / ".lock").open("w")
             try:

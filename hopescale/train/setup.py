@@ -18,7 +18,7 @@ from hopescale.config.layout import Layout
 from hopescale.config.load import from_dict
 from hopescale.config.plan import make_plan
 from hopescale.config.schema import OptimConfig, RunConfig
-from hopescale.config.show import Change, diff, format_diff, identity_problems, model_problems
+from hopescale.config.show import Change, diff, format_diff, identity_problems, is_other_place, model_problems
 from hopescale.config.values import format_value
 from hopescale.cost.holdings import cut_blocks
 from hopescale.data.loader import Data, open_data
@@ -153,7 +153,7 @@ def restore(state: TrainState, checkpoint: Path, request: RunRequest, report: Re
     Raises:
         ConfigError: If the config changes the run's identity, or the rule of a parameter without `reset_optimizer`, or
             the checkpoint is beyond the last step.
-        CheckpointError: If the data under the same path is other data, or the checkpoint is damaged.
+        CheckpointError: If the data is other data, wherever it lies, or the checkpoint is damaged.
     """
     changes = state.mesh.control.all_ranks_or_raise(lambda: _compare(state, checkpoint, request))
     if changes:
@@ -197,7 +197,11 @@ def _compare(state: TrainState, checkpoint: Path, request: RunRequest) -> list[C
         raise ConfigError(problems)
     if manifest.identity["data"] != state.data.fingerprint:
         hint = "prepare new text into a new folder, and begin a new run with it"
-        raise CheckpointError(f"the data is not what {checkpoint} was trained on, though its path is the same", hint)
+        moved = format_diff([change for change in diff(old, state.config) if is_other_place(change)])
+        how = moved.replace("\n", ", ") or "its path is the same"
+        now, then = state.data.fingerprint[:12], manifest.identity["data"][:12]
+        message = f"the data is not what {checkpoint} was trained on: its fingerprint is {now}, not {then} ({how})"
+        raise CheckpointError(message, hint)
     if manifest.step > state.config.train.steps:
         hint = "set train.steps higher"
         steps = state.config.train.steps

@@ -11,18 +11,16 @@ from hopescale.common import signals
 class StopRequest:
     """Whether a signal has asked the run to stop; a context manager that installs and restores the handlers.
 
-    SIGTERM and SIGUSR1 come from schedulers, SIGINT from a keyboard. A second SIGINT interrupts at once. Those
-    held back until now are let through.
+    SIGTERM and SIGUSR1 come from schedulers, SIGINT from a keyboard, SIGHUP from a terminal that is closed, unless it
+    is ignored, as `nohup` has it. A second SIGINT interrupts at once. Those held back until now are let through.
     """
-
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
     def __init__(self) -> None:
         self.reason: str | None = None
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
-        for number in self.SIGNALS:
+        for number in signals.stopping():
             self._previous[number] = signal.signal(number, self._note)
         signals.release()
         return self

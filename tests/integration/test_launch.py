@@ -81,15 +81,16 @@ def test_a_rank_that_dies_ends_the_job(command, options, number: signal.Signals,
         assert "[rank 1] Fatal Python error: Segmentation fault" in err and "trainer.py" in err
 
 
-def test_two_ranks_train_and_stop_on_a_signal_to_the_launcher(command, options):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_two_ranks_train_and_stop_on_a_signal_to_the_launcher(command, options, number: signal.Signals):
     launcher = start(command, options)
     try:
-        launcher.send_signal(signal.SIGTERM)
+        launcher.send_signal(number)
         out, err = launcher.communicate(timeout=100)
     finally:
         launcher.kill()
     assert launcher.returncode == 75
-    assert err.count("stopped\n  SIGTERM at step ") == 1 and "[rank 1]" not in err
+    assert err.count(f"stopped\n  {number.name} at step ") == 1 and "[rank 1]" not in err
 
 
 def ranks_of(folders: tuple[str, str], further: tuple[list[str], list[str]], tiny, *options: dict):

@@ -110,7 +110,7 @@ def test_a_run_moves_between_kinds_of_device(train, run: Run, five: Run, whole, 
     five.assert_same(whole())
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_the_run_after_the_step(
     train, run: Run, whole, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ):
@@ -130,6 +130,22 @@ def test_a_signal_ends_the_run_after_the_step(
     assert signal.getsignal(number) is handler
     assert train().code == 0
     run.assert_same(whole())
+
+
+def test_a_terminal_that_closes_does_not_stop_what_nohup_started(train, run: Run, monkeypatch: pytest.MonkeyPatch):
+    original = Engine.update
+
+    def update(engine: Engine, step: int, *args, **options):
+        os.kill(os.getpid(), signal.SIGHUP)
+        return original(engine, step, *args, **options)
+
+    monkeypatch.setattr(Engine, "update", update)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert train("--stop-at", 3).code == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert run.steps() == [3]
 
 
 def test_a_signal_before_the_first_step_promises_nothing(train, run: Run, monkeypatch: pytest.MonkeyPatch):
@@ -226,3 +242,15 @@ def test_a_kill_in_the_middle_of_a_save_loses_only_that_save(train, start, run: 
     assert done.code == 0 and "step-00000004 at step 4" in done.out
     assert not half.exists() and run.steps() == [2, 4, 6, 8, 10]
     run.assert_same(whole())
+
+
+def test_a_run_goes_on_without_its_console(start, run: Run):
+    child = start("slow")
+    read_until(child, "step 1/10  loss")
+    child.stdout.close()
+    err = child.stderr.read()
+    assert child.wait(100) == 0 and err == "", err
+    assert (run.path / "outcome").read_text() == "done at step 10 of 10\n" and run.steps()[-1] == 10
+    reason, *lines = (run.path / "console.log").read_text().splitlines()
+    assert reason == "the console was lost: Broken pipe; what could not be shown follows"
+    assert lines[-1] == "done: step 10 of 10"

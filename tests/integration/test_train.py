@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from hopescale.common.paths import shipped_folder
 from hopescale.config.load import load_recipe, load_resolved
 from hopescale.observe.metrics import read_metrics
 from hopescale.train.folder import RunFolder
@@ -195,6 +196,31 @@ def test_a_run_folder_that_cannot_be_made(hopescale, tiny, run: Run, tmp_path: P
     assert (tmp_path / "file").read_text() == "precious"
 
 
+@pytest.mark.parametrize("ranks", [(), ("--nproc", 2)])
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)])
+def test_a_user_s_files_are_not_replaced(hopescale, tiny, run: Run, ranks, dry):
+    """A recipe called `config.yaml` in the folder that is named as the run's."""
+    folder = run.path
+    folder.mkdir()
+    (folder / "config.yaml").write_text(f"# mine\nbase: {shipped_folder('recipes') / 'debug.yaml'}\n")
+    for name in ("metrics.jsonl", "env.txt"):
+        (folder / name).write_text("precious")
+    before = run.content()
+    done = hopescale("train", folder / "config.yaml", *tiny, "--run-dir", folder, *ranks, *dry)
+    assert done.code == 5 and f"{folder} is not empty and not a folder of hopescale's" in done.err
+    assert "config.yaml, env.txt, metrics.jsonl could be replaced" in done.err
+    assert run.content() == before
+
+
+def test_a_run_that_ended_before_it_began_may_begin_again(train, run: Run):
+    run.path.mkdir()
+    (run.path / ".lock").write_text("")
+    assert train("--stop-at", 1).code == 0
+    (run.path / "notes.txt").write_text("mine")
+    assert train("--stop-at", 2).code == 0
+    assert (run.path / "notes.txt").read_text() == "mine"
+
+
 def test_a_dry_run_shows_the_plan_and_touches_nothing(tiny, tmp_path: Path, run: Run):
     code = "import sys; from hopescale.cli.app import main\ntry: main()\nfinally: assert 'torch' not in sys.modules"
     command = [sys.executable, "-c", code, "train", "debug", *tiny, "--dry-run", "--run-dir", "there"]
@@ -232,6 +258,36 @@ def test_other_data_under_the_same_path_is_refused(on_text, run: Run, hopescale,
     done = on_text()
     assert done.code == 4 and "the data is not what" in done.err and "step-00000005 was trained on" in done.err
     assert run.content("checkpoints") == before
+
+
+def test_the_same_data_may_lie_elsewhere(on_text, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A moved folder, a relative path and one below `~` are the data set that the run began with."""
+    assert on_text("--stop-at", 1).code == 0
+    (tmp_path / "data").rename(tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for step, path in enumerate(("moved", tmp_path / "moved", "~/moved"), 2):
+        done = on_text(f"data.sources.text.path={path}", "--stop-at", step)
+        assert done.code == 0 and "data.sources.text.path: " in done.out, done.err
+    assert run.steps()[-1] == 4
+
+
+def test_other_data_elsewhere_is_refused(on_text, hopescale, text_data: Path, tmp_path: Path):
+    assert on_text("--stop-at", 1).code == 0
+    made = ("--out", tmp_path / "other", "--tokenizer", text_data / "tok", "--validation", 0.1, "--seed", 1)
+    assert hopescale("data", "prepare", text_data / "text", *made).code == 0
+    done = on_text(f"data.sources.text.path={tmp_path / 'other'}")
+    assert done.code == 4 and re.search(
+        r"its fingerprint is \w{12}, not \w{12} \(data.sources.text.path: .* -> ", done.err
+    )
+
+
+def test_a_relative_path_is_told_with_what_it_is_relative_to(on_text, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    done = on_text("data.sources.text.path=data")
+    assert done.code == 3 and "cannot read data/index.json: No such file or directory (from the working" in done.err
+    assert f"directory, {tmp_path / 'here'})" in done.err
 
 
 def test_missing_data_is_one_message(on_text, run: Run, tmp_path: Path):

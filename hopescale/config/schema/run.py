@@ -29,7 +29,8 @@ class SourceConfig:
     """One data set of the mixture: a folder written by `hopescale data prepare`, or a synthetic one."""
 
     path: str | None = None
-    """Folder with `index.json`, relative to the working directory. Either this or `synthetic`."""
+    """Folder with `index.json`, relative to the working directory; `~` is the home folder. A run may change it as long
+    as the content stays the same. Either this or `synthetic`."""
     synthetic: SyntheticConfig | None = None
     """Settings of a generated data set. Either this or `path`."""
     weight: Positive = 1.0

@@ -98,3 +98,27 @@ def test_plan_shows_the_trials_in_the_order_of_the_file(sweep):
     assert code == 0
     assert [line.split()[0] for line in out.splitlines()[1:5]] == ["steps3", "steps4", "steps5", "steps6"]
     assert out.splitlines()[-1].startswith("debug: 4 trials, ")
+
+
+def test_a_user_s_files_are_not_replaced(sweep, tmp_path: Path):
+    (tmp_path / "exp").mkdir()
+    (tmp_path / "exp" / "points.csv").write_text("precious")
+    for args in (("submit", "--cluster", "cpus.yaml"), ("run",)):
+        code, out = sweep(*args, "--sweep-dir", "exp")
+        assert code == 5 and "--sweep-dir" in out and "points.csv could be replaced" in out
+    assert (tmp_path / "exp" / "points.csv").read_text() == "precious"
+    assert {path.name for path in (tmp_path / "exp").iterdir()} == {".lock", "points.csv"}
+
+
+def test_a_sweep_may_live_beside_its_file(sweep, tmp_path: Path):
+    (tmp_path / "exp").mkdir()
+    (tmp_path / "toy.yaml").rename(tmp_path / "exp" / "sweep.yaml")
+    (tmp_path / "toy.yaml").symlink_to("exp/sweep.yaml")
+    assert sweep("submit", "--cluster", "cpus.yaml", "--sweep-dir", "exp")[0] == 0
+    assert (tmp_path / "exp" / "sweep.yaml").read_text() == SWEEP
+
+
+def test_a_sweep_that_was_begun_elsewhere_is_not_just_waiting(sweep, tmp_path: Path):
+    assert f"note: there is no sweep folder {tmp_path / 'sweeps/toy'}" in sweep("status")[1]
+    (tmp_path / "sweeps" / "toy").mkdir(parents=True)
+    assert "note:" not in sweep("status")[1]

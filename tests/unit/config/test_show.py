@@ -43,6 +43,7 @@ def test_difference(load):
         "data.seed=1",
         "data.sources.main.weight=2",
         "data.sources.new={path: e}",
+        "data.sources.main={path: null, synthetic: {}}",
         "train.seq_len=512",
         "train.global_batch_tokens=32Ki",
         "train.seed=1",
@@ -68,6 +69,7 @@ def test_a_resumed_run_keeps_its_identity(load, override):
         "data.prefetch=0",
         "data.max_epochs=2",
         "data.staged=/local",
+        "data.sources.main.path=elsewhere",
         "name=other",
     ],
 )

@@ -9,7 +9,7 @@ from torch import Tensor
 from hopescale.config.schema import AttentionConfig, LevelConfig, ModelConfig, SelfModifyingConfig
 from hopescale.config.schema.model import CmsConfig
 from hopescale.infer import generate as module
-from hopescale.infer.generate import generate, prefill
+from hopescale.infer.generate import generate, prefill, threads_with_work
 from hopescale.infer.sampling import Sampling
 from hopescale.models import Model
 from tests.support.greedy import margins
@@ -179,3 +179,26 @@ def test_nothing_is_kept_for_a_backward_pass(models):
 def test_low_precision_models_generate():
     model = make_model("hope").to_precision(torch.bfloat16)
     assert len(continued(model, make_prompt(11), 9)) == 9
+
+
+def test_threads_are_as_many_as_have_work():
+    assert [threads_with_work(4 * 2**20, tokens, 8) for tokens in (1, 16, 64, 2048)] == [1, 2, 8, 8]
+    assert threads_with_work(2**30, 1, 4) == 4 and threads_with_work(1, 1, 8) == 1
+
+
+def test_a_small_model_reads_on_one_thread_and_leaves_the_number_as_it_was(monkeypatch: pytest.MonkeyPatch):
+    model, seen = make_model("hope"), []
+    before = torch.get_num_threads()
+    original = type(model).forward
+
+    def forward(*args, **options):
+        seen.append(torch.get_num_threads())
+        return original(*args, **options)
+
+    monkeypatch.setattr(type(model), "forward", forward)
+    torch.set_num_threads(2)
+    try:
+        prefill(model, torch.ones(1, 3, dtype=torch.long))
+        assert (seen, torch.get_num_threads()) == ([1], 2)
+    finally:
+        torch.set_num_threads(before)

@@ -173,7 +173,7 @@ def test_the_code_of_the_job(ends, code):
     assert _outcome(children) == code
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
 def test_signals_are_passed_on_once(number, folder: Path):
     code = f"""
     seen = []

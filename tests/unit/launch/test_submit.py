@@ -204,6 +204,14 @@ def test_a_folder_that_cannot_be_made_is_refused(slurm: FakeSlurm, submit):
     assert code == 5 and "file is a file" in err and slurm.calls("sbatch") == []
 
 
+def test_a_user_s_files_are_not_replaced(slurm: FakeSlurm, submit, tmp_path: Path):
+    (tmp_path / "exp").mkdir()
+    (tmp_path / "exp" / "config.yaml").write_text("precious")
+    code, _, err = submit("--run-dir", "exp")
+    assert code == 5 and "exp is not empty and not a folder of hopescale's: config.yaml could be replaced" in err
+    assert content(tmp_path / "exp") == {"config.yaml"} and slurm.calls("sbatch") == []
+
+
 def test_what_sbatch_refuses_is_told(slurm: FakeSlurm, submit):
     slurm.answer("sbatch", error="sbatch: error: Batch job submission failed: Invalid qos specification", code=1)
     code, out, err = submit()

@@ -76,7 +76,7 @@ def test_the_highest_losses_can_be_left_out(chinchilla):
         ("N,D\n1,2\n", "no column for loss, only N, D"),
         ("N,loss\n1,2\n", "no column for two of N, D and FLOP, only N, loss"),
         ("N,D,loss\n1e6,1e7,3\n1e6,x,3\n", "row 3, column D: 'x' is not a number"),
-        ("N,D,loss\n1e6,,3\n", "row 2, column D: '' is not a number"),
+        ("N,D,loss\n1e6,,3\n", "no finished run \\(1 left out\\) row 2: no D"),
         ("N,D,loss\n-1e6,1e7,3\n", "row 2, column N: -1e\\+06, but must be above 0"),
         ("N,D,loss\n1e6,1e7,-3\n", "row 2, column loss: -3, but must be above 0"),
         ("N,D,FLOP,loss\n1e6,1e7,0,3\n", "row 2, column FLOP: 0, but must be above 0"),
@@ -96,3 +96,29 @@ def test_a_missing_file_or_column_is_one_message(tmp_path, chinchilla):
         read_points(tmp_path / "none.csv")
     with pytest.raises(DataError, match="has no column 'mixer', only Model Size, Training FLOP, loss"):
         read_points(chinchilla, series_column="mixer")
+
+
+def test_a_table_exported_from_a_tracker(tmp_path):
+    text = (
+        '"Name","State","num_params","tokens","compute_budget","loss","val_loss"\n'
+        '"a","finished","1000000","20000000","1.2e14","3.1","3.5"\n'
+        '"b","Finished","2000000","40000000","4.8e14","2.9","3.0"\n'
+        '"c","crashed","2000000","40000000","4.8e14","9","9"\n'
+        '"d","finished","2000000","40000000","4.8e14","2.9","None"\n'
+        '"e","finished","null","40000000","4.8e14","2.9","3.1"\n'
+        '"f","finished","N/A","40000000","4.8e14","2.9","3.1"\n'
+    )
+    table = read(tmp_path, text)
+    assert table.series["all"].loss.tolist() == [3.5, 3.0]
+    assert table.series["all"].flops.tolist() == [1.2e14, 4.8e14]
+    assert table.left_out == ["row 4: crashed", "row 5: no loss", "row 6: no N", "row 7: no N"]
+    assert read(tmp_path, text, loss_column="loss").series["all"].loss.tolist()[:2] == [3.1, 2.9]
+
+
+def test_the_best_of_several_runs_of_a_size_is_taken(tmp_path):
+    table = read(tmp_path, "N,D,lr,loss\n1e6,1e7,1,3.2\n1e6,1e7,2,3\n1e6,1e7,4,3\n2e6,1e7,1,2.9\n")
+    assert table.series["all"].loss.tolist() == [3.0, 2.9]
+    assert table.left_out == [
+        "row 2: loss 3.2, but row 3 is the best of its size and tokens",
+        "row 4: loss 3, but row 3 is the best of its size and tokens",
+    ]

@@ -125,7 +125,7 @@ def test_a_trial_that_keeps_failing_ends_the_sweep_in_an_error_after_the_others(
     assert states(trials, tmp_path) == ["done"] * 3
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_stops_the_trials_in_order(run, trials, tmp_path: Path, number: int):
     waiting = {"steps3": ["done"], "steps4": ["wait", "done"], "steps5": ["wait", "done"]}
 
@@ -235,9 +235,20 @@ def test_states_of_trials_that_another_machine_runs(tmp_path: Path):
     assert trial_status(tmp_path).state == "failed"
     os.utime(tmp_path / "metrics.jsonl", (time.time() + 1, time.time() + 1))
     assert trial_status(tmp_path).state == "running"
-    (tmp_path / NOTE).write_text("{")
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"state": "done", "colour": 1}', "null", '{"state": "running", "pid": "x"}']
+)
+def test_a_damaged_note_is_told_of_its_trial_alone(tmp_path: Path, content: str):
+    (tmp_path / NOTE).write_text(content)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 3, "loss": 2.0}\n')
+    status = trial_status(tmp_path)
+    assert (status.state, status.step, status.loss) == ("unknown", 3, 2.0) and "cannot be read" in status.reason
     with pytest.raises(LaunchError, match="cannot be read"):
-        trial_status(tmp_path)
+        read_note(tmp_path)
+    (tmp_path / "outcome").write_text("done at step 3 of 3\n")
+    assert trial_status(tmp_path).state == "done"
 
 
 def test_a_sweep_that_changed_since_its_trials_began_is_refused(run, trials, tmp_path: Path):
@@ -249,3 +260,24 @@ def test_a_sweep_that_changed_since_its_trials_began_is_refused(run, trials, tmp
     with pytest.raises(ConfigError) as caught:
         require_same(sweep, make_trials(load_sweep(tmp_path / "sweep.yaml")), tmp_path / "out")
     assert "trial steps3" in str(caught.value) and "-> 0.5" in str(caught.value)
+
+
+def test_a_sweep_s_data_may_lie_elsewhere(tmp_path: Path):
+    def sweep_on(path: Path):
+        data = f"set: {{data.sources.markov: null, data.sources.main.path: {path}, train.seq_len: 64}}\n"
+        (tmp_path / "sweep.yaml").write_text(SWEEP + data)
+        return load_sweep(tmp_path / "sweep.yaml")
+
+    for name in ("data", "copy", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "index.json").write_text("other" if name == "other" else "same")
+    trials = make_trials(sweep_on(tmp_path / "data"))
+    (tmp_path / "out/trials/steps3").mkdir(parents=True)
+    (tmp_path / "out/trials/steps3/config.yaml").write_text(to_yaml(trials[0].config))
+    for path in (tmp_path / "copy", tmp_path / "x" / ".." / "data"):
+        (tmp_path / "x").mkdir(exist_ok=True)
+        sweep = sweep_on(path)
+        require_same(sweep, make_trials(sweep), tmp_path / "out")
+    sweep = sweep_on(tmp_path / "other")
+    with pytest.raises(ConfigError, match=r'data\.sources\.main\.path: .*/data" -> .*/other"'):
+        require_same(sweep, make_trials(sweep), tmp_path / "out")

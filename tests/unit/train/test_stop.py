@@ -24,7 +24,7 @@ def run(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environ, check=False)
 
 
-@pytest.mark.parametrize("name", ["SIGUSR1", "SIGTERM"])
+@pytest.mark.parametrize("name", ["SIGUSR1", "SIGTERM", "SIGHUP"])
 def test_a_signal_during_the_imports_is_heard_once_there_are_handlers(name: str):
     done = run(
         DELIVER.format(name=name)
@@ -51,3 +51,34 @@ main(["config", "show", "debug"])
 def test_the_module_holds_signals_from_its_first_line():
     text = (ROOT / "hopescale" / "__main__.py").read_text()
     assert text.index("signals.hold()") < text.index("from hopescale.cli.app")
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_leaves_no_unfinished_folder(tmp_path: Path, name: str):
+    done = run(
+        f"""
+import os, signal
+from pathlib import Path
+from hopescale.common.disk import staged_folder
+with staged_folder(Path({str(tmp_path / "out")!r})) as folder:
+    (folder / "half").write_text("")
+    os.kill(os.getpid(), signal.{name})
+    print("not reached")
+"""
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.Signals[name], "", "")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_signal_that_is_ignored_lets_a_folder_be_finished(tmp_path: Path):
+    done = run(
+        f"""
+import os, signal
+from pathlib import Path
+from hopescale.common.disk import staged_folder
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+with staged_folder(Path({str(tmp_path / "out")!r})) as folder:
+    os.kill(os.getpid(), signal.SIGHUP)
+"""
+    )
+    assert (done.returncode, done.stderr) == (0, "") and (tmp_path / "out").is_dir()
