@@ -13,6 +13,7 @@ from hopescale.cli.options import Overrides, Recipe
 from hopescale.cli.ranks import own_rank_info, run_on_ranks
 from hopescale.common.errors import ConfigError, HopescaleError
 from hopescale.config.check import check_layout, require_valid
+from hopescale.config.fields import leaves
 from hopescale.config.layout import Layout, make_layout
 from hopescale.config.load import LoadedConfig, load_recipe
 from hopescale.config.plan import make_plan
@@ -101,7 +102,7 @@ def _checked(recipe: str, overrides: Sequence[str], num_ranks: int, stop_at: int
 
 
 def _show_plan(loaded: LoadedConfig, layout: Layout, folder: Path) -> None:
-    for name, value in {"run_dir": folder, **make_plan(loaded.config, layout).to_dict()}.items():
+    for name, value in {"run_dir": folder, **leaves(make_plan(loaded.config, layout).to_dict())}.items():
         typer.echo(f"{name}: {value}")
     for part, count in count_params(loaded.config.model).items():
         typer.echo(f"parameters/{part}: {count:,}")

@@ -37,14 +37,14 @@ def run_ranks(
         _run_ranks(function, world_size, folder, arguments, limit_s)
 
 
-def _run_ranks(
-    function: Callable[..., None], world_size: int, folder: Path, arguments: tuple, limit_s: int
-) -> None:
+def _run_ranks(function: Callable[..., None], world_size: int, folder: Path, arguments: tuple, limit_s: int) -> None:
     rendezvous = folder / f"rendezvous-{uuid4().hex}"
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["hopescale.train.worker", "hopescale.engine.pipeline"])
     ranks = [
-        context.Process(target=_run, args=(function, rank, world_size, folder, rendezvous, arguments, limit_s), daemon=True)
+        context.Process(
+            target=_run, args=(function, rank, world_size, folder, rendezvous, arguments, limit_s), daemon=True
+        )
         for rank in range(world_size)
     ]
     for process in ranks:
