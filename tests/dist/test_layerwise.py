@@ -324,10 +324,11 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
 }
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layouts_train_the_same_model_and_resume_in_mid_period(single: Callable[..., Path], name: str, tmp_path: Path):
     num_ranks, layout = LAYOUTS[name]
-    run_ranks(train_twice, num_ranks, tmp_path, num_ranks, tmp_path, layout, RULES)
+    run_ranks(train_twice, num_ranks, tmp_path, num_ranks, tmp_path, layout, RULES, limit_s=360)
     for rule in RULES:
         run, parts = tmp_path / rule, tmp_path / f"{rule} in parts"
         error, parameter = worst(weights(run), weights(single(rule)))
