@@ -41,12 +41,8 @@ def _run_ranks(function: Callable[..., None], world_size: int, folder: Path, arg
     rendezvous = folder / f"rendezvous-{uuid4().hex}"
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["hopescale.train.worker", "hopescale.engine.pipeline"])
-    ranks = [
-        context.Process(
-            target=_run, args=(function, rank, world_size, folder, rendezvous, arguments, limit_s), daemon=True
-        )
-        for rank in range(world_size)
-    ]
+    given = (world_size, folder, rendezvous, arguments, limit_s)
+    ranks = [context.Process(target=_run, args=(function, rank, *given), daemon=True) for rank in range(world_size)]
     for process in ranks:
         process.start()
     deadline = time.monotonic() + limit_s

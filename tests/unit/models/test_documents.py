@@ -27,8 +27,8 @@ needs_cpp = pytest.mark.skipif(build.problem() is not None, reason="no C++ compi
 
 def make_mixer(changes: dict, backend: str, recompute: str = "none") -> SelfModifying:
     config = replace(SelfModifyingConfig(chunk_size=4), **changes)
-    model = ModelConfig(d_model=WIDTH, num_heads=HEADS, head_dim=DIM, self_modifying=config)
-    mixer = SelfModifying(model, out_std=0.3, mesh=Mesh.alone(), backend=backend, recompute=recompute)
+    model = ModelConfig(d_model=WIDTH, num_heads=HEADS, head_dim=DIM)
+    mixer = SelfModifying(model, config, out_std=0.3, mesh=Mesh.alone(), backend=backend, recompute=recompute)
     initialize(mixer, 0, Mesh.alone())
     g = torch.Generator().manual_seed(3)
     with torch.no_grad():
