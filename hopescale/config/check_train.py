@@ -58,6 +58,10 @@ def chunks_can_be_compiled_or_reversed(config: RunConfig, origins: Origins) -> I
             yield Problem("train.compile", f"true {why}", hint="leave it false")
         if reverse:
             yield Problem(key, f"reverse {why}", hint="set it to none, memory or block")
+    if train.compile and loops and (model.within_documents or any(mixer.reset_every for mixer in loops.values())):
+        key = "model.within_documents" if model.within_documents else "reset_every"
+        message = f"true does not go with {key}: chunks of every size and number would each be compiled"
+        yield Problem("train.compile", message, hint="leave it false")
     for name, mixer in loops.items() if reverse else ():
         chunk = projection_chunk_size(mixer)
         size = f"model.mixers.{name}.{'projection_chunk_size' if mixer.projection_chunk_size else 'chunk_size'}"

@@ -265,7 +265,7 @@ def test_weights_of_another_model_do_not_begin_a_run(hopescale, runs: Path, tmp_
     config = runs / "hope" / "config.yaml"
     args = ("train", config, "parallel.tp=1", "parallel.pp=1", "--run-dir", tmp_path / "run")
     done = hopescale(*args, "--init", runs / "transformer")
-    assert done.code == 2 and "model.mixers.hope.kind: is self_modifying, but (absent) in" in done.err
+    assert done.code == 2 and "model.mixers.hope.kind: is self_modifying, but attention in" in done.err
     done = hopescale(*args, "--init", runs / "hope", "train.precision=bf16")
     assert done.code == 4 and "train.precision" in done.err
     done = hopescale(*args, "--init", runs / "hope", "train.steps=2", "model.cms.levels.slow.update_every_steps=2")

@@ -115,7 +115,8 @@ class TrainConfig:
     the head dim. `memory`: of a mixer only its input. `block`: only the input of every block."""
     compile: bool = False
     """Whether the chunk loop of memories is compiled (`torch.compile`): faster, after minutes for the first step. Needs
-    a C++ compiler on CPU, Triton on CUDA. Only with a mixer of kind `self_modifying`."""
+    a C++ compiler on CPU, Triton on CUDA. Only with a mixer of kind `self_modifying`, and not with
+    `model.within_documents` or `reset_every`."""
     backend: Backend = "auto"
     """What trains memories: torch's operations in a loop over chunks, one operation written in C++ (on a CPU; needs a
     C++ compiler) or in Triton (on an NVIDIA GPU), or `auto`: the operation where it can run. It computes chunks again

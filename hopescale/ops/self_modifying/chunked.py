@@ -39,16 +39,12 @@ def self_modifying_chunked(
     position: int = 0,
     recompute: Recompute = "none",
     compiled: bool = False,
-    varied: bool = False,
 ) -> SelfModifyingOutput:
-    """Run memories over a sequence as a loop over projection chunks. Arguments and result of `self_modifying`.
-
-    `varied` says that calls differ in their number of sequences: then what is compiled is for any number.
-    """
+    """Run memories over a sequence as a loop over projection chunks. Arguments and result of `self_modifying`."""
     size = spec.projection_chunk_size or spec.chunk_size
     sizes = _pieces(position, streams.k.shape[2], size)
     offsets = [(position + end - part) % size for end, part in zip(accumulate(sizes), sizes, strict=True)]
-    run = _compiled(spec, None if varied else False) if compiled else partial(_run_chunk, spec.banks)
+    run = _compiled(spec) if compiled else partial(_run_chunk, spec.banks)
 
     def step(index: int, state: Memories, parts: Streams) -> tuple[list[Tensor], Memories, Traces | None]:
         *outputs, state, traces = run(offsets[index], parts, state)
@@ -62,14 +58,14 @@ def self_modifying_chunked(
 
 
 @cache
-def _compiled(spec: MemorySpec, dynamic: bool | None) -> Callable[..., Any]:
-    """Return `_run_chunk`, compiled once for every number of tokens that is met, or as torch sees sizes vary (None)."""
+def _compiled(spec: MemorySpec) -> Callable[..., Any]:
+    """Return `_run_chunk`, compiled once for every number of tokens that is met."""
     banks = spec.banks
 
     def run(offset: int, streams: Streams, state: Memories) -> tuple[Tensor, Tensor, Memories, Traces]:
         return _run_chunk(banks, offset, streams, state)
 
-    return torch.compile(run, fullgraph=True, dynamic=dynamic)
+    return torch.compile(run, fullgraph=True, dynamic=False)
 
 
 def _follow(state: Memories, traces: Traces) -> Memories:

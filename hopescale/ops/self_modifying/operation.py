@@ -51,7 +51,8 @@ def self_modifying(
         recompute: Activations that the backward pass computes again. `none` keeps all, `reverse` computes also most
             states of chunks again; anything else keeps the states that chunks begin with, and so do the operations over
             all chunks, whatever is said here.
-        compiled: Whether a chunk is compiled (`torch.compile`), once for every number of tokens that is met.
+        compiled: Whether a chunk is compiled (`torch.compile`), once for every number of tokens that is met; not with
+            documents, which make numbers of all sizes.
 
     Raises:
         ValueError: If `backend` is `cpp` or `triton`, and it cannot run; if documents are given and tokens came before,
@@ -82,7 +83,7 @@ def self_modifying(
 
         return self_modifying_triton(streams, state, spec, documents)
     if spec.is_sequential:
-        how = {"recompute": recompute, "compiled": compiled, "varied": documents is not None}
+        how = {"recompute": recompute, "compiled": compiled}
         run = partial(self_modifying_chunked, spec=spec, position=position, **how)
     else:
         run = partial(_chunks_at_once, spec=spec)

@@ -12,7 +12,6 @@ from torch import Tensor
 from hopescale.config.schema import ModelConfig, SelfModifyingConfig
 from hopescale.models.init import initialize
 from hopescale.models.self_modifying import SelfModifying
-from hopescale.ops.documents import Documents
 from hopescale.ops.self_modifying import chunked
 from hopescale.parallel.mesh import Mesh
 from tests.support.naive_mixer import SWITCHES, naive_mixer
@@ -143,17 +142,14 @@ def test_a_key_that_comes_back_in_every_chunk_lets_no_gradient_explode(switch: s
     assert sizes[40] < 3 * sizes[4]
 
 
-@pytest.mark.parametrize("documents", [False, True])
-def test_the_chunk_loop_is_traced_without_a_break(documents: bool, monkeypatch: pytest.MonkeyPatch):
+def test_the_chunk_loop_is_traced_without_a_break(monkeypatch: pytest.MonkeyPatch):
     mixer = make_mixer(SelfModifyingConfig(chunk_size=4))
     x = torch.randn(23, BATCH, WIDTH, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    ids = torch.tensor([[0, 1, 1, 1, 1, 2, *[3] * 9, *[4] * 8], [0] * 23])
-    given = {"documents": Documents.of(ids)} if documents else {}
-    expected = mixer(x, **given)[0]
+    expected = mixer(x)[0]
     traced = []
 
     def compile_eagerly(function: Callable, **how: object) -> Callable:
-        assert how == {"fullgraph": True, "dynamic": None if documents else False}
+        assert how == {"fullgraph": True, "dynamic": False}
         traced.append(function)
         return original(function, **how, backend="eager")
 
@@ -161,7 +157,7 @@ def test_the_chunk_loop_is_traced_without_a_break(documents: bool, monkeypatch: 
     monkeypatch.setattr(torch, "compile", compile_eagerly)
     chunked._compiled.cache_clear()
     mixer.computed["compiled"] = True
-    assert_equal_up_to_rounding(mixer(x, **given)[0], expected)
+    assert_equal_up_to_rounding(mixer(x)[0], expected)
     chunked._compiled.cache_clear()
     assert len(traced) == 1
 
