@@ -44,7 +44,7 @@ def linear_attention_maps(model: ModelConfig, config: LinearAttentionConfig) -> 
 
 
 def linear_attention_mixing(
-    model: ModelConfig, config: LinearAttentionConfig, seq_len: int, recompute: str | None = None
+    model: ModelConfig, config: LinearAttentionConfig, seq_len: int, recompute: str | None
 ) -> OpCost:
     """Count writes and reads of all memories for a token, on average over a sequence.
 
@@ -71,7 +71,7 @@ def linear_attention_state(model: ModelConfig, config: LinearAttentionConfig) ->
 
 
 def linear_attention_activations(
-    model: ModelConfig, config: LinearAttentionConfig, micro: MicroBatch, recompute: str = "none"
+    model: ModelConfig, config: LinearAttentionConfig, micro: MicroBatch, recompute: str
 ) -> Activations:
     """Count a mixer, without its norm's result.
 

@@ -49,7 +49,7 @@ def ttt_maps(model: ModelConfig, config: TttConfig) -> OpCost:
     return product(1, model.d_model, heads * (ttt_slices(config) * dim + 1) + heads * dim)
 
 
-def ttt_mixing(model: ModelConfig, config: TttConfig, seq_len: int, recompute: str | None = None) -> OpCost:
+def ttt_mixing(model: ModelConfig, config: TttConfig, seq_len: int, recompute: str | None) -> OpCost:
     """Count what all memories learn and answer for a token, on average over a sequence.
 
     The mixer itself computes nothing again, whatever `recompute` says.
@@ -77,7 +77,7 @@ def ttt_state(model: ModelConfig, config: TttConfig) -> dict[str, int]:
     return entries
 
 
-def ttt_activations(model: ModelConfig, config: TttConfig, micro: MicroBatch, recompute: str = "none") -> Activations:
+def ttt_activations(model: ModelConfig, config: TttConfig, micro: MicroBatch, recompute: str) -> Activations:
     """Count a mixer, without its norm's result.
 
     The mixer itself computes nothing again, whatever `recompute` says.

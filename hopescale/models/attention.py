@@ -74,7 +74,8 @@ class Attention(nn.Module):
             Residual activations and the state after the last token.
 
         Raises:
-            ValueError: If documents are given together with earlier tokens, whose documents are unknown.
+            ValueError: If documents are given together with earlier tokens, whose documents are unknown, or if they are
+                not those of the tokens.
         """
         state = self.initial_state(x.shape[1]) if state is None else state
         mixed = self.qkv_proj(x).unflatten(-1, (self.kv_heads, self.shared_by + 2, self.head_dim))
@@ -83,13 +84,12 @@ class Attention(nn.Module):
         q, k, v = q.flatten(1, 2), k[:, :, 0], v[:, :, 0]  # [B, H, T, D], [B, G, T, D]
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        tables = rope_tables(state.position, tokens, self._frequencies(x.device), documents and documents.first)
+        first = None if documents is None else documents.first_of(q.shape[0], tokens, state.position)
+        tables = rope_tables(state.position, tokens, self._frequencies(x.device), first)
         q, k = rotate(q, tables), rotate(k, tables)
         if state.position:
             k, v = torch.cat([state.tensors.k, k], dim=2), torch.cat([state.tensors.v, v], dim=2)
-        if documents is not None and state.position:
-            raise ValueError("documents are given, but the documents of the tokens in the state are unknown")
-        y = self._attend(q, k, v, None if documents is None else documents.first)
+        y = self._attend(q, k, v, first)
         y = self.out_proj(y.permute(2, 0, 1, 3).flatten(2))
         return y, LayerState(state.position + tokens, AttentionCache(self._last(k), self._last(v)))
 

@@ -182,10 +182,8 @@ class SelfModifying(nn.Module):
                 if they are not those of the tokens.
         """
         batch = x.shape[1]
-        if documents is not None and state is not None and state.position:
-            raise ValueError("documents are given, but the documents of the tokens in the state are unknown")
         position, (*memories, tail) = self.initial_state(batch) if state is None else state
-        streams, gate, tail = self._project(x, tail, documents)
+        streams, gate, tail = self._project(x, tail, documents, position)
         y, stats, memories = self._remember(streams, Memories(*memories), position, documents)
         y = self.norm(y.permute(2, 0, 1, 3)).to(x.dtype)  # [T, B, H, D]
         if gate is not None:
@@ -208,7 +206,7 @@ class SelfModifying(nn.Module):
         return run(streams, memories, position=position)
 
     def _project(
-        self, x: Tensor, tail: Tensor | None, documents: Documents | None
+        self, x: Tensor, tail: Tensor | None, documents: Documents | None, position: int
     ) -> tuple[Streams, Tensor | None, Tensor | None]:
         """Project and convolve: streams in fp32, the output gate `[T, B, H, D]`, the convolution's tail.
 
@@ -217,9 +215,7 @@ class SelfModifying(nn.Module):
         """
         mixed = self.in_proj(x).unflatten(-1, (self.heads, -1, self.head_dim))  # [T, B, H, S, D]
         gate = mixed[..., len(STREAMS), :] if self.config.gate else None
-        first = None if documents is None else documents.first
-        if first is not None and first.shape != (mixed.shape[1], mixed.shape[0]):
-            raise ValueError(f"documents are of tokens {list(first.shape)}, but there are {[*mixed.shape[1::-1]]}")
+        first = None if documents is None else documents.first_of(mixed.shape[1], mixed.shape[0], position)
         weight = None
         if self.conv is not None:
             weight, tail = self.conv["weight"], tail.transpose(0, 1)

@@ -147,12 +147,8 @@ class Ttt(nn.Module):
                 if they are not those of the tokens.
         """
         position, (memory, tail) = self.initial_state(x.shape[1]) if state is None else state
-        if documents is not None and position:
-            raise ValueError("documents are given, but the documents of the tokens in the state are unknown")
         mixed = self.in_proj(x).unflatten(-1, (self.heads, -1))  # [T, B, H, .]
-        first = None if documents is None else documents.first
-        if first is not None and first.shape != (mixed.shape[1], mixed.shape[0]):
-            raise ValueError(f"documents are of tokens {list(first.shape)}, but there are {[*mixed.shape[1::-1]]}")
+        first = None if documents is None else documents.first_of(mixed.shape[1], mixed.shape[0], position)
         streams, z, tail = self._streams(mixed, tail, position, first)
         if probe is not None:
             probe["eta_mean"] = streams.rate.detach().mean()

@@ -53,6 +53,19 @@ class Documents(NamedTuple):
         first = places - (places - self.first) % size
         return Documents(first, torch.tensor(bounds, device=self.offsets.device), tuple(bounds))
 
+    def first_of(self, batch: int, tokens: int, position: int) -> Tensor:
+        """Return `first` for a call that reads these tokens.
+
+        Raises:
+            ValueError: If `position` tokens came before, whose documents are unknown, or if the documents are not those
+                of the tokens.
+        """
+        if position:
+            raise ValueError("documents are given, but the documents of the tokens in the state are unknown")
+        if self.first.shape != (batch, tokens):
+            raise ValueError(f"documents are of tokens {list(self.first.shape)}, but there are {[batch, tokens]}")
+        return self.first
+
     @property
     def lengths(self) -> list[int]:
         """Tokens of each document."""

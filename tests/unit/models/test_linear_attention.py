@@ -15,6 +15,7 @@ from hopescale.models.linear_attention import LinearAttention
 from hopescale.ops.documents import Documents
 from hopescale.parallel.mesh import Mesh
 from tests.support.linear_attention import MODEL, SYSTEMS, make_mixer, naive_layer
+from tests.support.properties import check_causal, check_parts, check_trained
 
 BATCH = 2
 every_system = pytest.mark.parametrize("config", SYSTEMS.values(), ids=SYSTEMS)
@@ -48,36 +49,18 @@ def test_the_layer_equals_its_equations(config: LinearAttentionConfig, tokens: i
 
 @every_system
 def test_every_parameter_gets_a_gradient(config: LinearAttentionConfig):
-    mixer = make_mixer(config)
-    mixer(randn(20, BATCH, MODEL.d_model))[0].square().sum().backward()
-    assert [name for name, p in mixer.named_parameters() if p.grad is None or not bool(p.grad.any())] == []
+    check_trained(make_mixer(config), randn(20, BATCH, MODEL.d_model))
 
 
 @every_system
-def test_a_split_sequence_equals_one_pass(config: LinearAttentionConfig):
-    mixer, x = make_mixer(config), randn(41, BATCH, MODEL.d_model)
-    whole, last = mixer(x)
-    for cuts in ([7], [16, 32], [1, 2, 3, 40]):
-        state, parts = mixer.initial_state(BATCH), []
-        for part in torch.tensor_split(x, cuts):
-            y, state = mixer(part, state)
-            parts.append(y)
-        assert_equal_up_to_rounding(torch.cat(parts), whole)
-        assert state.position == last.position == 41
-        found = state.named()
-        for name, tensor in last.named().items():
-            assert_equal_up_to_rounding(found[name], tensor)
+@pytest.mark.parametrize("cuts", [(7,), (16, 32), (1, 2, 3, 40)])
+def test_a_split_sequence_equals_one_pass(config: LinearAttentionConfig, cuts: tuple[int, ...]):
+    check_parts(make_mixer(config), randn(41, BATCH, MODEL.d_model), cuts)
 
 
 @every_system
 def test_a_later_token_changes_no_earlier_output_and_no_other_row(config: LinearAttentionConfig):
-    mixer, x = make_mixer(config), randn(40, BATCH, MODEL.d_model)
-    changed = x.clone()
-    changed[21:, 1] += 1.0
-    before, after = mixer(x)[0], mixer(changed)[0]
-    torch.testing.assert_close(after[:21], before[:21], rtol=0, atol=1e-12)
-    torch.testing.assert_close(after[:, 0], before[:, 0], rtol=0, atol=1e-12)
-    assert (after[21:, 1] - before[21:, 1]).abs().max() > 1e-3
+    check_causal(make_mixer(config), randn(40, BATCH, MODEL.d_model), 21)
 
 
 LENGTHS = ([1, 2, 17, 1, 3, 16], [16, 8, 15, 1], [40])
