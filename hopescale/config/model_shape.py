@@ -24,12 +24,16 @@ def block_pattern(model: ModelConfig) -> tuple[str, ...]:
 
 def mixer_of_block(model: ModelConfig, number: int) -> MixerConfig:
     """Return the mixer of a block, counted from 0."""
-    return model.mixers[block_pattern(model)[number]]
+    pattern = model.pattern or tuple(model.mixers)[:1]
+    return model.mixers[pattern[number % len(pattern)]]
 
 
 def mixer_counts(model: ModelConfig) -> list[tuple[MixerConfig, int]]:
     """Return the mixers, and how many blocks have each."""
-    return [(model.mixers[name], count) for name, count in Counter(block_pattern(model)).items()]
+    pattern, counts = model.pattern or tuple(model.mixers)[:1], Counter()
+    for place, name in enumerate(pattern):
+        counts[name] += (model.num_layers - place + len(pattern) - 1) // len(pattern)
+    return [(model.mixers[name], count) for name, count in counts.items() if count > 0]
 
 
 def self_modifying_mixers(model: ModelConfig) -> dict[str, SelfModifyingConfig]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from hopescale.config.execution import effective_recompute
 from hopescale.config.layout import Layout
-from hopescale.config.model_shape import levels_of_block, mixer_of_block, padded_vocab_size
+from hopescale.config.model_shape import block_pattern, levels_of_block, padded_vocab_size
 from hopescale.config.plan import make_plan
 from hopescale.config.schema import MixerConfig, ModelConfig, RunConfig
 from hopescale.cost.holdings import Holding, Holdings, Kind, gathers
@@ -181,7 +181,10 @@ def _moments(
     """Count what a rank holds by moment and kind, beside what lasts."""
     model, micro = config.model, MicroBatch.of(config.train, layout)
     several, is_last = make_plan(config, layout).grad_accumulation > 1, slices[-1].stop == model.num_layers
-    blocks = [_block(config, micro, mixer_of_block(model, number)) for each in slices for number in each]
+    pattern = block_pattern(model)
+    names = [pattern[number] for each in slices for number in each]
+    with_mixer = {name: _block(config, micro, model.mixers[name]) for name in set(names)}
+    blocks = [with_mixer[name] for name in names]
     states, one = (sum(getattr(each, part) for each in blocks) / len(slices) for part in ("states", "kept"))
     # The block that needs most when its turn comes counts as the last one.
     block = max(blocks, key=lambda each: each.kept + each.states + each.workspace)

@@ -146,7 +146,8 @@ class Estimator:
         """Return the seconds of a micro batch's forward and backward on a stage."""
         model, train, slices = config.model, config.train, self.holdings.slices(layout, stage)
         tokens = train.seq_len * train.micro_batch_size
-        numbers = Counter(block_pattern(model)[number] for blocks in slices for number in blocks)
+        pattern = block_pattern(model)
+        numbers = Counter(pattern[number] for blocks in slices for number in blocks)
         dense, mixing = 0.0, 0.0
         for name, blocks in numbers.items():
             mixer = model.mixers[name]

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from hopescale.config.model_shape import (
-    block_pattern,
     by_period,
     levels_of_block,
+    mixer_counts,
     mixer_of_block,
     padded_vocab_size,
 )
@@ -81,9 +81,9 @@ def count_params(model: ModelConfig) -> dict[str, int]:
     entries = padded_vocab_size(model) * model.d_model
     counts = {"embedding": entries, "head": 0 if model.tie_embeddings else entries}
     counts |= dict.fromkeys(("mixers", "levels", "norms"), 0)
-    pattern = block_pattern(model)
-    for name, blocks in Counter(pattern).items():
-        for part in block_parameters(model, pattern.index(name)):
+    for mixer, blocks in mixer_counts(model):
+        first = next(number for number in range(model.num_layers) if mixer_of_block(model, number) is mixer)
+        for part in block_parameters(model, first):
             counts[_kind(part.name)] += part.size * blocks
     counts["norms"] += model.d_model
     return {**counts, "total": sum(counts.values())}
