@@ -16,21 +16,25 @@ def head_dim(model: ModelConfig) -> int:
     return model.head_dim or model.d_model // model.num_heads
 
 
+def _one_round(model: ModelConfig) -> tuple[str, ...]:
+    return model.pattern or tuple(model.mixers)[:1]
+
+
 def block_pattern(model: ModelConfig) -> tuple[str, ...]:
     """Return the name of each block's mixer: the pattern, repeated, or the one mixer there is."""
-    pattern = model.pattern or tuple(model.mixers)[:1]
+    pattern = _one_round(model)
     return tuple(pattern[number % len(pattern)] for number in range(model.num_layers))
 
 
 def mixer_of_block(model: ModelConfig, number: int) -> MixerConfig:
     """Return the mixer of a block, counted from 0."""
-    pattern = model.pattern or tuple(model.mixers)[:1]
+    pattern = _one_round(model)
     return model.mixers[pattern[number % len(pattern)]]
 
 
 def mixer_counts(model: ModelConfig) -> list[tuple[MixerConfig, int]]:
     """Return the mixers, and how many blocks have each."""
-    pattern, counts = model.pattern or tuple(model.mixers)[:1], Counter()
+    pattern, counts = _one_round(model), Counter()
     for place, name in enumerate(pattern):
         counts[name] += (model.num_layers - place + len(pattern) - 1) // len(pattern)
     return [(model.mixers[name], count) for name, count in counts.items() if count > 0]

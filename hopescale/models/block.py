@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from hopescale.config.model_shape import head_dim, levels_of_block, mixer_of_block
@@ -57,9 +59,10 @@ class Block(nn.Module):
         out_std = out_scale * (config.num_heads * head_dim(config)) ** -0.5
         self.norm = stream_norm(config.d_model, eps=config.norm_eps, mesh=mesh)
         mixer = mixer_of_block(config, number)
-        own = {"recompute": recompute, "compiled": compiled, "backend": backend}
-        own = own if mixer.kind == "self_modifying" else {}
-        self.mixer = MIXERS[mixer.kind](config, mixer, out_std=out_std, mesh=mesh, **own)
+        given: dict[str, Any] = {"out_std": out_std, "mesh": mesh}
+        if mixer.kind == "self_modifying":
+            given |= {"recompute": recompute, "compiled": compiled, "backend": backend}
+        self.mixer = MIXERS[mixer.kind](config, mixer, **given)
         self.cms = ContinuumMemory(config, levels_of_block(config, number), out_scale=out_scale, mesh=mesh)
 
     def forward(
