@@ -14,8 +14,8 @@ from pathlib import Path
 import psutil
 import torch
 from measure import costs, fresh_process
-from mixers import BASELINE, MIXERS, Shape, add_shape, configure, shape_of
 from rows import Row, add, show
+from stacks import BASELINE, Shape, add_shape, configure, shape_of, systems
 
 from hopescale.common.errors import ConfigError
 from hopescale.config.model_shape import mixer_of_block
@@ -28,9 +28,9 @@ def main() -> None:
     """Measure, print the table as Markdown, write JSON lines and a plot if asked."""
     arguments = parse()
     shape = shape_of(arguments)
-    mixers = list(dict.fromkeys([BASELINE, *arguments.mixers]))
     try:
         device = choose_device(arguments.device, "--device")
+        mixers = list(dict.fromkeys([BASELINE, *(arguments.mixers or systems(shape.size))]))
         for mixer in mixers:
             configure(mixer, shape)
     except ConfigError as error:
@@ -48,8 +48,8 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    names = f"of {', '.join(MIXERS)}; NAME:KEY=VALUE changes a setting"
-    parser.add_argument("--mixers", type=words, default=list(MIXERS), metavar="NAME,...", help=names)
+    names = "of the recipes; NAME:KEY=VALUE changes a setting of the mixer; default: all"
+    parser.add_argument("--mixers", type=words, metavar="NAME,...", help=names)
     parser.add_argument("--seq-lens", type=partial(words, kind=int), default=[512, 1024, 2048, 4096, 8192])
     parser.add_argument("--threads", type=partial(words, kind=int), default=[1, 2], help="of the CPU")
     parser.add_argument("--device", default="auto")
@@ -97,7 +97,8 @@ def fits(mib: float, device: torch.device) -> bool:
 def flops_per_token(mixer: str, shape: Shape, seq_len: int) -> float:
     """Count forward and backward of a stack of blocks, without embedding and head."""
     model = configure(mixer, shape)
-    return shape.layers * sum(part.total for part in block_flops(model, mixer_of_block(model, 0), seq_len).values())
+    mixers = [mixer_of_block(model, block) for block in range(1, shape.layers + 1)]
+    return sum(part.total for mixer in mixers for part in block_flops(model, mixer, seq_len).values())
 
 
 def plot(rows: list[Row], path: Path) -> None:

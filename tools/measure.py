@@ -12,7 +12,7 @@ from statistics import median
 from typing import NamedTuple
 
 import torch
-from mixers import Shape, make_pass
+from stacks import Shape, make_pass
 from torch.profiler import ProfilerActivity, profile
 
 

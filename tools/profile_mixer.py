@@ -7,8 +7,8 @@ import sys
 
 import torch
 from measure import choose_clock
-from mixers import add_shape, make_pass, shape_of
 from rows import show
+from stacks import add_shape, make_pass, shape_of
 from torch.profiler import ProfilerActivity, profile
 
 from hopescale.common.errors import ConfigError

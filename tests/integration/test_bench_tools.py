@@ -23,9 +23,19 @@ def rows_in(path: Path) -> list[dict]:
 
 
 NAMES = (
-    ("transformer", "hope-mlp", "hope-linear", "titans", "ttt-mlp", "ttt-linear")
-    + ("deltanet", "gated-deltanet", "retnet", "mamba2", "linear-attention")
-    + ("hope-linear:chunk_size=8",)
+    "transformer",
+    "deltanet",
+    "gated_deltanet",
+    "hope",
+    "hope_attention",
+    "mamba2",
+    "retnet",
+    "samba",
+    "titans",
+    "ttt_linear",
+    "ttt_mlp",
+    "hope:memory=linear",
+    "hope:memory=linear:chunk_size=8",
 )
 
 
@@ -42,15 +52,20 @@ def test_every_mixer_is_compared_with_the_transformer(tmp_path: Path):
         assert row["tps_ratio"] == pytest.approx(row["tps"] / rows[0]["tps"])
         assert row["memory_ratio"] == pytest.approx(row["extra_mib"] / rows[0]["extra_mib"])
     memory = {row["mixer"]: row["extra_mib"] for row in rows}
-    assert memory["hope-mlp"] > memory["titans"] > memory["transformer"] > 0
-    assert memory["hope-linear:chunk_size=8"] != memory["hope-linear"]
+    assert memory["hope"] > memory["titans"] > memory["transformer"] > 0
+    assert memory["hope:memory=linear:chunk_size=8"] != memory["hope:memory=linear"]
     table = [line for line in done.stdout.splitlines() if line.startswith("|")]
     assert len(table) == 2 + len(rows) and "tps_ratio" in table[0]
     assert image.stat().st_size > 0
 
 
 @pytest.mark.parametrize(
-    ("mixer", "said"), [("hop", "there is no mixer 'hop'"), ("titans:chunk=8", "mixers.attention.chunk: unknown key")]
+    ("mixer", "said"),
+    [
+        ("hop", "there is no mixer 'hop'"),
+        ("titans:chunk=8", "mixers.titans.chunk: unknown key"),
+        ("samba:window=8", "samba_tiny has mamba2, local"),
+    ],
 )
 def test_a_mixer_that_does_not_exist_is_one_message(mixer: str, said: str):
     done = run_tool("bench_mixers.py", "--mixers", mixer)
