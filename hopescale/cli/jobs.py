@@ -13,7 +13,7 @@ from hopescale.cli.options import echo_rows
 from hopescale.common.errors import LaunchError
 from hopescale.common.paths import display_path
 from hopescale.common.units import format_count, format_duration
-from hopescale.launch.ledger import entries, submit_again
+from hopescale.launch.ledger import copied_from, entries, submit_again, submitting
 from hopescale.launch.scheduler import Slurm
 from hopescale.launch.status import JobStatus, elements_of_array, find_runs, run_status
 from hopescale.observe.run_status import DONE, WAITING
@@ -61,7 +61,7 @@ def logs(
         raise LaunchError(f"{run} is the folder of an array", "name the run folder of one element")
     entry = run_status(run, Slurm()).entry
     if entry is None:
-        raise LaunchError(f"{run} has no jobs.jsonl: it was not submitted", "its lines went to whoever started it")
+        raise _not_submitted(run, "its lines went to whoever started it")
     log = Path(entry.log)
     if not log.exists() and not follow:
         raise LaunchError(f"there is no log yet: {log}", f"`hopescale jobs status {run}` says why")
@@ -74,7 +74,9 @@ def logs(
 def cancel(run: Run) -> None:
     """End the jobs of a run for good, or of all elements of an array; a checkpoint stays as it is."""
     slurm, ended = Slurm(), []
-    for id in dict.fromkeys(entry.job for entry in reversed(entries(_run(run)))):  # none of a chain is to begin
+    if not entries(_run(run)) and copied_from(run):
+        raise _not_submitted(run, "")
+    for id in dict.fromkeys(entry.job for entry in reversed(entries(run))):  # none of a chain is to begin
         if any(job.live is not False for job in ([slurm.job(id)] if "_" in id else slurm.jobs(id))):
             slurm.cancel(id)
             ended.append(id)
@@ -84,13 +86,16 @@ def cancel(run: Run) -> None:
 @app.command()
 def requeue(run: Run) -> None:
     """Have a run save, stop and start again; submit it again if its job has ended."""
-    slurm = Slurm()
-    elements = elements_of_array(run)
-    if elements:
+    if elements_of_array(_run(run)):
         raise LaunchError(f"{run} is the folder of an array", "name the run folder of one element")
-    now = run_status(_run(run), slurm)
+    with submitting(run):
+        _requeue(run, Slurm())
+
+
+def _requeue(run: Path, slurm: Slurm) -> None:
+    now = run_status(run, slurm)
     if now.entry is None:
-        raise LaunchError(f"{run} has no jobs.jsonl: it was not submitted", "submit it with `hopescale submit`")
+        raise _not_submitted(run, "submit it with `hopescale submit`")
     if now.state == DONE:
         raise LaunchError(f"{run} is done", "to train on, submit it with more train.steps")
     if now.state == WAITING:
@@ -98,11 +103,20 @@ def requeue(run: Run) -> None:
     elif now.job is not None and now.job.live is None:
         raise LaunchError(now.reason or "Slurm cannot be asked", "try again later")
     elif now.job is not None and now.job.live:
+        if not slurm.has_ranks(now.entry.job):
+            message = f"job {now.entry.job} has not started its ranks yet: there is nothing to save"
+            raise LaunchError(message, f"wait for them, or end it with `hopescale jobs cancel {run}`")
         slurm.ask_to_stop(now.entry.job)
         typer.echo(f"job {now.entry.job} was told to save and stop; it goes back into the queue")
     else:
         again = submit_again(run, now.entry, slurm)
         typer.echo(f"job {again.job}, log {display_path(Path(again.log))}")
+
+
+def _not_submitted(run: Path, hint: str) -> LaunchError:
+    if other := copied_from(run):
+        return LaunchError(f"{run} is a copy of {other}: the jobs that its jobs.jsonl names are of that one", hint)
+    return LaunchError(f"{run} has no jobs.jsonl: it was not submitted", hint)
 
 
 def _run(folder: Path) -> Path:

@@ -14,6 +14,7 @@ from hopescale.common.paths import display_path
 from hopescale.config.check import check_layout, require_valid
 from hopescale.config.layout import make_layout
 from hopescale.config.load import load_recipe
+from hopescale.launch.ledger import submitting
 from hopescale.launch.profile import load_profile
 from hopescale.launch.sbatch import BatchJob, render
 from hopescale.launch.scheduler import Slurm
@@ -65,7 +66,9 @@ def submit(
         except LaunchError as error:
             typer.echo(f"not submitted; when it would start is not known: {error.message}", err=True)
         return
-    script = write_run(job, loaded, layout, overrides)
-    ids = submit_script(job, script, slurm, jobs=chain or 1)
+    with submitting(folder):
+        check_job(job, loaded, slurm := Slurm())  # again: nobody else submits from now on
+        script = write_run(job, loaded, layout, overrides)
+        ids = submit_script(job, script, slurm, jobs=chain or 1)
     for id in ids:
         typer.echo(f"job {id}, log {display_path(log_of(job, id))}")

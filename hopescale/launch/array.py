@@ -11,12 +11,13 @@ from typing import Literal
 
 from hopescale.common.disk import replace_text
 from hopescale.common.errors import LaunchError
-from hopescale.launch.ledger import LedgerEntry, forget_outcome, note, now
+from hopescale.launch.ledger import LedgerEntry, forget_outcome, note, now, submitting
 from hopescale.launch.profile import ClusterProfile
 from hopescale.launch.sbatch import Array, BatchJob, render
 from hopescale.launch.scheduler import Slurm
 from hopescale.launch.snapshot import take_snapshot
 from hopescale.launch.status import run_status
+from hopescale.launch.submit import check_cluster
 from hopescale.observe.run_folder import require_own
 from hopescale.observe.run_status import DONE, FAILED
 
@@ -62,24 +63,29 @@ def submit_array(
         Numbers of the jobs; none if nothing is left to run.
 
     Raises:
+        ConfigError: If the cluster would refuse them, or let them wait for ever.
         LaunchError: If an element is waiting or running and was not left out, a folder cannot be written or holds files
-            of somebody else's, or Slurm refuses.
+            of somebody else's, another process is submitting, or Slurm refuses.
     """
     slurm = slurm or Slurm()
-    rest, ids, size = _choose(elements, only, slurm), [], slurm.max_array_size()
-    if size == 0:
-        raise LaunchError("this cluster takes no arrays: its MaxArraySize is 0", "submit each run as a job of its own")
-    common = BatchJob(folder.name, profile, nodes, folder.absolute(), Path.cwd(), sys.executable, time)
-    for start in range(0, len(rest), size):
-        part = rest[start : start + size]
-        try:
-            job = replace(common, run_dir=_next_folder(common.run_dir), array=Array(len(part), max_at_once))
-            script = _write(part, job)
-            ids.append(slurm.submit(script))
-            _note(part, job, ids[-1], script, folder)
-        except OSError as error:
-            raise LaunchError(f"cannot write {error.filename or folder}: {error.strerror}") from error
-    return ids
+    with submitting(folder):
+        rest, ids, size = _choose(elements, only, slurm), [], slurm.max_array_size()
+        if size == 0:
+            raise LaunchError(
+                "this cluster takes no arrays: its MaxArraySize is 0", "submit each run as a job of its own"
+            )
+        common = BatchJob(folder.name, profile, nodes, folder.absolute(), Path.cwd(), sys.executable, time)
+        check_cluster(common, slurm)
+        for start in range(0, len(rest), size):
+            part = rest[start : start + size]
+            try:
+                job = replace(common, run_dir=_next_folder(common.run_dir), array=Array(len(part), max_at_once))
+                script = _write(part, job)
+                ids.append(slurm.submit(script))
+                _note(part, job, ids[-1], script, folder)
+            except OSError as error:
+                raise LaunchError(f"cannot write {error.filename or folder}: {error.strerror}") from error
+        return ids
 
 
 def _choose(elements: Iterable[Element], only: str | None, slurm: Slurm) -> list[Element]:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
 from pathlib import Path
 
+from hopescale.common.errors import LaunchError
 from hopescale.launch.scheduler import Slurm
 
 JOBS = "jobs.jsonl"
+_COUNTS, _TEXTS = ("nodes", "ranks"), ("job", "submitted", "cluster", "script", "log", "folder")
 
 
 @dataclass(frozen=True)
@@ -29,11 +34,14 @@ class LedgerEntry:
     log: str
     elements: tuple[tuple[str, str], ...] = ()
     """Name and run folder of each element of an array, in the order of their indices."""
+    folder: str = ""
+    """Folder in whose file the line was written, absolute; empty if an older version wrote it."""
 
 
 def note(folder: Path, entry: LedgerEntry) -> None:
     """Add a line; one that a kill or a full disk has torn ends before it."""
     content = {name: value for name, value in asdict(entry).items() if name != "elements" or value}
+    content["folder"] = str(folder.absolute())
     path = folder / JOBS
     torn = path.exists() and not path.read_bytes().endswith(b"\n")
     with path.open("a", encoding="utf-8") as stream:
@@ -41,19 +49,69 @@ def note(folder: Path, entry: LedgerEntry) -> None:
 
 
 def entries(folder: Path) -> list[LedgerEntry]:
-    """Return the submissions of a folder, oldest first; a line that is torn, or no submission, is left out."""
+    """Return the submissions of a folder, oldest first.
+
+    A line that is torn, or is no submission, is left out, and so are the lines of a folder of which this is a copy.
+    """
+    return [entry for entry in _read(folder) if not _is_copied(entry, folder)]
+
+
+def copied_from(folder: Path) -> str | None:
+    """Return the folder of which this one is a copy, so that its `jobs.jsonl` names jobs of another; None if none."""
+    return next((entry.folder for entry in _read(folder) if _is_copied(entry, folder)), None)
+
+
+@contextmanager
+def submitting(folder: Path) -> Iterator[None]:
+    """Keep other processes from submitting jobs of a folder, from the check to the note; makes the folder.
+
+    Raises:
+        LaunchError: If another process is submitting, or the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".submit").open("w")
+    except OSError as error:
+        raise LaunchError(f"cannot write {folder}: {error.strerror}", "choose another folder") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            hint = f"look with `hopescale jobs status {folder}` what came of it"
+            raise LaunchError(f"another process is submitting {folder} at this moment", hint) from error
+        yield
+
+
+def _read(folder: Path) -> list[LedgerEntry]:
     try:
         lines = (folder / JOBS).read_text(encoding="utf-8", errors="replace").splitlines()
-    except FileNotFoundError:
+    except OSError:
         return []
-    names, known = {field.name for field in fields(LedgerEntry)}, []
-    for line in lines:
-        try:
-            content = {name: value for name, value in json.loads(line).items() if name in names}
-            known.append(LedgerEntry(**content | {"elements": tuple(map(tuple, content.get("elements", ())))}))
-        except (ValueError, AttributeError, TypeError):
-            continue
-    return known
+    return [entry for line in lines if (entry := _entry(line)) is not None]
+
+
+def _entry(line: str) -> LedgerEntry | None:
+    try:
+        content = json.loads(line)
+        content = {field.name: content[field.name] for field in fields(LedgerEntry) if field.name in content}
+        content["elements"] = tuple((str(name), str(run)) for name, run in content.get("elements", ()))
+        entry = LedgerEntry(**content)
+    except (ValueError, TypeError):
+        return None
+    kinds: dict[type, tuple[str, ...]] = {str: _TEXTS, int: _COUNTS}
+    right = (isinstance(getattr(entry, name), kind) for kind, names in kinds.items() for name in names)
+    return entry if all(right) else None
+
+
+def _is_copied(entry: LedgerEntry, folder: Path) -> bool:
+    """Tell whether another folder has this line too: a folder that was moved leaves none behind."""
+    if not entry.folder or Path(entry.folder) == folder.absolute():
+        return False
+    other = Path(entry.folder) / JOBS
+    try:
+        return not other.samefile(folder / JOBS) and any(entry == known for known in _read(other.parent))
+    except OSError:
+        return False
 
 
 def now() -> str:
@@ -71,8 +129,11 @@ def submit_again(folder: Path, entry: LedgerEntry, slurm: Slurm) -> LedgerEntry:
     """Submit the script of an earlier job once more, of an array the one element; return and note the new entry.
 
     Raises:
-        LaunchError: If it is refused.
+        LaunchError: If it is refused, or the folder was moved since, which the script does not know.
     """
+    if entry.folder and Path(entry.folder).resolve() != folder.resolve():
+        message = f"{folder} was {entry.folder} when job {entry.job} was submitted, and its script says so"
+        raise LaunchError(message, "submit it with `hopescale submit`")
     element = entry.job.partition("_")[2]
     id = slurm.submit(folder / entry.script, *([f"--array={element}"] if element else []))
     forget_outcome(folder)

@@ -15,6 +15,8 @@ from hopescale.config.load import load_settings
 
 _VARIABLE = re.compile(r"[A-Za-z_]\w*")
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<parts>\d+(?::\d+){0,2})")
+_PLACEHOLDER = "YOUR_"
+"""Beginning of a value in a shipped profile that no cluster has."""
 _QUOTED = {"time": 'write it in quotes: "12:00:00"', "preflight": 'write it in quotes: "off"'}
 """Hints for values that YAML reads differently: an unquoted 12:00:00 as the number 43200, `off` as false."""
 
@@ -105,6 +107,15 @@ def load_profile(cluster: str) -> ClusterProfile:
     if problems := [Problem(key, message, origin, hint) for key, message, hint in _problems(profile)]:
         raise ConfigError(problems)
     return profile if profile.name else replace(profile, name=path.stem)
+
+
+def placeholders(profile: ClusterProfile) -> Iterator[Problem]:
+    """Yield a problem per setting that a shipped profile leaves to whoever copies it."""
+    hint = "copy the profile, and write what your cluster has"
+    for name, value in vars(profile).items():
+        for held in [value] if isinstance(value, str) else value if isinstance(value, tuple) else []:
+            if _PLACEHOLDER in held:
+                yield Problem(name, f"{held} stands for a value of yours", f"profile {profile.name}", hint)
 
 
 def seconds_of(time: str) -> int | None:

@@ -67,12 +67,12 @@ class BatchJob:
 def render(job: BatchJob) -> str:
     """Write the batch script of a job."""
     profile = job.profile
-    parts = {
+    lead = {"signal_lead_s": str(profile.signal_lead_s)}
+    parts = lead | {
         "directives": _lines(f"#SBATCH {option}" for option in _directives(job)),
         "identity": _lines(_identity(job)),
         "max_failures": str(profile.max_failures),
-        "signal_lead_s": str(profile.signal_lead_s),
-        "setup": _lines([*(f"module load {shlex.quote(module)}" for module in profile.modules), *profile.setup]),
+        **_setup(profile, lead),
         "environment": _lines(f"export {name}={_shell(value)}" for name, value in _environment(job).items()),
         "step": _words(_step(job)),
         "python": _words(_python(job)),
@@ -81,6 +81,19 @@ def render(job: BatchJob) -> str:
         "launch": _launch(job),
     }
     return fill(_template("job.sbatch"), parts)
+
+
+def _setup(profile: ClusterProfile, lead: Mapping[str, str]) -> dict[str, str]:
+    """Write the lines of the setup, and those that end it before the time limit does; nothing if there is none."""
+    lines = [*(f"module load {shlex.quote(module)}" for module in profile.modules), *profile.setup]
+    around = {
+        "guard": fill(_template("guard.sh"), lead).rstrip(),
+        "begin_setup": 'echo "$BASHPID" >"$run/.setup"',
+        "end_setup": 'rm -f "$run/.setup"',
+        "start_guard": "guard &\nguard=$!\ndisown",
+        "stop_guard": 'kill "$guard" 2>/dev/null\n[ $rc != 140 ] || what="time limit during the setup"',
+    }
+    return {"setup": _lines(lines)} | (around if lines else dict.fromkeys(around, ""))
 
 
 def fill(template: str, parts: Mapping[str, str]) -> str:

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,21 @@ _GPUS = re.compile(r"\bgpu(?::[^:,()]+)?:(\d+)(?=[,(]|$)")
 _MISSING = ("", "(null)", "None", "Unknown", "None assigned")
 _SACCT_FIELDS = ("JobID", "State", "ExitCode", "Reason", "NodeList", "Start")
 _DEFAULT_MAX_ARRAY_SIZE = 1001
+_DIRECTIVE = re.compile(r"^#SBATCH --([a-z-]+)", re.MULTILINE)
+_OTHER_NAMES = {
+    "timelimit": "time",
+    "array_inx": "array",
+    "mem_per_node": "mem",
+    "mem_per_cpu": "mem",
+    "mem_per_gpu": "mem",
+    "no_requeue": "requeue",
+    "requeue": "no_requeue",
+    "gres": "gpus_per_node",
+    "gpus": "gpus_per_node",
+}
+"""Variables of sbatch, less their prefix, and the option that they name or contradict."""
+_OF_THE_CLUSTER = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_CONF_SERVER")
+"""Variables that say which Slurm is meant; all others of that prefix are an allocation's."""
 _ORDER_PATIENCE = 10
 """An order is waited for so many times as long as an answer: one that is given up may have been carried out."""
 
@@ -61,6 +77,8 @@ class Partition:
     name: str
     nodes: int
     gpus_per_node: int
+    max_time: str = "infinite"
+    """Longest time limit that it allows, as Slurm writes it."""
 
 
 class _CannotAsk(Exception):
@@ -101,12 +119,13 @@ class Slurm:
         return self._answers[number]
 
     def submit(self, script: Path, *options: str) -> str:
-        """Submit a script, and return the number of the job.
+        """Submit a script, and return the number of the job. What the script says counts, not the environment.
 
         Raises:
             LaunchError: If it is refused, or there is no Slurm.
         """
-        return self._told("sbatch", "--parsable", *options, str(script)).strip().partition(";")[0]
+        environ = submitted_environ(os.environ, _text(script))
+        return self._told("sbatch", "--parsable", *options, str(script), environ=environ).strip().partition(";")[0]
 
     def expected_start(self, script: Path, *options: str) -> str:
         """Return what Slurm says of when and where a script would start; it is not submitted.
@@ -114,7 +133,8 @@ class Slurm:
         Raises:
             LaunchError: If it would be refused, or Slurm cannot be asked.
         """
-        done = self._run("sbatch", "--test-only", *options, str(script))
+        environ = submitted_environ(os.environ, _text(script))
+        done = self._run("sbatch", "--test-only", *options, str(script), environ=environ)
         if done.returncode:
             raise _refusal("sbatch", done)
         return re.sub(r"^sbatch: Job \d+ ", "", done.stderr.strip())
@@ -146,17 +166,29 @@ class Slurm:
     def partitions(self) -> list[Partition] | None:
         """Return the cluster's partitions, hidden ones too, the default one first; None where Slurm cannot be asked."""
         try:
-            lines = self._asked("sinfo", "--all", "-h", "-o", "%P|%D|%G").stdout.splitlines()
+            lines = self._asked("sinfo", "--all", "-h", "-o", "%P|%D|%G|%l").stdout.splitlines()
         except _CannotAsk:
             return None
-        nodes, gpus, default = Counter[str](), Counter[str](), ""
-        for marked, count, gres in (line.split("|") for line in lines):
+        nodes, gpus, default, times = Counter[str](), Counter[str](), "", {}
+        for marked, count, gres, max_time in (line.split("|") for line in lines):
             name = marked.removesuffix("*")
-            default = name if name != marked else default
+            default, times[name] = name if name != marked else default, max_time
             nodes[name] += int(count)
             gpus[name] = max(gpus[name], sum(int(found) for found in _GPUS.findall(gres)))
         names = sorted(nodes, key=lambda name: name != default)
-        return [Partition(name, nodes[name], gpus[name]) for name in names]
+        return [Partition(name, nodes[name], gpus[name], times[name]) for name in names]
+
+    def has_ranks(self, id: str) -> bool:
+        """Look whether a running job has a step, to which signals go; the setup of a batch script is none.
+
+        Raises:
+            LaunchError: If Slurm cannot be asked.
+        """
+        try:
+            steps = self._asked("squeue", "--steps", "-h", "-j", id, "-o", "%i").stdout.split()
+        except _CannotAsk as error:
+            raise LaunchError(str(error), "try again later") from None
+        return any(step.rpartition(".")[2].isdigit() for step in steps)
 
     def _controller(self, number: str) -> list[SlurmJob]:
         """Ask slurmctld; nothing if it has forgotten the job or cannot be asked."""
@@ -196,10 +228,10 @@ class Slurm:
         self._unreachable[name] = reason
         raise _CannotAsk(reason)
 
-    def _told(self, *command: str) -> str:
+    def _told(self, *command: str, environ: Mapping[str, str] = os.environ) -> str:
         """Run a command that changes something; answers kept until now count no more."""
         try:
-            done = self._run(*command, timeout_s=_ORDER_PATIENCE * self._timeout_s)
+            done = self._run(*command, environ=environ, timeout_s=_ORDER_PATIENCE * self._timeout_s)
         except _NoAnswer as error:
             hint = "look with `squeue --me` whether it was carried out all the same"
             raise LaunchError(error.message, hint) from None
@@ -209,10 +241,12 @@ class Slurm:
             raise _refusal(command[0], done)
         return done.stdout
 
-    def _run(self, *command: str, timeout_s: float | None = None) -> subprocess.CompletedProcess[str]:
+    def _run(
+        self, *command: str, environ: Mapping[str, str] = os.environ, timeout_s: float | None = None
+    ) -> subprocess.CompletedProcess[str]:
         timeout_s = timeout_s or self._timeout_s
         # Long lists of elements end in "..." unless told otherwise; times and messages must not depend on a locale.
-        environ = {**os.environ, "SLURM_BITSTR_LEN": "0", "SLURM_TIME_FORMAT": "standard", "LC_ALL": "C"}
+        environ = {**environ, "SLURM_BITSTR_LEN": "0", "SLURM_TIME_FORMAT": "standard", "LC_ALL": "C"}
         try:
             return subprocess.run(
                 command, capture_output=True, text=True, env=environ, timeout=timeout_s, stdin=subprocess.DEVNULL
@@ -225,6 +259,27 @@ class Slurm:
             raise LaunchError(f"cannot run {command[0]}: {error.strerror}") from error
 
 
+def submitted_environ(environ: Mapping[str, str], script: str) -> dict[str, str]:
+    """Return the environment that sbatch gets: without what would beat the script, or reach its steps from elsewhere.
+
+    Variables of sbatch count more than a script's own lines, and the job inherits those of an allocation in which it is
+    submitted. Variables of sbatch about what the script leaves open stay.
+
+    Args:
+        environ: Environment of this process.
+        script: Text of the batch script.
+    """
+    said = {option.replace("-", "_") for option in _DIRECTIVE.findall(script)}
+    said |= {variable for variable, option in _OTHER_NAMES.items() if option in said}
+
+    def stays(name: str) -> bool:
+        if name.startswith("SBATCH_"):
+            return name.removeprefix("SBATCH_").lower() not in said
+        return not name.startswith("SLURM_") or name in _OF_THE_CLUSTER
+
+    return {name: value for name, value in environ.items() if stays(name)}
+
+
 def elements_of(text: str) -> list[int]:
     """Return the indices that Slurm writes as `0,2-8:2%3`."""
     numbers: list[int] = []
@@ -233,6 +288,13 @@ def elements_of(text: str) -> list[int]:
             first, last, stride = int(match[1]), int(match[2] or match[1]), int(match[3] or 1)
             numbers += range(first, last + 1, stride)
     return numbers
+
+
+def _text(script: Path) -> str:
+    try:
+        return script.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""  # sbatch says why it cannot be read
 
 
 def _parse_job(line: str) -> list[SlurmJob]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hopescale.config.record import CONFIG, PLAN
 from hopescale.launch.ledger import JOBS, LedgerEntry, entries
 from hopescale.launch.scheduler import GONE, UNKNOWN, Slurm, SlurmJob
 from hopescale.observe import run_status as table
-from hopescale.observe.run_status import RunStatus, Word, read_status
+from hopescale.observe.run_status import BAD_NODES, RunStatus, Word, read_status
 
 _WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT")
 _NOT_SEARCHED = ("checkpoints", "code", "logs", "tb", "exports", "evals", "elements")
@@ -38,6 +38,8 @@ def run_status(folder: Path, slurm: Slurm) -> JobStatus:
         return None if job is None else _word(job)
 
     status = read_status(folder, ask)
+    if status.state == table.WAITING and (bad := _bad_nodes(folder)):
+        status = replace(status, reason="; ".join(filter(None, (status.reason, f"without bad nodes {', '.join(bad)}"))))
     return JobStatus(**vars(status), job=job, entry=entry)
 
 
@@ -55,6 +57,14 @@ def find_runs(root: Path) -> list[Path]:
 def elements_of_array(folder: Path) -> dict[str, Path]:
     """Return the run folders of the arrays that were submitted from a folder, by name; empty for a run."""
     return {name: Path(run) for entry in entries(folder) for name, run in entry.elements}
+
+
+def _bad_nodes(folder: Path) -> list[str]:
+    """Return the nodes that the run leaves out: with too few others, its job waits for ever."""
+    try:
+        return sorted(set((folder / BAD_NODES).read_text(encoding="utf-8", errors="replace").split()))
+    except OSError:
+        return []
 
 
 def _current(known: Sequence[LedgerEntry], slurm: Slurm) -> tuple[LedgerEntry | None, SlurmJob | None]:

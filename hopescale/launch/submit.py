@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from math import inf
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -15,7 +16,7 @@ from hopescale.config.load import LoadedConfig, load_resolved
 from hopescale.config.record import CONFIG, write_record
 from hopescale.config.show import identity_problems
 from hopescale.launch.ledger import LedgerEntry, entries, forget_outcome, note, now
-from hopescale.launch.profile import seconds_of
+from hopescale.launch.profile import placeholders, seconds_of
 from hopescale.launch.sbatch import BatchJob, render
 from hopescale.launch.scheduler import Slurm
 from hopescale.launch.snapshot import take_snapshot
@@ -35,8 +36,7 @@ def check_job(job: BatchJob, loaded: LoadedConfig, slurm: Slurm) -> None:
             another run.
         LaunchError: If the run folder is in use, cannot be written, or holds files of somebody else's.
     """
-    if problems := [*_time_problems(job), *_cluster_problems(job, slurm)]:
-        raise ConfigError(problems)
+    check_cluster(job, slurm)
     _check_folder(job.run_dir)
     for entry in entries(job.run_dir):
         if slurm.job(id := entry.job).live:
@@ -46,6 +46,17 @@ def check_job(job: BatchJob, loaded: LoadedConfig, slurm: Slurm) -> None:
         before = load_resolved(job.run_dir / CONFIG)
         if problems := identity_problems(before, loaded.config):
             raise ConfigError(problems)
+
+
+def check_cluster(job: BatchJob, slurm: Slurm) -> None:
+    """Refuse a job that the cluster would refuse, or let wait for ever.
+
+    Raises:
+        ConfigError: If the profile leaves values to whoever copies it, the cluster has no such partition, nodes or
+            GPUs, or the time is too short or too long.
+    """
+    if problems := [*placeholders(job.profile), *_time_problems(job), *_cluster_problems(job, slurm)]:
+        raise ConfigError(problems)
 
 
 def write_run(job: BatchJob, loaded: LoadedConfig, layout: Layout, overrides: Sequence[str]) -> Path:
@@ -133,6 +144,11 @@ def _cluster_problems(job: BatchJob, slurm: Slurm) -> Iterator[Problem]:
     if job.nodes > largest.nodes:
         message = f"{job.nodes}, but partition {largest.name} has {largest.nodes}"
         yield Problem("--nodes", message, hint="the job would wait for ever")
+    limit, longest = job.time or profile.time, [known[name].max_time for name in wanted]
+    seconds, most = seconds_of(limit or ""), max((seconds_of(time) or inf for time in longest), default=inf)
+    if seconds is not None and seconds > most:
+        message = f"{limit}, but the most that partition {' or '.join(wanted)} allows is {' or '.join(longest)}"
+        yield Problem("--time", message, hint="the job would wait for ever")
 
 
 def _check_folder(folder: Path) -> None:

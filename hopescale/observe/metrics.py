@@ -138,13 +138,16 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def read_last(path: Path, num_bytes: int = 2**18) -> list[dict[str, Any]]:
-    """Read the records in the last bytes of a file, oldest first; none if it is missing. Torn lines are left out."""
+    """Read the records in the last bytes of a file, oldest first; none if it cannot be read, as when it is missing.
+
+    Torn lines are left out.
+    """
     try:
         with path.open("rb") as file:
             start = max(0, file.seek(0, os.SEEK_END) - num_bytes)
             file.seek(start)
             lines = file.readlines()
-    except FileNotFoundError:
+    except OSError:
         return []
     return [record for line in lines[1 if start else 0 :] if (record := _parse(line)) is not None]
 

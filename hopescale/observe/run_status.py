@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ ENDED = "ended"
 
 OUTCOME = "outcome"
 """File in a run folder with the last word of the run, or of the batch script that gave it up."""
+
+BAD_NODES = "bad_nodes"
+"""File in a run folder with the names of nodes that the run does not start on again, one a line."""
 
 _WORDS = {
     re.compile(r"done at step (\d+) of \1$"): DONE,
@@ -94,9 +98,9 @@ def read_status(folder: Path, ask: Callable[[], Word | None]) -> RunStatus:
     state, reason = _state(folder, outcome, ask, failures[-1:])
 
     def last(name: str) -> Any:
-        return next((record[name] for record in reversed(records) if record.get(name) is not None), None)
+        return next((record[name] for record in reversed(records) if _is_number(record.get(name))), None)
 
-    sequences, batch = plan.get("total_sequences"), plan.get("global_batch_size")
+    sequences, batch, *split = (_count(plan, key) for key in ("total_sequences", "global_batch_size", "dp", "tp", "pp"))
     steps = sequences // batch if sequences and batch else None
     step, seconds, tps = last("step"), last("time/step_s"), last("tps")
     left = None if None in (step, steps, seconds) or state != RUNNING else steps - step
@@ -108,7 +112,7 @@ def read_status(folder: Path, ask: Callable[[], Word | None]) -> RunStatus:
         steps=steps,
         tokens=last("tokens_seen"),
         loss=last("loss"),
-        tps=None if tps is None else tps * plan.get("dp", 1) * plan.get("tp", 1) * plan.get("pp", 1),
+        tps=None if tps is None else tps * prod(ranks or 1 for ranks in split),
         eta_s=None if left is None else left * seconds,
         checkpoint=checkpoint,
         records=records,
@@ -117,7 +121,7 @@ def read_status(folder: Path, ask: Callable[[], Word | None]) -> RunStatus:
 
 def is_locked(folder: Path) -> bool:
     """Look whether a process of this machine, or of one that shares its locks, trains in a run folder."""
-    with suppress(FileNotFoundError, PermissionError), (folder / ".lock").open("r+") as lock:
+    with suppress(OSError), (folder / ".lock").open("r+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -142,6 +146,15 @@ def _state(folder: Path, outcome: str, ask: Callable[[], Word | None], failure: 
     if word.state in (ENDED, FAILED):
         return FAILED, "; ".join([*filter(None, [word.reason]), *failure]) or None
     return word.state, word.reason
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _count(content: dict[str, Any], key: str) -> int | None:
+    value = content.get(key)
+    return value if isinstance(value, int) and value > 0 else None
 
 
 def _read_text(path: Path) -> str:

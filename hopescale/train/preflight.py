@@ -18,14 +18,13 @@ from hopescale.common.disk import replace_text
 from hopescale.common.errors import LaunchError
 from hopescale.common.rank_info import RankInfo
 from hopescale.common.units import format_bytes
+from hopescale.observe.run_status import BAD_NODES
 from hopescale.parallel import process
 from hopescale.parallel.bandwidth import LinkTimes, measure
 from hopescale.parallel.device import choose_device, own_device
 from hopescale.parallel.init_distributed import what_runs
 from hopescale.parallel.store_exchange import StoreExchange
 
-BAD_NODES = "bad_nodes"
-"""File of a run folder with the names of nodes that the run does not start on again, one a line."""
 SLOW = 5.0
 """A node is slow if an exchange takes so many times what it takes the median of nodes."""
 

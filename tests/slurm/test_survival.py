@@ -78,7 +78,8 @@ def test_runs_survive(slurm: Cluster, tmp_path: Path, profile):
         chain: profile("chain", here),
         torchrun: profile("torchrun", "launcher: torchrun", here),
         cancelled: profile("cancelled", here),
-        lasting_failure: profile("lasting", "ranks_per_node: 1", "max_failures: 1", here),
+        lasting_failure: profile("lasting", "ranks_per_node: 1", here),
+        endless_setup: profile("setup", 'time: "1"', "max_failures: 0", 'setup: ["sleep 600"]', here),
     }
 
     def one_after_another() -> None:
@@ -206,11 +207,17 @@ def cancelled(slurm: Cluster, folder: Path, profile: Path) -> None:
 
 
 def lasting_failure(slurm: Cluster, folder: Path, profile: Path) -> None:
-    """A failure is tried again as often as the profile says, and told with its own exit code."""
+    """What every start would meet is not tried again, and told with its own exit code."""
     scene = Scene(slurm, folder, profile, "data.sources.markov=null", "data.sources.main.path=nowhere", "parallel.tp=1")
     job = slurm.ended(scene.id)
-    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "3:0", "1"), scene.log()
-    failures = (scene.run / "failures").read_text().splitlines()
-    assert [line.startswith(f"none exit code 3, job {scene.id}") for line in failures] == [True, True]
-    assert (scene.run / "outcome").read_text().startswith("gave up: exit code 3, failure 2 ")
+    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "3:0", "0"), scene.log()
+    assert (scene.run / "outcome").read_text().startswith("gave up: exit code 3 before a step was done")
     assert "data error" in scene.log() and "gives up" in scene.log()
+
+
+def endless_setup(slurm: Cluster, folder: Path, profile: Path) -> None:
+    """Slurm's signal reaches no setup; a start that is still in it before the limit is a failure."""
+    scene = Scene(slurm, folder, profile)
+    job = slurm.ended(scene.id)
+    assert (job["JobState"], job["Restarts"]) == ("FAILED", "0"), scene.log()
+    assert (scene.run / "outcome").read_text().startswith("gave up: time limit during the setup, failure 1 ")

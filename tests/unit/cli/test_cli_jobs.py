@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from shutil import copytree
 
 import pytest
 
@@ -108,7 +109,54 @@ def test_cancel(hopescale, fake, run):
     assert code == 5 and "there is no run folder runs/zzz" in out
 
 
+DAMAGE = {
+    "jobs.jsonl": ['{"job": null}', "[]", "3", '{"job": "7", "elements": 3}', "\x00", None],
+    "plan.json": ["[]", '{"total_sequences": "many", "global_batch_size": 8}', '{"dp": {}, "tp": "x", "pp": -1}'],
+    "metrics.jsonl": ["7", '{"loss": "low", "step": [1], "tps": {}, "time/step_s": true}', None],
+    "outcome": ["", "\x00\x01", None],
+    "failures": [None],
+    ".lock": [None],
+    "checkpoints": ["a file"],
+}
+"""What may stand in a file of a run folder that something has damaged; None is a folder in its place."""
+
+
+def test_a_damaged_folder_ends_no_list(hopescale, fake, run):
+    count = 0
+    for name, contents in DAMAGE.items():
+        for text in contents:
+            count += 1
+            copytree(run, damaged := run.parent / f"damaged{count}")
+            (damaged / name).unlink(missing_ok=True)
+            (damaged / name).mkdir() if text is None else (damaged / name).write_text(text)
+    (run.parent / "loop").symlink_to(run.parent / "loop")
+    code, out = hopescale("jobs", "list")
+    assert code == 0 and len(out.splitlines()) == 2 + count
+    assert [line.split()[:2] for line in out.splitlines() if "runs/a " in line] == [["runs/a", "running"]]
+
+
+def test_a_copied_folder_cancels_nothing(hopescale, fake, run):
+    copytree(run, run.parent / "b")
+    for order in ("cancel", "requeue", "logs"):
+        code, out = hopescale("jobs", order, "runs/b")
+        assert code == 5 and f"runs/b is a copy of {run}" in out
+    assert fake.calls("scancel") == []
+
+
+def test_bad_nodes_are_told_of_a_job_that_waits(hopescale, fake, run):
+    (run / "bad_nodes").write_text("n2\nn1\nn2\n")
+    fake.answer("scontrol", record("7", "PENDING", Reason="Resources"))
+    assert "Resources; without bad nodes n1, n2" in hopescale("jobs", "status", run)[1]
+
+
+def test_a_job_in_its_setup_cannot_be_told_to_save(hopescale, fake, run):
+    fake.answer("squeue", "7.batch\n7.extern")
+    code, out = hopescale("jobs", "requeue", run)
+    assert code == 5 and "job 7 has not started its ranks yet" in out and fake.calls("scancel") == []
+
+
 def test_requeue(hopescale, fake, run):
+    fake.answer("squeue", "7.batch\n7.0")
     code, out = hopescale("jobs", "requeue", run)
     assert code == 0 and "save and stop" in out and fake.calls("scancel") == ["--signal=USR1 7"]
     fake.answer("scontrol", record("7", "PENDING", Reason="Resources"))

@@ -285,6 +285,45 @@ def test_being_told_to_stop_long_before_the_limit_is_no_failure(job: BatchJob, p
     assert requeued(slurm) == 1 and not (job.run_dir / "failures").exists()
 
 
+@pytest.mark.parametrize(("code", "newer"), [(2, ""), (2, "step-00000010"), (3, "")])
+def test_what_another_start_would_repeat_is_not_started_again(job: BatchJob, play, slurm: FakeSlurm, code, newer):
+    assert play(code, checkpoint=newer)[0] == code
+    assert requeued(slurm) == 0
+    assert (job.run_dir / "outcome").read_text().startswith(f"gave up: exit code {code}")
+
+
+def test_data_that_fails_on_the_way_is_tried_again(play, slurm: FakeSlurm):
+    assert play(3, checkpoint="step-00000010")[0] == 3 and requeued(slurm) == 1
+
+
+def test_ranks_know_nothing_of_the_job_that_submitted_theirs(job: BatchJob, play, slurm: FakeSlurm):
+    slurm.answer("srun")
+    with (slurm.folder / "srun").open("r+") as script:
+        lines = script.read().splitlines()
+        lines.insert(1, f"env > '{job.run_dir}/seen'")
+        script.seek(0)
+        script.write("\n".join(lines) + "\n")
+    path = f"{slurm.folder}{os.pathsep}{os.environ['PATH']}"
+    environ = {"PATH": path, "SLURM_JOB_ID": "7", "RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "x", "KEPT": "1"}
+    subprocess.run(["bash", "-s"], input=render(job), env=environ, cwd=job.work_dir, text=True, check=False)
+    seen = {line.partition("=")[0] for line in (job.run_dir / "seen").read_text().splitlines()}
+    assert "KEPT" in seen and not seen & {"RANK", "WORLD_SIZE", "MASTER_ADDR"}
+
+
+def test_a_setup_that_outlasts_the_limit_is_ended_before_it_and_counted(job: BatchJob, play, slurm: FakeSlurm):
+    slurm.answer("scontrol", "JobId=7 RunTime=00:00:00 TimeLimit=00:03:00 TimeMin=N/A")
+    long = replace(job, profile=replace(CPUS, setup=("export BEGUN=1", "/bin/sleep 60")))
+    assert play(0, DONE, job=long, error="User defined signal 2")[0] == 140
+    assert (job.run_dir / "failures").read_text().startswith("none time limit during the setup, job 7, ")
+    assert slurm.calls("srun") == [] and requeued(slurm) == 1
+
+
+def test_a_full_disk_leaves_no_empty_outcome(job: BatchJob, play, slurm: FakeSlurm):
+    (job.run_dir / ".tmp-outcome").symlink_to("/dev/full")
+    assert play(6, error="No space left on device")[0] == 6
+    assert not (job.run_dir / "outcome").exists()
+
+
 def test_a_failure_that_cannot_be_noted_is_the_last(job: BatchJob, play, slurm: FakeSlurm):
     (job.run_dir / "failures").mkdir()  # as on a full disk: it would be counted as none, and tried again for ever
     code, said = play(1, start=1, error="failures: Is a directory")

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from hopescale.common.errors import LaunchError
-from hopescale.launch.scheduler import GONE, UNKNOWN, Slurm, SlurmJob, elements_of
+from hopescale.launch.scheduler import GONE, UNKNOWN, Slurm, SlurmJob, elements_of, submitted_environ
 from tests.support.fake_slurm import CONTROLLER_DOWN, NO_ACCOUNTING, NOT_KNOWN, record
 
 
@@ -122,6 +122,14 @@ def test_submitting(fake, tmp_path):
     fake.answer("sbatch", error=error, code=1)
     with pytest.raises(LaunchError, match="invalid partition specified: nope.*submission failed"):
         Slurm().submit(tmp_path / "x.sbatch")
+
+
+def test_the_environment_does_not_beat_the_script():
+    script = "#!/bin/bash\n#SBATCH --time=10\n#SBATCH --mem=0\n#SBATCH --requeue\n#SBATCH --gpus-per-node=8\n"
+    beats = ("SBATCH_TIMELIMIT", "SBATCH_NO_REQUEUE", "SBATCH_REQUEUE", "SBATCH_GPUS_PER_NODE", "SBATCH_MEM_PER_CPU")
+    beats += ("SLURM_MEM_PER_CPU", "SLURM_JOB_ID", "SLURM_NTASKS")
+    stays = ("SBATCH_ACCOUNT", "SBATCH_PARTITION", "SLURM_CONF", "HOME", "RANK")
+    assert sorted(submitted_environ(dict.fromkeys(beats + stays, "1"), script)) == sorted(stays)
 
 
 def test_the_start_that_is_expected(fake, tmp_path):

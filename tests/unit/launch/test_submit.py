@@ -5,15 +5,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from shutil import copytree
 
 import pytest
 
 from hopescale.cli.app import main
 from hopescale.config.load import load_recipe
+from hopescale.launch.ledger import copied_from, entries, submitting
 from hopescale.train.folder import RunFolder
 from tests.support.fake_slurm import FakeSlurm, record
 
-PARTITIONS = "cpu*|3|(null)\ngpu|2|gpu:4(S:0-1)\ngpu|1|gpu:h100:6(S:0,1),gpu:1g.5gb:2,nvme:1"
+PARTITIONS = "cpu*|3|(null)|1:00:00\ngpu|2|gpu:4(S:0-1)|infinite\ngpu|1|gpu:h100:6(S:0,1),gpu:1g.5gb:2,nvme:1|infinite"
 PROFILE = 'gpus_per_node: 0\nranks_per_node: 2\ntime: "10"\n'
 
 
@@ -58,12 +60,20 @@ def test_a_job_is_submitted_with_all_it_needs(slurm: FakeSlurm, submit, tmp_path
     assert (code, out, err) == (0, "job 4219, log runs/debug/logs/4219.log\n", "")
     run = tmp_path / "runs" / "debug"
     named = {"config.yaml", "overrides.txt", "origins.json", "plan.json", "env.txt", "code", "logs", "jobs.jsonl"}
-    assert content(run) == named | {"submit.sbatch"}
+    assert content(run) == named | {"submit.sbatch", ".submit"}
     assert slurm.calls("sbatch") == [f"--parsable {run}/submit.sbatch"]
     (line,) = map(json.loads, (run / "jobs.jsonl").read_text().splitlines())
     assert line.pop("submitted").startswith("20")
     log = str(run / "logs" / "4219.log")
-    expected = {"job": "4219", "cluster": "mine", "nodes": 2, "ranks": 4, "script": "submit.sbatch", "log": log}
+    expected = {
+        "job": "4219",
+        "cluster": "mine",
+        "nodes": 2,
+        "ranks": 4,
+        "script": "submit.sbatch",
+        "log": log,
+        "folder": str(run),
+    }
     assert line == expected
     script = (run / "submit.sbatch").read_text()
     for text in (
@@ -155,6 +165,8 @@ main(["submit", "debug", "--cluster", "test", "--dry-run"])
         (PROFILE, ["--nodes", "2", "parallel.pp=3", "model.num_layers=3"], "does not divide 4"),
         (PROFILE, ["--time", "3"], "3 is 180 s, but the run is told to stop signal_lead_s=180 s before its end"),
         (PROFILE, ["--time", "soon"], "'soon' is no time limit"),
+        (PROFILE, ["--time", "1:00:01"], "1:00:01, but the most that partition cpu allows is 1:00:00"),
+        (PROFILE + "account: YOUR_ACCOUNT\n", [], "account: YOUR_ACCOUNT stands for a value of yours"),
     ],
 )
 def test_what_the_cluster_cannot_run_is_refused(slurm: FakeSlurm, submit, text, args, message):
@@ -169,6 +181,34 @@ def test_one_of_several_partitions_is_enough(slurm: FakeSlurm, submit):
     assert slurm.calls("sinfo")[0].startswith("--all ")  # hidden ones too
     code, _, err = submit(*args, profile=profile("partition: cpu,tpu\ngpus_per_node: 8\n"))
     assert code == 2 and "tpu is not on this cluster" in err
+
+
+def test_the_longest_limit_of_several_partitions_counts(slurm: FakeSlurm, submit):
+    args = ("train.global_batch_tokens=8Ki", "--dry-run", "--time", "2:00:00")
+    assert submit(*args, profile=profile("partition: cpu,gpu\ngpus_per_node: 8\n"))[0] == 0
+
+
+def test_one_of_two_that_submit_a_run_at_once_is_refused(slurm: FakeSlurm, submit, tmp_path: Path):
+    with submitting(tmp_path / "runs" / "debug"):
+        code, _, err = submit()
+    assert code == 5 and "another process is submitting" in err and slurm.calls("sbatch") == []
+    assert content(tmp_path / "runs" / "debug") == {".submit"}
+    assert submit()[0] == 0
+
+
+def test_a_copy_of_a_run_has_no_jobs_of_its_own(slurm: FakeSlurm, submit, tmp_path: Path):
+    submit()
+    runs = tmp_path / "runs"
+    copytree(runs / "debug", runs / "copy")
+    slurm.answer("scontrol", record("4219", "RUNNING"))
+    assert [entry.job for entry in entries(runs / "debug")] == ["4219"]
+    assert entries(runs / "copy") == [] and copied_from(runs / "copy") == str(runs / "debug")
+    assert submit("--run-dir", "runs/copy")[0] == 0
+    assert [len(entries(runs / name)) for name in ("debug", "copy")] == [1, 1]
+    (runs / "copy").rename(runs / "moved")
+    assert len(entries(runs / "moved")) == 1
+    (runs / "same").symlink_to(runs / "debug")
+    assert len(entries(runs / "same")) == 1
 
 
 def test_a_cluster_that_cannot_be_asked_is_not_asked(slurm: FakeSlurm, submit):
