@@ -21,7 +21,10 @@ def batch_is_whole_micro_batches(config: RunConfig, origins: Origins) -> Iterato
             factors = f"{train.seq_len} * {train.micro_batch_size} * {dp}"
             product = f"seq_len * micro_batch_size * parallel.dp = {factors} = {unit}"
         near = [str(count) for count in (tokens // unit * unit, tokens // unit * unit + unit) if count]
-        hint = f"nearest: {' and '.join(near)}"
+        rows, rest = divmod(tokens, train.seq_len * dp)
+        smaller = next((size for size in range(train.micro_batch_size, 0, -1) if rest == 0 and rows % size == 0), 0)
+        hint = f"train.micro_batch_size={smaller} divides it; otherwise " if smaller else ""
+        hint += f"nearest: {' and '.join(near)}"
         yield Problem("train.global_batch_tokens", f"{tokens} is not a multiple of {product}", hint=hint)
 
 

@@ -202,6 +202,8 @@ def test_the_nearest_batch_sizes_are_offered(recipe):
     assert problem.hint == "nearest: 64 and 128"
     (problem,) = problems_of(recipe, "train.global_batch_tokens=10")
     assert problem.hint == "nearest: 64"
+    (problem,) = problems_of(recipe, "train.micro_batch_size=6", "train.global_batch_tokens=640")
+    assert problem.hint.startswith("train.micro_batch_size=5 divides it; otherwise nearest: ")
 
 
 def test_require_valid_raises_all(recipe):
