@@ -97,8 +97,9 @@ def _memories(mixer: SelfModifyingConfig) -> Iterator[Problem]:
     if mixer.error_cap is not None and mixer.objective != "l2":
         message = f"{mixer.error_cap:g} has no effect: objective is {mixer.objective}"
         yield Problem("error_cap", message, hint="leave it null, or set objective to l2")
-    for name, switch in {"mu_init": "momentum", "alpha_init": "retention"}.items():
-        if not getattr(mixer, switch) and getattr(mixer, name) != getattr(SelfModifyingConfig(), name):
+    switches = {"mu_init": "momentum", "momentum_write": "momentum", "alpha_init": "retention"}
+    for name, switch in switches.items():
+        if not getattr(mixer, switch) and getattr(mixer, name) != getattr(type(mixer)(), name):
             hint = f"leave it out, or turn {switch} on"
             yield Problem(name, f"has no effect: {switch} is off", hint=hint)
 

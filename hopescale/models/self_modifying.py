@@ -142,6 +142,7 @@ class SelfModifying(nn.Module):
             eta_max=config.eta_max,
             read=config.read,
             projection_chunk_size=config.projection_chunk_size,
+            momentum_write=config.momentum_write,
         )
 
     def initial_state(self, batch: int) -> LayerState:

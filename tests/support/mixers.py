@@ -10,7 +10,7 @@ MIXERS: dict[str, list[str]] = {
     "plain gradient descent": ["model.mixers.hope.inner_rule=gd"],
     "no momentum": ["model.mixers.hope.momentum=false"],
     "boundary, dot": ["model.mixers.hope={read: boundary, objective: dot}"],
-    "titans": ["model.mixers.hope={adaptive: [], targets: value, inner_rule: gd}"],
+    "titans": ["model.mixers.hope={adaptive: [], targets: value, inner_rule: gd, momentum_write: whole}"],
     "two banks": ["model.mixers.hope={adaptive: [k, eta], query: memory, gate: true, projection_chunk_size: 32}"],
     "deltanet": [
         "model.mixers.hope={memory: linear, adaptive: [], targets: value, objective: dot, momentum: false, "

@@ -106,6 +106,7 @@ BROKEN = [
     ([f"{PROJECTION}=96"], PROJECTION, "not a multiple of chunk_size = 64"),
     ([f"{PROJECTION}=64", f"{MIXER}.adaptive=[]"], PROJECTION, "no projection is a memory"),
     ([f"{MIXER}.momentum=false", f"{MIXER}.mu_init=0.4"], f"{MIXER}.mu_init", "momentum is off"),
+    ([f"{MIXER}.momentum=false", f"{MIXER}.momentum_write=whole"], f"{MIXER}.momentum_write", "momentum is off"),
     ([f"{MIXER}={{retention: false, adaptive: [k], alpha_init: 0.4}}"], f"{MIXER}.alpha_init", "retention is off"),
     ([f"{MIXER}.objective=dot", f"{MIXER}.error_cap=1"], f"{MIXER}.error_cap", "objective is dot"),
     (["model.cms.levels.fast=null", f"{LEVEL}=null"], "model.cms.levels", "no level"),
