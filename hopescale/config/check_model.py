@@ -9,7 +9,15 @@ from hopescale.common.errors import Problem
 from hopescale.config.check_base import Check, Origins, leaves_rest
 from hopescale.config.linear_attention import linear_attention_problems
 from hopescale.config.model_shape import attention_mixers, head_dim, kv_heads, self_modifying_mixers
-from hopescale.config.schema import LinearAttentionConfig, RopeScalingConfig, RunConfig, SelfModifyingConfig, TttConfig
+from hopescale.config.schema import (
+    LinearAttentionConfig,
+    RopeScalingConfig,
+    RunConfig,
+    SelfModifyingConfig,
+    TitansConfig,
+    TttConfig,
+)
+from hopescale.config.titans import titans_problems
 from hopescale.config.ttt import ttt_problems
 
 SYNTHETIC_MARKERS = 2
@@ -118,6 +126,13 @@ def test_time_training(config: RunConfig, origins: Origins) -> Iterator[Problem]
             yield from ttt_problems(config.model, mixer, f"model.mixers.{name}")
 
 
+def titans(config: RunConfig, origins: Origins) -> Iterator[Problem]:
+    """A memory, attention and persistent tokens go together."""
+    for name, mixer in config.model.mixers.items():
+        if isinstance(mixer, TitansConfig) and config.model.num_heads > 0:
+            yield from titans_problems(config.model, mixer, f"model.mixers.{name}")
+
+
 def memories_grow_alike(config: RunConfig, origins: Origins) -> Iterator[Problem]:
     """With `model.transfer` all hidden widths of memories grow with the head dim, or none does."""
     mixers = {name: mixer for name, mixer in self_modifying_mixers(config.model).items() if mixer.memory == "mlp"}
@@ -186,6 +201,7 @@ CHECKS: tuple[Check, ...] = (
     memories,
     linear_attention,
     test_time_training,
+    titans,
     memories_grow_alike,
     documents_matter,
     levels,

@@ -12,7 +12,7 @@ from hopescale.config.schema.ranges import Count, Fraction, NumberRange, Positiv
 class MixerConfig:
     """A mixer of any kind. Keys that kinds share by name have one type."""
 
-    kind: Literal["self_modifying", "attention", "linear_attention", "ttt"] = "self_modifying"
+    kind: Literal["self_modifying", "attention", "linear_attention", "titans", "ttt"] = "self_modifying"
     """What mixes tokens; the other keys of a mixer are those of its kind."""
 
 
