@@ -22,5 +22,12 @@ MIXERS: dict[str, list[str]] = {
         "model.mixers.local={kind: attention, num_kv_heads: 1, window: 48}",
         "model.pattern=[hope, local]",
     ],
+    "mac": ["model.mixers.hope.kind=titans", "model.mixers.hope={persistent_tokens: 5}"],
+    "mag": ["model.mixers.hope.kind=titans", "model.mixers.hope={composition: mag, persistent_tokens: 5, window: 48}"],
+    "mag, all in sight": ["model.mixers.hope.kind=titans", "model.mixers.hope={composition: mag, memory: linear}"],
+    "mal": [
+        "model.mixers.hope.kind=titans",
+        "model.mixers.hope={composition: mal, persistent_tokens: 16, window: 48, gate: true}",
+    ],
     "sliding window": ["model.mixers.hope.kind=attention", "model.mixers.hope={num_kv_heads: 1, window: 48}"],
 }
