@@ -16,7 +16,7 @@ class Prefixed(NamedTuple):
     Attributes:
         tokens: Both `[T', B, N]`.
         documents: Documents of these; None takes a sequence for one.
-        places: Where each of the tokens without persistent ones lies in a row of all `[B * T]`; None has them last.
+        places: Places in a row of all, of the tokens without persistent ones `[B * T]`; None has them last.
     """
 
     tokens: Tensor
@@ -53,10 +53,10 @@ class _Plan(NamedTuple):
     """Where documents lie with persistent tokens before each, in a row of all tokens.
 
     Attributes:
-        first: As in `Documents`, of these tokens `[B, T']`.
-        bounds: As in `Documents`.
-        starts: First persistent token of each document.
-        places: Each of the other tokens.
+        first: Place in its row of the first token of each token's document `[B, T']`, as in `Documents`.
+        bounds: Bounds of the documents, as in `Documents`.
+        starts: Place of the first persistent token of each document.
+        places: Place of each of the other tokens.
     """
 
     first: Tensor
