@@ -9,7 +9,15 @@ from hopescale.common.errors import Problem
 from hopescale.config.check_base import Check, Origins, leaves_rest
 from hopescale.config.linear_attention import linear_attention_problems
 from hopescale.config.model_shape import attention_mixers, head_dim, kv_heads, self_modifying_mixers
-from hopescale.config.schema import LinearAttentionConfig, RopeScalingConfig, RunConfig, SelfModifyingConfig, TttConfig
+from hopescale.config.schema import (
+    LinearAttentionConfig,
+    RopeScalingConfig,
+    RunConfig,
+    SelfModifyingConfig,
+    TitansConfig,
+    TttConfig,
+)
+from hopescale.config.titans import titans_problems
 from hopescale.config.ttt import ttt_problems
 
 SYNTHETIC_MARKERS = 2
@@ -97,8 +105,9 @@ def _memories(mixer: SelfModifyingConfig) -> Iterator[Problem]:
     if mixer.error_cap is not None and mixer.objective != "l2":
         message = f"{mixer.error_cap:g} has no effect: objective is {mixer.objective}"
         yield Problem("error_cap", message, hint="leave it null, or set objective to l2")
-    for name, switch in {"mu_init": "momentum", "alpha_init": "retention"}.items():
-        if not getattr(mixer, switch) and getattr(mixer, name) != getattr(SelfModifyingConfig(), name):
+    switches = {"mu_init": "momentum", "momentum_write": "momentum", "alpha_init": "retention"}
+    for name, switch in switches.items():
+        if not getattr(mixer, switch) and getattr(mixer, name) != getattr(type(mixer)(), name):
             hint = f"leave it out, or turn {switch} on"
             yield Problem(name, f"has no effect: {switch} is off", hint=hint)
 
@@ -115,6 +124,13 @@ def test_time_training(config: RunConfig, origins: Origins) -> Iterator[Problem]
     for name, mixer in config.model.mixers.items():
         if isinstance(mixer, TttConfig) and config.model.num_heads > 0:
             yield from ttt_problems(config.model, mixer, f"model.mixers.{name}")
+
+
+def titans(config: RunConfig, origins: Origins) -> Iterator[Problem]:
+    """A memory, attention and persistent tokens go together."""
+    for name, mixer in config.model.mixers.items():
+        if isinstance(mixer, TitansConfig) and config.model.num_heads > 0:
+            yield from titans_problems(config.model, mixer, f"model.mixers.{name}")
 
 
 def memories_grow_alike(config: RunConfig, origins: Origins) -> Iterator[Problem]:
@@ -185,6 +201,7 @@ CHECKS: tuple[Check, ...] = (
     memories,
     linear_attention,
     test_time_training,
+    titans,
     memories_grow_alike,
     documents_matter,
     levels,

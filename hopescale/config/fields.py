@@ -104,10 +104,10 @@ def field_docs(section: type = RunConfig, prefix: str = "", kind: str = "") -> I
 
 
 def docstrings(section: type) -> dict[str, str]:
-    """Read the strings beneath a dataclass's fields from its source, on one line each."""
+    """Read the strings beneath a dataclass's fields from its source, on one line each; of inherited fields, too."""
+    found = docstrings(section.__base__) if is_dataclass(section.__base__) else {}
     (definition,) = ast.parse(textwrap.dedent(inspect.getsource(section))).body
     assert isinstance(definition, ast.ClassDef)
-    found = {}
     for field_node, doc_node in zip(definition.body, definition.body[1:], strict=False):
         if isinstance(field_node, ast.AnnAssign) and isinstance(doc_node, ast.Expr):
             assert isinstance(field_node.target, ast.Name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from hopescale.config.schema import AttentionConfig, LevelConfig, MixerConfig, ModelConfig, SelfModifyingConfig
+from hopescale.config.schema.titans import TitansConfig
 from hopescale.ops.limits import is_sequential
 
 VOCAB_MULTIPLE = 128
@@ -48,6 +49,13 @@ def self_modifying_mixers(model: ModelConfig) -> dict[str, SelfModifyingConfig]:
 def attention_mixers(model: ModelConfig) -> dict[str, AttentionConfig]:
     """Return the attention mixers by name."""
     return {name: mixer for name, mixer in model.mixers.items() if isinstance(mixer, AttentionConfig)}
+
+
+def sees_all(mixer: MixerConfig) -> bool:
+    """Tell whether a token sees all before it, so that what is carried grows with the tokens read."""
+    if isinstance(mixer, TitansConfig):
+        return mixer.window is None and mixer.composition != "mac"
+    return isinstance(mixer, AttentionConfig) and mixer.window is None
 
 
 def kv_heads(model: ModelConfig, mixer: AttentionConfig) -> int:

@@ -61,6 +61,7 @@ def model_card(manifest: Manifest, config: RunConfig, recipe: str, tokenizer: st
         "self_modifying": "self-modifying memories",
         "attention": "softmax attention",
         "linear_attention": "linear memories",
+        "titans": "memories with attention",
         "ttt": "memories of test-time training",
     }
     mixers = [mixer for mixer, _ in mixer_counts(config.model)]

@@ -13,7 +13,8 @@ from collections.abc import Collection, Mapping
 from hopescale.config.layout import Layout
 from hopescale.config.model_shape import mixer_of_block, padded_vocab_size
 from hopescale.config.plan import make_plan
-from hopescale.config.schema import RunConfig
+from hopescale.config.schema import MixerConfig, RunConfig
+from hopescale.config.schema.titans import TitansConfig
 from hopescale.config.schema.ttt import TttConfig
 from hopescale.cost.holdings import Holdings, gathers
 from hopescale.cost.parameter import FP32, ParameterShape, itemsize
@@ -105,20 +106,30 @@ class SentBytes:
             part = stream / self.layout.tp
             total += (first + last + blocks * (2 * sums + 1)) * part + FP32 * model.d_model * (last + blocks * sums)
             total += {"block": blocks * sums, "memory": blocks}.get(train.recompute, 0) * part
+            total -= sum(isinstance(mixer, TitansConfig) for mixer in self._mixers()) * part  # gathered once for all
         return total
+
+    def _mixers(self) -> list[MixerConfig]:
+        """Return the mixer of each block of the stage."""
+        return [mixer_of_block(self.config.model, number) for blocks in self.slices for number in blocks]
 
     def _within_mixers(self) -> int:
         """Count what mixers exchange for a micro batch between their maps in and out.
 
         Each rank applies a parameter that all hold to its heads alone, so its gradient is summed. TTT's norm over all
-        heads sums two numbers per token, and their gradients.
+        heads sums two numbers per token, and their gradients. Titans sums what its parts hand to one another; of MAL,
+        persistent tokens count once for each sequence.
         """
         model, train = self.config.model, self.config.train
         shared = sum(p.size for p in self.parameters if ".mixer." in p.name and p.split is None)
-        mixers = [mixer_of_block(model, number) for blocks in self.slices for number in blocks]
+        mixers = self._mixers()
         passes = 3 if train.recompute in ("block", "memory") else 2
         sums = 2 * passes * sum(isinstance(mixer, TttConfig) for mixer in mixers)
-        return FP32 * (shared + sums * train.seq_len * train.micro_batch_size)
+        titans = [mixer for mixer in mixers if isinstance(mixer, TitansConfig)]
+        handed = {"mac": 2 * train.seq_len, "mag": 0, "mal": train.seq_len}
+        rows = sum(handed[m.composition] + m.persistent_tokens * (m.composition == "mal") for m in titans)
+        between = passes * rows * train.micro_batch_size * model.d_model * itemsize(self.precision)
+        return FP32 * (shared + sums * train.seq_len * train.micro_batch_size) + between
 
     def _inputs(self) -> float:
         """Count the inputs of layers that tensor-parallel ranks gather for Gram matrices in a micro batch."""

@@ -21,6 +21,7 @@ from hopescale.cost.self_modifying import (
     self_modifying_mixing,
     self_modifying_parameters,
 )
+from hopescale.cost.titans import titans_activations, titans_maps, titans_mixing, titans_parameters
 from hopescale.cost.ttt import ttt_activations, ttt_maps, ttt_mixing, ttt_parameters
 
 
@@ -50,6 +51,7 @@ COSTS: dict[str, MixerCost] = {
     "self_modifying": MixerCost(
         self_modifying_parameters, self_modifying_maps, self_modifying_mixing, self_modifying_activations
     ),
+    "titans": MixerCost(titans_parameters, titans_maps, titans_mixing, titans_activations),
     "ttt": MixerCost(ttt_parameters, ttt_maps, ttt_mixing, ttt_activations),
 }
 """The counts of each kind."""

@@ -234,7 +234,7 @@ def _writes(mixer: SelfModifyingConfig, bank: _Bank, tokens: int) -> OpCost:
     """Count keys, values, and the inner gradient: first layers at keys and targets, and the way back through second."""
     own = mixer.targets == "self"
     cost = product((1 + own) * tokens, bank.dim, bank.outputs) + saved(2 * tokens * bank.dim * own)
-    spread = 1 + mixer.momentum + (mixer.error_cap is not None)
+    spread = 1 + _averages(mixer) + (mixer.error_cap is not None)
     # What enters a state is all that is left of values where there is no momentum; a map takes them as they are.
     erased = mixer.inner_rule == "dgd" and not mixer.momentum
     first_erased = erased and not is_moved_by_map(tokens, bank.dim, bank.outputs, momentum=False)
@@ -245,6 +245,11 @@ def _writes(mixer: SelfModifyingConfig, bank: _Bank, tokens: int) -> OpCost:
     cost += product(tokens, bank.hidden, out).times(1 + asks)
     hidden = tokens * bank.hidden * (bank.vectors + bank.gates) * (3 * (1 + own) + (asks and own) + 2)
     return cost + saved(hidden + tokens * (out * (spread + 1 - erased) + bank.outputs * (1 - first_erased)))
+
+
+def _averages(mixer: SelfModifyingConfig) -> bool:
+    """Whether writes are scaled before they enter the momentum."""
+    return mixer.momentum and mixer.momentum_write == "averaged"
 
 
 def _open(mixer: SelfModifyingConfig, tokens: int, width: int) -> OpCost:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hopescale.common.errors import ConfigError, DataError, HopescaleError
-from hopescale.config.model_shape import attention_mixers
+from hopescale.config.model_shape import sees_all
 from hopescale.config.schema import SourceConfig
 from hopescale.data.loader import Data, open_data
 from hopescale.engine.schedule import Loop
@@ -68,7 +68,7 @@ def _prepared(loaded: LoadedModel, request: EvalRequest) -> tuple[Data | None, d
 def context_of(loaded: LoadedModel, request: EvalRequest) -> int | None:
     """Return how many tokens are read at most before one that is predicted; None is all there are."""
     model = loaded.config.model
-    grows = any(mixer.window is None for mixer in attention_mixers(model).values())
+    grows = any(map(sees_all, model.mixers.values()))
     if request.context is None and grows:
         return loaded.config.train.seq_len
     return request.context

@@ -34,19 +34,22 @@ class Attention(nn.Module):
     Args:
         model: Sizes; the head dim `D` is even, and heads are split over tensor-parallel ranks.
         mixer: Switches.
-        out_std: Standard deviation of the out-projection's initial weights.
+        out_std: Standard deviation of the out-projection's initial weights. None makes a part of another mixer:
+            `answer` then gets all tokens on every rank, and nothing is projected out.
         mesh: Ranks of the run, and this process among them.
     """
 
-    def __init__(self, model: ModelConfig, mixer: AttentionConfig, *, out_std: float, mesh: Mesh):
+    def __init__(self, model: ModelConfig, mixer: AttentionConfig, *, out_std: float | None, mesh: Mesh):
         super().__init__()
         width, groups = model.d_model, kv_heads(model, mixer)
         self.config, self.head_dim, self.scale = mixer, head_dim(model), attention_scale(model)
         self.kv_heads, self.shared_by = groups // mesh.tp_group.size(), model.num_heads // groups
         # Queries, then key and value of each group side by side, so that a rank holds whole groups.
         size = (model.num_heads + 2 * groups) * self.head_dim
-        self.qkv_proj = ColumnLinear(width, size, std=width**-0.5, mesh=mesh, bias=self.config.qkv_bias)
-        self.out_proj = RowLinear(model.num_heads * self.head_dim, width, std=out_std, mesh=mesh)
+        how = {"std": width**-0.5, "bias": self.config.qkv_bias, "shared_input": out_std is None}
+        self.qkv_proj = ColumnLinear(width, size, mesh=mesh, **how)
+        if out_std is not None:
+            self.out_proj = RowLinear(model.num_heads * self.head_dim, width, std=out_std, mesh=mesh)
         norm = {"eps": model.norm_eps, "shared_over": mesh}
         self.q_norm = RMSNorm(self.head_dim, **norm) if self.config.qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, **norm) if self.config.qk_norm else None
@@ -77,21 +80,50 @@ class Attention(nn.Module):
             ValueError: If documents are given together with earlier tokens, whose documents are unknown, or if they are
                 not those of the tokens.
         """
+        y, state = self.answer(x, state, documents)
+        return self.out_proj(y.flatten(2)), state
+
+    def answer(
+        self,
+        x: Tensor,
+        state: LayerState | None = None,
+        documents: Documents | None = None,
+        prefix: Tensor | None = None,
+    ) -> tuple[Tensor, LayerState]:
+        """Mix tokens as `forward` does, without the map out: what each head of this rank answers `[T, B, H, D]`.
+
+        `prefix` `[P, N]` is read before each document and stays in sight of all tokens, whatever the window. It takes
+        the first positions; it is no part of the state.
+        """
         state = self.initial_state(x.shape[1]) if state is None else state
+        ahead, before = None, 0
+        if prefix is not None:
+            ahead, before = AttentionCache(*self.project(prefix[:, None], 0)[1:]), len(prefix)
+        q, k, v, first = self._project(x, before, state.position, documents)
+        if state.position:
+            k, v = torch.cat([state.tensors.k, k], dim=2), torch.cat([state.tensors.v, v], dim=2)
+        y = self._attend(q, k, v, first, ahead)
+        return y.permute(2, 0, 1, 3), LayerState(
+            state.position + q.shape[2], AttentionCache(self._last(k), self._last(v))
+        )
+
+    def project(self, x: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries `[B, H, T, D]`, and keys and values `[B, G, T, D]`, rotated by positions from `start` on."""
+        return self._project(x, start, 0, None)[:3]
+
+    def _project(
+        self, x: Tensor, before: int, position: int, documents: Documents | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Do what `project` does; positions begin with `before` in each document. Also return where these begin."""
         mixed = self.qkv_proj(x).unflatten(-1, (self.kv_heads, self.shared_by + 2, self.head_dim))
         tokens = mixed.shape[0]
         q, k, v = mixed.permute(1, 2, 3, 0, 4).split([self.shared_by, 1, 1], dim=2)  # [B, G, ., T, D]
         q, k, v = q.flatten(1, 2), k[:, :, 0], v[:, :, 0]  # [B, H, T, D], [B, G, T, D]
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        first = None if documents is None else documents.first_of(q.shape[0], tokens, state.position)
-        tables = rope_tables(state.position, tokens, self._frequencies(x.device), first)
-        q, k = rotate(q, tables), rotate(k, tables)
-        if state.position:
-            k, v = torch.cat([state.tensors.k, k], dim=2), torch.cat([state.tensors.v, v], dim=2)
-        y = self._attend(q, k, v, first)
-        y = self.out_proj(y.permute(2, 0, 1, 3).flatten(2))
-        return y, LayerState(state.position + tokens, AttentionCache(self._last(k), self._last(v)))
+        first = None if documents is None else documents.first_of(q.shape[0], tokens, position)
+        tables = rope_tables(before + position, tokens, self._frequencies(x.device), first)
+        return rotate(q, tables), rotate(k, tables), v, first
 
     def _last(self, x: Tensor) -> Tensor:
         """Return what later tokens may see, in memory of its own."""
@@ -107,20 +139,23 @@ class Attention(nn.Module):
         ramp = (scaling.low_freq_factor, scaling.high_freq_factor)
         return slow_down(frequencies, scaling.factor, *ramp, scaling.first_context)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, document_ids: Tensor | None) -> Tensor:
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, document_ids: Tensor | None, ahead: AttentionCache | None
+    ) -> Tensor:
         """Let queries `[B, H, T, D]` read keys and values `[B, G, P + T, D]`, the first `P` of earlier tokens.
 
+        Those `ahead` are read by all.
         With a window of `W`, the first `W` queries are one block. Each later block of `W` reads its own keys and those
         of the block before, so that a query is compared with `2 W` keys at most.
         """
         tokens, window = q.shape[2], self.config.window
         past = k.shape[2] - tokens
         if window is None or past + tokens <= window:
-            return self._read(q, k, v, _visible(tokens, past, document_ids, None, q.device))
+            return self.read(q, k, v, _visible(tokens, past, document_ids, None, q.device), ahead)
         size = min(window, tokens)
         documents = None if document_ids is None else document_ids[:, :size]
         mask = _visible(size, past, documents, window, q.device)
-        first = self._read(q[:, :, :size], k[:, :, : past + size], v[:, :, : past + size], mask)
+        first = self.read(q[:, :, :size], k[:, :, : past + size], v[:, :, : past + size], mask, ahead)
         if size == tokens:
             return first
         later = tokens - size
@@ -137,11 +172,22 @@ class Attention(nn.Module):
             return x.permute(0, 2, 1, 4, 3).flatten(0, 1)
 
         queries = F.pad(q[:, :, size:], (0, 0, 0, padding)).unflatten(2, (blocks, size)).transpose(1, 2).flatten(0, 1)
-        rest = self._read(queries, pairs_of_blocks(k), pairs_of_blocks(v), mask)
+        rest = self.read(queries, pairs_of_blocks(k), pairs_of_blocks(v), mask, ahead)
         rest = rest.unflatten(0, (-1, blocks)).transpose(1, 2).flatten(2, 3)[:, :, :later]
         return torch.cat([first, rest], dim=2)
 
-    def _read(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    def read(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, ahead: AttentionCache | None = None) -> Tensor:
+        """Let queries read keys and values where `mask` is true, and all `ahead`, which are for a batch of one.
+
+        Without a mask each query reads up to the key of its own number.
+        """
+        if ahead is not None:
+            if mask is None:
+                mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+            mask = F.pad(mask, (ahead.k.shape[2], 0), value=True)
+            k, v = (
+                torch.cat([x.expand(len(own), -1, -1, -1), own], dim=2) for x, own in zip(ahead, (k, v), strict=True)
+            )
         how = {"is_causal": mask is None, "enable_gqa": self.shared_by > 1, "scale": self.scale}
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **how)
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hopescale.config.model_shape import head_dim, levels_of_block, mixer_of_block
-from hopescale.config.schema import ModelConfig
+from hopescale.config.schema import ModelConfig, SelfModifyingConfig
 from hopescale.models.attention import Attention
 from hopescale.models.cms import ContinuumMemory
 from hopescale.models.linear_attention import LinearAttention
@@ -15,6 +15,7 @@ from hopescale.models.norm import stream_norm
 from hopescale.models.recompute import recomputed
 from hopescale.models.self_modifying import SelfModifying
 from hopescale.models.state import LayerState
+from hopescale.models.titans import Titans
 from hopescale.models.ttt import Ttt
 from hopescale.ops.backends import Backend, Recompute
 from hopescale.ops.documents import Documents
@@ -24,6 +25,7 @@ MIXERS: dict[str, type[nn.Module]] = {
     "self_modifying": SelfModifying,
     "attention": Attention,
     "linear_attention": LinearAttention,
+    "titans": Titans,
     "ttt": Ttt,
 }
 """The module of each kind of mixer."""
@@ -60,7 +62,7 @@ class Block(nn.Module):
         self.norm = stream_norm(config.d_model, eps=config.norm_eps, mesh=mesh)
         mixer = mixer_of_block(config, number)
         given: dict[str, Any] = {"out_std": out_std, "mesh": mesh}
-        if mixer.kind == "self_modifying":
+        if isinstance(mixer, SelfModifyingConfig):
             given |= {"recompute": recompute, "compiled": compiled, "backend": backend}
         self.mixer = MIXERS[mixer.kind](config, mixer, **given)
         self.cms = ContinuumMemory(config, levels_of_block(config, number), out_scale=out_scale, mesh=mesh)

@@ -81,7 +81,8 @@ class SelfModifying(nn.Module):
     Args:
         model: Sizes.
         mixer: Switches and starting values.
-        out_std: Standard deviation of the out-projection's initial weights.
+        out_std: Standard deviation of the out-projection's initial weights. None makes a part of another mixer:
+            `answer` then gets all tokens on every rank, and nothing is projected out.
         mesh: Ranks of the run, and this process among them.
         recompute, compiled, backend: Arguments of `ops.self_modifying`.
     """
@@ -91,7 +92,7 @@ class SelfModifying(nn.Module):
         model: ModelConfig,
         mixer: SelfModifyingConfig,
         *,
-        out_std: float,
+        out_std: float | None,
         mesh: Mesh,
         recompute: Recompute = "none",
         compiled: bool = False,
@@ -104,7 +105,8 @@ class SelfModifying(nn.Module):
         self.heads, width = model.num_heads // mesh.tp_group.size(), model.num_heads * dim
         adaptive = set(config.adaptive)
         slices = len(STREAMS) + config.gate  # the output gate last
-        self.in_proj = ColumnLinear(model.d_model, width * slices, std=model.d_model**-0.5, mesh=mesh)
+        how = {"std": model.d_model**-0.5, "shared_input": out_std is None}
+        self.in_proj = ColumnLinear(model.d_model, width * slices, mesh=mesh, **how)
         self.conv = None
         if config.conv_width:
             spec = ParameterSpec(std=config.conv_width**-0.5, partition_dim=0, keep_fp32=True)
@@ -115,7 +117,8 @@ class SelfModifying(nn.Module):
         names = zip(Memories._fields, self.spec.banks, strict=True)
         self.banks = nn.ModuleDict({name: MemoryBank(bank, self.heads, dim) for name, bank in names if bank})
         self.norm = RMSNorm(self.heads, dim, eps=model.norm_eps, partition_dim=0)
-        self.out_proj = RowLinear(width, model.d_model, std=out_std, mesh=mesh)
+        if out_std is not None:
+            self.out_proj = RowLinear(width, model.d_model, std=out_std, mesh=mesh)
 
     def _gates(self, adaptive: set[str]) -> dict[str, Gate]:
         config, dim = self.config, self.head_dim
@@ -142,6 +145,7 @@ class SelfModifying(nn.Module):
             eta_max=config.eta_max,
             read=config.read,
             projection_chunk_size=config.projection_chunk_size,
+            momentum_write=config.momentum_write,
         )
 
     def initial_state(self, batch: int) -> LayerState:
@@ -181,6 +185,17 @@ class SelfModifying(nn.Module):
             ValueError: If documents are given together with a state of earlier tokens, whose documents are unknown, or
                 if they are not those of the tokens.
         """
+        y, state = self.answer(x, state, documents, probe)
+        return self.out_proj(y.flatten(2)), state
+
+    def answer(
+        self,
+        x: Tensor,
+        state: LayerState | None = None,
+        documents: Documents | None = None,
+        probe: dict[str, Tensor] | None = None,
+    ) -> tuple[Tensor, LayerState]:
+        """Mix tokens as `forward` does, without the map out: what each head of this rank answers `[T, B, H, D]`."""
         batch = x.shape[1]
         position, (*memories, tail) = self.initial_state(batch) if state is None else state
         streams, gate, tail = self._project(x, tail, documents, position)
@@ -190,7 +205,7 @@ class SelfModifying(nn.Module):
             y = y * F.silu(gate)
         if probe is not None:
             probe |= dict(zip(("eta_mean", "alpha_mean", "surprise"), stats.mean((0, 1, 2)), strict=True))
-        return self.out_proj(y.flatten(2)), LayerState(position + len(y), MixerState(*memories, tail))
+        return y, LayerState(position + len(y), MixerState(*memories, tail))
 
     def _remember(
         self, streams: Streams, memories: Memories, position: int, documents: Documents | None

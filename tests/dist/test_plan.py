@@ -32,6 +32,12 @@ BY_BLOCK = [
     "model.pattern=[hope, linear, ttt, attention]",
     "model.num_layers=4",
 ]
+TITANS = [
+    "model.mixers.hope.kind=titans",
+    "model.mixers.hope={composition: mac, chunk_size: 32, persistent_tokens: 4}",
+    "model.mixers.layer={kind: titans, composition: mal, chunk_size: 32, window: 48, persistent_tokens: 4}",
+    "model.pattern=[hope, layer]",
+]
 ALONE = {
     "one rank": [],
     "bf16, blocks again": ["train.precision=bf16", "train.recompute=block"],
@@ -84,6 +90,8 @@ ONLY_BYTES = {
         *BY_BLOCK,
         "train.recompute=block",
     ],
+    "tensor, titans": ["parallel.tp=2", *TITANS],
+    "sequence, titans again": ["parallel.tp=2", "parallel.sequence_parallel=true", *TITANS, "train.recompute=memory"],
     "sequence": ["parallel.tp=2", "parallel.sequence_parallel=true", "train.recompute=memory"],
 }
 """What gloo and Megatron copy of each exchange, for a time that differs from run to run, is much of a tiny run."""

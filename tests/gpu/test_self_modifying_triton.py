@@ -41,9 +41,14 @@ SWITCHES = {
     "linear dot, plain gradient": {"memory": "linear", "objective": "dot", "inner_rule": "gd", "momentum": False},
     "boundary, dot": {"read": "boundary", "objective": "dot", "momentum": False, "adaptive": ("k", "eta")},
     "linear boundary": {"read": "boundary", "memory": "linear", "adaptive": ("k",)},
-    "plain gradient": {"inner_rule": "gd", "adaptive": ("v", "eta"), "retention": False},
+    "plain gradient": {
+        "inner_rule": "gd",
+        "adaptive": ("v", "eta"),
+        "retention": False,
+        "momentum_write": "whole",
+    },
     "value targets": {"adaptive": (), "targets": "value", "momentum": False, "retention": False},
-    "linear value targets": {"adaptive": (), "targets": "value", "memory": "linear"},
+    "linear value targets": {"adaptive": (), "targets": "value", "memory": "linear", "momentum_write": "whole"},
     "value targets, dot": {"adaptive": (), "targets": "value", "objective": "dot"},
 }
 STATIC = {"adaptive": (), "targets": "value", "memory": "linear", "objective": "dot"}

@@ -13,6 +13,7 @@ from hopescale.config.schema import (
     LinearAttentionConfig,
     RopeScalingConfig,
     SelfModifyingConfig,
+    TitansConfig,
     TransferConfig,
     TttConfig,
 )
@@ -46,6 +47,14 @@ VARIANTS = {
     },
     "ttt, within documents": {
         "mixers": {"ttt": TttConfig(memory="mlp", chunk_size=4)},
+        "within_documents": True,
+    },
+    "titans, within documents": {
+        "mixers": {
+            "mac": TitansConfig(persistent_tokens=3, chunk_size=8),
+            "mal": TitansConfig(composition="mal", persistent_tokens=3, chunk_size=8, window=7),
+        },
+        "pattern": ("mac", "mal"),
         "within_documents": True,
     },
     "attention": {"mixers": {"attention": AttentionConfig(qk_norm=True)}, "within_documents": True},

@@ -12,7 +12,7 @@ from hopescale.config.schema.ranges import Count, Fraction, NumberRange, Positiv
 class MixerConfig:
     """A mixer of any kind. Keys that kinds share by name have one type."""
 
-    kind: Literal["self_modifying", "attention", "linear_attention", "ttt"] = "self_modifying"
+    kind: Literal["self_modifying", "attention", "linear_attention", "titans", "ttt"] = "self_modifying"
     """What mixes tokens; the other keys of a mixer are those of its kind."""
 
 
@@ -38,8 +38,11 @@ class SelfModifyingConfig(MixerConfig):
     inner_rule: Literal["dgd", "gd"] = "dgd"
     """`dgd`: a write first erases what its key held (Eq. 93). `gd`: plain gradient descent, no erase."""
     momentum: bool = True
-    """Whether inner writes carry momentum `mu`, a static gate per head. A write enters by `1 - mu` of its size, so that
-    momentum spreads it over time without making it larger."""
+    """Whether inner writes carry momentum `mu`, a static gate per head."""
+    momentum_write: Literal["averaged", "whole"] = "averaged"
+    """How much of a write enters the momentum. `averaged`: `1 - mu` of it, so that momentum spreads a write over time
+    without making it larger. `whole`: all of it (Titans, Eq. 10), which adds up to `1 / (1 - mu)` writes. Only with
+    `momentum`."""
     retention: bool = True
     """Whether memories forget (`alpha` gate). Off: alpha is 1 and `alpha` must not be in `adaptive`."""
     read: Literal["prefix", "inclusive", "boundary"] = "prefix"

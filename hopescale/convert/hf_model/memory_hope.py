@@ -307,7 +307,8 @@ class HopeSelfModifying(nn.Module):
         output = self.memories["mem"].retrieve(boundary["mem"], q)
         for name, memory in self.memories.items():
             error = self._error(memory, boundary[name], k, v)
-            error = error if mu is None else error * (1 - mu)[..., None]
+            if mu is not None and config.momentum_write == "averaged":
+                error = error * (1 - mu)[..., None]
             layers = {}
             for matrix, (key, value) in memory.writes(boundary[name], k, error).items():
                 place = f"{name}/{matrix}"

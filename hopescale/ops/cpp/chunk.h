@@ -86,7 +86,7 @@ inline void make_inputs(Arena& arena, const State& state, const Streams& streams
         x.decay.eta[t] = spec.eta_max * logistic(streams.eta[t] + added(spec.of_eta, t));
         x.decay.alpha[t] = spec.retention ? logistic(streams.alpha[t] + added(spec.of_alpha, t)) : 1;
         if (spec.momentum) x.decay.mu[t] = logistic(streams.mu[t]);
-        x.fresh[t] = spec.momentum ? 1 - x.decay.mu[t] : 1;
+        x.fresh[t] = spec.averaged ? 1 - x.decay.mu[t] : 1;
     }
 }
 

@@ -111,7 +111,7 @@ inline void back(Arena& arena, const State& state, const Streams& streams, const
     answers_back(arena, x.k.output, state.first(), d_pre, d_state.first(), d.k);
     if (spec.own_target) answers_back(arena, x.v.output, state.first(), d_pre_v, d_state.first(), d.v);
     tables_back(arena, x.decay, d_decay);
-    if (spec.momentum)
+    if (spec.averaged)
         for (int t = 0; t < c; ++t) d_decay.mu[t] -= d.fresh[t];
     make_back(arena, state, x.k, d.k, d_state, d_streams.k);
     make_back(arena, state, x.v, d.v, d_state, d_streams.v);

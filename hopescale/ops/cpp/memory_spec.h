@@ -14,7 +14,9 @@ struct MemorySpec {
     int32_t vectors, gates, chunk;
     int32_t of_k, of_v, of_q;      // which vector memory makes them; -1 if none does
     int32_t of_eta, of_alpha;      // which memory adds to them; -1 if none does
-    int32_t retention, momentum, l2, own_target, erase, read;
+    int32_t retention, momentum;
+    int32_t averaged;              // whether a write enters the momentum by 1 - mu of its size
+    int32_t l2, own_target, erase, read;
     float error_cap, key_eps, eta_max;  // error_cap is 0 if there is none
 
     bool is_mlp() const { return hidden > 0; }

@@ -28,7 +28,10 @@ class _MemorySpec(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int32) for name in ("dim", "hidden", "vectors", "gates", "chunk")),
         *((f"of_{name}", ctypes.c_int32) for name in ("k", "v", "q", "eta", "alpha")),
-        *((name, ctypes.c_int32) for name in ("retention", "momentum", "l2", "own_target", "erase", "read")),
+        *(
+            (name, ctypes.c_int32)
+            for name in ("retention", "momentum", "averaged", "l2", "own_target", "erase", "read")
+        ),
         *((name, ctypes.c_float) for name in ("error_cap", "key_eps", "eta_max")),
     ]
 
@@ -44,6 +47,7 @@ class _MemorySpec(ctypes.Structure):
             *(memories.get(name, -1) for name in ("k", "v", "q", "eta", "alpha")),
             streams.alpha is not None,
             streams.mu is not None,
+            streams.mu is not None and spec.momentum_write == "averaged",
             spec.objective == "l2",
             spec.own_target,
             spec.erase,

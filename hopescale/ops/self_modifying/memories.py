@@ -82,11 +82,11 @@ class Writes(NamedTuple):
 def write_values(spec: MemorySpec, boundary: Weights, k: Tensor, v: Tensor, mu: Tensor | None) -> Writes:
     """Compute what every memory writes for keys `k` and values `v`, `[B, H, C, D]`, at the boundary weights.
 
-    With momentum `mu` `[B, H, C]` a write enters by `1 - mu` of its size, so that all it pushes adds up to one
-    write. Gradients of a chunk are taken at its boundary: were they amplified by `1 / (1 - mu)`, a key that comes
-    back in every chunk would overshoot its target further each time.
+    With momentum `mu` `[B, H, C]` that averages, a write enters by `1 - mu` of its size, so that all it pushes adds up
+    to one write. Gradients of a chunk are taken at its boundary: where they are amplified by `1 / (1 - mu)`, as with
+    writes that enter whole, a key that comes back in every chunk may overshoot its target further each time.
     """
-    fresh = None if mu is None else 1 - mu
+    fresh = spec.entering(mu)
     read = torch.cat([k, v], dim=2) if spec.own_target else k
     pre = read @ boundary.w_in
     if spec.hidden is None:

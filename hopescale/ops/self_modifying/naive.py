@@ -75,7 +75,8 @@ class _Memory:
             push = -eta * gradient
             if self.momentum is not None:
                 kept = mu[..., None, None]
-                push = self.momentum[name] = kept * self.momentum[name] + (1 - kept) * push
+                fresh = 1 - kept if spec.momentum_write == "averaged" else 1.0
+                push = self.momentum[name] = kept * self.momentum[name] + fresh * push
             after[name] = alpha * weight + push
             if spec.erase:
                 after[name] = after[name] - eta * key[..., :, None] * _times(key, weight)[..., None, :]

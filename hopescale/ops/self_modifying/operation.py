@@ -105,7 +105,8 @@ def _chunks_at_once(streams: Streams, memories: Memories, spec: MemorySpec) -> S
     """Run a linear memory that stores static values: its chunks do not wait for one another."""
     state = memories.memory
     inputs = make_inputs(spec, state.boundary, streams)
-    u = inputs.v if inputs.mu is None else inputs.v * (1 - inputs.mu)[..., None]
+    fresh = spec.entering(inputs.mu)
+    u = inputs.v if fresh is None else inputs.v * fresh[..., None]
 
     def tokens_first(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.transpose(1, 2)

@@ -131,6 +131,7 @@ class MemorySpec:
         eta_max: Largest inner learning rate.
         read: State that token t reads, as in `delta_rule`.
         projection_chunk_size: Tokens of a chunk of all memories but `mem`, a multiple of `chunk_size`; None is that.
+        momentum_write: Part of a write that enters the momentum: `averaged`, `1 - mu` of it, or `whole`.
     """
 
     vector_memories: tuple[str, ...]
@@ -145,6 +146,7 @@ class MemorySpec:
     eta_max: float
     read: Read
     projection_chunk_size: int | None = None
+    momentum_write: Literal["averaged", "whole"] = "averaged"
 
     @property
     def is_sequential(self) -> bool:
@@ -152,6 +154,10 @@ class MemorySpec:
         adaptive = len(self.vector_memories) > 1 or bool(self.gate_memories)
         inner = {"objective": self.objective, "own_target": self.own_target, "read": self.read}
         return is_sequential(adaptive=adaptive, linear=self.hidden is None, **inner)
+
+    def entering(self, mu: Tensor | None) -> Tensor | None:
+        """Return the factor on writes that goes with momentum `mu` `[B, H, T]`; None is 1."""
+        return None if mu is None or self.momentum_write == "whole" else 1 - mu
 
     @property
     def banks(self) -> tuple[MemorySpec, MemorySpec | None]:

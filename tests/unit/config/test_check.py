@@ -19,6 +19,7 @@ data: {sources: {main: {path: data/main}}}
 train: {steps: 100, seq_len: 32, micro_batch_size: 2, global_batch_tokens: 128}
 """
 ATTENTION = "model.mixers.hope.kind=attention"
+TITANS = "model.mixers.hope.kind=titans"
 MIXER = "model.mixers.hope"
 PROJECTION = f"{MIXER}.projection_chunk_size"
 STATIC = [f"{MIXER}.{setting}" for setting in ("memory=linear", "objective=dot", "adaptive=[]", "targets=value")]
@@ -106,8 +107,14 @@ BROKEN = [
     ([f"{PROJECTION}=96"], PROJECTION, "not a multiple of chunk_size = 64"),
     ([f"{PROJECTION}=64", f"{MIXER}.adaptive=[]"], PROJECTION, "no projection is a memory"),
     ([f"{MIXER}.momentum=false", f"{MIXER}.mu_init=0.4"], f"{MIXER}.mu_init", "momentum is off"),
+    ([f"{MIXER}.momentum=false", f"{MIXER}.momentum_write=whole"], f"{MIXER}.momentum_write", "momentum is off"),
     ([f"{MIXER}={{retention: false, adaptive: [k], alpha_init: 0.4}}"], f"{MIXER}.alpha_init", "retention is off"),
     ([f"{MIXER}.objective=dot", f"{MIXER}.error_cap=1"], f"{MIXER}.error_cap", "objective is dot"),
+    ([TITANS, f"{MIXER}.adaptive=[k]"], f"{MIXER}.adaptive", "titans has static maps"),
+    ([TITANS, f"{MIXER}.reset_every=64"], f"{MIXER}.reset_every", "do not start anew"),
+    ([TITANS, f"{MIXER}.gate=true"], f"{MIXER}.gate", "no place in mac"),
+    ([TITANS, f"{MIXER}.window=64"], f"{MIXER}.window", "segments of chunk_size = 64"),
+    ([TITANS, "model.head_dim=3"], "model.head_dim", "rotates pairs"),
     (["model.cms.levels.fast=null", f"{LEVEL}=null"], "model.cms.levels", "no level"),
     ([DEPTH, f"{LEVEL}.d_ff=32"], "model.cms.placement", "levels of one d_ff, they have 32, 64"),
     ([DEPTH, "model.num_layers=1"], "model.cms.placement", "1 blocks, 2 levels"),

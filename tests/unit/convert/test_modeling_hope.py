@@ -72,6 +72,7 @@ VARIANTS = {
                 retention=False,
                 chunk_size=4,
                 eta_max=1.5,
+                momentum_write="whole",
             )
         }
     },

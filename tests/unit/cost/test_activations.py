@@ -24,6 +24,10 @@ SMALL = (
 )
 CASES = MIXERS | {
     "gate, no convolution": ["model.mixers.hope={gate: true, conv_width: null, error_cap: 1.0}"],
+    "linear, whole writes": ["model.mixers.hope={memory: linear, momentum_write: whole}"],
+    "static values, whole writes": [
+        "model.mixers.hope={memory: linear, adaptive: [], targets: value, objective: dot, momentum_write: whole}"
+    ],
     "independent levels": ["model.mixers.hope.kind=attention", "model.cms.variant=independent"],
 }
 

@@ -62,7 +62,7 @@ def test_losses_gradients_and_probes_are_the_same_bits(variant: str, recompute: 
     assert torch.equal(loss, again)
     assert probed == probed_again
     blocks = [mixer_of_block(config, number) for number in range(config.num_layers)]
-    statistics = {"self_modifying": 3, "linear_attention": 2, "ttt": 1, "attention": 0}
+    statistics = {"self_modifying": 3, "titans": 3, "linear_attention": 2, "ttt": 1, "attention": 0}
     assert len(probed) == sum(statistics[mixer.kind] for mixer in blocks)
     for name, gradient in gradients.items():
         assert torch.equal(gradient, gradients_again[name]), name

@@ -73,6 +73,7 @@ class KernelConfig:
         gate_memories: Number of gate memories.
         mlp: Whether memories are MLPs.
         momentum: Whether there is momentum.
+        averaged: Whether a write enters it by `1 - mu` of its size.
         retention: Whether there is a gate of retention.
         memory_k: Number of the vector memory that makes keys; -1 is none.
         memory_v: Number of the one that makes values.
@@ -93,6 +94,7 @@ class KernelConfig:
     gate_memories: int
     mlp: bool
     momentum: bool
+    averaged: bool
     retention: bool
     memory_k: int
     memory_v: int
@@ -120,6 +122,7 @@ class KernelConfig:
             gate_memories=len(gates),
             mlp=spec.hidden is not None,
             momentum=streams.mu is not None,
+            averaged=streams.mu is not None and spec.momentum_write == "averaged",
             retention=streams.alpha is not None,
             precision="tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32",
             **{f"memory_{name}": vectors.get(name, -1) for name in "kvq"},

@@ -114,8 +114,8 @@ def offset_error(error, k, v, exists, KIND: tl.constexpr, CONFIG: tl.constexpr):
 
 @triton.jit
 def freshen(error, scratch, CONFIG: tl.constexpr):
-    """Scale errors `[C, N]` to what enters: with momentum, what is not repeated from earlier writes."""
-    if CONFIG.momentum:
+    """Scale errors `[C, N]` to what enters: with momentum that averages, what is not repeated from earlier writes."""
+    if CONFIG.averaged:
         error *= 1 - at.column(scratch, at.MU, CONFIG)
     return error
 

@@ -73,7 +73,7 @@ def cap_back(raw, gradient, CONFIG: tl.constexpr):
 def error_back(d_push, scratch, N: tl.constexpr, CONFIG: tl.constexpr):
     """Move the gradient of what is pushed to the errors, before they were capped."""
     raw = tl.load(at.whole(scratch, at.RAW, N, CONFIG))
-    if CONFIG.momentum:
+    if CONFIG.averaged:
         at.add_row(scratch, at.D_FRESH, tl.sum(d_push * cap(raw, CONFIG), 1), CONFIG)
         d_push = freshen(d_push, scratch, CONFIG)
     return cap_back(raw, d_push, CONFIG)

@@ -1,0 +1,84 @@
+"""Persistent tokens: learned tokens that are read before each document (Titans, arXiv 2501.00663, Eq. 19)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hopescale.ops.documents import Documents
+
+
+class Prefixed(NamedTuple):
+    """Tokens with persistent ones before each document.
+
+    Attributes:
+        tokens: Both `[T', B, N]`.
+        documents: Documents of these; None takes a sequence for one.
+        places: Places in a row of all, of the tokens without persistent ones `[B * T]`; None has them last.
+    """
+
+    tokens: Tensor
+    documents: Documents | None
+    places: Tensor | None
+
+    @classmethod
+    def of(cls, persistent: Tensor, x: Tensor, documents: Documents | None) -> Prefixed:
+        """Put persistent tokens `[P, N]` before each document of `x` `[T, B, N]`.
+
+        Rows with fewer documents than others begin with zeros, which are a document of their own.
+        """
+        count, (tokens, batch, width) = len(persistent), x.shape
+        if documents is None:
+            return cls(torch.cat([persistent[:, None].expand(-1, batch, -1), x]), None, None)
+        plan = _plan(documents, count)
+        table = torch.cat([x.transpose(0, 1).reshape(-1, width), persistent, x.new_zeros(1, width)])
+        sources = torch.full((plan.first.numel(),), len(table) - 1)
+        sources[plan.starts[:, None] + torch.arange(count)] = torch.arange(count) + batch * tokens
+        sources[plan.places] = torch.arange(batch * tokens)
+        wide = table.index_select(0, sources.to(x.device)).unflatten(0, plan.first.shape).transpose(0, 1)
+        around = Documents(plan.first.to(x.device), torch.tensor(plan.bounds, device=x.device), tuple(plan.bounds))
+        return cls(wide, around, plan.places.to(x.device))
+
+    def without(self, y: Tensor, count: int) -> Tensor:
+        """Return what belongs to the other tokens of `y` `[T', B, ...]`, given the number of persistent ones."""
+        if self.places is None:
+            return y[count:]
+        rows = y.transpose(0, 1).flatten(0, 1).index_select(0, self.places)
+        return rows.unflatten(0, (y.shape[1], -1)).transpose(0, 1)
+
+
+class _Plan(NamedTuple):
+    """Where documents lie with persistent tokens before each, in a row of all tokens.
+
+    Attributes:
+        first: Place in its row of the first token of each token's document `[B, T']`, as in `Documents`.
+        bounds: Bounds of the documents, as in `Documents`.
+        starts: Place of the first persistent token of each document.
+        places: Place of each of the other tokens.
+    """
+
+    first: Tensor
+    bounds: list[int]
+    starts: Tensor
+    places: Tensor
+
+
+def _plan(documents: Documents, count: int) -> _Plan:
+    """Lay out rows of one length, which end with their last document, given the number of persistent tokens."""
+    tokens, bounds = documents.first.shape[1], torch.tensor(documents.bounds)
+    begins, lengths = bounds[:-1], bounds.diff()
+    row = begins // tokens
+    in_row = row.bincount()
+    longest = tokens + count * int(in_row.max())
+    # A row is filled up by as many persistent tokens as it has fewer documents than the longest one.
+    earlier = torch.arange(len(begins)) - (in_row.cumsum(0) - in_row)[row]
+    starts = row * longest + (in_row.max() - in_row[row] + earlier) * count + begins - row * tokens
+    places = torch.arange(len(documents.first) * tokens) + (starts + count - begins).repeat_interleave(lengths)
+    edges = torch.cat([starts, torch.arange(len(in_row) + 1) * longest]).unique()
+    here = torch.arange(longest).expand(len(in_row), -1)
+    is_first = torch.zeros(len(in_row) * longest, dtype=torch.bool)
+    is_first[edges[:-1]] = True
+    first = torch.where(is_first.view(here.shape), here, 0).cummax(dim=1).values.to(torch.int32)
+    return _Plan(first, edges.tolist(), starts, places)

@@ -1,0 +1,127 @@
+"""Titans' memory as a context: what attention reads of it, and the order in which segments are run (MAC, Eq. 21-25)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from hopescale.config.model_shape import head_dim
+from hopescale.config.schema import ModelConfig
+from hopescale.models.attention import AttentionCache
+from hopescale.models.norm import RMSNorm
+from hopescale.models.self_modifying import MixerState
+from hopescale.ops.documents import Documents
+from hopescale.ops.norm import l2_norm
+from hopescale.ops.self_modifying import MemorySpec, Weights
+from hopescale.ops.self_modifying.memories import retrieve
+from hopescale.parallel.layers import ColumnLinear, RowLinear
+from hopescale.parallel.mesh import Mesh
+from hopescale.parallel.regions import sum_over_ranks
+
+
+class Context(nn.Module):
+    """Tokens that the memory answers to a segment, `h = M*(S W_Q)` (Eq. 21)."""
+
+    def __init__(self, model: ModelConfig, *, mesh: Mesh):
+        super().__init__()
+        self.mesh, self.dim = mesh, head_dim(model)
+        self.heads, width = model.num_heads // mesh.tp_group.size(), model.num_heads * self.dim
+        how = {"std": model.d_model**-0.5, "shared_input": True}
+        self.query_proj = ColumnLinear(model.d_model, width, mesh=mesh, **how)
+        self.norm = RMSNorm(self.heads, self.dim, eps=model.norm_eps, partition_dim=0)
+        self.out_proj = RowLinear(width, model.d_model, std=width**-0.5, mesh=mesh, partial=True)
+
+    def forward(self, x: Tensor, spec: MemorySpec, weights: Weights) -> Tensor:
+        """Ask memories with these weights for all tokens `x`; returns tokens `[T, B, N]`, whole on every rank."""
+        q = self.query_proj(x).unflatten(-1, (self.heads, self.dim)).permute(1, 2, 0, 3)  # [B, H, T, D]
+        q = l2_norm(q.to(torch.promote_types(q.dtype, torch.float32)))
+        answers = retrieve(spec, weights, {"mem": q}, q)["mem"].permute(2, 0, 1, 3)
+        return sum_over_ranks(self.out_proj(self.norm(answers).to(x.dtype).flatten(2)), self.mesh)
+
+
+class ContextState(NamedTuple):
+    """What the memory carries, and keys and values of the present segment: of its tokens, of what was retrieved."""
+
+    memory: MixerState
+    attention: AttentionCache
+    context: AttentionCache
+
+    def rows(self, rows: slice) -> ContextState:
+        """Return the state of some sequences."""
+        return tree_map(lambda x: None if x is None else x[rows], self)
+
+
+RunSegment = Callable[[Tensor, ContextState, int], tuple[Tensor, ContextState]]
+"""Runs a segment, or a part of one, of tokens `[T, B, N]` that follow that many others in each sequence."""
+
+
+def run_segments(
+    run: RunSegment, x: Tensor, state: ContextState, position: int, size: int
+) -> tuple[Tensor, ContextState]:
+    """Run sequences segment after segment; these begin at multiples of `size`."""
+    tokens = len(x)
+    first = min(tokens, size - position % size)
+    rest = tokens - first
+    answers = []
+    for part in x.split([first, *[size] * (rest // size), *[rest % size] * (rest % size > 0)]):
+        y, state = run(part, state, position)
+        answers.append(y)
+        position += len(part)
+    return torch.cat(answers), state
+
+
+def run_documents(
+    run: RunSegment, x: Tensor, fresh: Callable[[int], ContextState], documents: Documents, size: int
+) -> tuple[Tensor, ContextState]:
+    """Run the documents of packed sequences side by side, segment after segment; one that has none left drops out.
+
+    What fills up a document's last segment comes after all that the document reads. The last document of a sequence is
+    not filled up, so that the memory returned is that after its last token; keys and values of a segment that it has
+    begun are not returned.
+
+    Args:
+        run: Function that runs a segment.
+        x: Tokens of the packed sequences `[T, B, N]`.
+        fresh: Function that returns the state of a number of sequences before their first token.
+        documents: Documents in the sequences.
+        size: Tokens of a segment.
+    """
+    last, lengths, bounds = set(documents.last), documents.lengths, documents.bounds
+    counts = [length // size if n in last else -(-length // size) for n, length in enumerate(lengths)]
+    order = sorted(range(len(counts)), key=lambda n: -counts[n])
+    table = torch.cat([x.transpose(0, 1).flatten(0, 1), x.new_zeros(1, x.shape[2])])
+    ended: dict[int, ContextState] = {}
+    answers: list[Tensor] = []
+    places: list[Tensor] = []
+
+    def step(numbers: list[int], begin: int, tokens: int, state: ContextState) -> ContextState:
+        starts, ends = (torch.tensor([bounds[n + late] for n in numbers]) for late in (0, 1))
+        index = starts[:, None] + torch.arange(begin, begin + tokens)
+        index = torch.where(index < ends[:, None], index, bounds[-1])
+        part = table.index_select(0, index.flatten().to(x.device)).unflatten(0, index.shape).transpose(0, 1)
+        y, state = run(part, state, begin)
+        answers.append(y.transpose(0, 1).flatten(0, 1))
+        places.append(index.flatten())
+        return state
+
+    alive = [n for n in order if counts[n]]
+    state, done = fresh(len(alive)), 0
+    while alive:
+        state, done = step(alive, done * size, size, state), done + 1
+        going = sum(counts[n] > done for n in alive)
+        ended |= {n: state.rows(slice(row, row + 1)) for row, n in enumerate(alive) if row >= going and n in last}
+        alive, state = alive[:going], state.rows(slice(going))
+    for n in documents.last:
+        state = ended.get(n) or fresh(1)
+        if rest := lengths[n] % size:
+            state = step([n], lengths[n] - rest, rest, state)
+        ended[n] = state._replace(attention=fresh(1).attention, context=fresh(1).context)
+    after = [ended[n] for n in documents.last]
+    found = torch.empty(len(table), dtype=torch.int64)
+    found[torch.cat(places)] = torch.arange(sum(map(len, places)))
+    y = torch.cat(answers).index_select(0, found[:-1].to(x.device)).unflatten(0, documents.first.shape)
+    return y.transpose(0, 1), tree_map(lambda *parts: None if parts[0] is None else torch.cat(parts), *after)
