@@ -22,6 +22,7 @@ aten = torch.ops.aten
 SHORT, SEQ_LEN, BATCH = 64, 128, 1
 SMALL = ("model.d_model=48", "model.head_dim=24", "model.mixers.hope.chunk_size=16", "model.vocab_size=128")
 CASES = MIXERS | {
+    "resets": ["model.mixers.hope={reset_every: 32, far: {chunk_size: 32}}"],
     "momentum of static values": ["model.mixers.hope={memory: linear, adaptive: [], targets: value, objective: dot}"],
 }
 

@@ -10,11 +10,16 @@ from torch import Tensor
 
 from hopescale.common.paths import shipped_folder
 from hopescale.config.load import load_recipe
-from hopescale.config.schema import AttentionConfig, MixerConfig, ModelConfig
+from hopescale.config.schema import AttentionConfig, FarMemoryConfig, MixerConfig, ModelConfig
 from hopescale.models import Model
 
 SYSTEMS = sorted(path.stem.removesuffix("_tiny") for path in shipped_folder("recipes").glob("*_tiny.yaml"))
 PATTERNS = {"hope, sliding windows": ("hope", 7), "gated_deltanet, attention": ("gated_deltanet", None)}
+FAR = {
+    "hope, resets and a far memory": ("hope", {"reset_every": 16, "far": FarMemoryConfig(16, 0.1)}),
+    "titans, resets and a far memory": ("titans", {"reset_every": 8, "far": FarMemoryConfig(24, 0.1)}),
+}
+"""Hierarchies as in TNT, of recipes with further settings."""
 SIZES = {"num_heads": 2, "key_dim": 12, "value_dim": 10, "window": 7, "chunk_size": 8}
 """Sizes of mixers that have them; chunks and windows are shorter than the text, whose length they do not divide."""
 TOKENS, WIDE = 45, torch.float64
@@ -25,18 +30,20 @@ def small(mixer: MixerConfig) -> MixerConfig:
 
 
 def make_config(case: str) -> ModelConfig:
-    system, window = PATTERNS.get(case, (case, None))
+    (system, window), more = PATTERNS.get(case, (case, None)), {}
+    if case in FAR:
+        system, more = FAR[case]
     model = load_recipe(f"{system}_tiny").config.model
     if case in PATTERNS:
         (name,) = model.mixers
         model = replace(model, mixers=model.mixers | {"more": AttentionConfig(window=window)}, pattern=(name, "more"))
     levels = {name: replace(level, d_ff=24) for name, level in model.cms.levels.items()}
     sizes = {"vocab_size": 100, "d_model": 32, "num_layers": 2, "num_heads": 2, "tie_embeddings": False}
-    mixers = {name: small(mixer) for name, mixer in model.mixers.items()}
+    mixers = {name: replace(small(mixer), **more) for name, mixer in model.mixers.items()}
     return replace(model, **sizes, mixers=mixers, cms=replace(model.cms, levels=levels), within_documents=True)
 
 
-@pytest.fixture(scope="module", params=[*SYSTEMS, *PATTERNS])
+@pytest.fixture(scope="module", params=[*SYSTEMS, *PATTERNS, *FAR])
 def model(request: pytest.FixtureRequest) -> Model:
     """A model in float64, away from its initial weights."""
     model, generator = Model(make_config(request.param), seed=1).to(WIDE), torch.Generator().manual_seed(0)
