@@ -22,7 +22,6 @@ aten = torch.ops.aten
 SHORT, SEQ_LEN, BATCH = 64, 128, 1
 SMALL = ("model.d_model=48", "model.head_dim=24", "model.mixers.hope.chunk_size=16", "model.vocab_size=128")
 CASES = MIXERS | {
-    "resets": ["model.mixers.hope={reset_every: 32, far: {chunk_size: 32}}"],
     "momentum of static values": ["model.mixers.hope={memory: linear, adaptive: [], targets: value, objective: dot}"],
 }
 
@@ -90,7 +89,7 @@ def test_recomputation_is_counted_as_executed(mixer: str, recompute: str):
 
 
 def test_a_short_sequence_that_ends_within_a_chunk_lacks_little():
-    for overrides in ([], MIXERS["deltanet"]):
+    for overrides in ([], MIXERS["deltanet"], ["model.mixers.hope={reset_every: 32, far: {chunk_size: 32}}"]):
         expected = counted(config_of(overrides), 75, "none")
         assert executed(overrides, "none", 75) == pytest.approx(expected, rel=0.05)
 
