@@ -95,13 +95,15 @@ def gradients(model: Model, tokens: Tensor, weights: Tensor, ids: Tensor | None 
     model.zero_grad()
     logits = model(tokens, document_ids=ids)[0][..., :100]
     (logits.log_softmax(-1) * weights).sum().backward()
-    return {name: parameter.grad for name, parameter in model.named_parameters()}
+    found = {name: parameter.grad for name, parameter in model.named_parameters()}
+    # Of a document within one far chunk nothing is read that far memories write.
+    return {name: torch.zeros(()) if gradient is None else gradient for name, gradient in found.items()}
 
 
 def test_every_parameter_is_trained(model: Model, tokens: Tensor):
     weights = torch.randn(2, TOKENS, 100, generator=torch.Generator().manual_seed(3), dtype=WIDE)
     for name, gradient in gradients(model, tokens, weights).items():
-        assert gradient is not None and gradient.abs().max() > 0, name
+        assert gradient.abs().max() > 0, name
 
 
 @pytest.mark.parametrize("lengths", [(13, 1, 8, 23), (1, 1, 43), (45,)])
