@@ -78,9 +78,10 @@ def _memory(found: Mapping[str, Any]) -> Group:
         "at most", *(f"{format_bytes(stages[n]['peak'])} ({stages[n]['moment']})" for n in shown), style="bold"
     )
     usable, fullest = format_bytes(found["device"]["usable"]), max(stage["peak"] for stage in stages)
+    lines = [_pace(name, pace) for name, pace in memory["pace"].items()]
     if memory["fits"]:
-        return Group(table, f"  fits: {format_bytes(fullest)} of {usable} that a plan fills")
-    lines = [f"  does not fit: {format_bytes(fullest)}, of {usable} that a plan fills"]
+        return Group(table, *lines, f"  fits: {format_bytes(fullest)} of {usable} that a plan fills")
+    lines.append(f"  does not fit: {format_bytes(fullest)}, of {usable} that a plan fills")
     change = memory["change"]
     if change is None:
         lines.append("  nothing that a search looks at fits: a smaller model, or shorter sequences")
@@ -92,6 +93,14 @@ def _memory(found: Mapping[str, Any]) -> Group:
             f"({format_bytes(change['peak'])}, {change['estimate']['tps']:,.0f} tokens/s)"
         )
     return Group(table, *lines)
+
+
+def _pace(name: str, pace: Mapping[str, Any]) -> str:
+    pieces, chunks = pace["pieces"], pace["chunks"]
+    of = f"heads of {pieces:,} pieces" if pieces > 1 else "heads"
+    row = f"{chunks:,} chunk{'s' * (chunks != 1)} in a row"
+    states = format_bytes(pace["state_bytes"])
+    return f"  memories of {name}: {pace['programs']:,} {of} side by side, {row}, states of {states} a block"
 
 
 def _recompute(found: Mapping[str, Any]) -> Table:

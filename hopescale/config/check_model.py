@@ -10,6 +10,7 @@ from hopescale.config.check_base import Check, Origins, leaves_rest
 from hopescale.config.linear_attention import linear_attention_problems
 from hopescale.config.model_shape import attention_mixers, head_dim, kv_heads, self_modifying_mixers
 from hopescale.config.schema import (
+    FarMemoryConfig,
     LinearAttentionConfig,
     RopeScalingConfig,
     RunConfig,
@@ -102,6 +103,7 @@ def _memories(mixer: SelfModifyingConfig) -> Iterator[Problem]:
         tokens = getattr(mixer, name)
         if mixer.reset_every is not None and tokens is not None and leaves_rest(mixer.reset_every, tokens):
             yield Problem("reset_every", f"{mixer.reset_every} is not a multiple of {name} = {tokens}")
+    yield from _far_memory(mixer)
     if mixer.error_cap is not None and mixer.objective != "l2":
         message = f"{mixer.error_cap:g} has no effect: objective is {mixer.objective}"
         yield Problem("error_cap", message, hint="leave it null, or set objective to l2")
@@ -110,6 +112,25 @@ def _memories(mixer: SelfModifyingConfig) -> Iterator[Problem]:
         if not getattr(mixer, switch) and getattr(mixer, name) != getattr(type(mixer)(), name):
             hint = f"leave it out, or turn {switch} on"
             yield Problem(name, f"has no effect: {switch} is off", hint=hint)
+
+
+def _far_memory(mixer: SelfModifyingConfig) -> Iterator[Problem]:
+    if mixer.far is None:
+        return
+    if leaves_rest(mixer.far.chunk_size, mixer.chunk_size):
+        message = f"{mixer.far.chunk_size} is not a multiple of the mixer's chunk_size = {mixer.chunk_size}"
+        yield Problem("far.chunk_size", message)
+    if not mixer.retention and mixer.far.alpha_init != FarMemoryConfig().alpha_init:
+        yield Problem("far.alpha_init", "has no effect: retention is off", hint="leave it out, or turn retention on")
+
+
+def far_memories_are_read(config: RunConfig, origins: Origins) -> Iterator[Problem]:
+    """A far memory is read one chunk after it was written: a sequence has more than one of its chunks."""
+    tokens = config.train.seq_len
+    for name, mixer in self_modifying_mixers(config.model).items():
+        if mixer.far is not None and mixer.far.chunk_size >= tokens > 0:
+            message = f"{mixer.far.chunk_size} is not below train.seq_len = {tokens}: what it writes is never read"
+            yield Problem(f"model.mixers.{name}.far.chunk_size", message, hint="make it smaller, or leave far null")
 
 
 def linear_attention(config: RunConfig, origins: Origins) -> Iterator[Problem]:
@@ -199,6 +220,7 @@ CHECKS: tuple[Check, ...] = (
     blocks_have_mixers,
     attention,
     memories,
+    far_memories_are_read,
     linear_attention,
     test_time_training,
     titans,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 from hopescale.config.schema import AttentionConfig, LevelConfig, MixerConfig, ModelConfig, SelfModifyingConfig
 from hopescale.config.schema.titans import TitansConfig
@@ -73,6 +74,28 @@ def projection_chunk_size(mixer: SelfModifyingConfig) -> int:
     return mixer.projection_chunk_size or mixer.chunk_size
 
 
+def far_mixer(mixer: SelfModifyingConfig) -> SelfModifyingConfig | None:
+    """Return the mixer whose only memory is learned and read like the far one of this mixer; None if it has none."""
+    if mixer.far is None:
+        return None
+    rule = {"adaptive": (), "query": "static", "inner_rule": "gd", "momentum": False, "read": "boundary"}
+    pace = {"chunk_size": mixer.far.chunk_size, "projection_chunk_size": None, "reset_every": None, "far": None}
+    return replace(mixer, **rule, **pace)
+
+
+def memory_parts(mixer: MixerConfig) -> list[MixerConfig]:
+    """Return the parts of a mixer that go through a sequence by themselves: its memories, and its far one, if any."""
+    if not isinstance(mixer, SelfModifyingConfig) or mixer.far is None:
+        return [mixer]
+    return [replace(mixer, far=None), far_mixer(mixer)]
+
+
+def num_pieces(mixer: MixerConfig, seq_len: int) -> int:
+    """Return the pieces of a sequence between two resets of memories, which do not wait for one another."""
+    every = mixer.reset_every if isinstance(mixer, SelfModifyingConfig) else None
+    return -(-seq_len // every) if every else 1
+
+
 def padded_vocab_size(model: ModelConfig) -> int:
     """Return the rows of the embedding: the vocabulary, padded."""
     return -(-model.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
@@ -82,6 +105,8 @@ def has_chunk_loop(mixer: MixerConfig) -> bool:
     """Tell whether memories are written with what depends on what they hold, so that chunks follow one another."""
     if not isinstance(mixer, SelfModifyingConfig):
         return False
+    if mixer.far is not None:
+        return True
     adaptive = bool(mixer.adaptive) or mixer.query == "memory"
     inner = {"objective": mixer.objective, "own_target": mixer.targets == "self", "read": mixer.read}
     return is_sequential(adaptive=adaptive, linear=mixer.memory == "linear", **inner)

@@ -25,6 +25,11 @@ IDENTITY: tuple[str, ...] = (
 FREE = ("update_every_steps", "phase", "init_std")
 """Last parts of the keys of a model that do not change what it computes."""
 
+PACE = ("chunk_size", "projection_chunk_size", "reset_every")
+"""Last parts of the keys of a mixer that say when its memories are at a boundary or start anew. They change what a
+model computes, not its weights: a run may begin with weights of another pace. `ttt` learns a rate for each place of a
+chunk, so its `chunk_size` stays."""
+
 
 class _Absent:
     def __repr__(self) -> str:
@@ -80,15 +85,26 @@ def is_other_place(change: Change) -> bool:
     return is_path and isinstance(before, str) and isinstance(after, str)
 
 
-def model_problems(old: RunConfig, new: RunConfig, origin: str) -> list[Problem]:
+def model_problems(old: RunConfig, new: RunConfig, origin: str, *, weights_alone: bool = False) -> list[Problem]:
     """List the keys at which a model is not the one whose weights were saved, but for `FREE`; levels keep their order.
 
-    The config `old` was saved with the weights, at `origin`.
+    Args:
+        old: Config that was saved with the weights.
+        new: Config of the model that takes them.
+        origin: Place of the old config.
+        weights_alone: Whether nothing that memories hold is taken, so that `PACE` may change as well.
     """
+
+    def is_free(key: str) -> bool:
+        parts = key.split(".")
+        mixer = new.model.mixers.get(parts[2]) if parts[1] == "mixers" else None
+        is_pace = weights_alone and mixer is not None and mixer.kind != "ttt" and parts[-1] in PACE
+        return parts[-1] in FREE or is_pace
+
     problems = [
         Problem(key, f"is {_format(after)}, but {_format(before)} in {origin}", hint="set it as it is there")
         for key, before, after in diff(old, new)
-        if key.startswith("model.") and key.rpartition(".")[2] not in FREE
+        if key.startswith("model.") and not is_free(key)
     ]
     before, after = (", ".join(name for name, _ in by_period(config.model.cms.levels)) for config in (old, new))
     if not problems and before != after:

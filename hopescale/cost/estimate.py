@@ -8,10 +8,18 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 
 from hopescale.config.execution import effective_recompute, is_fused
 from hopescale.config.layout import Layout
-from hopescale.config.model_shape import block_pattern, has_chunk_loop, padded_vocab_size, projection_chunk_size
+from hopescale.config.model_shape import (
+    block_pattern,
+    has_chunk_loop,
+    memory_parts,
+    num_pieces,
+    padded_vocab_size,
+    projection_chunk_size,
+)
 from hopescale.config.plan import make_plan
 from hopescale.config.schema import MixerConfig, RunConfig, SelfModifyingConfig
 from hopescale.cost.comm import stream_bytes
@@ -123,13 +131,14 @@ class Estimator:
         config, device = self.holdings.config, self.device
         on_cpu = device.name == "cpu"
         lines = [f"large products reach {self.rate / device.peak_flops:.0%} of the peak"]
-        for mixer in config.model.mixers.values():
+        for mixer in chain.from_iterable(map(memory_parts, config.model.mixers.values())):
             kind = memory_kind(mixer)
             if is_fused(config, mixer):
                 share, how = f"{self._fused_rate(mixer):.0%}", "" if on_cpu else ": float32 by TF32"
                 lines.append(f"one operation runs all chunks of memories, at {share} of that{how}")
                 if not on_cpu:
-                    lines.append(f"a head of a sequence is one program, and {device.units} run at a time")
+                    what = "sequence" if mixer.reset_every is None else "piece between resets"
+                    lines.append(f"a head of a {what} is one program, and {device.units} run at a time")
             elif kind is not None:
                 lines.append(f"products of memories reach {MIXING_RATE[kind]:.0%} of that, as on a CPU")
                 if self._calls_s(mixer):
@@ -151,26 +160,28 @@ class Estimator:
         dense, mixing = 0.0, 0.0
         for name, blocks in numbers.items():
             mixer = model.mixers[name]
-            parts = self._flops(name, effective_recompute(config, mixer))
+            parts = self._flops(mixer, effective_recompute(config, mixer))
             dense += (parts["maps"].total + parts["levels"].total) * blocks / layout.tp
-            flops = parts["mixing"].total * blocks / layout.tp * tokens
-            mixing += self._mixing_s(config, layout, mixer, flops, blocks)
+            for part in memory_parts(mixer):
+                flops = self._flops(part, effective_recompute(config, mixer))["mixing"].total * tokens / layout.tp
+                mixing += self._mixing_s(config, layout, part, flops) * blocks
         if slices[-1].stop == model.num_layers:
             dense += product(1, model.d_model, padded_vocab_size(model)).total / layout.tp
         return dense * tokens / self.rate + mixing
 
-    def _flops_of_block(self, name: str, recompute: str) -> dict[str, OpCost]:
+    def _flops_of_block(self, mixer: MixerConfig, recompute: str) -> dict[str, OpCost]:
         config = self.holdings.config
-        return block_flops(config.model, config.model.mixers[name], config.train.seq_len, recompute=recompute)
+        return block_flops(config.model, mixer, config.train.seq_len, recompute=recompute)
 
-    def _mixing_s(self, config: RunConfig, layout: Layout, mixer: MixerConfig, flops: float, blocks: int) -> float:
-        """Return the seconds of a micro batch's products between the maps, `flops` in all, of blocks with a mixer."""
+    def _mixing_s(self, config: RunConfig, layout: Layout, mixer: MixerConfig, flops: float) -> float:
+        """Return the seconds of a micro batch's `flops` between the maps of a block, of memories without a far one."""
         if is_fused(config, mixer):
             programs = config.model.num_heads / layout.tp * config.train.micro_batch_size
+            programs *= num_pieces(mixer, config.train.seq_len)
             return flops / (self.rate * self._fused_rate(mixer) * min(1.0, programs / self.device.units))
         kind = memory_kind(mixer)
         rate = 1.0 if kind is None else MIXING_RATE[kind]
-        return max(flops / (self.rate * rate), blocks * self._calls_s(mixer))
+        return max(flops / (self.rate * rate), self._calls_s(mixer))
 
     def _fused_rate(self, mixer: MixerConfig) -> float:
         return FUSED_RATE[memory_kind(mixer)] if self.device.name == "cpu" else FUSED_GPU_RATE
@@ -179,7 +190,8 @@ class Estimator:
         """Return the least seconds of a mixer's chunk loop: calls of operations, one after the other."""
         if not has_chunk_loop(mixer):
             return 0.0
-        chunks = self.holdings.config.train.seq_len / projection_chunk_size(mixer)
+        seq_len = self.holdings.config.train.seq_len
+        chunks = min(seq_len, mixer.reset_every or seq_len) / projection_chunk_size(mixer)
         return chunks * CALLS_PER_CHUNK[memory_kind(mixer)] * self.device.call_s
 
     def _bandwidth(self, ranks: int) -> float:

@@ -14,6 +14,7 @@ from hopescale.cost.comm import SentBytes
 from hopescale.cost.device_memory import device_memory_of_stage
 from hopescale.cost.estimate import Estimator
 from hopescale.cost.flops import flops_by_part, flops_per_token
+from hopescale.cost.pace import memory_pace
 from hopescale.cost.params import count_level_params, count_params
 from hopescale.cost.search import USABLE, cheapest_change, fullest, recompute_modes
 
@@ -42,6 +43,7 @@ def make_report(estimator: Estimator, layout: Layout) -> dict[str, Any]:
                 {"peak": stage.peak, "moment": stage.moment, "in_flight": stage.in_flight, **stage.bytes}
                 for stage in stages
             ],
+            "pace": memory_pace(config, layout),
             "by_recompute": _by_recompute(estimator, config, layout),
         },
         "bytes_per_step": [SentBytes(holdings, layout, stage).per_step() for stage in range(layout.pp)],

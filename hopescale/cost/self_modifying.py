@@ -18,6 +18,8 @@ from hopescale.config.model_shape import (
     head_dim,
     memory_banks,
     memory_dim,
+    memory_parts,
+    num_pieces,
     projection_chunk_size,
 )
 from hopescale.config.schema import ModelConfig, SelfModifyingConfig
@@ -37,7 +39,11 @@ def self_modifying_parameters(model: ModelConfig, mixer: SelfModifyingConfig) ->
         yield ParameterShape(f"gates.{gate}.bias", (heads,), 0, keep_fp32=True)
         if gate not in mixer.adaptive:
             yield ParameterShape(f"gates.{gate}.weight", (heads, dim), 0, keep_fp32=True)
-    for bank, names in memory_banks(mixer).items():
+    has_far = mixer.far is not None
+    for gate in ("far_eta", *["far_alpha"] * mixer.retention) if has_far else ():
+        yield ParameterShape(f"gates.{gate}.bias", (heads,), 0, keep_fp32=True)
+        yield ParameterShape(f"gates.{gate}.weight", (heads, dim), 0, keep_fp32=True)
+    for bank, names in (memory_banks(mixer) | ({"far": ["mem"]} if has_far else {})).items():
         for name in names:
             for matrix, rows, columns in _memory_matrices(model, mixer, 1 if name in ("eta", "alpha") else dim):
                 yield ParameterShape(f"banks.{bank}.{name}.{matrix}", (heads, rows, columns), 0, keep_fp32=True)
@@ -65,6 +71,8 @@ def self_modifying_mixing(
     model: ModelConfig, mixer: SelfModifyingConfig, seq_len: int, recompute: str | None
 ) -> OpCost:
     """Count the memories for a token; without `recompute`, the value of `train.recompute`, the model alone."""
+    if mixer.far is not None:
+        return sum((self_modifying_mixing(model, part, seq_len, recompute) for part in memory_parts(mixer)), NOTHING)
     once = _sequence(model, mixer, seq_len).times(model.num_heads / seq_len)
     if recompute in (None, "none") or not has_chunk_loop(mixer):
         return once
@@ -77,8 +85,16 @@ def self_modifying_activations(
 ) -> Activations:
     """Count a mixer, without its norm's result, where `recompute` is what the mixer itself computes again."""
     heads, dim = model.num_heads / micro.tp, head_dim(model)
+    # Parts run one after the other, forward and backward.
+    parts = [_remembered(model, part, micro, recompute) for part in memory_parts(mixer)]
+    kept = _streams(mixer, micro, heads, dim) + sum(part.kept for part in parts)
+    return Activations(kept, sum(part.states for part in parts), max(part.workspace for part in parts))
+
+
+def _remembered(model: ModelConfig, mixer: SelfModifyingConfig, micro: MicroBatch, recompute: str) -> Activations:
+    """Count memories without the streams that enter them. A chunk of all pieces between resets goes at a time."""
+    heads, dim, kept = model.num_heads / micro.tp, head_dim(model), 0.0
     width, per_head = micro.tokens * heads * dim, micro.batch * heads * FP32
-    kept = _streams(mixer, micro, heads, dim)
     if not has_chunk_loop(mixer):
         # The states between chunks are there twice: as they come, and side by side.
         states = 2 * (1 + mixer.momentum) * dim * dim * max(1, micro.seq_len / mixer.chunk_size)
@@ -89,12 +105,13 @@ def self_modifying_activations(
     chunks, entries = -(-micro.seq_len // chunk), sum(bank.size for bank in banks)
     states = chunks * entries * (1 + mixer.momentum) * per_head
     # Of two chunks at a time: what a chunk hands on, and the gradients of what was carried into it.
-    handed_on = 2 * entries * (3 + 2 * mixer.momentum) * per_head
+    at_a_time = num_pieces(mixer, micro.seq_len) * per_head
+    handed_on = 2 * entries * (3 + 2 * mixer.momentum) * at_a_time
     if recompute == "none":
         kept += _sequence(model, mixer, micro.seq_len).saved * per_head
         return Activations(kept, states, 4 * width * FP32 + handed_on)
     # Gradients of streams and answers, and one chunk's tensors.
-    workspace = 5 * width * FP32 + handed_on + 1.3 * _chunk(model, mixer, chunk).saved * per_head
+    workspace = 5 * width * FP32 + handed_on + 1.3 * _chunk(model, mixer, chunk).saved * at_a_time
     if recompute != "reverse":
         return Activations(kept, states, workspace)
     trace, restored = (entries * per_head for entries in _trace(model, mixer, chunk))
@@ -161,7 +178,14 @@ def _banks(model: ModelConfig, mixer: SelfModifyingConfig) -> list[_Bank]:
 
 
 def _sequence(model: ModelConfig, mixer: SelfModifyingConfig, seq_len: int) -> OpCost:
-    """Count the memories of a head over a sequence."""
+    """Count the memories of a head over a sequence, piece by piece between resets."""
+    whole, rest = divmod(seq_len, mixer.reset_every or seq_len)
+    cost = _piece(model, mixer, mixer.reset_every or seq_len).times(whole) if whole else NOTHING
+    return cost + _piece(model, mixer, rest) if rest else cost
+
+
+def _piece(model: ModelConfig, mixer: SelfModifyingConfig, seq_len: int) -> OpCost:
+    """Count the memories of a head from their first state to the last one, which nobody reads."""
     dim = head_dim(model)
     if has_chunk_loop(mixer):
         chunk = min(projection_chunk_size(mixer), seq_len)
@@ -323,11 +347,11 @@ def _layers(model: ModelConfig, mixer: SelfModifyingConfig, tokens: int) -> list
 def _replay(model: ModelConfig, mixer: SelfModifyingConfig, seq_len: int) -> float:
     """Count what `train.recompute: reverse` adds to compute the states of a sequence again, half a row at a time."""
     tokens = projection_chunk_size(mixer)
-    chunks, once = seq_len / tokens, 0.0
+    chunks, in_a_row, once = seq_len / tokens, min(seq_len, mixer.reset_every or seq_len) / tokens, 0.0
     for width, out, count, is_smaller in _layers(model, mixer, tokens):
         by_map = is_moved_by_map(tokens, width, out, momentum=mixer.momentum)
         once += count * is_smaller * _added(mixer, tokens, width, out, by_map=by_map).forward
-    return once * chunks / 2 * math.log2(max(1, min(REVERSE_PARTS, chunks)))
+    return once * chunks / 2 * math.log2(max(1, min(REVERSE_PARTS, in_a_row)))
 
 
 def _trace(model: ModelConfig, mixer: SelfModifyingConfig, tokens: int) -> tuple[float, float]:

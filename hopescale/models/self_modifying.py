@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hopescale.config.model_shape import head_dim, memory_dim
-from hopescale.config.schema import ModelConfig, SelfModifyingConfig
+from hopescale.config.schema import FarMemoryConfig, ModelConfig, SelfModifyingConfig
 from hopescale.models.memory import MemoryBank
 from hopescale.models.norm import RMSNorm
 from hopescale.models.state import LayerState
@@ -40,12 +41,21 @@ class MixerState(NamedTuple):
     Attributes:
         memory: Bank of the memory called `mem`.
         projection: Bank of the others; None if they lie in the same one.
+        far: Memory that never starts anew; None without `far`.
         conv_tail: Projected inputs of the last tokens `[B, W - 1, channels]`; None without a convolution.
     """
 
     memory: MemoryState
     projection: MemoryState | None
+    far: MemoryState | None
     conv_tail: Tensor | None
+
+
+def far_spec(spec: MemorySpec, far: FarMemoryConfig) -> MemorySpec:
+    """Return what the far memory of a mixer is, from its other memories (TNT, arXiv 2511.07343, Eq. 5 and 7)."""
+    pace = {"chunk_size": far.chunk_size, "projection_chunk_size": None}
+    rule = {"erase": False, "read": "boundary"}
+    return replace(spec, vector_memories=spec.vector_memories[:1], gate_memories=(), **pace, **rule)
 
 
 class Gate(nn.Module):
@@ -114,7 +124,8 @@ class SelfModifying(nn.Module):
             self.conv = nn.ParameterDict({"weight": new_parameter(channels, config.conv_width, spec=spec)})
         self.gates = nn.ModuleDict(self._gates(adaptive))
         self.spec = self._memory_spec(adaptive, memory_dim(model, mixer))
-        names = zip(Memories._fields, self.spec.banks, strict=True)
+        self.far_spec = None if config.far is None else far_spec(self.spec, config.far)
+        names = zip((*Memories._fields, "far"), (*self.spec.banks, self.far_spec), strict=True)
         self.banks = nn.ModuleDict({name: MemoryBank(bank, self.heads, dim) for name, bank in names if bank})
         self.norm = RMSNorm(self.heads, dim, eps=model.norm_eps, partition_dim=0)
         if out_std is not None:
@@ -127,6 +138,10 @@ class SelfModifying(nn.Module):
             gates["alpha"] = Gate(self.heads, config.alpha_init, None if "alpha" in adaptive else dim)
         if config.momentum:
             gates["mu"] = Gate(self.heads, config.mu_init, dim)
+        if config.far is not None:
+            gates["far_eta"] = Gate(self.heads, config.far.eta_init, dim)
+            if config.retention:
+                gates["far_alpha"] = Gate(self.heads, config.far.alpha_init, dim)
         return gates
 
     def _memory_spec(self, adaptive: set[str], hidden: int | None) -> MemorySpec:
@@ -154,11 +169,17 @@ class SelfModifying(nn.Module):
         if self.conv is not None:
             weight = self.conv["weight"]
             tail = weight.new_zeros(weight.shape[1] - 1, batch, weight.shape[0]).transpose(0, 1)
-        return LayerState(0, MixerState(*self._initial_memories(batch), tail))
+        return LayerState(0, MixerState(*self._initial_memories(batch), self._initial_far(batch), tail))
 
     def _initial_memories(self, batch: int) -> Memories:
-        banks = {name: bank.initial_state(batch, self.config.momentum) for name, bank in self.banks.items()}
-        return Memories(banks["memory"], banks.get("projection"))
+        states = (
+            self.banks[name].initial_state(batch, self.config.momentum) if name in self.banks else None
+            for name in Memories._fields
+        )
+        return Memories(*states)
+
+    def _initial_far(self, batch: int) -> MemoryState | None:
+        return self.banks["far"].initial_state(batch, momentum=False) if "far" in self.banks else None
 
     def forward(
         self,
@@ -197,15 +218,18 @@ class SelfModifying(nn.Module):
     ) -> tuple[Tensor, LayerState]:
         """Mix tokens as `forward` does, without the map out: what each head of this rank answers `[T, B, H, D]`."""
         batch = x.shape[1]
-        position, (*memories, tail) = self.initial_state(batch) if state is None else state
+        position, (*memories, far, tail) = self.initial_state(batch) if state is None else state
         streams, gate, tail = self._project(x, tail, documents, position)
         y, stats, memories = self._remember(streams, Memories(*memories), position, documents)
+        if far is not None:
+            answers, _, (far, _) = self._remember_far(streams, far, position, documents)
+            y = y + answers
         y = self.norm(y.permute(2, 0, 1, 3)).to(x.dtype)  # [T, B, H, D]
         if gate is not None:
             y = y * F.silu(gate)
         if probe is not None:
             probe |= dict(zip(("eta_mean", "alpha_mean", "surprise"), stats.mean((0, 1, 2)), strict=True))
-        return y, LayerState(position + len(y), MixerState(*memories, tail))
+        return y, LayerState(position + len(y), MixerState(*memories, far, tail))
 
     def _remember(
         self, streams: Streams, memories: Memories, position: int, documents: Documents | None
@@ -219,6 +243,16 @@ class SelfModifying(nn.Module):
             fresh = self._initial_memories(1)
             return run_with_resets(run, streams, memories, fresh, every=every, position=position)
         return run(streams, memories, position=position)
+
+    def _remember_far(
+        self, streams: Streams, memory: MemoryState, position: int, documents: Documents | None
+    ) -> SelfModifyingOutput:
+        """Run the far memory, from its initial state where a document begins."""
+        eta, alpha = (self.gates[name](streams.k) if name in self.gates else None for name in ("far_eta", "far_alpha"))
+        memory = memory if documents is None else self._initial_far(1)
+        how = {"position": position, "documents": documents} | self.computed
+        own = streams._replace(eta=eta, alpha=alpha, mu=None)
+        return self_modifying(own, Memories(memory, None), self.far_spec, **how)
 
     def _project(
         self, x: Tensor, tail: Tensor | None, documents: Documents | None, position: int

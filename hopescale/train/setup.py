@@ -166,20 +166,26 @@ def restore(state: TrainState, checkpoint: Path, request: RunRequest, report: Re
 def begin_from(state: TrainState, checkpoint: Path, report: Report) -> None:
     """Begin `state` with the weights of a checkpoint of an equal model, whatever it has read. Called by all ranks.
 
+    Chunks of memories and resets may be others: what changes is reported.
+
     Raises:
         ConfigError: If its model is another.
         CheckpointError: If it is damaged, or of another precision.
     """
-    manifest = state.mesh.control.all_ranks_or_raise(lambda: _same_model(state.config, checkpoint))
+    manifest, changes = state.mesh.control.all_ranks_or_raise(lambda: _same_weights(state.config, checkpoint))
     state.begin_from(checkpoint)
     report(f"weights from {checkpoint}, which is at step {manifest.step}")
+    if changes:
+        report("its memories had another pace:\n" + format_diff(changes))
 
 
-def _same_model(config: RunConfig, checkpoint: Path) -> Manifest:
+def _same_weights(config: RunConfig, checkpoint: Path) -> tuple[Manifest, list[Change]]:
+    """Return the manifest of a checkpoint whose weights fit, and how memories are written otherwise."""
     manifest = read_manifest(checkpoint)
-    if problems := model_problems(from_dict(manifest.config, str(checkpoint)), config, str(checkpoint)):
+    old = from_dict(manifest.config, str(checkpoint))
+    if problems := model_problems(old, config, str(checkpoint), weights_alone=True):
         raise ConfigError(problems)
-    return manifest
+    return manifest, [change for change in diff(old, config) if change[0].startswith("model.mixers.")]
 
 
 def _compare(state: TrainState, checkpoint: Path, request: RunRequest) -> list[Change]:

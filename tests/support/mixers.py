@@ -12,6 +12,7 @@ MIXERS: dict[str, list[str]] = {
     "boundary, dot": ["model.mixers.hope={read: boundary, objective: dot}"],
     "titans": ["model.mixers.hope={adaptive: [], targets: value, inner_rule: gd, momentum_write: whole}"],
     "two banks": ["model.mixers.hope={adaptive: [k, eta], query: memory, gate: true, projection_chunk_size: 32}"],
+    "far memory": ["model.mixers.hope={far: {chunk_size: 32}}"],
     "deltanet": [
         "model.mixers.hope={memory: linear, adaptive: [], targets: value, objective: dot, momentum: false, "
         "retention: false, read: inclusive}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hopescale.config.schema import FarMemoryConfig
 from hopescale.models.self_modifying import SelfModifying
 from hopescale.ops.self_modifying import Memories, Streams, self_modifying_naive
 
@@ -69,6 +70,14 @@ SWITCHES = {
     "token chunks": {"chunk_size": 1},
     "resets": {"reset_every": 8},
     "resets, two chunk sizes": {"reset_every": 8, "projection_chunk_size": 8},
+    "far memory": {"reset_every": 8, "far": FarMemoryConfig(chunk_size=12, eta_init=0.1, alpha_init=0.9)},
+    "far memory of Titans": {
+        "adaptive": (),
+        "targets": "value",
+        "inner_rule": "gd",
+        "retention": False,
+        "far": FarMemoryConfig(chunk_size=8, eta_init=0.1),
+    },
     "resets of stored values": {
         "reset_every": 8,
         "adaptive": (),
@@ -89,10 +98,43 @@ def naive_streams(mixer: SelfModifying, convolved: Tensor) -> Streams:
     k, v, q = unit(k), unit(v) if mixer.config.targets == "self" else v, unit(q)
     logits = dict.fromkeys(("eta", "alpha", "mu"))
     for name, gate in mixer.gates.items():
+        if name not in logits:
+            continue
         logits[name] = gate.bias[:, None].expand(k.shape[:-1])
         if gate.weight is not None:
             logits[name] = logits[name] + torch.einsum("bhtd,hd->bht", k, gate.weight)
     return Streams(k, v, q, **logits)
+
+
+def naive_far(mixer: SelfModifying, streams: Streams) -> Tensor:
+    """Answers of the far memory `[B, H, T, D]`, gradient by gradient (TNT, Eq. 5 and the first term of Eq. 7)."""
+    config, first = mixer.config, list(mixer.banks["far"].mem.parameters())
+    weights = [part.mT.expand(len(streams.k), *part.mT.shape) for part in first]
+    gates = {}
+    for name in ("far_eta", "far_alpha"):
+        if name in mixer.gates:
+            gate = mixer.gates[name]
+            gates[name] = torch.sigmoid(torch.einsum("bhtd,hd->bht", streams.k, gate.weight) + gate.bias[:, None])
+
+    def answer(layers: list[Tensor], z: Tensor) -> Tensor:
+        if len(layers) == 1:
+            return torch.einsum("bhd,bhdo->bho", z, layers[0])
+        hidden = torch.nn.functional.silu(torch.einsum("bhd,bhde->bhe", z, layers[0]))
+        return z + torch.einsum("bhe,bheo->bho", hidden, layers[1])
+
+    rows = []
+    for t in range(streams.k.shape[2]):
+        if t % config.far.chunk_size == 0:
+            boundary = weights
+        rows.append(answer(boundary, streams.q[:, :, t]))
+        k, v, eta = streams.k[:, :, t], streams.v[:, :, t], config.eta_max * gates["far_eta"][:, :, t]
+        inner = [w.clone() for w in boundary]
+        read, target = answer(inner, k), answer(boundary, v) if config.targets == "self" else v
+        error = read - target if config.objective == "l2" else -target
+        slopes = torch.autograd.grad(read, inner, grad_outputs=error, create_graph=True)
+        kept = gates["far_alpha"][:, :, t, None, None] if "far_alpha" in gates else 1.0
+        weights = [kept * w - eta[..., None, None] * slope for w, slope in zip(weights, slopes, strict=True)]
+    return torch.stack(rows, dim=2)
 
 
 def naive_mixer(mixer: SelfModifying, x: Tensor) -> Tensor:
@@ -117,7 +159,10 @@ def naive_mixer(mixer: SelfModifying, x: Tensor) -> Tensor:
     every = mixer.config.reset_every or tokens
     pieces = streams.split([min(every, tokens - begin) for begin in range(0, tokens, every)])
     memories = Memories(state.memory, state.projection)
-    y = torch.cat([self_modifying_naive(piece, memories, mixer.spec).y for piece in pieces], dim=2).permute(2, 0, 1, 3)
+    y = torch.cat([self_modifying_naive(piece, memories, mixer.spec).y for piece in pieces], dim=2)
+    if mixer.config.far is not None:
+        y = y + naive_far(mixer, streams)
+    y = y.permute(2, 0, 1, 3)
     y = y / torch.sqrt((y * y).mean(-1, keepdim=True) + 1e-6) * mixer.norm.weight
     if mixer.config.gate:
         y = y * torch.nn.functional.silu(mixed[:, :, :, 3])

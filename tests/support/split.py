@@ -10,6 +10,7 @@ from torch import Tensor
 from hopescale.config.schema import (
     AttentionConfig,
     CmsConfig,
+    FarMemoryConfig,
     LinearAttentionConfig,
     RopeScalingConfig,
     SelfModifyingConfig,
@@ -37,7 +38,10 @@ VARIANTS = {
         }
     },
     "hybrid, within documents": {
-        "mixers": {"hope": SelfModifyingConfig(chunk_size=8), "local": AttentionConfig(window=5)},
+        "mixers": {
+            "hope": SelfModifyingConfig(chunk_size=4, reset_every=8, far=FarMemoryConfig(8, 0.1)),
+            "local": AttentionConfig(window=5),
+        },
         "pattern": ("local", "hope"),
         "within_documents": True,
     },

@@ -3,6 +3,7 @@
 from hopescale.config.schema.kinds import KINDS as KINDS
 from hopescale.config.schema.linear_attention import LinearAttentionConfig as LinearAttentionConfig
 from hopescale.config.schema.mixers import AttentionConfig as AttentionConfig
+from hopescale.config.schema.mixers import FarMemoryConfig as FarMemoryConfig
 from hopescale.config.schema.mixers import MixerConfig as MixerConfig
 from hopescale.config.schema.mixers import RopeScalingConfig as RopeScalingConfig
 from hopescale.config.schema.mixers import SelfModifyingConfig as SelfModifyingConfig

@@ -17,6 +17,23 @@ class MixerConfig:
 
 
 @dataclass(frozen=True)
+class FarMemoryConfig:
+    """A further memory per head that never starts anew: the global memory of TNT (arXiv 2511.07343, Eq. 5 and 7).
+
+    It is written with the streams of keys and values by plain gradient descent without momentum, and answers the stream
+    of queries with the weights that its chunk began with. The answer is added to that of `mem`."""
+
+    chunk_size: Count = 2048
+    """Tokens of its chunks: all gradients of a chunk are taken at the weights with which it began. A multiple of the
+    mixer's `chunk_size`."""
+    eta_init: Fraction = 0.001
+    """Its inner learning rate at initialisation, as a fraction of the mixer's `eta_max`, in (0, 1). The steps of a
+    chunk add up: far above 2 divided by `chunk_size`, a key that comes back in each of its tokens overshoots."""
+    alpha_init: Fraction = 0.9999
+    """Its retention per token at initialisation, in (0, 1). 0.9999 keeps 81 % after 2,048 tokens."""
+
+
+@dataclass(frozen=True)
 class SelfModifyingConfig(MixerConfig):
     """Self-modifying Titans (NL Eq. 83-91): the mixer of Hope. `docs/concepts.md` explains the words."""
 
@@ -55,6 +72,8 @@ class SelfModifyingConfig(MixerConfig):
     """Tokens after which all memories, but not the convolution, start anew, counted from a sequence's or a document's
     first one; null is never. Then the pieces between run side by side (TNT, arXiv 2511.07343). A multiple of both
     chunk sizes."""
+    far: FarMemoryConfig | None = None
+    """A further memory with long chunks that never starts anew, for what lies before a reset; null is none."""
     eta_max: Annotated[float, NumberRange("(0, 2]")] = 1.0
     """Upper limit of the inner learning rate, in (0, 2]. Above 1 the transition may have negative eigenvalues."""
     eta_init: Fraction = 0.1

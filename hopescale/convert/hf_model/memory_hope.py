@@ -229,6 +229,11 @@ class HopeSelfModifying(nn.Module):
         self.banks = nn.ModuleDict({bank: nn.ModuleDict() for bank in dict.fromkeys(banks.values())})
         for name, bank in banks.items():
             self.banks[bank][name] = self.memories[name]
+        if config.far is not None:
+            self.memories["far"], self.period["far"] = Memory(heads, dim, dim, hidden), config.far.chunk_size
+            self.banks["far"] = nn.ModuleDict({"mem": self.memories["far"]})
+            gates = ["far_eta"] + ["far_alpha"] * config.retention
+            self.gates.update({name: HopeGate(heads, dim) for name in gates})
         self.norm = Norm(heads, dim, eps=model.norm_eps)
         self.out_proj = nn.Linear(heads * dim, model.d_model, bias=False)
 
@@ -239,7 +244,7 @@ class HopeSelfModifying(nn.Module):
             for matrix, weight in memory.named_parameters():
                 weights = weight.float().expand(batch, *weight.shape)
                 state |= {f"{name}/{matrix}": weights, f"boundary/{name}/{matrix}": weights}
-                if self.config.momentum:
+                if self.config.momentum and name != "far":
                     state[f"momentum/{name}/{matrix}"] = torch.zeros_like(weights)
         if self.conv is not None:
             weight = self.conv["weight"]
@@ -256,7 +261,7 @@ class HopeSelfModifying(nn.Module):
             return
         begins = position % self.config.reset_every == 0
         for name, initial in self.initial_state(len(position)).items():
-            if name != "tail":
+            if name != "tail" and "far/" not in name:
                 state[name] = torch.where(begins.view(-1, *[1] * (initial.dim() - 1)), initial, state[name])
 
     def _run(self, x: Tensor, state: State, position: Tensor) -> tuple[Tensor, State]:
@@ -294,9 +299,8 @@ class HopeSelfModifying(nn.Module):
                 state[key] = torch.where(begins, running, state[key])
             boundary[name] = self._weights(state, "boundary/", name)
         unit = dict(zip("kvq", to_unit(streams), strict=True))
-        asked = {
-            name: memory.retrieve(boundary[name], unit.get(name, unit["k"])) for name, memory in self.memories.items()
-        }
+        near = {name: memory for name, memory in self.memories.items() if name != "far"}
+        asked = {name: memory.retrieve(boundary[name], unit.get(name, unit["k"])) for name, memory in near.items()}
         gates = {name: gate(asked.get(name, unit["k"])) for name, gate in self.gates.items()}
         eta, mu = config.eta_max * gates["eta"], gates.get("mu")
         alpha = gates["alpha"] if config.retention else torch.ones_like(eta)
@@ -305,7 +309,7 @@ class HopeSelfModifying(nn.Module):
         v = to_unit(v) if config.targets == "self" else v
         tables = _tables(eta, alpha, mu)
         output = self.memories["mem"].retrieve(boundary["mem"], q)
-        for name, memory in self.memories.items():
+        for name, memory in near.items():
             error = self._error(memory, boundary[name], k, v)
             if mu is not None and config.momentum_write == "averaged":
                 error = error * (1 - mu)[..., None]
@@ -322,7 +326,19 @@ class HopeSelfModifying(nn.Module):
                 first, *second = (layers[matrix] for matrix in ("w", "w2", "w1") if matrix in layers)
                 inner = first.read(reading, q)
                 output = q + second[0].read(reading, F.silu(inner)) if second else inner
+        if config.far is not None:
+            v = unit["v"] if config.targets == "self" else streams[1]
+            output = output + self._far(boundary["far"], state, unit["q"], unit["k"], v, gates)
         return output
+
+    def _far(self, boundary: State, state: State, q: Tensor, k: Tensor, v: Tensor, gates: State) -> Tensor:
+        """Write the far memory by gradient descent, in `state`; return what it answered to queries before."""
+        memory, eta = self.memories["far"], self.config.eta_max * gates["far_eta"]
+        tables = _tables(eta, gates.get("far_alpha", torch.ones_like(eta)), None)
+        error = self._error(memory, boundary, k, v)
+        for matrix, (key, value) in memory.writes(boundary, k, error).items():
+            state[f"far/{matrix}"], _ = Layer(tables, key, value, state[f"far/{matrix}"], None, False).after()
+        return memory.retrieve(boundary, q)
 
     def _error(self, memory: Memory, weights: State, k: Tensor, v: Tensor) -> Tensor:
         """Return the gradient of the inner loss with respect to a memory's answers."""

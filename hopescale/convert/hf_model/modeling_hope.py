@@ -277,7 +277,8 @@ class HopeForCausalLM(PreTrainedModel, GenerationMixin):
 def _period(mixer: SimpleNamespace) -> int:
     """Return the tokens after which it no longer matters to a mixer where a call begins."""
     if mixer.kind == "self_modifying":
-        return math.lcm(mixer.projection_chunk_size or mixer.chunk_size, mixer.reset_every or 1)
+        far = 1 if mixer.far is None else mixer.far.chunk_size
+        return math.lcm(mixer.projection_chunk_size or mixer.chunk_size, mixer.reset_every or 1, far)
     return mixer.chunk_size if mixer.kind == "ttt" else 1
 
 

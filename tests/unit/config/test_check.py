@@ -53,6 +53,21 @@ BROKEN = [
         "train.backend",
         "train.recompute: reverse takes the chunk loop",
     ),
+    (
+        [f"{MIXER}.far={{chunk_size: 96}}"],
+        f"{MIXER}.far.chunk_size",
+        "96 is not a multiple of the mixer's chunk_size = 64",
+    ),
+    (
+        [f"{MIXER}.far={{}}", "train.seq_len=2048"],
+        f"{MIXER}.far.chunk_size",
+        "2048 is not below train.seq_len = 2048: what it writes is never read",
+    ),
+    (
+        [f"{MIXER}={{retention: false, adaptive: [k], far: {{alpha_init: 0.9}}}}"],
+        f"{MIXER}.far.alpha_init",
+        "has no effect: retention is off",
+    ),
     ([f"{MIXER}.reset_every=96"], f"{MIXER}.reset_every", "96 is not a multiple of chunk_size = 64"),
     (
         [f"{MIXER}.reset_every=192", f"{PROJECTION}=128"],

@@ -85,3 +85,17 @@ def test_weights_begin_models_whose_levels_keep_their_order(load):
     assert model_problems(old, slower, "there") == []
     (problem,) = model_problems(old, load(*levels, "model.cms.levels.slow.update_every_steps=1").config, "there")
     assert problem.key == "model.cms.levels" and "are slow, mlp from fast to slow, but mlp, slow" in problem.message
+
+
+def test_weights_begin_models_whose_memories_have_another_pace(load):
+    mixers = ("model.mixers.hope={kind: self_modifying, far: {chunk_size: 128}}", "model.mixers.ttt.kind=ttt")
+    mixers += ("model.pattern=[hope, ttt]",)
+    old = load(*mixers).config
+    new = load(*mixers, "model.mixers.hope={chunk_size: 8, reset_every: 64, far: {chunk_size: 64}}").config
+    assert model_problems(old, new, "there", weights_alone=True) == []
+    changed = {problem.key.removeprefix("model.mixers.hope.") for problem in model_problems(old, new, "there")}
+    assert changed == {"chunk_size", "reset_every", "far.chunk_size"}, "a carried state is at a place of a chunk"
+    for override, key in (("ttt.chunk_size=8", "ttt.chunk_size"), ("hope.far=null", "hope.far")):
+        other = load(*mixers, f"model.mixers.{override}").config
+        keys = [problem.key for problem in model_problems(old, other, "there", weights_alone=True)]
+        assert f"model.mixers.{key}" in keys

@@ -13,6 +13,7 @@ from torch import Tensor
 from hopescale.config.schema import (
     AttentionConfig,
     CmsConfig,
+    FarMemoryConfig,
     LinearAttentionConfig,
     RopeScalingConfig,
     SelfModifyingConfig,
@@ -44,6 +45,7 @@ VARIANTS = {
     "memories that start anew": {
         "mixers": {"hope": SelfModifyingConfig(chunk_size=4, projection_chunk_size=8, memory_dim=5, reset_every=8)}
     },
+    "far memory": {"mixers": {"hope": SelfModifyingConfig(chunk_size=4, reset_every=8, far=FarMemoryConfig(12, 0.1))}},
     "all kinds": {
         "num_layers": 4,
         "mixers": {

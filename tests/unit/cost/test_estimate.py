@@ -12,6 +12,7 @@ from hopescale.cost.estimate import Estimate, Estimator
 from hopescale.cost.flops import flops_per_token
 from hopescale.cost.hardware import DEVICES, planned_device
 from hopescale.cost.holdings import Holdings
+from hopescale.cost.pace import memory_pace
 
 
 def estimate(recipe: str, layout: Layout, *overrides: str, device: str = "H100") -> Estimate:
@@ -47,6 +48,28 @@ def test_beyond_a_node_data_takes_longer():
 def test_calls_of_a_chunk_loop_bound_it_from_below():
     small, large = (estimate("hope_170m", Layout(), f"train.micro_batch_size={size}") for size in (1, 2))
     assert large.seconds["compute"] == pytest.approx(small.seconds["compute"] / 2, rel=0.1)
+
+
+def test_pieces_between_resets_run_side_by_side():
+    long = ("train.seq_len=8192", "train.micro_batch_size=1")
+    resets, far = "model.mixers.hope.reset_every=512", "model.mixers.hope.far={chunk_size: 2048}"
+    plain, pieces, both = (estimate("hope_170m", Layout(), *long, *more) for more in ((), (resets,), (resets, far)))
+    # 12 heads, 192 heads of pieces, on 132 multiprocessors; all else takes as long.
+    assert 4 < plain.seconds["compute"] / pieces.seconds["compute"] < 132 / 12
+    assert pieces.seconds["compute"] < both.seconds["compute"] < plain.seconds["compute"]
+    loop, shorter = (estimate("hope_170m", Layout(), *long, "train.backend=torch", *more) for more in ((), (resets,)))
+    assert shorter.seconds["compute"] < loop.seconds["compute"]
+
+
+def test_the_pace_of_memories():
+    recipe = ["train.seq_len=8192", "train.micro_batch_size=2"]
+    recipe += ["model.mixers.hope={reset_every: 512, far: {chunk_size: 2048}}"]
+    found = memory_pace(load_recipe("hope_170m", recipe).config, Layout(tp=2))
+    near, far = found["hope"], found["hope.far"]
+    assert (near["pieces"], near["programs"], near["chunks"]) == (16, 16 * 2 * 12 // 2, 512 // 64)
+    assert (far["pieces"], far["programs"], far["chunks"]) == (1, 2 * 12 // 2, 4)
+    weights = 2 * 64 * 64
+    assert far["state_bytes"] == 4 * (4 * weights) * (2 * 12 // 2)
 
 
 def test_ranks_on_a_cpu_share_it():

@@ -88,7 +88,7 @@ def test_recomputation_is_counted_as_executed(mixer: str, recompute: str):
 
 
 def test_a_short_sequence_that_ends_within_a_chunk_lacks_little():
-    for overrides in ([], MIXERS["deltanet"]):
+    for overrides in ([], MIXERS["deltanet"], ["model.mixers.hope={reset_every: 32, far: {chunk_size: 32}}"]):
         expected = counted(config_of(overrides), 75, "none")
         assert executed(overrides, "none", 75) == pytest.approx(expected, rel=0.05)
 

@@ -81,11 +81,16 @@ def test_a_continuation_from_a_file_equals_one_in_one_go(tmp_path: Path, kind: s
 
 
 WEIGHTS = {f"{kind}/{layer}" for kind in ("running", "momentum", "boundary") for layer in ("first", "wide", "narrow")}
+FAR = ("running", "boundary")
 NAMES = {
     "hope": ({}, {f"memory/{name}" for name in WEIGHTS} | {"conv_tail"}),
     "two banks": (
         {"mixers": {"hope": {"chunk_size": 8, "projection_chunk_size": 16, "conv_width": None}}},
         {f"memory/{name}" for name in WEIGHTS if "narrow" not in name} | {f"projection/{name}" for name in WEIGHTS},
+    ),
+    "far memory": (
+        {"mixers": {"hope": {"chunk_size": 8, "conv_width": None, "far": {"chunk_size": 16}}}},
+        {f"memory/{name}" for name in WEIGHTS} | {f"far/{k}/{w}" for k in FAR for w in ("first", "wide")},
     ),
     "linear": (
         {"mixers": {"hope": {"memory": "linear", "momentum": False}}},

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from hopescale.config.model_shape import mixer_of_block
-from hopescale.config.schema import SelfModifyingConfig
+from hopescale.config.schema import FarMemoryConfig, SelfModifyingConfig
 from hopescale.models import Model, ModelState
 from hopescale.ops.self_modifying import chunked
 from hopescale.parallel.layers import cross_entropy_sum
@@ -97,6 +97,7 @@ REVERSED = {
     "little retention": {"alpha_init": 0.1, "momentum": False},
     "one memory, short hidden": {"adaptive": (), "targets": "value", "memory_dim": 4},
     "two banks": {"query": "memory", "projection_chunk_size": 4},
+    "resets and a far memory": {"reset_every": 6, "far": FarMemoryConfig(4, 0.1)},
 }
 
 

@@ -1,0 +1,53 @@
+"""How memories go through a sequence: what of it runs side by side, and what one after the other. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from hopescale.config.execution import effective_recompute
+from hopescale.config.layout import Layout
+from hopescale.config.model_shape import (
+    has_chunk_loop,
+    memory_parts,
+    num_pieces,
+    projection_chunk_size,
+    self_modifying_mixers,
+)
+from hopescale.config.schema import RunConfig, SelfModifyingConfig
+from hopescale.cost.micro_batch import MicroBatch
+from hopescale.cost.self_modifying import self_modifying_activations
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How the memories of one block go through a rank's micro batch; as without documents."""
+
+    pieces: int
+    """Pieces of a sequence between two resets, which run side by side."""
+    programs: int
+    """Heads of pieces of a micro batch: what has work that waits for nothing."""
+    chunks: int
+    """Chunks one after the other; 1 where chunks do not wait either."""
+    state_bytes: float
+    """Bytes of the states that chunks begin with, from forward to backward."""
+
+    @classmethod
+    def of(cls, config: RunConfig, layout: Layout, part: SelfModifyingConfig, recompute: str) -> Pace:
+        """Return the pace of memories without a far one."""
+        micro, pieces = MicroBatch.of(config.train, layout), num_pieces(part, config.train.seq_len)
+        tokens = min(part.reset_every or micro.seq_len, micro.seq_len)
+        chunks = -(-tokens // projection_chunk_size(part)) if has_chunk_loop(part) else 1
+        programs = pieces * micro.batch * config.model.num_heads // layout.tp
+        states = self_modifying_activations(config.model, part, micro, recompute).states
+        return cls(pieces, programs, chunks, states)
+
+
+def memory_pace(config: RunConfig, layout: Layout) -> dict[str, dict[str, Any]]:
+    """Return the pace of self-modifying memories by the name of their mixer, and of its far memory as `NAME.far`."""
+    result = {}
+    for name, mixer in self_modifying_mixers(config.model).items():
+        recompute = effective_recompute(config, mixer)
+        for label, part in zip((name, f"{name}.far"), memory_parts(mixer), strict=False):
+            result[label] = asdict(Pace.of(config, layout, part, recompute))
+    return result
