@@ -85,18 +85,19 @@ def select(
     """
     if backend == "torch":
         return Choice("torch", "")
-    rejected, loop = [], None
-    if not needs_grad:
-        loop = "no gradients are wanted"
-    elif not whole_chunks:
-        loop = "the sequence begins within a chunk"
+    rejected = []
     for name, usual in _DEVICES.items() if backend == "auto" else [(backend, device)]:
+        loop = None
+        if not needs_grad:
+            loop = "no gradients are wanted" if name == "triton" else None
+        elif not whole_chunks:
+            loop = "the sequence begins within a chunk"
         if loop:
             reason = loop
         elif device not in (None, usual):
             reason = f"the device is {device}"
         else:
-            reason = _chunk_reason(memories, compiled, recompute) or (
+            reason = (_chunk_reason(memories, compiled, recompute) if needs_grad else None) or (
                 unsupported_reason(name, device, dtype, heads=memories.head_dim, memories=memories.hidden)
             )
         if reason is None:
