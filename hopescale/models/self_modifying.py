@@ -20,11 +20,14 @@ from hopescale.ops.documents import Documents
 from hopescale.ops.head_streams import head_streams
 from hopescale.ops.self_modifying import (
     KEY_EPS,
+    GateWeights,
     Memories,
     MemorySpec,
     MemoryState,
     SelfModifyingOutput,
     Streams,
+    can_mix,
+    mix_heads,
     run_with_resets,
     self_modifying,
 )
@@ -183,7 +186,13 @@ class SelfModifying(nn.Module):
         """
         batch = x.shape[1]
         position, (*memories, tail) = self.initial_state(batch) if state is None else state
-        streams, gate, tail = self._project(x, tail, documents, position)
+        mixed = self.in_proj(x).unflatten(-1, (self.heads, -1, self.head_dim))  # [T, B, H, S, D]
+        if documents is None and probe is None and can_mix(mixed, self.spec, self.computed["backend"]):
+            begun = self._begun(Memories(*memories), position, *mixed.shape[:2])
+            if begun is not None:
+                y, state = self._mix(mixed, tail, *begun)
+                return self.out_proj(y), LayerState(position + len(y), state)
+        streams, gate, tail = self._project(mixed, tail, documents, position)
         y, stats, memories = self._remember(streams, Memories(*memories), position, documents)
         y = self.norm(y.permute(2, 0, 1, 3)).to(x.dtype)  # [T, B, H, D]
         if gate is not None:
@@ -191,6 +200,30 @@ class SelfModifying(nn.Module):
         if probe is not None:
             probe |= dict(zip(("eta_mean", "alpha_mean", "surprise"), stats.mean((0, 1, 2)), strict=True))
         return self.out_proj(y.flatten(2)), LayerState(position + len(y), MixerState(*memories, tail))
+
+    def _begun(self, memories: Memories, position: int, tokens: int, batch: int) -> tuple[Memories, int] | None:
+        """Return the memories before tokens of one piece, and the tokens of the piece before; None of several pieces."""
+        every = self.config.reset_every
+        place = position if every is None else position % every
+        if every is not None and place + tokens > every:
+            return None
+        return (self._initial_memories(batch) if every and place == 0 else memories), place
+
+    def _mix(self, mixed: Tensor, tail: Tensor | None, memories: Memories, position: int) -> tuple[Tensor, MixerState]:
+        """Do in one operation what follows the in-projection: inputs of the out-projection, state after the tokens."""
+        filters = None
+        if self.conv is not None:
+            filters, tail = self.conv["weight"], tail.transpose(0, 1)
+        unit = [name != "v" or self.config.targets != "value" for name in STREAMS]
+        gates = tuple(
+            GateWeights(self.gates[name].bias, self.gates[name].weight) if name in self.gates else None
+            for name in ("eta", "alpha", "mu")
+        )
+        norm, inputs = (self.norm.weight, self.norm.eps), mixed[..., : len(STREAMS), :]
+        y, memories, tail = mix_heads(inputs, filters, tail, unit, gates, *norm, memories, self.spec, position=position)
+        if self.config.gate:
+            y = y * F.silu(mixed[..., len(STREAMS), :])
+        return y.flatten(2), MixerState(*memories, None if tail is None else tail.transpose(0, 1))
 
     def _remember(
         self, streams: Streams, memories: Memories, position: int, documents: Documents | None
@@ -206,21 +239,20 @@ class SelfModifying(nn.Module):
         return run(streams, memories, position=position)
 
     def _project(
-        self, x: Tensor, tail: Tensor | None, documents: Documents | None, position: int
+        self, mixed: Tensor, tail: Tensor | None, documents: Documents | None, position: int
     ) -> tuple[Streams, Tensor | None, Tensor | None]:
-        """Project and convolve: streams in fp32, the output gate `[T, B, H, D]`, the convolution's tail.
+        """Convolve projected inputs: streams in fp32, the output gate `[T, B, H, D]`, the convolution's tail.
 
         Memories are read at unit inputs only: inputs of any other length would let one that reads its own answers grow
         without bound. Each head's slices lie side by side in the in-projection, so that a rank holds whole heads.
         """
-        mixed = self.in_proj(x).unflatten(-1, (self.heads, -1, self.head_dim))  # [T, B, H, S, D]
         gate = mixed[..., len(STREAMS), :] if self.config.gate else None
         first = None if documents is None else documents.first_of(mixed.shape[1], mixed.shape[0], position)
         weight = None
         if self.conv is not None:
             weight, tail = self.conv["weight"], tail.transpose(0, 1)
         unit = [name != "v" or self.config.targets != "value" for name in STREAMS]
-        code = select_streams(self.computed["backend"], self.head_dim, device_type(x.device), dtype_name(mixed.dtype))
+        code = select_streams(self.computed["backend"], self.head_dim, device_type(mixed.device), dtype_name(mixed.dtype))
         (k, v, q), tail = head_streams(mixed[..., : len(STREAMS), :], weight, tail, unit, first=first, backend=code)
         gates = (self.gates[name](k) if name in self.gates else None for name in ("eta", "alpha", "mu"))
         return Streams(k, v, q, *gates), gate, None if tail is None else tail.transpose(0, 1)

@@ -1,6 +1,7 @@
 // Self-modifying memories over whole documents without gradients: nothing is kept, a call may begin within a chunk, and
-// memories may lie in two banks with chunks of their own. Called by ops/self_modifying/infer.py.
+// memories may lie in two banks with chunks of their own. Called by ops/self_modifying/infer.py and mix.py.
 #include "batch.h"
+#include "streams.h"
 
 using namespace hopescale;
 
@@ -146,6 +147,66 @@ struct Run {
     }
 };
 
+// What `hopescale_mix` is given beside the projected inputs: the fields of `_Mixer` in ops/self_modifying/mix.py.
+struct Mixer {
+    const float *filters, *tail;  // [heads * slices * dim, taps], [taps - 1, rows, heads * slices * dim]
+    float* tail_after;
+    const float *bias[3], *weight[3];  // of eta, alpha, mu: [heads], [heads, dim]; without data there is none
+    const float* norm;                 // [heads, dim]
+    float norm_eps;
+};
+
+// Streams, logits of gates, answers [rows, heads, T, dim] and statistics of a call, one behind the other.
+struct Work {
+    float *streams[6], *answers, *stats;
+
+    Work(float* memory, const Layout& layout, const Mixer& mixer) {
+        const int64_t tokens = int64_t(layout.batch) * layout.heads * layout.tokens;
+        for (int n = 0; n < 3; ++n, memory += tokens * layout.dim) streams[n] = memory;
+        for (int n = 0; n < 3; ++n, memory += tokens) streams[3 + n] = mixer.bias[n] ? memory : nullptr;
+        answers = memory, stats = memory + tokens * layout.dim;
+    }
+};
+
+void fill_gates(const Layout& layout, const Mixer& mixer, const Work& work, int h) {
+    for (int n = 0; n < 3; ++n)
+        for (int b = 0; b < layout.batch && mixer.bias[n]; ++b)
+            for (int t = 0; t < layout.tokens; ++t) {
+                const int64_t at = (int64_t(b) * layout.heads + h) * layout.tokens + t;
+                const float* weight = mixer.weight[n] ? mixer.weight[n] + int64_t(h) * layout.dim : nullptr;
+                const float* k = work.streams[0] + at * layout.dim;
+                work.streams[3 + n][at] = mixer.bias[n][h] + (weight ? dot(weight, k, layout.dim) : 0);
+            }
+}
+
+// Keeps the last inputs of the convolution for the next call.
+void keep_tail(const Layout& layout, const Mixer& mixer, const float* x, int h) {
+    const int64_t channels = int64_t(layout.heads) * layout.slices * layout.dim;
+    for (int w = 0; w < layout.taps - 1; ++w)
+        for (int b = 0; b < layout.batch; ++b)
+            for (int s = 0; s < layout.slices; ++s) {
+                const int t = layout.tokens - (layout.taps - 1) + w;
+                const int64_t channel = (int64_t(h) * layout.slices + s) * layout.dim;
+                const float* from = t < 0 ? mixer.tail + (int64_t(w + layout.tokens) * layout.batch + b) * channels + channel
+                                          : x + t * layout.token_stride + b * layout.batch_stride +
+                                                h * layout.head_stride + s * layout.slice_stride;
+                std::copy_n(from, layout.dim, mixer.tail_after + (int64_t(w) * layout.batch + b) * channels + channel);
+            }
+}
+
+// Writes unit answers times the norm's weight, tokens first: [T, rows, heads, dim].
+void normalize_answers(const Layout& layout, const Mixer& mixer, const Work& work, int h, float* y) {
+    const float* weight = mixer.norm + int64_t(h) * layout.dim;
+    for (int b = 0; b < layout.batch; ++b)
+        for (int t = 0; t < layout.tokens; ++t) {
+            const float* row =
+                work.answers + ((int64_t(b) * layout.heads + h) * layout.tokens + t) * layout.dim;
+            float* to = y + ((int64_t(t) * layout.batch + b) * layout.heads + h) * layout.dim;
+            const float scale = 1 / std::sqrt(dot(row, row, layout.dim) / layout.dim + mixer.norm_eps);
+            for (int j = 0; j < layout.dim; j += LANES) store(to + j, scale * load(row + j) * load(weight + j));
+        }
+}
+
 }  // namespace
 
 // Runs heads of groups of documents, numbered as for `hopescale_forward`, after `position` tokens of each. `specs` and
@@ -168,4 +229,25 @@ extern "C" int hopescale_infer(const MemorySpec* specs, const int32_t* periods, 
         }
     }
     return 1;
+}
+
+// Runs heads `begin` to `end` of a mixer from its projected inputs `x`, with the strides of the layout, to its normed
+// answers `y` [T, rows, heads, dim]: convolution, unit norms, gates, memories, and the norm of each head. `work` is for
+// `Work`; other arguments are those of `hopescale_infer`. Returns as that does.
+extern "C" int hopescale_mix(const Layout* layout_, const Mixer* mixer_, const MemorySpec* specs, const int32_t* periods,
+                             const Batch* batch, int64_t position, int begin, int end, const float* x,
+                             const BankTensors* given, const BankTensors* last, float* memory, float* y) {
+    const Layout& layout = *layout_;
+    const Mixer& mixer = *mixer_;
+    const Work work(memory, layout, mixer);
+    hopescale_streams_forward(&layout, begin, end, x, mixer.filters, mixer.tail, nullptr, work.streams[0]);
+    for (int h = begin; h < end; ++h) {
+        fill_gates(layout, mixer, work, h);
+        keep_tail(layout, mixer, x, h);
+    }
+    const int rows = batch->groups;
+    const int done = hopescale_infer(specs, periods, batch, position, begin * rows, end * rows, work.streams, given, last,
+                                     work.answers, work.stats);
+    for (int h = begin; h < end && done; ++h) normalize_answers(layout, mixer, work, h, y);
+    return done;
 }
