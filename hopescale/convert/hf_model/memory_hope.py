@@ -159,6 +159,42 @@ class Layer:
         return state, last.momentum_decay[..., None, None] * self.momentum + pushes
 
 
+class Token(NamedTuple):
+    """What `Tables` are to a chunk, for a single token: its gates `[B, H, 1]`, and whether its write is in the state."""
+
+    eta: Tensor
+    alpha: Tensor
+    mu: Tensor | None
+    written: bool = True
+
+    def before(self) -> Token:
+        """Return the same for the state before the token's own write."""
+        return self._replace(written=False)
+
+
+class TokenLayer:
+    """`Layer` for a single token: the equation itself, in the fewest operations."""
+
+    def __init__(
+        self, token: Token, key: Tensor, value: Tensor, state: Tensor, momentum: Tensor | None, erase: bool
+    ):
+        step = token.eta[..., None] * key
+        write, self.start, self.momentum = value.mT * step, state, None
+        if momentum is not None:
+            write = self.momentum = torch.addcmul(write, token.mu[..., None], momentum)
+        self.state = torch.addcmul(write, token.alpha[..., None], state)
+        if erase:
+            self.state = torch.addcmul(self.state, (key @ state.mT).mT, step, value=-1)
+
+    def read(self, token: Token, q: Tensor) -> Tensor:
+        """Read the state before or after the write, with one query."""
+        return q @ (self.state if token.written else self.start).mT
+
+    def after(self) -> tuple[Tensor, Tensor | None]:
+        """Return state and momentum after the token."""
+        return self.state, self.momentum
+
+
 class Memory(nn.Module):
     """An associative memory per head: `W z`, or an MLP `z + W1 silu(W2 z)` (without `z` if it answers with a number).
 
@@ -184,8 +220,9 @@ class Memory(nn.Module):
         if "w" in weights:
             return {"w": (k, -error)}
         inner = k @ weights["w2"].mT
-        hidden, gate = F.silu(inner), torch.sigmoid(inner)
-        slope = gate * (1 + inner * (1 - gate))
+        gate = torch.sigmoid(inner)
+        hidden = inner * gate
+        slope = gate + hidden * (1 - gate)
         length = torch.sqrt(hidden.square().sum(-1, keepdim=True) + KEY_EPS)
         return {"w2": (k, -(error @ weights["w1"]) * slope), "w1": (hidden / length, -length * error)}
 
@@ -255,6 +292,8 @@ class HopeSelfModifying(nn.Module):
         if self.config.reset_every is None:
             return
         begins = position % self.config.reset_every == 0
+        if not begins.any():
+            return
         for name, initial in self.initial_state(len(position)).items():
             if name != "tail":
                 state[name] = torch.where(begins.view(-1, *[1] * (initial.dim() - 1)), initial, state[name])
@@ -268,7 +307,10 @@ class HopeSelfModifying(nn.Module):
             weight = self.conv["weight"].to(x.dtype)
             padded = torch.cat([state["tail"].to(x.dtype), mixed], dim=1)
             state["tail"] = padded[:, x.shape[1] :]
-            mixed = F.silu(F.conv1d(padded.mT, weight[:, None], groups=weight.shape[0])).mT
+            if x.shape[1] == 1:
+                mixed = F.silu((padded.float() * weight.mT.float()).sum(1, keepdim=True).to(x.dtype))
+            else:
+                mixed = F.silu(F.conv1d(padded.mT, weight[:, None], groups=weight.shape[0])).mT
         streams = mixed.float().unflatten(-1, (self.heads, 3, self.dim)).permute(3, 0, 2, 1, 4)  # [S, B, H, T, D]
         outputs, read, size = [], 0, self.config.chunk_size
         while read < x.shape[1]:
@@ -287,11 +329,12 @@ class HopeSelfModifying(nn.Module):
     def _chunk(self, streams: Tensor, state: State, position: Tensor) -> Tensor:
         """Move all memories over a chunk or a part of one, in `state`; return what its queries read `[B, H, C, D]`."""
         config, boundary = self.config, {}
+        begins = {period: position % period == 0 for period in set(self.period.values())}
+        opening = {period for period, rows in begins.items() if rows.any()}
         for name, period in self.period.items():
-            begins = (position % period == 0)[:, None, None, None]
-            for matrix, running in self._weights(state, "", name).items():
+            for matrix, running in self._weights(state, "", name).items() if period in opening else ():
                 key = f"boundary/{name}/{matrix}"
-                state[key] = torch.where(begins, running, state[key])
+                state[key] = torch.where(begins[period][:, None, None, None], running, state[key])
             boundary[name] = self._weights(state, "boundary/", name)
         unit = dict(zip("kvq", to_unit(streams), strict=True))
         asked = {
@@ -303,7 +346,8 @@ class HopeSelfModifying(nn.Module):
         q, k = (to_unit(asked[name]) if name in asked else unit[name] for name in "qk")
         v = asked.get("v", streams[1])
         v = to_unit(v) if config.targets == "self" else v
-        tables = _tables(eta, alpha, mu)
+        single = streams.shape[3] == 1
+        tables, kind = (Token(eta, alpha, mu), TokenLayer) if single else (_tables(eta, alpha, mu), Layer)
         output = self.memories["mem"].retrieve(boundary["mem"], q)
         for name, memory in self.memories.items():
             error = self._error(memory, boundary[name], k, v)
@@ -312,7 +356,7 @@ class HopeSelfModifying(nn.Module):
             for matrix, (key, value) in memory.writes(boundary[name], k, error).items():
                 place = f"{name}/{matrix}"
                 momentum = state.get(f"momentum/{place}")
-                layers[matrix] = Layer(tables, key, value, state[place], momentum, config.inner_rule == "dgd")
+                layers[matrix] = kind(tables, key, value, state[place], momentum, config.inner_rule == "dgd")
                 state[place], momentum = layers[matrix].after()
                 if momentum is not None:
                     state[f"momentum/{place}"] = momentum
@@ -325,10 +369,13 @@ class HopeSelfModifying(nn.Module):
 
     def _error(self, memory: Memory, weights: State, k: Tensor, v: Tensor) -> Tensor:
         """Return the gradient of the inner loss with respect to a memory's answers."""
-        target = memory.retrieve(weights, v) if self.config.targets == "self" else v
+        if self.config.targets == "self":
+            answer, target = memory.retrieve(weights, torch.cat([k, v], dim=2)).chunk(2, dim=2)
+        else:
+            answer, target = memory.retrieve(weights, k), v
         if self.config.objective == "dot":
             return -target
-        error = memory.retrieve(weights, k) - target
+        error = answer - target
         if self.config.error_cap is None:
             return error
         scale = self.config.error_cap * torch.rsqrt(error.square().sum(-1, keepdim=True) + 1e-12)
