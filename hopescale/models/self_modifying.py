@@ -188,7 +188,7 @@ class SelfModifying(nn.Module):
         position, (*memories, tail) = self.initial_state(batch) if state is None else state
         mixed = self.in_proj(x).unflatten(-1, (self.heads, -1, self.head_dim))  # [T, B, H, S, D]
         if documents is None and probe is None and can_mix(mixed, self.spec, self.computed["backend"]):
-            begun = self._begun(Memories(*memories), position, *mixed.shape[:2])
+            begun = self._begun(Memories(*memories), position, len(mixed))
             if begun is not None:
                 y, state = self._mix(mixed, tail, *begun)
                 return self.out_proj(y), LayerState(position + len(y), state)
@@ -201,12 +201,13 @@ class SelfModifying(nn.Module):
             probe |= dict(zip(("eta_mean", "alpha_mean", "surprise"), stats.mean((0, 1, 2)), strict=True))
         return self.out_proj(y.flatten(2)), LayerState(position + len(y), MixerState(*memories, tail))
 
-    def _begun(self, memories: Memories, position: int, tokens: int, batch: int) -> tuple[Memories, int] | None:
-        """Return the memories before tokens of one piece, and the tokens of the piece before; None of several pieces."""
+    def _begun(self, memories: Memories, position: int, tokens: int) -> tuple[Memories, int] | None:
+        """Return the memories before tokens of one piece, and its tokens before them; None for tokens of several."""
         every = self.config.reset_every
         place = position if every is None else position % every
         if every is not None and place + tokens > every:
             return None
+        batch = memories.memory.running.w_in.shape[0]
         return (self._initial_memories(batch) if every and place == 0 else memories), place
 
     def _mix(self, mixed: Tensor, tail: Tensor | None, memories: Memories, position: int) -> tuple[Tensor, MixerState]:
@@ -252,7 +253,9 @@ class SelfModifying(nn.Module):
         if self.conv is not None:
             weight, tail = self.conv["weight"], tail.transpose(0, 1)
         unit = [name != "v" or self.config.targets != "value" for name in STREAMS]
-        code = select_streams(self.computed["backend"], self.head_dim, device_type(mixed.device), dtype_name(mixed.dtype))
+        code = select_streams(
+            self.computed["backend"], self.head_dim, device_type(mixed.device), dtype_name(mixed.dtype)
+        )
         (k, v, q), tail = head_streams(mixed[..., : len(STREAMS), :], weight, tail, unit, first=first, backend=code)
         gates = (self.gates[name](k) if name in self.gates else None for name in ("eta", "alpha", "mu"))
         return Streams(k, v, q, *gates), gate, None if tail is None else tail.transpose(0, 1)

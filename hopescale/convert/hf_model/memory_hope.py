@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .token_hope import Token, TokenLayer
+
 KEY_EPS = 1e-2  # of hopescale's memories: keeps the direction of an erased memory's answer from being amplified
 
 State = dict[str, Tensor]
@@ -157,42 +159,6 @@ class Layer:
         pushes = (last.last_push[..., None] * self.values).mT @ self.keys
         state = state + last.push[..., -1, None, None] * self.momentum
         return state, last.momentum_decay[..., None, None] * self.momentum + pushes
-
-
-class Token(NamedTuple):
-    """What `Tables` are to a chunk, for a single token: its gates `[B, H, 1]`, and whether its write is in the state."""
-
-    eta: Tensor
-    alpha: Tensor
-    mu: Tensor | None
-    written: bool = True
-
-    def before(self) -> Token:
-        """Return the same for the state before the token's own write."""
-        return self._replace(written=False)
-
-
-class TokenLayer:
-    """`Layer` for a single token: the equation itself, in the fewest operations."""
-
-    def __init__(
-        self, token: Token, key: Tensor, value: Tensor, state: Tensor, momentum: Tensor | None, erase: bool
-    ):
-        step = token.eta[..., None] * key
-        write, self.start, self.momentum = value.mT * step, state, None
-        if momentum is not None:
-            write = self.momentum = torch.addcmul(write, token.mu[..., None], momentum)
-        self.state = torch.addcmul(write, token.alpha[..., None], state)
-        if erase:
-            self.state = torch.addcmul(self.state, (key @ state.mT).mT, step, value=-1)
-
-    def read(self, token: Token, q: Tensor) -> Tensor:
-        """Read the state before or after the write, with one query."""
-        return q @ (self.state if token.written else self.start).mT
-
-    def after(self) -> tuple[Tensor, Tensor | None]:
-        """Return state and momentum after the token."""
-        return self.state, self.momentum
 
 
 class Memory(nn.Module):

@@ -105,9 +105,9 @@ inline void query_mem(Arena& arena, const State& boundary, Chunk& x) {
     query(arena, spec, x.second[0], x.second_read);
 }
 
-// Computes what a chunk writes and what the layers hold, of keys, values and gates that are made. Writes are gradients at
-// `boundary`, the state that the chunk begins with; layers hold `state`, which is another one if `x` is a later part of
-// the chunk. `surprise` gets the norms of the first memory's errors.
+// Computes what a chunk writes and what the layers hold, of keys, values and gates that are made. Writes are gradients
+// at `boundary`, the state that the chunk begins with; layers hold `state`, which is another one if `x` is a later part
+// of the chunk. `surprise` gets the norms of the first memory's errors.
 inline void write(Arena& arena, const State& boundary, const State& state, const State& momentum, Chunk& x,
                   float* surprise) {
     const MemorySpec& spec = state.spec;

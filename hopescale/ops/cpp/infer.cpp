@@ -182,15 +182,17 @@ void fill_gates(const Layout& layout, const Mixer& mixer, const Work& work, int 
 // Keeps the last inputs of the convolution for the next call.
 void keep_tail(const Layout& layout, const Mixer& mixer, const float* x, int h) {
     const int64_t channels = int64_t(layout.heads) * layout.slices * layout.dim;
+    const auto at = [&](int w, int b, int s) {
+        return (int64_t(w) * layout.batch + b) * channels + (int64_t(h) * layout.slices + s) * layout.dim;
+    };
     for (int w = 0; w < layout.taps - 1; ++w)
         for (int b = 0; b < layout.batch; ++b)
             for (int s = 0; s < layout.slices; ++s) {
                 const int t = layout.tokens - (layout.taps - 1) + w;
-                const int64_t channel = (int64_t(h) * layout.slices + s) * layout.dim;
-                const float* from = t < 0 ? mixer.tail + (int64_t(w + layout.tokens) * layout.batch + b) * channels + channel
-                                          : x + t * layout.token_stride + b * layout.batch_stride +
-                                                h * layout.head_stride + s * layout.slice_stride;
-                std::copy_n(from, layout.dim, mixer.tail_after + (int64_t(w) * layout.batch + b) * channels + channel);
+                const float* input = x + t * layout.token_stride + b * layout.batch_stride + h * layout.head_stride +
+                                     s * layout.slice_stride;
+                std::copy_n(t < 0 ? mixer.tail + at(w + layout.tokens, b, s) : input, layout.dim,
+                            mixer.tail_after + at(w, b, s));
             }
 }
 
@@ -234,9 +236,10 @@ extern "C" int hopescale_infer(const MemorySpec* specs, const int32_t* periods, 
 // Runs heads `begin` to `end` of a mixer from its projected inputs `x`, with the strides of the layout, to its normed
 // answers `y` [T, rows, heads, dim]: convolution, unit norms, gates, memories, and the norm of each head. `work` is for
 // `Work`; other arguments are those of `hopescale_infer`. Returns as that does.
-extern "C" int hopescale_mix(const Layout* layout_, const Mixer* mixer_, const MemorySpec* specs, const int32_t* periods,
-                             const Batch* batch, int64_t position, int begin, int end, const float* x,
-                             const BankTensors* given, const BankTensors* last, float* memory, float* y) {
+extern "C" int hopescale_mix(const Layout* layout_, const Mixer* mixer_, const MemorySpec* specs,
+                             const int32_t* periods, const Batch* batch, int64_t position, int begin, int end,
+                             const float* x, const BankTensors* given, const BankTensors* last, float* memory,
+                             float* y) {
     const Layout& layout = *layout_;
     const Mixer& mixer = *mixer_;
     const Work work(memory, layout, mixer);
@@ -246,8 +249,8 @@ extern "C" int hopescale_mix(const Layout* layout_, const Mixer* mixer_, const M
         keep_tail(layout, mixer, x, h);
     }
     const int rows = batch->groups;
-    const int done = hopescale_infer(specs, periods, batch, position, begin * rows, end * rows, work.streams, given, last,
-                                     work.answers, work.stats);
+    const int done = hopescale_infer(specs, periods, batch, position, begin * rows, end * rows, work.streams, given,
+                                     last, work.answers, work.stats);
     for (int h = begin; h < end && done; ++h) normalize_answers(layout, mixer, work, h, y);
     return done;
 }
