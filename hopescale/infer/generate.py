@@ -50,9 +50,11 @@ def prefill(model: Model, tokens: Tensor, state: ModelState | None = None) -> Re
 @contextmanager
 def _threads_for(model: Model, tokens: Tensor) -> Iterator[None]:
     """Compute on no more threads of the CPU than have work: they wait for one another at each operation."""
-    threads = torch.get_num_threads()
-    fitting = threads_with_work(sum(parameter.numel() for parameter in model.parameters()), tokens.numel(), threads)
-    if tokens.is_cuda or fitting == threads:
+    threads = fitting = torch.get_num_threads()
+    if threads > 1 and not tokens.is_cuda:
+        num_params = sum(parameter.numel() for parameter in model.parameters())
+        fitting = threads_with_work(num_params, tokens.numel(), threads)
+    if fitting == threads:
         yield
         return
     torch.set_num_threads(fitting)

@@ -21,11 +21,14 @@ from hopescale.ops.documents import Documents
 from hopescale.ops.head_streams import head_streams
 from hopescale.ops.self_modifying import (
     KEY_EPS,
+    GateWeights,
     Memories,
     MemorySpec,
     MemoryState,
     SelfModifyingOutput,
     Streams,
+    can_mix,
+    mix_heads,
     run_with_resets,
     self_modifying,
 )
@@ -219,7 +222,14 @@ class SelfModifying(nn.Module):
         """Mix tokens as `forward` does, without the map out: what each head of this rank answers `[T, B, H, D]`."""
         batch = x.shape[1]
         position, (*memories, far, tail) = self.initial_state(batch) if state is None else state
-        streams, gate, tail = self._project(x, tail, documents, position)
+        mixed = self.in_proj(x).unflatten(-1, (self.heads, -1, self.head_dim))  # [T, B, H, S, D]
+        plain = documents is None and probe is None and far is None
+        if plain and can_mix(mixed, self.spec, self.computed["backend"]):
+            begun = self._begun(Memories(*memories), position, len(mixed))
+            if begun is not None:
+                y, state = self._mix(mixed, tail, *begun)
+                return y, LayerState(position + len(y), state)
+        streams, gate, tail = self._project(mixed, tail, documents, position)
         y, stats, memories = self._remember(streams, Memories(*memories), position, documents)
         if far is not None:
             answers, _, (far, _) = self._remember_far(streams, far, position, documents)
@@ -230,6 +240,31 @@ class SelfModifying(nn.Module):
         if probe is not None:
             probe |= dict(zip(("eta_mean", "alpha_mean", "surprise"), stats.mean((0, 1, 2)), strict=True))
         return y, LayerState(position + len(y), MixerState(*memories, far, tail))
+
+    def _begun(self, memories: Memories, position: int, tokens: int) -> tuple[Memories, int] | None:
+        """Return the memories before tokens of one piece, and its tokens before them; None for tokens of several."""
+        every = self.config.reset_every
+        place = position if every is None else position % every
+        if every is not None and place + tokens > every:
+            return None
+        batch = memories.memory.running.w_in.shape[0]
+        return (self._initial_memories(batch) if every and place == 0 else memories), place
+
+    def _mix(self, mixed: Tensor, tail: Tensor | None, memories: Memories, position: int) -> tuple[Tensor, MixerState]:
+        """Do in one operation what follows the in-projection: what heads answer `[T, B, H, D]`, state after tokens."""
+        filters = None
+        if self.conv is not None:
+            filters, tail = self.conv["weight"], tail.transpose(0, 1)
+        unit = [name != "v" or self.config.targets != "value" for name in STREAMS]
+        gates = tuple(
+            GateWeights(self.gates[name].bias, self.gates[name].weight) if name in self.gates else None
+            for name in ("eta", "alpha", "mu")
+        )
+        norm, inputs = (self.norm.weight, self.norm.eps), mixed[..., : len(STREAMS), :]
+        y, memories, tail = mix_heads(inputs, filters, tail, unit, gates, *norm, memories, self.spec, position=position)
+        if self.config.gate:
+            y = y * F.silu(mixed[..., len(STREAMS), :])
+        return y, MixerState(*memories, None, None if tail is None else tail.transpose(0, 1))
 
     def _remember(
         self, streams: Streams, memories: Memories, position: int, documents: Documents | None
@@ -255,21 +290,22 @@ class SelfModifying(nn.Module):
         return self_modifying(own, Memories(memory, None), self.far_spec, **how)
 
     def _project(
-        self, x: Tensor, tail: Tensor | None, documents: Documents | None, position: int
+        self, mixed: Tensor, tail: Tensor | None, documents: Documents | None, position: int
     ) -> tuple[Streams, Tensor | None, Tensor | None]:
-        """Project and convolve: streams in fp32, the output gate `[T, B, H, D]`, the convolution's tail.
+        """Convolve projected inputs: streams in fp32, the output gate `[T, B, H, D]`, the convolution's tail.
 
         Memories are read at unit inputs only: inputs of any other length would let one that reads its own answers grow
         without bound. Each head's slices lie side by side in the in-projection, so that a rank holds whole heads.
         """
-        mixed = self.in_proj(x).unflatten(-1, (self.heads, -1, self.head_dim))  # [T, B, H, S, D]
         gate = mixed[..., len(STREAMS), :] if self.config.gate else None
         first = None if documents is None else documents.first_of(mixed.shape[1], mixed.shape[0], position)
         weight = None
         if self.conv is not None:
             weight, tail = self.conv["weight"], tail.transpose(0, 1)
         unit = [name != "v" or self.config.targets != "value" for name in STREAMS]
-        code = select_streams(self.computed["backend"], self.head_dim, device_type(x.device), dtype_name(mixed.dtype))
+        code = select_streams(
+            self.computed["backend"], self.head_dim, device_type(mixed.device), dtype_name(mixed.dtype)
+        )
         (k, v, q), tail = head_streams(mixed[..., : len(STREAMS), :], weight, tail, unit, first=first, backend=code)
         gates = (self.gates[name](k) if name in self.gates else None for name in ("eta", "alpha", "mu"))
         return Streams(k, v, q, *gates), gate, None if tail is None else tail.transpose(0, 1)

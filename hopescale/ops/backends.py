@@ -80,25 +80,22 @@ def select(
         dtype: Type of streams and weights.
         compiled: Whether chunks are compiled.
         recompute: Activations that are computed again; `reverse` needs chunks one by one.
-        needs_grad: Whether a backward pass follows. The operations over all chunks serve no other passes.
+        needs_grad: Whether a backward pass follows. Without one the C++ takes any chunks, and Triton none.
         whole_chunks: Whether the sequence begins with a chunk.
     """
     if backend == "torch":
         return Choice("torch", "")
-    rejected, loop = [], None
-    if not needs_grad:
-        loop = "no gradients are wanted"
-    elif not whole_chunks:
-        loop = "the sequence begins within a chunk"
+    rejected = []
     for name, usual in _DEVICES.items() if backend == "auto" else [(backend, device)]:
+        loop = _pass_reason(name, needs_grad, whole_chunks)
         if loop:
             reason = loop
         elif device not in (None, usual):
             reason = f"the device is {device}"
         else:
-            reason = _chunk_reason(memories, compiled, recompute) or (
-                unsupported_reason(name, device, dtype, heads=memories.head_dim, memories=memories.hidden)
-            )
+            reason = _chunk_reason(memories, compiled, recompute) if needs_grad else None
+            widths = {"heads": memories.head_dim, "memories": memories.hidden}
+            reason = reason or unsupported_reason(name, device, dtype, **widths)
         if reason is None:
             return Choice(name, "; ".join(rejected))
         if backend != "auto" and reason is not loop:
@@ -112,6 +109,13 @@ def select_streams(backend: Backend, head_dim: int, device: str, dtype: str) -> 
     if backend == "torch" or unsupported_reason("cpp", device, dtype, heads=head_dim):
         return "torch"
     return "cpp"
+
+
+def _pass_reason(backend: str, needs_grad: bool, whole_chunks: bool) -> str | None:
+    """Return why a kind of code does not run a pass, whatever the memories are; None if it does."""
+    if not needs_grad:
+        return "no gradients are wanted" if backend == "triton" else None
+    return None if whole_chunks else "the sequence begins within a chunk"
 
 
 def _chunk_reason(memories: MemoryShape, compiled: bool, recompute: Recompute) -> str | None:

@@ -62,11 +62,12 @@ def _head_streams_cpp(
         last = x[max(0, x.shape[0] - taps + 1) :].flatten(2)
         after = torch.cat([tail, last])[last.shape[0] :]
         after = after if first is None else document_tail(after, first)
-    return _HeadStreams.apply(x, weight, tail, tuple(unit), first), after
+    given = x, weight, tail, tuple(unit), first
+    return _HeadStreams.apply(*given) if torch.is_grad_enabled() else _forward(*given), after
 
 
-class _Layout(ctypes.Structure):
-    """`Layout` of streams.cpp."""
+class CLayout(ctypes.Structure):
+    """`Layout` of streams.h."""
 
     _fields_ = [
         *((name, ctypes.c_int32) for name in ("tokens", "batch", "heads", "slices", "dim", "taps", "unit")),
@@ -74,9 +75,24 @@ class _Layout(ctypes.Structure):
     ]
 
     @classmethod
-    def of(cls, x: Tensor, weight: Tensor | None, unit: Sequence[bool]) -> _Layout:
+    def of(cls, x: Tensor, weight: Tensor | None, unit: Sequence[bool]) -> CLayout:
+        """Describe projected inputs and what is made of them."""
         taps = 0 if weight is None else weight.shape[1]
         return cls(*x.shape, taps, sum(one << number for number, one in enumerate(unit)), *x.stride()[:-1])
+
+
+def _forward(
+    x: Tensor, weight: Tensor | None, tail: Tensor | None, unit: Sequence[bool], first: Tensor | None
+) -> Tensor:
+    tokens, batch, heads, slices, dim = x.shape
+    layout, streams = CLayout.of(x, weight, unit), x.new_empty(slices, batch, heads, tokens, dim)
+    tensors = [pointer(one) for one in (x, weight, tail, first, streams)]
+
+    def run(begin: int, end: int) -> None:
+        library().hopescale_streams_forward(ctypes.byref(layout), begin, end, *tensors)
+
+    parallel_for(run, heads)
+    return streams
 
 
 class _HeadStreams(torch.autograd.Function):
@@ -84,23 +100,15 @@ class _HeadStreams(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, tail: Tensor | None, unit: Sequence[bool], first: Tensor | None
     ) -> Tensor:
-        tokens, batch, heads, slices, dim = x.shape
-        layout, streams = _Layout.of(x, weight, unit), x.new_empty(slices, batch, heads, tokens, dim)
-        tensors = [pointer(one) for one in (x, weight, tail, first, streams)]
-
-        def run(begin: int, end: int) -> None:
-            library().hopescale_streams_forward(ctypes.byref(layout), begin, end, *tensors)
-
-        parallel_for(run, heads)
         ctx.unit = unit
         ctx.save_for_backward(x, weight, tail, first)
-        return streams
+        return _forward(x, weight, tail, unit, first)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_streams: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, tail, first = ctx.saved_tensors
-        layout, d_x = _Layout.of(x, weight, ctx.unit), x.new_empty(x.shape)
+        layout, d_x = CLayout.of(x, weight, ctx.unit), x.new_empty(x.shape)
         d_weight = None if weight is None else torch.empty_like(weight)
         d_tail = None if tail is None else torch.zeros_like(tail)
         d_streams = d_streams.contiguous()

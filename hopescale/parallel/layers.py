@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.tensor_parallel import (
@@ -81,6 +82,11 @@ def _megatron_config(tp: int, sequence_parallel: bool) -> ModelParallelConfig:
     )
 
 
+def _is_plain(tp_group: dist.ProcessGroup) -> bool:
+    """Tell whether a layer is its product and nothing else, which costs a token less than what is around it."""
+    return tp_group.size() == 1 and not torch.is_grad_enabled()
+
+
 def _never_called(weight: Tensor) -> None:
     raise AssertionError("parameters are initialised by models.init")
 
@@ -124,6 +130,9 @@ class ColumnLinear(ColumnParallelLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map residual activations, or all tokens if `shared_input`, to this rank's `[T, B, out / tp]`."""
+        if _is_plain(self.tp_group):
+            y = F.linear(x, self.weight)
+            return y if self.bias is None else y + self.bias  # rounds as Megatron's does
         return super().forward(x)[0]
 
 
@@ -154,7 +163,8 @@ class RowLinear(RowParallelLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map this rank's `[T, B, in / tp]` to residual activations, or to its share `[T, B, out]` if `partial`."""
-        return F.linear(x, self.weight) if self.partial else super().forward(x)[0]
+        plain = self.partial or _is_plain(self.tp_group)
+        return F.linear(x, self.weight) if plain else super().forward(x)[0]
 
 
 class Embedding(VocabParallelEmbedding):
@@ -173,6 +183,8 @@ class Embedding(VocabParallelEmbedding):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Map tokens `[B, T]` to residual activations."""
+        if _is_plain(self.tp_group):
+            return F.embedding(tokens, self.weight).transpose(0, 1)
         x = super().forward(tokens)
         return x if self.reduce_scatter_embeddings else x.transpose(0, 1)
 

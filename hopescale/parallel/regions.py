@@ -16,8 +16,10 @@ from hopescale.parallel.mesh import Mesh
 
 def share_with_ranks(x: Tensor, mesh: Mesh) -> Tensor:
     """Return `x`, its gradient summed over tensor-parallel ranks: for what all of them hold and each uses in part."""
+    if mesh.tp_group.size() == 1:
+        return x
     shared = copy_to_tensor_model_parallel_region(x, group=mesh.tp_group)
-    if shared.requires_grad and mesh.tp_group.size() > 1:
+    if shared.requires_grad:
         # Megatron drops the sum of a gradient that is not contiguous.
         shared.register_hook(Tensor.contiguous)
     return shared
@@ -45,6 +47,8 @@ def reduce_from_ranks(x: Tensor, mesh: Mesh) -> Tensor:
     """
     if mesh.sequence_parallel:
         return reduce_scatter_to_sequence_parallel_region(x, group=mesh.tp_group)
+    if mesh.tp_group.size() == 1:
+        return x
     return reduce_from_tensor_model_parallel_region(x.contiguous(), group=mesh.tp_group)
 
 

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .token_hope import Token, TokenLayer
+
 KEY_EPS = 1e-2  # of hopescale's memories: keeps the direction of an erased memory's answer from being amplified
 
 State = dict[str, Tensor]
@@ -184,8 +186,9 @@ class Memory(nn.Module):
         if "w" in weights:
             return {"w": (k, -error)}
         inner = k @ weights["w2"].mT
-        hidden, gate = F.silu(inner), torch.sigmoid(inner)
-        slope = gate * (1 + inner * (1 - gate))
+        gate = torch.sigmoid(inner)
+        hidden = inner * gate
+        slope = gate + hidden * (1 - gate)
         length = torch.sqrt(hidden.square().sum(-1, keepdim=True) + KEY_EPS)
         return {"w2": (k, -(error @ weights["w1"]) * slope), "w1": (hidden / length, -length * error)}
 
@@ -260,6 +263,8 @@ class HopeSelfModifying(nn.Module):
         if self.config.reset_every is None:
             return
         begins = position % self.config.reset_every == 0
+        if not begins.any():
+            return
         for name, initial in self.initial_state(len(position)).items():
             if name != "tail" and "far/" not in name:
                 state[name] = torch.where(begins.view(-1, *[1] * (initial.dim() - 1)), initial, state[name])
@@ -273,7 +278,10 @@ class HopeSelfModifying(nn.Module):
             weight = self.conv["weight"].to(x.dtype)
             padded = torch.cat([state["tail"].to(x.dtype), mixed], dim=1)
             state["tail"] = padded[:, x.shape[1] :]
-            mixed = F.silu(F.conv1d(padded.mT, weight[:, None], groups=weight.shape[0])).mT
+            if x.shape[1] == 1:
+                mixed = F.silu((padded.float() * weight.mT.float()).sum(1, keepdim=True).to(x.dtype))
+            else:
+                mixed = F.silu(F.conv1d(padded.mT, weight[:, None], groups=weight.shape[0])).mT
         streams = mixed.float().unflatten(-1, (self.heads, 3, self.dim)).permute(3, 0, 2, 1, 4)  # [S, B, H, T, D]
         outputs, read, size = [], 0, self.config.chunk_size
         while read < x.shape[1]:
@@ -292,11 +300,12 @@ class HopeSelfModifying(nn.Module):
     def _chunk(self, streams: Tensor, state: State, position: Tensor) -> Tensor:
         """Move all memories over a chunk or a part of one, in `state`; return what its queries read `[B, H, C, D]`."""
         config, boundary = self.config, {}
+        begins = {period: position % period == 0 for period in set(self.period.values())}
+        opening = {period for period, rows in begins.items() if rows.any()}
         for name, period in self.period.items():
-            begins = (position % period == 0)[:, None, None, None]
-            for matrix, running in self._weights(state, "", name).items():
+            for matrix, running in self._weights(state, "", name).items() if period in opening else ():
                 key = f"boundary/{name}/{matrix}"
-                state[key] = torch.where(begins, running, state[key])
+                state[key] = torch.where(begins[period][:, None, None, None], running, state[key])
             boundary[name] = self._weights(state, "boundary/", name)
         unit = dict(zip("kvq", to_unit(streams), strict=True))
         near = {name: memory for name, memory in self.memories.items() if name != "far"}
@@ -307,7 +316,8 @@ class HopeSelfModifying(nn.Module):
         q, k = (to_unit(asked[name]) if name in asked else unit[name] for name in "qk")
         v = asked.get("v", streams[1])
         v = to_unit(v) if config.targets == "self" else v
-        tables = _tables(eta, alpha, mu)
+        single = streams.shape[3] == 1
+        tables, kind = (Token(eta, alpha, mu), TokenLayer) if single else (_tables(eta, alpha, mu), Layer)
         output = self.memories["mem"].retrieve(boundary["mem"], q)
         for name, memory in near.items():
             error = self._error(memory, boundary[name], k, v)
@@ -317,7 +327,7 @@ class HopeSelfModifying(nn.Module):
             for matrix, (key, value) in memory.writes(boundary[name], k, error).items():
                 place = f"{name}/{matrix}"
                 momentum = state.get(f"momentum/{place}")
-                layers[matrix] = Layer(tables, key, value, state[place], momentum, config.inner_rule == "dgd")
+                layers[matrix] = kind(tables, key, value, state[place], momentum, config.inner_rule == "dgd")
                 state[place], momentum = layers[matrix].after()
                 if momentum is not None:
                     state[f"momentum/{place}"] = momentum
@@ -342,10 +352,13 @@ class HopeSelfModifying(nn.Module):
 
     def _error(self, memory: Memory, weights: State, k: Tensor, v: Tensor) -> Tensor:
         """Return the gradient of the inner loss with respect to a memory's answers."""
-        target = memory.retrieve(weights, v) if self.config.targets == "self" else v
+        if self.config.targets == "self":
+            answer, target = memory.retrieve(weights, torch.cat([k, v], dim=2)).chunk(2, dim=2)
+        else:
+            answer, target = memory.retrieve(weights, k), v
         if self.config.objective == "dot":
             return -target
-        error = memory.retrieve(weights, k) - target
+        error = answer - target
         if self.config.error_cap is None:
             return error
         scale = self.config.error_cap * torch.rsqrt(error.square().sum(-1, keepdim=True) + 1e-12)

@@ -263,6 +263,9 @@ class HopeForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _groups(self, now: Tensor, position: Tensor) -> Iterator[tuple[Tensor, slice]]:
         """Group rows with tokens in the same columns and, of more than one token, at the same place of a chunk."""
+        if now.shape[1] == 1 and now.all():
+            yield torch.arange(len(now), device=now.device), slice(0, 1)
+            return
         count, first = now.sum(-1), now.int().argmax(-1)
         place = position % self.period * (count > 1)
         keys, member = torch.stack([first, count, place], dim=1).unique(dim=0, return_inverse=True)

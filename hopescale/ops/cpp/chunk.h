@@ -68,15 +68,15 @@ inline Chunk take_chunk(Arena& arena, const MemorySpec& spec, const Streams& str
 inline float logistic(float x) { return 1 / (1 + std::exp(-x)); }
 
 // Makes keys, values, queries and gates (Nested Learning, Eq. 90).
-inline void make_inputs(Arena& arena, const State& state, const Streams& streams, Chunk& x) {
-    const MemorySpec& spec = state.spec;
-    for (Projection* projection : {&x.k, &x.v, &x.q}) make(arena, state, *projection);
+inline void make_inputs(Arena& arena, const State& boundary, const Streams& streams, Chunk& x) {
+    const MemorySpec& spec = boundary.spec;
+    for (Projection* projection : {&x.k, &x.v, &x.q}) make(arena, boundary, *projection);
     Scope scope(arena);
     const int c = x.decay.size;
     Matrix answers[2];
     for (int n = 0; n < (spec.is_mlp() ? spec.gates : spec.gates > 0); ++n) {
         answers[n] = arena.take(c, BLOCK);
-        retrieve(arena, state, spec.vectors + n, streams.k, x.gate_activations[spec.vectors + n], answers[n]);
+        retrieve(arena, boundary, spec.vectors + n, streams.k, x.gate_activations[spec.vectors + n], answers[n]);
     }
     const auto added = [&](int memory, int t) {
         if (memory < 0) return 0.0f;
@@ -91,10 +91,10 @@ inline void make_inputs(Arena& arena, const State& state, const Streams& streams
 }
 
 // Asks mem with the queries. All that the way back needs is known then.
-inline void query_mem(Arena& arena, const State& state, Chunk& x) {
-    const MemorySpec& spec = state.spec;
+inline void query_mem(Arena& arena, const State& boundary, Chunk& x) {
+    const MemorySpec& spec = boundary.spec;
     if (spec.read == BOUNDARY) {
-        retrieve_first(state, 0, x.q.output, x.inner);
+        retrieve_first(boundary, 0, x.q.output, x.inner);
         return;
     }
     query(arena, spec, x.mem(spec), x.first_read);
@@ -105,15 +105,18 @@ inline void query_mem(Arena& arena, const State& state, Chunk& x) {
     query(arena, spec, x.second[0], x.second_read);
 }
 
-// Computes all that the way back needs, and what the layers hold. `surprise` gets the norms of mem's errors.
-inline void run(Arena& arena, const State& state, const State& momentum, const Streams& streams, Chunk& x,
-                float* surprise) {
+// Computes what a chunk writes and what the layers hold, of keys, values and gates that are made. Writes are gradients
+// at `boundary`, the state that the chunk begins with; layers hold `state`, which is another one if `x` is a later part
+// of the chunk. `surprise` gets the norms of the first memory's errors.
+inline void write(Arena& arena, const State& boundary, const State& state, const State& momentum, Chunk& x,
+                  float* surprise) {
     const MemorySpec& spec = state.spec;
-    make_inputs(arena, state, streams, x);
+    const bool answered = boundary.data == state.data;
     fill_tables(x.decay);
     x.first.state = state.first(), x.first.momentum = momentum.first();
-    product(x.k.output, x.first.state, x.at_k.pre);
-    if (spec.own_target) product(x.v.output, x.first.state, x.at_v.pre);
+    if (!answered) x.first.answers = arena.take(x.decay.size, spec.width());
+    product(x.k.output, boundary.first(), x.at_k.pre);
+    if (spec.own_target) product(x.v.output, boundary.first(), x.at_v.pre);
     open_layer(arena, spec, x.decay, x.first);
     if (spec.is_mlp()) {
         sigmoids(x.at_k.pre, x.at_k.gate);
@@ -124,20 +127,27 @@ inline void run(Arena& arena, const State& state, const State& momentum, const S
     for (int m = 0; m < spec.seconds(); ++m) {
         Layer& layer = x.second[m];
         layer.state = state.second(m), layer.momentum = momentum.second(m);
-        mlp_writes(arena, spec, m, layer.state, x.source(), x.writes[m],
+        mlp_writes(arena, spec, m, boundary.second(m), x.source(), x.writes[m],
                    x.first.values.columns(m * spec.hidden, spec.hidden), layer, m ? nullptr : surprise);
         open_layer(arena, spec, x.decay, layer);
         hold(arena, spec, x.decay, layer, false);
     }
-    hold(arena, spec, x.decay, x.first, true);
+    hold(arena, spec, x.decay, x.first, answered);
+}
+
+// Computes all that the way back needs, and what the layers hold. `surprise` gets the norms of mem's errors.
+inline void run(Arena& arena, const State& state, const State& momentum, const Streams& streams, Chunk& x,
+                float* surprise) {
+    make_inputs(arena, state, streams, x);
+    write(arena, state, state, momentum, x, surprise);
     query_mem(arena, state, x);
 }
 
 // What mem answers to the queries.
-inline void answer(Arena& arena, const State& state, const Chunk& x, Matrix y) {
-    const MemorySpec& spec = state.spec;
+inline void answer(Arena& arena, const State& boundary, const Chunk& x, Matrix y) {
+    const MemorySpec& spec = boundary.spec;
     if (spec.read == BOUNDARY) {
-        retrieve_second(arena, state, 0, x.q.output, x.inner, y);
+        retrieve_second(arena, boundary, 0, x.q.output, x.inner, y);
         return;
     }
     const bool mlp = spec.is_mlp();

@@ -1,13 +1,11 @@
 // Self-modifying memories over whole documents, one head of one document after the other. Called by
 // ops/self_modifying/cpp.py.
-#include <algorithm>
-#include <cstdlib>
-#include <memory>
 #include <vector>
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
 
+#include "batch.h"
 #include "chunk_back.h"
 
 using namespace hopescale;
@@ -25,64 +23,6 @@ extern "C" void hopescale_use_huge_pages(void* memory, int64_t bytes) {
 
 namespace {
 
-constexpr size_t HUGE_PAGE = 2 << 20;
-
-// Scratch of one thread: twice what the neediest settings were seen to take. Only what is touched becomes memory of
-// the process. Without memory where the system grants none.
-struct Scratch {
-    std::unique_ptr<void, decltype(&std::free)> memory{nullptr, std::free};
-    Arena arena{};
-
-    explicit Scratch(const MemorySpec& spec) {
-        const size_t side = spec.chunk + spec.dim + spec.hidden + 4 * BLOCK;
-        const size_t bytes = sizeof(float) * 40 * side * (spec.width() + side);
-        memory.reset(std::aligned_alloc(HUGE_PAGE, (bytes / HUGE_PAGE + 1) * HUGE_PAGE));
-        if (!memory) return;
-        hopescale_use_huge_pages(memory.get(), bytes);
-        arena.next = static_cast<float*>(memory.get());
-    }
-};
-
-// The fields of `_Batch` in ops/self_modifying/cpp.py. The tokens of all rows lie one after the other; document `n` has
-// those from `bounds[n]` up to `bounds[n + 1]`, all of one row. Without documents each row is one.
-struct Batch {
-    int32_t tokens, heads, documents;
-    int32_t shared;          // whether all documents begin with one state; otherwise each row has its own
-    int32_t group, groups;   // documents that begin in the same `group` tokens are run one after the other
-    const int64_t* bounds;
-
-    // Number of the first document of a group.
-    int first(int number) const {
-        return std::lower_bound(bounds, bounds + documents, int64_t(number) * group) - bounds;
-    }
-};
-
-// One document of one head, and where it lies among all heads of all rows.
-struct Sequence {
-    int tokens, chunks;
-    int64_t token;        // its first one, in tensors [rows, heads, T]
-    int64_t head;         // of tensors [rows, heads]
-    int64_t given, kept;  // states: the one it begins with, in [1 or rows, heads], and the one of its second chunk
-    bool is_last;         // of its row
-
-    Sequence(const MemorySpec& spec, const Batch& batch, int number, int h) {
-        const int64_t begin = batch.bounds[number], end = batch.bounds[number + 1], row = begin / batch.tokens;
-        tokens = end - begin, chunks = (tokens + spec.chunk - 1) / spec.chunk;
-        head = row * batch.heads + h;
-        token = head * batch.tokens + begin % batch.tokens;
-        given = batch.shared ? h : head;
-        kept = h * kept_states(spec, batch) + begin / spec.chunk;
-        is_last = end % batch.tokens == 0;
-    }
-
-    // States that are kept of one head: a document of n tokens, after its first chunk, begins (n - 1) / chunk others.
-    static int64_t kept_states(const MemorySpec& spec, const Batch& batch) {
-        return batch.bounds[batch.documents] / spec.chunk;
-    }
-
-    int size(const MemorySpec& spec, int index) const { return std::min(spec.chunk, tokens - index * spec.chunk); }
-};
-
 // Numbers of a state with its momentum.
 int64_t slot_of(const MemorySpec& spec) { return spec.state_size() * (spec.momentum ? 2 : 1); }
 
@@ -94,13 +34,6 @@ State momentum_of(const MemorySpec& spec, float* slot) {
 float* slot_at(const MemorySpec& spec, const Sequence& sequence, float* given, float* kept, int index) {
     const int64_t size = slot_of(spec);
     return index ? kept + (sequence.kept + index - 1) * size : given + sequence.given * size;
-}
-
-Streams streams_of(const MemorySpec& spec, const Sequence& sequence, float* const* x) {
-    const int tokens = sequence.tokens;
-    const auto matrix = [&](float* at) { return Matrix{at + sequence.token * spec.dim, tokens, spec.dim, spec.dim}; };
-    const auto gate = [&](float* at) { return at ? at + sequence.token : nullptr; };
-    return {matrix(x[0]), matrix(x[1]), matrix(x[2]), gate(x[3]), gate(x[4]), gate(x[5])};
 }
 
 // One chunk of a head, run at the state that was kept for it.
@@ -133,7 +66,7 @@ int hopescale_forward(const MemorySpec* spec_, const Batch* batch_, int begin, i
     const MemorySpec& spec = *spec_;
     const Batch& batch = *batch_;
     const FlushTiny flush;
-    Scratch scratch(spec);
+    Scratch scratch(scratch_bytes(spec));
     if (!scratch.memory) return 0;
     Arena& arena = scratch.arena;
     float* surprise = arena.numbers(spec.chunk);
@@ -174,7 +107,7 @@ int hopescale_backward(const MemorySpec* spec_, const Batch* batch_, int begin, 
     const MemorySpec& spec = *spec_;
     const Batch& batch = *batch_;
     const FlushTiny flush;
-    Scratch scratch(spec);
+    Scratch scratch(scratch_bytes(spec));
     if (!scratch.memory) return 0;
     Arena& arena = scratch.arena;
     float* surprise = arena.numbers(spec.chunk);

@@ -8,7 +8,7 @@ constexpr float CAP_EPS = 1e-12f;  // of ops/self_modifying/inner_gradient.py::c
 
 enum Read { PREFIX, INCLUSIVE, BOUNDARY };
 
-// The fields of `_MemorySpec` in ops/self_modifying/cpp.py. Memories are numbered: vector memories, then gate memories.
+// The fields of `CMemorySpec` in ops/self_modifying/cpp.py. Memories are numbered: vector memories, then gate memories.
 struct MemorySpec {
     int32_t dim, hidden;           // hidden is 0 for linear memories
     int32_t vectors, gates, chunk;

@@ -3,18 +3,11 @@
 #include <algorithm>
 #include <vector>
 
-#include "matrix.h"
+#include "streams.h"
 
 using namespace hopescale;
 
 namespace {
-
-// The fields of `_Layout` in ops/head_streams.py. Strides are in numbers.
-struct Layout {
-    int32_t tokens, batch, heads, slices, dim, taps;  // no taps: no convolution and no SiLU
-    int32_t unit;                                     // bit s: slice s is scaled to unit length
-    int64_t token_stride, batch_stride, head_stride, slice_stride;  // of the inputs
-};
 
 // One slice of one head of one sequence.
 struct Channels {

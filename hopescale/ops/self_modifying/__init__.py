@@ -1,5 +1,6 @@
 """Self-modifying memories over a sequence: Hope's own operation. See README.md."""
 
+from hopescale.ops.self_modifying.mix import GateWeights, can_mix, mix_heads
 from hopescale.ops.self_modifying.naive import self_modifying_naive
 from hopescale.ops.self_modifying.operation import self_modifying
 from hopescale.ops.self_modifying.resets import run_with_resets
@@ -15,12 +16,15 @@ from hopescale.ops.self_modifying.types import (
 
 __all__ = [
     "KEY_EPS",
+    "GateWeights",
     "Memories",
     "MemorySpec",
     "MemoryState",
     "SelfModifyingOutput",
     "Streams",
     "Weights",
+    "can_mix",
+    "mix_heads",
     "run_with_resets",
     "self_modifying",
     "self_modifying_naive",

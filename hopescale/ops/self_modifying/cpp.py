@@ -22,7 +22,7 @@ GROUP = 512
 the state that all documents share are added up in one order, however many threads there are."""
 
 
-class _MemorySpec(ctypes.Structure):
+class CMemorySpec(ctypes.Structure):
     """`MemorySpec` of memory_spec.h."""
 
     _fields_ = [
@@ -36,7 +36,8 @@ class _MemorySpec(ctypes.Structure):
     ]
 
     @classmethod
-    def of(cls, spec: MemorySpec, streams: Streams) -> _MemorySpec:
+    def of(cls, spec: MemorySpec, streams: Streams) -> CMemorySpec:
+        """Describe the memories of a bank, for calls with these streams."""
         memories = {name: number for number, name in enumerate(spec.vector_memories + spec.gate_memories)}
         return cls(
             streams.k.shape[-1],
@@ -58,8 +59,8 @@ class _MemorySpec(ctypes.Structure):
         )
 
 
-class _Batch(ctypes.Structure):
-    """`Batch` of chunks.cpp."""
+class CBatch(ctypes.Structure):
+    """`Batch` of batch.h."""
 
     _fields_ = [
         *((name, ctypes.c_int32) for name in ("tokens", "heads", "documents", "shared", "group", "groups")),
@@ -67,14 +68,15 @@ class _Batch(ctypes.Structure):
     ]
 
     @classmethod
-    def of(cls, streams: Streams, offsets: Tensor, shared: bool) -> _Batch:
+    def of(cls, streams: Streams, offsets: Tensor, shared: bool) -> CBatch:
         """Describe the documents that lie between `offsets`, int64, which must outlive the result."""
         batch, heads, tokens, _ = streams.k.shape
         group = GROUP if shared else tokens
         return cls(tokens, heads, len(offsets) - 1, shared, group, -(-batch * tokens // group), offsets.data_ptr())
 
 
-def _require(has_memory: int, c: _MemorySpec) -> None:
+def require(has_memory: int, c: CMemorySpec) -> None:
+    """Raise MemoryError if the system has granted no memory."""
     if not has_memory:
         raise MemoryError(
             f"the system grants no memory to compute memories of width {c.dim} in chunks of {c.chunk} tokens"
@@ -90,8 +92,8 @@ class _Chunks(torch.autograd.Function):
         streams = Streams(*streams)
         batch, heads, tokens, _ = streams.k.shape
         offsets = (documents or Documents.whole(batch, tokens, streams.k.device)).offsets
-        native, c = library(), _MemorySpec.of(spec, streams)
-        layout = _Batch.of(streams, offsets, shared=documents is not None)
+        native, c = library(), CMemorySpec.of(spec, streams)
+        layout = CBatch.of(streams, offsets, shared=documents is not None)
         given = torch.cat([part for part in (running, momentum) if part is not None], dim=-1)
         kept = given.new_empty(heads, batch * tokens // c.chunk, given.shape[-1])
         native.hopescale_use_huge_pages(pointer(kept), ctypes.c_int64(4 * kept.numel()))
@@ -101,7 +103,7 @@ class _Chunks(torch.autograd.Function):
 
         def run(begin: int, end: int) -> None:
             done = native.hopescale_forward(ctypes.byref(c), ctypes.byref(layout), begin, end, inputs, *rest)
-            _require(done, c)
+            require(done, c)
 
         parallel_for(run, heads * layout.groups)
         ctx.spec, ctx.size, ctx.shared = spec, running.shape[-1], documents is not None
@@ -120,8 +122,8 @@ class _Chunks(torch.autograd.Function):
         *streams, offsets, given, kept = ctx.saved_tensors
         streams = Streams(*streams)
         batch, heads, _, _ = streams.k.shape
-        native, c = library(), _MemorySpec.of(ctx.spec, streams)
-        layout = _Batch.of(streams, offsets, ctx.shared)
+        native, c = library(), CMemorySpec.of(ctx.spec, streams)
+        layout = CBatch.of(streams, offsets, ctx.shared)
         d_y = torch.zeros_like(streams.q) if d_y is None else d_y.contiguous()
         d_state = given.new_zeros(batch, heads, given.shape[-1])
         if d_last is not None:
@@ -136,7 +138,7 @@ class _Chunks(torch.autograd.Function):
 
         def run(begin: int, end: int) -> None:
             where = ctypes.byref(c), ctypes.byref(layout), begin, end
-            _require(native.hopescale_backward(*where, inputs, *rest, gradients), c)
+            require(native.hopescale_backward(*where, inputs, *rest, gradients), c)
 
         parallel_for(run, heads * layout.groups)
         d_given = d_given.sum(0, keepdim=True) if ctx.shared else d_given

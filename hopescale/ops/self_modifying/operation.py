@@ -13,6 +13,7 @@ from hopescale.ops.device import device_type, dtype_name
 from hopescale.ops.documents import Documents
 from hopescale.ops.self_modifying.chunked import self_modifying_chunked
 from hopescale.ops.self_modifying.cpp import self_modifying_cpp
+from hopescale.ops.self_modifying.infer import self_modifying_infer
 from hopescale.ops.self_modifying.memories import make_inputs
 from hopescale.ops.self_modifying.side_by_side import run_side_by_side
 from hopescale.ops.self_modifying.types import (
@@ -76,6 +77,8 @@ def self_modifying(
     )
     if choice.backend is None:
         raise ValueError(f"backend is {backend!r}, but {choice.reason}")
+    if choice.backend == "cpp" and not torch.is_grad_enabled():
+        return self_modifying_infer(streams, state, spec, position=position, documents=documents)
     if choice.backend == "cpp":
         return self_modifying_cpp(streams, state, spec, documents)
     if choice.backend == "triton":

@@ -32,8 +32,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> None:
         (
             STATIC,
             {"device": "cuda", "needs_grad": False},
-            "torch, all chunks of a sequence side by side "
-            "(triton: no gradients are wanted; cpp: no gradients are wanted)",
+            "torch, all chunks of a sequence side by side (triton: no gradients are wanted; cpp: the device is cuda)",
         ),
         (
             HOPE,
@@ -53,8 +52,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> None:
         (
             STATIC,
             {"device": "cpu", "needs_grad": False},
-            "torch, all chunks of a sequence side by side "
-            "(triton: no gradients are wanted; cpp: no gradients are wanted)",
+            "cpp, all chunks of a sequence in one operation (triton: no gradients are wanted)",
         ),
         (
             HOPE,
@@ -73,7 +71,6 @@ def test_auto_is_the_fastest_that_can_run_and_says_why(memories: MemoryShape, ho
     [
         ({"compiled": True}, "train.compile takes the chunk loop"),
         ({"recompute": "reverse"}, "train.recompute: reverse takes the chunk loop"),
-        ({"needs_grad": False}, "no gradients are wanted"),
         ({"whole_chunks": False}, "the sequence begins within a chunk"),
     ],
 )
@@ -83,8 +80,15 @@ def test_the_loop_runs_what_one_operation_does_not(backend: str, device: str, ho
     choice = select("auto", HOPE, device=device, **how)
     assert choice.backend == "torch" and f"{backend}: {reason}" in choice.reason
     refused = select(backend, HOPE, device=device, **how)
-    assert refused.backend == ("torch" if {"needs_grad", "whole_chunks"} & how.keys() else None)
+    assert refused.backend == ("torch" if "whole_chunks" in how else None)
     assert reason in refused.reason
+
+
+def test_without_gradients_the_cpp_takes_any_chunks_and_triton_none():
+    two, how = HOPE._replace(projection_chunk_size=128), {"needs_grad": False, "whole_chunks": False}
+    assert select("auto", two, device="cpu", compiled=True, recompute="reverse", **how).backend == "cpp"
+    assert select("triton", HOPE, device="cuda", **how) == ("torch", "no gradients are wanted")
+    assert select("cpp", HOPE._replace(hidden=10), **how) == (None, "memories are 10 wide, not a multiple of 16")
 
 
 def test_two_chunk_sizes_take_the_loop():

@@ -128,14 +128,14 @@ def test_python_and_the_code_agree_on_the_width_of_a_block():
 
 @pytest.mark.skipif(build.compiler() is None, reason="there is no C++ compiler")
 def test_chunks_too_large_for_the_machine_are_an_error(monkeypatch: pytest.MonkeyPatch):
-    given = cpp._MemorySpec.of
+    given = cpp.CMemorySpec.of
 
-    def endless(*args: object) -> cpp._MemorySpec:
+    def endless(*args: object) -> cpp.CMemorySpec:
         c = given(*args)
         c.chunk = 1 << 24
         return c
 
-    monkeypatch.setattr(cpp._MemorySpec, "of", endless)
+    monkeypatch.setattr(cpp.CMemorySpec, "of", endless)
     spec = MemorySpec(("mem",), (), None, 8, "l2", False, True, None, 0.01, 1.0, "prefix")
     with pytest.raises(MemoryError, match=f"chunks of {1 << 24} tokens"):
         cpp.self_modifying_cpp(make_streams(), make_state(None), spec)
