@@ -74,11 +74,14 @@ def prepare(
     from hopescale.data.dataset import PreparedData
     from hopescale.data.tokenizer import Tokenizer
 
-    documents = _source(inputs, text_key, pattern, separator).documents()
+    documents, pieces = _source(inputs, text_key, pattern, separator).documents(), Tokenizer.load(tokenizer)
+    if lost := pieces.losses():
+        hint = "a model trained on them can never write these; `hopescale data tokenizer` trains one that keeps all"
+        typer.echo(f"warning: tokenizer {tokenizer} loses {', '.join(lost)}: {hint}", err=True)
     with _working("reading") as show:
         preparing.prepare(
             documents,
-            Tokenizer.load(tokenizer),
+            pieces,
             out,
             validation=validation,
             seed=seed,
