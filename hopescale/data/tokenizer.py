@@ -107,8 +107,7 @@ class Tokenizer:
         except (UnicodeEncodeError, TypeError):
             raise DataError("text is not valid Unicode: it holds half a surrogate pair") from None
         return [
-            [id for part in text for id in (self._space_symbol if part == spelled else next(encoded))]
-            for text in cut
+            [id for part in text for id in (self._space_symbol if part == spelled else next(encoded))] for text in cut
         ]
 
     def decode(self, ids: Iterable[int]) -> str:
