@@ -82,7 +82,7 @@ def test_patterns_and_separators_choose_documents(notes: Path, tokenizer: Path, 
 def test_a_tokenizer_that_loses_line_ends_is_warned_of(notes: Path, tokenizer: Path, tmp_path: Path) -> None:
     lines = [line for line in (notes / "order.py").read_text().splitlines() if line]
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_prefix=str(tmp_path / "m"), vocab_size=300, byte_fallback=True
+        sentence_iterator=iter(lines), model_prefix=str(tmp_path / "m"), vocab_size=400, byte_fallback=True
     )
     base = ("prepare", notes, "--pattern", "order.py", "--validation", "0", "--out")
     said = run(*base, tmp_path / "a", "--tokenizer", tmp_path / "m.model").stderr
