@@ -12,7 +12,7 @@ def jump(step: int, *overrides: str) -> str | None:
 
 def test_a_finished_run_that_is_lengthened_is_told_its_new_rate():
     assert jump(100, "train.steps=200") == (
-        "the learning rate of step 101 is 0.00166 instead of 0.0003, 5.5 times as much: the schedule is now that of "
+        "the learning rate of step 101 is 0.00165 instead of 0.0003, 5.5 times as much: the schedule is now that of "
         "train.steps=200 and optim.lr=0.003, and was that of 100 and 0.003"
     )
 
