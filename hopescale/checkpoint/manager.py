@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import logging
 import shutil
@@ -91,7 +92,18 @@ def find_checkpoint(path: Path) -> Path:
     for root in (path / "checkpoints", path):
         if (found := latest_checkpoint(root)) is not None:
             return found
+    if not path.exists():
+        raise CheckpointError(f"there is no {path}{_like(path)}", "name a run folder or a checkpoints/step-* folder")
     raise CheckpointError(f"{path} holds no checkpoint", "name a run folder or a checkpoints/step-* folder")
+
+
+def _like(path: Path) -> str:
+    """Name the entries beside a path that does not exist which are spelled like it, in brackets."""
+    if not path.parent.is_dir():
+        return f" (nor {path.parent})"
+    names = [entry.name for entry in path.parent.iterdir()]
+    close = difflib.get_close_matches(path.name, names, n=3)
+    return f" ({path.parent} holds {', '.join(close)})" if close else ""
 
 
 def _available(root: Path) -> str:

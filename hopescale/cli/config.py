@@ -14,6 +14,7 @@ from hopescale.common.units import format_count
 from hopescale.config.check import require_valid
 from hopescale.config.fields import field_docs, leaves
 from hopescale.config.load import load_recipe
+from hopescale.config.notes import notes
 from hopescale.config.plan import make_plan
 from hopescale.config.show import diff as find_changes
 from hopescale.config.show import format_diff
@@ -54,6 +55,8 @@ def check(recipe: Recipe, overrides: Overrides = None) -> None:
         **{name: f"{value:,}" for name, value in leaves(make_plan(config).to_dict()).items() if value is not None},
     }
     echo_rows(rows, indent="  ")
+    for note in notes(config):
+        typer.echo(f"note: {note}")
 
 
 @app.command()

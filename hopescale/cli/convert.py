@@ -35,7 +35,7 @@ def to_hf(
     _require_extra()
     from hopescale.convert.hf import export, num_bytes
 
-    exported = export(checkpoint, out, shard_bytes=shard_bytes, native=native)
+    exported = export(checkpoint, out, shard_bytes=shard_bytes, native=native, report=typer.echo)
     size = sum(map(num_bytes, exported.tensors.values()))
     shards = sum(name.endswith(".safetensors") for name in exported.files)
     typer.echo(f"{out}: step {exported.step}, {len(exported.tensors)} tensors, {format_bytes(size)} in {shards} files")

@@ -28,6 +28,12 @@ TextKey = Annotated[str, typer.Option(metavar="KEY", help="Key of the text in JS
 Pattern = Annotated[
     list[str] | None, typer.Option(metavar="GLOB", help="Files of a folder to read, as '*.py'; can be repeated.")
 ]
+Exclude = Annotated[
+    list[str] | None, typer.Option(metavar="GLOB", help="Files of a folder to leave out; can be repeated.")
+]
+SkipUndecodable = Annotated[
+    bool, typer.Option("--skip-undecodable", help="Leave out files and lines that are not UTF-8, and name them.")
+]
 Separator = Annotated[
     str | None, typer.Option(metavar="TEXT", help="Where to cut plain files into documents, as '\\n\\n'.")
 ]
@@ -42,14 +48,18 @@ def train_tokenizer(
     text_key: TextKey = "text",
     pattern: Pattern = None,
     separator: Separator = None,
+    exclude: Exclude = None,
+    skip_undecodable: SkipUndecodable = False,
 ) -> None:
     """Train a tokenizer on a sample of the text."""
     num_pieces, sample_bytes = read_count("--vocab-size", vocab_size), read_count("--sample", sample)
     from hopescale.data import tokenizer
 
-    documents = _source(inputs, text_key, pattern, separator).documents(shuffle_seed=0)
+    source, left_out = _source(inputs, text_key, pattern, separator, exclude, skip_undecodable)
+    documents = source.documents(shuffle_seed=0)
     with _working("training"):
         done = tokenizer.train_tokenizer(documents, out, vocab_size=num_pieces, sample_bytes=sample_bytes)
+    _echo_left_out(left_out)
     typer.echo(
         f"{out}: {done.vocab_size:,} pieces, {done.bytes_per_token:.2f} bytes per token, "
         f"learned from {format_bytes(done.sample_bytes)} of {format_bytes(done.read_bytes)} read"
@@ -67,6 +77,8 @@ def prepare(
     text_key: TextKey = "text",
     pattern: Pattern = None,
     separator: Separator = None,
+    exclude: Exclude = None,
+    skip_undecodable: SkipUndecodable = False,
 ) -> None:
     """Turn text into shuffled shards of tokens."""
     shard_bytes = read_count("--shard-size", shard_size)
@@ -74,11 +86,15 @@ def prepare(
     from hopescale.data.dataset import PreparedData
     from hopescale.data.tokenizer import Tokenizer
 
-    documents = _source(inputs, text_key, pattern, separator).documents()
+    source, left_out = _source(inputs, text_key, pattern, separator, exclude, skip_undecodable)
+    pieces = Tokenizer.load(tokenizer)
+    if lost := pieces.losses():
+        hint = "a model trained on them can never write these; `hopescale data tokenizer` trains one that keeps all"
+        typer.echo(f"warning: tokenizer {tokenizer} loses {', '.join(lost)}: {hint}", err=True)
     with _working("reading") as show:
         preparing.prepare(
-            documents,
-            Tokenizer.load(tokenizer),
+            source.documents(),
+            pieces,
             out,
             validation=validation,
             seed=seed,
@@ -86,6 +102,7 @@ def prepare(
             num_threads=threads_each(1),
             progress=lambda documents, size: show(f"{documents:,} documents, {format_bytes(size)}"),
         )
+    _echo_left_out(left_out)
     typer.echo(f"{out}:")
     _echo_splits(PreparedData(out).splits.values())
 
@@ -131,12 +148,30 @@ def verify(folder: Folder) -> None:
     typer.echo(f"{folder}: {len(entries)} shards, {format_bytes(size)}, all as the index says")
 
 
-def _source(inputs: list[str], text_key: str, pattern: list[str] | None, separator: str | None) -> TextSource:
+def _source(
+    inputs: list[str],
+    text_key: str,
+    pattern: list[str] | None,
+    separator: str | None,
+    exclude: list[str] | None,
+    skip_undecodable: bool,
+) -> tuple[TextSource, list[str]]:
+    """Return where text lies, and a list that receives the names of what is left out of it."""
     from hopescale.data.text import TextSource
 
+    left_out: list[str] = []
     if separator is not None:
         separator = separator.replace("\\r", "\r").replace("\\n", "\n").replace("\\t", "\t")
-    return TextSource(tuple(inputs), text_key, tuple(pattern or ()), separator)
+    listener = left_out.append if skip_undecodable else None
+    source = TextSource(
+        tuple(inputs), text_key, tuple(pattern or ()), separator, tuple(exclude or ()), on_undecodable=listener
+    )
+    return source, left_out
+
+
+def _echo_left_out(names: list[str]) -> None:
+    if names:
+        typer.echo("\n  ".join([f"left out, as not UTF-8: {len(names):,}", *names]), err=True)
 
 
 @contextmanager

@@ -82,7 +82,10 @@ def plot(
     from hopescale.scaling.curves import read_curves
     from hopescale.scaling.report import write_report
 
-    analysis = _analyse(table, series, loss, drop_highest, reference, resamples)
+    analysis = _analyse(table, series, loss, drop_highest, reference, resamples, need_laws=False)
+    for name, one in analysis.series.items():
+        if one.fit is None:
+            typer.echo(f"note: series {name} has no law: {one.doubt}")
     typer.echo(f"report: {write_report(analysis, read_curves(table), out or folder / 'report')}")
 
 
@@ -104,12 +107,19 @@ def _find_table(sweep: Path | None, points: Path | None) -> tuple[Path, Path | N
 
 
 def _analyse(
-    table: Path, series: str | None, loss: str | None, drop_highest: int, reference: str | None, resamples: int
+    table: Path,
+    series: str | None,
+    loss: str | None,
+    drop_highest: int,
+    reference: str | None,
+    resamples: int,
+    *,
+    need_laws: bool = True,
 ) -> Analysis:
     from hopescale.scaling.analysis import analyse
     from hopescale.scaling.points import read_points
 
-    return analyse(read_points(table, series, drop_highest, loss), reference, resamples)
+    return analyse(read_points(table, series, drop_highest, loss), reference, resamples, need_laws=need_laws)
 
 
 def _write(path: Path, content: str) -> None:

@@ -51,7 +51,10 @@ def plan(
     ] = False,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the memory of each stage.")] = None,
 ) -> None:
-    """Say what a run costs: parameters, FLOPs, memory, bytes sent, and an estimate of its time."""
+    """Say what a run costs: parameters, FLOPs, memory, bytes sent, and an estimate of its time.
+
+    Exit codes: 0 it fits, 2 it does not, or --search finds nothing that does, or the config is wrong.
+    """
     if (flops is None) != (law is None):
         raise ConfigError(
             "--flops and --law go together: the law says which size is best for so many FLOPs",
@@ -74,13 +77,14 @@ def plan(
     if search:
         found = [choice.numbers() for choice in best_choices(estimator, ranks)]
         typer.echo(to_json.dumps(found, indent=2) if json else view.choices(found, estimator, ranks), nl=json)
-        return
+        raise typer.Exit(0 if found else ConfigError.exit_code)
     layout = make_layout(loaded.config, ranks)
     check_layout(loaded.config, layout, loaded.origins)
     report = make_report(estimator, layout)
     if plot is not None:
         view.draw_memory(report, plot)
     typer.echo(to_json.dumps(report, indent=2) if json else view.report(report), nl=json)
+    raise typer.Exit(0 if report["memory"]["fits"] else ConfigError.exit_code)
 
 
 def _freed(loaded: LoadedConfig) -> LoadedConfig:

@@ -19,6 +19,8 @@ from hopescale.cost.search import can_be_partitioned
 WIDTH = 110
 MOST_STAGES = 4
 """Stages that are shown; of more, the first and the last."""
+NOTABLY = 1.1
+"""Ratio of speeds from which on a larger change is worth a line."""
 
 
 def report(found: Mapping[str, Any]) -> str:
@@ -82,16 +84,14 @@ def _memory(found: Mapping[str, Any]) -> Group:
     if memory["fits"]:
         return Group(table, *lines, f"  fits: {format_bytes(fullest)} of {usable} that a plan fills")
     lines.append(f"  does not fit: {format_bytes(fullest)}, of {usable} that a plan fills")
-    change = memory["change"]
+    change, fastest = memory["change"], memory["fastest"]
     if change is None:
         lines.append("  nothing that a search looks at fits: a smaller model, or shorter sequences")
     else:
         more = f" on {change['ranks']} devices" if change["ranks"] != found["layout"]["ranks"] else ""
-        settings = " ".join(_setting(key, value) for key, value in change["settings"].items())
-        lines.append(
-            f"  cheapest change that fits{more}: {settings} "
-            f"({format_bytes(change['peak'])}, {change['estimate']['tps']:,.0f} tokens/s)"
-        )
+        lines.append(f"  smallest change that fits{more}: {_change(change)}")
+        if fastest["estimate"]["tps"] > NOTABLY * change["estimate"]["tps"]:
+            lines.append(f"  fastest that fits{more}: {_change(fastest)}; --search shows others")
     return Group(table, *lines)
 
 
@@ -101,6 +101,11 @@ def _pace(name: str, pace: Mapping[str, Any]) -> str:
     row = f"{chunks:,} chunk{'s' * (chunks != 1)} in a row"
     states = format_bytes(pace["state_bytes"])
     return f"  memories of {name}: {pace['programs']:,} {of} side by side, {row}, states of {states} a block"
+
+
+def _change(change: Mapping[str, Any]) -> str:
+    settings = " ".join(_setting(key, value) for key, value in change["settings"].items())
+    return f"{settings} ({format_bytes(change['peak'])}, {change['estimate']['tps']:,.0f} tokens/s)"
 
 
 def _recompute(found: Mapping[str, Any]) -> Table:

@@ -24,6 +24,7 @@ from hopescale.common.paths import display_path
 from hopescale.common.units import format_count
 from hopescale.config.check import check_layout
 from hopescale.config.layout import make_layout
+from hopescale.config.notes import notes
 from hopescale.launch.array import Element, submit_array
 from hopescale.launch.profile import load_profile
 from hopescale.observe.run_folder import SWEEP_MARKS, require_own
@@ -59,8 +60,28 @@ def plan(sweep: SweepFile) -> None:
         own = [trial for trial in trials if trial.series == series]
         flops, tokens = sum(trial.flops for trial in own), sum(trial.tokens for trial in own)
         typer.echo(f"{series}: {len(own)} trials, {format_count(tokens)} tokens, {flops:.3g} FLOPs")
+        if lacking := _too_few(own):
+            typer.echo(f"  note: no law can be fitted to them, `sweep plot` shows them all the same: {lacking}")
+    told: dict[str, list[str]] = {}
+    for trial in trials:
+        for note in notes(trial.config):
+            told.setdefault(note, []).append(trial.name)
+    for note, names in told.items():
+        others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        typer.echo(f"note: {names[0]}{others}: {note}")
     if len(by_series) > 1:
         typer.echo(f"in all: {len(trials)} trials, {sum(trial.flops for trial in trials):.3g} FLOPs")
+
+
+def _too_few(trials: Sequence[Trial]) -> str | None:
+    """Say that the trials of a series are too few for a law, where a law over size and tokens may be meant."""
+    import numpy as np
+
+    from hopescale.scaling.fit import ENOUGH, too_few
+
+    params, tokens = (np.array(values, float) for values in zip(*((t.params, t.tokens) for t in trials), strict=True))
+    lacking = too_few(params, tokens)
+    return f"{lacking}; {ENOUGH}" if lacking and len(trials) > 1 else None
 
 
 @app.command()

@@ -16,6 +16,7 @@ from hopescale.config.check import check_layout, require_valid
 from hopescale.config.fields import leaves
 from hopescale.config.layout import Layout, make_layout
 from hopescale.config.load import LoadedConfig, load_recipe
+from hopescale.config.notes import notes
 from hopescale.config.plan import make_plan
 from hopescale.cost.params import count_params
 from hopescale.observe.run_folder import require_own
@@ -62,15 +63,6 @@ def train(
     speaks = rank_info is None or rank_info.rank == 0
     if rank_info is None:  # others wait for rank 0, which looks when they have met
         require_own(folder, "--run-dir")
-    if dry_run:
-        if speaks:
-            _show_plan(loaded, layout, folder)
-            command = ["hopescale", "plan", recipe, *(overrides or ()), "--gpus", str(layout.num_ranks)]
-            typer.echo(f"cost: {shlex.join(command)}")
-        return
-    if rank_info is None and layout.num_ranks > 1:
-        run_on_ranks(context, layout.num_ranks)
-
     request = RunRequest(
         loaded,
         layout,
@@ -81,6 +73,18 @@ def train(
         init=init,
         stop_at=stop_at,
     )
+    if dry_run:
+        if speaks:
+            _show_plan(loaded, layout, folder)
+            command = ["hopescale", "plan", recipe, *(overrides or ()), "--gpus", str(layout.num_ranks)]
+            typer.echo(f"cost: {shlex.join(command)}")
+            from hopescale.train.setup import check_start
+
+            check_start(request)
+        return
+    if rank_info is None and layout.num_ranks > 1:
+        run_on_ranks(context, layout.num_ranks)
+
     console = context.obj["console"]
     if speaks:
         console.keep(folder / LOST_LINES)
@@ -106,3 +110,5 @@ def _show_plan(loaded: LoadedConfig, layout: Layout, folder: Path) -> None:
         typer.echo(f"{name}: {value}")
     for part, count in count_params(loaded.config.model).items():
         typer.echo(f"parameters/{part}: {count:,}")
+    for note in notes(loaded.config):
+        typer.echo(f"note: {note}")

@@ -127,11 +127,12 @@ def suggest(prefix: str, name: str, rest: str, known: list[str], schema: type = 
     """
     if "." in name:
         return "nest the keys in a file; dotted keys are for the command line"
-    close = difflib.get_close_matches(name, known, n=1)
+    key, every = f"{prefix}{name}{rest}", list(dict.fromkeys(row.key for row in field_docs(schema)))
+    same_name = [other for other in every if other.rpartition(".")[2] == key.rpartition(".")[2]]
+    # A key of that very name elsewhere is meant rather than one here that is only somewhat like it.
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.8 if same_name else 0.6)
     if close:
         return f"did you mean {prefix}{close[0]}{rest}?"
-    key, every = f"{prefix}{name}{rest}", [row.key for row in field_docs(schema)]
-    same_name = [other for other in every if other.rpartition(".")[2] == key.rpartition(".")[2]]
     similar = same_name or difflib.get_close_matches(key, every, n=1, cutoff=0.75)
     return f"did you mean {' or '.join(similar[:3])}?" if similar else f"known here: {', '.join(known)}"
 

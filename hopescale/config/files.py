@@ -12,6 +12,7 @@ from yaml import MarkedYAMLError, YAMLError
 
 from hopescale.common.errors import ConfigError, Problem
 from hopescale.common.paths import display_path, shipped_folder
+from hopescale.config.yaml_numbers import refuse_odd_numbers
 
 MAX_BASES = 2
 """Levels of `base:` below a recipe: deeper chains hide where a value comes from."""
@@ -57,7 +58,10 @@ def read_yaml(path: Path) -> dict[Any, Any]:
     """
     shown = display_path(path)
     try:
+        refuse_odd_numbers(path.read_text(encoding="utf-8"))
         tree = OmegaConf.to_container(OmegaConf.load(path))
+    except ConfigError as error:
+        raise _file_error(shown, error.message, error.hint) from None
     except MarkedYAMLError as error:
         mark = error.problem_mark
         where = f"{shown}:{mark.line + 1}" if mark else shown

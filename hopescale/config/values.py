@@ -16,6 +16,7 @@ from yaml import YAMLError
 
 from hopescale.common.errors import ConfigError
 from hopescale.common.units import parse_count
+from hopescale.config.yaml_numbers import refuse_odd_numbers
 
 _PLAIN_TEXT = re.compile(r"[A-Za-z_][\w./-]*")
 _YAML_WORDS = {"null", "true", "false", "yes", "no", "on", "off", "y", "n"}
@@ -89,6 +90,7 @@ def parse_yaml(text: str) -> Any:
         ConfigError: If the text is not YAML.
     """
     try:
+        refuse_odd_numbers(text)
         return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]
     except (YAMLError, OmegaConfBaseException):
         raise ConfigError(f"cannot read {text!r} as YAML", "quote texts inside a list: '[\"*.bias\"]'") from None

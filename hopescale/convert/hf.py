@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from math import prod
@@ -52,8 +52,12 @@ _TYPES |= {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "BOOL": "bool",
 _TYPES |= {"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8"}
 CODE = Path(__file__).with_name("hf_model")
 
+Report = Callable[[str], None]
 
-def export(path: Path, out: Path, *, shard_bytes: int, native: bool = False) -> Manifest:
+
+def export(
+    path: Path, out: Path, *, shard_bytes: int, native: bool = False, report: Report = lambda line: None
+) -> Manifest:
     """Write a checkpoint of any layout as a folder that transformers loads without hopescale.
 
     Tensors keep names, types and bits. Memory is needed for one shard and one tensor.
@@ -63,6 +67,7 @@ def export(path: Path, out: Path, *, shard_bytes: int, native: bool = False) -> 
         out: Folder to create.
         shard_bytes: Most bytes of a file of tensors that holds more than one.
         native: Whether to write a Transformer as the Llama, Mistral or Qwen that it equals, without code of ours.
+        report: Listener for a line about the tokenizer.
 
     Returns:
         The checkpoint's manifest, with the tensors and files of the folder.
@@ -82,8 +87,9 @@ def export(path: Path, out: Path, *, shard_bytes: int, native: bool = False) -> 
         _write_weights(source, weight_pairs, weights, config.model, folder, shard_bytes)
         if not native:
             for code in CODE.glob("*_hope.py"):
-                shutil.copy(code, folder)
-        _write_texts(folder, source, manifest, config, body | {"dtype": weights["embedding.weight"].dtype})
+                if not code.name.startswith("tokenization"):
+                    shutil.copy(code, folder)
+        report(_write_texts(folder, source, manifest, config, body | {"dtype": weights["embedding.weight"].dtype}))
         files = {file.name: describe_file(file) for file in sorted(folder.iterdir())}
         exported = replace(manifest, tensors=weights, files=files)
         if not native:
@@ -141,6 +147,8 @@ def _write_weights(
         size += sum(part.nbytes for part in parts.values())
         del parts
     _write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": places})
+    for file in set(places.values()):
+        shutil.copymode(folder / INDEX, folder / file)  # safetensors lets the owner alone read
 
 
 def _own_config(manifest: Manifest, config: RunConfig) -> dict[str, Any]:
@@ -166,19 +174,21 @@ def _native_config(manifest: Manifest, config: RunConfig) -> dict[str, Any]:
     return {"architectures": [name], **theirs, "max_position_embeddings": length}
 
 
-def _write_texts(folder: Path, source: Path, manifest: Manifest, config: RunConfig, body: Mapping[str, Any]) -> None:
-    """Write what is not a tensor: config, generation config, tokenizer, model card."""
+def _write_texts(folder: Path, source: Path, manifest: Manifest, config: RunConfig, body: Mapping[str, Any]) -> str:
+    """Write what is not a tensor: config, generation config, tokenizer, model card; return a note on the tokenizer."""
+    own_code = "auto_map" in body
     special, pad = {}, {}
     note = "No tokenizer was kept with it."
     if (source / TOKENIZER).exists():
         shutil.copy(source / TOKENIZER, folder)
         end = Tokenizer.load(source / TOKENIZER).eos_id
         special, pad = {"bos_token_id": end, "eos_token_id": end}, {"pad_token_id": end}
-        note = write_tokenizer(folder)
+        note = write_tokenizer(folder, own_code=own_code)
     _write_json(folder / "config.json", {**body, **special})
     _write_json(folder / "generation_config.json", {"do_sample": False, **special, **pad})
-    card = model_card(manifest, config, to_yaml(config), note, own_code="auto_map" in body)
+    card = model_card(manifest, config, to_yaml(config), note, own_code=own_code)
     (folder / "README.md").write_text(card, encoding="utf-8")
+    return note
 
 
 def _write_json(path: Path, body: Mapping[str, Any]) -> None:

@@ -1,66 +1,89 @@
-"""A SentencePiece model as a `tokenizer.json`, which transformers loads without sentencepiece."""
+"""A SentencePiece model as a tokenizer of transformers that gives the ids of training."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import sentencepiece
-from tokenizers import Tokenizer, decoders, normalizers, processors
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import decoders, normalizers, processors
 from tokenizers.models import BPE
 
 from hopescale.checkpoint.manifest import TOKENIZER
+from hopescale.data.tokenizer import Tokenizer
+
+NATIVE_TOKENIZER = "sentencepiece.model"
+"""A model's name in a folder without code of ours, where transformers would convert a `tokenizer.model` wrongly."""
 
 _SPACE = "\u2581"
+_CODE = Path(__file__).with_name("hf_model") / "tokenization_hope.py"
 _SAMPLES = (
     "A plain sentence, with numbers 1234 and 5.6e-7.",
     "  leading,  double and trailing spaces \n\n\tand tabs\r\n",
     "Größe, naïve, 漢字, Привет, 🙂, \x00 and e\u0301.",
     "def f(x):\n    return {'a': [x ** 2]}  # code\n",
+    f"marks </s> and <unk>, <0x41>, {_SPACE} and \ufb01\u2163",
 )
 
 
-def write_tokenizer(folder: Path) -> str:
-    """Write `tokenizer.json` and its config beside the `tokenizer.model` of a folder, if it can be done exactly.
+def write_tokenizer(folder: Path, *, own_code: bool) -> str:
+    """Write what transformers needs beside the `tokenizer.model` of a folder, so that its ids are those of training.
+
+    That is a `tokenizer.json` where one gives the same ids. Else it is code of ours that calls sentencepiece, or, where
+    a folder must hold none, nothing: the model gets a name by which transformers does not take it up.
 
     Returns:
-        A sentence for the model card.
+        Sentences for the model card and the console.
     """
+    ours = Tokenizer.load(folder)
     processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / TOKENIZER))
-    fast = _build(processor)
+    fast, end = _build(processor), processor.id_to_piece(processor.eos_id())
     same = fast is not None and all(
-        fast.encode(text, add_special_tokens=False).ids == processor.encode(text)
-        and fast.decode(processor.encode(text)) == processor.decode(processor.encode(text))
+        fast.encode(text, add_special_tokens=False).ids == ours.encode(text)
+        and fast.decode(ours.encode(text)) == ours.decode(ours.encode(text))
         for text in _SAMPLES
     )
-    if not same:
-        return (
-            "Its tokenizer is the SentencePiece model `tokenizer.model`, which splits or normalises text in a way that "
-            "`tokenizer.json` cannot; load it with sentencepiece instead of `AutoTokenizer`."
-        )
-    end = processor.id_to_piece(processor.eos_id())
-    fast.post_processor = processors.TemplateProcessing(
-        single=f"{end} $A", pair=f"{end} $A {end} $B", special_tokens=[(end, processor.eos_id())]
-    )
-    fast.save(str(folder / "tokenizer.json"))
+    note = f"The tokenizer puts `{end}` before a text, as every text of the training data has it."
     config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": end,
         "eos_token": end,
         "unk_token": processor.id_to_piece(processor.unk_id()),
         "pad_token": end,
         "padding_side": "left",
         "clean_up_tokenization_spaces": False,
+        "split_special_tokens": True,
     }
+    if same:
+        fast.post_processor = processors.TemplateProcessing(
+            single=f"{end} $A", pair=f"{end} $A {end} $B", special_tokens=[(end, processor.eos_id())]
+        )
+        fast.save(str(folder / "tokenizer.json"))
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    elif own_code:
+        shutil.copy(_CODE, folder)
+        config |= {"tokenizer_class": "HopeTokenizer"}
+        config["auto_map"] = {"AutoTokenizer": ["tokenization_hope.HopeTokenizer", None]}
+        note += " It normalises or splits text as no `tokenizer.json` can, and so needs `sentencepiece`."
+    else:
+        (folder / TOKENIZER).rename(folder / NATIVE_TOKENIZER)
+        return (
+            f"Its tokenizer is the SentencePiece model `{NATIVE_TOKENIZER}`, which normalises or splits text as no "
+            "`tokenizer.json` can; load it with sentencepiece, since `AutoTokenizer` would give other ids."
+        )
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    return f"The tokenizer puts `{end}` before a text, as every text of the training data has it."
+    return note
 
 
-def _build(processor: sentencepiece.SentencePieceProcessor) -> Tokenizer | None:
-    """Build a BPE of the same pieces and priorities; None if a piece that is spelled in bytes is missing."""
-    pieces = [processor.id_to_piece(number) for number in range(processor.vocab_size())]
+def _build(processor: sentencepiece.SentencePieceProcessor) -> FastTokenizer | None:
+    """Build a BPE of the same pieces and priorities; None if a piece that is spelled in bytes is missing.
+
+    Pieces are written with spaces, so that the space symbol in a text is spelled in bytes, as in training.
+    """
+    pieces = [processor.id_to_piece(number).replace(_SPACE, " ") for number in range(processor.vocab_size())]
     vocab = {piece: number for number, piece in enumerate(pieces)}
-    if "<0x00>" not in vocab:
+    if "<0x00>" not in vocab or len(vocab) < len(pieces):
         return None
     special = [number for number in range(len(pieces)) if processor.is_control(number) or processor.is_unknown(number)]
     plain = {piece for piece, number in vocab.items() if number not in special and not processor.is_byte(number)}
@@ -71,11 +94,13 @@ def _build(processor: sentencepiece.SentencePieceProcessor) -> Tokenizer | None:
         if piece[:cut] in plain and piece[cut:] in plain
     ]
     unknown = processor.id_to_piece(processor.unk_id())
-    fast = Tokenizer(BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    fast = FastTokenizer(BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
     prefixed = processor.encode("a", out_type=str)[0].startswith(_SPACE)
-    spaces = [normalizers.Prepend(_SPACE)] * prefixed + [normalizers.Replace(" ", _SPACE)]
-    fast.normalizer = normalizers.Sequence(spaces)
-    steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    fast.decoder = decoders.Sequence([*steps, *[decoders.Strip(" ", 1, 0)] * prefixed])
+    if prefixed:  # such a model is not exact, and takes the symbol for a space
+        fast.normalizer = normalizers.Sequence([normalizers.Replace(_SPACE, " "), normalizers.Prepend(" ")])
+    fast.decoder = decoders.Sequence(
+        [decoders.ByteFallback(), decoders.Fuse(), *[decoders.Strip(" ", 1, 0)] * prefixed]
+    )
     fast.add_special_tokens([pieces[number] for number in special])
+    fast.encode_special_tokens = True
     return fast

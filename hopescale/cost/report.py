@@ -16,7 +16,7 @@ from hopescale.cost.estimate import Estimator
 from hopescale.cost.flops import flops_by_part, flops_per_token
 from hopescale.cost.pace import memory_pace
 from hopescale.cost.params import count_level_params, count_params
-from hopescale.cost.search import USABLE, cheapest_change, fullest, recompute_modes
+from hopescale.cost.search import USABLE, LayoutChoice, changes_that_fit, fullest, recompute_modes
 
 
 def make_report(estimator: Estimator, layout: Layout) -> dict[str, Any]:
@@ -25,7 +25,7 @@ def make_report(estimator: Estimator, layout: Layout) -> dict[str, Any]:
     stages = [device_memory_of_stage(holdings, config, layout, stage) for stage in range(layout.pp)]
     room = USABLE * device.memory
     fits = max(stage.peak for stage in stages) <= room
-    change = None if fits else cheapest_change(estimator, config, layout)
+    changes = None if fits else changes_that_fit(estimator, config, layout)
     return {
         "name": config.name,
         "device": {"name": device.name, "memory": device.memory, "usable": room, "peak_flops": device.peak_flops},
@@ -38,7 +38,8 @@ def make_report(estimator: Estimator, layout: Layout) -> dict[str, Any]:
         "flops_per_token": _flops(config),
         "memory": {
             "fits": fits,
-            "change": None if change is None else change.numbers() | {"settings": change.changes(config, layout)},
+            "change": changes and _change(changes.smallest, config, layout),
+            "fastest": changes and _change(changes.fastest, config, layout),
             "stages": [
                 {"peak": stage.peak, "moment": stage.moment, "in_flight": stage.in_flight, **stage.bytes}
                 for stage in stages
@@ -50,6 +51,10 @@ def make_report(estimator: Estimator, layout: Layout) -> dict[str, Any]:
         "estimate": estimator.step(config, layout).numbers(),
         "assumptions": estimator.assumptions(),
     }
+
+
+def _change(choice: LayoutChoice, config: RunConfig, layout: Layout) -> dict[str, Any]:
+    return choice.numbers() | {"settings": choice.changes(config, layout)}
 
 
 def _layout(config: RunConfig, layout: Layout) -> dict[str, Any]:

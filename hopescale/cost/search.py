@@ -94,8 +94,16 @@ def best_choices(estimator: Estimator, ranks: int, count: int = 5) -> list[Layou
     return sorted(fastest.values(), key=order)[:count]
 
 
-def cheapest_change(estimator: Estimator, config: RunConfig, layout: Layout) -> LayoutChoice | None:
-    """Return the choice that fits and changes the fewest settings, the fastest of these.
+@dataclass(frozen=True)
+class Changes:
+    """Two ways to make a run fit: with the fewest settings changed, and the fastest of all."""
+
+    smallest: LayoutChoice
+    fastest: LayoutChoice
+
+
+def changes_that_fit(estimator: Estimator, config: RunConfig, layout: Layout) -> Changes | None:
+    """Return the choice that fits and changes the fewest settings, the fastest of these, and the fastest of all.
 
     Where nothing fits on as many devices, their number is doubled until something does; None if nothing does.
     """
@@ -103,7 +111,8 @@ def cheapest_change(estimator: Estimator, config: RunConfig, layout: Layout) -> 
     while ranks <= MOST_RANKS:
         fitting = list(choices(estimator, ranks))
         if fitting:
-            return min(fitting, key=lambda choice: (len(choice.changes(config, layout)), -choice.estimate.tps))
+            smallest = min(fitting, key=lambda choice: (len(choice.changes(config, layout)), -choice.estimate.tps))
+            return Changes(smallest, max(fitting, key=lambda choice: choice.estimate.tps))
         ranks *= 2
     return None
 

@@ -10,7 +10,7 @@ import lzma
 import os
 import random
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -21,9 +21,12 @@ from typing import NamedTuple
 import fsspec
 
 from hopescale.common.errors import DataError
+from hopescale.data.compression import decompressed
 
 _COMPRESSED = {".gz", ".bz2", ".xz", ".zst"}
 _ARCHIVES = {".zip", ".tar", ".tgz", ".7z", ".rar"}
+_LOOK_ON = 1 << 30  # bytes of further files that are read, after one that is no text, to name the others as well
+_MOST_NAMED = 20
 _JSON_LINES = {".jsonl", ".ndjson"}
 _TABLES = {".csv": "comma-separated", ".tsv": "tab-separated"}
 _BINARY = {
@@ -41,6 +44,10 @@ class Document(NamedTuple):
 
     text: str
     where: str
+
+
+class _Undecodable(DataError):
+    """A file or a line that is no valid Unicode."""
 
 
 class TextFile(NamedTuple):
@@ -65,12 +72,17 @@ class TextSource:
         patterns: Shell patterns; a file in a folder is read when its name or its path below the folder matches any.
             Empty takes every file. Inputs named themselves are always read.
         separator: Text at which plain files are cut into documents; null keeps a file whole.
+        exclude: Shell patterns of files of folders that are left out, though a pattern takes them.
+        on_undecodable: Listener for the names of files and lines that are not UTF-8 and are left out; null refuses
+            them.
     """
 
     inputs: tuple[str, ...]
     text_key: str = "text"
     patterns: tuple[str, ...] = ()
     separator: str | None = None
+    exclude: tuple[str, ...] = ()
+    on_undecodable: Callable[[str], None] | None = None
 
     def files(self) -> list[TextFile]:
         """List the input files: inputs in the order given, each folder sorted by path.
@@ -78,7 +90,7 @@ class TextSource:
         Raises:
             DataError: If an input is missing or a folder has no matching file.
         """
-        return [file for name in self.inputs for file in _find(name, self.patterns)]
+        return [file for name in self.inputs for file in _find(name, self.patterns, self.exclude)]
 
     def documents(self, *, shuffle_seed: int | None = None) -> Iterator[Document]:
         """Read all documents, one file after the other; a seed shuffles the files, not the documents of a file.
@@ -89,25 +101,76 @@ class TextSource:
         files = self.files()
         if shuffle_seed is not None:
             random.Random(shuffle_seed).shuffle(files)
-        for file in files:
+        for number, file in enumerate(files, 1):
             _refuse_archive(file.path)
             _refuse_table(file)
-            yield from self._read(file)
+            try:
+                yield from self._read(file)
+            except _Undecodable as error:
+                raise self._with_others(error, files[number:]) from None
+
+    def _with_others(self, error: _Undecodable, files: Iterable[TextFile]) -> DataError:
+        """Name the files that are not UTF-8 among those that follow the first such file, as far as one may look."""
+        found, budget = [error.message], _LOOK_ON
+        for file in files:
+            budget -= file.filesystem.size(file.path) or 0
+            if budget < 0 or len(found) == _MOST_NAMED:
+                found.append(f"(the files from {file.name} on were not looked at)")
+                break
+            try:
+                for _ in self._read(file):
+                    pass
+            except DataError as other:
+                found += [other.message] * isinstance(other, _Undecodable)
+        return DataError("\n  ".join(found), error.hint)
+
+    def _taken(self, data: bytes, where: str, read: Callable[[bytes, str], str]) -> list[str]:
+        """Return the text that `read` makes of bytes, alone; nothing if it is left out."""
+        try:
+            return [read(data, where)]
+        except _Undecodable:
+            if self.on_undecodable is None:
+                raise
+            self.on_undecodable(where)
+            return []
 
     def _read(self, file: TextFile) -> Iterator[Document]:
-        with _reading(file.name), file.filesystem.open(file.path, "rb", compression="infer") as stream:
+        with (
+            _reading(file.name),
+            file.filesystem.open(file.path, "rb") as packed,
+            decompressed(packed, file.name) as stream,
+        ):
             first, second = stream.readline(), stream.readline()
             for begin, kind in _BINARY.items():
                 if first.startswith(begin):
                     raise DataError(f"{file.name}: {kind}, not a text", hint="write its texts as JSON lines")
             if _holds_json_lines(first, second, _suffix(file.path), self.text_key):
-                documents = _json_lines(chain(filter(None, (first, second)), stream), file.name, self.text_key)
+                documents = self._json_lines(chain(filter(None, (first, second)), stream), file.name)
             else:
-                documents = _plain(first + second + stream.read(), file.name, self.separator)
+                documents = self._plain(first + second + stream.read(), file.name)
             yield from (document for document in documents if not document.text.isspace() and document.text)
 
+    def _plain(self, content: bytes, name: str) -> Iterator[Document]:
+        for text in self._taken(content, name, _decode):
+            separator = self.separator
+            if separator and "\n" in separator and "\r" not in separator and separator not in text:
+                separator = separator.replace("\n", "\r\n")  # of a file whose lines end as Windows ends them
+            for part in text.split(separator) if separator else [text]:
+                yield Document(part, name)
 
-def _find(name: str, patterns: tuple[str, ...]) -> list[TextFile]:
+    def _json_lines(self, lines: Iterable[bytes], name: str) -> Iterator[Document]:
+        for number, line in enumerate(lines, start=1):
+            where = f"{name}:{number}"
+            for text in self._taken(line, where, self._text_of):
+                yield Document(text, where)
+
+    def _text_of(self, line: bytes, where: str) -> str:
+        """Return the text of a JSON line; that of an empty line is empty."""
+        content = _decode(line, where)
+        return _text_of(content, where, self.text_key) if not content.isspace() else ""
+
+
+def _find(name: str, patterns: tuple[str, ...], exclude: tuple[str, ...]) -> list[TextFile]:
     with _reading(name):
         filesystem, path = fsspec.url_to_fs(name)
         if filesystem.isfile(path):
@@ -116,10 +179,12 @@ def _find(name: str, patterns: tuple[str, ...]) -> list[TextFile]:
             raise DataError(f"input {name} does not exist", hint="check the path; relative paths start where you are")
         below = [(file, file[len(path) :].lstrip("/")) for file in sorted(_files_below(filesystem, path))]
     visible = [(file, rest) for file, rest in below if not any(p.startswith(".") for p in PurePosixPath(rest).parts)]
-    matching = [(file, rest) for file, rest in visible if _matches(rest, patterns)]
+    chosen = [(file, rest) for file, rest in visible if not patterns or _matches(rest, patterns)]
+    matching = [(file, rest) for file, rest in chosen if not _matches(rest, exclude)]
     if not matching:
         looked = f"{len(visible)} files, none matches {' or '.join(patterns)}" if patterns else "no files"
-        raise DataError(f"nothing to read in folder {name}: {looked}", hint="check the folder and --pattern")
+        looked = f"all {len(chosen)} files are left out by --exclude" if chosen else looked
+        raise DataError(f"nothing to read in folder {name}: {looked}", hint="check the folder and the patterns")
     return [TextFile(filesystem, file, f"{name.rstrip('/')}/{rest}") for file, rest in matching]
 
 
@@ -140,12 +205,12 @@ def _files_below(
 
 def _matches(path: str, patterns: tuple[str, ...]) -> bool:
     name = PurePosixPath(path).name
-    return not patterns or any(fnmatch(name, pattern) or fnmatch(path, pattern) for pattern in patterns)
+    return any(fnmatch(name, pattern) or fnmatch(path, pattern) for pattern in patterns)
 
 
 def _refuse_archive(path: str) -> None:
     """Refuse a file of files: only its first member would be read."""
-    if PurePosixPath(path.lower()).suffix in _ARCHIVES or path.lower().endswith((".tar.gz", ".tar.bz2", ".tar.xz")):
+    if {PurePosixPath(path.lower()).suffix, _suffix(path)} & _ARCHIVES:
         raise DataError(f"{path}: an archive of several files, not a text", hint="unpack it and name the folder")
 
 
@@ -174,22 +239,6 @@ def _suffix(path: str) -> str:
     return PurePosixPath(name.stem).suffix if name.suffix in _COMPRESSED else name.suffix
 
 
-def _plain(content: bytes, name: str, separator: str | None) -> Iterator[Document]:
-    text = _decode(content, name)
-    if separator and "\n" in separator and "\r" not in separator and separator not in text:
-        separator = separator.replace("\n", "\r\n")  # of a file whose lines end as Windows ends them
-    for part in text.split(separator) if separator else [text]:
-        yield Document(part, name)
-
-
-def _json_lines(lines: Iterable[bytes], name: str, text_key: str) -> Iterator[Document]:
-    for number, line in enumerate(lines, start=1):
-        where = f"{name}:{number}"
-        content = _decode(line, where)
-        if not content.isspace():
-            yield Document(_text_of(content, where, text_key), where)
-
-
 def _text_of(line: str, where: str, text_key: str) -> str:
     try:
         record = json.loads(line)
@@ -205,7 +254,8 @@ def _text_of(line: str, where: str, text_key: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise DataError(f"{where}: half a surrogate pair at character {error.start}", hint="repair the line") from None
+        message = f"{where}: half a surrogate pair at character {error.start}"
+        raise _Undecodable(message, hint="repair the line, or leave out what is no text: --skip-undecodable") from None
     return text
 
 
@@ -214,15 +264,21 @@ def _decode(data: bytes, where: str) -> str:
         return data.removeprefix(_BYTE_ORDER_MARK).decode()
     except UnicodeDecodeError as error:
         message = f"{where}: not UTF-8 text (byte 0x{data[error.start]:02x} at offset {error.start})"
-        raise DataError(message, hint="convert the file to UTF-8, or leave it out with --pattern") from None
+        hint = "convert to UTF-8, or leave out files with --exclude or --pattern, or all such with --skip-undecodable"
+        raise _Undecodable(message, hint) from None
 
 
 @contextmanager
 def _reading(name: str) -> Iterator[None]:
     try:
         yield
+    except DataError:
+        raise
     except ImportError as error:
         raise DataError(f"cannot read {name}: {error}", hint="install the package for this kind of address") from error
-    except (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
+    except Exception as error:
+        own = isinstance(error, (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError))
+        if not own and "://" not in name:
+            raise  # the packages for addresses have exceptions of their own
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise DataError(f"cannot read {name}: {reason}", hint="check the address, the permissions, the file") from error

@@ -25,6 +25,17 @@ _CHUNK = 4096  # characters per training sentence
 _MAX_SENTENCE_BYTES = 4 * _CHUNK
 _READ_FACTOR = 50  # text read per byte of the training sample, at most
 
+_FRAGILE = {
+    "line ends": "a\nb",
+    "tabs": "a\tb",
+    "runs of spaces": "a  b",
+    "spaces at the beginning": " a",
+    "capital letters": "aB",
+    "ligatures and other forms of letters": "\ufb01\u2163",
+    "characters that it has no piece for": "\u6f22\U0001f642",
+}
+"""Short texts that a tokenizer may change, by what they stand for."""
+
 
 class Tokenizer:
     """A sentencepiece model. One trained by `train_tokenizer` satisfies `decode(encode(x)) == x` for every text."""
@@ -89,14 +100,14 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str], *, num_threads: int = 1) -> list[list[int]]:
         """Turn texts into ids, each as `encode` does."""
         cut = [self._cut(text) for text in texts]
-        parts = [part for text in cut for part in text if part != _SPACE_SYMBOL]
+        spelled = _SPACE_SYMBOL if self._exact else None
+        parts = [part for text in cut for part in text if part != spelled]
         try:
             encoded = iter(self._processor.encode(parts, out_type=int, num_threads=num_threads))
         except (UnicodeEncodeError, TypeError):
             raise DataError("text is not valid Unicode: it holds half a surrogate pair") from None
         return [
-            [id for part in text for id in (self._space_symbol if part == _SPACE_SYMBOL else next(encoded))]
-            for text in cut
+            [id for part in text for id in (self._space_symbol if part == spelled else next(encoded))] for text in cut
         ]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -109,6 +120,10 @@ class Tokenizer:
         if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
             raise ValueError(f"token ids must be in [0, {self.vocab_size}), got {min(ids)} to {max(ids)}")
         return self._processor.decode(ids)
+
+    def losses(self) -> list[str]:
+        """Name what does not survive `decode(encode(text))`, of what texts usually hold."""
+        return [name for name, text in _FRAGILE.items() if self.decode(self.encode(text)) != text]
 
     def copy_to(self, folder: str | Path) -> Path:
         """Write `tokenizer.model` into a folder and return its path."""

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from hopescale.common.errors import DataError
+from hopescale.common.units import format_count
+from hopescale.scaling.best_runs import RunMultiplier, multipliers_of_runs
 from hopescale.scaling.bootstrap import Forecast, Interval, forecast_largest, reweighted_laws
 from hopescale.scaling.fit import Fit, fit_law
+from hopescale.scaling.law import Cost
 from hopescale.scaling.multiplier import Frontier, Multiplier, multiplier
 from hopescale.scaling.points import Points, Table
 from hopescale.scaling.views import Envelope, IsoFlop, fit_isoflop, lower_envelope
@@ -35,15 +38,18 @@ class SeriesAnalysis:
     """One series: its runs, its law by the three views, and how far the law is to be trusted."""
 
     points: Points
-    fit: Fit
-    frontier: Frontier
+    fit: Fit | None
+    """Law of the runs; None where they are too few for one."""
+    frontier: Frontier | None
     isoflop: IsoFlop
     envelope: Envelope
     forecast: Forecast | None
     """Law without the largest runs against these; None where too few would be left."""
+    doubt: str | None
+    """Reason why the best size for a budget is not determined; None where it is."""
 
     def optimum(self, flops: float) -> Optimum:
-        """Return the best size for a budget, FLOPs."""
+        """Return the best size for a budget, FLOPs. Only where there is no `doubt`."""
         best, *samples = [
             (*(size := law.optimal(flops, self.frontier.cost)), law.loss(*size))
             for law in (self.fit.law, *self.frontier.samples)
@@ -70,16 +76,22 @@ class Analysis:
     reference: str | None
     """Series that others are compared with; None where there is one series."""
     multipliers: dict[str, list[Multiplier]]
-    """Multipliers of every other series over the reference, at rising budgets."""
+    """Multipliers of every other series over the reference by their laws, at rising budgets; none where a best size is
+    not determined."""
+    of_runs: dict[str, list[RunMultiplier]]
+    """Multipliers of every other series over the reference by their best runs."""
 
 
-def analyse(table: Table, reference: str | None = None, resamples: int = RESAMPLES) -> Analysis:
+def analyse(
+    table: Table, reference: str | None = None, resamples: int = RESAMPLES, *, need_laws: bool = True
+) -> Analysis:
     """Fit and compare the series of a table.
 
     Args:
         table: Table of runs.
         reference: Series that others are compared with; by default `transformer`, else the first.
         resamples: Number of reweighted fits for the intervals; 0 leaves intervals out.
+        need_laws: Whether a series that is too small for a law is an error.
 
     Raises:
         DataError: If a series has too few runs for a law or FLOPs that do not rise with size, or there is no series of
@@ -88,10 +100,11 @@ def analyse(table: Table, reference: str | None = None, resamples: int = RESAMPL
     if reference is not None and reference not in table.series:
         raise DataError(f"{table.source} has no series {reference}, only {', '.join(table.series)}")
     series = {
-        name: _analyse_series(name, points, resamples, seed) for seed, (name, points) in enumerate(table.series.items())
+        name: _analyse_series(name, points, resamples, seed, need_laws)
+        for seed, (name, points) in enumerate(table.series.items())
     }
     if len(series) == 1:
-        return Analysis(table, series, None, {})
+        return Analysis(table, series, None, {}, {})
     reference = reference or (USUAL_REFERENCE if USUAL_REFERENCE in series else next(iter(series)))
     multipliers = {
         name: [
@@ -99,9 +112,14 @@ def analyse(table: Table, reference: str | None = None, resamples: int = RESAMPL
             for flops in common_budgets(one.points, series[reference].points)
         ]
         for name, one in series.items()
+        if name != reference and one.doubt is None and series[reference].doubt is None
+    }
+    of_runs = {
+        name: multipliers_of_runs(one.points, series[reference].points)
+        for name, one in series.items()
         if name != reference
     }
-    return Analysis(table, series, reference, multipliers)
+    return Analysis(table, series, reference, multipliers, of_runs)
 
 
 def common_budgets(series: Points, reference: Points, count: int = 5) -> list[float]:
@@ -113,17 +131,28 @@ def common_budgets(series: Points, reference: Points, count: int = 5) -> list[fl
     return np.geomspace(low, high, count).tolist()
 
 
-def _analyse_series(name: str, points: Points, resamples: int, seed: int) -> SeriesAnalysis:
+def _analyse_series(name: str, points: Points, resamples: int, seed: int, need_law: bool) -> SeriesAnalysis:
+    isoflop, envelope = fit_isoflop(points, 5 * resamples, seed), lower_envelope(points)
     try:
         fit, cost = fit_law(points), points.cost()
     except DataError as error:
-        raise DataError(f"series {name}: {error.message}", error.hint) from None
+        if need_law:
+            raise DataError(f"series {name}: {error.message}", error.hint) from None
+        return SeriesAnalysis(points, None, None, isoflop, envelope, None, error.message)
     samples = reweighted_laws(points, fit, resamples, seed) if resamples else []
-    return SeriesAnalysis(
-        points=points,
-        fit=fit,
-        frontier=Frontier(fit.law, samples, cost),
-        isoflop=fit_isoflop(points, 5 * resamples, seed),
-        envelope=lower_envelope(points),
-        forecast=forecast_largest(points),
+    frontier = Frontier(fit.law, samples, cost)
+    return SeriesAnalysis(points, fit, frontier, isoflop, envelope, forecast_largest(points), _doubt(fit, points, cost))
+
+
+def _doubt(fit: Fit, points: Points, cost: Cost) -> str | None:
+    """Tell why a law's best size is none to rely on: a number at its end, or a size that is far from what was run."""
+    if at_end := [name for name in fit.undetermined if name != "E"]:
+        return f"the runs do not determine {' and '.join(at_end)} of the law"
+    best, (low, high) = fit.law.optimal(points.flops.max(), cost)[0], (points.params.min(), points.params.max())
+    if low <= best <= high:
+        return None
+    sizes = f"{format_count(float(low))} to {format_count(float(high))}"
+    return (
+        f"by the law it is {format_count(best)} parameters for the largest budget that was run, outside the sizes that "
+        f"were run, {sizes}"
     )

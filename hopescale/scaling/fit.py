@@ -25,6 +25,9 @@ EXPONENTS = (0.05, 1.5)
 LEAST_TERM = 1e-3
 """Least size of each of the law's three terms, at the runs' mean size and tokens, as a part of the lowest loss."""
 
+ENOUGH = "it needs 6 runs of 3 sizes and 3 numbers of tokens, and better 4 sizes at each of 3 budgets or more"
+"""What a law of one series needs."""
+
 _STARTS = (0.06, 0.12, 0.2, 0.3, 0.42, 0.6, 0.85, 1.3)
 _MAX_STEPS = 300
 _PROJECTIONS = 2
@@ -71,12 +74,16 @@ def _at_bound(law: Law, points: Points) -> list[str]:
 
 def _require_enough(points: Points) -> None:
     """Refuse runs that five numbers cannot be told from."""
-    sizes, durations = num_distinct(points.params), num_distinct(points.tokens)
-    if len(points) < 6 or sizes < 3 or durations < 3:
-        raise DataError(
-            f"{len(points)} runs of {sizes} sizes and {durations} numbers of tokens are too few for a law of 5 numbers",
-            "it needs 6 runs of 3 sizes and 3 numbers of tokens, and better 4 sizes at each of 3 budgets or more",
-        )
+    if lacking := too_few(points.params, points.tokens):
+        raise DataError(lacking, ENOUGH)
+
+
+def too_few(params: np.ndarray, tokens: np.ndarray) -> str | None:
+    """Say that five numbers cannot be told from runs of these sizes and tokens, both `[n]`; None where they can."""
+    sizes, durations = num_distinct(params), num_distinct(tokens)
+    if len(params) >= 6 and sizes >= 3 and durations >= 3:
+        return None
+    return f"{len(params)} runs of {sizes} sizes and {durations} numbers of tokens are too few for a law of 5 numbers"
 
 
 def num_distinct(values: np.ndarray) -> int:

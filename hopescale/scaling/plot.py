@@ -5,7 +5,7 @@ This file and `report` alone need matplotlib. Nothing is shown on a screen.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from matplotlib import colormaps
@@ -39,7 +39,7 @@ def draw(analysis: Analysis, curves: Sequence[Curve] = ()) -> dict[str, tuple[st
     compared = f" Right: how many times the compute {analysis.reference} needs." if analysis.reference else ""
     captions = {
         "frontier": "What each budget buys: the least loss by law, with its interval, and all runs. "
-        f"Dashed: beyond the largest run.{compared}",
+        f"Dashed: beyond the largest run; dotted: the best runs alone, where a law is not determined.{compared}",
         "isoflop": "Runs of one budget over their size, the parabola through them, and its minimum. "
         "Right: how the best size grows, by minima and by law.",
         "surface": "The fitted law over budget and size. A dot is a run in the colour of its own loss: where it can be "
@@ -47,12 +47,9 @@ def draw(analysis: Analysis, curves: Sequence[Curve] = ()) -> dict[str, tuple[st
         "residuals": "What the law leaves over, in per cent of the loss: above 0 a run is worse.",
         "curves": "Training loss of every run over the compute spent, by size.",
     }
-    figures = {
-        "frontier": _frontier(analysis),
-        "isoflop": _isoflop(analysis),
-        "surface": _surface(analysis),
-        "residuals": _residuals(analysis),
-    }
+    figures = {"frontier": _frontier(analysis), "isoflop": _isoflop(analysis)}
+    if fitted := {name: series for name, series in analysis.series.items() if series.fit is not None}:
+        figures |= {"surface": _surface(fitted), "residuals": _residuals(fitted)}
     if curves:
         figures["curves"] = _curves(analysis, curves)
     return {name: (captions[name], figure) for name, figure in figures.items()}
@@ -73,25 +70,29 @@ def _isoflop(analysis: Analysis) -> Figure:
                 axis.plot(parabola.params, parabola.loss, "D", ms=7, color=color, mec="black", mew=1.2, zorder=5)
         _log_axis(axis, "parameters N", "loss (nats per token)", f"isoFLOP curves: {name}", counts=True)
         if series.isoflop.parabolas:
-            axis.legend(title="FLOPs", fontsize=7.5, title_fontsize=8, frameon=False, loc="upper right", ncols=2)
+            axis.legend(title="FLOPs", fontsize=7.5, title_fontsize=8, framealpha=0.8, loc="best", ncols=2)
+        else:
+            axis.plot(series.points.params, series.points.loss, "o", ms=4, color=_GREY)
     low, high = _share_y(axes[:-1])
     axes[0].set_ylim(low, high + 0.18 * (high - low))
     for color, (name, series) in zip(COLORS, analysis.series.items(), strict=False):
         _growth(axes[-1], name, series, color)
     _log_axis(axes[-1], "training FLOPs C", "best size N(C)", "compute-optimal size", log_y=True)
     _counts(axes[-1].yaxis)
-    axes[-1].legend(fontsize=8, frameon=False, loc="lower right")
+    if axes[-1].get_legend_handles_labels()[0]:
+        axes[-1].legend(fontsize=8, framealpha=0.8, loc="best")
     return figure
 
 
 def _growth(axis: Axes, name: str, series: SeriesAnalysis, color: str) -> None:
     """Draw the best size over budgets: the minima of a series with intervals, and its law with its band."""
-    exponent = series.fit.law.optimal_exponents(series.frontier.cost)[0]
-    budgets = _budgets(series)
-    optima = [series.optimum(flops) for flops in budgets]
-    label = f"{name}, law: N ~ C^{exponent:.2f}"
-    axis.plot(budgets, [best.params for best in optima], color=color, lw=1.8, label=label)
-    _band(axis, budgets, [best.params_interval for best in optima], color)
+    if series.doubt is None:
+        exponent = series.fit.law.optimal_exponents(series.frontier.cost)[0]
+        budgets = _budgets(series)
+        optima = [series.optimum(flops) for flops in budgets]
+        label = f"{name}, law: N ~ C^{exponent:.2f}"
+        axis.plot(budgets, [best.params for best in optima], color=color, lw=1.8, label=label)
+        _band(axis, budgets, [best.params_interval for best in optima], color)
     fitted = series.isoflop.params
     label = f"{name}, minima" + (f": N ~ C^{fitted.exponent:.2f}" if fitted else "")
     for parabola in series.isoflop.parabolas:
@@ -104,13 +105,13 @@ def _growth(axis: Axes, name: str, series: SeriesAnalysis, color: str) -> None:
             axis.plot([parabola.flops] * 2, list(_ends(parabola.params_interval)), color=color, lw=1.2, zorder=4)
 
 
-def _surface(analysis: Analysis) -> Figure:
+def _surface(fitted: Mapping[str, SeriesAnalysis]) -> Figure:
     """Draw the law's loss over budget and size, with the runs and the best size, a panel for each series."""
-    figure, axes = _panels(len(analysis.series), width=1.15)
-    losses = np.concatenate([series.points.loss for series in analysis.series.values()])
+    figure, axes = _panels(len(fitted), width=1.15)
+    losses = np.concatenate([series.points.loss for series in fitted.values()])
     low, high = losses.min(), min(losses.max(), np.quantile(losses, 0.97) * 1.1)
     levels = MaxNLocator(14).tick_values(low, high)
-    for axis, (name, series) in zip(axes, analysis.series.items(), strict=True):
+    for axis, (name, series) in zip(axes, fitted.items(), strict=True):
         points, law, cost = series.points, series.fit.law, series.frontier.cost
         flops = np.geomspace(points.flops.min() / 1.5, points.flops.max() * 3, 160)
         params = np.geomspace(points.params.min() / 1.6, points.params.max() * 1.6, 160)
@@ -120,8 +121,8 @@ def _surface(analysis: Analysis) -> Figure:
         axis.contour(x, y, surface, levels=levels, colors="white", linewidths=0.5, alpha=0.6)
         style = {"s": 26, "edgecolors": "white", "linewidths": 0.7, "zorder": 4}
         axis.scatter(points.flops, points.params, c=points.loss, cmap=filled.cmap, norm=filled.norm, **style)
-        optima = [series.optimum(budget) for budget in flops[::8]]
-        axis.plot(flops[::8], [best.params for best in optima], color="black", lw=1.8, zorder=3)
+        optima = [] if series.doubt else [series.optimum(budget) for budget in flops[::8]]
+        axis.plot(flops[::8][: len(optima)], [best.params for best in optima], color="black", lw=1.8, zorder=3)
         for end in ("low", "high"):
             ends = [getattr(best.params_interval, end) for best in optima if best.params_interval]
             axis.plot(flops[::8][: len(ends)], ends, color="black", lw=0.8, ls="--", zorder=3)
@@ -133,15 +134,15 @@ def _surface(analysis: Analysis) -> Figure:
     return figure
 
 
-def _residuals(analysis: Analysis) -> Figure:
+def _residuals(fitted: Mapping[str, SeriesAnalysis]) -> Figure:
     """Draw observed against predicted loss, and what is left over by size, tokens and budget."""
     figure, axes = _panels(3)
-    for number, (color, (name, series)) in enumerate(zip(COLORS, analysis.series.items(), strict=False)):
+    for number, (color, (name, series)) in enumerate(zip(COLORS, fitted.items(), strict=False)):
         percent, points = 100 * series.fit.residuals, series.points
         said = f"{name}: {np.mean(np.abs(percent)):.2g} % on average"
         for axis, values in zip(axes, (points.params, points.tokens, points.flops), strict=True):
             axis.plot(values, percent, "os^Dv*"[number % 6], ms=4.5, color=color, alpha=0.65, mew=0, label=said)
-    everything = np.abs(np.concatenate([100 * series.fit.residuals for series in analysis.series.values()]))
+    everything = np.abs(np.concatenate([100 * series.fit.residuals for series in fitted.values()]))
     shown = max(1e-4, min(everything.max(), 4 * np.quantile(everything, 0.9))) * 1.15
     for axis, what in zip(axes, ("parameters N", "tokens D", "training FLOPs C"), strict=True):
         axis.axhline(0, color="black", lw=1)
@@ -156,19 +157,22 @@ def _residuals(analysis: Analysis) -> Figure:
 
 def _frontier(analysis: Analysis) -> Figure:
     """Draw the least loss over budgets of every series, and the multipliers over the reference."""
-    figure, axes = _panels(2 if analysis.multipliers else 1, width=1.25)
+    figure, axes = _panels(2 if analysis.of_runs else 1, width=1.25)
     for color, (name, series) in zip(COLORS, analysis.series.items(), strict=False):
-        points, budgets = series.points, _budgets(series)
+        points, budgets, best = series.points, _budgets(series), series.envelope.points
+        axes[0].plot(points.flops, points.loss, "o", ms=3.5, color=color, alpha=0.4, mew=0)
+        if series.doubt is not None:
+            axes[0].plot(best.flops, best.loss, ":", color=color, lw=1.4, label=f"{name}, best runs (no law)")
+            continue
         optima = [series.optimum(flops) for flops in budgets]
         inside = sum(flops <= points.flops.max() * 1.001 for flops in budgets)
-        axes[0].plot(points.flops, points.loss, "o", ms=3.5, color=color, alpha=0.4, mew=0)
         axes[0].plot(budgets[:inside], [best.loss for best in optima[:inside]], color=color, lw=2, label=name)
         axes[0].plot(budgets[inside - 1 :], [best.loss for best in optima[inside - 1 :]], color=color, lw=2, ls="--")
         _band(axes[0], budgets, [best.loss_interval for best in optima], color)
     _log_axis(axes[0], "training FLOPs C", "loss (nats per token)", "least loss for a budget")
     axes[0].plot([], [], "o", ms=3.5, color=_GREY, alpha=0.6, label="runs")
     axes[0].legend(fontsize=9, frameon=False, loc="upper right")
-    if analysis.multipliers:
+    if analysis.of_runs:
         _multipliers(axes[1], analysis)
     return figure
 
@@ -189,6 +193,11 @@ def _multipliers(axis: Axes, analysis: Analysis) -> None:
             style = {"xytext": (-4, 8), "ha": "right", "textcoords": "offset points", "weight": "bold"}
             axis.annotate(f"{last.value:.2g} times", (last.flops, last.value), color=colors[name], **style)
         ends += [value for one in results for value in (one.value, *_ends(one.interval)) if 0 < value < np.inf]
+    for name, values in analysis.of_runs.items():
+        known = [one for one in values if one.value is not None]
+        places = [one.flops for one in known], [one.value for one in known]
+        axis.plot(*places, "D", ms=5, color=colors[name], mec="black", mew=0.6, label=f"{name}, best runs")
+        ends += places[1]
     y, title = f"compute {analysis.reference} needs / C", f"effective-compute multiplier over {analysis.reference}"
     _log_axis(axis, "training FLOPs C of the series", y, title, log_y=True)
     low, high = max(min([0.8, *ends]) / 1.1, 0.02), min(max([1.25, *ends]) * 1.2, 50)
@@ -215,9 +224,11 @@ def _curves(analysis: Analysis, curves: Sequence[Curve]) -> Figure:
         for params in sorted({curve.params for curve in own}):
             color = colormaps["plasma_r"](0.1 + 0.85 * norm(params))
             axis.plot([], [], color=color, lw=2, label=format_count(params))
-        budgets = np.geomspace(series.points.flops.min(), series.points.flops.max(), 40)
-        best = [series.fit.law.best_loss(flops, series.frontier.cost) for flops in budgets]
-        axis.plot(budgets, best, color="black", lw=1.8, ls="--", label="law, best size")
+        best = []
+        if series.doubt is None:
+            budgets = np.geomspace(series.points.flops.min(), series.points.flops.max(), 40)
+            best = [series.fit.law.best_loss(flops, series.frontier.cost) for flops in budgets]
+            axis.plot(budgets, best, color="black", lw=1.8, ls="--", label="law, best size")
         axis.set_ylim(min(*ends[1], *best) * 0.98, max(ends[0]) * 1.02)
         _log_axis(axis, "training FLOPs spent", "loss (nats per token)", f"loss of the runs: {name}")
         axis.legend(title="parameters", fontsize=8, title_fontsize=8, frameon=False, loc="lower left")

@@ -6,10 +6,11 @@ Knows nothing of where the runs came from: a sweep's `points.csv` and a table of
 from __future__ import annotations
 
 import csv
+import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -97,12 +98,16 @@ class Table:
     left_out: list[str]
     """Lines about the runs that are not among them, and why."""
     source: Path
+    header: list[str] = field(default_factory=list)
+    """Names of the file's columns."""
+    rows: list[tuple[int, list[str]]] = field(default_factory=list)
+    """Rows of the file with their numbers, as they stand there."""
 
 
 def read_points(
     path: Path, series_column: str | None = None, drop_highest: int = 0, loss_column: str | None = None
 ) -> Table:
-    """Read a table of runs: comma, semicolon or tab separated, the first row names the columns.
+    """Read a table of runs: comma, semicolon or tab separated under a row of names, or a JSON array of objects.
 
     It needs `loss` and two of N, D and FLOP; what is missing of the three follows from `FLOP = 6 N D`. Runs that
     diverged or have not finished, by their `state` or by a loss that is no finite number, are left out and named, as
@@ -136,7 +141,7 @@ def read_points(
         raise DataError(f"{path} holds no finished run ({len(left_out)} left out)", left_out[0] if left_out else None)
     names = dict.fromkeys(name for _, name, _ in kept)
     series = {name: Points(*np.array([run for _, own, run in kept if own == name]).T) for name in names}
-    return Table(series, left_out, path)
+    return Table(series, left_out, path, header, rows)
 
 
 def _read_rows(path: Path) -> tuple[list[tuple[int, list[str]]], list[str]]:
@@ -146,6 +151,8 @@ def _read_rows(path: Path) -> tuple[list[tuple[int, list[str]]], list[str]]:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
         raise DataError(f"cannot read {path}: {reason}", "give a table with columns N, D or FLOP, and loss") from error
+    if text.lstrip()[:1] == "[":
+        return _read_records(text, path)
     lines = text.splitlines()
     if not lines:
         raise DataError(f"{path} is empty", "give a table with columns N, D or FLOP, and loss")
@@ -159,6 +166,19 @@ def _read_rows(path: Path) -> tuple[list[tuple[int, list[str]]], list[str]]:
         if len(row) != len(header):
             raise DataError(f"{path}, row {number}: {len(row)} cells, but the first row names {len(header)} columns")
     return rows, header
+
+
+def _read_records(text: str, path: Path) -> tuple[list[tuple[int, list[str]]], list[str]]:
+    """Return a JSON array of objects as rows and names of columns; what an object lacks is empty."""
+    try:
+        records = json.loads(text)
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON: {error}", "give a table, or a JSON array of objects") from error
+    if odd := [number for number, record in enumerate(records, 1) if not isinstance(record, dict)]:
+        raise DataError(f"{path}, record {odd[0]}: no object", 'each run must be an object: {"N": ..., "loss": ...}')
+    header = list(dict.fromkeys(name for record in records for name in record))
+    cells = [["" if (cell := record.get(name)) is None else str(cell) for name in header] for record in records]
+    return list(enumerate(cells, 1)), header
 
 
 def _find_columns(header: list[str], named: Mapping[str, str | None], path: Path) -> dict[str, int]:

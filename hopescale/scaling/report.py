@@ -16,6 +16,7 @@ from hopescale.scaling.analysis import Analysis, SeriesAnalysis
 from hopescale.scaling.bootstrap import Interval
 from hopescale.scaling.curves import Curve
 from hopescale.scaling.plot import draw
+from hopescale.scaling.points import Table
 from hopescale.scaling.summary import (
     between,
     budgets_ahead,
@@ -24,7 +25,10 @@ from hopescale.scaling.summary import (
     describe_growth,
     law_text,
     times,
+    times_of_runs,
 )
+
+_SWEEP_TABLE = "points.csv"
 
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #222; max-width: 1100px; margin: 2em auto; padding: 0 1em; }
@@ -56,7 +60,9 @@ def write_report(analysis: Analysis, curves: Sequence[Curve], folder: Path) -> P
             data = base64.b64encode(image).decode()
             source = f'<img alt="{escape(name)}" src="data:image/png;base64,{data}">'
             parts.append(f"<figure>{source}<figcaption>{escape(caption)}</figcaption></figure>")
-        title = f"Scaling laws of {escape(analysis.table.source.name)}"
+        source = analysis.table.source
+        name = source.absolute().parent.name if source.name == _SWEEP_TABLE else source.name
+        title = f"Runs and laws of {escape(name)}"
         head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
         path.write_text("\n".join([head, f"<h1>{title}</h1>", *parts, "</html>"]) + "\n", encoding="utf-8")
     except OSError as error:
@@ -84,26 +90,46 @@ def _tables(analysis: Analysis) -> Iterator[str]:
     yield "<h2>The law of each series</h2>"
     numbers, rows = ("E", "A", "alpha", "B", "beta"), []
     for name, series in analysis.series.items():
+        if series.fit is None:
+            continue
         law, intervals = series.fit.law.to_dict(), series.intervals()
         values = (_value(f"{law[number]:.4g}", intervals.get(number)) for number in numbers)
         rows.append([name, str(len(series.points)), *values])
-    yield _rows("L = E + A / N^alpha + B / D^beta, in nats per token", ["", "runs", *numbers], rows)
+    if rows:
+        yield _rows("L = E + A / N^alpha + B / D^beta, in nats per token", ["", "runs", *numbers], rows)
     for name, series in analysis.series.items():
         yield from _series(name, series)
     if table.left_out:
         yield f"<h2>Left out</h2><ul>{''.join(f'<li>{escape(line)}</li>' for line in table.left_out)}</ul>"
+    if table.rows:
+        yield f"<h2>Runs</h2>{_runs(table)}"
 
 
 def _multipliers(analysis: Analysis) -> Iterator[str]:
     for name, values in analysis.multipliers.items():
         yield _rows(
-            f"{name}: the compute that {analysis.reference} needs for the same loss",
+            f"{name}: the compute that {analysis.reference} needs for the same loss, by the laws",
             ["FLOPs", "loss", "times"],
             [[f"{one.flops:.2e}", f"{one.loss:.4f}", _value(times(one), one.interval)] for one in values],
         )
+    for name, values in analysis.of_runs.items():
+        yield _rows(
+            f"{name}: the compute that {analysis.reference} needs for the same loss, by the best runs alone",
+            ["FLOPs", "loss", "times"],
+            [[f"{one.flops:.2e}", f"{one.loss:.4f}", escape(times_of_runs(one))] for one in values],
+        )
+
+
+def _runs(table: Table) -> str:
+    """Return the file's own table: every run, with all that its columns say."""
+    return _rows("all runs", table.header, [[row[0], *map(escape, row[1:])] for _, row in table.rows])
 
 
 def _series(name: str, series: SeriesAnalysis) -> Iterator[str]:
+    lines = [*describe_doubts(series), *describe_growth(series), *describe_forecast(series)]
+    if series.doubt is not None:
+        yield f"<h3>{escape(name)}</h3><ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>"
+        return
     yield _rows(
         f"{name}: {law_text(series)}: the best size for a budget",
         ["FLOPs", "parameters", "tokens", "loss"],
@@ -117,7 +143,6 @@ def _series(name: str, series: SeriesAnalysis) -> Iterator[str]:
             for best in map(series.optimum, budgets_ahead(series))
         ],
     )
-    lines = [*describe_doubts(series), *describe_growth(series), *describe_forecast(series)]
     yield f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>"
 
 

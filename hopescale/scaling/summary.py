@@ -10,6 +10,7 @@ import numpy as np
 
 from hopescale.common.units import format_count
 from hopescale.scaling.analysis import Analysis, SeriesAnalysis
+from hopescale.scaling.best_runs import RunMultiplier
 from hopescale.scaling.bootstrap import Interval
 from hopescale.scaling.multiplier import Multiplier
 from hopescale.scaling.views import PowerLaw
@@ -27,6 +28,7 @@ def to_json(analysis: Analysis) -> dict[str, Any]:
         "series": {name: _series_json(series) for name, series in analysis.series.items()},
         "reference": analysis.reference,
         "multipliers": _tidy(analysis.multipliers),
+        "multipliers_of_runs": _tidy(analysis.of_runs),
     }
 
 
@@ -37,10 +39,11 @@ def _series_json(series: SeriesAnalysis) -> dict[str, Any]:
             **series.fit.law.to_dict(),
             "intervals": series.intervals(),
             "undetermined": series.fit.undetermined,
+            "doubt": series.doubt,
             "objective": series.fit.objective,
             "num_runs": len(series.points),
             "flops": series.frontier.cost,
-            "optimal": list(map(series.optimum, budgets_ahead(series))),
+            "optimal": [] if series.doubt else list(map(series.optimum, budgets_ahead(series))),
             "isoflop": {
                 "minima": [
                     {"flops": parabola.flops, "num_runs": len(parabola.points)}
@@ -92,7 +95,19 @@ def describe(analysis: Analysis) -> list[str]:
             f"  at {value.flops:.2e} FLOPs, loss {value.loss:.4f}: {times(value)}{between(value.interval)}"
             for value in multipliers
         ]
+    for name, values in analysis.of_runs.items():
+        lines += ["", f"{name}: the compute that {analysis.reference} needs for the same loss, by the best runs alone"]
+        lines += [f"  {value.flops:.2e} FLOPs, loss {value.loss:.4f}: {times_of_runs(value)}" for value in values]
+        if name not in analysis.multipliers:
+            lines.append("  by the laws: not determined, as a best size is not")
     return lines
+
+
+def times_of_runs(value: RunMultiplier) -> str:
+    """Write a multiplier by runs."""
+    if value.value is not None:
+        return f"{value.value:.3g} times"
+    return "its cheapest run is better" if value.reached else "none of its runs is as good"
 
 
 def times(value: Multiplier) -> str:
@@ -111,7 +126,7 @@ def _describe_series(name: str, series: SeriesAnalysis) -> list[str]:
         f"  residuals: {100 * np.mean(np.abs(series.fit.residuals)):.2g} % of the loss on average",
     ]
     lines += [f"  {line}" for line in [*describe_doubts(series), *describe_growth(series)]]
-    for flops in budgets_ahead(series):
+    for flops in [] if series.doubt else budgets_ahead(series):
         best = series.optimum(flops)
         lines.append(
             f"    {flops:.2e} FLOPs: N {format_count(best.params)}{between(best.params_interval, count=True)}, "
@@ -123,8 +138,8 @@ def _describe_series(name: str, series: SeriesAnalysis) -> list[str]:
 
 def describe_doubts(series: SeriesAnalysis) -> list[str]:
     """Return what these runs do not tell, and which runs would."""
-    lines = []
-    if series.fit.undetermined:
+    lines = [f"best size for a budget: not determined: {series.doubt}"] if series.doubt else []
+    if series.fit and series.fit.undetermined:
         lines.append(f"not determined by these runs: {', '.join(series.fit.undetermined)}")
     parabolas = [parabola for parabola in series.isoflop.parabolas if not parabola.inside]
     best = [parabola.points.params[np.argmin(parabola.points.loss)] for parabola in parabolas]
@@ -140,16 +155,19 @@ def describe_doubts(series: SeriesAnalysis) -> list[str]:
 
 def describe_growth(series: SeriesAnalysis) -> list[str]:
     """Return how the best size grows with the budget, by each view."""
-    intervals = series.intervals()
-    exponents = series.fit.law.optimal_exponents(series.frontier.cost)
-    by_law = "".join(
-        f", {name} ~ C^{exponent:.3f}{between(intervals.get(key))}"
-        for name, key, exponent in zip("ND", "ab", exponents, strict=True)
-    )
+    by_law = []
+    if series.doubt is None:
+        intervals = series.intervals()
+        exponents = series.fit.law.optimal_exponents(series.frontier.cost)
+        powers = "".join(
+            f", {name} ~ C^{exponent:.3f}{between(intervals.get(key))}"
+            for name, key, exponent in zip("ND", "ab", exponents, strict=True)
+        )
+        by_law = [f"compute-optimal by law{powers}"]
     isoflop, envelope = series.isoflop, series.envelope
     inside = sum(parabola.inside for parabola in isoflop.parabolas)
     return [
-        f"compute-optimal by law{by_law}",
+        *by_law,
         f"by isoFLOP minima of {inside} of {len(isoflop.parabolas)} budgets{_powers(isoflop.params, isoflop.tokens)}",
         f"by the {len(envelope.points)} runs of the lower envelope{_powers(envelope.params, envelope.tokens)}",
     ]

@@ -17,7 +17,7 @@ POINTS = "points.csv"
 
 
 def collect(trials: Sequence[Trial], folder: Path) -> Path:
-    """Write `points.csv`: the name, series, labels, N, D, FLOP and loss of every trial, and its state.
+    """Write `points.csv`: name, series, labels, N, D, FLOP, loss, state, batch and learning rate of every trial.
 
     N counts all parameters, D the tokens trained on, FLOP the training's FLOPs, by the config in the run folder. The
     loss is the held-out one of the last step; of runs without held-out text the mean of the last ten recorded training
@@ -28,13 +28,14 @@ def collect(trials: Sequence[Trial], folder: Path) -> Path:
     """
     labels, text, path = columns(trials), io.StringIO(), folder / POINTS
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["trial", "series", *labels, "N", "D", "FLOP", "loss", "loss_from", "state"])
+    writer.writerow(["trial", "series", *labels, "N", "D", "FLOP", "loss", "loss_from", "state", "batch", "lr"])
     for trial in as_trained(trials, folder):
         status = trial_status(trial_folder(folder, trial))
         done = status.state == DONE and status.loss is not None
         head = (trial.name, trial.series, *(trial.labels.get(label, "") for label in labels))
         loss = (f"{status.loss:.6f}", status.source) if done else ("", "")
-        writer.writerow([*head, trial.params, trial.tokens, trial.flops, *loss, status.state])
+        rates = trial.config.train.global_batch_tokens, f"{trial.config.optim.lr:g}"
+        writer.writerow([*head, trial.params, trial.tokens, trial.flops, *loss, status.state, *rates])
     try:
         replace_text(path, text.getvalue())
     except OSError as error:

@@ -12,33 +12,59 @@ from hopescale.common.errors import ConfigError
 from hopescale.common.units import format_bytes, format_count
 from hopescale.config.layout import Layout
 from hopescale.config.schema import RunConfig
-from hopescale.cost.device_memory import least_memory
+from hopescale.cost.device_memory import MOST_BLOCKS, least_memory
+from hopescale.cost.holdings import Holdings
 from hopescale.cost.params import count_params
+from hopescale.cost.search import USABLE, fullest
 
 _SIGNS = ("can't allocate memory", "out of memory", "Storage size calculation overflowed")
 
 
 def check_device_memory(config: RunConfig, layout: Layout, device: torch.device) -> None:
-    """Refuse a model whose weights, gradients and optimizer state alone exceed the device's memory, as a plan counts.
-
-    Activations are left out: a plan estimates parts of them, and what fits must not be refused.
+    """Refuse a run that by its plan exceeds the device's memory: what lasts alone, or a whole step.
 
     Raises:
         ConfigError: With both sizes.
     """
-    count = count_params(config.model)["total"]
+    count, have = count_params(config.model)["total"], _memory_of(device)
     need = least_memory(config, layout)
-    if device.type == "cuda":
-        have = torch.cuda.get_device_properties(device).total_memory
-    else:
-        have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    share = f" on each of {layout.num_ranks} ranks" if layout.num_ranks > 1 else ""
     if need > have:
-        share = f" on each of {layout.num_ranks} ranks" if layout.num_ranks > 1 else ""
         raise ConfigError(
             f"the model has {format_count(count)} parameters, whose weights and optimizer state take "
             f"{format_bytes(int(need))}{share}, but {device} has {format_bytes(have)}",
             "lower model.d_model, model.num_layers, model.vocab_size or the levels' d_ff",
         )
+    if (planned := _planned(config, layout)) > have:
+        raise ConfigError(
+            f"a step takes {format_bytes(planned)}{share} by its plan, {format_bytes(need)} of it for weights, "
+            f"gradients and optimizer, but {device} has {format_bytes(have)}",
+            "see `hopescale plan` for a change that fits: train.micro_batch_size, train.recompute, more ranks",
+        )
+
+
+def tight_memory(config: RunConfig, layout: Layout, device: torch.device) -> str | None:
+    """Return a sentence about a run that fills more of the device than a plan would; None for others."""
+    planned, have = _planned(config, layout), _memory_of(device)
+    if planned <= USABLE * have:
+        return None
+    return (
+        f"a step takes {format_bytes(planned)} by its plan, more than the {USABLE:.0%} of {device}'s "
+        f"{format_bytes(have)} that are safe to fill"
+    )
+
+
+def _planned(config: RunConfig, layout: Layout) -> float:
+    """Return the bytes of the fullest rank; 0 for a model of too many blocks to list."""
+    if config.model.num_layers > MOST_BLOCKS:
+        return 0.0
+    return fullest(Holdings(config), config, layout, exact=True)
+
+
+def _memory_of(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 @contextmanager

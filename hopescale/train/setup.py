@@ -29,7 +29,9 @@ from hopescale.optim import Cadence, OuterOptimizer, Updater
 from hopescale.optim.gram import gather_grams, linear_layers
 from hopescale.optim.replicated import ReplicatedAdamW
 from hopescale.optim.rules import changed_state
+from hopescale.optim.schedule import learning_rate
 from hopescale.optim.transfer import ParameterSizes, transfer_groups
+from hopescale.parallel.device import choose_device
 from hopescale.parallel.mesh import Mesh
 from hopescale.train.compiler import check_compiler, choose_backends
 from hopescale.train.device_memory import check_device_memory
@@ -87,6 +89,20 @@ def build_state(config: RunConfig, layout: Layout, mesh: Mesh, device: torch.dev
         mesh=mesh,
     )
     return TrainState(config, slices, optimizer, data, LossWatch(config.train.loss_spike), shapes)
+
+
+def check_start(request: RunRequest) -> None:
+    """Check on one process what a start finds out before it builds anything: device, memory, data, checkpoint.
+
+    Raises:
+        ConfigError: If the device is not there, or its memory too small, or the data does not fit the config.
+        DataError: If data is missing or damaged.
+        CheckpointError: If the checkpoint to continue from, or to begin with, is missing.
+    """
+    config, folder = request.loaded.config, RunFolder(request.folder)
+    _open_data(config, request.layout, choose_device(config.train.device, "train.device"))
+    if choose_checkpoint(folder, request) is None and request.init is not None:
+        _same_weights(config, find_checkpoint(request.init))
 
 
 def _open_data(config: RunConfig, layout: Layout, device: torch.device) -> Data:
@@ -161,6 +177,27 @@ def restore(state: TrainState, checkpoint: Path, request: RunRequest, report: Re
     state.restore(checkpoint, reset_optimizer=request.reset_optimizer)
     how = " with a new optimizer" if request.reset_optimizer else ""
     report(f"resumed from {checkpoint} at step {state.step}{how}")
+    if jump := rate_jump(from_dict(read_manifest(checkpoint).config, str(checkpoint)), state.config, state.step):
+        report(f"note: {jump}")
+
+
+def rate_jump(old: RunConfig, new: RunConfig, step: int) -> str | None:
+    """Tell a learning rate that another schedule moves from what it was to be after `step`; None for less than 5 %.
+
+    `step` may be the last of the old schedule, whose rate then stays.
+    """
+    was, now = (
+        learning_rate(step + 1, 1.0, config.train.steps, config.optim.schedule) * config.optim.lr
+        for config in (old, new)
+    )
+    if step + 1 > new.train.steps or abs(now - was) <= 0.05 * was:
+        return None
+    times = f", {now / was:.2g} times as much" if was else ""
+    return (
+        f"the learning rate of step {step + 1} is {now:.3g} instead of {was:.3g}{times}: the schedule is now that of "
+        f"train.steps={new.train.steps} and optim.lr={new.optim.lr:g}, and was that of {old.train.steps} and "
+        f"{old.optim.lr:g}"
+    )
 
 
 def begin_from(state: TrainState, checkpoint: Path, report: Report) -> None:

@@ -87,11 +87,6 @@ class TrainState:
                 result.setdefault(level, []).extend(names)
         return result
 
-    def levels_never_due(self) -> set[str]:
-        """Return the levels that no step of the run updates."""
-        steps, cadences = self.config.train.steps, self.optimizer.cadences
-        return {level for level, names in self.levels.items() if not cadences[names[0]].updates(steps)}
-
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Return this rank's part of what is saved. Called by all ranks."""
         mesh = self.mesh

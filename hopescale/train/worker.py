@@ -14,6 +14,7 @@ from hopescale.common.errors import CheckpointError, StoppedEarly
 from hopescale.common.rank_info import RankInfo
 from hopescale.config.execution import memory_shape
 from hopescale.config.groups import group_summary, group_table
+from hopescale.config.notes import notes
 from hopescale.config.schema import RunConfig
 from hopescale.config.show import config_facts
 from hopescale.parallel import process
@@ -21,7 +22,7 @@ from hopescale.parallel.control import Control
 from hopescale.parallel.init_distributed import init_distributed
 from hopescale.parallel.mesh import Mesh
 from hopescale.train.compiler import choose_backends
-from hopescale.train.device_memory import memory_errors_explained
+from hopescale.train.device_memory import memory_errors_explained, tight_memory
 from hopescale.train.folder import Record, RunFolder
 from hopescale.train.request import RunRequest
 from hopescale.train.setup import Report, begin_from, build_state, choose_checkpoint, open_checkpoints, restore
@@ -112,7 +113,7 @@ def _reported_once(control: Control) -> Iterator[None]:
 
 
 def _introduction(state: TrainState, request: RunRequest, device: torch.device) -> Iterator[str]:
-    """Say what is trained, and which levels never change."""
+    """Say what is trained, and what of the config it will not come to."""
     config, layout = state.config, request.layout
     ranks = f", {layout.num_ranks} ranks (dp {layout.dp}, tp {layout.tp}, pp {layout.pp})"
     where = f"{device.type}{ranks if layout.num_ranks > 1 else ''}"
@@ -122,8 +123,9 @@ def _introduction(state: TrainState, request: RunRequest, device: torch.device) 
     for name, backend in chosen.items():
         whose = f" of {name}" if len(chosen) > 1 else ""
         yield f"memories{whose}: {backend.describe(memory_shape(config.model, config.model.mixers[name]))}"
-    for level in sorted(state.levels_never_due()):
-        yield f"note: level {level} is due at no step up to train.steps={config.train.steps}; its weights stay"
+    tight = tight_memory(config, layout, device)
+    for note in [*notes(config), *([tight] if tight else [])]:
+        yield f"note: {note}"
 
 
 def _open_on_first(control: Control, stack: ExitStack, make: Callable[[], AbstractContextManager[T]]) -> T | None:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import sentencepiece
 from typer.testing import CliRunner, Result
 
 from hopescale.cli.data import app
@@ -73,6 +74,20 @@ def test_patterns_and_separators_choose_documents(notes: Path, tokenizer: Path, 
         *base, "--out", tmp_path / "b", "--pattern", "order.py", "--pattern", "n*.md", "--separator", "\\n\\nThe "
     )
     assert "2 documents" in succeed(*base, "--out", tmp_path / "c", "--pattern", "*.md", "--separator", "\\n\\n")
+    (bad := tmp_path / "bad.txt").write_bytes(b"caf\xe9")
+    done = run(*base, bad, "--out", tmp_path / "d", "--exclude", "*.[jp]*", "--skip-undecodable")
+    assert "1 documents" in done.stdout and f"left out, as not UTF-8: 1\n  {bad}" in done.stderr
+
+
+def test_a_tokenizer_that_loses_line_ends_is_warned_of(notes: Path, tokenizer: Path, tmp_path: Path) -> None:
+    lines = [line for line in (notes / "order.py").read_text().splitlines() if line]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_prefix=str(tmp_path / "m"), vocab_size=400, byte_fallback=True
+    )
+    base = ("prepare", notes, "--pattern", "order.py", "--validation", "0", "--out")
+    said = run(*base, tmp_path / "a", "--tokenizer", tmp_path / "m.model").stderr
+    assert "m.model loses line ends, tabs, runs of spaces" in said and "capital" not in said
+    assert "warning" not in run(*base, tmp_path / "b", "--tokenizer", tokenizer).stderr
 
 
 def fails_with(message: str, *args: object) -> DataError:

@@ -81,6 +81,24 @@ def test_a_dry_run_shows_the_layout(capsys, launches):
     assert [lines[name] for name in ("dp", "tp", "pp", "grad_accumulation")] == ["2", "2", "1", "1"]
 
 
+@pytest.mark.parametrize(
+    ("args", "code", "message"),
+    [
+        (["data.sources.main={path: nowhere}"], 3, "nowhere"),
+        (["train.device=cuda"], 2, "train.device is cuda, but"),
+        (["train.seq_len=32Mi", "train.global_batch_tokens=1Gi", "train.micro_batch_size=32"], 2, "by its plan"),
+        (["--resume", "must"], 4, "holds no checkpoint"),
+        (["--init", "nowhere"], 4, "there is no nowhere"),
+    ],
+)
+def test_a_dry_run_finds_what_a_start_would(capsys, monkeypatch, tmp_path, args, code, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    found, out, err = run(capsys, "train", "debug", *args, "--dry-run")
+    assert found == code and "parameters/total: " in out and message in err
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("dry", [["--dry-run"], []])
 @pytest.mark.parametrize(
     ("args", "message"),

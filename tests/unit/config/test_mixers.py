@@ -73,6 +73,7 @@ def test_a_mixer_of_another_kind_starts_anew(tmp_path: Path):
         ("model.mixers.a.window=4", "model.mixers.a.window: no key of kind self_modifying .*a key of attention"),
         ("model.mixers.a.windw=4", "model.mixers.a.windw: unknown key.*did you mean model.mixers.a.window"),
         ("model.mixers.a.kind=mamba", "model.mixers.a.kind: expected one of self_modifying, attention"),
+        ("model.chunk_size=4", "did you mean model.mixers.NAME.chunk_size"),
         ("model.mixer=attention", "model.mixer: unknown key.*did you mean model.mixers"),
         ("model.self_modifying.chunk_size=4", "unknown key.*did you mean model.mixers.NAME.chunk_size"),
     ],

@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import os
+import sys
 from pathlib import Path
 
 import fsspec
@@ -162,6 +163,21 @@ def test_a_bad_json_line_is_named(tmp_path: Path, content: str, expected: str) -
         read(tmp_path)
 
 
+def test_all_files_that_are_no_text_are_named_at_once_or_left_out(tmp_path: Path) -> None:
+    for name, content in {"a.txt": b"\xff", "b.txt": b"good", "c.txt": b"caf\xe9"}.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "d.jsonl").write_bytes(b'{"text": "x"}\n{"text": "\xe9"}\n{"text": "\\ud800"}\n{"text": "y"}\n')
+    with pytest.raises(DataError, match=r"(?s)a.txt: not .*c.txt: not .* offset 3\).*d.jsonl:2: not") as caught:
+        read(tmp_path)
+    assert "--exclude" in caught.value.hint and "--skip-undecodable" in caught.value.hint
+    left_out: list[str] = []
+    assert [d.text for d in read(tmp_path, on_undecodable=left_out.append)] == ["good", "x", "y"]
+    assert [Path(name).name for name in left_out] == ["a.txt", "c.txt", "d.jsonl:2", "d.jsonl:3"]
+    assert [d.text for d in read(tmp_path, exclude=("[ac].*", "d.jsonl"))] == ["good"]
+    with pytest.raises(DataError, match="all 4 files are left out by --exclude"):
+        read(tmp_path, exclude=("*",))
+
+
 def test_bytes_that_are_no_text_are_named(tmp_path: Path) -> None:
     (tmp_path / "photo.png").write_bytes(b"ab\xff\xfe")
     with pytest.raises(DataError, match=r"photo.png: not UTF-8 text \(byte 0xff at offset 2\)") as caught:
@@ -192,6 +208,34 @@ def test_a_damaged_archive_is_named(tmp_path: Path, damage) -> None:
     (tmp_path / "a.jsonl.gz").write_bytes(damage(whole))
     with pytest.raises(DataError, match="a.jsonl.gz"):
         read(tmp_path)
+
+
+def test_zstandard_is_read_in_frames_and_a_cut_is_named(tmp_path: Path) -> None:
+    zstandard = pytest.importorskip("zstandard")
+    lines = b'{"text": "one"}\n' + b"\n" * 500_000, b'{"text": "two"}\n'
+    whole = b"".join(zstandard.ZstdCompressor().compress(part) for part in lines)
+    (tmp_path / "a.jsonl.zst").write_bytes(whole)
+    (tmp_path / "b").write_bytes(zstandard.ZstdCompressor().compress(b"three"))
+    assert [d.text for d in read(tmp_path)] == ["one", "two", "three"]
+    for damaged in (whole[:-5], whole[:40] + b"junk" + whole[44:], whole + b"junk"):
+        (tmp_path / "a.jsonl.zst").write_bytes(damaged)
+        with pytest.raises(DataError, match="a.jsonl.zst: .*(ends before|damaged)"):
+            read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "message"),
+    [
+        ("zstandard", "a.jsonl.zst", "a.jsonl.zst: compressed by Zstandard, which needs the package zstandard"),
+        ("s3fs", "s3://bucket/a", "cannot read s3://bucket/a: Install s3fs"),
+        ("gcsfs", "gs://bucket/a", "cannot read gs://bucket/a: .*gcsfs"),
+    ],
+)
+def test_a_package_that_is_missing_is_named(tmp_path: Path, monkeypatch, module: str, name: str, message: str) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    (tmp_path / "a.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd....")
+    with pytest.raises(DataError, match=message):
+        read(name if "://" in name else tmp_path / name)
 
 
 @pytest.mark.parametrize("name", ["texts.zip", "texts.tar.gz", "texts.TAR"])

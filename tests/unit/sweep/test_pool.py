@@ -180,11 +180,14 @@ def test_ranks_of_a_trial_follow_from_its_degrees(run, tmp_path: Path):
     assert words[-2:] == ["--nproc", "2"] and "parallel.tp=2" in words
 
 
+RATES = ["batch", "lr"]
+
+
 def test_points_hold_a_row_for_every_trial(run, trials, tmp_path: Path):
     run({"steps4": ["6"]})
     path = collect(trials, tmp_path / "out")
     rows = list(csv.DictReader(path.read_text().splitlines()))
-    assert list(rows[0]) == ["trial", "series", "train.steps", "N", "D", "FLOP", "loss", "loss_from", "state"]
+    assert list(rows[0]) == ["trial", "series", "train.steps", "N", "D", "FLOP", "loss", "loss_from", "state", *RATES]
     assert [row["state"] for row in rows] == ["done", "diverged", "done"]
     assert [row["loss"] for row in rows] == ["2.750000", "", "2.500000"]
     assert rows[2]["loss_from"] == "val/main" and rows[1]["loss_from"] == ""

@@ -12,7 +12,8 @@ from hopescale.config.layout import Layout
 from hopescale.config.load import load_recipe
 from hopescale.cost.params import count_params
 from hopescale.parallel.mesh import Mesh
-from hopescale.train.device_memory import check_device_memory, memory_errors_explained
+from hopescale.train import device_memory
+from hopescale.train.device_memory import check_device_memory, memory_errors_explained, tight_memory
 from hopescale.train.setup import build_state
 
 CPU = torch.device("cpu")
@@ -27,6 +28,19 @@ def test_a_model_larger_than_the_memory_is_refused_before_it_is_built(overrides:
 
 def test_a_model_that_fits_passes():
     check_device_memory(load_recipe("debug").config, Layout(), CPU)
+
+
+def test_a_step_that_exceeds_the_device_by_its_plan_is_refused_and_one_that_nearly_does_is_told(monkeypatch):
+    config, gib = load_recipe("debug", ["train.micro_batch_size=8"]).config, 2**30
+    monkeypatch.setattr(device_memory, "fullest", lambda *args, **options: 10 * gib)
+    monkeypatch.setattr(device_memory, "_memory_of", lambda device: 9 * gib)
+    with pytest.raises(ConfigError, match="a step takes 10.0GiB by its plan, .*MiB of it for .* but cpu has 9.0GiB"):
+        check_device_memory(config, Layout(), CPU)
+    monkeypatch.setattr(device_memory, "_memory_of", lambda device: 10.5 * gib)
+    check_device_memory(config, Layout(), CPU)
+    assert "a step takes 10.0GiB by its plan, more than the 92%" in tight_memory(config, Layout(), CPU)
+    monkeypatch.setattr(device_memory, "_memory_of", lambda device: 11 * gib)
+    assert tight_memory(config, Layout(), CPU) is None
 
 
 def test_a_model_too_large_for_one_rank_may_fit_on_many():

@@ -1,0 +1,34 @@
+"""What a config allows, but a person may not have meant: told before the training, and no error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from hopescale.config.schema import RunConfig
+
+
+def notes(config: RunConfig) -> list[str]:
+    """Return a sentence for each thing of a checked config that its run will not come to."""
+    return [*_schedule(config), *_levels(config)]
+
+
+def _schedule(config: RunConfig) -> Iterator[str]:
+    steps, schedule = config.train.steps, config.optim.schedule
+    if schedule.warmup_steps >= steps:
+        most = config.optim.lr * steps / schedule.warmup_steps
+        yield (
+            f"optim.schedule.warmup_steps={schedule.warmup_steps} is not below train.steps={steps}: the learning rate "
+            f"only rises, to {most:.3g} of optim.lr={config.optim.lr:g}"
+        )
+
+
+def _levels(config: RunConfig) -> Iterator[str]:
+    """Name the levels that are due at no step, or at one alone."""
+    steps = config.train.steps
+    for name, level in config.model.cms.levels.items():
+        period, phase = level.update_every_steps, level.phase
+        due = (steps + phase) // period - phase // period
+        if due == 0:
+            yield f"level {name} is due at no step up to train.steps={steps}; its weights stay"
+        elif due == 1 and period > 1:
+            yield f"level {name} is due once up to train.steps={steps}, at step {period - phase % period}"
