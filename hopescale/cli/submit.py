@@ -18,7 +18,7 @@ from hopescale.launch.ledger import submitting
 from hopescale.launch.profile import load_profile
 from hopescale.launch.sbatch import BatchJob, render
 from hopescale.launch.scheduler import Slurm
-from hopescale.launch.submit import check_job, expected_start, log_of, write_run
+from hopescale.launch.submit import check_inputs, check_job, expected_start, log_of, write_run
 from hopescale.launch.submit import submit as submit_script
 
 
@@ -34,6 +34,9 @@ def submit(
         typer.Option(min=2, metavar="N", help="Submit N jobs, each to go on after the one before; none is requeued."),
     ] = None,
     run_dir: Annotated[Path | None, typer.Option(help="Run folder.", show_default="runs/<name>")] = None,
+    skip_data_check: Annotated[
+        bool, typer.Option("--skip-data-check", help="Do not open the data, which only the nodes see.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and print the script; write nothing.")] = False,
 ) -> None:
     """Train a recipe as a job of Slurm, or continue its run; leave as soon as the job is in the queue.
@@ -59,6 +62,7 @@ def submit(
         staged=loaded.config.data.staged is not None,
     )
     check_job(job, loaded, slurm)
+    check_inputs(job, loaded, layout, open_data=not skip_data_check)
     if dry_run:
         typer.echo(render(job), nl=False)
         try:

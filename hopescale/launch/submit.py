@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from math import inf
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,10 +12,15 @@ from tempfile import TemporaryDirectory
 from hopescale.common.disk import replace_text
 from hopescale.common.errors import ConfigError, LaunchError, Problem
 from hopescale.common.software import describe_software
+from hopescale.common.units import format_bytes
 from hopescale.config.layout import Layout
 from hopescale.config.load import LoadedConfig, load_resolved
 from hopescale.config.record import CONFIG, write_record
 from hopescale.config.show import identity_problems
+from hopescale.cost.hardware import DEVICES
+from hopescale.cost.holdings import Holdings
+from hopescale.cost.search import fullest
+from hopescale.data.sources import open_sources
 from hopescale.launch.ledger import LedgerEntry, entries, forget_outcome, note, now
 from hopescale.launch.profile import placeholders, seconds_of
 from hopescale.launch.sbatch import BatchJob, render
@@ -57,6 +63,32 @@ def check_cluster(job: BatchJob, slurm: Slurm) -> None:
     """
     if problems := [*placeholders(job.profile), *_time_problems(job), *_cluster_problems(job, slurm)]:
         raise ConfigError(problems)
+
+
+def check_inputs(job: BatchJob, loaded: LoadedConfig, layout: Layout, *, open_data: bool = True) -> None:
+    """Refuse a run whose data is not there, or that by its plan exceeds the memory of the profile's GPUs.
+
+    Args:
+        job: Job of the run; paths of data are relative to this process's folder, which is its own.
+        loaded: Recipe.
+        layout: Degrees of parallelism.
+        open_data: Whether data is opened, which only nodes may see.
+
+    Raises:
+        ConfigError: If the data does not fit the model, or a step does not fit a GPU of the profile's `gpu_type`.
+        DataError: If data is missing or damaged.
+    """
+    config, kind = loaded.config, (job.profile.gpu_type or "").upper()
+    if open_data:
+        data = replace(config.data, staged=None)
+        open_sources(data, seq_len=config.train.seq_len, vocab_size=config.model.vocab_size)
+    if kind not in DEVICES:
+        return
+    need, have = fullest(Holdings(config), config, layout, exact=True), DEVICES[kind].memory
+    if need > have:
+        message = f"a step takes {format_bytes(need)} by its plan, but one {kind} has {format_bytes(have)}"
+        hint = f"see `hopescale plan {config.name} --gpus {layout.num_ranks} --device {kind}` for a change that fits"
+        raise ConfigError([Problem("gpu_type", message, f"profile {job.profile.name}", hint)])
 
 
 def write_run(job: BatchJob, loaded: LoadedConfig, layout: Layout, overrides: Sequence[str]) -> Path:

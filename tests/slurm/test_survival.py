@@ -208,7 +208,15 @@ def cancelled(slurm: Cluster, folder: Path, profile: Path) -> None:
 
 def lasting_failure(slurm: Cluster, folder: Path, profile: Path) -> None:
     """What every start would meet is not tried again, and told with its own exit code."""
-    scene = Scene(slurm, folder, profile, "data.sources.markov=null", "data.sources.main.path=nowhere", "parallel.tp=1")
+    scene = Scene(
+        slurm,
+        folder,
+        profile,
+        "data.sources.markov=null",
+        "data.sources.main.path=nowhere",
+        "parallel.tp=1",
+        "--skip-data-check",
+    )
     job = slurm.ended(scene.id)
     assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "3:0", "0"), scene.log()
     assert (scene.run / "outcome").read_text().startswith("gave up: exit code 3 before a step was done")

@@ -183,6 +183,19 @@ def test_one_of_several_partitions_is_enough(slurm: FakeSlurm, submit):
     assert code == 2 and "tpu is not on this cluster" in err
 
 
+def test_data_that_is_not_there_is_refused_unless_only_nodes_see_it(slurm: FakeSlurm, submit):
+    nowhere = ("data.sources.markov=null", "data.sources.main.path=nowhere")
+    code, _, err = submit(*nowhere)
+    assert code == 3 and "nowhere" in err and slurm.calls("sbatch") == []
+    assert submit(*nowhere, "--skip-data-check")[0] == 0
+
+
+def test_what_does_not_fit_the_gpus_is_refused(slurm: FakeSlurm, submit):
+    large = ("model.d_model=16384", "model.num_layers=64", "train.global_batch_tokens=8Ki")
+    code, _, err = submit(*large, profile=profile("partition: gpu\ngpus_per_node: 4\ngpu_type: a100\n"))
+    assert code == 2 and "by its plan, but one A100 has" in err and slurm.calls("sbatch") == []
+
+
 def test_the_longest_limit_of_several_partitions_counts(slurm: FakeSlurm, submit):
     args = ("train.global_batch_tokens=8Ki", "--dry-run", "--time", "2:00:00")
     assert submit(*args, profile=profile("partition: cpu,gpu\ngpus_per_node: 8\n"))[0] == 0
