@@ -166,6 +166,8 @@ class OptimConfig:
                     "*.mixer.norm.bias",
                     "*.mixer.gates.*",
                     "*.mixer.conv.*",
+                    "*.mixer.memory.gates.*",
+                    "*.mixer.memory.conv.*",
                     "*.mixer.qkv_proj.bias",
                     "*.cms.mix",
                 ),
