@@ -163,10 +163,12 @@ class OptimConfig:
             "no_decay": GroupConfig(
                 match=(
                     "*norm.weight",
-                    "*.mixer.*norm.bias",
-                    "*.mixer.*gates.*",
-                    "*.mixer.*conv.*",
-                    "*.mixer.*qkv_proj.bias",
+                    "*.mixer.norm.bias",
+                    "*.mixer.gates.*",
+                    "*.mixer.conv.*",
+                    "*.mixer.memory.gates.*",
+                    "*.mixer.memory.conv.*",
+                    "*.mixer.qkv_proj.bias",
                     "*.cms.mix",
                 ),
                 weight_decay=0.0,

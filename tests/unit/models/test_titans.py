@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from hopescale.config.schema.titans import TitansConfig
 from hopescale.models.titans import Titans
+from hopescale.ops.cpp import build
 from hopescale.ops.documents import Documents
+from hopescale.ops.self_modifying import chunked
 from tests.support.properties import check_causal, check_parts, check_trained
 from tests.support.titans import MODEL, SYSTEMS, make_mixer, naive_layer
 
@@ -86,3 +90,17 @@ def test_the_memory_after_documents_is_that_of_the_last_ones(config: TitansConfi
         for name, tensor in found.items():
             if name.startswith("memory/memory/running") or name.endswith("tail"):
                 assert_equal_up_to_rounding(tensor[row : row + 1], last[name])
+
+
+@pytest.mark.skipif(build.problem() is not None, reason="no C++ compiler could build the library")
+@pytest.mark.parametrize("name", ["MAC", "MAG", "MAL"])
+def test_the_memory_runs_in_one_operation(name: str, monkeypatch: pytest.MonkeyPatch):
+    """In float32, and with widths that the C++ has; MAC calls it once for each segment."""
+    config, model = replace(SYSTEMS[name], memory_dim=None), replace(MODEL, head_dim=16)
+    mixer, x = make_mixer(config, model=model), randn(21, BATCH, model.d_model).requires_grad_()
+    expected = outputs_and_gradients(lambda x: mixer(x)[0], mixer, x)
+    mixer = mixer.float()
+    monkeypatch.setattr(chunked, "scan", lambda *_, **__: pytest.fail("the chunks were run one by one"))
+    found = outputs_and_gradients(lambda x: mixer(x)[0], mixer, x.detach().float().requires_grad_())
+    for actual, exact in zip(found, expected, strict=True):
+        assert_equal_up_to_rounding(actual.double(), exact, 3e-4)
