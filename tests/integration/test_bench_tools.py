@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from hopescale.ops.cpp import build
+
 TOOLS = Path(__file__).parents[2] / "tools"
 SMALL = ("--d-model", "16", "--heads", "2", "--layers", "1", "--threads", "1")
 
@@ -105,6 +107,16 @@ def test_a_profile_names_the_operations():
     table = [line for line in done.stdout.splitlines() if line.startswith("|")]
     assert any("aten::linalg_solve_triangular" in line for line in table)
     assert "under the profiler" in done.stdout
+
+
+@pytest.mark.skipif(build.problem() is not None, reason="no C++ compiler could build the library")
+def test_resets_are_compared_with_none():
+    mixers = ("hope-mlp", "hope-mlp:reset_every=64:far.chunk_size=64")
+    sizes = ("--d-model", "32", "--heads", "2", "--seq-len", "130", "--rounds", "1")
+    done = run_tool("bench_resets.py", *sizes, "--mixers", ",".join(mixers))
+    assert done.returncode == 0, done.stderr
+    table = [line.split("|")[1].strip() for line in done.stdout.splitlines() if line.startswith("|")]
+    assert table[0] == "mixer" and tuple(table[2:]) == mixers
 
 
 def test_update_rules_are_drawn_on_the_toy_function(tmp_path: Path):

@@ -14,6 +14,7 @@ from hopescale.models.model import level_of
 VARIANTS = {
     "hope": [],
     "linear": ["model.mixers.hope.memory=linear"],
+    "far memory": ["model.mixers.hope={far: {chunk_size: 64}, retention: false, adaptive: [k]}"],
     "two banks": ["model.mixers.hope={adaptive: [k, eta], query: memory, gate: true, projection_chunk_size: 64}"],
     "static": ["model.mixers.hope={adaptive: [], targets: value, momentum: false, conv_width: null}"],
     "no retention": ["model.mixers.hope={adaptive: [v], retention: false, memory_dim: 20}"],
