@@ -12,8 +12,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-from mixers import add_shape, make_pass, shape_of
 from rows import show
+from stacks import add_shape, make_pass, shape_of
 
 from hopescale.common.errors import ConfigError
 from hopescale.ops.self_modifying import cpp
@@ -45,7 +45,7 @@ class Threads:
 def main() -> None:
     """Take passes of the mixers in turn, and print the fastest of each as Markdown."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--mixers", default="hope-mlp,hope-mlp:reset_every=512", help="as bench_mixers.py takes them")
+    parser.add_argument("--mixers", default="hope,hope:reset_every=512", help="as bench_mixers.py takes them")
     parser.add_argument("--seq-len", type=int, default=8192)
     parser.add_argument("--threads", type=int, default=2, help="of the operation; the rest runs in one")
     parser.add_argument("--rounds", type=int, default=3)

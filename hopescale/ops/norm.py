@@ -14,12 +14,12 @@ def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Scale vectors to unit root mean square, times `weight`. Returns the type of `x`."""
     if x.dtype == torch.float32 and x.device.type == "cpu" and not torch.is_grad_enabled():
-        return _rms_norm_in_place(x, weight, eps)
+        return _rms_norm_without_gradients(x, weight, eps)
     wide = x if x.dtype == torch.float64 else x.float()
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
 
 
-def _rms_norm_in_place(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def _rms_norm_without_gradients(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Do the same with fewer tensors, which take longer to make than to compute where a single vector is scaled."""
     if x.numel() == x.shape[-1]:
         vector = x.flatten()

@@ -87,7 +87,7 @@ def test_the_loop_runs_what_one_operation_does_not(backend: str, device: str, ho
 def test_without_gradients_the_cpp_takes_any_chunks_and_triton_none():
     two, how = HOPE._replace(projection_chunk_size=128), {"needs_grad": False, "whole_chunks": False}
     assert select("auto", two, device="cpu", compiled=True, recompute="reverse", **how).backend == "cpp"
-    assert select("triton", HOPE, device="cuda", **how) == ("torch", "no gradients are wanted")
+    assert select("triton", HOPE, device="cuda", **how) == ("torch", "triton: no gradients are wanted")
     assert select("cpp", HOPE._replace(hidden=10), **how) == (None, "memories are 10 wide, not a multiple of 16")
 
 

@@ -86,6 +86,16 @@ def test_norms():
     assert rms_norm(low, weight.float(), 1e-6).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_norm_without_gradients_is_the_same(rows: int):
+    x, weight = randn(rows, 8).float(), randn(8, seed=1).float()
+    expected = rms_norm(x.double(), weight.double(), 0.1)
+    before = x.clone()
+    with torch.no_grad():
+        torch.testing.assert_close(rms_norm(x, weight, 0.1).double(), expected, rtol=1e-6, atol=1e-6)
+    assert torch.equal(x, before)
+
+
 def test_rotation_keeps_lengths_and_scores_depend_on_distance_only():
     q, k = randn(6), randn(6, seed=1)
 
