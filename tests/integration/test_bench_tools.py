@@ -110,7 +110,7 @@ def test_a_profile_names_the_operations():
 
 @pytest.mark.skipif(build.problem() is not None, reason="no C++ compiler could build the library")
 def test_resets_are_compared_with_none():
-    mixers = ("hope-mlp", "hope-mlp:reset_every=64:far.chunk_size=64")
+    mixers = ("hope", "hope:reset_every=64:far.chunk_size=64")
     sizes = ("--d-model", "32", "--heads", "2", "--seq-len", "130", "--rounds", "1")
     done = run_tool("bench_resets.py", *sizes, "--mixers", ",".join(mixers))
     assert done.returncode == 0, done.stderr

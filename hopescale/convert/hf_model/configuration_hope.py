@@ -16,7 +16,7 @@ class HopeConfig(PretrainedConfig):
     """
 
     model_type = "hope"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 - transformers appends a list
 
     def __init__(self, hope: dict[str, Any] | None = None, **kwargs: Any):
         self.hope = hope or {}

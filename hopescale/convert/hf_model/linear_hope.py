@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .memory_hope import Columns, Norm, State, mix_groups, to_unit
+from .memory_hope import Columns, Norm, State, as_written, mix_groups, to_unit
 
 ROPE_THETA = 10_000.0
 
@@ -80,7 +80,8 @@ class HopeLinearAttention(nn.Module):
         log_alpha, eta = self._rates({name: number.flatten(2).mT.float() for name, number in given}, v)
         outputs, size = [], self.config.chunk_size
         for parts in zip(*(one.split(size, dim=2) for one in (q, k, v, log_alpha, eta)), strict=True):
-            y, state["memory"] = self._chunk(*parts, state["memory"])
+            with as_written(x):
+                y, state["memory"] = self._chunk(*parts, state["memory"])
             outputs.append(y)
         y = torch.cat(outputs, dim=2)
         y = y + self.gates["D"][:, None, None] * v if self.config.skip else y

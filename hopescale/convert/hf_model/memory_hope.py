@@ -57,13 +57,20 @@ def mix_groups(run: Mix, x: Tensor, state: State, columns: Columns) -> tuple[Ten
         rows, span = columns.groups[0]
         y, state = run(x[:, span], state, columns.position)
         return F.pad(y, (0, 0, span.start, x.shape[1] - span.stop)), state
-    mixed, state = torch.zeros_like(x), {name: tensor.clone() for name, tensor in state.items()}
+    mixed, state = None, {name: tensor.clone() for name, tensor in state.items()}
     for rows, span in columns.groups:
         part = {name: tensor[rows] for name, tensor in state.items()}
-        mixed[rows, span], part = run(x[rows, span], part, columns.position[rows])
+        y, part = run(x[rows, span], part, columns.position[rows])
+        mixed = y.new_zeros(x.shape) if mixed is None else mixed  # autocast decides the dtype of `y`
+        mixed[rows, span] = y
         for name, tensor in part.items():
             state[name][rows] = tensor.to(state[name].dtype)
-    return mixed, state
+    return torch.zeros_like(x) if mixed is None else mixed, state
+
+
+def as_written(x: Tensor) -> torch.autocast:
+    """Return a context in which autocast does not lower the precision of what is computed from `x`, as of memories."""
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def to_unit(x: Tensor) -> Tensor:
@@ -287,7 +294,8 @@ class HopeSelfModifying(nn.Module):
         while read < x.shape[1]:
             stop = min(x.shape[1], read + size - int(position[0] + read) % size)
             self._reset(state, position + read)
-            y = self._chunk(streams[:, :, :, read:stop], state, position + read)
+            with as_written(x):
+                y = self._chunk(streams[:, :, :, read:stop], state, position + read)
             outputs.append(y)
             read = stop
         y = self.norm(torch.cat(outputs, dim=2).transpose(1, 2)).to(x.dtype)  # [B, T, H, D]

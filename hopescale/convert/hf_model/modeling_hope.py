@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,6 +20,7 @@ from .memory_hope import Columns, HopeSelfModifying, Norm, State
 from .ttt_hope import HopeTtt
 
 VOCAB_MULTIPLE = 128  # rows of the embedding are padded to a multiple of this
+LOSS_ARGUMENTS = ("num_items_in_batch", "ignore_index", "shift_labels")
 
 
 class HopeCache:
@@ -197,13 +199,14 @@ class HopeForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     _is_stateful = True
     _no_split_modules = ("HopeBlock",)
+    supports_gradient_checkpointing = True
     _keep_in_fp32_modules_strict = ("norm.weight", "norm.bias", "mixer.gates", "mixer.conv", "mixer.banks", "cms.mix")
 
     def __init__(self, config: HopeConfig):
         super().__init__(config)
         model = _namespace(config.hope)
         model.pattern = model.pattern or list(model.mixers)
-        rows = -(-model.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+        rows, self.gradient_checkpointing = _rows(model.vocab_size), False
         self.period = math.lcm(*(_period(mixer) for mixer in model.mixers.values()))
         self.embedding = nn.Embedding(rows, model.d_model)
         self.blocks = nn.ModuleDict({str(number): HopeBlock(model, number) for number in range(model.num_layers)})
@@ -223,6 +226,39 @@ class HopeForCausalLM(PreTrainedModel, GenerationMixin):
         """Return the token embedding."""
         return self.embedding
 
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replace the token embedding."""
+        self.embedding = value
+
+    def get_output_embeddings(self) -> nn.Linear | None:
+        """Return the head; None where the embedding is the head too."""
+        return self.head
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        """Replace the head."""
+        self.head = new_embeddings
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """Make room for tokens, or drop the last ones; return the embedding.
+
+        Its rows stay a multiple of `VOCAB_MULTIPLE`, of which logits have as many as there are tokens. New tokens begin
+        as the mean of the others, or at 0 without `mean_resizing`.
+        """
+        before = self.config.vocab_size
+        count, multiple = new_num_tokens or before, pad_to_multiple_of or 1
+        count = -(-count // multiple) * multiple
+        super().resize_token_embeddings(_rows(count), mean_resizing=False)
+        with torch.no_grad():
+            for module in filter(None, (self.embedding, self.head)):
+                known = module.weight[: min(before, count)]
+                module.weight[len(known) :] = 0
+                if mean_resizing:
+                    module.weight[len(known) : count] = known.mean(0)
+        self.config.vocab_size, self.config.hope = count, {**self.config.hope, "vocab_size": count}
+        return self.embedding
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -232,27 +268,68 @@ class HopeForCausalLM(PreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        position_ids: Tensor | None = None,
+        output_attentions: bool | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Read tokens `[B, T]` and predict the next one after each; logits `[B, T, V]`, or the last `logits_to_keep`.
 
-        `attention_mask` `[B, past + T]` is 0 at padding, which may surround a row's tokens but not part them.
+        Args:
+            input_ids: Tokens; or give their embeddings `[B, T, N]` as `inputs_embeds`.
+            attention_mask: Zeros at padding, `[B, past + T]`; it may surround a row's tokens but not part them.
+            past_key_values: State that an earlier call has returned.
+            inputs_embeds: Embeddings in place of tokens.
+            labels: Tokens for the loss, of each column its own; -100 does not count.
+            use_cache: Whether to return the state; left out, it is returned unless activations are recomputed.
+            logits_to_keep: Number of last columns to predict after; 0 is all.
+            output_hidden_states: Whether to return the stream before each block and after the last norm.
+            return_dict: Whether to return an object with names rather than a tuple.
+            position_ids: Positions, which can only be those that the mask gives.
+            output_attentions: False or None: memories have no such weights.
+            **kwargs: Arguments of the loss function, with labels.
+
+        Raises:
+            TypeError: If an argument is unknown.
+            ValueError: If padding parts tokens, or positions or weights are asked for that there are not.
         """
+        self._refuse(kwargs, labels, output_attentions)
         x = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
         columns = self._columns(x, attention_mask, past_key_values)
         states = past_key_values.layers if past_key_values is not None else [{}] * len(self.blocks)
-        layers = []
+        _check_positions(position_ids, columns)
+        keeps = output_hidden_states if output_hidden_states is not None else self.config.output_hidden_states
+        layers, hidden, recompute = [], [], self.gradient_checkpointing and self.training
         for block, state in zip(self.blocks.values(), states, strict=True):
-            x, state = block(x, state, columns)
+            hidden.append(x)
+            run = partial(self._gradient_checkpointing_func, block) if recompute else block
+            x, state = run(x, state, columns)
             layers.append(state)
-        x = self.norm(x[:, -logits_to_keep:])
+        x = self.norm(x if keeps else x[:, -logits_to_keep:])
+        hidden, x = [*hidden, x], x[:, -logits_to_keep:]
         logits = F.linear(x, self.embedding.weight if self.head is None else self.head.weight)
         logits = logits[..., : self.config.vocab_size]
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        cache = None if use_cache is False else HopeCache(layers, columns.real)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+        keeps_state = not recompute if use_cache is None else use_cache
+        result = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=HopeCache(layers, columns.real) if keeps_state else None,
+            hidden_states=tuple(hidden) if keeps else None,
+        )
+        as_object = return_dict if return_dict is not None else self.config.return_dict
+        return result if as_object else result.to_tuple()
+
+    def _refuse(self, kwargs: dict[str, Any], labels: Tensor | None, output_attentions: bool | None) -> None:
+        """Refuse arguments that would be without effect."""
+        known = ("cache_position", *(LOSS_ARGUMENTS if labels is not None else ()))  # the state knows its columns
+        if unknown := [name for name, value in kwargs.items() if name not in known and value is not None]:
+            raise TypeError(f"HopeForCausalLM.forward knows no argument {', '.join(unknown)}")
+        if output_attentions:
+            raise ValueError("output_attentions: this model has no attention weights to return")
 
     def _columns(self, x: Tensor, mask: Tensor | None, cache: HopeCache | None) -> Columns:
         batch, tokens = x.shape[:2]
@@ -275,6 +352,22 @@ class HopeForCausalLM(PreTrainedModel, GenerationMixin):
                 raise ValueError("attention_mask has a gap: padding may surround a row's tokens, but not part them")
             if length:
                 yield rows, slice(start, start + length)
+
+
+def _rows(tokens: int) -> int:
+    """Return the rows of an embedding of so many tokens."""
+    return -(-tokens // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+def _check_positions(position_ids: Tensor | None, columns: Columns) -> None:
+    """Refuse positions other than those that count the tokens, as those of texts packed into a row."""
+    if position_ids is None:
+        return
+    tokens = position_ids.shape[-1]
+    counted, now = columns.real.cumsum(-1)[:, -tokens:] - 1, columns.real[:, -tokens:]
+    if bool(((position_ids != counted) & now).any()):
+        message = "position_ids are not those that attention_mask gives: texts packed into a row are one text"
+        raise ValueError(f"{message}; give each a row of its own")
 
 
 def _period(mixer: SimpleNamespace) -> int:

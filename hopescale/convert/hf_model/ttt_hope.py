@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .memory_hope import Columns, State, mix_groups
+from .memory_hope import Columns, State, as_written, mix_groups
 
 ROPE_THETA = 10_000.0
 EPS = 1e-6
@@ -88,7 +88,8 @@ class HopeTtt(nn.Module):
         while read < x.shape[1]:
             part = slice(read, min(x.shape[1], read + size - int(places[0, read])))
             tokens = (one[:, :, part] for one in (q, k, v, rate))
-            y, state = self._mini_batch(*tokens, places[:, part], scale, state)
+            with as_written(x):
+                y, state = self._mini_batch(*tokens, places[:, part], scale, state)
             outputs.append(y)
             read = part.stop
         y = self.norm(torch.cat(outputs, dim=2).transpose(1, 2)).to(x.dtype)
