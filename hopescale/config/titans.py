@@ -25,6 +25,9 @@ def titans_problems(model: ModelConfig, mixer: TitansConfig, key: str) -> Iterat
     if mixer.reset_every is not None:
         message = f"{mixer.reset_every}: the memories of titans do not start anew, as no attention would reach back"
         yield Problem(f"{key}.reset_every", message, hint="leave it null, or set kind to self_modifying")
+    if mixer.far is not None:
+        message = "the compositions of titans have one memory: attention carries what a far one would"
+        yield Problem(f"{key}.far", message, hint="leave it null, or set kind to self_modifying")
     if mixer.gate and mixer.composition != "mal":
         message = f"true has no place in {mixer.composition}, where the memory is the gate"
         yield Problem(f"{key}.gate", message, hint="leave it false")

@@ -126,6 +126,7 @@ BROKEN = [
     ([f"{MIXER}={{retention: false, adaptive: [k], alpha_init: 0.4}}"], f"{MIXER}.alpha_init", "retention is off"),
     ([f"{MIXER}.objective=dot", f"{MIXER}.error_cap=1"], f"{MIXER}.error_cap", "objective is dot"),
     ([TITANS, f"{MIXER}.adaptive=[k]"], f"{MIXER}.adaptive", "titans has static maps"),
+    ([TITANS, f"{MIXER}.far={{chunk_size: 256}}"], f"{MIXER}.far", "the compositions of titans have one memory"),
     ([TITANS, f"{MIXER}.reset_every=64"], f"{MIXER}.reset_every", "do not start anew"),
     ([TITANS, f"{MIXER}.gate=true"], f"{MIXER}.gate", "no place in mac"),
     ([TITANS, f"{MIXER}.window=64"], f"{MIXER}.window", "segments of chunk_size = 64"),
