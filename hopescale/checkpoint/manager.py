@@ -93,7 +93,8 @@ def find_checkpoint(path: Path) -> Path:
         if (found := latest_checkpoint(root)) is not None:
             return found
     if not path.exists():
-        raise CheckpointError(f"there is no {path}{_like(path)}", "name a run folder or a checkpoints/step-* folder")
+        message = f"{path} holds no checkpoint, as there is no such folder{_like(path)}"
+        raise CheckpointError(message, "name a run folder or a checkpoints/step-* folder")
     raise CheckpointError(f"{path} holds no checkpoint", "name a run folder or a checkpoints/step-* folder")
 
 

@@ -9,11 +9,10 @@ import yaml
 from hopescale.common.errors import ConfigError
 
 _OCTAL = re.compile(r"[-+]?0[0-7_]+")
-_SEXAGESIMAL = re.compile(r"[-+]?[1-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
 
 
 def refuse_odd_numbers(text: str) -> None:
-    """Refuse a YAML text with a plain `010`, which would be 8, or `1:30`, which would be 90.
+    """Refuse a YAML text with a plain `010`, which would be 8.
 
     Raises:
         ConfigError: With the number, and how to write it.
@@ -29,6 +28,3 @@ def refuse_odd_numbers(text: str) -> None:
                 f"{written} is {octal} to YAML, as a number that begins with 0",
                 f'write {decimal} or {octal}, or "{written}" for a text',
             )
-        if _SEXAGESIMAL.fullmatch(written):
-            hint = f'write the number, or "{written}" for a time or a text'
-            raise ConfigError(f"{written} is a number to base 60 to YAML", hint)

@@ -223,7 +223,7 @@ def test_a_run_that_ended_before_it_began_may_begin_again(train, run: Run):
 
 def test_a_dry_run_shows_the_plan_and_touches_nothing(tiny, tmp_path: Path, run: Run):
     command = [sys.executable, "-m", "hopescale", "train", "debug", *tiny, "--dry-run", "--run-dir", "there"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     lines = dict(line.split(": ") for line in done.stdout.splitlines())
     assert lines["run_dir"] == "there" and lines["grad_accumulation"] == "2" and lines["total_tokens"] == "640"

@@ -146,8 +146,8 @@ def test_find(make_manager, root: Path):
     with pytest.raises(CheckpointError, match="step-00000015 does not exist") as raised:
         find_checkpoint(root / "step-00000015")
     assert raised.value.hint.endswith("step-00000020")
-    with pytest.raises(CheckpointError, match="holds no checkpoint"):
-        find_checkpoint(root.parent / "nowhere")
+    with pytest.raises(CheckpointError, match=r"as there is no such folder \(.* holds kept\)"):
+        find_checkpoint(root.parent / "kepd")
 
 
 def test_a_folder_that_cannot_be_made_is_one_message(tmp_path: Path):

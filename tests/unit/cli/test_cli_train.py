@@ -88,7 +88,7 @@ def test_a_dry_run_shows_the_layout(capsys, launches):
         (["train.device=cuda"], 2, "train.device is cuda, but"),
         (["train.seq_len=32Mi", "train.global_batch_tokens=1Gi", "train.micro_batch_size=32"], 2, "by its plan"),
         (["--resume", "must"], 4, "holds no checkpoint"),
-        (["--init", "nowhere"], 4, "there is no nowhere"),
+        (["--init", "nowhere"], 4, "nowhere holds no checkpoint, as there is no such folder"),
     ],
 )
 def test_a_dry_run_finds_what_a_start_would(capsys, monkeypatch, tmp_path, args, code, message):

@@ -13,7 +13,6 @@ from hopescale.config.load import load_recipe
     [
         ("train: {steps: 010}", "010 is 8 to YAML"),
         ("optim: {betas: [0.9, 00]}", "00 is 0 to YAML"),
-        ("train: {steps: 1:30}", "1:30 is a number to base 60"),
     ],
 )
 def test_numbers_that_yaml_reads_otherwise_than_people_are_refused(tmp_path: Path, text: str, message: str):
