@@ -75,13 +75,12 @@ def test_training_steps_are_split_into_parts(tmp_path: Path):
 def test_prompts_and_tokens_are_timed_for_each_context(tmp_path: Path):
     out = tmp_path / "rows.jsonl"
     few = ("--prompt", "20", "--contexts", "3,70", "--rounds", "1", "--tokens", "1", "--out", out)
-    done = run_tool("bench_generate.py", "debug", "transformer_tiny", *few)
+    done = run_tool("bench_generate.py", "debug", *few)
     assert done.returncode == 0, done.stderr
-    hope, transformer = rows_in(out)
-    assert hope["prompt_ratio"] == 1 and transformer["prompt_ratio"] == transformer["prompt_tps"] / hope["prompt_tps"]
-    assert min(row[name] for row in (hope, transformer) for name in ("ms_3", "ms_70", "prompt_mib")) > 0
-    assert hope["state_mib_3"] <= hope["state_mib_70"] * 1.01
-    assert transformer["state_mib_70"] == pytest.approx(70 / 3 * transformer["state_mib_3"])
+    (row,) = rows_in(out)
+    assert (row["recipe"], row["prompt"], row["prompt_ratio"]) == ("debug", 20, 1)
+    assert min(row[name] for name in ("prompt_tps", "ms_3", "ms_70", "prompt_mib")) > 0
+    assert row["state_mib_3"] == row["state_mib_70"] > 0
 
 
 def test_a_profile_names_the_operations():

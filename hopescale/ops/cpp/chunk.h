@@ -106,15 +106,15 @@ inline void query_mem(Arena& arena, const State& boundary, Chunk& x) {
 }
 
 // Computes what a chunk writes and what the layers hold, of keys, values and gates that are made. Writes are gradients
-// at `boundary`, the state that the chunk begins with; layers hold `state`, which is another one if `x` is a later part
+// at `boundary`, the state that the chunk begins with; layers hold `state`, which is the same unless `x` is a LATER part
 // of the chunk. `surprise` gets the norms of the first memory's errors.
+template <bool LATER>
 inline void write(Arena& arena, const State& boundary, const State& state, const State& momentum, Chunk& x,
                   float* surprise) {
     const MemorySpec& spec = state.spec;
-    const bool answered = boundary.data == state.data;
     fill_tables(x.decay);
     x.first.state = state.first(), x.first.momentum = momentum.first();
-    if (!answered) x.first.answers = arena.take(x.decay.size, spec.width());
+    if (LATER) x.first.answers = arena.take(x.decay.size, spec.width());
     product(x.k.output, boundary.first(), x.at_k.pre);
     if (spec.own_target) product(x.v.output, boundary.first(), x.at_v.pre);
     open_layer(arena, spec, x.decay, x.first);
@@ -132,14 +132,14 @@ inline void write(Arena& arena, const State& boundary, const State& state, const
         open_layer(arena, spec, x.decay, layer);
         hold(arena, spec, x.decay, layer, false);
     }
-    hold(arena, spec, x.decay, x.first, answered);
+    hold(arena, spec, x.decay, x.first, !LATER);
 }
 
 // Computes all that the way back needs, and what the layers hold. `surprise` gets the norms of mem's errors.
 inline void run(Arena& arena, const State& state, const State& momentum, const Streams& streams, Chunk& x,
                 float* surprise) {
     make_inputs(arena, state, streams, x);
-    write(arena, state, state, momentum, x, surprise);
+    write<false>(arena, state, state, momentum, x, surprise);
     query_mem(arena, state, x);
 }
 

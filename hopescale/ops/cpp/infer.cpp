@@ -80,8 +80,10 @@ struct Bank {
 
     // Computes what the bank writes and holds from `place` on, which may be where one of its chunks begins.
     void write(Arena& arena, int64_t place, Chunk& x, float* surprise) {
-        const bool begins = place % period == 0;
-        hopescale::write(arena, at_boundary(), {spec, begins ? boundary : running}, {spec, momentum}, x, surprise);
+        if (place % period == 0)
+            hopescale::write<false>(arena, at_boundary(), at_boundary(), {spec, momentum}, x, surprise);
+        else
+            hopescale::write<true>(arena, at_boundary(), {spec, running}, {spec, momentum}, x, surprise);
     }
 
     void open(int64_t place) {
