@@ -9,7 +9,7 @@ from typing import Any
 from hopescale.common.errors import Problem
 from hopescale.config.fields import children, leaves
 from hopescale.config.load import DEFAULT
-from hopescale.config.model_shape import by_period
+from hopescale.config.model_shape import by_period, memory_banks, self_modifying_mixers
 from hopescale.config.schema import RunConfig
 from hopescale.config.values import format_value
 
@@ -106,6 +106,14 @@ def model_problems(old: RunConfig, new: RunConfig, origin: str, *, weights_alone
         for key, before, after in diff(old, new)
         if key.startswith("model.") and not is_free(key)
     ]
+    both = self_modifying_mixers(old.model).keys() & self_modifying_mixers(new.model).keys() if not problems else ()
+    for name in sorted(both):
+        before, after = (len(memory_banks(config.model.mixers[name])) for config in (old, new))
+        if before != after:
+            key = f"model.mixers.{name}.projection_chunk_size"
+            message = f"puts memories into {after} bank{'s' * (after > 1)}, but they are in {before} in {origin}"
+            hint = "make it equal to chunk_size where it is equal there, and larger where it is larger"
+            problems.append(Problem(key, message, hint=hint))
     before, after = (", ".join(name for name, _ in by_period(config.model.cms.levels)) for config in (old, new))
     if not problems and before != after:
         message = f"are {after} from fast to slow, but {before} in {origin}: their order changes what they compute"

@@ -268,7 +268,7 @@ def test_weights_of_another_model_do_not_begin_a_run(hopescale, runs: Path, tmp_
     assert done.code == 2 and "model.mixers.hope.kind: is self_modifying, but attention in" in done.err
     done = hopescale(*args, "--init", runs / "hope", "train.precision=bf16")
     assert done.code == 4 and "train.precision" in done.err
-    other = ("model.cms.levels.slow.update_every_steps=2", "model.mixers.hope.chunk_size=8")
+    other = ("model.cms.levels.slow.update_every_steps=2", "model.mixers.hope.chunk_size=4")
     done = hopescale(*args, "--init", runs / "hope", "train.steps=2", *other)
     assert done.code == 0 and "which is at step 3" in done.out
     assert "its memories had another pace:\nmodel.mixers.hope.chunk_size: " in done.out

@@ -95,7 +95,11 @@ def test_weights_begin_models_whose_memories_have_another_pace(load):
     assert model_problems(old, new, "there", weights_alone=True) == []
     changed = {problem.key.removeprefix("model.mixers.hope.") for problem in model_problems(old, new, "there")}
     assert changed == {"chunk_size", "reset_every", "far.chunk_size"}, "a carried state is at a place of a chunk"
-    for override, key in (("ttt.chunk_size=8", "ttt.chunk_size"), ("hope.far=null", "hope.far")):
+    for override, key in (
+        ("ttt.chunk_size=8", "ttt.chunk_size"),
+        ("hope.far=null", "hope.far"),
+        ("hope.projection_chunk_size=128", "hope.projection_chunk_size"),
+    ):
         other = load(*mixers, f"model.mixers.{override}").config
         keys = [problem.key for problem in model_problems(old, other, "there", weights_alone=True)]
         assert f"model.mixers.{key}" in keys
