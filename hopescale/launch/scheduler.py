@@ -185,10 +185,11 @@ class Slurm:
             LaunchError: If Slurm cannot be asked.
         """
         try:
-            steps = self._asked("squeue", "--steps", "-h", "-j", id, "-o", "%i").stdout.split()
+            steps = self._asked("squeue", "--steps", "-h", "-j", id.partition("_")[0], "-o", "%i").stdout.split()
         except _CannotAsk as error:
             raise LaunchError(str(error), "try again later") from None
-        return any(step.rpartition(".")[2].isdigit() for step in steps)
+        jobs = {job for job, _, step in (step.rpartition(".") for step in steps) if step.isdigit()}
+        return id in jobs or ("_" in id and id.partition("_")[0] in jobs)
 
     def _controller(self, number: str) -> list[SlurmJob]:
         """Ask slurmctld; nothing if it has forgotten the job or cannot be asked."""
@@ -228,7 +229,7 @@ class Slurm:
         self._unreachable[name] = reason
         raise _CannotAsk(reason)
 
-    def _told(self, *command: str, environ: Mapping[str, str] = os.environ) -> str:
+    def _told(self, *command: str, environ: Mapping[str, str] | None = None) -> str:
         """Run a command that changes something; answers kept until now count no more."""
         try:
             done = self._run(*command, environ=environ, timeout_s=_ORDER_PATIENCE * self._timeout_s)
@@ -242,11 +243,11 @@ class Slurm:
         return done.stdout
 
     def _run(
-        self, *command: str, environ: Mapping[str, str] = os.environ, timeout_s: float | None = None
+        self, *command: str, environ: Mapping[str, str] | None = None, timeout_s: float | None = None
     ) -> subprocess.CompletedProcess[str]:
         timeout_s = timeout_s or self._timeout_s
         # Long lists of elements end in "..." unless told otherwise; times and messages must not depend on a locale.
-        environ = {**environ, "SLURM_BITSTR_LEN": "0", "SLURM_TIME_FORMAT": "standard", "LC_ALL": "C"}
+        environ = {**(os.environ if environ is None else environ), "SLURM_BITSTR_LEN": "0", "SLURM_TIME_FORMAT": "standard", "LC_ALL": "C"}
         try:
             return subprocess.run(
                 command, capture_output=True, text=True, env=environ, timeout=timeout_s, stdin=subprocess.DEVNULL
