@@ -34,6 +34,7 @@ def test_the_debug_recipe_leaves_a_run_folder(hopescale, run: Run):
     assert re.fullmatch(r"parameter groups: decay \d+ \(\d+k\), no_decay \d+ \([\d.]+k\); all .*", lines[1])
     code = r"(cpp|triton|torch), (all chunks of a sequence in one operation|chunk after chunk)"
     assert re.fullmatch(rf"memories: {code}( \(.*\))?", lines[2])
+    assert lines.pop(3) == "note: level slow is due once up to train.steps=6, at step 4"
     assert re.fullmatch(r"step 0/6  val/markov  loss 4\.\d{4}", lines[3])
     step = r"loss \d\.\d{4}  grad \d\.\d\d  lr \d\.\de-\d  mem [\d.]+[MG]iB  tps [\d,]+(  mfu [\d.]+%)?  eta \w+"
     assert re.fullmatch(rf"step 3/6  {step}  due fast", lines[4])
