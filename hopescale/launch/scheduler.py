@@ -247,7 +247,12 @@ class Slurm:
     ) -> subprocess.CompletedProcess[str]:
         timeout_s = timeout_s or self._timeout_s
         # Long lists of elements end in "..." unless told otherwise; times and messages must not depend on a locale.
-        environ = {**(os.environ if environ is None else environ), "SLURM_BITSTR_LEN": "0", "SLURM_TIME_FORMAT": "standard", "LC_ALL": "C"}
+        environ = {
+            **(os.environ if environ is None else environ),
+            "SLURM_BITSTR_LEN": "0",
+            "SLURM_TIME_FORMAT": "standard",
+            "LC_ALL": "C",
+        }
         try:
             return subprocess.run(
                 command, capture_output=True, text=True, env=environ, timeout=timeout_s, stdin=subprocess.DEVNULL

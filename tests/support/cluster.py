@@ -49,8 +49,12 @@ class Cluster:
     def run(self, *command: object, cwd: Path | None = None) -> str:
         """Run a command and return what it printed."""
         words = [str(word) for word in command]
-        done = subprocess.run(words, capture_output=True, text=True, env=self.environ, cwd=cwd, check=False)
-        assert done.returncode == 0, f"{' '.join(words)}: {done.returncode}\n{done.stdout}{done.stderr}"
+        return self._printed(
+            subprocess.run(words, capture_output=True, text=True, env=self.environ, cwd=cwd, check=False)
+        )
+
+    def _printed(self, done: subprocess.CompletedProcess[str]) -> str:
+        assert done.returncode == 0, f"{' '.join(done.args)}: {done.returncode}\n{done.stdout}{done.stderr}"
         return done.stdout
 
     def hopescale(self, *args: object, cwd: Path) -> str:
@@ -69,8 +73,10 @@ class Cluster:
             self.run("scontrol", "update", f"NodeName={name}", "State=DOWN", "Reason=test")
 
     def job(self, id: str) -> dict[str, str]:
-        """Return what Slurm says of a job."""
-        fields = self.run("scontrol", "show", "job", "-o", id).split()
+        """Return what Slurm says of a job; a controller that drops the connection kills scontrol, which asks again."""
+        ask = ["scontrol", "show", "job", "-o", id]
+        done = subprocess.run(ask, capture_output=True, text=True, env=self.environ, check=False)
+        fields = (self.run(*ask) if done.returncode == -signal.SIGPIPE else self._printed(done)).split()
         return dict(field.split("=", 1) for field in fields if "=" in field)
 
     def hosts(self, id: str) -> list[str]:

@@ -312,7 +312,7 @@ def test_ranks_know_nothing_of_the_job_that_submitted_theirs(job: BatchJob, play
 
 def test_a_setup_that_outlasts_the_limit_is_ended_before_it_and_counted(job: BatchJob, play, slurm: FakeSlurm):
     slurm.answer("scontrol", "JobId=7 RunTime=00:00:00 TimeLimit=00:03:00 TimeMin=N/A")
-    long = replace(job, profile=replace(CPUS, setup=("export BEGUN=1", "/bin/sleep 60")))
+    long = replace(job, profile=replace(CPUS, setup=("export BEGUN=1", "/bin/sleep 60 >/dev/null 2>&1")))
     assert play(0, DONE, job=long, error="User defined signal 2")[0] == 140
     assert (job.run_dir / "failures").read_text().startswith("none time limit during the setup, job 7, ")
     assert slurm.calls("srun") == [] and requeued(slurm) == 1
