@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -35,6 +36,20 @@ def replace_text(path: Path, text: str) -> None:
     written = path.parent / f".tmp-{path.name}"
     written.write_text(text, encoding="utf-8")
     written.replace(path)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a lock file, which is made in its folder, which is made too.
+
+    Raises:
+        BlockingIOError: If another process holds it.
+        OSError: If it cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
 
 
 @contextmanager

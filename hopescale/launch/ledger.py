@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
 from pathlib import Path
 
+from hopescale.common.disk import locked
 from hopescale.common.errors import LaunchError
 from hopescale.launch.scheduler import Slurm
 
@@ -68,17 +68,14 @@ def submitting(folder: Path) -> Iterator[None]:
     Raises:
         LaunchError: If another process is submitting, or the folder cannot be written.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".submit").open("w")
-    except OSError as error:
-        raise LaunchError(f"cannot write {folder}: {error.strerror}", "choose another folder") from error
-    with lock:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stack.enter_context(locked(folder / ".submit"))
         except BlockingIOError as error:
             hint = f"look with `hopescale jobs status {folder}` what came of it"
             raise LaunchError(f"another process is submitting {folder} at this moment", hint) from error
+        except OSError as error:
+            raise LaunchError(f"cannot write {folder}: {error.strerror}", "choose another folder") from error
         yield
 
 

@@ -90,7 +90,7 @@ def _setup(profile: ClusterProfile, lead: Mapping[str, str]) -> dict[str, str]:
         "guard": fill(_template("guard.sh"), lead).rstrip(),
         "begin_setup": 'echo "$BASHPID" >"$run/.setup"',
         "end_setup": 'rm -f "$run/.setup"',
-        "start_guard": "guard &\nguard=$!\ndisown",
+        "start_guard": 'rm -f "$run/.setup"\nguard &\nguard=$!\ndisown',
         "stop_guard": 'kill "$guard" 2>/dev/null\n[ $rc != 140 ] || what="time limit during the setup"',
     }
     return {"setup": _lines(lines)} | (around if lines else dict.fromkeys(around, ""))

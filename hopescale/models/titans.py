@@ -106,11 +106,8 @@ class Titans(nn.Module):
         probe: dict[str, Tensor] | None,
     ) -> tuple[Tensor, ContextState]:
         """Let attention read each segment with what the memory knew before it, and write what attention answers."""
-        ahead, size, probes = (
-            AttentionCache(*self.attention.project(persistent[:, None], 0)[1:]),
-            self.config.chunk_size,
-            [],
-        )
+        ahead = AttentionCache(*self.attention.project(persistent[:, None], 0)[1:])
+        size, probes = self.config.chunk_size, []
 
         def run(part: Tensor, tensors: ContextState, position: int) -> tuple[Tensor, ContextState]:
             probes.append((part.shape[0] * part.shape[1], None if probe is None else {}))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import shlex
 import signal
 import socket
@@ -10,10 +9,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from hopescale.common import disk
 from hopescale.common.children import Child, signal_name, start_child, supervised, threads_each
 from hopescale.common.errors import ConfigError, DataError, DivergedError, LaunchError, StoppedEarly
 from hopescale.common.units import format_duration
@@ -46,15 +46,14 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         LaunchError: If another process holds it, or the folder cannot be written.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise LaunchError(f"sweep folder {folder} is in use by another process", "wait for it, or stop it") from error
-    except OSError as error:
-        raise LaunchError(f"cannot write the sweep folder {folder}: {error.strerror}") from error
-    with lock:
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(disk.locked(folder / ".lock"))
+        except BlockingIOError as error:
+            hint = "wait for it, or stop it"
+            raise LaunchError(f"sweep folder {folder} is in use by another process", hint) from error
+        except OSError as error:
+            raise LaunchError(f"cannot write the sweep folder {folder}: {error.strerror}") from error
         yield
 
 

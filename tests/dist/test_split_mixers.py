@@ -1,4 +1,4 @@
-"""Test-time training split over tensor-parallel ranks equals the whole: outputs and every gradient."""
+"""Test-time training and Titans split over tensor-parallel ranks equal the whole: outputs and every gradient."""
 
 from __future__ import annotations
 
@@ -11,20 +11,22 @@ from hopescale.config.layout import Layout
 from hopescale.ops.documents import Documents
 from hopescale.parallel.mesh import Mesh
 from hopescale.parallel.regions import gather_tokens
+from tests.support import titans, ttt
 from tests.support.ranks import run_ranks
-from tests.support.ttt import MODEL, SYSTEMS, make_mixer
 
 TOKENS, BATCH = 20, 2
+FAMILIES = {"ttt": ttt, "titans": titans}
 
 
-def check_split(rank: int, tp: int, sequence_parallel: bool) -> None:
+def check_split(rank: int, family: str, tp: int, sequence_parallel: bool) -> None:
+    made = FAMILIES[family]
     mesh = Mesh.over_all(Layout(tp=tp, sequence_parallel=sequence_parallel))
     g = torch.Generator().manual_seed(1)
-    x, weights = (torch.randn(TOKENS, BATCH, MODEL.d_model, generator=g, dtype=torch.float64) for _ in range(2))
+    x, weights = (torch.randn(TOKENS, BATCH, made.MODEL.d_model, generator=g, dtype=torch.float64) for _ in range(2))
     ids = Documents.of((torch.arange(TOKENS) > 6).long().expand(BATCH, -1))
-    for name, config in SYSTEMS.items():
+    for name, config in made.SYSTEMS.items():
         for documents in (None, ids):
-            whole, split = make_mixer(config), make_mixer(config, mesh)
+            whole, split = made.make_mixer(config), made.make_mixer(config, mesh)
             results = []
             for mixer in (whole, split):
                 shared = sequence_parallel and mixer is split
@@ -45,6 +47,7 @@ def check_split(rank: int, tp: int, sequence_parallel: bool) -> None:
                 assert error < 1e-8, f"{name}: gradient of {key} is off by {error:.1e} of its largest entry"
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("tp", "sequence_parallel"), [(2, False), (2, True), (4, False)])
-def test_split_mixer_equals_whole_mixer(tp: int, sequence_parallel: bool, tmp_path: Path):
-    run_ranks(check_split, tp, tmp_path, tp, sequence_parallel)
+def test_split_mixer_equals_whole_mixer(family: str, tp: int, sequence_parallel: bool, tmp_path: Path):
+    run_ranks(check_split, tp, tmp_path, family, tp, sequence_parallel)
