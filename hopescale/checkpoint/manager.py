@@ -78,6 +78,12 @@ def latest_checkpoint(root: Path) -> Path | None:
     raise CheckpointError(f"no complete checkpoint in {root}: {'; '.join(problems)}", "--resume never starts anew")
 
 
+def newest_before(root: Path, step: int) -> Path | None:
+    """Return the newest complete checkpoint of a step before `step`, None if there is none."""
+    folders = (folder for folder in reversed(checkpoint_folders(root)) if step_of(folder) < step)
+    return next((folder for folder in folders if incomplete_because(folder) is None), None)
+
+
 def find_checkpoint(path: Path) -> Path:
     """Return the checkpoint that a path means: itself, or the latest of a run folder or a `checkpoints/` folder.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from hopescale.common.errors import Problem
-from hopescale.config.check_base import Check, Origins, leaves_rest
+from hopescale.config.check_base import Check, Origins, leaves_rest, set_keys
 from hopescale.config.execution import memory_backend, reverse_saves
 from hopescale.config.model_shape import has_chunk_loop, head_dim, projection_chunk_size, self_modifying_mixers
 from hopescale.config.schema import RunConfig
@@ -77,7 +77,20 @@ def chunks_can_be_compiled_or_reversed(config: RunConfig, origins: Origins) -> I
             yield Problem(key, message, hint="set it to chunks")
 
 
+def recovery_has_an_effect(config: RunConfig, origins: Origins) -> Iterator[Problem]:
+    """A factor is of a run that lowers its rate, a number of returns of one that goes back, to what it has saved."""
+    recovery, key = config.train.recovery, "train.recovery"
+    idle = {"rate_factor": recovery.then != "lower_rate", "max_returns": recovery.then == "stop"}
+    for name in (name for name, is_idle in idle.items() if is_idle and set_keys(config, origins, f"{key}.{name}")):
+        value = getattr(recovery, name)
+        yield Problem(f"{key}.{name}", f"{value} has no effect: {key}.then is {recovery.then}", hint="leave it out")
+    if recovery.then != "stop" and config.checkpoint.every is None:
+        message = f"{recovery.then} has nothing to go back to: checkpoint.every is null"
+        yield Problem(f"{key}.then", message, hint="set checkpoint.every, or leave it at stop")
+
+
 CHECKS: tuple[Check, ...] = (
+    recovery_has_an_effect,
     batch_is_whole_micro_batches,
     kept_checkpoints_are_written,
     backend_can_run,

@@ -108,6 +108,14 @@ class ZeroAdamW(Updater):
             shards.step(rates)
         self._reduced = set()
 
+    @torch.no_grad()
+    def discard(self) -> None:
+        """Drop all gradients, here and in the shards."""
+        super().discard()
+        for shards in self._sets:
+            shards.discard()
+        self._reduced = set()
+
     def masters(self, names: Sequence[str]) -> list[Tensor]:
         """Return the parts of float32 masters that are here, one-dimensional, maybe empty."""
         return [self._set_of[name].part(name, "master") for name in names]

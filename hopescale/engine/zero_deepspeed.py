@@ -112,6 +112,10 @@ class FlatShards:
             self._gradients[index] = None
         self._zero.step()
 
+    def discard(self) -> None:
+        """Drop the gradients here."""
+        self._gradients = [None] * len(self._gradients)
+
     def start_of(self, name: str) -> int:
         """Return where this replica's part of a parameter begins, in entries of the flattened parameter."""
         here = self.parameters[name]._hp_mapping

@@ -151,6 +151,11 @@ class PartitionedShards:
             if self.is_low_precision:
                 self.model.weight(name).copy_(master)
 
+    def discard(self) -> None:
+        """Drop the gradients here."""
+        for name in self.parameters:
+            self.model.gradients.pop(name, None)
+
     def part(self, name: str, key: str) -> Tensor:
         """Return this replica's part of a parameter's tensor, as of `FlatShards`."""
         if key == "weight":

@@ -1,64 +1,81 @@
-"""Whether a step's loss may still be trusted. Looks at numbers only; stops the run by raising."""
+"""Whether a step's loss and gradient may still be trusted. Looks at numbers only."""
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable
 from typing import Any
-
-from hopescale.common.errors import DivergedError
-
-_HINT = (
-    "this step has changed no weight, and checkpoints are untouched; continue from an earlier one "
-    "(--resume CHECKPOINT), or begin anew, with a lower optim.lr or optim.grad_clip"
-)
 
 
 class LossWatch:
-    """Stops a run whose loss or gradient is not finite, or whose loss jumps above the mean of the last ones.
+    """Refuses steps whose loss or gradient is not finite, or far above the mean of the last ones.
 
     To be asked after the backward pass and before the optimizer, so that a bad step never reaches the weights.
 
     Args:
-        spike: Nats above the mean of the window that count as divergence; None looks only for what is not finite.
-        window: Losses in the mean. No spike is seen before the window is full.
+        loss_spike: Nats above the mean of the window from which on a loss is refused; None refuses none.
+        norm_spike: Factor on the mean of the window from which on a gradient norm is refused; None refuses none.
+        window: Steps in the means. No spike is seen before the window is full.
+
+    Attributes:
+        refused: Steps refused since the start of the run.
+        in_a_row: Steps refused since the last good one.
     """
 
-    def __init__(self, spike: float | None, *, window: int = 32):
-        self.spike = spike
+    def __init__(self, loss_spike: float | None, norm_spike: float | None = None, *, window: int = 32):
+        self.loss_spike, self.norm_spike, self.window = loss_spike, norm_spike, window
+        self.refused = self.in_a_row = 0
         self._losses: deque[float] = deque(maxlen=window)
+        self._norms: deque[float] = deque(maxlen=window)
 
-    def check(self, step: int, loss: float, grad_norm: float | None, where: Callable[[], str]) -> None:
-        """Judge a step, then take its loss into the window; `where` tells what its batch was, if the run stops.
+    def judge(self, loss: float, grad_norm: float, waiting_norm: float = 0.0) -> str | None:
+        """Take a good step into the window and return None; count a bad one, and say what is wrong with it.
 
-        Raises:
-            DivergedError: If the step must not reach the weights; its loss is not taken into the window.
+        Args:
+            loss: Loss of the step.
+            grad_norm: Norm of the gradients that are to be applied.
+            waiting_norm: Norm of those that add up to be applied later; only whether it is finite counts.
         """
-        problem = self._problem(loss, grad_norm)
-        if problem:
-            raise DivergedError(f"step {step}: {problem}; batch: {where()}", _HINT)
+        problem = self._problem(loss, grad_norm if math.isfinite(waiting_norm) else waiting_norm)
+        if problem is not None:
+            self.refused, self.in_a_row = self.refused + 1, self.in_a_row + 1
+            return problem
         self._losses.append(loss)
+        self._norms.append(grad_norm)
+        self.in_a_row = 0
+        return None
 
-    def _problem(self, loss: float, grad_norm: float | None) -> str | None:
+    def _problem(self, loss: float, grad_norm: float) -> str | None:
         if not math.isfinite(loss):
             return f"the loss is {loss}"
-        if grad_norm is not None and not math.isfinite(grad_norm):
+        if not math.isfinite(grad_norm):
             return f"the gradient norm is {grad_norm} (loss {loss:.4f})"
-        if self.spike is None or len(self._losses) < self._losses.maxlen:
-            return None
-        mean = math.fsum(self._losses) / len(self._losses)
-        if loss - mean <= self.spike:
-            return None
-        return (
-            f"the loss {loss:.4f} is {loss - mean:.2f} nats above the mean {mean:.4f} of the last {len(self._losses)} "
-            f"(train.loss_spike={self.spike:g})"
-        )
+        mean = _mean(self._losses)
+        if self.loss_spike is not None and mean is not None and loss - mean > self.loss_spike:
+            return (
+                f"the loss {loss:.4f} is {loss - mean:.2f} nats above the mean {mean:.4f} of the last {self.window} "
+                f"(train.loss_spike={self.loss_spike:g})"
+            )
+        mean = _mean(self._norms)
+        if self.norm_spike is not None and mean is not None and grad_norm > self.norm_spike * mean:
+            return (
+                f"the gradient norm {grad_norm:.4g} is {grad_norm / mean:.1f} times the mean {mean:.4g} of the last "
+                f"{self.window} (train.norm_spike={self.norm_spike:g})"
+            )
+        return None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the window, fit for JSON."""
-        return {"losses": list(self._losses)}
+        """Return the window and the counts, fit for JSON."""
+        counts = {"refused": self.refused, "in_a_row": self.in_a_row}
+        return {"losses": list(self._losses), "norms": list(self._norms), **counts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue with the window of `state_dict`."""
-        self._losses = deque(state["losses"], maxlen=self._losses.maxlen)
+        """Continue with the state of `state_dict`; one written before there were norms and counts has none."""
+        self._losses = deque(state["losses"], maxlen=self.window)
+        self._norms = deque(state.get("norms", []), maxlen=self.window)
+        self.refused, self.in_a_row = state.get("refused", 0), state.get("in_a_row", 0)
+
+
+def _mean(values: deque[float]) -> float | None:
+    """Return the mean of a full window."""
+    return math.fsum(values) / len(values) if len(values) == values.maxlen else None

@@ -27,6 +27,7 @@ class Metric:
 METRICS: dict[str, Metric] = {
     "loss": Metric("nats", "Mean cross-entropy per token of this step's batch."),
     "grad_norm": Metric("1", "Global norm of the gradient before clipping."),
+    "steps_skipped": Metric("1", "Bad steps skipped since the start of the run; on steps that were skipped."),
     "lr/<group>": Metric(
         "1", "Learning rate of a parameter group at this step; with `model.transfer` of each part, `<group>*<factor>`."
     ),

@@ -176,6 +176,15 @@ class LayerwiseOptimizer(Updater):
         gathering.wait()
         self._reduced = set()
 
+    def discard(self) -> None:
+        """Drop all gradients and Gram matrices, on every replica."""
+        self._reducing.wait()
+        super().discard()
+        for each in self.classes:
+            if each.grams is not None:
+                each.grams.zero_()
+        self._reduced = set()
+
     def _due(self, names: Sequence[str]) -> list[int]:
         due = set(names)
         classes = [index for index, each in enumerate(self.classes) if not due.isdisjoint(each.names)]

@@ -26,8 +26,9 @@ class OuterOptimizer:
     such groups. Hooks accumulate all gradients in a single backward pass, which the first updater runs: ZeRO 2 and 3,
     which must see the end of their own backward passes, therefore allow no second updater.
 
-    A step is: backward passes, `reduce(due(step))`, `grad_norms(...)`, `step(step, norm)`. A parameter that is not due
-    keeps accumulating and sends nothing. Low-precision parameters have a float32 master that alone is updated.
+    A step is: backward passes, `reduce(due(step))`, `grad_norms(...)`, and `step(step, norm)` or `discard()`. A
+    parameter that is not due keeps accumulating and sends nothing. Low-precision parameters have a float32 master that
+    alone is updated.
 
     Args:
         parameters: Parameters of this rank by name, each with a `ParameterSpec`.
@@ -39,6 +40,9 @@ class OuterOptimizer:
         mesh: Ranks of this process; None is a process of its own.
         tied: Parameters that the first and the last pipeline stage both hold.
         updater: Constructor of the updater for the groups with AdamW; the others have a `LayerwiseOptimizer`.
+
+    Attributes:
+        rate_factor: Factor on all learning rates of the schedule.
 
     Raises:
         ConfigError: If a parameter is in no group or in two, or a group takes none, or a rule that cannot update it.
@@ -57,6 +61,7 @@ class OuterOptimizer:
         updater: Callable[..., Updater] = ReplicatedAdamW,
     ):
         self.config, self.total_steps, self.mesh = config, total_steps, mesh or Mesh.alone()
+        self.rate_factor = 1.0
         self.parameters, self.tied = dict(parameters), [name for name in tied if name in parameters]
         shapes = {name: tuple(parameter.shape) for name, parameter in self.parameters.items()}
         self.groups = dict(groups or assign_groups(shapes, config.groups))
@@ -106,7 +111,8 @@ class OuterOptimizer:
 
     def rates(self, step: int) -> dict[str, float]:
         """Return the learning rate of each group at a step."""
-        return self._scaled(learning_rate(step, self.config.lr, self.total_steps, self.config.schedule))
+        rate = learning_rate(step, self.config.lr, self.total_steps, self.config.schedule)
+        return self._scaled(self.rate_factor * rate)
 
     def _scaled(self, rate: float) -> dict[str, float]:
         return {name: rate * self.config.groups[name].lr_scale for name in sorted({*self.groups.values()})}
@@ -166,6 +172,12 @@ class OuterOptimizer:
             # Sums of three and more replicas may differ between the stages in the last bit; the copies must not.
             for name in set(self.tied) & set(names):
                 dist.broadcast(self.parameters[name].detach(), group=self.mesh.embedding_group, group_src=0)
+
+    @torch.no_grad()
+    def discard(self) -> None:
+        """Drop all gradients, also what slow parameters have gathered over steps."""
+        for updater in self.updaters:
+            updater.discard()
 
     def masters(self, names: Sequence[str]) -> list[Tensor]:
         """Return copies of the parts of float32 masters that are here."""

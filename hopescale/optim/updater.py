@@ -110,6 +110,11 @@ class Updater(ABC):
             rates: Learning rate of each group.
         """
 
+    def discard(self) -> None:
+        """Drop all gradients, also those of parameters that are not due yet, and begin a new period."""
+        for accumulator in self.accumulators.values():
+            accumulator.clear()
+
     @abstractmethod
     def masters(self, names: Sequence[str]) -> list[Tensor]:
         """Return the parts of float32 masters that are here."""

@@ -96,15 +96,27 @@ class Record:
     """
 
     def __init__(self, folder: RunFolder, config: LogConfig, *, resume_step: int | None):
-        self._metrics = MetricsLog(folder.path / "metrics.jsonl", resume_step=resume_step)
+        self._folder, self._config = folder.path, config
+        self._open(resume_step)
+
+    def _open(self, resume_step: int | None) -> None:
+        self._metrics = MetricsLog(self._folder / "metrics.jsonl", resume_step=resume_step)
         self._tensorboard: TensorBoardTracker | None = None
-        if config.tensorboard:
-            self._tensorboard = TensorBoardTracker(folder.path / "tb", resume_step=resume_step)
+        if self._config.tensorboard:
+            self._tensorboard = TensorBoardTracker(self._folder / "tb", resume_step=resume_step)
 
     def __enter__(self) -> Record:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def go_back(self, step: int) -> None:
+        """Drop the records of later steps: the run goes on from this one."""
+        self._close()
+        self._open(step)
+
+    def _close(self) -> None:
         self._metrics.close()
         if self._tensorboard is not None:
             self._tensorboard.close()

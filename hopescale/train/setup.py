@@ -88,7 +88,8 @@ def build_state(config: RunConfig, layout: Layout, mesh: Mesh, device: torch.dev
         whole_matrices=config.optim.tp_mode == "gather",
         mesh=mesh,
     )
-    return TrainState(config, slices, optimizer, data, LossWatch(config.train.loss_spike), shapes)
+    watch = LossWatch(config.train.loss_spike, config.train.norm_spike)
+    return TrainState(config, slices, optimizer, data, watch, shapes)
 
 
 def check_start(request: RunRequest) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -37,6 +38,11 @@ class TrainState:
         data: Identity of the data; its position follows from the step.
         watch: Recent losses.
         shapes: Shape of every parameter of the whole model, by name.
+
+    Attributes:
+        step: Optimizer steps done.
+        passed_steps: Steps whose batches were passed over in favour of later ones, when the run went back.
+        returns: Times the run has gone back to a checkpoint.
     """
 
     def __init__(
@@ -50,7 +56,7 @@ class TrainState:
     ):
         self.config, self.slices, self.optimizer = config, list(slices), optimizer
         self.data, self.watch, self.shapes = data, watch, dict(shapes)
-        self.step = 0
+        self.step = self.passed_steps = self.returns = 0
         self._config_tree = to_dict(config)
 
     @property
@@ -157,8 +163,9 @@ class TrainState:
 
     def manifest(self) -> Manifest:
         """Return the state's numbers."""
+        progress = {"step": self.step, "tokens_seen": self.tokens_seen, "watch": self.watch.state_dict()}
         return Manifest(
-            progress={"step": self.step, "tokens_seen": self.tokens_seen, "watch": self.watch.state_dict()},
+            progress=progress | {"recovery": self.recovery()},
             config=self._config_tree,
             identity=self.identity(),
         )
@@ -215,6 +222,17 @@ class TrainState:
             torch.cuda.set_rng_state(generators["cuda"])
         self.step = manifest.step
         self.watch.load_state_dict(manifest.progress["watch"])
+        self.load_recovery(manifest.progress.get("recovery", {}))
+
+    def recovery(self) -> dict[str, Any]:
+        """Return what going back to checkpoints has changed, fit for JSON."""
+        factor = self.optimizer.rate_factor
+        return {"returns": self.returns, "passed_steps": self.passed_steps, "rate_factor": factor}
+
+    def load_recovery(self, recovery: Mapping[str, Any]) -> None:
+        """Take over what `recovery` has returned; of a run that never went back nothing may be there."""
+        self.returns, self.passed_steps = recovery.get("returns", 0), recovery.get("passed_steps", 0)
+        self.optimizer.rate_factor = recovery.get("rate_factor", 1.0)
 
 
 def as_whole(part: Tensor, split: int | None, mesh: Mesh) -> Tensor:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import timedelta
 from itertools import islice
 from typing import TypeVar
@@ -20,6 +20,7 @@ from hopescale.engine import Engine, make_passes
 from hopescale.observe.console import format_validation
 from hopescale.train.folder import Record
 from hopescale.train.metrics import StepMetrics
+from hopescale.train.recovery import Recovery
 from hopescale.train.replicas import check_replicas
 from hopescale.train.state import TrainState
 from hopescale.train.stop import StopRequest
@@ -50,10 +51,12 @@ class Trainer:
     ):
         self.state, self.config, self.mesh = state, state.config, state.mesh
         self.control, self.plan = state.mesh.control, make_plan(state.config, layout)
+        self.layout, self.device = layout, device
         self.checkpoints, self.record, self.report = checkpoints, record, report
         passes = make_passes(state.slices, state.optimizer.backward, self.config.train.seq_len, device)
         self.engine = Engine(passes, state.optimizer, state.levels, device)
         self.metrics = StepMetrics(state, layout, device)
+        self.recovery = Recovery(state, checkpoints.folder, report)
         self.saved_step = state.step
         self.failure: HopescaleError | None = None
         self._has_short_timeout = False
@@ -69,7 +72,8 @@ class Trainer:
             The signal's name if it ended the run early, else None.
 
         Raises:
-            DivergedError: If a loss or gradient must not reach the weights, or replicas differ; nothing is saved then.
+            DivergedError: If there were more bad steps than `train.recovery` allows, or replicas differ; nothing is
+                saved then.
             DataError: If a batch cannot be read; what was trained until then is saved.
             CheckpointError: If the state could not be saved.
         """
@@ -84,6 +88,11 @@ class Trainer:
                 if signal is not None or self.state.step == last_step:
                     break
                 metrics = self.train_step(step_batches, begin)
+                if metrics is None:
+                    batches.close()
+                    self._go_back()
+                    batches = self._prefetched_batches(last_step)
+                    continue
                 metrics |= self.validate_if_due()
                 self.log(metrics)
                 self.save_if_due()
@@ -101,8 +110,12 @@ class Trainer:
         """Return the micro batches of the next step, fewer where the run ends; None if they cannot be read."""
         return self._defer_failure(lambda: list(islice(batches, self.plan.grad_accumulation)))
 
-    def train_step(self, batches: list[Batch], begin: float) -> dict[str, float]:
-        """Take one step; return its metrics, none on steps that are not recorded.
+    def train_step(self, batches: list[Batch], begin: float) -> dict[str, float] | None:
+        """Take one step, or skip it if it is bad.
+
+        Returns:
+            Its metrics, none on steps that are not recorded; None if it was one bad step too many, and the run is to go
+            back.
 
         Args:
             batches: Micro batches of the step.
@@ -113,14 +126,20 @@ class Trainer:
         is_recorded = step % self.config.log.every == 0 or step == self.config.train.steps
         gradients = self.engine.gradients(step, batches, probe=is_recorded)
         # A bad gradient that a slow level gathers would be saved with it, and only be seen when the level is due.
-        worst = gradients.grad_norm if math.isfinite(gradients.waiting_norm) else gradients.waiting_norm
-        self.state.watch.check(step, gradients.loss, worst, lambda: self._samples_of(step))
-        changes = self.engine.update(step, gradients, measure=is_recorded)
+        problem = self.state.watch.judge(gradients.loss, gradients.grad_norm, gradients.waiting_norm)
+        if problem is None:
+            changes = self.engine.update(step, gradients, measure=is_recorded)
+        elif self.recovery.skip(f"step {step}: {problem}; batch: {self._samples_of(step)}"):
+            gradients, changes = replace(gradients, level_norms={}), {}
+        else:
+            return None
         self.state.step = step
         self._check_replicas_if_due()
         self.metrics.add_step(time.perf_counter() - begin, data_seconds)
         self._shorten_timeout()
-        metrics = self.metrics.of_updates(gradients, changes) if is_recorded or changes else {}
+        metrics = self.metrics.of_updates(gradients, changes) if is_recorded or changes or problem else {}
+        if problem is not None:
+            metrics["steps_skipped"] = self.state.watch.refused
         if is_recorded:
             metrics |= self.metrics.of_interval(gradients)
             self.report(self.metrics.line(gradients, metrics))
@@ -156,6 +175,15 @@ class Trainer:
             self._save()
         self._defer_failure(self.checkpoints.poll)
 
+    def _go_back(self) -> None:
+        """Continue from a checkpoint from before the last bad steps, and save there what the run has changed."""
+        self.checkpoints.wait()
+        self.recovery.go_back()
+        self._save()
+        self.metrics = StepMetrics(self.state, self.layout, self.device)
+        if self.record is not None:
+            self._defer_failure(lambda: self.record.go_back(self.state.step))
+
     def _save(self) -> None:
         self.checkpoints.save(self.state.step, self.state.tensors(), self.state.manifest())
         self.saved_step = self.state.step
@@ -186,13 +214,14 @@ class Trainer:
         """Return the micro batches of this replica from the present step on; the step alone decides what they are."""
         size, rows = self.plan.global_batch_size, self.config.train.micro_batch_size
         replicas, replica = self.mesh.dp_group.size(), self.mesh.dp_group.rank()
-        starts = range(self.state.step * size + replica * rows, last_step * size, rows * replicas)
+        first, end = ((step + self.state.passed_steps) * size for step in (self.state.step, last_step))
+        starts = range(first + replica * rows, end, rows * replicas)
         indices = (range(start, start + rows) for start in starts)
         return prefetched(self.state.data, indices, self.config.data.prefetch * self.plan.grad_accumulation)
 
     def _samples_of(self, step: int) -> str:
-        size = self.plan.global_batch_size
-        first, last = (step - 1) * size, step * size - 1
+        size, read = self.plan.global_batch_size, step + self.state.passed_steps
+        first, last = (read - 1) * size, read * size - 1
         return f"samples {first} to {last}, from {self.state.data.locate(first)} to {self.state.data.locate(last)}"
 
     def _check_replicas_if_due(self) -> None:

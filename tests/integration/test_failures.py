@@ -46,7 +46,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, at: int, change: Callable[[Tensor], T
 def test_a_loss_that_is_not_a_number_stops_the_run(train, run: Run, whole, monkeypatch: pytest.MonkeyPatch):
     with monkeypatch.context() as patch:
         spoil(patch, 6, lambda loss: loss * math.nan)
-        done = train("checkpoint.every=5")
+        done = train("checkpoint.every=5", "train.recovery.skips=0")
     assert done.code == 6
     message, hint = re.fullmatch(r"diverged\n  (.*)\n    hint: (.*)\n", done.err).groups()
     assert message.startswith("step 6: the loss is nan; batch: samples 20 to 23, from source markov, epoch 0, ")
@@ -69,7 +69,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_at_its_batch(train, run: Ru
         original(accumulator)
 
     monkeypatch.setattr(Accumulator, "take", spoiled)
-    done = train("checkpoint.every=1")
+    done = train("checkpoint.every=1", "train.recovery.skips=0")
     assert done.code == 6 and "step 5: the gradient norm is " in done.err and "samples 16 to 19" in done.err
     assert run.steps() == [1, 2, 3, 4]
     assert all(tensor.isfinite().all() for tensor in run.tensors(4).values())
@@ -79,7 +79,7 @@ def test_a_loss_spike_stops_the_run(train, run: Run, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("hopescale.train.setup.LossWatch", partial(LossWatch, window=4))
     spoil(monkeypatch, 9, lambda loss: loss + 32 * 4.0)  # 32 targets a micro batch, nearly
     assert train("train.loss_spike=9.0", "--stop-at", 8).code == 0
-    done = train("train.loss_spike=1.5")
+    done = train("train.loss_spike=1.5", "train.recovery.skips=0")
     assert done.code == 6
     assert re.search(r"step 9: the loss \d\.\d+ is [45]\.\d\d nats above the mean 3\.\d+ of the last 4 ", done.err)
     assert "train.loss_spike=1.5" in done.err and "samples 32 to 35" in done.err
@@ -177,6 +177,6 @@ def test_a_failing_save_does_not_hide_why_the_run_ended(train, monkeypatch: pyte
 
     monkeypatch.setattr(save._DigestingStream, "write", write)
     monkeypatch.setattr("hopescale.checkpoint.manager.CheckpointManager.poll", lambda manager: None)
-    done = train("checkpoint.every=8")
+    done = train("checkpoint.every=8", "train.recovery.skips=0")
     assert done.code == 6 and "the loss is nan" in done.err
     assert "cannot write" in done.out and "step-00000008" in done.out

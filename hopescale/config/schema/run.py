@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from hopescale.config.schema.model import ModelConfig
 from hopescale.config.schema.optim import OptimConfig
-from hopescale.config.schema.ranges import Count, CountOrZero, NumberRange, Positive, Seed
+from hopescale.config.schema.ranges import Count, CountOrZero, Fraction, NumberRange, Positive, Seed
 from hopescale.ops.backends import Backend, Recompute
 
 
@@ -93,6 +93,23 @@ class LogConfig:
 
 
 @dataclass(frozen=True)
+class RecoveryConfig:
+    """What follows a bad step: its loss or gradient is not finite, or a spike by `loss_spike` or `norm_spike`."""
+
+    skips: CountOrZero = 3
+    """Bad steps in a row that are skipped: they change no weight, what slow levels have gathered until then is dropped,
+    and the next step reads the next batch. With 0 the first bad step is one too many."""
+    then: Literal["stop", "lower_rate", "other_data"] = "stop"
+    """What one bad step too many does. `stop`: the run ends as diverged. The others go back to the newest checkpoint
+    from before these steps, and end the run where there is none: `lower_rate` multiplies all learning rates by
+    `rate_factor` from there on, `other_data` goes on with the batches behind the last bad one."""
+    rate_factor: Fraction = 0.5
+    """Factor on all learning rates each time the run goes back. Only with `then: lower_rate`."""
+    max_returns: Count = 3
+    """Times that a run goes back; after these it ends as diverged. Not with `then: stop`."""
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """The training loop."""
 
@@ -127,7 +144,11 @@ class TrainConfig:
     seed: Seed = 0
     """Seed of the initial weights and of every generator."""
     loss_spike: Positive | None = 3.0
-    """Nats above the mean of the last 32 losses at which the run stops as diverged; null only stops at NaN."""
+    """Nats above the mean of the last 32 losses from which on a step is bad; null looks only for NaN and infinity."""
+    norm_spike: Annotated[float, NumberRange("(1, inf)")] | None = None
+    """The same for the gradient norm, as a factor on the mean of the last 32; null looks only for NaN and infinity."""
+    recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
+    """What follows a bad step."""
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     """Held-out loss."""
 
