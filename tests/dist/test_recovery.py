@@ -17,7 +17,7 @@ BACK = ("train.recovery.skips=0", "train.recovery.then=lower_rate")
 
 
 def poisoned(rank: int, folder: Path, num_ranks: int, overrides: tuple[str, ...]) -> None:
-    """One rank's loss of step 5 is not a number, as long as the rate is full; a slow level has gathered since step 4."""
+    """A rank's loss of step 5 is not a number while the rate is full; a slow level has gathered since step 4."""
     gradients, loss_of = Engine.gradients, Loop._loss
 
     def spoiled(engine: Engine, step: int, *arguments, **options):
