@@ -107,6 +107,9 @@ def _memories(mixer: SelfModifyingConfig) -> Iterator[Problem]:
     if mixer.error_cap is not None and mixer.objective != "l2":
         message = f"{mixer.error_cap:g} has no effect: objective is {mixer.objective}"
         yield Problem("error_cap", message, hint="leave it null, or set objective to l2")
+    if mixer.normalize_writes and mixer.memory == "linear":
+        hint = "leave it out: keys of linear memories have length 1"
+        yield Problem("normalize_writes", "true has no effect: memory is linear", hint=hint)
     switches = {"mu_init": "momentum", "momentum_write": "momentum", "alpha_init": "retention"}
     for name, switch in switches.items():
         if not getattr(mixer, switch) and getattr(mixer, name) != getattr(type(mixer)(), name):

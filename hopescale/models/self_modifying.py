@@ -164,6 +164,7 @@ class SelfModifying(nn.Module):
             read=config.read,
             projection_chunk_size=config.projection_chunk_size,
             momentum_write=config.momentum_write,
+            normalize_writes=config.normalize_writes,
         )
 
     def initial_state(self, batch: int) -> LayerState:

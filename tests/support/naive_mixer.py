@@ -8,6 +8,7 @@ from torch import Tensor
 from hopescale.config.schema import FarMemoryConfig
 from hopescale.models.self_modifying import SelfModifying
 from hopescale.ops.self_modifying import Memories, Streams, self_modifying_naive
+from hopescale.ops.self_modifying.types import KEY_EPS
 
 SWITCHES = {
     "default": {},
@@ -59,6 +60,7 @@ SWITCHES = {
     "whole writes": {"momentum_write": "whole"},
     "linear, whole writes": {"memory": "linear", "momentum_write": "whole"},
     "error cap": {"error_cap": 0.3},
+    "normalized writes": {"normalize_writes": True},
     "hidden width": {"memory_dim": 10},
     "large eta": {"eta_max": 2.0, "eta_init": 0.4},
     "gate": {"gate": True},
@@ -77,6 +79,7 @@ SWITCHES = {
         "inner_rule": "gd",
         "retention": False,
         "far": FarMemoryConfig(chunk_size=8, eta_init=0.1),
+        "normalize_writes": True,
     },
     "resets of stored values": {
         "reset_every": 8,
@@ -132,6 +135,12 @@ def naive_far(mixer: SelfModifying, streams: Streams) -> Tensor:
         read, target = answer(inner, k), answer(boundary, v) if config.targets == "self" else v
         error = read - target if config.objective == "l2" else -target
         slopes = torch.autograd.grad(read, inner, grad_outputs=error, create_graph=True)
+        if config.normalize_writes:
+            # A slope is its key times what is written under it, whose length the key's length amplifies.
+            square, hidden = error.square().sum(-1) * k.square().sum(-1), torch.einsum("bhd,bhde->bhe", k, boundary[0])
+            gains = [slopes[0].square().sum((-1, -2)) / square]
+            gains.append(torch.nn.functional.silu(hidden).square().sum(-1) + KEY_EPS)
+            slopes = [s / gain.clamp_min(1)[..., None, None] for s, gain in zip(slopes, gains, strict=True)]
         kept = gates["far_alpha"][:, :, t, None, None] if "far_alpha" in gates else 1.0
         weights = [kept * w - eta[..., None, None] * slope for w, slope in zip(weights, slopes, strict=True)]
     return torch.stack(rows, dim=2)

@@ -174,9 +174,9 @@ class Memory(nn.Module):
     Its parameters are the state before the first token.
     """
 
-    def __init__(self, heads: int, dim: int, size_out: int, hidden: int | None):
+    def __init__(self, heads: int, dim: int, size_out: int, hidden: int | None, normalize: bool):
         super().__init__()
-        self.residual = size_out == dim
+        self.residual, self.normalize = size_out == dim, normalize
         shapes = {"w": (size_out, dim)} if hidden is None else {"w2": (hidden, dim), "w1": (size_out, hidden)}
         for name, shape in shapes.items():
             self.register_parameter(name, nn.Parameter(torch.zeros(heads, *shape)))
@@ -197,7 +197,11 @@ class Memory(nn.Module):
         hidden = inner * gate
         slope = gate + hidden * (1 - gate)
         length = torch.sqrt(hidden.square().sum(-1, keepdim=True) + KEY_EPS)
-        return {"w2": (k, -(error @ weights["w1"]) * slope), "w1": (hidden / length, -length * error)}
+        first, written = -(error @ weights["w1"]) * slope, length
+        if self.normalize:  # divided by squares of what errors are amplified by, above 1
+            gain = first.square().sum(-1, keepdim=True) / error.square().sum(-1, keepdim=True).clamp_min(1e-30)
+            first, written = first / gain.clamp_min(1), torch.minimum(length, 1 / length)
+        return {"w2": (k, first), "w1": (hidden / length, -written * error)}
 
 
 class HopeGate(nn.Module):
@@ -231,7 +235,8 @@ class HopeSelfModifying(nn.Module):
         hidden = (config.memory_dim or dim) if config.memory == "mlp" else None
         names = [*(name for name in "kv" if name in adaptive), *["q"] * (config.query == "memory")]
         sizes = dict.fromkeys(["mem", *names], dim) | {name: 1 for name in ("eta", "alpha") if name in adaptive}
-        self.memories = {name: Memory(heads, dim, size, hidden) for name, size in sizes.items()}
+        normalize = config.normalize_writes
+        self.memories = {name: Memory(heads, dim, size, hidden, normalize) for name, size in sizes.items()}
         projections = config.projection_chunk_size or config.chunk_size
         self.period = dict.fromkeys(sizes, projections) | {"mem": config.chunk_size}
         split = projections != config.chunk_size
@@ -240,7 +245,7 @@ class HopeSelfModifying(nn.Module):
         for name, bank in banks.items():
             self.banks[bank][name] = self.memories[name]
         if config.far is not None:
-            self.memories["far"], self.period["far"] = Memory(heads, dim, dim, hidden), config.far.chunk_size
+            self.memories["far"], self.period["far"] = Memory(heads, dim, dim, hidden, normalize), config.far.chunk_size
             self.banks["far"] = nn.ModuleDict({"mem": self.memories["far"]})
             gates = ["far_eta"] + ["far_alpha"] * config.retention
             self.gates.update({name: HopeGate(heads, dim) for name in gates})

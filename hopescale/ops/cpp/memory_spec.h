@@ -16,6 +16,7 @@ struct MemorySpec {
     int32_t of_eta, of_alpha;      // which memory adds to them; -1 if none does
     int32_t retention, momentum;
     int32_t averaged;              // whether a write enters the momentum by 1 - mu of its size
+    int32_t normalized;            // whether writes of MLP memories are divided by squares of gains above 1
     int32_t l2, own_target, erase, read;
     float error_cap, key_eps, eta_max;  // error_cap is 0 if there is none
 

@@ -52,7 +52,13 @@ struct MlpWrites {
     Matrix push;            // capped and fresh errors
     Matrix back;            // push @ second^T [c, E]
     float* norm;            // lengths of hidden activations
+    float* shrink;          // factors on what is written to the first layer
 };
+
+constexpr float NO_PUSH = 1e-30f;  // _TINY of inner_gradient.py
+
+// The length with which a second layer is written under a key that was `norm` long.
+inline float written(const MemorySpec& spec, float norm) { return spec.normalized && norm > 1 ? 1 / norm : norm; }
 
 inline MlpWrites take_mlp_writes(Arena& arena, const MemorySpec& spec, int memory, Activations at_k, Activations at_v) {
     const int c = at_k.pre.rows, outputs = spec.outputs(memory);
@@ -62,7 +68,12 @@ inline MlpWrites take_mlp_writes(Arena& arena, const MemorySpec& spec, int memor
     x.push = arena.take(c, outputs);
     x.back = arena.take(c, spec.hidden);
     x.norm = arena.numbers(spec.chunk);
+    x.shrink = arena.numbers(spec.chunk);
     return x;
+}
+
+inline float push_square(const MlpWrites& x, int t) {
+    return std::max(dot(x.push.row(t), x.push.row(t), x.push.width), NO_PUSH);
 }
 
 inline void mlp_writes(Arena& arena, const MemorySpec& spec, int memory, Matrix second, const Source& from,
@@ -100,14 +111,36 @@ inline void mlp_writes(Arena& arena, const MemorySpec& spec, int memory, Matrix 
         for (int j = 0; j < width; j += LANES) {
             const Lanes push = x.error.scale[t] * from.fresh[t] * load(x.error.raw.row(t) + j);
             store(x.push.row(t) + j, push);
-            store(layer.values.row(t) + j, -x.norm[t] * push);
+            store(layer.values.row(t) + j, -written(spec, x.norm[t]) * push);
         }
     }
     product(x.push, transposed(arena, second), x.back);
-    for (int t = 0; t < c; ++t)
+    for (int t = 0; t < c; ++t) {
+        float* first = first_values.row(t);
         for (int j = 0; j < spec.hidden; j += LANES)
-            store(first_values.row(t) + j,
-                  -load(x.back.row(t) + j) * slope(load(x.at_k.pre.row(t) + j), load(x.at_k.gate.row(t) + j)));
+            store(first + j, -load(x.back.row(t) + j) * slope(load(x.at_k.pre.row(t) + j), load(x.at_k.gate.row(t) + j)));
+        x.shrink[t] = 1;
+        if (!spec.normalized) continue;
+        const float gain = dot(first, first, spec.hidden) / push_square(x, t);
+        if (!(gain > 1)) continue;
+        x.shrink[t] = 1 / gain;
+        for (int j = 0; j < spec.hidden; j += LANES) store(first + j, x.shrink[t] * load(first + j));
+    }
+}
+
+// Turns the gradient of what is written to the first layer into that of the write before it was made smaller. Returns the
+// factor on the push that is the gradient of the push, as far as that decides how much smaller.
+inline float shrink_back(const MemorySpec& spec, const MlpWrites& x, int t, float* d_first) {
+    const float shrink = x.shrink[t];
+    if (!(shrink < 1)) return 0;
+    const float *pre = x.at_k.pre.row(t), *gate = x.at_k.gate.row(t), *back = x.back.row(t);
+    const auto before = [&](int j) { return -load(back + j) * slope(load(pre + j), load(gate + j)); };
+    Lanes sum{};
+    for (int j = 0; j < spec.hidden; j += LANES) sum += load(d_first + j) * before(j);
+    const float over = 2 * total(sum) * shrink / push_square(x, t);
+    for (int j = 0; j < spec.hidden; j += LANES)
+        store(d_first + j, shrink * (load(d_first + j) - over * before(j)));
+    return over;
 }
 
 // Adds to `d_second`, to the gradient of the source and to that of the first layer's results for keys, `d_pre`; sets
@@ -118,19 +151,23 @@ inline void mlp_writes_back(Arena& arena, const MemorySpec& spec, int memory, Ma
     Scope scope(arena);
     const int c = from.k.rows, width = x.push.width;
     Matrix d_back = arena.take(c, spec.hidden), d_error = arena.take(c, width), d_difference;
-    float* d_norm = arena.numbers(spec.chunk);
-    for (int t = 0; t < c; ++t)
+    float *d_norm = arena.numbers(spec.chunk), *d_push = arena.numbers(spec.chunk);
+    for (int t = 0; t < c; ++t) {
+        d_push[t] = shrink_back(spec, x, t, d_first.row(t));
         for (int j = 0; j < spec.hidden; j += LANES)
             store(d_back.row(t) + j,
                   -load(d_first.row(t) + j) * slope(load(x.at_k.pre.row(t) + j), load(x.at_k.gate.row(t) + j)));
+    }
     product(d_back, second, d_error);
     product_t(d_back, x.push, d_second, ADD);
     for (int t = 0; t < c; ++t) {
         float *row = d_error.row(t), *raw = x.error.raw.row(t);
         const float* d_value = d_layer.values.row(t);
-        d_norm[t] = -dot(x.push.row(t), d_value, width) -
+        const float bent = spec.normalized && x.norm[t] > 1 ? -1 / (x.norm[t] * x.norm[t]) : 1;
+        d_norm[t] = -bent * dot(x.push.row(t), d_value, width) -
                     dot(d_layer.keys.row(t), layer.keys.row(t), spec.hidden) / x.norm[t];
-        add_scaled(row, -x.norm[t], d_value, width);
+        add_scaled(row, -written(spec, x.norm[t]), d_value, width);
+        if (d_push[t] != 0) add_scaled(row, d_push[t], x.push.row(t), width);
         d.fresh[t] += x.error.scale[t] * dot(row, raw, width);
         for (int j = 0; j < width; j += LANES) store(row + j, from.fresh[t] * load(row + j));
     }

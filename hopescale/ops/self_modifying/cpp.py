@@ -30,7 +30,7 @@ class CMemorySpec(ctypes.Structure):
         *((f"of_{name}", ctypes.c_int32) for name in ("k", "v", "q", "eta", "alpha")),
         *(
             (name, ctypes.c_int32)
-            for name in ("retention", "momentum", "averaged", "l2", "own_target", "erase", "read")
+            for name in ("retention", "momentum", "averaged", "normalized", "l2", "own_target", "erase", "read")
         ),
         *((name, ctypes.c_float) for name in ("error_cap", "key_eps", "eta_max")),
     ]
@@ -49,6 +49,7 @@ class CMemorySpec(ctypes.Structure):
             streams.alpha is not None,
             streams.mu is not None,
             streams.mu is not None and spec.momentum_write == "averaged",
+            spec.normalize_writes,
             spec.objective == "l2",
             spec.own_target,
             spec.erase,

@@ -30,6 +30,10 @@ class MlpWrites(NamedTuple):
     surprise: Tensor
 
 
+_TINY = 1e-30
+"""Squared length that counts as 0: what divides by it has none itself."""
+
+
 def capped(error: Tensor, cap: float | None) -> Tensor:
     """Scale errors `[..., Do]` to a norm of at most `cap`."""
     if cap is None:
@@ -63,11 +67,14 @@ class _MlpWrites(torch.autograd.Function):
         norm = torch.sqrt(torch.linalg.vector_norm(of_key, dim=-1, keepdim=True).square_().add_(spec.key_eps))
         keys = of_key / norm
         back = push @ w1.mT
-        first = -(back * _slope(gate, hidden)[..., :tokens, :]).transpose(2, 3).contiguous()
+        first = -back * _slope(gate, hidden)[..., :tokens, :]
+        if spec.normalize_writes:
+            first = first * _shrink(first, push)[0]
+        first = first.transpose(2, 3).contiguous()
         ctx.save_for_backward(pre, w1, gate, hidden, asked, raw, error, push, norm, keys, back, fresh)
         ctx.spec, ctx.vector_memories = spec, v is not None
         ctx.mark_non_differentiable(surprise)
-        return first.flatten(3), keys, -norm * push, surprise
+        return first.flatten(3), keys, -_written(norm, spec) * push, surprise
 
     @staticmethod
     def backward(ctx: Any, d_first: Tensor, d_keys: Tensor, d_values: Tensor, _: Any) -> tuple[Tensor | None, ...]:
@@ -76,10 +83,16 @@ class _MlpWrites(torch.autograd.Function):
         slope = _slope(gate, hidden)
         d_first = d_first.unflatten(-1, w1.shape[2:4]).transpose(2, 3)
         d_first = d_first.contiguous()
+        d_norm = -(push * d_values).sum(-1, keepdim=True)
+        d_shrunk = None
+        if spec.normalize_writes:
+            d_first, d_shrunk = _shrink_back(-back * slope[..., :tokens, :], push, d_first)
+            d_norm = torch.where(norm > 1, -d_norm / norm.square(), d_norm)
         d_back = -d_first * slope[..., :tokens, :]
-        d_push = (d_back @ w1).addcmul_(norm, d_values, value=-1)
+        d_push = (d_back @ w1).addcmul_(_written(norm, spec), d_values, value=-1)
+        d_push = d_push if d_shrunk is None else d_push + d_shrunk
         d_w1 = d_back.mT @ push
-        d_norm = -((push * d_values).sum(-1, keepdim=True) + (d_keys * keys).sum(-1, keepdim=True) / norm)
+        d_norm -= (d_keys * keys).sum(-1, keepdim=True) / norm
         d_error, d_fresh = d_push, None
         if fresh is not None:
             d_fresh = (d_push * error).sum((2, 4))
@@ -118,6 +131,26 @@ def _asked(hidden: Tensor, tokens: int, spec: MemorySpec) -> Tensor | None:
     return -hidden[..., tokens:, :] if spec.own_target else None
 
 
+def _written(norm: Tensor, spec: MemorySpec) -> Tensor:
+    """Return the length with which second layers are written under keys that were `norm` long."""
+    return torch.minimum(norm, 1 / norm) if spec.normalize_writes else norm
+
+
+def _shrink(first: Tensor, push: Tensor) -> tuple[Tensor, Tensor]:
+    """Return factors that make writes of first layers `[..., E]` smaller, and the squared amplification of `push`."""
+    gain = first.square().sum(-1, keepdim=True) / push.square().sum(-1, keepdim=True).clamp_min(_TINY)
+    return 1 / gain.clamp_min(1), gain
+
+
+def _shrink_back(first: Tensor, push: Tensor, d_first: Tensor) -> tuple[Tensor, Tensor]:
+    """Turn the gradient of scaled writes into that of `first`, the writes before, and of `push`."""
+    scale, gain = _shrink(first, push)
+    along = (d_first * first).sum(-1, keepdim=True)
+    square = push.square().sum(-1, keepdim=True).clamp_min(_TINY)
+    over = torch.where(gain > 1, along / (gain * square), 0)  # of the length of `push`, for a scale of 1 / gain
+    return scale * d_first - 2 * over / gain * first, 2 * over * push
+
+
 def _slope(gate: Tensor, hidden: Tensor) -> Tensor:
     """Return the derivative of silu, `gate + hidden (1 - gate)`."""
     return torch.addcmul(gate + hidden, hidden, gate, value=-1)
@@ -133,7 +166,12 @@ def mlp_writes(
 ) -> MlpWrites:
     """Compute what `N` MLP memories write, from their first layers' results.
 
-    Differentiable once in all tensors.
+    Differentiable once in all tensors. A write is the gradient at the weights that a chunk begins with, and what like
+    keys write in a chunk adds up to one such write. Where the layer amplifies an error by more than 1, that is more
+    than was to be corrected, by the square of the factor, and the weights grow from chunk to chunk. With
+    `spec.normalize_writes` such a write is divided by that square, as normalised least mean squares does (Nagumo and
+    Noda, 1967): by the squared length of a second layer's key, and for the first layer by that of its gradient over
+    that of the error.
 
     Args:
         pre: First layers' results for the keys `[B, H, C, N * E]`; `[B, H, 2 C, N * E]` with those for the values after

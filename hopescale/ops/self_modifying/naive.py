@@ -64,15 +64,23 @@ class _Memory:
             length = torch.sqrt((error * error).sum(-1, keepdim=True) + 1e-12)
             error = error * torch.clamp(spec.error_cap / length, max=1.0)
         gradients = torch.autograd.grad(answer, list(inner.values()), grad_outputs=error, create_graph=True)
-        keys = {"in": k}
+        keys, gains = {"in": k}, {}
         if "out" in inner:
             hidden = F.silu(_times(k, self.boundary["in"]))
-            keys["out"] = hidden / torch.sqrt((hidden * hidden).sum(-1, keepdim=True) + spec.key_eps)
+            length = torch.sqrt((hidden * hidden).sum(-1, keepdim=True) + spec.key_eps)
+            keys["out"] = hidden / length
+            if spec.normalize_writes:
+                # The gradient of a matrix is its key times the gradient at what it answers.
+                square = ((k * k).sum(-1) * (error * error).sum(-1)).clamp_min(1e-30)
+                gain = (gradients[0] * gradients[0]).sum((-1, -2)) / square
+                gains = {"in": gain[..., None], "out": length * length}
         eta, alpha = eta[..., None, None], alpha[..., None, None]
         after = {}
         for (name, weight), gradient in zip(self.weights.items(), gradients, strict=True):
             key = keys[name]
             push = -eta * gradient
+            if name in gains:
+                push = push / gains[name][..., None].clamp_min(1)
             if self.momentum is not None:
                 kept = mu[..., None, None]
                 fresh = 1 - kept if spec.momentum_write == "averaged" else 1.0

@@ -132,6 +132,8 @@ class MemorySpec:
         read: State that token t reads, as in `delta_rule`.
         projection_chunk_size: Tokens of a chunk of all memories but `mem`, a multiple of `chunk_size`; None is that.
         momentum_write: Part of a write that enters the momentum: `averaged`, `1 - mu` of it, or `whole`.
+        normalize_writes: Whether a write of an MLP memory is divided by the square of what its layer amplifies an error
+            by, where that is above 1; see `mlp_writes`.
     """
 
     vector_memories: tuple[str, ...]
@@ -147,6 +149,7 @@ class MemorySpec:
     read: Read
     projection_chunk_size: int | None = None
     momentum_write: Literal["averaged", "whole"] = "averaged"
+    normalize_writes: bool = False
 
     @property
     def is_sequential(self) -> bool:

@@ -56,7 +56,11 @@ VARIANTS = {
         },
         "pattern": ("hope", "gdn", "local", "ttt"),
     },
-    "two banks, MLP": {"mixers": {"hope": SelfModifyingConfig(chunk_size=4, projection_chunk_size=8, memory_dim=5)}},
+    "two banks, MLP": {
+        "mixers": {
+            "hope": SelfModifyingConfig(chunk_size=4, projection_chunk_size=8, memory_dim=5, normalize_writes=True)
+        }
+    },
     "no momentum, no erase, no convolution": {
         "mixers": {
             "hope": SelfModifyingConfig(
@@ -75,6 +79,7 @@ VARIANTS = {
                 chunk_size=4,
                 eta_max=1.5,
                 momentum_write="whole",
+                normalize_writes=True,
             )
         }
     },

@@ -12,7 +12,12 @@ from hopescale.ops.self_modifying.inner_gradient import mlp_writes
 from hopescale.ops.self_modifying.types import MemorySpec
 
 BATCH, HEADS, MEMORIES, TOKENS, DIM, HIDDEN = 2, 2, 3, 5, 4, 6
-SETTINGS = list(itertools.product(("l2", "dot"), (True, False), (None, 0.7), (True, False)))
+SETTINGS = [
+    *itertools.product(("l2", "dot"), (True, False), (None, 0.7), (True, False), (False,)),
+    ("l2", True, None, False, True),
+    ("l2", True, 0.7, True, True),
+    ("dot", False, None, True, True),
+]
 
 
 def make_inputs(wide: bool, own_target: bool) -> dict[str, Tensor]:
@@ -31,8 +36,9 @@ def make_inputs(wide: bool, own_target: bool) -> dict[str, Tensor]:
     }
 
 
-def make_spec(objective: str, own_target: bool, cap: float | None) -> MemorySpec:
-    return MemorySpec(("mem",), (), HIDDEN, TOKENS, objective, own_target, True, cap, 1e-2, 1.0, "prefix")
+def make_spec(objective: str, own_target: bool, cap: float | None, normalized: bool = False) -> MemorySpec:
+    how = {"normalize_writes": normalized}
+    return MemorySpec(("mem",), (), HIDDEN, TOKENS, objective, own_target, True, cap, 1e-2, 1.0, "prefix", **how)
 
 
 def written(inputs: dict[str, Tensor], spec: MemorySpec, *, wide: bool, with_fresh: bool) -> tuple[Tensor, ...]:
@@ -41,16 +47,17 @@ def written(inputs: dict[str, Tensor], spec: MemorySpec, *, wide: bool, with_fre
     return mlp_writes(inputs["pre"], inputs["w1"], residual=residual, fresh=fresh, spec=spec)
 
 
-@pytest.mark.parametrize(("objective", "own_target", "cap", "with_fresh"), SETTINGS)
+@pytest.mark.parametrize(("objective", "own_target", "cap", "with_fresh", "normalized"), SETTINGS)
 @pytest.mark.parametrize("wide", [True, False])
 def test_writes_are_minus_the_gradient_of_the_inner_loss(
-    objective: str, own_target: bool, cap: float | None, with_fresh: bool, wide: bool
+    objective: str, own_target: bool, cap: float | None, with_fresh: bool, normalized: bool, wide: bool
 ):
     if not wide and not own_target:
         pytest.skip("gate memories make their own targets")
     inputs = make_inputs(wide, own_target)
-    spec = make_spec(objective, own_target, cap)
+    spec = make_spec(objective, own_target, cap, normalized)
     first, keys, values, surprise = written(inputs, spec, wide=wide, with_fresh=with_fresh)
+    amplified: list[bool] = []
     for b, h, n, t in itertools.product(range(BATCH), range(HEADS), range(MEMORIES), range(TOKENS)):
         rows = inputs["pre"][b, h].detach().unflatten(-1, (MEMORIES, HIDDEN))[:, n]
         w1 = inputs["w1"][b, h, n].detach().requires_grad_()
@@ -65,21 +72,26 @@ def test_writes_are_minus_the_gradient_of_the_inner_loss(
         torch.testing.assert_close(surprise[b, h, n, t], error.norm())
         error = error * (inputs["fresh"][b, h, t].detach() if with_fresh else 1.0)
         d_a, d_w1 = torch.autograd.grad(answer, [a, w1], grad_outputs=error)
+        if normalized:
+            square, length = torch.nn.functional.silu(a.detach()).square().sum() + 1e-2, error.square().sum()
+            amplified += [float(d_a.square().sum() / length) > 1, float(square) > 1]
+            d_a, d_w1 = d_a / (d_a.square().sum() / length).clamp_min(1), d_w1 / square.clamp_min(1)
         torch.testing.assert_close(first[b, h, t].unflatten(-1, (MEMORIES, HIDDEN))[n], -d_a)
         torch.testing.assert_close(torch.outer(keys[b, h, n, t], values[b, h, n, t]), -d_w1)
         hidden = torch.nn.functional.silu(a.detach())
         torch.testing.assert_close(keys[b, h, n, t], hidden / torch.sqrt(hidden @ hidden + 1e-2))
+    assert not normalized or (any(amplified) and not all(amplified))
 
 
-@pytest.mark.parametrize(("objective", "own_target", "cap", "with_fresh"), SETTINGS)
+@pytest.mark.parametrize(("objective", "own_target", "cap", "with_fresh", "normalized"), SETTINGS)
 @pytest.mark.parametrize("wide", [True, False])
 def test_gradients_are_those_of_the_equations(
-    objective: str, own_target: bool, cap: float | None, with_fresh: bool, wide: bool
+    objective: str, own_target: bool, cap: float | None, with_fresh: bool, normalized: bool, wide: bool
 ):
     if not wide and not own_target:
         pytest.skip("gate memories make their own targets")
     inputs = make_inputs(wide, own_target)
-    spec = make_spec(objective, own_target, cap)
+    spec = make_spec(objective, own_target, cap, normalized)
 
     def function(*tensors: Tensor) -> tuple[Tensor, ...]:
         return written(dict(zip(inputs, tensors, strict=True)), spec, wide=wide, with_fresh=with_fresh)[:3]
