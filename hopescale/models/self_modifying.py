@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -199,7 +200,8 @@ class SelfModifying(nn.Module):
             documents: Documents of all tokens, also where `x` is this rank's share of them; at the first token of each,
                 memories, momenta, the convolution's tail and the grid of chunks begin anew. None takes a sequence for
                 one document.
-            probe: Dict to be filled with scalar means of this call: `eta_mean`, `alpha_mean`, `surprise`.
+            probe: Dict to be filled with scalar means of this call, `eta_mean`, `alpha_mean`, `surprise`, and with
+                `state_norm`, the largest norm that memories end with.
 
         Returns:
             Residual activations and the state after the last token. After several documents, its tensors are those
@@ -240,6 +242,7 @@ class SelfModifying(nn.Module):
             y = y * F.silu(gate)
         if probe is not None:
             probe |= dict(zip(("eta_mean", "alpha_mean", "surprise"), stats.mean((0, 1, 2)), strict=True))
+            probe["state_norm"] = _largest_norm(memories)
         return y, LayerState(position + len(y), MixerState(*memories, far, tail))
 
     def _begun(self, memories: Memories, position: int, tokens: int) -> tuple[Memories, int] | None:
@@ -310,3 +313,10 @@ class SelfModifying(nn.Module):
         (k, v, q), tail = head_streams(mixed[..., : len(STREAMS), :], weight, tail, unit, first=first, backend=code)
         gates = (self.gates[name](k) if name in self.gates else None for name in ("eta", "alpha", "mu"))
         return Streams(k, v, q, *gates), gate, None if tail is None else tail.transpose(0, 1)
+
+
+@torch.no_grad()
+def _largest_norm(memories: Memories) -> Tensor:
+    """Return the largest norm of a head's matrices that read keys, or of a second layer, over banks and sequences."""
+    matrices = [part for bank in memories if bank is not None for part in bank.running if part is not None]
+    return torch.stack([torch.linalg.matrix_norm(matrix).max() for matrix in matrices]).max()

@@ -121,6 +121,7 @@ class Titans(nn.Module):
         if probe is not None:
             total = sum(tokens for tokens, _ in probes)
             probe |= {name: sum(tokens * one[name] for tokens, one in probes) / total for name in probes[0][1]}
+            probe["state_norm"] = torch.stack([one["state_norm"] for _, one in probes]).max()
         return y, tensors
 
     def _segment(

@@ -51,6 +51,11 @@ METRICS: dict[str, Metric] = {
     "comm/<axis>/bytes_per_step": Metric("bytes", "The part of one axis (tp, dp, pp, embedding, world)."),
     "memory/<layer>/eta_mean": Metric("1", "Mean inner learning rate of a layer's memories over the last batch."),
     "memory/<layer>/alpha_mean": Metric("1", "Mean retention per token of a layer's memories over the last batch."),
+    "memory/<layer>/state_norm": Metric(
+        "1",
+        "Largest norm of a matrix of a head's memories after a sequence of the last batch; it doubles from record to "
+        "record before memories explode.",
+    ),
     "memory/<layer>/surprise": Metric(
         "1", "Mean norm of the main memory's inner error (read minus target) over a micro batch."
     ),

@@ -54,13 +54,16 @@ class StepMetrics:
         return self._planned.of_steps(steps) | self._throughput.snapshot() | self._of_all_ranks(gradients)
 
     def _of_all_ranks(self, gradients: Gradients) -> dict[str, float]:
-        """Return the highest device memory of all ranks, and the mean of the statistics of their memories."""
+        """Return the highest device memory of all ranks, and the statistics of their memories joined."""
         stats = {name: value.item() for name, value in gradients.probe.items()}
         ranks = self.state.mesh.control.gather((stats, peak_memory_gib(self.device)))
         names = dict.fromkeys(name for of_rank, _ in ranks for name in of_rank)
         values = {name: [of_rank[name] for of_rank, _ in ranks if name in of_rank] for name in names}
-        means = {name: sum(of_ranks) / len(of_ranks) for name, of_ranks in values.items()}
-        return {"device_memory/peak_gib": max(peak for _, peak in ranks)} | means
+        joined = {
+            name: max(of_ranks) if name.endswith("/state_norm") else sum(of_ranks) / len(of_ranks)
+            for name, of_ranks in values.items()
+        }
+        return {"device_memory/peak_gib": max(peak for _, peak in ranks)} | joined
 
     def line(self, gradients: Gradients, values: dict[str, float]) -> str:
         """Return the step as a line for the console."""
