@@ -188,7 +188,8 @@ class Trainer:
         replicas, replica = self.mesh.dp_group.size(), self.mesh.dp_group.rank()
         starts = range(self.state.step * size + replica * rows, last_step * size, rows * replicas)
         indices = (range(start, start + rows) for start in starts)
-        return prefetched(self.state.data, indices, self.config.data.prefetch * self.plan.grad_accumulation)
+        depth, pinned = self.config.data.prefetch * self.plan.grad_accumulation, self.engine.device.type == "cuda"
+        return prefetched(self.state.data, indices, depth, pinned=pinned)
 
     def _samples_of(self, step: int) -> str:
         size = self.plan.global_batch_size
