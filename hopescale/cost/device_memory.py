@@ -19,6 +19,7 @@ from hopescale.cost.micro_batch import Activations, MicroBatch
 from hopescale.cost.mixers import COSTS
 from hopescale.cost.parameter import FP32, itemsize
 from hopescale.cost.params import count_params
+from hopescale.cost.updates import UPDATE_ELEMENTS
 
 LASTING = ("weights", "gradients", "accumulators", "masters", "optimizer")
 """Kinds of memory that outlive a micro batch; `accumulators` are the gradient sums of slow levels."""
@@ -165,11 +166,17 @@ def _fast_gradients(config: RunConfig, layout: Layout, holding: Holding) -> floa
 
 
 def _update_workspace(config: RunConfig, layout: Layout, holding: Holding) -> float:
-    """Count what an update of everything computes with: scaled gradients, roots, and weights before, to compare."""
+    """Count what an update of everything computes with: roots, and weights before, to compare.
+
+    AdamW updates some parameters at a time, but ZeRO all of its share, whose gradients it copies too.
+    """
     dp = layout.dp
     elementwise = sum(count for kind, count in holding.entries.items() if kind.rule == "adamw")
     in_levels = sum(count for kind, count in holding.entries.items() if kind.level)
-    workspace = (2 * elementwise + in_levels) / (dp if config.parallel.zero else 1)
+    if config.parallel.zero:
+        workspace = (2 * elementwise + in_levels) / dp
+    else:
+        workspace = min(elementwise, max(UPDATE_ELEMENTS, holding.largest)) + in_levels
     workspace += MATRIX_WORKSPACE * min(holding.largest, holding.total() - elementwise)
     pack = min(max(PACK_BYTES, FP32 * holding.largest), FP32 * holding.total()) if dp > 1 else 0
     return max(FP32 * workspace, pack)

@@ -14,6 +14,8 @@ from hopescale.config.schema import DeepMomentumConfig, OptimConfig
 
 BUCKET_ELEMENTS = 1 << 24
 """Most entries of gradients that replicas exchange at once."""
+UPDATE_ELEMENTS = 1 << 26
+"""Most entries that AdamW updates at once, if no tensor has more: it computes with a copy of each."""
 ENTRY_COST = 64
 """FLOPs that take as long as reading and writing an entry of weight, gradient and state: its part of an update that no
 matrix product is part of."""

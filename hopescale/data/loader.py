@@ -35,6 +35,14 @@ class Batch(NamedTuple):
     document_ids: Tensor
     """Document of each input, counted from 0 in every row. Shape `[B, T]`, int32."""
 
+    def to(self, device: torch.device) -> Batch:
+        """Copy to a device; from page-locked memory, while the host goes on."""
+        return Batch(*(part.to(device, non_blocking=True) for part in self))
+
+    def pin_memory(self) -> Batch:
+        """Copy to page-locked memory."""
+        return Batch(*(part.pin_memory() for part in self))
+
 
 class Data:
     """The training mixture and the held-out sets, opened and checked."""
@@ -136,22 +144,29 @@ def open_data(config: DataConfig, *, seq_len: int, vocab_size: int) -> Data:
     return Data(config, open_sources(config, seq_len=seq_len, vocab_size=vocab_size), seq_len=seq_len)
 
 
-def prefetched(data: Data, index_batches: Iterable[Sequence[int]], depth: int) -> Iterator[Batch]:
+def prefetched(
+    data: Data, index_batches: Iterable[Sequence[int]], depth: int, *, pinned: bool = False
+) -> Iterator[Batch]:
     """Read batches of global indices ahead in a background thread, in the order given.
 
-    A `depth` of batches is held ready; 0 reads each one when it is asked for, without a thread.
+    A `depth` of batches is held ready; 0 reads each one when it is asked for, without a thread. If `pinned`, they lie
+    in page-locked memory, from which a GPU takes them by itself.
 
     Raises:
         DataError: Failure of the thread, raised at the batch where it happened.
     """
+
+    def batch_of(indices: Sequence[int]) -> Batch:
+        return data.batch(indices).pin_memory() if pinned else data.batch(indices)
+
     if depth == 0:
-        yield from map(data.batch, index_batches)
+        yield from map(batch_of, index_batches)
         return
     plan = iter(index_batches)
 
     def read() -> Batch | None:
         indices = next(plan, None)
-        return None if indices is None else data.batch(indices)
+        return None if indices is None else batch_of(indices)
 
     reader = ThreadPoolExecutor(1, "data-prefetch")
     ahead = deque(reader.submit(read) for _ in range(depth + 1))

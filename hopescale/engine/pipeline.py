@@ -96,7 +96,7 @@ class Pipeline:
 
         def step(iterator: Iterator[tuple[int, Batch]], stage: _Stage) -> tuple[Tensor, Callable]:
             index, batch = next(iterator)
-            batch = Batch(*(part.to(self.device) for part in batch))
+            batch = batch.to(self.device)
 
             def loss(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
                 value = cross_entropy_sum(logits, batch.targets, self.mesh) / count

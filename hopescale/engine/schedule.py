@@ -61,7 +61,7 @@ class Loop:
         return sum((self._loss(batch, None) for batch in batches), torch.zeros((), device=self.device))
 
     def _loss(self, batch: Batch, probe: Probe | None) -> Tensor:
-        batch = Batch(*(part.to(self.device) for part in batch))
+        batch = batch.to(self.device)
         logits, _ = self.model(batch.tokens, document_ids=batch.document_ids, probe=probe)
         return cross_entropy_sum(logits, batch.targets, self.model.mesh)
 

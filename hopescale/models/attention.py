@@ -188,7 +188,11 @@ class Attention(nn.Module):
             k, v = (
                 torch.cat([x.expand(len(own), -1, -1, -1), own], dim=2) for x, own in zip(ahead, (k, v), strict=True)
             )
-        how = {"is_causal": mask is None, "enable_gqa": self.shared_by > 1, "scale": self.scale}
+        shared = self.shared_by > 1
+        if shared and mask is not None and q.device.type != "cpu":
+            # On a GPU none of the kernels that spare the matrix of scores takes a mask and shared keys at once.
+            k, v, shared = (*(x.repeat_interleave(self.shared_by, dim=1) for x in (k, v)), False)
+        how = {"is_causal": mask is None, "enable_gqa": shared, "scale": self.scale}
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **how)
 
 

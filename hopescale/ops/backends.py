@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import shlex
+import shutil
+import sysconfig
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 from hopescale.ops.cpp import build
@@ -76,7 +80,7 @@ def select(
     Args:
         backend: Code that the user asks for; `auto` is the fastest that can run.
         memories: Facts about the memories.
-        device: Type of the device, `rocm` for AMD GPUs; None where it is unknown: then any will do.
+        device: Type of the device, as `ops.device.device_type` has it; None where it is unknown: then any will do.
         dtype: Type of streams and weights.
         compiled: Whether chunks are compiled.
         recompute: Activations that are computed again; `reverse` needs chunks one by one.
@@ -157,10 +161,11 @@ def unsupported_reason(
 
 
 def _triton_problem(device: str) -> str | None:
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if device != "cuda" and not interpreted:
-        return f"the kernels need an NVIDIA GPU, the device is {device}"
-    return _installation_problem()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return _installation_problem()
+    if device != "cuda":
+        return f"the kernels need an NVIDIA GPU, Ampere or later, the device is {device}"
+    return _installation_problem() or _launcher_problem()
 
 
 @cache
@@ -172,3 +177,14 @@ def _installation_problem() -> str | None:
     if tuple(map(int, installed.split(".")[:2])) < OLDEST_TRITON:
         return f"the kernels need triton {'.'.join(map(str, OLDEST_TRITON))}, {installed} is installed"
     return None
+
+
+@cache
+def _launcher_problem() -> str | None:
+    """Return what Triton lacks to compile the C that launches a kernel; None if it has all."""
+    named = shlex.split(os.environ.get("CC", ""))
+    if not any(shutil.which(name) for name in (named[:1] or ("clang", "gcc"))):
+        looked = named[0] if named else "clang and gcc"
+        return f"triton needs a C compiler to launch kernels, looked for {looked}; CC names another"
+    header = Path(sysconfig.get_paths()["include"], "Python.h")
+    return None if header.exists() else f"triton needs Python's headers to launch kernels, {header} is missing"

@@ -9,8 +9,18 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def device_type(device: torch.device) -> str:
-    """Return the type of a device; AMD GPUs, which torch calls `cuda`, are `rocm`."""
-    return "rocm" if device.type == "cuda" and torch.version.hip is not None else device.type
+    """Return the type of a device, `cuda` for NVIDIA GPUs with TF32 and bfloat16 alone.
+
+    AMD GPUs, which torch calls `cuda` too, are `rocm`; NVIDIA's before Ampere are called by their capability: `sm_70`.
+    """
+    if device.type != "cuda":
+        return device.type
+    if torch.version.hip is not None:
+        return "rocm"
+    if not torch.cuda.is_available():
+        return "cuda"
+    major, minor = torch.cuda.get_device_capability(device)
+    return "cuda" if major >= 8 else f"sm_{major}{minor}"
 
 
 def dtype_name(dtype: torch.dtype) -> str:

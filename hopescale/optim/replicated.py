@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hopescale.cost.updates import BUCKET_ELEMENTS, buckets
+from hopescale.cost.updates import BUCKET_ELEMENTS, UPDATE_ELEMENTS, buckets
 from hopescale.optim.adamw import AdamW
 from hopescale.optim.buckets import unpacked
 from hopescale.optim.cadence import Cadence
@@ -58,11 +58,16 @@ class ReplicatedAdamW(Updater):
 
     @torch.no_grad()
     def update(self, names: Sequence[str], scales: Mapping[str, Tensor | float], rates: Mapping[str, float]) -> None:
-        """Take one step of AdamW with the parameters that are due."""
-        for name in names:
-            self._masters[name].grad = self.accumulated_grad(name) * scales[name]
+        """Take one step of AdamW with the parameters that are due, some at a time: it computes with copies of them."""
         for group in self.rule.param_groups:
             group["lr"] = rates[group["name"]]
+        sizes = {name: self.parameters[name].numel() for name in names}
+        for bucket in buckets(names, dict.fromkeys(names, 0), sizes, UPDATE_ELEMENTS):
+            self._update(bucket, scales)
+
+    def _update(self, names: Sequence[str], scales: Mapping[str, Tensor | float]) -> None:
+        for name in names:
+            self._masters[name].grad = self.accumulated_grad(name).mul_(scales[name])
         self.rule.step()
         for name in names:
             master, parameter = self._masters[name], self.parameters[name]

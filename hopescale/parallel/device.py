@@ -2,10 +2,30 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from hopescale.common.errors import ConfigError, LaunchError
 from hopescale.common.rank_info import RankInfo
+
+_ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+"""Names of the variable that settles how torch keeps a GPU's memory: all versions know the first."""
+_QUEUES = "CUDA_DEVICE_MAX_CONNECTIONS"
+"""Variable with the number of queues between a process and a GPU."""
+
+
+def settle_cuda(tp: int) -> None:
+    """Settle what torch and CUDA read from the environment at their start; what a user has set there stays.
+
+    Memory grows in segments that expand, so that the sizes of logged steps and slow levels leave no holes. `tp` is the
+    number of tensor-parallel ranks: where there are several, work is done in the order in which it is queued, which
+    Megatron's layers count on to overlap sums with products.
+    """
+    if not any(name in os.environ for name in _ALLOCATOR):
+        os.environ[_ALLOCATOR[0]] = "expandable_segments:True"
+    if tp > 1:
+        os.environ.setdefault(_QUEUES, "1")
 
 
 def choose_device(name: str, origin: str) -> torch.device:

@@ -13,7 +13,7 @@ from hopescale.common.rank_info import RankInfo
 from hopescale.common.software import software
 from hopescale.config.layout import Layout
 from hopescale.parallel import process
-from hopescale.parallel.device import choose_device, own_device
+from hopescale.parallel.device import choose_device, own_device, settle_cuda
 from hopescale.parallel.mesh import Mesh
 from hopescale.parallel.store_exchange import StoreExchange
 
@@ -45,6 +45,8 @@ def init_distributed(
         LaunchError: If the ranks do not meet, were started for different things, or have too few devices.
     """
     chosen = choose_device(device, origin)
+    if chosen.type == "cuda":
+        settle_cuda(layout.tp)
     if rank_info is None or rank_info.world_size == 1:
         return Mesh.alone(), chosen
     faulthandler.enable()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -11,6 +14,9 @@ from megatron.core import parallel_state
 
 from hopescale.common.errors import LaunchError
 from hopescale.common.rank_info import RankInfo
+
+_NCCL_WAITS = "TORCH_NCCL_BLOCKING_WAIT"
+"""Variable that torch reads when it makes a group."""
 
 
 def open_store(rank_info: RankInfo, timeout: timedelta, *, wait: bool = True) -> dist.TCPStore:
@@ -50,6 +56,23 @@ def start(rank_info: RankInfo, device: torch.device, timeout: timedelta, store: 
         )
     except dist.DistError as error:
         raise _rendezvous_error(rank_info, error) from error
+
+
+@contextmanager
+def failures_raised() -> Iterator[None]:
+    """Let groups that are made inside raise what goes wrong in the call that waits for it, on NCCL as on gloo.
+
+    Otherwise an exchange on NCCL waits on the device, and its watchdog ends the process where the exchange hangs. A
+    call then waits on the host, which costs time: for checks, not for training.
+    """
+    before = os.environ.get(_NCCL_WAITS)
+    os.environ[_NCCL_WAITS] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(_NCCL_WAITS)
+        if before is not None:
+            os.environ[_NCCL_WAITS] = before
 
 
 def _rendezvous_error(rank_info: RankInfo, error: dist.DistError) -> LaunchError:

@@ -172,10 +172,11 @@ def _measure(
     rank_info: RankInfo, device: str, nodes: Sequence[str], store: dist.Store, exchange: StoreExchange
 ) -> dict[str, object]:
     where = choose_device(device, "train.device")
-    if where.type == "cuda" and nodes.count(nodes[rank_info.rank]) > 1:
+    if where.type == "cuda":
         where = own_device(rank_info, "train.device")
-    process.start(rank_info, where, timedelta(seconds=_EXCHANGE_S), store)
-    return asdict(measure(nodes, where, lambda: exchange.gather(None)))
+    with process.failures_raised():
+        process.start(rank_info, where, timedelta(seconds=_EXCHANGE_S), store)
+        return asdict(measure(nodes, where, lambda: exchange.gather(None)))
 
 
 def _faults(device: str, rank_info: RankInfo | None, folders: Sequence[Path], alone: bool) -> Iterator[str]:
@@ -202,14 +203,22 @@ def _device_faults(device: torch.device) -> Iterator[str]:
         free, total = torch.cuda.mem_get_info(device)
         if free < _FREE_DEVICE * total:
             yield f"{device}: {format_bytes(free)} of {format_bytes(total)} free: something else is using it"
-    size = _SIZES[device.type]
-    rows = torch.arange(size, dtype=torch.float64)
-    a, b = (rows[:, None] * 3 + rows * 5) % 7 - 3, (rows[:, None] * 5 + rows * 2) % 5 - 2
+    a, b = _whole_numbers(_SIZES[device.type])
     expected = a @ b
     for dtype in (torch.float32, torch.bfloat16):
         found = a.to(device, dtype) @ b.to(device, dtype)
         if not torch.equal(found.cpu(), expected.to(dtype)):
             yield f"{device}: a product of {dtype} matrices is wrong"
+
+
+def _whole_numbers(size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return matrices of -1, 0 and 1, float64, in which no two rows and no two columns are the same.
+
+    All sums of their products stay below 256, so that bfloat16 holds every one, in whatever parts a device adds.
+    """
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randint(-1, 2, (2, size, size), generator=generator).double()
+    return a, b
 
 
 def _disk_fault(folder: Path) -> str | None:

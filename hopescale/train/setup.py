@@ -38,6 +38,7 @@ from hopescale.train.device_memory import check_device_memory
 from hopescale.train.folder import RunFolder
 from hopescale.train.request import RunRequest
 from hopescale.train.state import TrainState
+from hopescale.train.warm_up import compile_kernels
 
 Report = Callable[[str], None]
 
@@ -120,10 +121,11 @@ def _build_slices(config: RunConfig, mesh: Mesh, device: torch.device) -> list[M
     slices, computed = [], {"recompute": train.recompute, "compiled": train.compile, "backend": train.backend}
     if train.compile:
         check_compiler(device)
-    choose_backends(config, device)
+    chosen = choose_backends(config, device)
     for blocks in cut_blocks(config.model, train.seq_len, pp * mesh.virtual_stages)[mesh.pp_group.rank() :: pp]:
         model = Model(config.model, seed=train.seed, mesh=mesh, blocks=blocks, **computed)
         slices.append(model.to(device).to_precision(DTYPES[train.precision]))
+    compile_kernels(slices, [name for name, choice in chosen.items() if choice.backend == "triton"], train.seq_len)
     return slices
 
 

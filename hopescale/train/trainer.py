@@ -217,7 +217,8 @@ class Trainer:
         first, end = ((step + self.state.passed_steps) * size for step in (self.state.step, last_step))
         starts = range(first + replica * rows, end, rows * replicas)
         indices = (range(start, start + rows) for start in starts)
-        return prefetched(self.state.data, indices, self.config.data.prefetch * self.plan.grad_accumulation)
+        depth, pinned = self.config.data.prefetch * self.plan.grad_accumulation, self.engine.device.type == "cuda"
+        return prefetched(self.state.data, indices, depth, pinned=pinned)
 
     def _samples_of(self, step: int) -> str:
         size, read = self.plan.global_batch_size, step + self.state.passed_steps

@@ -128,3 +128,19 @@ def test_documents_of_earlier_tokens_are_unknown():
     _, state = attention(x)
     with pytest.raises(ValueError, match="documents are given"):
         attention(x, state, documents=Documents.whole(BATCH, 4, x.device))
+
+
+def test_on_a_gpu_a_mask_meets_keys_of_every_head(monkeypatch: pytest.MonkeyPatch):
+    # Of torch's kernels those that take a mask refuse shared keys: it would make the matrix of scores.
+    given = []
+    attention = make_attention(num_kv_heads=2).to("meta")
+
+    def record(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, enable_gqa: bool, **_: object) -> Tensor:
+        given.append((k.shape[1], v.shape[1], attn_mask is not None, enable_gqa))
+        return q
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", record)
+    q, k = (torch.empty(BATCH, heads, 3, DIM, device="meta") for heads in (HEADS, 2))
+    attention.read(q, k, k, None)
+    attention.read(q, k, k, torch.ones(3, 3, dtype=torch.bool, device="meta"))
+    assert given == [(2, 2, False, True), (HEADS, HEADS, True, False)]

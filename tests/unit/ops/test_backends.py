@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 
-from hopescale.ops import backends
+from hopescale.ops import backends, device
 from hopescale.ops.backends import MemoryShape, select, select_streams, unsupported_reason
 from hopescale.ops.cpp import build
 
 HOPE = MemoryShape(64, 64, 64, 64, sequential=True)
+LAUNCHER_PROBLEM = backends._launcher_problem
 STATIC = HOPE._replace(hidden=None, sequential=False)
 
 
@@ -21,6 +24,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(build, "problem", lambda: None)
     monkeypatch.setattr(backends, "_installation_problem", lambda: None)
+    monkeypatch.setattr(backends, "_launcher_problem", lambda: None)
 
 
 @pytest.mark.parametrize(
@@ -113,11 +117,34 @@ def test_what_a_machine_lacks_is_named(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_triton_needs_an_nvidia_gpu_or_its_interpreter(monkeypatch: pytest.MonkeyPatch):
-    assert unsupported_reason("triton", "cpu") == "the kernels need an NVIDIA GPU, the device is cpu"
+    assert unsupported_reason("triton", "cpu") == ("the kernels need an NVIDIA GPU, Ampere or later, the device is cpu")
     assert unsupported_reason("triton", "cuda", "float64") == "the kernels compute in float32, not float64"
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert select("triton", HOPE, device="cpu").backend == "triton"
     assert select("auto", HOPE, device="cpu").backend == "cpp"
+
+
+def test_a_gpu_before_ampere_is_no_device_for_kernels(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(device.torch.cuda, "is_available", lambda: True)
+    for capability, name in (((8, 0), "cuda"), ((9, 0), "cuda"), ((7, 0), "sm_70")):
+        monkeypatch.setattr(device.torch.cuda, "get_device_capability", lambda _, capability=capability: capability)
+        assert device.device_type(torch.device("cuda", 0)) == name
+    choice = select("auto", HOPE, device="sm_70")
+    assert choice.backend == "torch" and "triton: the device is sm_70" in choice.reason
+
+
+def test_triton_needs_a_compiler_and_headers_to_launch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr(backends, "_launcher_problem", LAUNCHER_PROBLEM.__wrapped__)
+    monkeypatch.setattr(backends.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    monkeypatch.setenv("CC", "no-such-compiler -O1")
+    assert "looked for no-such-compiler" in select("auto", HOPE, device="cuda").reason
+    monkeypatch.setenv("CC", f"{sys.executable} -O1")
+    assert select("triton", HOPE, device="cuda").reason.endswith(f"{tmp_path / 'Python.h'} is missing")
+    (tmp_path / "Python.h").touch()
+    assert select("auto", HOPE, device="cuda").backend == "triton"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert select("triton", HOPE, device="cpu").backend == "triton"
 
 
 def test_streams_are_cut_in_cpp_where_that_can_run():

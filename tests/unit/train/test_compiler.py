@@ -33,7 +33,7 @@ def make_config(**changes: object) -> RunConfig:
 
 def test_kernels_need_a_gpu_and_a_head_they_know(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(ConfigError, match="need an NVIDIA GPU, the device is cpu"):
+    with pytest.raises(ConfigError, match="need an NVIDIA GPU, Ampere or later, the device is cpu"):
         choose_backends(make_config(backend="triton"), torch.device("cpu"))
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert choose_backends(make_config(backend="triton"), torch.device("cpu"))["hope"].backend == "triton"

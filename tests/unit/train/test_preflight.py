@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 
 import pytest
+import torch
 
+from hopescale.common.rank_info import RankInfo
 from hopescale.parallel.bandwidth import LinkTimes, _rounds
 from hopescale.train import preflight
 from hopescale.train.preflight import check_nodes, exclude, judge_faults, judge_links
@@ -102,3 +105,26 @@ def test_excluded_nodes_add_up(tmp_path: Path):
     exclude(tmp_path, ["n3"])
     exclude(tmp_path, ["n1", "n3"])
     assert (tmp_path / "bad_nodes").read_text() == "n3\nn1\n"
+
+
+def test_a_product_on_a_device_shows_rows_and_columns_that_are_swapped():
+    a, b = preflight._whole_numbers(256)
+    product = a @ b
+    assert all(len(x.unique(dim=dim)) == 256 for x in (a, b, product) for dim in (0, 1))
+    assert product.abs().max() < 256 and (a.abs() @ b.abs()).max() < 256
+
+
+def test_the_links_of_a_node_with_one_process_are_measured_on_an_indexed_device(monkeypatch: pytest.MonkeyPatch):
+    started: list[tuple[object, str | None]] = []
+    monkeypatch.setattr(preflight.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(preflight.torch.cuda, "device_count", lambda: 8)
+
+    def start(rank_info: RankInfo, device: torch.device, *_: object) -> None:
+        started.append((device, os.environ.get("TORCH_NCCL_BLOCKING_WAIT")))
+
+    monkeypatch.setattr(preflight.process, "start", start)
+    monkeypatch.setattr(preflight, "measure", lambda *_: LinkTimes())
+    monkeypatch.setenv("TORCH_NCCL_BLOCKING_WAIT", "0")
+    preflight._measure(RankInfo(1, 2, 0, "node1", 15_000), "cuda", ["n1", "n2"], None, None)
+    # NCCL raises where an exchange hangs, instead of waiting on the device; afterwards all is as it was.
+    assert started == [(torch.device("cuda", 0), "1")] and os.environ["TORCH_NCCL_BLOCKING_WAIT"] == "0"
