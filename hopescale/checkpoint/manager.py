@@ -6,7 +6,7 @@ import difflib
 import errno
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,7 +22,6 @@ import hopescale
 from hopescale.checkpoint.manifest import (
     MANIFEST,
     POINTER,
-    TOKENIZER,
     FileEntry,
     Manifest,
     TensorEntry,
@@ -137,7 +136,7 @@ class CheckpointManager:
     Args:
         folder: The run's `checkpoints/`.
         config: Times of saves, and number of checkpoints to keep.
-        tokenizer: SentencePiece model to keep in each checkpoint.
+        tokenizer: Files of the tokenizer, to keep in each checkpoint.
         group: Process group with a CPU backend over all ranks that hold parts of the state. Nothing else may use it
             while a save is in flight. None is for one process.
 
@@ -150,7 +149,7 @@ class CheckpointManager:
         folder: Path,
         config: CheckpointConfig,
         *,
-        tokenizer: Path | None = None,
+        tokenizer: Sequence[Path] = (),
         group: dist.ProcessGroup | None = None,
     ):
         self.folder, self.config = folder, config
@@ -225,9 +224,9 @@ class CheckpointManager:
         self, folder: Path, manifest: Manifest, tensors: dict[str, TensorEntry], files: dict[str, FileEntry]
     ) -> None:
         temporary = self.folder / f"{TEMPORARY}{folder.name}"
-        if self._tokenizer is not None:
-            write_synced(temporary / TOKENIZER, self._tokenizer.read_bytes())
-            files = {**files, TOKENIZER: describe_file(temporary / TOKENIZER)}
+        for file in self._tokenizer:
+            write_synced(temporary / file.name, file.read_bytes())
+            files = {**files, file.name: describe_file(temporary / file.name)}
         versions = {"hopescale": hopescale.__version__, "torch": torch.__version__}
         manifest = replace(manifest, versions=versions, tensors=tensors, files=files)
         write_synced(temporary / MANIFEST, to_json(manifest).encode())

@@ -17,7 +17,6 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 EXPORT = "hopescale.json"
 """The manifest of an export: where it comes from, and size and SHA-256 of each file."""
-TOKENIZER = "tokenizer.model"
 POINTER = "latest"
 _NAME = re.compile(r"step-(\d{8,})")
 

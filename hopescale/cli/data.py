@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 from rich.console import Console
@@ -18,6 +18,7 @@ from hopescale.common.units import format_bytes
 if TYPE_CHECKING:
     from hopescale.data.dataset import TokenStream
     from hopescale.data.text import TextSource
+    from hopescale.data.tokenizer import Tokenizer
 
 app = typer.Typer(help="Train a tokenizer, prepare text, look into shards, check them.", no_args_is_help=True)
 
@@ -44,6 +45,9 @@ def train_tokenizer(
     inputs: Inputs,
     out: Out,
     vocab_size: Annotated[str, typer.Option(metavar="COUNT", help="Number of pieces.")] = "32k",
+    kind: Annotated[
+        str, typer.Option(metavar="KIND", help="sentencepiece (pieces of characters) or byte-bpe (as GPT-2 and Qwen).")
+    ] = "sentencepiece",
     sample: Annotated[str, typer.Option(metavar="BYTES", help="Text to learn from, drawn at random.")] = "8M",
     text_key: TextKey = "text",
     pattern: Pattern = None,
@@ -53,12 +57,14 @@ def train_tokenizer(
 ) -> None:
     """Train a tokenizer on a sample of the text."""
     num_pieces, sample_bytes = read_count("--vocab-size", vocab_size), read_count("--sample", sample)
-    from hopescale.data import tokenizer
+    from hopescale.data import train_tokenizer as training
 
+    if kind not in get_args(training.Kind):
+        raise typer.BadParameter(f"{kind!r} is not one of {', '.join(get_args(training.Kind))}", param_hint="--kind")
     source, left_out = _source(inputs, text_key, pattern, separator, exclude, skip_undecodable)
     documents = source.documents(shuffle_seed=0)
     with _working("training"):
-        done = tokenizer.train_tokenizer(documents, out, vocab_size=num_pieces, sample_bytes=sample_bytes)
+        done = training.train_tokenizer(documents, out, vocab_size=num_pieces, sample_bytes=sample_bytes, kind=kind)
     _echo_left_out(left_out)
     typer.echo(
         f"{out}: {done.vocab_size:,} pieces, {done.bytes_per_token:.2f} bytes per token, "
@@ -70,7 +76,19 @@ def train_tokenizer(
 def prepare(
     inputs: Inputs,
     out: Out,
-    tokenizer: Annotated[Path, typer.Option(metavar="PATH", help="Folder or .model file.")],
+    tokenizer: Annotated[
+        Path, typer.Option(metavar="PATH", help="Folder of a tokenizer or of a model, .model or tokenizer.json.")
+    ],
+    end_of_text: Annotated[
+        str | None, typer.Option(metavar="TOKEN", help="Token of a tokenizer.json that ends every document.")
+    ] = None,
+    split_special_tokens: Annotated[
+        bool | None,
+        typer.Option(
+            "--split-special-tokens/--keep-special-tokens",
+            help="Whether special tokens that a text spells out are text, or the tokens themselves.",
+        ),
+    ] = None,
     validation: Annotated[float, typer.Option(min=0, max=0.99, help="Fraction of documents to hold out.")] = 0.01,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the shuffle and of the held-out choice.")] = 0,
     shard_size: Annotated[str, typer.Option(metavar="BYTES", help="Size of a file, about.")] = "256Mi",
@@ -85,9 +103,11 @@ def prepare(
     from hopescale.data import prepare as preparing
     from hopescale.data.dataset import PreparedData
     from hopescale.data.tokenizer import Tokenizer
+    from hopescale.data.tokenizer_losses import RoundTrip
 
     source, left_out = _source(inputs, text_key, pattern, separator, exclude, skip_undecodable)
-    pieces = Tokenizer.load(tokenizer)
+    pieces = Tokenizer.load(tokenizer, end_of_text=end_of_text, split_special_tokens=split_special_tokens)
+    round_trip = RoundTrip(pieces)
     if lost := pieces.losses():
         hint = "a model trained on them can never write these; `hopescale data tokenizer` trains one that keeps all"
         typer.echo(f"warning: tokenizer {tokenizer} loses {', '.join(lost)}: {hint}", err=True)
@@ -101,9 +121,12 @@ def prepare(
             shard_bytes=shard_bytes,
             num_threads=threads_each(1),
             progress=lambda documents, size: show(f"{documents:,} documents, {format_bytes(size)}"),
+            round_trip=round_trip,
         )
     _echo_left_out(left_out)
     typer.echo(f"{out}:")
+    _echo_tokenizer(pieces)
+    typer.echo(f"  round trip  {round_trip.sentence()}")
     _echo_splits(PreparedData(out).splits.values())
 
 
@@ -124,10 +147,9 @@ def inspect(
     if split not in SPLITS:
         raise typer.BadParameter(f"{split!r} is not one of {', '.join(SPLITS)}", param_hint="--split")
     data = PreparedData(folder)
-    end = f"end of text is {data.tokenizer.eos_id}"
     typer.echo(f"{folder}: seed {data.index.seed}, {data.index.validation:g} held out")
     _echo_splits(data.splits.values())
-    typer.echo(f"  tokenizer   {data.tokenizer.vocab_size:,} pieces, {end}, {data.tokenizer.fingerprint[:12]}")
+    _echo_tokenizer(data.tokenizer)
     if window is not None:
         for number, text in enumerate(look.window_texts(data, split, window, seq_len)):
             _echo_text(f"{split} window {window}, its document {number}", text, characters)
@@ -181,6 +203,12 @@ def _working(verb: str) -> Iterator[Callable[[str], None]]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(verb, total=None)
         yield lambda text: progress.update(task, description=f"{verb} {text}")
+
+
+def _echo_tokenizer(tokenizer: Tokenizer) -> None:
+    end = f"end of text is {tokenizer.eos_id} {tokenizer.eos_token} (by {tokenizer.eos_origin})"
+    print_of = tokenizer.fingerprint[:12]
+    typer.echo(f"  tokenizer   {tokenizer.kind}, {tokenizer.vocab_size:,} pieces, {end}, {print_of}")
 
 
 def _echo_splits(splits: Iterable[TokenStream]) -> None:

@@ -20,7 +20,6 @@ from hopescale.checkpoint.load import read_tensors, verify
 from hopescale.checkpoint.manager import CheckpointManager, find_checkpoint
 from hopescale.checkpoint.manifest import (
     EXPORT,
-    TOKENIZER,
     Manifest,
     TensorEntry,
     damaged,
@@ -179,11 +178,10 @@ def _write_texts(folder: Path, source: Path, manifest: Manifest, config: RunConf
     own_code = "auto_map" in body
     special, pad = {}, {}
     note = "No tokenizer was kept with it."
-    if (source / TOKENIZER).exists():
-        shutil.copy(source / TOKENIZER, folder)
-        end = Tokenizer.load(source / TOKENIZER).eos_id
+    if (tokenizer := Tokenizer.find(source)) is not None:
+        end = tokenizer.eos_id
         special, pad = {"bos_token_id": end, "eos_token_id": end}, {"pad_token_id": end}
-        note = write_tokenizer(folder, own_code=own_code)
+        note = write_tokenizer(tokenizer, folder, own_code=own_code)
     _write_json(folder / "config.json", {**body, **special})
     _write_json(folder / "generation_config.json", {"do_sample": False, **special, **pad})
     card = model_card(manifest, config, to_yaml(config), note, own_code=own_code)
@@ -202,8 +200,7 @@ def restore_export(folder: Path, out: Path) -> Path:
         CheckpointError: If a file is missing or changed, or `out` exists or cannot be written.
     """
     manifest = read_export(folder)
-    tokenizer = folder / TOKENIZER if (folder / TOKENIZER).exists() else None
-    return write_checkpoint(out, dict(SafetensorsFolder(folder)), manifest, tokenizer=tokenizer)
+    return write_checkpoint(out, dict(SafetensorsFolder(folder)), manifest, tokenizer=Tokenizer.find(folder))
 
 
 def read_export(folder: Path) -> Manifest:
@@ -246,8 +243,10 @@ def load_export(folder: Path, device: torch.device) -> LoadedModel:
     return with_tokenizer(model, manifest, folder, device)
 
 
-def write_checkpoint(out: Path, weights: Mapping[str, Tensor], manifest: Manifest, *, tokenizer: Path | None) -> Path:
-    """Write the weights of a whole model as the one checkpoint of a new run folder, with a SentencePiece model.
+def write_checkpoint(
+    out: Path, weights: Mapping[str, Tensor], manifest: Manifest, *, tokenizer: Tokenizer | None
+) -> Path:
+    """Write the weights of a whole model as the one checkpoint of a new run folder, with its tokenizer.
 
     Of the manifest, `progress`, `config` and `identity` are kept.
 
@@ -257,7 +256,8 @@ def write_checkpoint(out: Path, weights: Mapping[str, Tensor], manifest: Manifes
     config = from_dict(manifest.config, str(out))
     check_weights({name: _entry(weight) for name, weight in weights.items()}, config, str(out))
     with staged_folder(out, CheckpointError) as folder:
-        checkpoints = CheckpointManager(folder / "checkpoints", config.checkpoint, tokenizer=tokenizer)
+        files = [] if tokenizer is None else tokenizer.copy_to(folder)
+        checkpoints = CheckpointManager(folder / "checkpoints", config.checkpoint, tokenizer=files)
         checkpoints.save(manifest.step, {"model": dict(weights)}, manifest, blocking=True)
         (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     return find_checkpoint(out)

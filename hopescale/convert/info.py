@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from hopescale.checkpoint.manager import find_checkpoint
-from hopescale.checkpoint.manifest import EXPORT, TOKENIZER, Manifest, TensorEntry, read_manifest
+from hopescale.checkpoint.manifest import EXPORT, Manifest, TensorEntry, read_manifest
 from hopescale.common.errors import CheckpointError
 from hopescale.common.units import format_bytes, format_count
 from hopescale.config.load import from_dict
@@ -15,6 +15,7 @@ from hopescale.config.model_shape import block_pattern, by_period
 from hopescale.config.schema import RunConfig
 from hopescale.convert.hf import SafetensorsFolder, num_bytes
 from hopescale.cost.params import count_params
+from hopescale.data.tokenizer import JSON_FILE, SENTENCEPIECE_FILE
 
 _SIZES = {
     "num_hidden_layers": "{} layers",
@@ -54,14 +55,15 @@ def _of_manifest(manifest: Manifest, folder: Path) -> dict[str, str]:
     config = from_dict(manifest.config, str(folder))
     weights = [entry for name, entry in manifest.tensors.items() if not name.startswith(("optimizer.", "generators."))]
     versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
-    data, tokenizer = manifest.identity.get("data"), manifest.files.get(TOKENIZER)
+    data = manifest.identity.get("data")
+    kept = [name for name in (SENTENCEPIECE_FILE, JSON_FILE) if name in manifest.files]
     return {
         "name": config.name,
         "step": f"{manifest.step:,} of {config.train.steps:,}, {manifest.progress['tokens_seen']:,} tokens seen",
         **_of_model(config),
         "weights": f"{_size(weights)}, {config.train.precision}",
         "data": "none yet" if data is None else f"{', '.join(config.data.sources)} ({data[:12]})",
-        "tokenizer": f"{TOKENIZER} ({tokenizer.sha256[:12]})" if tokenizer else "none",
+        "tokenizer": f"{kept[0]} ({manifest.files[kept[0]].sha256[:12]})" if kept else "none",
         "files": format_bytes(sum(entry.bytes for entry in manifest.files.values())),
         "written by": versions,
     }

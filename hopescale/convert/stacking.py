@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from hopescale.checkpoint.load import first_line
-from hopescale.checkpoint.manifest import TOKENIZER, Manifest, fingerprint
+from hopescale.checkpoint.manifest import Manifest, fingerprint
 from hopescale.common.errors import CheckpointError, ConfigError, DataError
 from hopescale.config.check import check
 from hopescale.config.load import from_dict, to_dict
@@ -124,10 +124,10 @@ def _stacked(source: SafetensorsFolder, config: RunConfig, folder: Path) -> dict
     return {name: weights[name] for name in types}
 
 
-def _tokenizer(folder: Path, model: ModelConfig) -> Path | None:
-    """Return the source's SentencePiece model, if it has one with as many pieces as the model knows."""
-    path = folder / TOKENIZER
+def _tokenizer(folder: Path, model: ModelConfig) -> Tokenizer | None:
+    """Return the source's tokenizer, if it has one whose ids the model knows and that says how a text ends."""
     try:
-        return path if path.exists() and Tokenizer.load(path).vocab_size == model.vocab_size else None
+        tokenizer = Tokenizer.find(folder)
     except DataError:
         return None
+    return tokenizer if tokenizer is not None and tokenizer.vocab_size <= model.vocab_size else None

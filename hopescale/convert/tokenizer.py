@@ -1,4 +1,4 @@
-"""A SentencePiece model as a tokenizer of transformers that gives the ids of training."""
+"""The tokenizer of training as one of transformers that gives the same ids."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, normalizers, processors
 from tokenizers.models import BPE
 
-from hopescale.checkpoint.manifest import TOKENIZER
-from hopescale.data.tokenizer import Tokenizer
+from hopescale.data.json_tokenizer import JsonTokenizer
+from hopescale.data.tokenizer import JSON_FILE, SENTENCEPIECE_FILE, SETTINGS_FILE, Tokenizer
 
 NATIVE_TOKENIZER = "sentencepiece.model"
 """A model's name in a folder without code of ours, where transformers would convert a `tokenizer.model` wrongly."""
@@ -28,52 +28,76 @@ _SAMPLES = (
 )
 
 
-def write_tokenizer(folder: Path, *, own_code: bool) -> str:
-    """Write what transformers needs beside the `tokenizer.model` of a folder, so that its ids are those of training.
+def write_tokenizer(tokenizer: Tokenizer, folder: Path, *, own_code: bool) -> str:
+    """Write what transformers needs into a folder, so that its ids are those of training.
 
-    That is a `tokenizer.json` where one gives the same ids. Else it is code of ours that calls sentencepiece, or, where
-    a folder must hold none, nothing: the model gets a name by which transformers does not take it up.
+    That is a `tokenizer.json`, where one gives the same ids. Else it is code of ours that calls sentencepiece, or,
+    where a folder must hold none, nothing: the model gets a name by which transformers does not take it up.
 
     Returns:
         Sentences for the model card and the console.
     """
-    ours = Tokenizer.load(folder)
-    processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / TOKENIZER))
-    fast, end = _build(processor), processor.id_to_piece(processor.eos_id())
-    same = fast is not None and all(
-        fast.encode(text, add_special_tokens=False).ids == ours.encode(text)
-        and fast.decode(ours.encode(text)) == ours.decode(ours.encode(text))
-        for text in _SAMPLES
-    )
+    tokenizer.copy_to(folder)
+    end = tokenizer.eos_token
     note = f"The tokenizer puts `{end}` before a text, as every text of the training data has it."
     config = {
         "bos_token": end,
         "eos_token": end,
-        "unk_token": processor.id_to_piece(processor.unk_id()),
         "pad_token": end,
         "padding_side": "left",
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": True,
+        "tokenizer_class": "PreTrainedTokenizerFast",
     }
-    if same:
-        fast.post_processor = processors.TemplateProcessing(
-            single=f"{end} $A", pair=f"{end} $A {end} $B", special_tokens=[(end, processor.eos_id())]
-        )
-        fast.save(str(folder / "tokenizer.json"))
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    elif own_code:
-        shutil.copy(_CODE, folder)
-        config |= {"tokenizer_class": "HopeTokenizer"}
-        config["auto_map"] = {"AutoTokenizer": ["tokenization_hope.HopeTokenizer", None]}
-        note += " It normalises or splits text as no `tokenizer.json` can, and so needs `sentencepiece`."
+    if isinstance(tokenizer, JsonTokenizer):
+        _frame(folder / JSON_FILE, tokenizer)
+        config |= {"split_special_tokens": False} | tokenizer.settings
     else:
-        (folder / TOKENIZER).rename(folder / NATIVE_TOKENIZER)
-        return (
-            f"Its tokenizer is the SentencePiece model `{NATIVE_TOKENIZER}`, which normalises or splits text as no "
-            "`tokenizer.json` can; load it with sentencepiece, since `AutoTokenizer` would give other ids."
-        )
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / SENTENCEPIECE_FILE))
+        fast = _build(processor)
+        config["unk_token"] = processor.id_to_piece(processor.unk_id())
+        if _is_same(fast, tokenizer):
+            fast.post_processor = processors.TemplateProcessing(
+                single=f"{end} $A", pair=f"{end} $A {end} $B", special_tokens=[(end, tokenizer.eos_id)]
+            )
+            fast.save(str(folder / JSON_FILE))
+        elif own_code:
+            shutil.copy(_CODE, folder)
+            config |= {"tokenizer_class": "HopeTokenizer"}
+            config["auto_map"] = {"AutoTokenizer": ["tokenization_hope.HopeTokenizer", None]}
+            note += " It normalises or splits text as no `tokenizer.json` can, and so needs `sentencepiece`."
+        else:
+            (folder / SENTENCEPIECE_FILE).rename(folder / NATIVE_TOKENIZER)
+            return (
+                f"Its tokenizer is the SentencePiece model `{NATIVE_TOKENIZER}`, which normalises or splits text as no "
+                "`tokenizer.json` can; load it with sentencepiece, since `AutoTokenizer` would give other ids."
+            )
+    (folder / SETTINGS_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return note
+
+
+def _is_same(fast: FastTokenizer | None, ours: Tokenizer) -> bool:
+    """Compare ids and texts of samples."""
+    return fast is not None and all(
+        fast.encode(text, add_special_tokens=False).ids == ours.encode(text)
+        and fast.decode(ours.encode(text)) == ours.decode(ours.encode(text))
+        for text in _SAMPLES
+    )
+
+
+def _frame(file: Path, tokenizer: Tokenizer) -> None:
+    """Let a `tokenizer.json` put the end of text before a text, in place of what it puts around texts."""
+    tree = json.loads(file.read_text(encoding="utf-8"))
+    end = {"SpecialToken": {"id": tokenizer.eos_token, "type_id": 0}}
+    first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+    token = {"id": tokenizer.eos_token, "ids": [tokenizer.eos_id], "tokens": [tokenizer.eos_token]}
+    tree["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [end, first],
+        "pair": [end, first, end, second],
+        "special_tokens": {tokenizer.eos_token: token},
+    }
+    file.write_text(json.dumps(tree, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _build(processor: sentencepiece.SentencePieceProcessor) -> FastTokenizer | None:

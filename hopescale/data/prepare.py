@@ -20,6 +20,7 @@ from hopescale.data.order import derive_key, mix64
 from hopescale.data.shards import SPLITS, Index, SplitWriter, token_dtype
 from hopescale.data.text import Document
 from hopescale.data.tokenizer import Tokenizer
+from hopescale.data.tokenizer_losses import RoundTrip
 
 BLOCK_TOKENS = 65_536
 """Tokens of a block at most; a longer document is a block of its own."""
@@ -51,6 +52,7 @@ def prepare(
     shard_bytes: int = 256 << 20,
     num_threads: int = 1,
     progress: Progress | None = None,
+    round_trip: RoundTrip | None = None,
 ) -> Index:
     """Write a data set of tokenised documents to the folder `out`; return its index.
 
@@ -68,6 +70,7 @@ def prepare(
         shard_bytes: Token bytes of a shard, about.
         num_threads: Threads that tokenise.
         progress: Listener for the documents and the text bytes read so far.
+        round_trip: Counts of what the tokenizer loses, which receive every document.
 
     Raises:
         DataError: If there is no document, all would be held out, or `out` exists or cannot be written.
@@ -76,7 +79,7 @@ def prepare(
         raise ValueError(f"validation must be in [0, 1), got {validation}")
     out = Path(out)
     with staged_folder(out) as folder:
-        spill = _tokenise(documents, tokenizer, folder / _SPILL_FILE, seed, num_threads, progress)
+        spill = _tokenise(documents, tokenizer, folder / _SPILL_FILE, seed, num_threads, progress, round_trip)
         held_out = _held_out(spill.content_hash, validation)
         writers = {split: SplitWriter(folder, split, shard_bytes=shard_bytes) for split in SPLITS}
         for writer, mask in zip(writers.values(), (~held_out, held_out), strict=True):
@@ -102,6 +105,7 @@ def _tokenise(
     seed: int,
     num_threads: int,
     progress: Progress | None,
+    round_trip: RoundTrip | None,
 ) -> _Spill:
     dtype = token_dtype(tokenizer.vocab_size)
     key = seed.to_bytes(16, "little", signed=True)
@@ -111,6 +115,8 @@ def _tokenise(
         texts_read = (document.text for document in documents)
         for texts in grouped(texts_read, len, _BATCH_CHARACTERS):
             for text, ids in zip(texts, tokenizer.encode_batch(texts, num_threads=num_threads), strict=True):
+                if round_trip:
+                    round_trip.add(text, ids)
                 content = text.encode()
                 digest = hashlib.blake2b(content, key=key, digest_size=8).digest()
                 file.write(np.array([*ids, tokenizer.eos_id], dtype).tobytes())

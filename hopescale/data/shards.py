@@ -17,7 +17,7 @@ from typing import BinaryIO
 import numpy as np
 
 from hopescale.common.errors import DataError
-from hopescale.data.tokenizer import MODEL_FILE, Tokenizer
+from hopescale.data.tokenizer import Tokenizer
 
 INDEX_FILE = "index.json"
 SPLITS = ("train", "validation")
@@ -106,9 +106,9 @@ class Index:
         """
         tokenizer = Tokenizer.load(folder)
         if tokenizer.fingerprint != self.tokenizer:
-            difference = f"its SHA-256 begins {tokenizer.fingerprint[:12]}, the index says {self.tokenizer[:12]}"
+            difference = f"its fingerprint begins {tokenizer.fingerprint[:12]}, the index says {self.tokenizer[:12]}"
             hint = "put the original file back, or prepare the data set again"
-            raise DataError(f"{folder / MODEL_FILE} is not the tokenizer of this data set: {difference}", hint)
+            raise DataError(f"{tokenizer.name} is not the tokenizer of this data set: {difference}", hint)
         return tokenizer
 
 

@@ -16,6 +16,10 @@ from hopescale.data.staged import copy_of, folder_of
 from hopescale.data.synthetic import SyntheticSamples, problems
 from hopescale.data.tokenizer import Tokenizer
 
+_VOCAB_MULTIPLE = 64
+_MOST_PADDING = 1024
+"""Entries of a vocabulary that no id of the tokenizer names, as pre-trained models have them: 267 of Qwen3's."""
+
 
 @dataclass(frozen=True)
 class Source:
@@ -107,9 +111,12 @@ def _text(source: SourceConfig, data: PreparedData, seq_len: int) -> Source:
 def _text_problems(
     key: str, source: SourceConfig, data: PreparedData, seq_len: int, vocab_size: int
 ) -> Iterator[Problem]:
-    if (size := data.index.vocab_size) != vocab_size:
+    size = data.index.vocab_size
+    is_padded = vocab_size % _VOCAB_MULTIPLE == 0 and size <= vocab_size <= size + _MOST_PADDING
+    if size != vocab_size and not is_padded:
         message = f"is {vocab_size}, but the tokenizer of {key}={source.path} has {size}"
-        hint = f"set model.vocab_size={size}, or prepare the text with the model's tokenizer"
+        hint = f"set model.vocab_size={size} (or up to {_MOST_PADDING} more, as a multiple of {_VOCAB_MULTIPLE}), "
+        hint += "or prepare the text with the model's tokenizer"
         yield Problem("model.vocab_size", message, hint=hint)
     for split, stream in data.splits.items():
         nothing_held_out = split == "validation" and not stream.num_tokens

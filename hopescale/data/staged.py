@@ -19,7 +19,7 @@ from pathlib import Path
 from hopescale.common.errors import DataError
 from hopescale.common.units import format_bytes
 from hopescale.data.shards import INDEX_FILE, VERIFY_HINT, Index, ShardEntry
-from hopescale.data.tokenizer import MODEL_FILE
+from hopescale.data.tokenizer import Tokenizer
 
 _THREADS = 8
 _PIECE = 4 * 2**20
@@ -81,9 +81,9 @@ def stage(source: str | Path, root: str | Path) -> Staged:
             if missing or not (folder / INDEX_FILE).exists():
                 _require_space(folder, sum(entry.num_bytes for entry in missing))
                 list(threads.map(lambda entry: _copy(source, folder, entry), missing))
-                for name in (MODEL_FILE, INDEX_FILE):
-                    shutil.copyfile(source / name, folder / (name + _PARTIAL))
-                    (folder / (name + _PARTIAL)).replace(folder / name)
+                Tokenizer.load(source).copy_to(folder)
+                shutil.copyfile(source / INDEX_FILE, folder / (INDEX_FILE + _PARTIAL))
+                (folder / (INDEX_FILE + _PARTIAL)).replace(folder / INDEX_FILE)
     except OSError as error:
         reason = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
         raise DataError(f"cannot copy {source} to {folder} on {os.uname().nodename}: {reason}") from error

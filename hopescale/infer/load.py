@@ -10,7 +10,7 @@ import torch
 
 from hopescale.checkpoint.load import load_into
 from hopescale.checkpoint.manager import find_checkpoint
-from hopescale.checkpoint.manifest import TOKENIZER, Manifest, read_manifest
+from hopescale.checkpoint.manifest import Manifest, read_manifest
 from hopescale.config.load import from_dict
 from hopescale.config.schema import RunConfig
 from hopescale.data.tokenizer import Tokenizer
@@ -51,8 +51,8 @@ def empty_model(manifest: Manifest, folder: Path) -> Model:
 
 def with_tokenizer(model: Model, manifest: Manifest, folder: Path, device: torch.device) -> LoadedModel:
     """Put a filled model together with what lies beside it in a folder whose files have been checked."""
-    tokenizer = Tokenizer.load(folder / TOKENIZER) if (folder / TOKENIZER).exists() else None
-    return LoadedModel(model.to(device).eval(), tokenizer, from_dict(manifest.config, str(folder)), manifest, folder)
+    config = from_dict(manifest.config, str(folder))
+    return LoadedModel(model.to(device).eval(), Tokenizer.find(folder), config, manifest, folder)
 
 
 def weights_digest(model: Model) -> str:

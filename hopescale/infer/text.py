@@ -41,7 +41,7 @@ def encode_prompt(prompt: str, tokenizer: Tokenizer | None, vocab_size: int, *, 
 
 
 def decode_stream(ids: Iterable[int], tokenizer: Tokenizer | None) -> Iterator[str]:
-    """Yield the text of ids as they come; a character of several byte tokens is held back until it is whole."""
+    """Yield the text of ids as they come; text that later ids may change is held back."""
     if tokenizer is None:
         yield from (f"{token} " for token in ids)
         return
@@ -50,8 +50,9 @@ def decode_stream(ids: Iterable[int], tokenizer: Tokenizer | None) -> Iterator[s
     for token in ids:
         held.append(token)
         text = tokenizer.decode([*shown, *held])
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            yield text[len(tokenizer.decode(shown)) :]
-            shown, held = held, []
+        if not text.endswith("\N{REPLACEMENT CHARACTER}") and not tokenizer.is_open(token):
+            piece = text[len(tokenizer.decode(shown)) :]
+            yield piece
+            shown, held = held if piece else [*shown, *held], []
     if held:
         yield tokenizer.decode([*shown, *held])[len(tokenizer.decode(shown)) :]

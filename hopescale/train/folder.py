@@ -64,10 +64,10 @@ class RunFolder:
         """Folder of the checkpoints."""
         return self.path / "checkpoints"
 
-    def keep_tokenizer(self, tokenizer: Tokenizer | None) -> Path | None:
-        """Copy the tokenizer into the folder, if there is one, and return its path."""
+    def keep_tokenizer(self, tokenizer: Tokenizer | None) -> list[Path]:
+        """Copy the tokenizer into the folder, if there is one, and return the paths of its files."""
         with self._writing():
-            return None if tokenizer is None else tokenizer.copy_to(self.path)
+            return [] if tokenizer is None else tokenizer.copy_to(self.path)
 
     def describe(self, request: RunRequest, groups: str) -> None:
         """Write what the run is: resolved config, overrides, origins, plan, table of parameter groups, environment.

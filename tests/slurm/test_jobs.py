@@ -11,7 +11,8 @@ import pytest
 
 from hopescale.data.prepare import prepare
 from hopescale.data.text import Document
-from hopescale.data.tokenizer import Tokenizer, train_tokenizer
+from hopescale.data.tokenizer import Tokenizer
+from hopescale.data.train_tokenizer import train_tokenizer
 from hopescale.launch.array import Element, submit_array
 from hopescale.launch.profile import ClusterProfile
 from hopescale.launch.scheduler import Slurm

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -52,7 +52,7 @@ def root(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def make_manager(root: Path) -> Callable[..., CheckpointManager]:
-    def make(tokenizer: Path | None = None, **settings: object) -> CheckpointManager:
+    def make(tokenizer: Sequence[Path] = (), **settings: object) -> CheckpointManager:
         return CheckpointManager(root, CheckpointConfig(**{"async_save": False, **settings}), tokenizer=tokenizer)
 
     return make

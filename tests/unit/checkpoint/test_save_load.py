@@ -200,9 +200,9 @@ def test_the_same_step_can_be_saved_again(make_manager, make_state, make_manifes
 
 
 def test_the_tokenizer_travels_along(make_manager, tmp_path: Path, make_state, make_manifest):
-    model = tmp_path / "some.model"
+    model = tmp_path / "tokenizer.model"
     model.write_bytes(b"pieces")
-    manager = make_manager(tokenizer=model)
+    manager = make_manager(tokenizer=[model])
     manager.save(1, make_state(), make_manifest(1))
     copy = latest_checkpoint(manager.folder) / "tokenizer.model"
     assert copy.read_bytes() == b"pieces"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
@@ -11,7 +12,9 @@ from transformers import AutoTokenizer
 
 from hopescale.convert.tokenizer import NATIVE_TOKENIZER, write_tokenizer
 from hopescale.data.text import Document
-from hopescale.data.tokenizer import Tokenizer, train_tokenizer
+from hopescale.data.tokenizer import Tokenizer
+from hopescale.data.train_tokenizer import train_tokenizer
+from tests.support.json_tokenizers import KINDS, make_tokenizer
 
 TEXT = (Path(__file__).parents[3] / "README.md").read_text()
 LETTERS = TEXT + "äß漢🙂ﬁⅣ\u2581\t\r\n  0123456789 \x00"
@@ -51,7 +54,7 @@ def folder(request, tmp_path: Path) -> Path:
 
 
 def test_ids_and_texts_are_those_of_training(folder: Path, tmp_path: Path):
-    write_tokenizer(folder, own_code=True)
+    write_tokenizer(Tokenizer.load(folder), folder, own_code=True)
     ours, theirs = Tokenizer.load(folder), AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     theirs.save_pretrained(tmp_path / "saved")
     again = AutoTokenizer.from_pretrained(tmp_path / "saved", trust_remote_code=True)
@@ -68,6 +71,25 @@ def test_ids_and_texts_are_those_of_training(folder: Path, tmp_path: Path):
 
 def test_a_folder_without_our_code_offers_no_tokenizer_that_gives_other_ids(tmp_path: Path):
     train_spm(tmp_path)
-    assert "load it with sentencepiece" in write_tokenizer(tmp_path, own_code=False)
+    assert "load it with sentencepiece" in write_tokenizer(Tokenizer.load(tmp_path), tmp_path, own_code=False)
     assert [file.name for file in tmp_path.glob("*tok*")] == ["tokenizer.vocab"]
     assert (tmp_path / NATIVE_TOKENIZER).exists()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_tokenizer_json_is_passed_on_with_the_ids_of_training(kind: str, tmp_path: Path):
+    make_tokenizer(kind, TEXT.splitlines(), tmp_path / "in")
+    template = {"chat_template": "{{ messages }}"}
+    settings = json.loads((tmp_path / "in" / "tokenizer_config.json").read_text()) | template
+    (tmp_path / "in" / "tokenizer_config.json").write_text(json.dumps(settings))
+    ours = Tokenizer.load(tmp_path / "in")
+    (tmp_path / "out").mkdir()
+    write_tokenizer(ours, tmp_path / "out", own_code=False)
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert theirs.chat_template == template["chat_template"] and theirs.eos_token_id == ours.eos_id
+    for text in [*texts(), f"a{ours.eos_token}b <think>"]:
+        ids = ours.encode(text)
+        assert theirs(text, add_special_tokens=False).input_ids == ids
+        assert theirs(text).input_ids == [ours.eos_id, *ids]
+        assert theirs.decode(ids) == ours.decode(ids) or ours.eos_id in ids
+    assert Tokenizer.load(tmp_path / "out").fingerprint == ours.fingerprint

@@ -8,7 +8,8 @@ import pytest
 
 from hopescale.data.prepare import prepare
 from hopescale.data.text import Document
-from hopescale.data.tokenizer import Tokenizer, train_tokenizer
+from hopescale.data.tokenizer import Tokenizer
+from hopescale.data.train_tokenizer import train_tokenizer
 
 WORDS = ("def", "return", "memory", "level", "self", "for", "in", "range", "token", "state", "key", "value")
 

@@ -11,7 +11,7 @@ from hopescale.common.errors import DataError
 from hopescale.data.dataset import PreparedData
 from hopescale.data.inspect import first_documents, verify, window_texts
 from hopescale.data.samples import PackedSamples
-from hopescale.data.tokenizer import train_tokenizer
+from hopescale.data.train_tokenizer import train_tokenizer
 
 
 def overwrite(path: Path, offset: int, content: bytes) -> None:

@@ -13,7 +13,8 @@ from hopescale.common.errors import ConfigError, DataError
 from hopescale.config.schema import DataConfig, SourceConfig, SyntheticConfig
 from hopescale.data.loader import Batch, Data, open_data, prefetched
 from hopescale.data.prepare import prepare
-from hopescale.data.tokenizer import Tokenizer, train_tokenizer
+from hopescale.data.tokenizer import Tokenizer
+from hopescale.data.train_tokenizer import train_tokenizer
 
 SEQ_LEN = 64
 VOCAB_SIZE = 330

@@ -4,7 +4,8 @@ import pytest
 
 from hopescale.common.errors import ConfigError
 from hopescale.data.text import Document
-from hopescale.data.tokenizer import Tokenizer, train_tokenizer
+from hopescale.data.tokenizer import Tokenizer
+from hopescale.data.train_tokenizer import train_tokenizer
 from hopescale.infer.text import decode_stream, encode_prompt
 
 
