@@ -168,10 +168,10 @@ def memories_grow_alike(config: RunConfig, origins: Origins) -> Iterator[Problem
 
 
 def documents_matter(config: RunConfig, origins: Origins) -> Iterator[Problem]:
-    """Rows of a synthetic source are one document each: nothing is to be kept apart."""
+    """Rows of a generated source are one document each: nothing is to be kept apart."""
     sources = config.data.sources.values()
-    if config.model.within_documents and sources and all(source.synthetic is not None for source in sources):
-        message = "true has no effect: each row of a synthetic source is one document"
+    if config.model.within_documents and sources and all(source.path is None for source in sources):
+        message = "true has no effect: each row of a synthetic source or a suite is one document"
         yield Problem("model.within_documents", message, hint="leave it false")
 
 
@@ -199,16 +199,20 @@ def levels(config: RunConfig, origins: Origins) -> Iterator[Problem]:
 
 
 def sources(config: RunConfig, origins: Origins) -> Iterator[Problem]:
-    """A run reads something, and each source is a folder or synthetic, not both and not neither."""
+    """A run reads something, and each source is a folder, synthetic or a suite's task, and one of them."""
     if not config.data.sources:
         hint = "set data.sources.main.path to a folder written by `hopescale data prepare`"
         yield Problem("data.sources", "no source", hint=hint)
     for name, source in config.data.sources.items():
         key = f"data.sources.{name}"
-        if source.path is not None and source.synthetic is not None:
-            yield Problem(key, "has both path and synthetic", hint=f"set {key}.path=null or {key}.synthetic=null")
-        if source.path is None and source.synthetic is None:
-            yield Problem(key, "has neither path nor synthetic", hint=f"set {key}.path, or remove it: {key}=null")
+        parts = {"path": source.path, "synthetic": source.synthetic, "suite": source.suite}
+        having = [part for part, value in parts.items() if value is not None]
+        if len(having) > 1:
+            hint = " or ".join(f"set {key}.{part}=null" for part in having)
+            yield Problem(key, f"has both {' and '.join(having)}", hint=hint)
+        if not having:
+            message = "has neither path, nor synthetic, nor suite"
+            yield Problem(key, message, hint=f"set {key}.path, or remove it: {key}=null")
         if source.path == "":
             yield Problem(f"{key}.path", "is empty")
         symbols = 0 if source.synthetic is None else source.synthetic.num_symbols

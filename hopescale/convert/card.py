@@ -5,7 +5,7 @@ from __future__ import annotations
 from hopescale.checkpoint.manifest import Manifest
 from hopescale.common.units import format_count
 from hopescale.config.model_shape import by_period, mixer_counts
-from hopescale.config.schema import RunConfig
+from hopescale.config.schema import RunConfig, SourceConfig
 from hopescale.cost.params import count_params
 
 _TEXT = """---
@@ -80,10 +80,16 @@ def model_card(manifest: Manifest, config: RunConfig, recipe: str, tokenizer: st
         tokens=f"{manifest.progress['tokens_seen']:,}",
         seq_len=config.train.seq_len,
         sources="\n".join(
-            f"| {name} | {source.weight:g} | {source.path or f'synthetic: {source.synthetic.task}'} |"
-            for name, source in config.data.sources.items()
+            f"| {name} | {source.weight:g} | {_origin(source)} |" for name, source in config.data.sources.items()
         ),
         seed=config.data.seed,
         data=manifest.identity.get("data", "unknown"),
         recipe=recipe,
     )
+
+
+def _origin(source: SourceConfig) -> str:
+    """Say in a table what a source reads."""
+    if source.path is not None:
+        return source.path
+    return f"suite: {source.suite.task}" if source.synthetic is None else f"synthetic: {source.synthetic.task}"

@@ -13,8 +13,10 @@ from hopescale.data.dataset import PreparedData
 from hopescale.data.order import PATTERN_LENGTH
 from hopescale.data.samples import PackedSamples, Samples
 from hopescale.data.staged import copy_of, folder_of
+from hopescale.data.suite_samples import SuiteSamples
 from hopescale.data.synthetic import SyntheticSamples, problems
 from hopescale.data.tokenizer import Tokenizer
+from hopescale.suites import registry
 
 _VOCAB_MULTIPLE = 64
 _MOST_PADDING = 1024
@@ -30,7 +32,7 @@ class Source:
     validation: Samples | None
     """Null where nothing was held out."""
     tokenizer: Tokenizer | None
-    """Null for synthetic data."""
+    """Null for generated data."""
     bytes_per_token: float | None
     """Of the held-out split; null where there is no text."""
     identity: str
@@ -50,14 +52,17 @@ def open_sources(config: DataConfig, *, seq_len: int, vocab_size: int) -> dict[s
     settings, files, sources = list(_weight_problems(named)), [], {}
     for name, source in named.items():
         key = f"data.sources.{name}"
-        if (source.path is None) == (source.synthetic is None):
-            which = "neither" if source.path is None else "both"
-            settings.append(Problem(key, f"needs either path or synthetic, has {which}"))
-        elif source.synthetic is not None:
-            faults = problems(source.synthetic, seq_len=seq_len, vocab_size=vocab_size)
-            settings += [Problem(f"{key}.synthetic.{field}", message) for field, message in faults]
+        kinds = [kind for kind in ("path", "synthetic", "suite") if getattr(source, kind) is not None]
+        if len(kinds) != 1:
+            having = " and ".join(kinds) or "none"
+            settings.append(Problem(key, f"needs one of path, synthetic and suite, has {having}"))
+        elif source.path is None:
+            (kind,) = kinds
+            check = problems if kind == "synthetic" else registry.problems
+            faults = check(getattr(source, kind), seq_len=seq_len, vocab_size=vocab_size)
+            settings += [Problem(f"{key}.{kind}.{field}", message) for field, message in faults]
             if not faults:
-                sources[name] = _synthetic(source, config.seed, seq_len)
+                sources[name] = _generated(source, config.seed, seq_len)
         else:
             try:
                 folder = folder_of(source.path)
@@ -88,11 +93,9 @@ def _weight_problems(sources: dict[str, SourceConfig]) -> Iterator[Problem]:
             yield Problem(f"data.sources.{name}.weight", share, hint=hint)
 
 
-def _synthetic(source: SourceConfig, seed: int, seq_len: int) -> Source:
-    config = source.synthetic
-    train, validation = (
-        SyntheticSamples(config, seed=seed, split=split, seq_len=seq_len) for split in ("train", "validation")
-    )
+def _generated(source: SourceConfig, seed: int, seq_len: int) -> Source:
+    config, kind = (source.suite, SuiteSamples) if source.synthetic is None else (source.synthetic, SyntheticSamples)
+    train, validation = (kind(config, seed=seed, split=split, seq_len=seq_len) for split in ("train", "validation"))
     return Source(source.weight, train, validation, None, None, json.dumps(asdict(config), sort_keys=True))
 
 

@@ -27,5 +27,6 @@ from hopescale.config.schema.run import SourceConfig as SourceConfig
 from hopescale.config.schema.run import SyntheticConfig as SyntheticConfig
 from hopescale.config.schema.run import TrainConfig as TrainConfig
 from hopescale.config.schema.run import ValidationConfig as ValidationConfig
+from hopescale.config.schema.suite import SuiteConfig as SuiteConfig
 from hopescale.config.schema.titans import TitansConfig as TitansConfig
 from hopescale.config.schema.ttt import TttConfig as TttConfig

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from hopescale.config.schema.model import ModelConfig
 from hopescale.config.schema.optim import OptimConfig
 from hopescale.config.schema.ranges import Count, CountOrZero, Fraction, NumberRange, Positive, Seed
+from hopescale.config.schema.suite import SuiteConfig
 from hopescale.ops.backends import Backend, Recompute
 
 
@@ -26,13 +27,15 @@ class SyntheticConfig:
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """One data set of the mixture: a folder written by `hopescale data prepare`, or a synthetic one."""
+    """One data set of the mixture: a folder written by `hopescale data prepare`, a synthetic one, or a suite's task."""
 
     path: str | None = None
     """Folder with `index.json`, relative to the working directory; `~` is the home folder. A run may change it as long
-    as the content stays the same. Either this or `synthetic`."""
+    as the content stays the same. Either this, `synthetic` or `suite`."""
     synthetic: SyntheticConfig | None = None
-    """Settings of a generated data set. Either this or `path`."""
+    """Settings of a generated data set. Either this, `path` or `suite`."""
+    suite: SuiteConfig | None = None
+    """Settings of a generated task with known answers (`docs/suites.md`). Either this, `path` or `synthetic`."""
     weight: Positive = 1.0
     """Share of the training sequences, relative to the other sources' weights; exact to within 1/4096 of the whole,
     which is also the smallest share."""
