@@ -34,7 +34,7 @@ from hopescale.common.errors import CheckpointError
 from hopescale.common.groups import grouped
 from hopescale.config.load import from_dict, to_dict, to_yaml
 from hopescale.config.model_shape import attention_mixers
-from hopescale.config.schema import ModelConfig, RunConfig, TitansConfig
+from hopescale.config.schema import ModelConfig, RunConfig
 from hopescale.config.transfer import attention_scale, logit_multiplier
 from hopescale.convert.card import model_card
 from hopescale.convert.mapping import Pair, pairs, split, write_settings
@@ -72,13 +72,12 @@ def export(
         The checkpoint's manifest, with the tensors and files of the folder.
 
     Raises:
-        CheckpointError: If the checkpoint is missing or damaged, is no such Transformer or has a mixer that is not
-            exported, or `out` exists or cannot be written.
+        CheckpointError: If the checkpoint is missing or damaged, is no such Transformer, or `out` exists or cannot be
+            written.
     """
     source = find_checkpoint(path)
     manifest = verify(source)
     config = from_dict(manifest.config, str(source))
-    _require_exportable(config, source)
     weights = {n.removeprefix(WEIGHTS): entry for n, entry in manifest.tensors.items() if n.startswith(WEIGHTS)}
     weight_pairs = _native_pairs(config, source) if native else [Pair(name, (name,)) for name in weights]
     body = _native_config(manifest, config) if native else _own_config(manifest, config)
@@ -106,12 +105,6 @@ def _native_pairs(config: RunConfig, source: Path) -> list[Pair]:
         message = "has factors that no Llama has: model.transfer says it was trained wider than its base"
         raise CheckpointError(f"{source} {message}", "leave --native out")
     return list(pairs(config.model, lambda block: levels[0]))
-
-
-def _require_exportable(config: RunConfig, source: Path) -> None:
-    if names := [name for name, mixer in config.model.mixers.items() if isinstance(mixer, TitansConfig)]:
-        message = f"{source} cannot be exported: the code for transformers has no mixer of kind titans ({names[0]})"
-        raise CheckpointError(message, "generate and evaluate with the checkpoint itself")
 
 
 def num_bytes(entry: TensorEntry) -> int:

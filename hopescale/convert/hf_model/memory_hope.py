@@ -221,7 +221,7 @@ class HopeGate(nn.Module):
 class HopeSelfModifying(nn.Module):
     """Hope's mixer: memories that make keys, values and gates for themselves, chunk by chunk."""
 
-    def __init__(self, model: SimpleNamespace, config: SimpleNamespace, dim: int):
+    def __init__(self, model: SimpleNamespace, config: SimpleNamespace, dim: int, *, is_whole: bool = True):
         super().__init__()
         heads = model.num_heads
         self.config, self.heads, self.dim = config, heads, dim
@@ -250,7 +250,8 @@ class HopeSelfModifying(nn.Module):
             gates = ["far_eta"] + ["far_alpha"] * config.retention
             self.gates.update({name: HopeGate(heads, dim) for name in gates})
         self.norm = Norm(heads, dim, eps=model.norm_eps)
-        self.out_proj = nn.Linear(heads * dim, model.d_model, bias=False)
+        if is_whole:
+            self.out_proj = nn.Linear(heads * dim, model.d_model, bias=False)
 
     def initial_state(self, batch: int) -> State:
         """Return weights, momenta and boundary weights of all memories, and the tail of the convolution."""
@@ -282,7 +283,14 @@ class HopeSelfModifying(nn.Module):
                 state[name] = torch.where(begins.view(-1, *[1] * (initial.dim() - 1)), initial, state[name])
 
     def _run(self, x: Tensor, state: State, position: Tensor) -> tuple[Tensor, State]:
-        """Mix tokens without padding; of more than one token, all rows stand at the same place of a chunk."""
+        y, state = self.answer(x, state, position)
+        return self.out_proj(y), state
+
+    def answer(self, x: Tensor, state: State, position: Tensor) -> tuple[Tensor, State]:
+        """Mix tokens without padding, and without the map out: `[B, T, H * D]`.
+
+        Of more than one token, all rows stand at the same place of a chunk.
+        """
         mixed = self.in_proj(x).unflatten(-1, (self.heads, -1, self.dim))  # [B, T, H, S, D]
         gate, mixed = mixed[..., 3:, :], mixed[..., :3, :].flatten(2)
         state = dict(state)
@@ -305,9 +313,10 @@ class HopeSelfModifying(nn.Module):
             read = stop
         y = self.norm(torch.cat(outputs, dim=2).transpose(1, 2)).to(x.dtype)  # [B, T, H, D]
         y = y * F.silu(gate[..., 0, :]) if self.config.gate else y
-        return self.out_proj(y.flatten(2)), state
+        return y.flatten(2), state
 
-    def _weights(self, state: State, kind: str, name: str) -> State:
+    def weights(self, state: State, kind: str, name: str) -> State:
+        """Return the matrices of a memory: those it has now, or of a kind such as `boundary/`."""
         return {matrix: state[f"{kind}{name}/{matrix}"] for matrix, _ in self.memories[name].named_parameters()}
 
     def _chunk(self, streams: Tensor, state: State, position: Tensor) -> Tensor:
@@ -316,10 +325,10 @@ class HopeSelfModifying(nn.Module):
         begins = {period: position % period == 0 for period in set(self.period.values())}
         opening = {period for period, rows in begins.items() if rows.any()}
         for name, period in self.period.items():
-            for matrix, running in self._weights(state, "", name).items() if period in opening else ():
+            for matrix, running in self.weights(state, "", name).items() if period in opening else ():
                 key = f"boundary/{name}/{matrix}"
                 state[key] = torch.where(begins[period][:, None, None, None], running, state[key])
-            boundary[name] = self._weights(state, "boundary/", name)
+            boundary[name] = self.weights(state, "boundary/", name)
         unit = dict(zip("kvq", to_unit(streams), strict=True))
         near = {name: memory for name, memory in self.memories.items() if name != "far"}
         asked = {name: memory.retrieve(boundary[name], unit.get(name, unit["k"])) for name, memory in near.items()}

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from .attention_hope import HopeAttention
 from .configuration_hope import HopeConfig
 from .linear_hope import HopeLinearAttention
 from .memory_hope import Columns, HopeSelfModifying, Norm, State
+from .titans_hope import HopeTitans
 from .ttt_hope import HopeTtt
 
 VOCAB_MULTIPLE = 128  # rows of the embedding are padded to a multiple of this
@@ -45,87 +47,6 @@ class HopeCache:
         """Let row `i` continue row `beam_idx[i]`."""
         self.real = self.real[beam_idx]
         self.layers = [{name: tensor[beam_idx] for name, tensor in layer.items()} for layer in self.layers]
-
-
-class HopeAttention(nn.Module):
-    """Causal softmax attention, heads of queries in groups that share a key and a value, with rotary positions."""
-
-    def __init__(self, model: SimpleNamespace, config: SimpleNamespace, dim: int):
-        super().__init__()
-        transfer = model.transfer
-        self.config, self.dim, self.scale = config, dim, None
-        self.window = config.window
-        if transfer is not None and transfer.base_head_dim not in (None, dim):
-            self.scale = transfer.base_head_dim**0.5 / dim  # products of wider heads, as at the base width
-        self.groups = config.num_kv_heads or model.num_heads
-        self.shared_by = model.num_heads // self.groups
-        size = (model.num_heads + 2 * self.groups) * dim
-        self.qkv_proj = nn.Linear(model.d_model, size, bias=config.qkv_bias)
-        self.out_proj = nn.Linear(model.num_heads * dim, model.d_model, bias=False)
-        self.q_norm = Norm(dim, eps=model.norm_eps) if config.qk_norm else None
-        self.k_norm = Norm(dim, eps=model.norm_eps) if config.qk_norm else None
-
-    def forward(self, x: Tensor, state: State, columns: Columns) -> tuple[Tensor, State]:
-        """Mix `[B, T, N]`; the state is the keys and values of the columns, padding included."""
-        batch, tokens = x.shape[:2]
-        mixed = F.linear(x, self.qkv_proj.weight)
-        mixed = mixed if self.qkv_proj.bias is None else mixed + self.qkv_proj.bias  # rounds as hopescale does
-        mixed = mixed.view(batch, tokens, self.groups, self.shared_by + 2, self.dim).permute(0, 2, 3, 1, 4)
-        q, k, v = mixed.split([self.shared_by, 1, 1], dim=2)
-        q, k, v = q.flatten(1, 2), k[:, :, 0], v[:, :, 0]  # [B, H, T, D], [B, G, T, D]
-        if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = self._rotated(q, k, columns)
-        if state:
-            k, v = torch.cat([state["k"], k], dim=2), torch.cat([state["v"], v], dim=2)
-        mask = self._mask(tokens, columns.real[:, -k.shape[2] :])
-        how = {"is_causal": mask is None, "enable_gqa": self.shared_by > 1, "scale": self.scale}
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **how)
-        kept = self._kept(columns.real)
-        return self.out_proj(y.transpose(1, 2).flatten(2)), {"k": k[:, :, -kept:], "v": v[:, :, -kept:]}
-
-    def _kept(self, real: Tensor) -> int:
-        """Count the last columns that hold each row's window of tokens; all columns if nothing limits what is seen."""
-        if self.window is None:
-            return real.shape[1]
-        return int((real.flip(1).cumsum(1) < self.window).any(0).sum()) + 1
-
-    def _rotated(self, q: Tensor, k: Tensor, columns: Columns) -> tuple[Tensor, Tensor]:
-        positions = columns.real.cumsum(-1)[:, -q.shape[2] :] - 1
-        angles = positions.clamp_min(0)[:, None, :, None].float() * self._frequencies(q.device)
-        cos, sin = angles.cos().to(q.dtype), angles.sin().to(q.dtype)  # [B, 1, T, D / 2]
-
-        def rotate(x: Tensor) -> Tensor:
-            first, second = x.chunk(2, dim=-1)
-            return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-
-        return rotate(q), rotate(k)
-
-    def _frequencies(self, device: torch.device) -> Tensor:
-        plain = self.config.rope_theta ** (-torch.arange(0, self.dim, 2, device=device).float() / self.dim)
-        scaling = self.config.rope_scaling
-        if scaling is None:
-            return plain
-        if scaling.kind == "linear":
-            return plain / scaling.factor
-        turns = scaling.first_context * plain / (2 * math.pi)
-        low, high = scaling.low_freq_factor, scaling.high_freq_factor
-        kept = ((turns - low) / (high - low)).clamp(0, 1)
-        return plain * (kept + (1 - kept) / scaling.factor)
-
-    def _mask(self, tokens: int, real: Tensor) -> Tensor | None:
-        """True where a column may look, `[B, 1, T, past + T]`; None for plain causal attention."""
-        total = real.shape[1]
-        if tokens == total and bool(real.all()) and (self.window is None or tokens <= self.window):
-            return None
-        own = torch.arange(total - tokens, total, device=real.device)[:, None]
-        other = torch.arange(total, device=real.device)
-        seen = (own >= other) & real[:, None, :]
-        if self.window is not None:
-            count = real.cumsum(1)  # padding within the columns takes no place in the window
-            seen = seen & (count[:, -tokens:, None] - count[:, None, :] < self.window)
-        # Padding sees itself: a softmax over nothing is not a number.
-        return (seen | (own == other))[:, None]
 
 
 class HopeLevel(nn.Module):
@@ -171,6 +92,7 @@ MIXERS = {
     "attention": HopeAttention,
     "linear_attention": HopeLinearAttention,
     "self_modifying": HopeSelfModifying,
+    "titans": HopeTitans,
     "ttt": HopeTtt,
 }
 
@@ -200,7 +122,10 @@ class HopeForCausalLM(PreTrainedModel, GenerationMixin):
     _is_stateful = True
     _no_split_modules = ("HopeBlock",)
     supports_gradient_checkpointing = True
-    _keep_in_fp32_modules_strict = ("norm.weight", "norm.bias", "mixer.gates", "mixer.conv", "mixer.banks", "cms.mix")
+    _keep_in_fp32_modules_strict = (
+        *("norm.weight", "norm.bias", "cms.mix", "mixer.persistent"),
+        *(f"{mixer}.{part}" for mixer in ("mixer", "mixer.memory") for part in ("gates", "conv", "banks")),
+    )
 
     def __init__(self, config: HopeConfig):
         super().__init__(config)
@@ -375,7 +300,7 @@ def _period(mixer: SimpleNamespace) -> int:
     if mixer.kind == "self_modifying":
         far = 1 if mixer.far is None else mixer.far.chunk_size
         return math.lcm(mixer.projection_chunk_size or mixer.chunk_size, mixer.reset_every or 1, far)
-    return mixer.chunk_size if mixer.kind == "ttt" else 1
+    return mixer.chunk_size if mixer.kind in ("titans", "ttt") else 1
 
 
 def _namespace(section: dict[str, Any]) -> SimpleNamespace:

@@ -161,12 +161,6 @@ def test_weights_of_another_model_are_refused(save, tmp_path: Path):
     assert "mid.gate.weight (float32[16, 32], the config says float32[16, 64])" in message
 
 
-def test_a_mixer_that_transformers_cannot_have_is_refused(save, tmp_path: Path):
-    with pytest.raises(CheckpointError, match="cannot be exported: .* no mixer of kind titans .hope."):
-        export(save("model.mixers.hope.kind=titans"), tmp_path / "out", shard_bytes=SHARD)
-    assert not (tmp_path / "out").exists()
-
-
 def test_an_output_that_exists_stays(save, exported: Path):
     with pytest.raises(CheckpointError, match="already exists"):
         export(save(), exported, shard_bytes=SHARD)

@@ -17,6 +17,7 @@ from hopescale.config.schema import (
     LinearAttentionConfig,
     RopeScalingConfig,
     SelfModifyingConfig,
+    TitansConfig,
     TransferConfig,
     TttConfig,
 )
@@ -82,6 +83,15 @@ VARIANTS = {
                 normalize_writes=True,
             )
         }
+    },
+    "MAC": {"mixers": {"titans": TitansConfig(chunk_size=8, persistent_tokens=3)}},
+    "MAG": {"mixers": {"titans": TitansConfig(composition="mag", window=7, chunk_size=8, persistent_tokens=3)}},
+    "MAL": {
+        "mixers": {
+            "titans": TitansConfig(composition="mal", window=7, gate=True, chunk_size=8, persistent_tokens=3),
+            "local": TitansConfig(composition="mal", conv_width=None, chunk_size=4, persistent_tokens=2),
+        },
+        "pattern": ("titans", "local"),
     },
     "attention": {"mixers": {"attention": AttentionConfig(qk_norm=True)}},
     "grouped-query attention": {
@@ -177,7 +187,9 @@ def test_rows_padded_on_the_right_equal_rows_alone(pair, tokens: Tensor):
         close(logits[row, : TOKENS - pad], expected(ours, tokens[row : row + 1, : TOKENS - pad])[0])
 
 
-@pytest.mark.parametrize("variant", ["hope", "two banks, linear", "grouped-query attention", "sliding window"])
+@pytest.mark.parametrize(
+    "variant", ["hope", "two banks, linear", "grouped-query attention", "sliding window", "MAC", "MAL"]
+)
 @torch.no_grad()
 def test_generation_by_cache_equals_recomputation(variant: str, tokens: Tensor):
     _, theirs = make_pair(variant)
@@ -228,7 +240,7 @@ def test_labels_give_a_loss(tokens: Tensor):
     assert all(parameter.grad is not None for parameter in theirs.parameters())
 
 
-@pytest.mark.parametrize("variant", ["all kinds", "attention", "independent levels"])
+@pytest.mark.parametrize("variant", ["all kinds", "MAC", "attention", "independent levels"])
 def test_loaded_in_bf16_it_keeps_in_float32_what_ours_keeps(variant: str, tmp_path: Path):
     ours, theirs = make_pair(variant)
     theirs.save_pretrained(tmp_path)
