@@ -24,7 +24,7 @@ _SECOND = (
     + ("reduce_scatter_tensor_coalesced", "reduce_scatter_single_coalesced")
     + ("alltoall", "alltoall_base", "all_to_all_single")
 )
-_SENT = dict.fromkeys(_FIRST, 0) | dict.fromkeys(_SECOND, 1)
+SENT = dict.fromkeys(_FIRST, 0) | dict.fromkeys(_SECOND, 1)
 """Position of the tensors a rank contributes, among the arguments of each method of a process group. Versions of torch
 know some of them by different names."""
 
@@ -46,7 +46,7 @@ class Traffic:
         self._originals: dict[str, Any] = {}
 
     def __enter__(self) -> Traffic:
-        for name, position in _SENT.items():
+        for name, position in SENT.items():
             if name in vars(dist.ProcessGroup):
                 # The class's own entry: what `getattr` returns would not bind to an instance when it is put back.
                 self._originals[name] = vars(dist.ProcessGroup)[name]

@@ -1,0 +1,117 @@
+"""Training steps on a CUDA device without memory: where tensors lie, what the host waits for, who sends what when.
+
+One process stands for all ranks of a layout, one after the other, as nothing is exchanged.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.fake_cuda import device
+
+pytestmark = pytest.mark.skipif(device.problem() is not None, reason=str(device.problem()))
+
+SMALL = (
+    "model.d_model=32",
+    "model.num_heads=2",
+    "model.mixers.hope.chunk_size=16",
+    "train.seq_len=16",
+    "train.micro_batch_size=1",
+    "train.global_batch_tokens=32",
+    "train.precision=bf16",
+)
+LAYOUTS = {
+    "dp 2, tp 2": (
+        "model.num_layers=1",
+        "train.global_batch_tokens=32",
+        "parallel.dp=2",
+        "parallel.tp=2",
+        "parallel.sequence_parallel=true",
+    ),
+    "pp 2": ("model.num_layers=2", "parallel.pp=2"),
+}
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return device.build(tmp_path_factory.mktemp("fake_cuda"))
+
+
+def run(module: str, library: Path, what: Any) -> Any:
+    """Run a module of the fake device in a process of its own, and return what it found."""
+    command = [sys.executable, "-m", f"tests.support.fake_cuda.{module}", str(library), json.dumps(what)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def ranks(library: Path) -> dict[str, list[dict[str, Any]]]:
+    runs = [("debug", [*SMALL, *how]) for how in LAYOUTS.values()]
+    return dict(zip(LAYOUTS, run("step", library, runs), strict=True))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_everything_lies_on_the_device_and_kernels_get_whole_tensors(layout: str, ranks: dict[str, Any]):
+    for rank in ranks[layout]:
+        assert rank["weights"] == [["cuda:0", "torch.bfloat16"], ["cuda:0", "torch.float32"]]
+        assert all(name.endswith(".step") for name in rank["elsewhere"])
+        assert rank["launches"]
+        assert all(each["devices"] == ["cuda:0"] and each["contiguous"] for each in rank["launches"])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_host_waits_for_the_device_twice_in_a_step_and_once_to_measure(layout: str, ranks: dict[str, Any]):
+    for rank in ranks[layout]:
+        assert rank["host_reads"] == {"step.py:gradients": 2, "outer.py:change": 1}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_ranks_of_a_group_exchange_the_same_in_the_same_order(layout: str, ranks: dict[str, Any]):
+    assert problems([rank["exchanges"] for rank in ranks[layout]]) == []
+    assert all(rank["exchanges"] for rank in ranks[layout])
+
+
+def test_an_exchange_in_another_order_is_noticed():
+    def together(*shapes: int) -> list[list[Any]]:
+        return [[[0, 1], "allreduce", None, [[[shape], "torch.float32", "cuda"]]] for shape in shapes]
+
+    def sent(name: str, peer: int, shape: int) -> list[Any]:
+        return [[0, 1], name, peer, [[[shape], "torch.float32", "cuda"]]]
+
+    assert problems([together(1, 2), together(1, 2)]) == []
+    assert problems([together(1, 2), together(2, 1)]) and problems([together(1), together(1, 1)])
+    assert problems([[sent("send", 1, 4)], [sent("recv", 0, 4)]]) == []
+    assert problems([[sent("send", 1, 4)], [sent("recv", 0, 5)]]) and problems([[sent("send", 1, 4)], []])
+
+
+def problems(exchanges: Sequence[list[list[Any]]]) -> list[str]:
+    """Return where ranks would wait for each other for ever: groups that disagree, sends that nobody receives."""
+    groups: dict[tuple[int, ...], dict[int, list[Any]]] = defaultdict(dict)
+    pairs: dict[tuple[str, int, int], list[Any]] = defaultdict(list)
+    for rank, done in enumerate(exchanges):
+        for group, name, peer, what in done:
+            if name in ("send", "recv"):
+                ends = (rank, peer) if name == "send" else (peer, rank)
+                pairs[name, *ends].append(what)
+            else:
+                groups[tuple(group)].setdefault(rank, []).append((name, what))
+    found = [
+        f"ranks {first} and {second} of {members} differ"
+        for members, of_rank in groups.items()
+        for first, second in combinations(members, 2)
+        if of_rank.get(first) != of_rank.get(second)
+    ]
+    for sender, receiver in {(sender, receiver) for _, sender, receiver in pairs}:
+        if pairs["send", sender, receiver] != pairs["recv", sender, receiver]:
+            found.append(f"{receiver} does not receive what {sender} sends")
+    return found

@@ -1,0 +1,137 @@
+"""Steps of all ranks of a layout, one rank after the other in one process; writes what they did as JSON.
+
+python -m tests.support.fake_cuda.step guard.so '[["debug", ["parallel.dp=2"]], ...]'
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests.support.fake_cuda import device as fake
+
+if __name__ == "__main__":
+    fake.load(Path(sys.argv[1]))
+
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from triton.runtime.jit import JITFunction
+
+from hopescale.config.layout import smallest_layout
+from hopescale.config.load import load_recipe
+from hopescale.config.plan import make_plan
+from hopescale.config.schema import RunConfig
+from hopescale.engine import Engine, make_passes
+from hopescale.parallel import process
+from hopescale.parallel.control import Control
+from hopescale.parallel.mesh import Mesh
+from hopescale.train.setup import build_state
+from tests.support.traffic import SENT
+
+DEVICE = torch.device("cuda", 0)
+STEP = 4
+"""A step at which all levels are due."""
+
+launches: list[dict[str, Any]] = []
+exchanges: list[list[Any]] = []
+
+
+def _note_launches() -> None:
+    """Write down what Triton's kernels are given, instead of running them."""
+
+    def run(kernel: JITFunction, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        tensors = [value for value in (*arguments, *options.values()) if isinstance(value, torch.Tensor)]
+        launches.append(
+            {
+                "kernel": kernel.fn.__name__,
+                "devices": sorted({str(tensor.device) for tensor in tensors}),
+                "contiguous": all(tensor.is_contiguous() for tensor in tensors),
+            }
+        )
+
+    JITFunction.run = run
+
+
+def _note_exchanges() -> None:
+    """Write down, in order, what is exchanged in which group, with whom, and of which shapes and types."""
+
+    def noted(name: str, method: Any, position: int) -> Any:
+        def exchange(group: dist.ProcessGroup, *arguments: Any, **options: Any) -> Any:
+            given = arguments[position] if len(arguments) > position else []
+            tensors = [given] if isinstance(given, torch.Tensor) else list(given)
+            tensors = [each for one in tensors for each in ([one] if isinstance(one, torch.Tensor) else one)]
+            ranks = dist.get_process_group_ranks(group)
+            peer = ranks[arguments[1]] if name in ("send", "recv") else None
+            what = [[list(tensor.shape), str(tensor.dtype), tensor.device.type] for tensor in tensors]
+            if len(ranks) > 1:
+                exchanges.append([ranks, name, peer, what])
+            return method(group, *arguments, **options)
+
+        return exchange
+
+    for name, position in (SENT | {"recv": 0}).items():
+        if name in vars(dist.ProcessGroup):
+            setattr(dist.ProcessGroup, name, noted(name, getattr(dist.ProcessGroup, name), position))
+
+
+def _exchange_nothing() -> None:
+    """Make all groups those of torch's backend that exchanges nothing; ranks decide alone."""
+    make = dist.new_group
+
+    def new_group(ranks: list[int] | None = None, **options: Any) -> dist.ProcessGroup:
+        options = {name: value for name, value in options.items() if name in ("timeout", "group_desc")}
+        return make(ranks, backend="fake", **options)
+
+    dist.new_group = new_group
+    Control.gather = lambda self, value: [value]
+    Control.broadcast_from_rank0 = Control.all_ranks_or_raise = lambda self, function: function()
+
+
+def _rank(config: RunConfig, rank: int) -> dict[str, Any]:
+    """Build one rank, take a step and evaluate."""
+    layout = smallest_layout(config)
+    launches.clear(), exchanges.clear(), fake.HOST_READS.clear()
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.num_ranks)
+    mesh = Mesh.over_all(layout, device=DEVICE)
+    size = config.train.micro_batch_size
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        state = build_state(config, layout, mesh, DEVICE)
+        passes = make_passes(state.slices, state.optimizer.backward, config.train.seq_len, DEVICE)
+        engine = Engine(passes, state.optimizer, state.levels, DEVICE)
+        count = make_plan(config, layout).grad_accumulation
+        batches = [state.data.batch(range(number * size, (number + 1) * size)) for number in range(count)]
+        launches.clear(), exchanges.clear(), fake.HOST_READS.clear()
+        engine.update(STEP, engine.gradients(STEP, batches, probe=True), measure=True)
+        trained, reads = len(launches), dict(fake.HOST_READS)
+        for name in state.data.validation_sets:
+            engine.evaluate(state.data.validation(name, 2 * size * config.train.seq_len, size))
+        kept = state.optimizer.weights() | state.optimizer.sums() | state.optimizer.state_dict()
+    process.stop()
+    return {
+        "weights": sorted({(str(p.device), str(p.dtype)) for p in state.parameters.values()}),
+        "elsewhere": sorted(name for name, tensor in kept.items() if tensor.device != DEVICE),
+        "host_reads": reads,
+        "launches": launches[:trained],
+        "exchanges": list(exchanges),
+    }
+
+
+def main(runs: list[tuple[str, list[str]]]) -> None:
+    """Take a step with all ranks of all runs."""
+    fake.pretend()
+    _note_launches()
+    _note_exchanges()
+    _exchange_nothing()
+    found = []
+    for recipe, overrides in runs:
+        config = load_recipe(recipe, overrides).config
+        found.append([_rank(config, rank) for rank in range(smallest_layout(config).num_ranks)])
+    sys.stdout.write(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[2]))
