@@ -70,7 +70,7 @@ def from_hf(
     else:
         from hopescale.convert.stacking import stack
 
-        made = stack(folder, out, periods, stacking or "copy", precision)
+        made = stack(folder, out, periods, stacking or "copy", precision, typer.echo)
         typer.echo(f"{made}: begin a run with it: hopescale train {out / 'config.yaml'} --init {out} ...")
     if verify:
         verify_(folder, out)
@@ -122,4 +122,4 @@ def verify_(folder: HfFolder, checkpoint: Checkpoint) -> None:
 
 
 def _require_extra() -> None:
-    require_packages("convert needs", "convert", "transformers", "safetensors", "tokenizers")
+    require_packages("convert needs", "convert", "transformers", "safetensors")

@@ -99,7 +99,7 @@ def _evaluate(path: Path, request: EvalRequest, out: Path | None, rank_info: Ran
 def _load(path: Path, device: torch.device) -> LoadedModel:
     """Load a checkpoint, or an export as the same model of ours."""
     if (path / "config.json").exists() or (path / EXPORT).exists():
-        require_packages("exports need", "convert", "transformers", "safetensors", "tokenizers")
+        require_packages("exports need", "convert", "transformers", "safetensors")
         from hopescale.convert.hf import load_export
 
         return load_export(path, device)

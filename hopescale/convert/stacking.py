@@ -6,7 +6,7 @@ The stacked model computes what the source does, until it is trained.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,7 +32,14 @@ PLACEMENTS = {"copy": "every_block", "depth": "depth"}
 last matrix is zero, so that they add nothing yet. `depth`: a block's MLP becomes the one level of the block."""
 
 
-def stack(folder: Path, out: Path, levels: Mapping[str, int], stacking: Stacking, precision: str | None) -> Path:
+def stack(
+    folder: Path,
+    out: Path,
+    levels: Mapping[str, int],
+    stacking: Stacking,
+    precision: str | None,
+    report: Callable[[str], None] = lambda line: None,
+) -> Path:
     """Write the checkpoint, at step 0, of a model whose levels are made of a pre-trained model's MLPs.
 
     Args:
@@ -41,6 +48,7 @@ def stack(folder: Path, out: Path, levels: Mapping[str, int], stacking: Stacking
         levels: Period of each level, by name. One of period 1 makes a Transformer.
         stacking: Key of `PLACEMENTS`.
         precision: Precision as in `train.precision`; None is bf16 for a source in bfloat16, else fp32.
+        report: Listener for a line about the tokenizer.
 
     Raises:
         ConfigError: If the levels do not make a model.
@@ -59,7 +67,7 @@ def stack(folder: Path, out: Path, levels: Mapping[str, int], stacking: Stacking
     weights = _stacked(source, config, folder)
     tree = to_dict(config)
     manifest = Manifest({"step": 0, "tokens_seen": 0}, tree, {"model": fingerprint(tree["model"])})
-    return write_checkpoint(out, weights, manifest, tokenizer=_tokenizer(folder, config.model))
+    return write_checkpoint(out, weights, manifest, tokenizer=_tokenizer(folder, config.model, report))
 
 
 def read_source(folder: Path) -> dict[str, Any]:
@@ -124,10 +132,17 @@ def _stacked(source: SafetensorsFolder, config: RunConfig, folder: Path) -> dict
     return {name: weights[name] for name in types}
 
 
-def _tokenizer(folder: Path, model: ModelConfig) -> Tokenizer | None:
+def _tokenizer(folder: Path, model: ModelConfig, report: Callable[[str], None]) -> Tokenizer | None:
     """Return the source's tokenizer, if it has one whose ids the model knows and that says how a text ends."""
     try:
-        tokenizer = Tokenizer.find(folder)
-    except DataError:
-        return None
-    return tokenizer if tokenizer is not None and tokenizer.vocab_size <= model.vocab_size else None
+        tokenizer, reason = Tokenizer.find(folder), f"{folder} holds none"
+    except DataError as error:
+        tokenizer, reason = None, error.message
+    if tokenizer is not None and tokenizer.vocab_size > model.vocab_size:
+        reason = f"{tokenizer.name} has {tokenizer.vocab_size:,} ids, the model {model.vocab_size:,}"
+        tokenizer = None
+    if tokenizer is None:
+        report(f"no tokenizer is kept: {reason}")
+    else:
+        report(f"the tokenizer is kept: {tokenizer.kind}, end of text {tokenizer.eos_token} ({tokenizer.eos_origin})")
+    return tokenizer
