@@ -15,12 +15,13 @@ from hopescale.cli.console import Console, open_missing_streams
 from hopescale.cli.eval import evaluate
 from hopescale.cli.generate import generate
 from hopescale.cli.plan import plan
+from hopescale.cli.report import report
 from hopescale.cli.submit import submit
 from hopescale.cli.train import train
 from hopescale.common import signals
 from hopescale.common.errors import HopescaleError, StoppedEarly
 
-KEEPING = ("train", "submit", "data", "convert", "sweep", "node", "eval")
+KEEPING = ("train", "submit", "data", "convert", "sweep", "node", "eval", "report")
 """Verbs that leave files: what they print is not their result."""
 
 app = typer.Typer(
@@ -41,6 +42,7 @@ app.command()(plan)
 app.command()(submit)
 app.command()(generate)
 app.command("eval")(evaluate)
+app.command()(report)
 
 
 def print_version(wanted: bool) -> None:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from hopescale.checkpoint.manifest import EXPORT
 from hopescale.cli.options import require_packages
 from hopescale.cli.ranks import own_rank_info, run_on_ranks
-from hopescale.common.errors import CheckpointError, HopescaleError
+from hopescale.cli.report import compare_and_write
+from hopescale.common.errors import CheckpointError, ConfigError, HopescaleError
 from hopescale.common.rank_info import RankInfo
 from hopescale.config.layout import Layout
 from hopescale.evals.request import EvalRequest
+from hopescale.evals.suite_request import EXAMPLES, SuiteRequest, read_counts
 
 if TYPE_CHECKING:
     import torch
@@ -28,72 +31,119 @@ TIMEOUT = timedelta(hours=2)
 
 def evaluate(
     context: typer.Context,
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A run folder, a checkpoint, or an export of one.")],
+    models: Annotated[list[Path], typer.Argument(metavar="MODEL...", help="Run folders, checkpoints, or exports.")],
     tasks: Annotated[
         str, typer.Option(metavar="NAME[=SHOTS],...", help="Tasks of lm-eval, and `perplexity`: the held-out loss.")
+    ] = "",
+    suite: Annotated[
+        str, typer.Option(metavar="NAME,...", help="Generated tasks, by name or suite: docs/suites.md.")
+    ] = "",
+    length: Annotated[
+        str, typer.Option(metavar="N,...", help="Tokens of a suite's examples.", show_default="1, 2, 4 times trained")
+    ] = "",
+    pairs: Annotated[
+        str, typer.Option(metavar="N,...", help="Pairs, needles, facts of a suite.", show_default="as trained")
+    ] = "",
+    distance: Annotated[
+        str, typer.Option(metavar="N,...", help="Tokens before a suite's question.", show_default="as trained")
     ] = "",
     task_path: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Tasks of your own, in YAML.")] = None,
     data: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Prepared data for perplexity.", show_default="the run's")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Questions of each task.", show_default="all")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Questions of each task.", show_default=f"all; {EXAMPLES} of a suite")
+    ] = None,
     window: Annotated[
         int | None, typer.Option("--context", min=1, help="Tokens read at most.", show_default="all; trained length")
     ] = None,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="JSON to write.", show_default="RUN/evals/")] = None,
+    report: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Where the models are put side by side.", show_default="none")
+    ] = None,
     nproc: Annotated[int | None, typer.Option(min=1, help="Processes to start here.", show_default="1")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
-    """Ask a model tasks of lm-eval, and measure its loss on held-out data; questions are dealt out to the ranks.
+    """Ask models tasks of lm-eval and generated suites, and measure their loss on held-out data.
+
+    Questions are dealt out to the ranks. Several models are put side by side with --report.
 
     Exit codes: 0 done, 2 options, 3 data or tasks, 4 model, 5 launch.
     """
     rank_info = own_rank_info(context, nproc)
     try:
         names = [name for name in tasks.split(",") if name.strip()]
-        request = EvalRequest.read(names, data, task_path=task_path, limit=limit, context=window)
+        varied = {"lengths": ("--length", length), "pairs": ("--pairs", pairs), "distances": ("--distance", distance)}
+        suites = SuiteRequest(
+            tuple(dict.fromkeys(name.strip() for name in suite.split(",") if name.strip())),
+            **{name: read_counts(*given) for name, given in varied.items()},
+            examples=limit or EXAMPLES,
+        )
+        request = EvalRequest.read(names, data, task_path=task_path, limit=limit, context=window, suite=suites)
         if request.tasks:
             require_packages("tasks need", "eval", "lm-eval")
         if out is not None and out.exists():
             raise CheckpointError(f"output {out} already exists", "choose another file, or delete the old one first")
+        if len(models) > 1 and out is not None:
+            raise ConfigError(f"--out {out} is one file, but there are {len(models)} models", "use --report FOLDER")
     except HopescaleError as error:
         error.repeated = rank_info is not None and rank_info.rank > 0
         raise
     if rank_info is None and (nproc or 1) > 1:
         run_on_ranks(context, nproc)
-    _evaluate(model, request, out, rank_info, device)
+    bodies = _evaluate(models, request, out, rank_info, device)
+    if report is not None and bodies:
+        compare_and_write(bodies, report)
 
 
-def _evaluate(path: Path, request: EvalRequest, out: Path | None, rank_info: RankInfo | None, device: str) -> None:
-    from hopescale.evals.report import report, report_path, table, write_report
-    from hopescale.evals.run import context_of
+def _evaluate(
+    paths: Sequence[Path], request: EvalRequest, out: Path | None, rank_info: RankInfo | None, device: str
+) -> list[dict[str, Any]]:
+    """Evaluate one model after the other, and return their reports, on the first rank alone."""
     from hopescale.evals.run import evaluate as run
     from hopescale.parallel import process
     from hopescale.parallel.init_distributed import init_distributed
 
     layout = Layout(dp=1 if rank_info is None else rank_info.world_size)
-    facts = {"the model": str(path.absolute()), "what is measured": repr(request), "--out": str(out)}
+    where = ", ".join(str(path.absolute()) for path in paths)
+    facts = {"the model": where, "what is measured": repr(request), "--out": str(out)}
     mesh, chosen = init_distributed(rank_info, layout, device, "--device", facts, timeout=TIMEOUT)
-    control = mesh.control
-    loaded: list[LoadedModel] = []
-    control.all_ranks_or_raise(lambda: loaded.append(_load(path, chosen)))
+    control, bodies = mesh.control, []
     speak = partial(typer.echo, err=True) if control.is_first else lambda line: None
-    results = run(loaded[0], request, control, speak)
+    for path in paths:
+        loaded: list[LoadedModel] = []
+        control.all_ranks_or_raise(lambda path=path, loaded=loaded: loaded.append(_load(path, chosen)))
+        if len(paths) > 1:
+            speak(f"{path}:")
+        results = run(loaded[0], request, control, speak)
+        if control.is_first:
+            for line in results.tables():
+                typer.echo(line)
+            bodies.append(_write(loaded[0], request, results, out))
     if rank_info is not None:
         process.stop()
-    if not control.is_first:
-        return
-    for line in table(results):
-        typer.echo(line)
-    if (file := out or report_path(loaded[0])) is not None:
-        settings = {
-            "limit": request.limit,
-            "context": context_of(loaded[0], request),
-            "data": request.data and str(request.data),
-            "task_path": request.task_path and str(request.task_path),
-        }
-        write_report(file, report(loaded[0], results, settings))
+    return bodies
+
+
+def _write(loaded: LoadedModel, request: EvalRequest, results: Any, out: Path | None) -> dict[str, Any]:
+    """Write what was measured of a model, where it has a place, and return it."""
+    from dataclasses import asdict
+
+    from hopescale.evals.report import report, report_path, write_report
+    from hopescale.evals.run import context_of
+
+    settings = {
+        "limit": request.limit,
+        "context": context_of(loaded, request),
+        "data": request.data and str(request.data),
+        "task_path": request.task_path and str(request.task_path),
+        "suite": asdict(request.suite) if request.suite.names else None,
+    }
+    body = report(loaded, results, settings)
+    if (file := out or report_path(loaded)) is not None:
+        write_report(file, body)
         typer.echo(f"written to {file}")
+    return body
 
 
 def _load(path: Path, device: torch.device) -> LoadedModel:

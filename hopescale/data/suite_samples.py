@@ -15,10 +15,19 @@ from hopescale.suites.task import NOT_ASKED
 class SuiteSamples:
     """One split of a suite's task. A row is one example, filled up behind it, and one document."""
 
-    def __init__(self, config: SuiteConfig, *, seed: int, split: Split, seq_len: int):
-        """Choose a task; `hopescale.suites.registry.problems` must have found none."""
+    def __init__(self, config: SuiteConfig, *, seed: int, split: Split, seq_len: int, examples: int | None = None):
+        """Choose a task; `hopescale.suites.registry.problems` must have found none.
+
+        Args:
+            config: Task and its settings.
+            seed: Seed of what all examples share, such as the words of a language.
+            split: Name of the split.
+            seq_len: Tokens of a row.
+            examples: Seed of the examples; None is `seed`.
+        """
         self.num_samples = config.num_samples
-        self._config, self._seed, self._split, self._seq_len = config, seed, split, seq_len
+        self._config, self._split, self._seq_len = config, split, seq_len
+        self._seed = seed if examples is None else examples
         self._generated = Generated(config, seed=seed, length=config.length or seq_len)
 
     def read(self, samples: Sequence[int]) -> Rows:

@@ -12,6 +12,7 @@ from typing import Any
 
 from hopescale.common.disk import write_synced
 from hopescale.common.errors import CheckpointError
+from hopescale.evals.suite_result import PositionResult, SuiteResult, columns, position_table, suite_table
 from hopescale.infer.load import LoadedModel, weights_digest
 
 _TITLES = ("task", "version", "shots", "samples", "metric", "value", "stderr")
@@ -33,6 +34,24 @@ class TaskResult:
     """Standard errors, by the same names, as far as they are known."""
 
 
+@dataclass(frozen=True)
+class Measurements:
+    """All that was measured of a model."""
+
+    tasks: Sequence[TaskResult] = ()
+    suites: Sequence[SuiteResult] = ()
+    positions: Sequence[PositionResult] = ()
+
+    def tables(self) -> Iterator[str]:
+        """Write everything in columns."""
+        if self.tasks:
+            yield from table(self.tasks)
+        if self.suites:
+            yield from suite_table(self.suites)
+        if self.positions:
+            yield from position_table(self.positions)
+
+
 def table(results: Sequence[TaskResult]) -> Iterator[str]:
     """Write results in columns, a metric a line."""
     rows = [_TITLES]
@@ -42,17 +61,16 @@ def table(results: Sequence[TaskResult]) -> Iterator[str]:
             error = result.stderr.get(metric)
             rows.append((*shown, metric, f"{value:.4f}", "" if error is None else f"{error:.4f}"))
             shown = [""] * len(shown)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        yield "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+    yield from columns(rows)
 
 
 def _count(number: int | None) -> str:
     return "" if number is None else f"{number:,}"
 
 
-def report(loaded: LoadedModel, results: Sequence[TaskResult], settings: Mapping[str, Any]) -> dict[str, Any]:
+def report(loaded: LoadedModel, measured: Measurements, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Put results together with the model they were measured on and the other settings that they depend on."""
+    results = measured.tasks
     packages = [name for name in ("hopescale", "torch", "lm_eval") if find_spec(name)]
     return {
         "model": str(loaded.folder),
@@ -61,6 +79,8 @@ def report(loaded: LoadedModel, results: Sequence[TaskResult], settings: Mapping
         "weights": weights_digest(loaded.model),
         "settings": dict(settings),
         "results": {result.name: {k: v for k, v in asdict(result).items() if k != "name"} for result in results},
+        "suites": [asdict(result) for result in measured.suites],
+        "positions": [asdict(result) for result in measured.positions],
         "versions": {name: version(name) for name in packages},
         "config": loaded.manifest.config,
     }

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hopescale.common.errors import ConfigError
+from hopescale.evals.suite_request import SuiteRequest
 
 PERPLEXITY = "perplexity"
 """The task that is ours."""
@@ -33,13 +34,16 @@ class EvalRequest:
     context: int | None = None
     """Tokens read at most before one that is predicted; None is all for a model whose state does not grow, and
     `train.seq_len` for attention."""
+    suite: SuiteRequest = SuiteRequest(())
+    """Generated tasks that are asked, and held-out text that is read by place."""
 
     def __post_init__(self) -> None:
-        if not self.tasks and not self.perplexity:
-            hint = f"name --tasks, as --tasks {PERPLEXITY}, or --data for the loss on it"
+        if not self.tasks and not self.perplexity and not self.suite.names:
+            hint = f"name --tasks, as --tasks {PERPLEXITY}, --suite, or --data for the loss on it"
             raise ConfigError("there is nothing to evaluate", hint)
         if not self.tasks:
-            given = {"--task-path": self.task_path, "--limit": self.limit, "--context": self.context}
+            limit = None if self.suite.names else self.limit
+            given = {"--task-path": self.task_path, "--limit": limit, "--context": self.context}
             if idle := [name for name, value in given.items() if value is not None]:
                 message = f"{', '.join(idle)}: no effect without a task of lm-eval; {PERPLEXITY} reads as training does"
                 raise ConfigError(message, "leave it out")
@@ -60,6 +64,7 @@ class EvalRequest:
             if name in shots:
                 raise ConfigError(f"--tasks names {name} more than once")
             shots[name] = int(number) if given else None
-        ours = PERPLEXITY in shots or data is not None
+        by_position = isinstance(suite := settings.get("suite"), SuiteRequest) and suite.by_position
+        ours = PERPLEXITY in shots or (data is not None and not by_position)
         shots.pop(PERPLEXITY, None)
         return cls(shots, perplexity=ours, data=data, **settings)

@@ -6,27 +6,43 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hopescale.common.errors import ConfigError, DataError, HopescaleError
 from hopescale.config.model_shape import sees_all
-from hopescale.config.schema import SourceConfig
+from hopescale.config.schema import DataConfig, SourceConfig, SuiteConfig
 from hopescale.data.loader import Data, open_data
 from hopescale.engine.schedule import Loop
 from hopescale.engine.step import num_targets
 from hopescale.evals.distribute import distribute
-from hopescale.evals.report import TaskResult
+from hopescale.evals.positions import measure_positions, open_rows
+from hopescale.evals.report import Measurements, TaskResult
 from hopescale.evals.request import PERPLEXITY, EvalRequest
+from hopescale.evals.suite_result import PositionResult, SuiteResult
+from hopescale.evals.suites import ask
 from hopescale.infer.load import LoadedModel
 from hopescale.parallel.control import Control
 
 
+class Prepared(NamedTuple):
+    """What is opened before anything is computed."""
+
+    data: Data | None
+    """Held-out data of the loss."""
+    tasks: dict[str, Any]
+    """Tasks of lm-eval."""
+    points: list[SuiteConfig]
+    """Points of suites."""
+    rows: tuple[Data, int] | None
+    """Held-out data in rows that are read by place, and their length."""
+
+
 def evaluate(
     loaded: LoadedModel, request: EvalRequest, control: Control, report: Callable[[str], None]
-) -> list[TaskResult]:
+) -> Measurements:
     """Measure a model, which is whole on every rank. Called by all ranks, with results that do not depend on them.
 
     `report` takes lines about what is done; those of the first rank stand for all.
@@ -35,8 +51,10 @@ def evaluate(
         ConfigError: If a task is unknown or asks for what there is not, or the model has no tokenizer for text.
         DataError: If data is missing or damaged.
     """
-    data, tasks = control.all_ranks_or_raise(lambda: _prepared(loaded, request))
+    data, tasks, points, rows = control.all_ranks_or_raise(lambda: _prepared(loaded, request))
     results: list[TaskResult] = []
+    suites: list[SuiteResult] = []
+    positions: list[PositionResult] = []
     try:
         if request.tasks:
             from hopescale.evals.language_model import EvaluatedModel
@@ -46,13 +64,17 @@ def evaluate(
             results += run_tasks(model, tasks, request.limit)
         if data is not None:
             results += _held_out_loss(loaded, data, control)
+        if points:
+            suites = ask(loaded, points, request.suite.examples, control, report)
+        if rows is not None:
+            positions = measure_positions(loaded, *rows, request.suite.examples, control)
     except HopescaleError as error:  # met by all ranks alike
         error.repeated = not control.is_first
         raise
-    return results
+    return Measurements(results, suites, positions)
 
 
-def _prepared(loaded: LoadedModel, request: EvalRequest) -> tuple[Data | None, dict[str, Any]]:
+def _prepared(loaded: LoadedModel, request: EvalRequest) -> Prepared:
     """Open all that will be read, before anything is computed."""
     if request.tasks and loaded.tokenizer is None:
         message = f"{loaded.folder} has no tokenizer, so it cannot be asked {', '.join(request.tasks)}, which are text"
@@ -62,7 +84,12 @@ def _prepared(loaded: LoadedModel, request: EvalRequest) -> tuple[Data | None, d
         from hopescale.evals.tasks import load_tasks
 
         tasks = load_tasks(request.tasks, request.task_path)
-    return data, tasks
+    points = request.suite.points(loaded.config)
+    rows = None
+    if request.suite.by_position:
+        rows = open_rows(loaded, _sources(loaded, request.data), max(request.suite.lengths, default=None))
+        _check_tokenizer(loaded, rows[0])
+    return Prepared(data, tasks, points, rows)
 
 
 def context_of(loaded: LoadedModel, request: EvalRequest) -> int | None:
@@ -81,18 +108,33 @@ def _open_held_out(loaded: LoadedModel, folder: Path | None) -> Data:
         ConfigError: If the data does not fit the model.
         DataError: If files are missing or damaged, nothing is held out, or the tokens are of another tokenizer.
     """
-    config = loaded.config.data
-    if folder is not None:
-        config = replace(config, sources={folder.resolve().name: SourceConfig(path=str(folder))})
+    config = _sources(loaded, folder)
     data = open_data(config, seq_len=loaded.config.train.seq_len, vocab_size=loaded.config.model.vocab_size)
     if not data.validation_sets:
         hint = "prepare the text with --validation, or give another folder: --data"
         raise DataError(f"{', '.join(config.sources)} has no held-out text", hint)
+    _check_tokenizer(loaded, data)
+    return data
+
+
+def _sources(loaded: LoadedModel, folder: Path | None) -> DataConfig:
+    """Return the sources of a run, or one prepared folder in their place."""
+    config = loaded.config.data
+    if folder is None:
+        return config
+    return replace(config, sources={folder.resolve().name: SourceConfig(path=str(folder))})
+
+
+def _check_tokenizer(loaded: LoadedModel, data: Data) -> None:
+    """Refuse tokens of another tokenizer.
+
+    Raises:
+        DataError: If they are.
+    """
     ours, theirs = (tokenizer and tokenizer.fingerprint[:12] for tokenizer in (loaded.tokenizer, data.tokenizer))
     if theirs is not None and ours != theirs:
         message = f"the data's tokenizer is {theirs}, but that of {loaded.folder} is {ours or 'none'}"
         raise DataError(message, "prepare the text with the model's tokenizer, which is in its folder")
-    return data
 
 
 def _held_out_loss(loaded: LoadedModel, data: Data, control: Control) -> list[TaskResult]:

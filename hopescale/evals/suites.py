@@ -1,0 +1,107 @@
+"""A model asked the tasks of a suite: what it answers, how sure it is of the right answer, and where it fails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from hopescale.config.schema import SuiteConfig
+from hopescale.data.suite_samples import SuiteSamples
+from hopescale.evals.distribute import distribute
+from hopescale.evals.suite_result import PLACES, SuiteResult
+from hopescale.infer.generate import PREFILL_TOKENS
+from hopescale.infer.load import LoadedModel
+from hopescale.models import Model
+from hopescale.parallel.control import Control
+from hopescale.parallel.layers import IGNORED_TARGET
+from hopescale.suites.registry import TASKS, resolve
+
+BATCH_TOKENS = 8192
+"""Tokens read at once, all rows together."""
+SEED = 0
+"""Seed of the examples: all models are asked the same, but for what their own seed of data decides (`Task.table`)."""
+
+
+class Judged(NamedTuple):
+    """One example, answered. Both of shape `[T]`, NaN where nothing is asked."""
+
+    right: np.ndarray
+    """1 where the right answer is the likeliest, else 0."""
+    loss: np.ndarray
+    """Nats of surprise about the right answer."""
+
+
+@torch.no_grad()
+def judge(model: Model, tokens: np.ndarray, targets: np.ndarray) -> list[Judged]:
+    """Read rows, and compare with the right answers. `[B, T]` both, int64; `IGNORED_TARGET` where nothing is asked."""
+    device, state, parts = next(model.parameters()).device, None, []
+    read, wanted = (torch.from_numpy(array).to(device).split(PREFILL_TOKENS, 1) for array in (tokens, targets))
+    for part, answers in zip(read, wanted, strict=True):
+        logits, state = model(part, state)
+        chances = logits.float().log_softmax(-1)
+        loss = -chances.gather(-1, answers.clamp(min=0)[..., None])[..., 0]
+        right = (chances.argmax(-1) == answers).float()
+        asked = answers != IGNORED_TARGET
+        parts.append([torch.where(asked, values, torch.nan).cpu() for values in (right, loss)])
+    right, loss = (torch.cat(values, 1).double().numpy() for values in zip(*parts, strict=True))
+    return [Judged(*pair) for pair in zip(right, loss, strict=True)]
+
+
+def ask(
+    loaded: LoadedModel,
+    points: Sequence[SuiteConfig],
+    num_examples: int,
+    control: Control,
+    report: Callable[[str], None],
+) -> list[SuiteResult]:
+    """Ask a model so many examples of each point. Called by all ranks, with results that do not depend on them."""
+    results = []
+    for point in points:
+        samples = SuiteSamples(point, seed=loaded.config.data.seed, split="test", seq_len=point.length, examples=SEED)
+        size = max(1, BATCH_TOKENS // point.length)
+        batches = [list(range(start, min(start + size, num_examples))) for start in range(0, num_examples, size)]
+
+        def work(numbers: list[int], samples: SuiteSamples = samples) -> list[Judged]:
+            rows = samples.read(numbers)
+            return judge(loaded.model, rows.tokens, rows.targets)
+
+        judged = distribute(control, batches, work)
+        results.append(_result(point, samples.read(range(num_examples)).targets, judged))
+        done = results[-1]
+        report(f"{point.task} of length {point.length}: {done.accuracy:.3f} of {done.questions:,} answers are right")
+    return results
+
+
+def _result(point: SuiteConfig, targets: np.ndarray, judged: Sequence[Judged]) -> SuiteResult:
+    """Put examples together. `targets` is `[examples, T]`."""
+    right, loss = (np.stack(values) for values in zip(*judged, strict=True))
+    asked = ~np.isnan(right)
+    per_row, counts = np.nansum(right, 1), asked.sum(1)
+    accuracy = per_row.sum() / counts.sum()
+    spread = np.sqrt(((per_row - accuracy * counts) ** 2).sum()) / counts.sum()
+    last = right[np.arange(len(right)), asked.shape[1] - 1 - asked[:, ::-1].argmax(1)]
+    settings, task = resolve(point), TASKS[point.task]
+    common = np.unique(targets[asked], return_counts=True)[1].max() / asked.sum()
+    edges = np.linspace(0, right.shape[1], min(PLACES, right.shape[1]) + 1).astype(int)
+    places = [
+        (int(low), int(high) - 1, float(np.nanmean(right[:, low:high])))
+        for low, high in zip(edges, edges[1:], strict=False)
+        if asked[:, low:high].any()
+    ]
+    return SuiteResult(
+        task=point.task,
+        settings={"length": point.length, **settings},
+        examples=len(right),
+        questions=int(asked.sum()),
+        accuracy=float(accuracy),
+        stderr=float(spread),
+        exact=float((per_row == counts).mean()),
+        last=float(last.mean()),
+        loss=float(np.nansum(loss) / asked.sum()),
+        chance=float(common) if task.chance is None else task.chance(settings),
+        best=task.best(settings),
+        places=places,
+    )
