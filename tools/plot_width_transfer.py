@@ -27,7 +27,7 @@ RUN = (
     "train.global_batch_tokens=512",
     "train.validation={every: 10000, tokens: 16Ki}",
     "checkpoint.every=null",
-    "log={every: 10, tensorboard: false}",
+    "log={every: 10, trackers: []}",
 )
 """What all runs have in common, on top of the recipe `debug`: a second-order chain of 24 symbols, two blocks with one
 level, 512 tokens a step. At the base width memories, gates and norms learn better at a quarter of the rate."""

@@ -17,6 +17,7 @@ from hopescale.cli.generate import generate
 from hopescale.cli.plan import plan
 from hopescale.cli.report import report
 from hopescale.cli.submit import submit
+from hopescale.cli.top import top
 from hopescale.cli.train import train
 from hopescale.common import signals
 from hopescale.common.errors import HopescaleError, StoppedEarly
@@ -40,6 +41,7 @@ app.add_typer(jobs.app, name="jobs")
 app.command()(train)
 app.command()(plan)
 app.command()(submit)
+app.command()(top)
 app.command()(generate)
 app.command("eval")(evaluate)
 app.command()(report)

@@ -44,6 +44,10 @@ def train(
         Path | None, typer.Option(metavar="PATH", help="Begin a new run with the weights of this run or checkpoint.")
     ] = None,
     stop_at: Annotated[int | None, typer.Option(help="Save and stop after this step; the schedule stays.")] = None,
+    profile: Annotated[
+        int | None,
+        typer.Option(min=1, help="Record this many steps of the first rank in `profile/` of the run folder."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, show what follows, and train nothing.")] = False,
 ) -> None:
     """Train a recipe, or continue its run.
@@ -72,6 +76,7 @@ def train(
         reset_optimizer=reset_optimizer,
         init=init,
         stop_at=stop_at,
+        profile=profile,
     )
     if dry_run:
         if speaks:

@@ -106,8 +106,8 @@ def load_resolved(path: str | Path) -> RunConfig:
 def from_dict(tree: dict[str, Any], origin: str) -> RunConfig:
     """Read a resolved config from plain values, as `to_dict` gives them.
 
-    Named entries are the tree's alone: none comes from the defaults. Values of versions whose model has one mixer are
-    read as they are written now.
+    Named entries are the tree's alone: none comes from the defaults. Values of earlier versions are read as they are
+    written now.
 
     Raises:
         ConfigError: If the tree does not fit the schema.

@@ -45,7 +45,11 @@ def misplaced(tree: dict[str, Any], kinds: Mapping[str, MixerConfig], origin: st
 
 
 def read_old(tree: dict[str, Any]) -> dict[str, Any]:
-    """Return the values of a resolved config as they are written now, where it is of a version with one mixer."""
+    """Return the values of a resolved config as they are written now, where it is of an earlier version."""
+    log = tree.get("log")
+    if isinstance(log, dict) and "tensorboard" in log:
+        kept = {key: value for key, value in log.items() if key != "tensorboard"}
+        tree = tree | {"log": kept | {"trackers": ["tensorboard"] if log["tensorboard"] else []}}
     model = tree.get("model")
     if not isinstance(model, dict) or not {"mixer", *OLD_NAMES} <= model.keys():
         return tree

@@ -102,7 +102,7 @@ class Model(nn.Module):
             state: State that an earlier call returned; None begins anew.
             hidden: Output `[T, B, N]` of the slice before; None for the slice that begins the model.
             document_ids: `[B, T]`, used if the model mixes `within_documents`.
-            probe: Dict to be filled with `memory/<layer>/<statistic>` scalars.
+            probe: Dict to be filled with `memory/<layer>/<statistic>`.
             last_only: Whether to predict after the last token alone, as generation needs.
 
         Returns:

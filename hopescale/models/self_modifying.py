@@ -201,7 +201,8 @@ class SelfModifying(nn.Module):
                 memories, momenta, the convolution's tail and the grid of chunks begin anew. None takes a sequence for
                 one document.
             probe: Dict to be filled with scalar means of this call, `eta_mean`, `alpha_mean`, `surprise`, and with
-                `state_norm`, the largest norm that memories end with.
+                `state_norm`, the largest norm that memories end with. `tokens` holds the values that the means are of,
+                one row per head and token.
 
         Returns:
             Residual activations and the state after the last token. After several documents, its tensors are those
@@ -242,7 +243,7 @@ class SelfModifying(nn.Module):
             y = y * F.silu(gate)
         if probe is not None:
             probe |= dict(zip(("eta_mean", "alpha_mean", "surprise"), stats.mean((0, 1, 2)), strict=True))
-            probe["state_norm"] = _largest_norm(memories)
+            probe |= {"state_norm": _largest_norm(memories), "tokens": stats.flatten(0, 2)}
         return y, LayerState(position + len(y), MixerState(*memories, far, tail))
 
     def _begun(self, memories: Memories, position: int, tokens: int) -> tuple[Memories, int] | None:

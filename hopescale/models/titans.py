@@ -120,8 +120,10 @@ class Titans(nn.Module):
             y, tensors = run_documents(run, x, lambda batch: self.initial_state(batch).tensors, documents, size)
         if probe is not None:
             total = sum(tokens for tokens, _ in probes)
-            probe |= {name: sum(tokens * one[name] for tokens, one in probes) / total for name in probes[0][1]}
+            means = (name for name, value in probes[0][1].items() if value.dim() == 0)
+            probe |= {name: sum(tokens * one[name] for tokens, one in probes) / total for name in means}
             probe["state_norm"] = torch.stack([one["state_norm"] for _, one in probes]).max()
+            probe["tokens"] = torch.cat([one["tokens"] for _, one in probes])
         return y, tensors
 
     def _segment(

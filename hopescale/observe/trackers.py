@@ -1,15 +1,52 @@
-"""A view of a run's metrics for people to look at; `metrics.jsonl` is the record, this can be lost."""
+"""Views of a run's metrics for people to look at; `metrics.jsonl` is the record, these can be lost."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+import logging
+import os
+import re
+import time
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
-from hopescale.common.errors import HopescaleError
+from torch import Tensor
+
+from hopescale.common.errors import ConfigError, HopescaleError
+
+logger = logging.getLogger(__name__)
+
+PROJECT = "hopescale"
+"""Project at Weights & Biases, unless `WANDB_PROJECT` names another, and experiment at MLflow."""
 
 
-class TensorBoardTracker:
+MLFLOW_SERVER = "MLFLOW_TRACKING_URI"
+"""Variable with the address of MLflow's server."""
+
+
+class Tracker(ABC):
+    """A view of one run that a service or a program draws.
+
+    A run that continues goes on with the view it had; what it holds of later steps is drawn over or hidden.
+    """
+
+    @abstractmethod
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Show the values of a step."""
+
+    def log_values(self, step: int, values: Mapping[str, Tensor]) -> None:  # noqa: B027
+        """Show the distribution of many values of a step, where the view has such."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Finish what is under way."""
+
+
+class TensorBoardTracker(Tracker):
     """TensorBoard event files, one folder for the whole of a run.
 
     Args:
@@ -40,6 +77,16 @@ class TensorBoardTracker:
         except OSError as error:
             raise self._failure(error) from error
 
+    def log_values(self, step: int, values: Mapping[str, Tensor]) -> None:
+        """Write a histogram of the finite ones of each."""
+        try:
+            for name, each in values.items():
+                if (finite := each[each.isfinite()]).numel():
+                    self._writer.add_histogram(name, finite, step)
+            self._writer.flush()
+        except OSError as error:
+            raise self._failure(error) from error
+
     def close(self) -> None:
         """Close the event file."""
         # `log` flushes, so only what it has already reported can fail here.
@@ -47,5 +94,150 @@ class TensorBoardTracker:
             self._writer.close()
 
     def _failure(self, error: OSError) -> HopescaleError:
-        hint = "free some space, or set log.tensorboard=false and repeat the command"
+        hint = "free some space, or leave tensorboard out of log.trackers and repeat the command"
         return HopescaleError(f"cannot write {self.folder}: {error.strerror}", hint)
+
+
+class WandbTracker(Tracker):
+    """A run at Weights & Biases, or in its files with `WANDB_MODE=offline`; its id is kept in the run folder.
+
+    Args:
+        folder: The run folder.
+        name: Name of the run.
+        config: Values of the config, shown beside the metrics.
+        resume_step: Step the run continues from; None begins a new run there.
+    """
+
+    def __init__(self, folder: Path, *, name: str, config: Mapping[str, Any], resume_step: int | None):
+        import wandb
+
+        kept = folder / "wandb_id"
+        id = _kept(kept, resume_step) or uuid.uuid4().hex[:12]
+        project = os.environ.get("WANDB_PROJECT", PROJECT)
+        how = {"id": id, "resume": "allow", "dir": str(folder), "config": dict(config)}
+        self._run = wandb.init(project=project, name=name, settings=wandb.Settings(silent=True), **how)
+        # Its own count of steps only grows; a run may go back.
+        self._run.define_metric("*", step_metric="step")
+        kept.write_text(f"{id}\n", encoding="utf-8")
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Hand the values of a step to its process in the background."""
+        self._run.log({"step": step, **values})
+
+    def close(self) -> None:
+        """Wait until all is sent or written."""
+        self._run.finish()
+
+
+class MlflowTracker(Tracker):
+    """A run at the server that `MLFLOW_TRACKING_URI` names; its id is kept. Arguments: those of `WandbTracker`."""
+
+    def __init__(self, folder: Path, *, name: str, config: Mapping[str, Any], resume_step: int | None):
+        from mlflow import MlflowClient
+        from mlflow.entities import Param
+
+        kept = folder / "mlflow_id"
+        self._client = MlflowClient(os.environ[MLFLOW_SERVER])
+        id = _kept(kept, resume_step)
+        if id is None:
+            experiment = self._client.get_experiment_by_name(PROJECT)
+            number = self._client.create_experiment(PROJECT) if experiment is None else experiment.experiment_id
+            id = self._client.create_run(number, run_name=name).info.run_id
+            params = [Param(_plain(key), str(value)[:500]) for key, value in config.items()]
+            for first in range(0, len(params), 100):
+                self._client.log_batch(id, params=params[first : first + 100])
+        self._id = id
+        kept.write_text(f"{id}\n", encoding="utf-8")
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Send the values of a step."""
+        from mlflow.entities import Metric
+
+        now = int(1000 * time.time())
+        self._client.log_batch(self._id, [Metric(_plain(name), value, now, step) for name, value in values.items()])
+
+    def close(self) -> None:
+        """Mark the run as ended."""
+        self._client.set_terminated(self._id)
+
+
+def _plain(name: str) -> str:
+    """Replace what MLflow allows in no name."""
+    return re.sub(r"[^\w\-./ :]", "_", name)
+
+
+def _kept(file: Path, resume_step: int | None) -> str | None:
+    """Return the id of a run's view, if the run continues and had one."""
+    return None if resume_step is None or not file.exists() else file.read_text(encoding="utf-8").strip()
+
+
+PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
+"""Package of each tracker. That of TensorBoard is always there; the others are extras of the same name."""
+
+
+def open_trackers(
+    names: Sequence[str], folder: Path, *, name: str, config: Mapping[str, Any], resume_step: int | None
+) -> Trackers:
+    """Open the trackers of a run.
+
+    Args:
+        names: Names from `PACKAGES`.
+        folder: The run folder.
+        name: Name of the run.
+        config: Values of the config by dotted key.
+        resume_step: Step the run continues from; None begins anew.
+
+    Raises:
+        ConfigError: If a package is missing, or it is not said where MLflow's server is.
+        HopescaleError: If TensorBoard's files cannot be written.
+    """
+    for tracker in names:
+        if find_spec(PACKAGES[tracker]) is None:
+            hint = f"pip install 'hopescale[{tracker}]', or leave it out"
+            raise ConfigError(f"log.trackers has {tracker}, but the package {PACKAGES[tracker]} is not installed", hint)
+    if "mlflow" in names and not os.environ.get(MLFLOW_SERVER):
+        hint = f"set {MLFLOW_SERVER}, as in {MLFLOW_SERVER}=http://localhost:5000, or leave it out"
+        raise ConfigError(f"log.trackers has mlflow, but {MLFLOW_SERVER} does not say where its server is", hint)
+    about = {"name": name, "config": config, "resume_step": resume_step}
+    makers: dict[str, Callable[[], Tracker]] = {
+        "tensorboard": lambda: TensorBoardTracker(folder / "tb", resume_step=resume_step),
+        "wandb": lambda: WandbTracker(folder, **about),
+        "mlflow": lambda: MlflowTracker(folder, **about),
+    }
+    return Trackers({tracker: makers[tracker] for tracker in names})
+
+
+class Trackers:
+    """Several trackers as one. One whose service fails is left, with a warning: the run goes on without it.
+
+    Args:
+        makers: Functions that open a tracker, by its name.
+
+    Raises:
+        HopescaleError: If the disk of the run folder cannot be written, now or later.
+    """
+
+    def __init__(self, makers: Mapping[str, Callable[[], Tracker]]):
+        self._trackers: dict[str, Tracker] = {}
+        for name, make in makers.items():
+            self._guarded(name, lambda name=name, make=make: self._trackers.__setitem__(name, make()))
+
+    def log(self, step: int, values: Mapping[str, float], distributions: Mapping[str, Tensor]) -> None:
+        """Show the values of a step, and distributions of many."""
+        for name, tracker in list(self._trackers.items()):
+            self._guarded(name, lambda tracker=tracker: tracker.log(step, values))
+            self._guarded(name, lambda tracker=tracker: tracker.log_values(step, distributions))
+
+    def close(self) -> None:
+        """Close all."""
+        for name, tracker in list(self._trackers.items()):
+            self._guarded(name, tracker.close)
+
+    def _guarded(self, name: str, work: Callable[[], Any]) -> None:
+        try:
+            work()
+        except HopescaleError:
+            raise
+        except Exception as error:  # whatever a client of a service raises
+            logger.warning("%s has failed, and the run goes on without it: %s", name, error)
+            self._trackers.pop(name, None)

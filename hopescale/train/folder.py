@@ -6,18 +6,22 @@ import fcntl
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO
+
+from torch import Tensor
 
 from hopescale.common.disk import replace_text
 from hopescale.common.errors import LaunchError
 from hopescale.common.software import describe_software
+from hopescale.config.fields import leaves
 from hopescale.config.record import write_record
-from hopescale.config.schema import LogConfig
+from hopescale.config.schema import RunConfig
 from hopescale.data.tokenizer import Tokenizer
 from hopescale.observe.metrics import MetricsLog
 from hopescale.observe.run_folder import require_own
 from hopescale.observe.run_status import OUTCOME
-from hopescale.observe.trackers import TensorBoardTracker
+from hopescale.observe.trackers import open_trackers
 from hopescale.train.request import RunRequest
 
 
@@ -87,23 +91,22 @@ class RunFolder:
 
 
 class Record:
-    """Writes each step's values to `metrics.jsonl` and its view in TensorBoard; a context manager.
+    """Writes each step's values to `metrics.jsonl` and shows them in trackers; a context manager.
 
     Args:
         folder: Folder of the run.
-        config: Settings, which say whether there is a TensorBoard view.
+        config: Config of the run, which names the trackers.
         resume_step: Step the run continues from, whose later records are dropped; None begins anew.
     """
 
-    def __init__(self, folder: RunFolder, config: LogConfig, *, resume_step: int | None):
+    def __init__(self, folder: RunFolder, config: RunConfig, *, resume_step: int | None):
         self._folder, self._config = folder.path, config
         self._open(resume_step)
 
     def _open(self, resume_step: int | None) -> None:
         self._metrics = MetricsLog(self._folder / "metrics.jsonl", resume_step=resume_step)
-        self._tensorboard: TensorBoardTracker | None = None
-        if self._config.tensorboard:
-            self._tensorboard = TensorBoardTracker(self._folder / "tb", resume_step=resume_step)
+        about = {"name": self._config.name, "config": leaves(self._config), "resume_step": resume_step}
+        self._trackers = open_trackers(self._config.log.trackers, self._folder, **about)
 
     def __enter__(self) -> Record:
         return self
@@ -118,11 +121,18 @@ class Record:
 
     def _close(self) -> None:
         self._metrics.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        self._trackers.close()
 
-    def log(self, step: int, tokens_seen: int, values: Mapping[str, float]) -> None:
-        """Write the values of a step; the file comes first, as a full disk is reported there in one message."""
+    def log(
+        self,
+        step: int,
+        tokens_seen: int,
+        values: Mapping[str, float],
+        distributions: Mapping[str, Tensor] = MappingProxyType({}),
+    ) -> None:
+        """Write the values of a step; the file comes first, as a full disk is reported there in one message.
+
+        `distributions` of many values are shown alone.
+        """
         self._metrics.log(step, tokens_seen, values)
-        if self._tensorboard is not None:
-            self._tensorboard.log(step, values)
+        self._trackers.log(step, values, distributions)

@@ -6,6 +6,7 @@ from collections import Counter
 from functools import cache
 
 import torch
+from torch import Tensor
 
 from hopescale.config.layout import Layout
 from hopescale.config.schema import RunConfig
@@ -17,6 +18,12 @@ from hopescale.engine import Gradients
 from hopescale.observe.console import format_step
 from hopescale.observe.throughput import Throughput, peak_memory_gib
 from hopescale.train.state import TrainState
+
+TOKEN_STATS = ("eta", "alpha", "surprise")
+"""Statistics of a token, in the order in which memories report them."""
+
+MOST_VALUES = 4096
+"""Values of which a distribution is shown, at most about twice as many."""
 
 
 class StepMetrics:
@@ -55,7 +62,7 @@ class StepMetrics:
 
     def _of_all_ranks(self, gradients: Gradients) -> dict[str, float]:
         """Return the highest device memory of all ranks, and the statistics of their memories joined."""
-        stats = {name: value.item() for name, value in gradients.probe.items()}
+        stats = {name: value.item() for name, value in gradients.probe.items() if value.dim() == 0}
         ranks = self.state.mesh.control.gather((stats, peak_memory_gib(self.device)))
         names = dict.fromkeys(name for of_rank, _ in ranks for name in of_rank)
         values = {name: [of_rank[name] for of_rank, _ in ranks if name in of_rank] for name in names}
@@ -64,6 +71,16 @@ class StepMetrics:
             for name, of_ranks in values.items()
         }
         return {"device_memory/peak_gib": max(peak for _, peak in ranks)} | joined
+
+    def distributions(self, gradients: Gradients) -> dict[str, Tensor]:
+        """Return what memories on this rank did at single tokens, of each of their statistics some thousand values."""
+        result = {}
+        for name, rows in gradients.probe.items():
+            layer, _, kind = name.rpartition("/")
+            if kind == "tokens":
+                chosen = rows[:: max(1, len(rows) // MOST_VALUES)].float().cpu()
+                result |= {f"{layer}/{key}": column for key, column in zip(TOKEN_STATS, chosen.unbind(1), strict=True)}
+        return result
 
     def line(self, gradients: Gradients, values: dict[str, float]) -> str:
         """Return the step as a line for the console."""

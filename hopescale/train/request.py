@@ -29,6 +29,7 @@ class RunRequest:
         init: Run folder or checkpoint whose weights a new run begins with; a run that has begun continues.
         stop_at: Step to save and stop at, at most `train.steps`, without changing the learning rate's horizon; None is
             `train.steps`.
+        profile: Number of steps of the first rank to record; None records none.
     """
 
     loaded: LoadedConfig
@@ -39,6 +40,7 @@ class RunRequest:
     reset_optimizer: bool = False
     init: Path | None = None
     stop_at: int | None = None
+    profile: int | None = None
 
     @property
     def last_step(self) -> int:

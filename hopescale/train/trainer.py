@@ -10,6 +10,7 @@ from itertools import islice
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from hopescale.checkpoint.manager import CheckpointManager
 from hopescale.common.errors import CheckpointError, DataError, DivergedError, HopescaleError
@@ -20,6 +21,7 @@ from hopescale.engine import Engine, make_passes
 from hopescale.observe.console import format_validation
 from hopescale.train.folder import Record
 from hopescale.train.metrics import StepMetrics
+from hopescale.train.profile import StepProfiler
 from hopescale.train.recovery import Recovery
 from hopescale.train.replicas import check_replicas
 from hopescale.train.state import TrainState
@@ -38,6 +40,7 @@ class Trainer:
         record: Record of the metrics; None on other ranks than the first.
         device: Device of this rank.
         report: Function that takes each line meant for a person.
+        profiler: Profiler that is told of each step; None records none.
     """
 
     def __init__(
@@ -48,7 +51,9 @@ class Trainer:
         record: Record | None,
         device: torch.device,
         report: Callable[[str], None],
+        profiler: StepProfiler | None = None,
     ):
+        self.profiler = profiler
         self.state, self.config, self.mesh = state, state.config, state.mesh
         self.control, self.plan = state.mesh.control, make_plan(state.config, layout)
         self.layout, self.device = layout, device
@@ -58,6 +63,7 @@ class Trainer:
         self.metrics = StepMetrics(state, layout, device)
         self.recovery = Recovery(state, checkpoints.folder, report)
         self.saved_step = state.step
+        self.distributions: dict[str, Tensor] = {}
         self.failure: HopescaleError | None = None
         self._has_short_timeout = False
 
@@ -137,12 +143,16 @@ class Trainer:
         self._check_replicas_if_due()
         self.metrics.add_step(time.perf_counter() - begin, data_seconds)
         self._shorten_timeout()
+        if self.profiler is not None:
+            self.profiler.step(step)
         metrics = self.metrics.of_updates(gradients, changes) if is_recorded or changes or problem else {}
         if problem is not None:
             metrics["steps_skipped"] = self.state.watch.refused
         if is_recorded:
             metrics |= self.metrics.of_interval(gradients)
             self.report(self.metrics.line(gradients, metrics))
+            if self.record is not None:
+                self.distributions = self.metrics.distributions(gradients)
         return metrics
 
     def validate_if_due(self) -> dict[str, float]:
@@ -167,7 +177,9 @@ class Trainer:
     def log(self, metrics: dict[str, float]) -> None:
         """Record metrics of the present step, if there are any."""
         if metrics and self.record is not None:
-            self._defer_failure(lambda: self.record.log(self.state.step, self.state.tokens_seen, metrics))
+            what = (self.state.step, self.state.tokens_seen, metrics, self.distributions)
+            self._defer_failure(lambda: self.record.log(*what))
+        self.distributions = {}
 
     def save_if_due(self) -> None:
         """Save the state at the steps that `checkpoint` names; notice a failure of the save under way."""

@@ -24,6 +24,7 @@ from hopescale.parallel.mesh import Mesh
 from hopescale.train.compiler import choose_backends
 from hopescale.train.device_memory import memory_errors_explained, tight_memory
 from hopescale.train.folder import Record, RunFolder
+from hopescale.train.profile import StepProfiler
 from hopescale.train.request import RunRequest
 from hopescale.train.setup import Report, begin_from, build_state, choose_checkpoint, open_checkpoints, restore
 from hopescale.train.state import TrainState
@@ -88,8 +89,12 @@ def train_on(
         for line in _introduction(state, request, device):
             report(line)
         resume_step = None if checkpoint is None else state.step
-        record = _open_on_first(control, stack, lambda: Record(folder, config.log, resume_step=resume_step))
-        reason = Trainer(state, request.layout, checkpoints, record, device, report).run(request.last_step, stop)
+        record = _open_on_first(control, stack, lambda: Record(folder, config, resume_step=resume_step))
+        profiler = None
+        if request.profile is not None and control.is_first:
+            profiler = stack.enter_context(StepProfiler(folder.path / "profile", request.profile, device, report))
+        trainer = Trainer(state, request.layout, checkpoints, record, device, report, profiler)
+        reason = trainer.run(request.last_step, stop)
         outcome = f"{_outcome(state.step, config, reason)} at step {state.step} of {config.train.steps}"
         control.broadcast_from_rank0(lambda: folder.note_outcome(outcome))
     return state.step, reason

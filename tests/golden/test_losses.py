@@ -27,7 +27,7 @@ RUNS = {
 def losses(overrides: list[str], folder: Path) -> list[float]:
     options = ["train.steps=20", "log.every=1", "train.global_batch_tokens=512", "train.validation.every=null"]
     with pytest.raises(SystemExit) as ended:
-        main(["train", "debug", *options, "log.tensorboard=false", *overrides, "--run-dir", str(folder)])
+        main(["train", "debug", *options, "log.trackers=[]", *overrides, "--run-dir", str(folder)])
     assert ended.value.code == 0
     return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 

@@ -218,7 +218,7 @@ TRAINING = (
     "optim.lr=1e-2",
     "checkpoint.every=10",
     "log.every=1",
-    "log.tensorboard=false",
+    "log.trackers=[]",
 )
 
 

@@ -18,7 +18,7 @@ def test_copy_of_12_symbols_is_learned_within_400_steps(tmp_path: Path):
     shorter = [f"data.sources.copy.synthetic.num_symbols={SYMBOLS}", f"train.seq_len={2 * SYMBOLS}"]
     shorter += [f"train.global_batch_tokens={32 * 2 * SYMBOLS}", "train.validation={every: 200, tokens: 6144}"]
     with pytest.raises(SystemExit) as ended:
-        main(["train", "copy", *shorter, "checkpoint.every=null", "log.tensorboard=false", "--run-dir", str(tmp_path)])
+        main(["train", "copy", *shorter, "checkpoint.every=null", "log.trackers=[]", "--run-dir", str(tmp_path)])
     assert ended.value.code == 0
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     losses = {record["step"]: record["val/copy/loss"] for record in records if "val/copy/loss" in record}

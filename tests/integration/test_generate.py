@@ -24,7 +24,7 @@ SIZES = (
     "train.global_batch_tokens=32",
     "train.validation.every=null",
     "optim.schedule.warmup_steps=1",
-    "log.tensorboard=false",
+    "log.trackers=[]",
     "checkpoint.every=2",
 )
 GENERATE = ("--max-tokens", 12)

@@ -54,7 +54,7 @@ def test_a_qwen_learns_from_text_in_its_own_ids(hopescale, qwen: Path, tmp_path:
     said = succeed(*prepare, "--out", tmp_path / "data")
     assert "301 pieces, end of text is 1 <|end_of_text|>" in said and "decoded, all as they were" in said
     sizes = ("train.steps=2", "train.seq_len=16", "train.global_batch_tokens=32", "optim.schedule.warmup_steps=0")
-    data = (f"data.sources.main.path={tmp_path / 'data'}", "data.max_epochs=100", "log.tensorboard=false")
+    data = (f"data.sources.main.path={tmp_path / 'data'}", "data.max_epochs=100", "log.trackers=[]")
     held_out = ("train.validation.tokens=64",)
     said = succeed("train", stacked / "config.yaml", "--init", stacked, "--run-dir", run, *sizes, *data, *held_out)
     assert "bits/byte" in said

@@ -88,8 +88,8 @@ def test_a_run_can_begin_with_the_checkpoint_of_another(train, run: Run, whole):
 def test_tensorboard_hides_what_was_given_up(train, run: Run):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    assert train("log.tensorboard=true", "--stop-at", 6).code == 0
-    assert train("log.tensorboard=true", "--resume", run.checkpoint(4)).code == 0
+    assert train("log.trackers=[tensorboard]", "--stop-at", 6).code == 0
+    assert train("log.trackers=[tensorboard]", "--resume", run.checkpoint(4)).code == 0
     view = EventAccumulator(str(run.path / "tb")).Reload()
     assert [event.step for event in view.Scalars("loss")] == list(range(1, 11))
 

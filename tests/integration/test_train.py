@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import re
@@ -300,3 +301,18 @@ def test_missing_data_is_one_message(on_text, run: Run, tmp_path: Path):
 def test_a_wrong_vocabulary_is_one_message(on_text):
     done = on_text("model.vocab_size=301")
     assert done.code == 2 and "model.vocab_size: is 301, but the tokenizer of" in done.err
+
+
+def test_a_profile_is_written_beside_the_run(train, run: Run):
+    done = train("--profile", 2, "log.trackers=[]")
+    assert done.code == 0 and f"profile of the last 2 steps: {run.path / 'profile'}" in done.out
+    (trace,) = (run.path / "profile").glob("trace-4.json.gz")
+    with gzip.open(trace) as file:
+        assert json.load(file)["traceEvents"]
+    assert "Self CPU" in (run.path / "profile" / "operations-4.txt").read_text()
+
+
+def test_a_run_too_short_for_a_profile_says_so(train, run: Run):
+    done = train("--profile", 2, "--stop-at", 2)
+    assert done.code == 0 and "--profile wrote nothing" in done.out
+    assert not (run.path / "profile").exists()

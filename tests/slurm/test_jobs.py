@@ -32,7 +32,7 @@ TINY = (
     "train.validation.every=null",
     "optim.schedule.warmup_steps=2",
     "log.every=1",
-    "log.tensorboard=false",
+    "log.trackers=[]",
 )
 BAD = "node2"
 

@@ -42,7 +42,7 @@ TINY = (
     "optim.eps=0.01",
     "checkpoint.every=3",
     "log.every=1",
-    "log.tensorboard=false",
+    "log.trackers=[]",
 )
 """Four sequences a step; validation reads three batches, which no number of replicas divides. With its usual `eps`
 AdamW moves a weight by the sign of its gradient, even where that is nothing but rounding. With the usual `mu_init` a

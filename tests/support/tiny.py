@@ -16,6 +16,6 @@ TINY = (
     "train.global_batch_tokens=64",
     "optim.schedule.warmup_steps=2",
     "log.every=1",
-    "log.tensorboard=false",
+    "log.trackers=[]",
 )
 """Overrides of the recipe `debug`."""

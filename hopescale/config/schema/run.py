@@ -91,8 +91,9 @@ class LogConfig:
     every: Count = 10
     """Steps between two console lines and full records in `metrics.jsonl` and TensorBoard. The last step is always
     recorded, and so are validations and the steps that update a slow level."""
-    tensorboard: bool = True
-    """Whether a TensorBoard view is written to `tb/`."""
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
+    """Views that show the metrics. `tensorboard`: files in `tb/` of the run folder. `wandb`: Weights & Biases
+    (`hopescale[wandb]`). `mlflow`: the server that `MLFLOW_TRACKING_URI` names (`hopescale[mlflow]`)."""
 
 
 @dataclass(frozen=True)

@@ -136,7 +136,7 @@ def test_probe_reports_the_gates_it_starts_with():
     probe: dict[str, torch.Tensor] = {}
     Model(BASE)(make_tokens(2, 40), probe=probe)
     assert set(probe) == {
-        f"memory/{i}/{s}" for i in (0, 1) for s in ("eta_mean", "alpha_mean", "surprise", "state_norm")
+        f"memory/{i}/{s}" for i in (0, 1) for s in ("eta_mean", "alpha_mean", "surprise", "state_norm", "tokens")
     }
     assert abs(float(probe["memory/0/eta_mean"]) - BASE.mixers["hope"].eta_init) < 0.02
     assert abs(float(probe["memory/0/alpha_mean"]) - BASE.mixers["hope"].alpha_init) < 0.002

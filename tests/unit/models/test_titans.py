@@ -84,7 +84,7 @@ def test_the_memory_after_documents_is_that_of_the_last_ones(config: TitansConfi
     ids = torch.stack([torch.repeat_interleave(torch.arange(2), torch.tensor(row)) for row in ([5, 15], [12, 8])])
     probe: dict[str, Tensor] = {}
     found = mixer(x, documents=Documents.of(ids), probe=probe)[1].named()
-    assert set(probe) == {"eta_mean", "alpha_mean", "surprise", "state_norm"}
+    assert set(probe) == {"eta_mean", "alpha_mean", "surprise", "state_norm", "tokens"}
     for row, begin in enumerate((5, 12)):
         last = mixer(x[begin:, row : row + 1])[1].named()
         for name, tensor in found.items():

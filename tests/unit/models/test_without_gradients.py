@@ -99,7 +99,7 @@ def test_a_probe_changes_nothing(kind: str):
     with torch.no_grad():
         y, state = mixer(x[:7])
         assert_close(mixer(x[7:], state, probe=probe)[0], mixer(x[7:], state)[0], 1e-6)
-    assert probe.keys() == {"eta_mean", "alpha_mean", "surprise", "state_norm"}
+    assert probe.keys() == {"eta_mean", "alpha_mean", "surprise", "state_norm", "tokens"}
 
 
 def test_a_given_state_is_not_changed():
