@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
-from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from hopescale.cli.options import read_count
+from hopescale.cli.progress import Bar, progress_bar
 from hopescale.common.children import threads_each
 from hopescale.common.units import format_bytes
 
 if TYPE_CHECKING:
     from hopescale.data.dataset import TokenStream
+    from hopescale.data.records import Document
     from hopescale.data.text import TextSource
     from hopescale.data.tokenizer import Tokenizer
 
 app = typer.Typer(help="Train a tokenizer, prepare text, look into shards, check them.", no_args_is_help=True)
 
-Inputs = Annotated[list[str], typer.Argument(metavar="INPUT...", help="Files, folders or addresses (s3://, https://).")]
+Inputs = Annotated[
+    list[str], typer.Argument(metavar="INPUT...", help="Files, folders, addresses (s3:, hub:OWNER/NAME).")
+]
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="A prepared data set.")]
 Out = Annotated[Path, typer.Option(metavar="FOLDER", help="Folder to create.")]
-TextKey = Annotated[str, typer.Option(metavar="KEY", help="Key of the text in JSON lines.")]
+TextKey = Annotated[str, typer.Option(metavar="KEY", help="Key or column of the text in JSON and tables.")]
+Template = Annotated[
+    str | None, typer.Option(metavar="TEXT", help="Text made of several keys, as '{title}\\n\\n{body}'.")
+]
 Pattern = Annotated[
     list[str] | None, typer.Option(metavar="GLOB", help="Files of a folder to read, as '*.py'; can be repeated.")
 ]
@@ -50,6 +55,7 @@ def train_tokenizer(
     ] = "sentencepiece",
     sample: Annotated[str, typer.Option(metavar="BYTES", help="Text to learn from, drawn at random.")] = "8M",
     text_key: TextKey = "text",
+    template: Template = None,
     pattern: Pattern = None,
     separator: Separator = None,
     exclude: Exclude = None,
@@ -61,9 +67,9 @@ def train_tokenizer(
 
     if kind not in get_args(training.Kind):
         raise typer.BadParameter(f"{kind!r} is not one of {', '.join(get_args(training.Kind))}", param_hint="--kind")
-    source, left_out = _source(inputs, text_key, pattern, separator, exclude, skip_undecodable)
-    documents = source.documents(shuffle_seed=0)
-    with _working("training"):
+    source, left_out = _source(inputs, text_key, template, pattern, separator, exclude, skip_undecodable)
+    with progress_bar("reading", _size(source)) as bar:
+        documents = _then(replace(source, on_read=bar.advance).documents(shuffle_seed=0), bar)
         done = training.train_tokenizer(documents, out, vocab_size=num_pieces, sample_bytes=sample_bytes, kind=kind)
     _echo_left_out(left_out)
     typer.echo(
@@ -93,6 +99,7 @@ def prepare(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the shuffle and of the held-out choice.")] = 0,
     shard_size: Annotated[str, typer.Option(metavar="BYTES", help="Size of a file, about.")] = "256Mi",
     text_key: TextKey = "text",
+    template: Template = None,
     pattern: Pattern = None,
     separator: Separator = None,
     exclude: Exclude = None,
@@ -105,22 +112,23 @@ def prepare(
     from hopescale.data.tokenizer import Tokenizer
     from hopescale.data.tokenizer_losses import RoundTrip
 
-    source, left_out = _source(inputs, text_key, pattern, separator, exclude, skip_undecodable)
+    source, left_out = _source(inputs, text_key, template, pattern, separator, exclude, skip_undecodable)
     pieces = Tokenizer.load(tokenizer, end_of_text=end_of_text, split_special_tokens=split_special_tokens)
     round_trip = RoundTrip(pieces)
     if lost := pieces.losses():
         hint = "a model trained on them can never write these; `hopescale data tokenizer` trains one that keeps all"
         typer.echo(f"warning: tokenizer {tokenizer} loses {', '.join(lost)}: {hint}", err=True)
-    with _working("reading") as show:
+    with progress_bar("reading", _size(source)) as bar:
         preparing.prepare(
-            source.documents(),
+            _then(replace(source, on_read=bar.advance).documents(), bar),
             pieces,
             out,
             validation=validation,
             seed=seed,
             shard_bytes=shard_bytes,
             num_threads=threads_each(1),
-            progress=lambda documents, size: show(f"{documents:,} documents, {format_bytes(size)}"),
+            progress=lambda documents, size: bar.note(f"{documents:,} documents"),
+            on_written=bar.advance_of,
             round_trip=round_trip,
         )
     _echo_left_out(left_out)
@@ -162,9 +170,11 @@ def inspect(
 def verify(folder: Folder) -> None:
     """Recompute every checksum and read every block."""
     from hopescale.data import inspect as look
+    from hopescale.data.shards import Index
 
-    with _working("checking") as show:
-        index = look.verify(folder, on_shard=lambda entry: show(entry.file))
+    size = sum(entry.num_bytes for split in Index.read(folder).splits.values() for entry in split)
+    with progress_bar("checking", size) as bar:
+        index = look.verify(folder, on_shard=bar.note, on_checked=bar.advance)
     entries = [entry for split in index.splits.values() for entry in split]
     size = sum(entry.num_bytes for entry in entries)
     typer.echo(f"{folder}: {len(entries)} shards, {format_bytes(size)}, all as the index says")
@@ -173,6 +183,7 @@ def verify(folder: Folder) -> None:
 def _source(
     inputs: list[str],
     text_key: str,
+    template: str | None,
     pattern: list[str] | None,
     separator: str | None,
     exclude: list[str] | None,
@@ -182,13 +193,20 @@ def _source(
     from hopescale.data.text import TextSource
 
     left_out: list[str] = []
-    if separator is not None:
-        separator = separator.replace("\\r", "\r").replace("\\n", "\n").replace("\\t", "\t")
-    listener = left_out.append if skip_undecodable else None
     source = TextSource(
-        tuple(inputs), text_key, tuple(pattern or ()), separator, tuple(exclude or ()), on_undecodable=listener
+        tuple(inputs),
+        text_key,
+        tuple(pattern or ()),
+        separator and _unescaped(separator),
+        tuple(exclude or ()),
+        template if template is None else _unescaped(template),
+        on_undecodable=left_out.append if skip_undecodable else None,
     )
     return source, left_out
+
+
+def _unescaped(text: str) -> str:
+    return text.replace("\\r", "\r").replace("\\n", "\n").replace("\\t", "\t")
 
 
 def _echo_left_out(names: list[str]) -> None:
@@ -196,13 +214,18 @@ def _echo_left_out(names: list[str]) -> None:
         typer.echo("\n  ".join([f"left out, as not UTF-8: {len(names):,}", *names]), err=True)
 
 
-@contextmanager
-def _working(verb: str) -> Iterator[Callable[[str], None]]:
-    """Show a moving line on standard error; gives a function that changes its text."""
-    columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(verb, total=None)
-        yield lambda text: progress.update(task, description=f"{verb} {text}")
+def _size(source: TextSource) -> int | None:
+    """Add up the bytes to read; None if they are not known."""
+    sizes = [file.size for file in source.files()]
+    return sum(sizes) if all(sizes) else None
+
+
+def _then(documents: Iterator[Document], bar: Bar) -> Iterator[Document]:
+    """Give documents, and let the bar begin anew when no more are read."""
+    try:
+        yield from documents
+    finally:
+        bar.begin("writing", None)
 
 
 def _echo_tokenizer(tokenizer: Tokenizer) -> None:

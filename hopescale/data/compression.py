@@ -27,7 +27,7 @@ def decompressed(stream: BinaryIO, name: str) -> BinaryIO:
         DataError: If the package is missing that reads it.
         EOFError: While reading, if the compressed data was cut off.
     """
-    plain = io.BufferedReader(_Raw(stream.read), _PART)
+    plain = io.BufferedReader(Readable(stream.read), _PART)
     head = plain.peek(6)
     for begin, unpack in _UNPACK.items():
         if head.startswith(begin):
@@ -35,7 +35,22 @@ def decompressed(stream: BinaryIO, name: str) -> BinaryIO:
     return plain
 
 
-class _Raw(io.RawIOBase):
+def with_head(stream: BinaryIO, size: int) -> tuple[bytes, BinaryIO]:
+    """Return the first bytes of a stream, and a stream of all its bytes, these included."""
+    head = stream.read(size)
+    rest = memoryview(head)
+
+    def read(size: int) -> bytes:
+        nonlocal rest
+        if not rest:
+            return stream.read(size)
+        taken, rest = rest[:size], rest[size:]
+        return taken
+
+    return head, io.BufferedReader(Readable(read), _PART)
+
+
+class Readable(io.RawIOBase):
     """What `io.BufferedReader` needs, over a function that reads at most so many bytes."""
 
     def __init__(self, read: Callable[[int], bytes]):
@@ -75,7 +90,7 @@ def _zstd(stream: BinaryIO, name: str) -> BinaryIO:
         taken, rest = rest[:size], rest[size:]
         return taken
 
-    return io.BufferedReader(_Raw(read), _PART)
+    return io.BufferedReader(Readable(read), _PART)
 
 
 _UNPACK: dict[bytes, Callable[[BinaryIO, str], BinaryIO]] = {

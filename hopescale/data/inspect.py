@@ -38,8 +38,17 @@ def window_texts(data: PreparedData, split: str, window: int, seq_len: int) -> l
     return [data.tokenizer.decode(part) for part in np.split(tokens, np.flatnonzero(np.diff(ids)) + 1)]
 
 
-def verify(folder: str | Path, on_shard: Callable[[ShardEntry], None] = lambda entry: None) -> Index:
-    """Recompute every checksum and read every block; `on_shard` is called before each shard.
+def verify(
+    folder: str | Path,
+    on_shard: Callable[[str], None] = lambda file: None,
+    on_checked: Callable[[int], None] = lambda num_bytes: None,
+) -> Index:
+    """Recompute every checksum and read every block.
+
+    Args:
+        folder: Prepared data set.
+        on_shard: Listener for the name of each shard, before it is read.
+        on_checked: Listener for the bytes of each shard, after it was read.
 
     Raises:
         DataError: If the index or the tokenizer is wrong, or naming every bad shard.
@@ -50,9 +59,10 @@ def verify(folder: str | Path, on_shard: Callable[[ShardEntry], None] = lambda e
     faults = []
     for split in SPLITS:
         for entry in index.splits[split]:
-            on_shard(entry)
+            on_shard(entry.file)
             fault = _fault(folder, index, split, entry, tokenizer.eos_id)
             faults += [f"{entry.file}: {fault}"] if fault else []
+            on_checked(entry.num_bytes)
     if faults:
         listed = "\n    ".join(faults)
         raise DataError(

@@ -17,8 +17,8 @@ from hopescale.common.disk import staged_folder
 from hopescale.common.errors import DataError
 from hopescale.common.groups import grouped
 from hopescale.data.order import derive_key, mix64
+from hopescale.data.records import Document
 from hopescale.data.shards import SPLITS, Index, SplitWriter, token_dtype
-from hopescale.data.text import Document
 from hopescale.data.tokenizer import Tokenizer
 from hopescale.data.tokenizer_losses import RoundTrip
 
@@ -52,6 +52,7 @@ def prepare(
     shard_bytes: int = 256 << 20,
     num_threads: int = 1,
     progress: Progress | None = None,
+    on_written: Progress = lambda num_bytes, total: None,
     round_trip: RoundTrip | None = None,
 ) -> Index:
     """Write a data set of tokenised documents to the folder `out`; return its index.
@@ -70,6 +71,7 @@ def prepare(
         shard_bytes: Token bytes of a shard, about.
         num_threads: Threads that tokenise.
         progress: Listener for the documents and the text bytes read so far.
+        on_written: Listener for the bytes of tokens of a block that was written, and for those of all.
         round_trip: Counts of what the tokenizer loses, which receive every document.
 
     Raises:
@@ -83,7 +85,7 @@ def prepare(
         held_out = _held_out(spill.content_hash, validation)
         writers = {split: SplitWriter(folder, split, shard_bytes=shard_bytes) for split in SPLITS}
         for writer, mask in zip(writers.values(), (~held_out, held_out), strict=True):
-            _write_split(spill, _shuffled(np.flatnonzero(mask), seed), writer)
+            _write_split(spill, _shuffled(np.flatnonzero(mask), seed), writer, on_written)
         spill.path.unlink()
         tokenizer.copy_to(folder)
         index = Index(
@@ -151,11 +153,12 @@ def _shuffled(ordinals: np.ndarray, seed: int) -> np.ndarray:
     return ordinals[np.argsort(draws, kind="stable")]
 
 
-def _write_split(spill: _Spill, order: np.ndarray, writer: SplitWriter) -> None:
+def _write_split(spill: _Spill, order: np.ndarray, writer: SplitWriter, on_written: Progress) -> None:
     tokens = np.memmap(spill.path, spill.dtype, mode="r")
     ends = np.cumsum(spill.num_tokens)
     for block in grouped(map(int, order), lambda ordinal: int(spill.num_tokens[ordinal]), BLOCK_TOKENS):
         parts = [tokens[ends[ordinal] - spill.num_tokens[ordinal] : ends[ordinal]] for ordinal in block]
         table = np.stack([spill.num_tokens[block], spill.num_text_bytes[block]], axis=1)
         writer.write(np.concatenate(parts), table)
+        on_written(sum(part.nbytes for part in parts), tokens.nbytes)
     writer.close()

@@ -17,8 +17,8 @@ import sentencepiece
 from hopescale.common.disk import staged_folder
 from hopescale.common.errors import DataError
 from hopescale.data.json_tokenizer import JsonTokenizer
+from hopescale.data.records import Document
 from hopescale.data.sentencepiece_tokenizer import SentencePieceTokenizer, spans
-from hopescale.data.text import Document
 from hopescale.data.tokenizer import Tokenizer
 
 Kind = Literal["sentencepiece", "byte-bpe"]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from hopescale.data.prepare import prepare
-from hopescale.data.text import Document
+from hopescale.data.records import Document
 from hopescale.data.tokenizer import Tokenizer
 from hopescale.data.train_tokenizer import train_tokenizer
 from hopescale.launch.array import Element, submit_array

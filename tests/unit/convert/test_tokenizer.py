@@ -11,7 +11,7 @@ import sentencepiece
 from transformers import AutoTokenizer
 
 from hopescale.convert.tokenizer import NATIVE_TOKENIZER, write_tokenizer
-from hopescale.data.text import Document
+from hopescale.data.records import Document
 from hopescale.data.tokenizer import Tokenizer
 from hopescale.data.train_tokenizer import train_tokenizer
 from tests.support.json_tokenizers import KINDS, make_tokenizer

@@ -11,7 +11,7 @@ import pytest
 from hopescale.common.errors import DataError
 from hopescale.data.dataset import PreparedData
 from hopescale.data.prepare import prepare
-from hopescale.data.text import Document
+from hopescale.data.records import Document
 from hopescale.data.tokenizer import Tokenizer
 from hopescale.data.tokenizer_losses import RoundTrip
 from hopescale.data.train_tokenizer import train_tokenizer

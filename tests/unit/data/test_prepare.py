@@ -13,8 +13,8 @@ from hopescale.common.errors import DataError
 from hopescale.data import shards
 from hopescale.data.dataset import PreparedData
 from hopescale.data.prepare import prepare
+from hopescale.data.records import Document
 from hopescale.data.shards import Index, describe_shard
-from hopescale.data.text import Document
 from hopescale.data.tokenizer import Tokenizer
 
 

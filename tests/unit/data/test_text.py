@@ -11,7 +11,8 @@ import fsspec
 import pytest
 
 from hopescale.common.errors import DataError
-from hopescale.data.text import Document, TextSource
+from hopescale.data.records import Document
+from hopescale.data.text import TextSource
 
 
 def read(*inputs: Path | str, **options) -> list[Document]:
@@ -54,28 +55,26 @@ def test_json_lines_are_known_by_what_they_hold(tmp_path: Path, name: str) -> No
     assert [d.text for d in read(tmp_path)] == ["one", "two"]
 
 
-def test_json_that_is_no_lines_of_texts_stays_a_text(tmp_path: Path) -> None:
-    for name, content in {
-        "a.json": '{\n "text": "x"\n}\n',
-        "b.json": '{"name": "x"}\n',
-        "c.json": "[1]\n[2]\n",
-    }.items():
+def test_json_that_holds_no_texts_stays_a_text(tmp_path: Path) -> None:
+    for name, content in {"b.json": '{"name": "x"}\n', "c.json": "[1]\n[2]\n", "d.py": "[\n 1]"}.items():
         (tmp_path / name).write_text(content)
-    assert [d.text for d in read(tmp_path)] == ['{\n "text": "x"\n}\n', '{"name": "x"}\n', "[1]\n[2]\n"]
-    write_lines(tmp_path / "d.json", {"content": "x"}, {"content": "y"})
-    with pytest.raises(DataError, match="d.json:1: no text under the key 'text'; the line has the keys 'content'"):
+    assert [d.text for d in read(tmp_path)] == ['{"name": "x"}\n', "[1]\n[2]\n", "[\n 1]"]
+    write_lines(tmp_path / "e.json", {"content": "x"}, {"content": "y"})
+    with pytest.raises(DataError, match="e.json:1: no text under the key 'text'; the line has the keys 'content'"):
         read(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
-        ("a.csv", b"text,id\nx,1\n", "a.csv: a comma-separated table, whose lines"),
-        ("a.tsv.gz", gzip.compress(b"text\tid\n"), "a.tsv.gz: a tab-separated table, whose lines"),
-        ("a.parquet", b"PAR1\x15\x04", "a.parquet: a Parquet table, not a text"),
+        ("a.csv", b"body,id\nx,1\n", "a.csv: a comma-separated table without a column 'text'; .* 'body,id'"),
+        ("a.tsv.gz", gzip.compress(b"body\tid\n"), "a.tsv.gz: a tab-separated table without a column 'text'"),
+        ("a.parquet", b"PAR1\x15\x04", "a.parquet: a damaged Parquet table"),
+        ("a", b"\xff\xff\xff\xff\x10\0\0\0", "a: a damaged Arrow table"),
+        ("a", b"PK\x03\x04....", "a: an archive of several files, not a text"),
         ("a", b"%PDF-1.7\n", "a: a PDF, not a text"),
     ],
-    ids=["csv", "tsv", "parquet", "pdf"],
+    ids=["csv", "tsv", "parquet", "arrow", "zip", "pdf"],
 )
 def test_files_that_are_no_texts_are_named(tmp_path: Path, name: str, content: bytes, expected: str) -> None:
     (tmp_path / name).write_bytes(content)
@@ -227,15 +226,18 @@ def test_zstandard_is_read_in_frames_and_a_cut_is_named(tmp_path: Path) -> None:
     ("module", "name", "message"),
     [
         ("zstandard", "a.jsonl.zst", "a.jsonl.zst: compressed by Zstandard, which needs the package zstandard"),
-        ("s3fs", "s3://bucket/a", "cannot read s3://bucket/a: Install s3fs"),
+        ("s3fs", "s3://bucket/a", "(?s)cannot read s3://bucket/a: Install s3fs.*hopescale.s3."),
+        ("datasets", "hub:a/b", "(?s)hub:a/b: a data set of the hub, which needs .* datasets.*hopescale.datasets."),
+        ("pyarrow", "a.parquet", "(?s)a.parquet: a Parquet table, which needs .* pyarrow.*hopescale.parquet."),
         ("gcsfs", "gs://bucket/a", "cannot read gs://bucket/a: .*gcsfs"),
     ],
 )
 def test_a_package_that_is_missing_is_named(tmp_path: Path, monkeypatch, module: str, name: str, message: str) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     (tmp_path / "a.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd....")
+    (tmp_path / "a.parquet").write_bytes(b"PAR1....PAR1")
     with pytest.raises(DataError, match=message):
-        read(name if "://" in name else tmp_path / name)
+        read(name if ":" in name else tmp_path / name)
 
 
 @pytest.mark.parametrize("name", ["texts.zip", "texts.tar.gz", "texts.TAR"])

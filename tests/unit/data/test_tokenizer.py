@@ -9,8 +9,8 @@ import sentencepiece
 from hopescale.common.errors import DataError
 from hopescale.data import sentencepiece_tokenizer as module
 from hopescale.data import train_tokenizer as training
+from hopescale.data.records import Document
 from hopescale.data.sentencepiece_tokenizer import SentencePieceTokenizer
-from hopescale.data.text import Document
 from hopescale.data.tokenizer import Tokenizer
 from hopescale.data.train_tokenizer import train_tokenizer
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from hopescale.common.errors import ConfigError
-from hopescale.data.text import Document
+from hopescale.data.records import Document
 from hopescale.data.tokenizer import Tokenizer
 from hopescale.data.train_tokenizer import train_tokenizer
 from hopescale.infer.text import decode_stream, encode_prompt

@@ -1,0 +1,154 @@
+"""Files to read documents from: below folders and addresses, and what a folder saved by `datasets` consists of."""
+
+from __future__ import annotations
+
+import json
+import lzma
+import os
+import tarfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from pathlib import PurePosixPath
+from typing import Any, NamedTuple
+
+import fsspec
+
+from hopescale.common.errors import ConfigError, DataError
+
+HUB = "hub:"
+"""What begins the name of a data set of the Hugging Face hub: `hub:OWNER/NAME[/CONFIG][:SPLIT]`."""
+_EXTRAS = {"s3": "s3", "hub": "datasets"}
+
+
+class TextFile(NamedTuple):
+    """One input file: its file system, its path there, its name in messages, and its size in bytes.
+
+    Of a data set of the hub there is no file system and no size.
+    """
+
+    filesystem: fsspec.AbstractFileSystem | None
+    path: str
+    name: str
+    size: int
+
+
+def find_files(name: str, patterns: tuple[str, ...], exclude: tuple[str, ...]) -> list[TextFile]:
+    """List the files of an input.
+
+    Args:
+        name: A file, a folder, an address, or a data set of the hub.
+        patterns: Shell patterns that a file of a folder must match one of, if there are any.
+        exclude: Shell patterns that no file of a folder may match.
+
+    Raises:
+        DataError: If it is missing, or has no such file.
+    """
+    if name.startswith(HUB):
+        return [TextFile(None, name.removeprefix(HUB), name, 0)]
+    with reading(name):
+        filesystem, path = fsspec.url_to_fs(name)
+        if filesystem.isfile(path):
+            return [TextFile(filesystem, path, name, filesystem.size(path) or 0)]
+        if not filesystem.exists(path):
+            raise DataError(f"input {name} does not exist", hint="check the path; relative paths start where you are")
+        sizes = dict(_files_below(filesystem, path))
+        below = [(file, file[len(path) :].lstrip("/")) for file in _without_notes(filesystem, sorted(sizes))]
+    visible = [(file, rest) for file, rest in below if not is_hidden(rest)]
+    chosen = [(file, rest) for file, rest in visible if not patterns or matches(rest, patterns)]
+    matching = [(file, rest) for file, rest in chosen if not matches(rest, exclude)]
+    if not matching:
+        looked = f"{len(visible)} files, none matches {' or '.join(patterns)}" if patterns else "no files"
+        looked = f"all {len(chosen)} files are left out by --exclude" if chosen else looked
+        raise DataError(f"nothing to read in folder {name}: {looked}", hint="check the folder and the patterns")
+    return [TextFile(filesystem, file, f"{name.rstrip('/')}/{rest}", sizes[file]) for file, rest in matching]
+
+
+def _files_below(
+    filesystem: fsspec.AbstractFileSystem, folder: str, within: frozenset[str] = frozenset()
+) -> Iterator[tuple[str, int]]:
+    """List the files of a folder and of folders that it links to, with their sizes, without going in circles."""
+    within |= {os.path.realpath(folder)}
+    for path, info in filesystem.find(folder, detail=True).items():
+        if info.get("islink") and filesystem.isdir(path):
+            if os.path.realpath(path) not in within:
+                yield from _files_below(filesystem, path, within)
+        elif info.get("type") == "other" and filesystem.exists(path):
+            raise DataError(f"{path} is neither a file nor a folder", hint="leave it out of the folder")
+        else:
+            yield path, info.get("size") or 0
+
+
+def _without_notes(filesystem: fsspec.AbstractFileSystem, paths: list[str]) -> list[str]:
+    """Leave out what `datasets` writes beside the tables of a folder that it saves, its caches included.
+
+    Raises:
+        DataError: If such a folder holds a choice of rows, which its tables do not show.
+    """
+    below = set(paths)
+    kept: dict[str, set[str]] = {}
+    for path in paths:
+        folder, _, name = path.rpartition("/")
+        if name == "state.json" and f"{folder}/dataset_info.json" in below:
+            state: dict[str, Any] = json.loads(filesystem.cat_file(path))
+            if state.get("_indices_data_files"):
+                message = f"{folder} holds a choice of rows of a data set, which is not read"
+                raise DataError(message, "save it anew: dataset.flatten_indices().save_to_disk(FOLDER)")
+            kept[folder] = {f"{folder}/{file['filename']}" for file in state["_data_files"]}
+    parents = {folder.rpartition("/")[0] for folder in kept}
+    left_out = {f"{folder}/dataset_dict.json" for folder in parents}
+    return [p for p in paths if p not in left_out and p in kept.get(p.rpartition("/")[0], below)]
+
+
+def is_hidden(path: str) -> bool:
+    """Tell whether a path, or a folder of it, begins with a point."""
+    return any(part.startswith(".") for part in PurePosixPath(path).parts)
+
+
+def matches(path: str, patterns: tuple[str, ...]) -> bool:
+    """Tell whether a path or its last part matches any shell pattern."""
+    name = PurePosixPath(path).name
+    return any(fnmatch(name, pattern) or fnmatch(path, pattern) for pattern in patterns)
+
+
+def hub_rows(address: str, name: str) -> Iterator[dict[str, Any]]:
+    """Read the rows of a data set of the Hugging Face hub as they come: `OWNER/NAME[/CONFIG][:SPLIT]`.
+
+    Raises:
+        DataError: If the package `datasets` is missing, or the address is none.
+    """
+    try:
+        import datasets
+    except ImportError:
+        message = f"{name}: a data set of the hub, which needs the package datasets"
+        raise DataError(message, "pip install 'hopescale[datasets]'") from None
+    path, _, split = address.partition(":")
+    parts = path.split("/")
+    if not 2 <= len(parts) <= 3 or not all(parts):
+        raise DataError(f"{name} is no data set of the hub", "write hub:OWNER/NAME, hub:OWNER/NAME/CONFIG:SPLIT")
+    config = parts[2] if len(parts) == 3 else None
+    yield from datasets.load_dataset("/".join(parts[:2]), config, split=split or "train", streaming=True)
+
+
+@contextmanager
+def reading(name: str) -> Iterator[None]:
+    """Turn what goes wrong with an input into one message; packages of addresses have exceptions of their own.
+
+    Raises:
+        DataError: If anything goes wrong; names the input and the extra that it may need.
+    """
+    try:
+        yield
+    except (DataError, ConfigError):
+        raise
+    except ImportError as error:
+        extra = _EXTRAS.get(name.partition(":")[0])
+        hint = f"pip install 'hopescale[{extra}]'" if extra else "install the package for this kind of address"
+        raise DataError(f"cannot read {name}: {error}", hint) from error
+    except Exception as error:
+        own = isinstance(error, (OSError, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, ValueError))
+        if not own and "://" not in name and not name.startswith(HUB):
+            raise
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise DataError(f"cannot read {name}: {reason}", hint="check the address, the permissions, the file") from error
