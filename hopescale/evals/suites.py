@@ -62,9 +62,10 @@ def ask(
     control: Control,
     report: Callable[[str], None],
 ) -> list[SuiteResult]:
-    """Ask a model so many examples of each point, in ids, or in words if it has a tokenizer and was not trained on the task.
+    """Ask a model so many examples of each point.
 
-    Called by all ranks, with results that do not depend on them.
+    They are ids, or words if the model has a tokenizer and was not trained on the task. Called by all ranks; results do
+    not depend on them.
     """
     results = []
     for point in points:
