@@ -301,3 +301,19 @@ def test_words_are_spelled_as_one_would_write_them():
     assert re.findall(rf"{key} holds (\d\d)\.", text) == [first, second]
     assert [fact.spell(facts.WENT + number, {}) for number in range(4)] == ["went to", "took", "Now", "is at"]
     assert len({prose.name(number) for number in range(1000)}) == 1000
+
+
+@pytest.mark.parametrize("haystack", ["needle_single_1", "needle_multikey"])
+def test_a_distance_holds_up_to_a_sentence_and_null_varies_it(haystack: str):
+    gaps: dict[int | None, list[int]] = {None: [], 20: []}
+    for distance, found in gaps.items():
+        made = Generated(SuiteConfig(task=haystack, distance=distance), seed=0, length=120)
+        for example in made.examples("test", range(15), seed=0):
+            row = example.tokens.tolist()
+            question = row.index(needles.ASKS)
+            told = next(
+                place for place in range(question) if row[place : place + 2] == row[question + 1 : question + 3]
+            )
+            found.append(question - (told + 2 + made.settings["value_length"] + 1))
+    assert all(20 <= gap < 20 + prose.LONGEST for gap in gaps[20])
+    assert max(gaps[None]) - min(gaps[None]) > 40
