@@ -84,7 +84,7 @@ def _prepared(loaded: LoadedModel, request: EvalRequest) -> Prepared:
         from hopescale.evals.tasks import load_tasks
 
         tasks = load_tasks(request.tasks, request.task_path)
-    points = request.suite.points(loaded.config)
+    points = request.suite.points(loaded.config, words=loaded.tokenizer is not None)
     rows = None
     if request.suite.by_position:
         rows = open_rows(loaded, _sources(loaded, request.data), max(request.suite.lengths, default=None))

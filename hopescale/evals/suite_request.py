@@ -11,7 +11,7 @@ from itertools import product
 
 from hopescale.common.errors import ConfigError, Problem
 from hopescale.config.schema import RunConfig, SuiteConfig
-from hopescale.suites.registry import GROUPS, TASKS, problems, resolve
+from hopescale.suites.registry import GROUPS, TASKS, num_ids, problems, resolve
 from hopescale.suites.two_languages import NAMES
 
 TRAINED = "trained"
@@ -60,22 +60,31 @@ class SuiteRequest:
         """Whether held-out text is measured by the place in the context."""
         return POSITION in self.names
 
-    def points(self, config: RunConfig) -> list[SuiteConfig]:
+    def points(self, config: RunConfig, *, words: bool = False) -> list[SuiteConfig]:
         """Return what a model of this config is asked, each with its length and all that differs from the task's own.
+
+        Args:
+            config: Config of the run.
+            words: Whether the model has a tokenizer: it reads words, but for tasks that it was trained on, in ids.
 
         Raises:
             ConfigError: If a task does not fit the model or its settings; carries every problem.
         """
-        own = {source.suite.task: source.suite for source in config.data.sources.values() if source.suite is not None}
+        own = own_tasks(config)
         tasks = self._tasks(own)
         for option, name, values in (("--pairs", "num_pairs", self.pairs), ("--distance", "distance", self.distances)):
             if values and tasks and not any(name in TASKS[task].defaults for task in tasks):
                 raise ConfigError(f"{option} has no effect: {', '.join(tasks)} have no {name}", "leave it out")
+        in_words = {task for task in tasks if words and task not in own}
+        if unread := [task for task in tasks if task in in_words and TASKS[task].spell is None]:
+            hint = f"those with words are {', '.join(name for name, task in TASKS.items() if task.spell)}"
+            raise ConfigError(f"the model reads text, and {', '.join(unread)} have no words", hint)
         found, faults = [], []
         for task in tasks:
             trained = config.train.seq_len if task in own else None
             for point in self._of_task(own.get(task, SuiteConfig(task=task)), trained):
-                wrong = problems(point, seq_len=point.length, vocab_size=config.model.vocab_size)
+                size = num_ids(point) if task in in_words else config.model.vocab_size
+                wrong = problems(point, seq_len=point.length, vocab_size=size)
                 faults += [Problem(f"{task} of length {point.length}", f"{key}: {message}") for key, message in wrong]
                 found.append(point)
         if faults:
@@ -109,6 +118,12 @@ class SuiteRequest:
             for below, length in zip((0, *lengths), lengths, strict=False):
                 bin_of = {"shortest": below + 1} if below and "shortest" in has else {}
                 yield replace(point, length=length, **bin_of)
+
+
+def own_tasks(config: RunConfig) -> dict[str, SuiteConfig]:
+    """Return the tasks that a run was trained on, by name."""
+    sources = config.data.sources.values()
+    return {source.suite.task: source.suite for source in sources if source.suite is not None}
 
 
 def read_counts(option: str, text: str) -> tuple[int, ...]:

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from hopescale.config.schema import SuiteConfig
+from hopescale.data.samples import Rows
 from hopescale.data.suite_samples import SuiteSamples
-from hopescale.evals.distribute import distribute
+from hopescale.evals.distribute import distribute, group_by_length
+from hopescale.evals.scoring import Scored, score
+from hopescale.evals.suite_request import own_tasks
 from hopescale.evals.suite_result import PLACES, SuiteResult
 from hopescale.infer.generate import PREFILL_TOKENS
 from hopescale.infer.load import LoadedModel
 from hopescale.models import Model
 from hopescale.parallel.control import Control
 from hopescale.parallel.layers import IGNORED_TARGET
+from hopescale.suites import prose
 from hopescale.suites.registry import TASKS, resolve
 
 BATCH_TOKENS = 8192
@@ -57,22 +62,64 @@ def ask(
     control: Control,
     report: Callable[[str], None],
 ) -> list[SuiteResult]:
-    """Ask a model so many examples of each point. Called by all ranks, with results that do not depend on them."""
+    """Ask a model so many examples of each point.
+
+    They are ids, or words if the model has a tokenizer and was not trained on the task. Called by all ranks; results do
+    not depend on them.
+    """
     results = []
     for point in points:
         samples = SuiteSamples(point, seed=loaded.config.data.seed, split="test", seq_len=point.length, examples=SEED)
-        size = max(1, BATCH_TOKENS // point.length)
-        batches = [list(range(start, min(start + size, num_examples))) for start in range(0, num_examples, size)]
-
-        def work(numbers: list[int], samples: SuiteSamples = samples) -> list[Judged]:
-            rows = samples.read(numbers)
-            return judge(loaded.model, rows.tokens, rows.targets)
-
-        judged = distribute(control, batches, work)
-        results.append(_result(point, samples.read(range(num_examples)).targets, judged))
+        if loaded.tokenizer is not None and point.task not in own_tasks(loaded.config):
+            results.append(_in_words(loaded, point, samples.read(range(num_examples)), control))
+        else:
+            results.append(_in_ids(loaded, point, samples, num_examples, control))
         done = results[-1]
         report(f"{point.task} of length {point.length}: {done.accuracy:.3f} of {done.questions:,} answers are right")
     return results
+
+
+def _in_ids(
+    loaded: LoadedModel, point: SuiteConfig, samples: SuiteSamples, num_examples: int, control: Control
+) -> SuiteResult:
+    size = max(1, BATCH_TOKENS // point.length)
+    batches = [list(range(start, min(start + size, num_examples))) for start in range(0, num_examples, size)]
+
+    def work(numbers: list[int]) -> list[Judged]:
+        rows = samples.read(numbers)
+        return judge(loaded.model, rows.tokens, rows.targets)
+
+    return _result(point, samples.read(range(num_examples)).targets, distribute(control, batches, work))
+
+
+def _in_words(loaded: LoadedModel, point: SuiteConfig, rows: Rows, control: Control) -> SuiteResult:
+    """Ask in text. Words that are asked one after the other are one answer, noted at the place of its last word."""
+    task, settings = TASKS[point.task], resolve(point)
+    questions = [(row, *ends) for row, targets in enumerate(rows.targets) for ends in answers_of(targets)]
+    texts, counts = [], []
+    for row, first, last in questions:
+        read, answer = rows.tokens[row, : first + 1], rows.targets[row, first : last + 1]
+        words = [task.spell(int(word), settings) for word in (*read, *answer)]
+        context, whole = (loaded.tokenizer.encode(prose.text_of(part)) for part in (words[: first + 1], words))
+        texts.append([loaded.tokenizer.eos_id, *whole])
+        counts.append(max(1, len(whole) - len(context)))
+
+    def work(numbers: list[int]) -> list[Scored]:
+        return score(loaded.model, [texts[number] for number in numbers], [counts[number] for number in numbers])
+
+    scored = distribute(control, group_by_length(list(map(len, texts)), tokens=BATCH_TOKENS), work)
+    judged = [Judged(*np.full((2, point.length), np.nan)) for _ in rows.targets]
+    for (row, _, last), (logprob, greedy) in zip(questions, scored, strict=True):
+        judged[row].right[last], judged[row].loss[last] = greedy, -logprob
+    found = _result(point, rows.targets, judged)
+    words_of_one = 1 + questions[0][2] - questions[0][1]
+    return replace(found, settings={**found.settings, "unit": "words"}, chance=task.chance(settings) ** words_of_one)
+
+
+def answers_of(targets: np.ndarray) -> Iterator[tuple[int, int]]:
+    """List the first and the last place of each run of targets. `[T]`, `IGNORED_TARGET` where nothing is asked."""
+    edges = np.flatnonzero(np.diff(targets != IGNORED_TARGET, prepend=False, append=False))
+    yield from ((int(first), int(end) - 1) for first, end in zip(edges[::2], edges[1::2], strict=True))
 
 
 def _result(point: SuiteConfig, targets: np.ndarray, judged: Sequence[Judged]) -> SuiteResult:

@@ -2,7 +2,7 @@
 
 People go to places and take things; the sentences lie in their order in a text that has nothing to do with them. At the
 end it is asked where somebody is (one hop), or where a thing is, which is where the person is who took it last (two
-hops). Ids are those of the prose, then `went`, `took`, `where`, people, places and things.
+hops): `NOW SOMEBODY IS_AT`. Ids are those of the prose, then these words, people, places and things.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import numpy as np
 from hopescale.suites import prose
 from hopescale.suites.task import Example, Settings, Task, blank
 
-WENT, TOOK, WHERE = range(len(prose.WORDS), len(prose.WORDS) + 3)
-FIRST_PERSON = WHERE + 1
-WORDS_OF_A_FACT = 4
+WENT, TOOK, NOW, IS_AT = range(len(prose.WORDS), len(prose.WORDS) + 4)
+FIRST_PERSON = IS_AT + 1
+WORDS_OF_A_FACT, WORDS_OF_A_QUESTION = 4, 3
 
 
 def make(generator: np.random.Generator, length: int, settings: Settings, table: Any) -> Example:
@@ -38,13 +38,22 @@ def make(generator: np.random.Generator, length: int, settings: Settings, table:
             told.append([person, WENT, where[person], *prose.spelled(".")])
     known = list(where) if hops == 1 else list(holder)
     asked = known[generator.integers(len(known))]
-    room = length - 2
+    room = length - WORDS_OF_A_QUESTION
     row = prose.hide(generator, told, room, distance=settings["distance"], haystack="prose")
-    row += [WHERE, asked]
+    row += [NOW, asked, IS_AT]
     tokens, answers = blank(length, _num_ids(settings) - 1)
     tokens[: len(row)] = row
     answers[len(row) - 1] = where[asked if hops == 1 else holder[asked]]
     return Example(tokens, answers)
+
+
+def spell(word: int, settings: Settings) -> str:
+    """Return the word of an id; people, places and things have made-up names."""
+    if word < len(prose.WORDS):
+        return prose.WORDS[word]
+    if word < FIRST_PERSON:
+        return ("went to", "took", "Now", "is at")[word - WENT]
+    return prose.name(word - FIRST_PERSON)
 
 
 def _num_ids(settings: Settings) -> int:
@@ -52,7 +61,8 @@ def _num_ids(settings: Settings) -> int:
 
 
 def _shortest(settings: Settings) -> int:
-    return WORDS_OF_A_FACT * settings["num_pairs"] + (settings["distance"] or 0) + 2 * prose.LONGEST + 2
+    facts = WORDS_OF_A_FACT * settings["num_pairs"] + (settings["distance"] or 0)
+    return facts + 2 * prose.LONGEST + WORDS_OF_A_QUESTION
 
 
 def _enough_facts(settings: Settings):
@@ -70,5 +80,6 @@ TASKS = {
         shortest=_shortest,
         defaults={"num_symbols": 6, "num_pairs": 6, "num_hops": 1, "distance": None},
         faults=_enough_facts,
+        spell=spell,
     )
 }

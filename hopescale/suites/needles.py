@@ -28,9 +28,9 @@ from hopescale.suites import prose
 from hopescale.suites.task import Example, Fault, Settings, Task, blank
 
 DIGITS = 10
-HOLDS, ASKS = len(prose.WORDS), len(prose.WORDS) + 1
-"""Ids of the words `holds` and `?`; digits follow, and then the keys."""
-FIRST_DIGIT = ASKS + 1
+HOLDS, ASKS, AND = range(len(prose.WORDS), len(prose.WORDS) + 3)
+"""Ids of the words `holds`, `?` and `and`, which stands between values; digits follow, and then the keys."""
+FIRST_DIGIT = AND + 1
 FIRST_KEY = FIRST_DIGIT + DIGITS
 
 
@@ -59,8 +59,7 @@ class Needles:
         else:
             asked = generator.permutation(count) if self.own_keys else np.arange(count)
         for place, number in enumerate(asked):
-            if self.own_keys or not place:
-                row += [ASKS, keys[number], HOLDS]
+            row += [ASKS, keys[number], HOLDS] if self.own_keys or not place else [AND]
             begin = len(row) - 1
             row += values[number].tolist()
             answers[begin : begin + size] = values[number]
@@ -70,7 +69,7 @@ class Needles:
     def _question(self, settings: Settings) -> int:
         """Count the words of all questions and their answers."""
         count = settings.get("num_pairs", 1) if self.all_asked else 1
-        return 3 * (count if self.own_keys else 1) + count * settings["value_length"]
+        return (3 * count if self.own_keys else 2 + count) + count * settings["value_length"]
 
     def shortest(self, settings: Settings) -> int:
         """Count the words that must fit: needles, distance, a sentence around it, questions."""
@@ -80,6 +79,14 @@ class Needles:
     def num_ids(self, settings: Settings) -> int:
         """Count words, digits, keys and the filling."""
         return FIRST_KEY + settings["num_symbols"] + 1
+
+    def spell(self, word: int, settings: Settings) -> str:
+        """Return the word of an id; keys are names."""
+        if word < len(prose.WORDS):
+            return prose.WORDS[word]
+        if word < FIRST_DIGIT:
+            return ("holds", "Remember:", "and")[word - HOLDS]
+        return str(word - FIRST_DIGIT) if word < FIRST_KEY else prose.name(word - FIRST_KEY)
 
     def faults(self, settings: Settings) -> Iterator[Fault]:
         """Find too few keys."""
@@ -99,6 +106,7 @@ def _task(kind: Needles, asks: str, count: int | None, size: int) -> Task:
         shortest=kind.shortest,
         defaults={"num_symbols": 32, "value_length": size, "distance": None, **several},
         faults=kind.faults,
+        spell=kind.spell,
     )
 
 

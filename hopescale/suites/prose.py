@@ -1,6 +1,7 @@
 """A small language of words, in which needles and facts are hidden: sentences about the weather, animals and houses.
 
-A lexicon gives every word an id. Words are ids to a model; they are spelled only for people.
+A lexicon gives every word an id. A model that was trained on a suite reads ids; one that was trained on text reads the
+words.
 """
 
 from __future__ import annotations
@@ -16,9 +17,28 @@ REPEATED = ("the", "river", "passes", "the", "old", "house", ".")
 """Sentence of a haystack that says one thing over and over."""
 WORDS = (".", "the", "a", *ADJECTIVES, *NOUNS, *VERBS)
 """All words of the prose; their ids are their places here."""
+_CONSONANTS, _VOWELS = "bdfgklmnprstvz", "aeiou"
 _ID = {word: number for number, word in enumerate(WORDS)}
 LONGEST = 8
 """Words of the longest sentence, its full stop counted."""
+
+
+def name(number: int) -> str:
+    """Return a made-up name of three syllables, another one for each number below a million."""
+    syllables = []
+    for _ in range(3):
+        number, rest = divmod(number, len(_CONSONANTS) * len(_VOWELS))
+        syllables.append(_CONSONANTS[rest // len(_VOWELS)] + _VOWELS[rest % len(_VOWELS)])
+    return "".join(syllables).capitalize()
+
+
+def text_of(words: Sequence[str]) -> str:
+    """Join words with spaces, digits to numbers, and full stops to the word before them."""
+    text = ""
+    for before, word in zip(("", *words), words, strict=False):
+        joined = not text or word == "." or (before.isdigit() and word.isdigit())
+        text += word if joined else f" {word}"
+    return text
 
 
 def spelled(*words: str) -> list[int]:

@@ -61,6 +61,8 @@ class Task:
     """Function that gives the greatest accuracy that can be expected."""
     faults: Callable[[Settings], Iterator[Fault]] = no_faults
     """Function that finds settings that do not fit each other."""
+    spell: Callable[[int, Settings], str] | None = None
+    """Function that gives the word of an id, for models that read text; None where ids are no words."""
 
 
 def blank(length: int, filling: int) -> Example:

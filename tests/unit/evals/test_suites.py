@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +22,8 @@ from hopescale.evals.positions import parts
 from hopescale.evals.suite_request import SuiteRequest, read_counts
 from hopescale.evals.suite_result import suite_table
 from hopescale.models import Model
+from hopescale.suites import prose
+from hopescale.suites.registry import TASKS, Generated, resolve
 from tests.support.models import BASE
 
 
@@ -44,6 +48,36 @@ def test_rows_in_parts_are_judged_as_every_position_alone(monkeypatch: pytest.Mo
             chances = model(torch.from_numpy(tokens[row : row + 1, : place + 1]))[0][0, -1].log_softmax(-1)
             assert judged.loss[place] == pytest.approx(-float(chances[targets[row, place]]), rel=1e-5)
             assert judged.right[place] == (int(chances.argmax()) == targets[row, place])
+
+
+class Bytes:
+    """A tokenizer of bytes."""
+
+    eos_id = 0
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+
+@torch.no_grad()
+def test_a_model_with_a_tokenizer_is_asked_in_words():
+    model = Model(replace(BASE, num_layers=1), seed=1).double().eval()
+    loaded = SimpleNamespace(model=model, tokenizer=Bytes(), config=trained_on())
+    control = SimpleNamespace(rank=0, num_ranks=1, gather=lambda own: [own])
+    config = SuiteConfig(task="needle_multikey", value_length=2, num_pairs=2, length=34)
+    (found,) = suites.ask(loaded, [config], 2, control, lambda line: None)
+    assert (found.questions, found.chance, found.settings["unit"]) == (2, pytest.approx(0.01), "words")
+    losses = []
+    for example in Generated(config, seed=0, length=34).examples("test", [0, 1], seed=0):
+        task, settings = TASKS[config.task], resolve(config)
+        asked = np.flatnonzero(example.answers >= 0)
+        words = [task.spell(int(word), settings) for word in [*example.tokens[: asked[0] + 1], *example.answers[asked]]]
+        text = prose.text_of(words)
+        assert re.search(r"Remember: \w+ holds \d\d$", text)
+        ids = [0, *text.encode()]
+        chances = model(torch.tensor([ids[:-1]]))[0][0].log_softmax(-1)
+        losses.append(-sum(float(chances[place - 1, ids[place]]) for place in range(len(ids) - 3, len(ids))))
+    assert found.loss == pytest.approx(np.mean(losses), rel=1e-5)
 
 
 def test_answers_are_counted_by_row_last_and_place():
@@ -92,11 +126,21 @@ def test_settings_are_varied_where_a_task_has_them():
         ({"names": ("trained",)}, "no source of the run"),
         ({"names": ("memorise",)}, "memorise has 257 symbols, but model.vocab_size is 200"),
         ({"names": ("mqar",), "lengths": (16,)}, "mqar with these settings needs 32 tokens"),
+        ({"names": ("mqar", "facts"), "words": True}, "reads text, and mqar have no words"),
     ],
 )
 def test_requests_without_effect_are_refused(request_, said):
+    words = request_.pop("words", False)
     with pytest.raises(ConfigError, match=said):
-        SuiteRequest(**request_).points(trained_on())
+        SuiteRequest(**request_).points(trained_on(), words=words)
+
+
+def test_a_model_of_text_is_asked_in_ids_what_it_was_trained_on():
+    config = trained_on(SuiteConfig(task="parity"))
+    assert {point.task for point in SuiteRequest(("trained", "facts")).points(config, words=True)} == {
+        "parity",
+        "facts",
+    }
 
 
 def test_counts_are_read():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from itertools import permutations
 from typing import get_args, get_type_hints
@@ -142,16 +143,19 @@ def needle(row: Row, config: SuiteConfig, table: object) -> Answers:
         if row[place] == needles.HOLDS:
             values.setdefault(row[place - 1], []).extend(row[place + 1 : place + 1 + size])
             assert row[place + 1 + size] == prose.WORDS.index(".")
-    found = {}
+    found, left = {}, []
     for place in range(first, len(row)):
         if row[place] == needles.HOLDS:
-            found |= dict(enumerate(values[row[place - 1]], start=place))
+            left = values[row[place - 1]]
+        if row[place] in (needles.HOLDS, needles.AND):
+            found |= dict(enumerate(left[:size], start=place))
+            left = left[size:]
     return found
 
 
 def fact(row: Row, config: SuiteConfig, table: object) -> Answers:
     at: dict[int, int] = {}
-    last = row.index(facts.WHERE)
+    last = row.index(facts.NOW)
     for place in range(1, last):
         if row[place] == facts.WENT:
             at[row[place - 1]] = row[place + 1]
@@ -160,7 +164,7 @@ def fact(row: Row, config: SuiteConfig, table: object) -> Answers:
     answer = row[last + 1]
     while answer in at:
         answer = at[answer]
-    return {last + 1: answer}
+    return {last + 2: answer}
 
 
 def topics(row: Row, config: SuiteConfig, table: object) -> Answers:
@@ -285,3 +289,31 @@ def test_of_seven_words_three_cannot_be_foreseen(language: str):
 def test_settings_that_do_not_fit_are_named(settings, length, said):
     ((key, message),) = problems(SuiteConfig(**settings), seq_len=length, vocab_size=100)
     assert key == said[0] and said[1] in message
+
+
+def test_words_are_spelled_as_one_would_write_them():
+    needle, fact = TASKS["needle_multivalue"], TASKS["facts"]
+    made = Generated(SuiteConfig(task="needle_multivalue", value_length=2, num_pairs=2), seed=0, length=40)
+    (example,) = made.examples("test", [0], seed=0)
+    text = prose.text_of([needle.spell(int(word), made.settings) for word in example.tokens[:-1]])
+    assert re.search(r"Remember: (\w+) holds (\d\d) and (\d\d)\b", text)
+    key, first, second = re.search(r"Remember: (\w+) holds (\d\d) and (\d\d)\b", text).groups()
+    assert re.findall(rf"{key} holds (\d\d)\.", text) == [first, second]
+    assert [fact.spell(facts.WENT + number, {}) for number in range(4)] == ["went to", "took", "Now", "is at"]
+    assert len({prose.name(number) for number in range(1000)}) == 1000
+
+
+@pytest.mark.parametrize("haystack", ["needle_single_1", "needle_multikey"])
+def test_a_distance_holds_up_to_a_sentence_and_null_varies_it(haystack: str):
+    gaps: dict[int | None, list[int]] = {None: [], 20: []}
+    for distance, found in gaps.items():
+        made = Generated(SuiteConfig(task=haystack, distance=distance), seed=0, length=120)
+        for example in made.examples("test", range(15), seed=0):
+            row = example.tokens.tolist()
+            question = row.index(needles.ASKS)
+            told = next(
+                place for place in range(question) if row[place : place + 2] == row[question + 1 : question + 3]
+            )
+            found.append(question - (told + 2 + made.settings["value_length"] + 1))
+    assert all(20 <= gap < 20 + prose.LONGEST for gap in gaps[20])
+    assert max(gaps[None]) - min(gaps[None]) > 40
