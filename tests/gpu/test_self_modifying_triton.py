@@ -50,6 +50,7 @@ SWITCHES = {
     "value targets": {"adaptive": (), "targets": "value", "momentum": False, "retention": False},
     "linear value targets": {"adaptive": (), "targets": "value", "memory": "linear", "momentum_write": "whole"},
     "value targets, dot": {"adaptive": (), "targets": "value", "objective": "dot"},
+    "normalized writes": {"adaptive": ("k", "eta"), "normalize_writes": True, "error_cap": 0.8},
 }
 STATIC = {"adaptive": (), "targets": "value", "memory": "linear", "objective": "dot"}
 
@@ -64,6 +65,7 @@ def make_inputs(mixer: SelfModifying, tokens: int, batch: int) -> dict[str, Tens
     g = torch.Generator().manual_seed(0)
     state = mixer.banks["memory"].initial_state(batch, mixer.config.momentum)
     heads, dim = mixer.heads, mixer.head_dim
+    size = 4 if mixer.config.normalize_writes else 0.7  # of about half the tokens writes are made smaller
 
     def rand(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=g)
@@ -77,7 +79,7 @@ def make_inputs(mixer: SelfModifying, tokens: int, batch: int) -> dict[str, Tens
     for kind, weights in (("running", state.running), ("momentum", state.momentum)):
         if weights is not None:
             parts = {n: x for n, x in weights._asdict().items() if x is not None}
-            inputs |= {f"{kind}/{n}": 0.7 * rand(*x.shape) / x.shape[-2] ** 0.5 for n, x in parts.items()}
+            inputs |= {f"{kind}/{n}": size * rand(*x.shape) / x.shape[-2] ** 0.5 for n, x in parts.items()}
     return inputs
 
 

@@ -121,6 +121,27 @@ def freshen(error, scratch, CONFIG: tl.constexpr):
 
 
 @triton.jit
+def length_written(norm, CONFIG: tl.constexpr):
+    """Return the length with which second layers are written under keys that were `norm` long."""
+    if CONFIG.spec.normalize_writes:
+        norm = tl.where(norm > 1, 1 / norm, norm)
+    return norm
+
+
+@triton.jit
+def push_square(push):
+    """Return squared lengths of what is pushed `[C, 1]`, not 0."""
+    return tl.maximum(tl.sum(push * push, 1), 1e-30)[:, None]
+
+
+@triton.jit
+def shrink(first, push):
+    """Return factors `[C, 1]` that make writes of first layers smaller where they amplify what is pushed."""
+    gain = tl.sum(first * first, 1)[:, None] / push_square(push)
+    return 1 / tl.maximum(gain, 1.0)
+
+
+@triton.jit
 def write(k, v, exists, state, memory, scratch, KIND: tl.constexpr, KEEP: tl.constexpr, CONFIG: tl.constexpr):
     """Keep what a memory writes, and keys of its second layer; with `KEEP` what the backward kernel asks for, too.
 
@@ -180,11 +201,14 @@ def write_mlp(k, v, exists, state, memory, scratch, KIND: tl.constexpr, KEEP: tl
     error = cap(error, CONFIG)
     push = freshen(error, scratch, CONFIG)
     put(at.whole(scratch, at.PUSH, N, CONFIG), push)
-    put(at.whole(scratch, at.SECOND, N, CONFIG), -norm * push)
+    put(at.whole(scratch, at.SECOND, N, CONFIG), -length_written(norm, CONFIG) * push)
     back = ask_back(at.matrix(scratch, at.PUSH, CONFIG), exists, second, SECOND, CONFIG)
     if KEEP:
         put(at.whole(scratch, at.BACK, E, CONFIG), back)
     pre = tl.load(at.whole(scratch, at.OF_KEY, E, CONFIG))
     gate = tl.sigmoid(pre)
-    put(at.whole(scratch, at.VALUES, E, CONFIG), -back * slope(gate, pre * gate))
+    written = -back * slope(gate, pre * gate)
+    if CONFIG.spec.normalize_writes:
+        written *= shrink(written, push)
+    put(at.whole(scratch, at.VALUES, E, CONFIG), written)
     return tl.sqrt(tl.sum(error * error, 1))

@@ -7,7 +7,16 @@ import triton.language as tl
 
 from hopescale.ops.self_modifying.triton import scratch as at
 from hopescale.ops.self_modifying.triton.matrices import add, add_outer, ask, ask_back, put, slope
-from hopescale.ops.self_modifying.triton.memories import NORM_EPS, cap, freshen, layer_at, retrieve
+from hopescale.ops.self_modifying.triton.memories import (
+    NORM_EPS,
+    cap,
+    freshen,
+    layer_at,
+    length_written,
+    push_square,
+    retrieve,
+    shrink,
+)
 
 
 @triton.jit
@@ -106,6 +115,20 @@ def write_linear_back(k, v, exists, state, d_state, memory, scratch, KIND: tl.co
 
 
 @triton.jit
+def shrink_back(d_values, gate, hidden, push, scratch, CONFIG: tl.constexpr):
+    """Move the gradient of a first layer's writes to them before they were made smaller.
+
+    Returns:
+        It, and the factor on what is pushed that is the gradient of that, as far as it decides how much smaller.
+    """
+    before = -tl.load(at.whole(scratch, at.BACK, CONFIG.hidden, CONFIG)) * slope(gate, hidden)
+    scale = shrink(before, push)
+    along = tl.sum(d_values * before, 1)[:, None]
+    over = tl.where(scale < 1, 2 * along * scale / push_square(push), 0.0)
+    return scale * (d_values - over * before), over
+
+
+@triton.jit
 def write_mlp_back(k, v, exists, state, d_state, memory, scratch, KIND: tl.constexpr, CONFIG: tl.constexpr):
     """Move the gradients of an MLP memory's write values and second keys to its weights, keys and values."""
     FIRST: tl.constexpr = KIND.first
@@ -120,13 +143,19 @@ def write_mlp_back(k, v, exists, state, d_state, memory, scratch, KIND: tl.const
     hidden = pre * gate
     d_values = tl.load(at.whole(scratch, at.D_VALUES, E, CONFIG))
     d_second = tl.load(at.whole(scratch, at.D_SECOND, N, CONFIG))
+    push, keys = tl.load(at.whole(scratch, at.PUSH, N, CONFIG)), tl.load(at.whole(scratch, at.KEYS, E, CONFIG))
+    over = tl.zeros((CONFIG.rows, 1), tl.float32)
+    if CONFIG.spec.normalize_writes:
+        d_values, over = shrink_back(d_values, gate, hidden, push, scratch, CONFIG)
     put(at.whole(scratch, at.TEMPORARY, E, CONFIG), -d_values * slope(gate, hidden))
     norm = tl.sqrt(tl.sum(hidden * hidden, 1) + CONFIG.spec.key_eps)[:, None]
-    d_push = ask(temporary, exists, second, SECOND, CONFIG) - norm * d_second
-    push, keys = tl.load(at.whole(scratch, at.PUSH, N, CONFIG)), tl.load(at.whole(scratch, at.KEYS, E, CONFIG))
+    d_push = ask(temporary, exists, second, SECOND, CONFIG) - length_written(norm, CONFIG) * d_second + over * push
     add_outer(d_second_layer, temporary, exists, push, SECOND, CONFIG)
     d_keys = tl.load(at.whole(scratch, at.D_KEYS, E, CONFIG))
-    d_norm = -tl.sum(push * d_second, 1)[:, None] - tl.sum(d_keys * keys, 1)[:, None] / norm
+    d_norm = -tl.sum(push * d_second, 1)[:, None]
+    if CONFIG.spec.normalize_writes:
+        d_norm = tl.where(norm > 1, -d_norm / (norm * norm), d_norm)
+    d_norm -= tl.sum(d_keys * keys, 1)[:, None] / norm
     d_hidden = d_keys / norm + d_norm * keys
     d_error = error_back(d_push, scratch, N, CONFIG)
     if not KIND.narrow:
