@@ -16,6 +16,7 @@ from hopescale.cli.eval import evaluate
 from hopescale.cli.generate import generate
 from hopescale.cli.plan import plan
 from hopescale.cli.report import report
+from hopescale.cli.serve import serve
 from hopescale.cli.submit import submit
 from hopescale.cli.top import top
 from hopescale.cli.train import train
@@ -43,6 +44,7 @@ app.command()(plan)
 app.command()(submit)
 app.command()(top)
 app.command()(generate)
+app.command()(serve)
 app.command("eval")(evaluate)
 app.command()(report)
 

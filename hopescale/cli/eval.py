@@ -112,7 +112,7 @@ def _evaluate(
     speak = partial(typer.echo, err=True) if control.is_first else lambda line: None
     for path in paths:
         loaded: list[LoadedModel] = []
-        control.all_ranks_or_raise(lambda path=path, loaded=loaded: loaded.append(_load(path, chosen)))
+        control.all_ranks_or_raise(lambda path=path, loaded=loaded: loaded.append(load(path, chosen)))
         if len(paths) > 1:
             speak(f"{path}:")
         results = run(loaded[0], request, control, speak)
@@ -146,7 +146,7 @@ def _write(loaded: LoadedModel, request: EvalRequest, results: Any, out: Path | 
     return body
 
 
-def _load(path: Path, device: torch.device) -> LoadedModel:
+def load(path: Path, device: torch.device) -> LoadedModel:
     """Load a checkpoint, or an export as the same model of ours."""
     if (path / "config.json").exists() or (path / EXPORT).exists():
         require_packages("exports need", "convert", "transformers", "safetensors")

@@ -1,0 +1,55 @@
+"""`hopescale serve`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hopescale.cli.eval import load
+from hopescale.cli.options import require_packages
+from hopescale.common.errors import LaunchError
+
+
+def serve(
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="CHECKPOINT", help="A run folder, a checkpoint, or an export of `convert to-hf`.")
+    ],
+    host: Annotated[
+        str, typer.Option(help="Address to listen at; others than loopback let anybody ask.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
+    name: Annotated[str | None, typer.Option(help="Name of the model.", show_default="the run's")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    contexts: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Keep named contexts here; they are there after a restart.")
+    ] = None,
+    max_requests: Annotated[int, typer.Option(min=1, help="Most requests at a time; others get status 429.")] = 64,
+    max_contexts: Annotated[int, typer.Option(min=1, help="Most named contexts in memory.")] = 64,
+    max_prompt_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a prompt or context.")] = 131_072,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 4096,
+) -> None:
+    """Answer OpenAI's completions over HTTP; a context is read once and asked any number of times."""
+    require_packages("a server needs", "serve", "fastapi", "uvicorn")
+    # Threads that spin while they wait for one another lose to any other process of the machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    import uvicorn
+
+    from hopescale.parallel.device import choose_device
+    from hopescale.serve.app import Limits, Server, make_app
+    from hopescale.serve.contexts import Contexts
+    from hopescale.serve.writer import Writer
+
+    loaded = load(checkpoint, choose_device(device, "--device"))
+    kept = Contexts(loaded, contexts, most=max_contexts)
+    with Writer(loaded.model, most=max_requests) as writer:
+        server = Server(loaded, name or loaded.config.name, writer, kept, Limits(max_prompt_tokens, max_tokens))
+        settings = uvicorn.Config(make_app(server), host=host, port=port, log_level="warning", access_log=False)
+        try:
+            socket = settings.bind_socket()
+        except SystemExit:  # it has logged why
+            raise LaunchError(f"cannot listen at {host}:{port}", "choose another --port") from None
+        typer.echo(f"{server.name} at http://{host}:{socket.getsockname()[1]}/v1, named contexts at /contexts/NAME")
+        uvicorn.Server(settings).run(sockets=[socket])

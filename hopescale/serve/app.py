@@ -1,0 +1,278 @@
+"""The HTTP interface: OpenAI's completions, and named contexts. Errors have OpenAI's shape."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.concurrency import run_in_threadpool
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from hopescale.common.errors import HopescaleError
+from hopescale.infer.load import LoadedModel
+from hopescale.infer.sampling import Sampling
+from hopescale.infer.text import decode_stream, encode_prompt
+from hopescale.serve import writer
+from hopescale.serve.contexts import Contexts, NoContext
+from hopescale.serve.writer import Busy, Failed, Writer
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may ask for.
+
+    Attributes:
+        prompt_tokens: Most tokens of a prompt or context.
+        max_tokens: Most tokens to write.
+    """
+
+    prompt_tokens: int = 131_072
+    max_tokens: int = 4096
+
+
+class CompletionRequest(BaseModel):
+    """What `/v1/completions` takes; other keys of OpenAI's are refused, as they would be without effect."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    prompt: str | list[int]
+    model: str | None = None
+    max_tokens: int = Field(default=16, ge=1)
+    temperature: float = Field(default=1.0, ge=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    n: int = Field(default=1, ge=1, le=1)
+    stop: str | list[str] | None = None
+    stream: bool = False
+    stream_options: dict[str, Any] | None = None
+    seed: int = Field(default=0, ge=0)
+    user: str | None = None
+    context: str | None = None
+
+
+class ContextRequest(BaseModel):
+    """What `PUT /contexts/NAME` takes."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    text: str
+    onto: str | None = None
+
+
+class Server:
+    """The answers of one model.
+
+    Args:
+        loaded: Model and tokenizer.
+        name: Name of the model, as clients see it.
+        running: Writer that runs the model.
+        contexts: Named contexts.
+        limits: Limits of a request.
+    """
+
+    def __init__(self, loaded: LoadedModel, name: str, running: Writer, contexts: Contexts, limits: Limits):
+        self.loaded, self.name, self.writer, self.contexts, self.limits = loaded, name, running, contexts, limits
+
+    def encode(self, text: str | list[int], *, goes_on: bool) -> list[int]:
+        """Turn a prompt into ids, as `hopescale generate` does; ids that are given stay.
+
+        Raises:
+            HopescaleError: If there are none, too many, or some that the vocabulary does not have.
+        """
+        size = self.loaded.config.model.vocab_size
+        ids = list(text)
+        if isinstance(text, str):
+            ids = encode_prompt(text, self.loaded.tokenizer, size, goes_on=goes_on)
+        if not ids and not goes_on:
+            raise HopescaleError("the prompt is empty")
+        if wrong := [id for id in ids if not 0 <= id < size]:
+            raise HopescaleError(f"the prompt has the token {wrong[0]}, the vocabulary ends at {size - 1}")
+        if len(ids) > self.limits.prompt_tokens:
+            most = self.limits.prompt_tokens
+            raise HopescaleError(f"the prompt has {len(ids)} tokens, --max-prompt-tokens allows {most}")
+        return ids
+
+    def read(self, name: str, body: ContextRequest) -> dict[str, Any]:
+        """Read a text once, after that of another context if `onto` names one."""
+        self.contexts.check(name)
+        before = None if body.onto is None else self.contexts.get(body.onto)
+        ids = self.encode(body.text, goes_on=before is not None)
+        reading = self.writer.submit(writer.Request(ids, before and before.reading, max_tokens=0)).read()
+        context = self.contexts.put(name, reading)
+        return {"name": name, "tokens": context.tokens, "tokens_read": len(ids)}
+
+    def begin(self, body: CompletionRequest) -> _Completion:
+        """Begin to answer."""
+        if body.model not in (None, self.name):
+            raise HTTPException(404, f"there is no model {body.model!r}: this server has {self.name!r}")
+        if body.max_tokens > self.limits.max_tokens:
+            most = self.limits.max_tokens
+            raise HopescaleError(f"max_tokens is {body.max_tokens}, --max-tokens allows {most}")
+        before = None if body.context is None else self.contexts.get(body.context)
+        ids = self.encode(body.prompt, goes_on=before is not None)
+        sampling = Sampling()
+        if body.temperature > 0:
+            sampling = Sampling(body.temperature, top_p=None if body.top_p == 1 else body.top_p)
+        tokenizer = self.loaded.tokenizer
+        request = writer.Request(
+            ids,
+            before and before.reading,
+            body.max_tokens,
+            sampling,
+            body.seed,
+            None if tokenizer is None else tokenizer.eos_id,
+        )
+        stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
+        known = 0 if before is None else before.tokens
+        return _Completion(self, self.writer.submit(request), len(ids), known, [stop for stop in stops if stop])
+
+
+class _Completion:
+    """One answer, as it is written."""
+
+    def __init__(self, server: Server, request: writer.Request, num_read: int, num_known: int, stops: list[str]):
+        self.server, self.request, self.stops = server, request, stops
+        self.num_read, self.num_known = num_read, num_known
+        self.finish: str | None = None
+        self.head = {"id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "created": int(time.time())}
+        self.head["model"] = server.name
+
+    def pieces(self) -> Iterator[str]:
+        """Yield the text as it is written, up to a stop, of which nothing is shown."""
+        held, tokens = "", self.request.tokens()
+        try:
+            for piece in decode_stream(tokens, self.server.loaded.tokenizer):
+                held += piece
+                if found := [place for stop in self.stops if (place := held.find(stop)) >= 0]:
+                    self.finish = "stop"
+                    if held[: min(found)]:
+                        yield held[: min(found)]
+                    return
+                safe = len(held) - max((_overlap(held, stop) for stop in self.stops), default=0)
+                if safe:
+                    yield held[:safe]
+                    held = held[safe:]
+            if held:
+                yield held
+            self.finish = "length" if self.request.written == self.request.max_tokens else "stop"
+        finally:
+            tokens.close()
+
+    def usage(self) -> dict[str, Any]:
+        """Count tokens; those of a context were read before."""
+        prompt, written = self.num_known + self.num_read, self.request.written
+        counts = {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
+        return counts | {"prompt_tokens_details": {"cached_tokens": self.num_known}}
+
+    def whole(self) -> dict[str, Any]:
+        """Wait for the answer."""
+        text = "".join(self.pieces())
+        return {**self.head, "choices": [self._choice(text)], "usage": self.usage()}
+
+    def events(self, *, with_usage: bool) -> Iterator[str]:
+        """Yield the answer as server-sent events."""
+        try:
+            for piece in self.pieces():
+                yield _event({**self.head, "choices": [self._choice(piece, ended=False)]})
+            yield _event({**self.head, "choices": [self._choice("")]})
+            if with_usage:
+                yield _event({**self.head, "choices": [], "usage": self.usage()})
+        except Exception as error:  # the answer has begun: no status can tell of it
+            yield _event(_error(str(error), "server_error"))
+        yield "data: [DONE]\n\n"
+
+    def _choice(self, text: str, *, ended: bool = True) -> dict[str, Any]:
+        return {"index": 0, "text": text, "logprobs": None, "finish_reason": self.finish if ended else None}
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Return the length of the longest end of `text` with which `stop` begins."""
+    return next((size for size in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:size])), 0)
+
+
+def _event(body: dict[str, Any]) -> str:
+    return f"data: {json.dumps(body)}\n\n"
+
+
+def _error(message: str, kind: str) -> dict[str, Any]:
+    return {"error": {"message": message, "type": kind, "param": None, "code": None}}
+
+
+def _context_request(request: Request, body: bytes) -> ContextRequest:
+    """Read a body: JSON if it says so, else the text itself."""
+    if request.headers.get("content-type", "").partition(";")[0] != "application/json":
+        try:
+            return ContextRequest(text=body.decode())
+        except UnicodeDecodeError as error:
+            raise HopescaleError(f"the context is not UTF-8: {error}") from None
+    try:
+        return ContextRequest.model_validate_json(body)
+    except ValidationError as error:
+        raise RequestValidationError([{**one, "loc": ("body", *one["loc"])} for one in error.errors()]) from None
+
+
+KINDS = {Busy: (429, "rate_limit_error"), NoContext: (404, "invalid_request_error"), Failed: (500, "server_error")}
+"""Status and OpenAI's word for errors that are no mistake in the request."""
+
+
+def make_app(server: Server) -> FastAPI:
+    """Return the web application of a server."""
+    app = FastAPI(title="hopescale", docs_url=None, redoc_url=None, openapi_url="/openapi.json")
+
+    @app.get("/health")
+    def health() -> dict[str, Any]:
+        running = server.writer
+        return {"status": "ok", "requests": running.num_open, "tokens_read": running.tokens_read}
+
+    @app.get("/v1/models")
+    def models() -> dict[str, Any]:
+        return {"object": "list", "data": [{"id": server.name, "object": "model", "owned_by": "hopescale"}]}
+
+    @app.post("/v1/completions")
+    def complete(body: CompletionRequest) -> Any:
+        answer = server.begin(body)
+        if not body.stream:
+            return answer.whole()
+        with_usage = bool((body.stream_options or {}).get("include_usage"))
+        return StreamingResponse(answer.events(with_usage=with_usage), media_type="text/event-stream")
+
+    @app.get("/contexts")
+    def contexts() -> dict[str, Any]:
+        return {"contexts": server.contexts.names()}
+
+    @app.put("/contexts/{name}")
+    async def put(name: str, request: Request) -> dict[str, Any]:
+        return await run_in_threadpool(server.read, name, _context_request(request, await request.body()))
+
+    @app.get("/contexts/{name}")
+    def get(name: str) -> dict[str, Any]:
+        context = server.contexts.get(name)
+        return {"name": name, "tokens": context.tokens}
+
+    @app.delete("/contexts/{name}")
+    def delete(name: str) -> dict[str, Any]:
+        server.contexts.delete(name)
+        return {"name": name, "deleted": True}
+
+    @app.exception_handler(HopescaleError)
+    def refused(_: Request, error: HopescaleError) -> JSONResponse:
+        status, kind = KINDS.get(type(error), (400, "invalid_request_error"))
+        hint = f" ({error.hint})" if error.hint else ""
+        return JSONResponse(_error(f"{error.message}{hint}", kind), status)
+
+    @app.exception_handler(HTTPException)
+    def not_found(_: Request, error: HTTPException) -> JSONResponse:
+        return JSONResponse(_error(str(error.detail), "invalid_request_error"), error.status_code)
+
+    @app.exception_handler(RequestValidationError)
+    def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        problems = [f"{'.'.join(map(str, one['loc'][1:]))}: {one['msg']}" for one in error.errors()]
+        return JSONResponse(_error("; ".join(problems), "invalid_request_error"), 400)
+
+    return app
