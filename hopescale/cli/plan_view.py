@@ -138,7 +138,10 @@ def _time(found: Mapping[str, Any]) -> Group:
     line = (
         f"  {estimate['tps']:,.0f} tokens/s, {estimate['mfu']:.1%} MFU, {_long(estimate['wall_s'])} for the run{hours}"
     )
-    return Group(table, line, "  assumed: " + "; ".join(found["assumptions"]))
+    lines = [line]
+    if (ratio := found["beside_transformer"]) is not None:
+        lines.append(f"  a block takes {1 / ratio:.3g} times as long as that of a Transformer of as many parameters")
+    return Group(table, *lines, "  assumed: " + "; ".join(found["assumptions"]))
 
 
 def draw_memory(found: Mapping[str, Any], path: Path) -> None:

@@ -6,8 +6,9 @@ docs/planning.md says what each assumption rests on.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from itertools import chain
 
 from hopescale.config.execution import effective_recompute, is_fused
@@ -16,18 +17,19 @@ from hopescale.config.model_shape import (
     block_pattern,
     has_chunk_loop,
     memory_parts,
-    num_pieces,
+    mixer_counts,
     padded_vocab_size,
     projection_chunk_size,
 )
 from hopescale.config.plan import make_plan
-from hopescale.config.schema import MixerConfig, RunConfig, SelfModifyingConfig
+from hopescale.config.schema import AttentionConfig, MixerConfig, ModelConfig, RunConfig, SelfModifyingConfig
 from hopescale.cost.comm import stream_bytes
 from hopescale.cost.flops import block_flops, flops_per_token
 from hopescale.cost.hardware import Device
 from hopescale.cost.holdings import Holdings
 from hopescale.cost.operation import OpCost, product
 from hopescale.cost.parameter import FP32
+from hopescale.cost.roofline import READY, between_products_seconds, equal_transformer, memory_seconds
 from hopescale.cost.updates import update_flops
 
 MIXING_RATE = {"mlp": 0.30, "linear": 0.29, "static": 0.20}
@@ -35,12 +37,12 @@ MIXING_RATE = {"mlp": 0.30, "linear": 0.29, "static": 0.20}
 static values. Measured on a CPU (docs/performance.md)."""
 FUSED_RATE = {"mlp": 1.34, "linear": 1.44, "static": 1.21}
 """The same where one operation runs all chunks, on a CPU: above 1, as it leaves out products that are known."""
-FUSED_GPU_RATE = 1 / 6
-"""The same on a GPU: float32 as three TF32 products, each at half the speed of bf16."""
 CALLS_PER_CHUNK = {"mlp": 1000, "linear": 450, "static": 400}
 """Operations of a chunk's forward and backward that compute something, chunks computed again; as counted."""
 UPDATE_PASSES = 6
 """Reads and writes of 4 bytes that an update makes of each entry, apart from its state's."""
+Flops = Callable[[MixerConfig, str], dict[str, OpCost]]
+"""Counts a block's operations by its mixer and what is computed again."""
 PARTS = ("compute", "idle", "tensor", "pipeline", "data", "update")
 """Parts of a step's time: forward and backward of the busiest stage, waiting for other stages, exchanges between
 tensor-parallel ranks, sends between stages, gradients and weights between replicas, updates."""
@@ -99,7 +101,7 @@ class Estimator:
         self.rate = device.peak_flops * (efficiency or device.efficiency)
         config = holdings.config
         self.model_flops = flops_per_token(config.model, config.train.seq_len)
-        self._flops = cache(self._flops_of_block)
+        self._flops = cache(partial(self._flops_of_block, config.model))
         self._rule_flops = cache(self._flops_of_rules)
 
     def step(self, config: RunConfig, layout: Layout) -> Estimate:
@@ -113,7 +115,7 @@ class Estimator:
             micro_batches * busiest,
             waits * busiest,
             self._tensor_s(config, layout) * (micro_batches + waits),
-            sends * stream_bytes(config) / parts / self._bandwidth(layout.num_ranks),
+            sends * stream_bytes(config) / parts / self._bandwidth(layout.num_ranks, rings=self.device.per_node),
             self._data_s(config, layout, micro_batches),
             self._update_s(config, layout),
         )
@@ -133,12 +135,12 @@ class Estimator:
         lines = [f"large products reach {self.rate / device.peak_flops:.0%} of the peak"]
         for mixer in chain.from_iterable(map(memory_parts, config.model.mixers.values())):
             kind = memory_kind(mixer)
-            if is_fused(config, mixer):
-                share, how = f"{self._fused_rate(mixer):.0%}", "" if on_cpu else ": float32 by TF32"
-                lines.append(f"one operation runs all chunks of memories, at {share} of that{how}")
-                if not on_cpu:
-                    what = "sequence" if mixer.reset_every is None else "piece between resets"
-                    lines.append(f"a head of a {what} is one program, and {device.units} run at a time")
+            if is_fused(config, mixer) and on_cpu:
+                lines.append(f"one operation runs all chunks of memories, at {FUSED_RATE[kind]:.0%} of that")
+            elif is_fused(config, mixer):
+                what = "sequence" if mixer.reset_every is None else "piece between resets"
+                lines.append(f"a head of a {what} is one program, and {device.units} run at a time, which issue")
+                lines[-1] += f" {READY:g} instructions a cycle and scheduler, of those counted in the machine code"
             elif kind is not None:
                 lines.append(f"products of memories reach {MIXING_RATE[kind]:.0%} of that, as on a CPU")
                 if self._calls_s(mixer):
@@ -146,9 +148,11 @@ class Estimator:
                     lines.append(f"a chunk is {calls:,} calls, one after the other, of {least:.0f} us at least")
         lines = list(dict.fromkeys(lines))
         if not on_cpu:
+            lines.append("norms, gates and streams around products move the bytes counted, at 90% of the bandwidth")
             node = f"{device.link / 1e9:.0f} GB/s within a node of {device.per_node}"
-            beyond = f"{device.network / 1e9:.0f} beyond"
+            beyond = f"{device.network / 1e9:.0f} beyond by an adapter of its own"
             lines.append(f"a device sends {node}, {beyond}; nothing is sent while it computes")
+            lines.append("a ring enters a node once, by the adapters of all its members there")
         return lines
 
     def _stage_s(self, config: RunConfig, layout: Layout, stage: int) -> float:
@@ -157,34 +161,52 @@ class Estimator:
         tokens = train.seq_len * train.micro_batch_size
         pattern = block_pattern(model)
         numbers = Counter(pattern[number] for blocks in slices for number in blocks)
-        dense, mixing = 0.0, 0.0
-        for name, blocks in numbers.items():
-            mixer = model.mixers[name]
-            parts = self._flops(mixer, effective_recompute(config, mixer))
-            dense += (parts["maps"].total + parts["levels"].total) * blocks / layout.tp
-            for part in memory_parts(mixer):
-                flops = self._flops(part, effective_recompute(config, mixer))["mixing"].total * tokens / layout.tp
-                mixing += self._mixing_s(config, layout, part, flops) * blocks
+        seconds = sum(self._block_s(config, layout, model.mixers[name]) * blocks for name, blocks in numbers.items())
         if slices[-1].stop == model.num_layers:
-            dense += product(1, model.d_model, padded_vocab_size(model)).total / layout.tp
-        return dense * tokens / self.rate + mixing
+            head = product(1, model.d_model, padded_vocab_size(model)).total / layout.tp
+            seconds += head * tokens / self.rate
+        return seconds
 
-    def _flops_of_block(self, mixer: MixerConfig, recompute: str) -> dict[str, OpCost]:
-        config = self.holdings.config
-        return block_flops(config.model, mixer, config.train.seq_len, recompute=recompute)
+    def _block_s(self, config: RunConfig, layout: Layout, mixer: MixerConfig, flops: Flops | None = None) -> float:
+        """Return the seconds of a micro batch's forward and backward through a block; `flops` counts its operations."""
+        flops = flops or self._flops
+        tokens, how = config.train.seq_len * config.train.micro_batch_size, effective_recompute(config, mixer)
+        parts = flops(mixer, how)
+        seconds = (parts["maps"].total + parts["levels"].total) / layout.tp * tokens / self.rate
+        if self.device.name != "cpu":
+            seconds += between_products_seconds(config, layout, mixer, self.device)
+        for part in memory_parts(mixer):
+            total = flops(part, how)["mixing"].total * tokens / layout.tp
+            seconds += self._mixing_s(config, layout, part, total)
+        return seconds
+
+    def beside_transformer(self, config: RunConfig, layout: Layout) -> float | None:
+        """Return a block's speed in parts of that of the equal Transformer's, at this micro batch; None for one.
+
+        Blocks that differ count by their number.
+        """
+        counts = mixer_counts(config.model)
+        if all(isinstance(mixer, AttentionConfig) for mixer, _ in counts):
+            return None
+        own = sum(self._block_s(config, layout, mixer) * blocks for mixer, blocks in counts)
+        other = replace(config, model=equal_transformer(config.model))
+        (mixer,) = other.model.mixers.values()
+        flops = partial(self._flops_of_block, other.model)
+        return self._block_s(other, layout, mixer, flops) * config.model.num_layers / own
+
+    def _flops_of_block(self, model: ModelConfig, mixer: MixerConfig, recompute: str) -> dict[str, OpCost]:
+        return block_flops(model, mixer, self.holdings.config.train.seq_len, recompute=recompute)
 
     def _mixing_s(self, config: RunConfig, layout: Layout, mixer: MixerConfig, flops: float) -> float:
         """Return the seconds of a micro batch's `flops` between the maps of a block, of memories without a far one."""
-        if is_fused(config, mixer):
-            programs = config.model.num_heads / layout.tp * config.train.micro_batch_size
-            programs *= num_pieces(mixer, config.train.seq_len)
-            return flops / (self.rate * self._fused_rate(mixer) * min(1.0, programs / self.device.units))
         kind = memory_kind(mixer)
+        if is_fused(config, mixer) and self.device.name != "cpu":
+            again = effective_recompute(config, mixer) in ("memory", "block")
+            return memory_seconds(config, layout, mixer, kind, self.device, again=again)
+        if is_fused(config, mixer):
+            return flops / (self.rate * FUSED_RATE[kind])
         rate = 1.0 if kind is None else MIXING_RATE[kind]
         return max(flops / (self.rate * rate), self._calls_s(mixer))
-
-    def _fused_rate(self, mixer: MixerConfig) -> float:
-        return FUSED_RATE[memory_kind(mixer)] if self.device.name == "cpu" else FUSED_GPU_RATE
 
     def _calls_s(self, mixer: MixerConfig) -> float:
         """Return the least seconds of a mixer's chunk loop: calls of operations, one after the other."""
@@ -194,8 +216,16 @@ class Estimator:
         chunks = min(seq_len, mixer.reset_every or seq_len) / projection_chunk_size(mixer)
         return chunks * CALLS_PER_CHUNK[memory_kind(mixer)] * self.device.call_s
 
-    def _bandwidth(self, ranks: int) -> float:
-        return self.device.link if ranks <= self.device.per_node else self.device.network
+    def _bandwidth(self, span: int, rings: int = 1) -> float:
+        """Return a device's bytes per second in a ring that spans so many ranks in a row, beside others alike.
+
+        Beyond a node a ring enters and leaves each node once, by all adapters of its members there; `rings` share a
+        node's, as many as there are groups on it.
+        """
+        device = self.device
+        if span <= device.per_node:
+            return device.link
+        return min(device.link, device.network * max(1, device.per_node // rings))
 
     def _tensor_s(self, config: RunConfig, layout: Layout) -> float:
         """Return the seconds of a micro batch's sums over tensor-parallel ranks, each a ring there and back."""
@@ -215,7 +245,7 @@ class Estimator:
             weights = 2 * micro_batches * holding.weight_bytes()
         elif zero or any(kind.rule != "adamw" for kind in due):
             weights = sum(kind.itemsize * count for kind, count in due.items())
-        return (gradients + weights) * (dp - 1) / dp / self._bandwidth(layout.tp * dp)
+        return (gradients + weights) * (dp - 1) / dp / self._bandwidth(layout.tp * dp, rings=layout.tp)
 
     def _updates_per_step(self, level: str | None) -> float:
         levels = self.holdings.config.model.cms.levels

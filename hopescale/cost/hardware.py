@@ -57,6 +57,7 @@ class Device:
         call_s: Seconds between two operations that compute something, at least: calls from Python, views included.
         efficiency: Part of the peak that large products of matrices reach.
         units: Multiprocessors; a program runs on one.
+        clock: Cycles of a multiprocessor per second.
     """
 
     name: str
@@ -67,17 +68,18 @@ class Device:
     network: float
     per_node: int = 8
     call_s: float = 8e-6
-    efficiency: float = 0.5
+    efficiency: float = 0.6
     units: int = 132
+    clock: float = 1.755e9
 
 
 # Memory as the driver reports it. Link and network are those of the usual 8-GPU servers: NVLink, and a network
 # adapter of 200 (A100) or 400 Gbit/s for each GPU.
 DEVICES: dict[str, Device] = {
-    "A100": Device("A100", 312 * TERA, 79.3 * GIB, 2039 * GIGA, 300 * GIGA, 25 * GIGA, units=108),
+    "A100": Device("A100", 312 * TERA, 79.3 * GIB, 2039 * GIGA, 300 * GIGA, 25 * GIGA, units=108, clock=1.41e9),
     "H100": Device("H100", 989 * TERA, 79.2 * GIB, 3350 * GIGA, 450 * GIGA, 50 * GIGA),
     "H200": Device("H200", 989 * TERA, 139.8 * GIB, 4800 * GIGA, 450 * GIGA, 50 * GIGA),
-    "B200": Device("B200", 2250 * TERA, 178.4 * GIB, 7700 * GIGA, 900 * GIGA, 50 * GIGA, units=148),
+    "B200": Device("B200", 2250 * TERA, 178.4 * GIB, 7700 * GIGA, 900 * GIGA, 50 * GIGA, units=148, clock=1.85e9),
 }
 CPU_CORE = Device("cpu", 135 * GIGA, 0, 10 * GIGA, 5 * GIGA, 1 * GIGA, call_s=0.0, efficiency=0.65, units=1)
 """A core as measured in docs/performance.md: its fastest products, and the part of it that a Transformer reaches."""

@@ -49,6 +49,7 @@ def make_report(estimator: Estimator, layout: Layout) -> dict[str, Any]:
         },
         "bytes_per_step": [SentBytes(holdings, layout, stage).per_step() for stage in range(layout.pp)],
         "estimate": estimator.step(config, layout).numbers(),
+        "beside_transformer": estimator.beside_transformer(config, layout),
         "assumptions": estimator.assumptions(),
     }
 

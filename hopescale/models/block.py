@@ -11,7 +11,7 @@ from hopescale.config.schema import ModelConfig, SelfModifyingConfig
 from hopescale.models.attention import Attention
 from hopescale.models.cms import ContinuumMemory
 from hopescale.models.linear_attention import LinearAttention
-from hopescale.models.norm import stream_norm
+from hopescale.models.norm import StreamNorm
 from hopescale.models.recompute import recomputed
 from hopescale.models.self_modifying import SelfModifying
 from hopescale.models.state import LayerState
@@ -42,7 +42,7 @@ class Block(nn.Module):
             of the `chunks` of its memories, from the states they start with. The first two do the third as well. So
             does `reverse`, which computes most of these states again, too.
         compiled: Whether a chunk of the memories is compiled.
-        backend: Code that runs memories.
+        backend: Code that runs memories and what lies around them.
     """
 
     def __init__(
@@ -59,13 +59,14 @@ class Block(nn.Module):
         # Two additions to the residual stream per block, at least: their variance must not grow with depth.
         out_scale = (2 * config.num_layers) ** -0.5
         out_std = out_scale * (config.num_heads * head_dim(config)) ** -0.5
-        self.norm = stream_norm(config.d_model, eps=config.norm_eps, mesh=mesh)
+        self.norm = StreamNorm(config.d_model, eps=config.norm_eps, mesh=mesh, backend=backend)
         mixer = mixer_of_block(config, number)
         given: dict[str, Any] = {"out_std": out_std, "mesh": mesh}
         if isinstance(mixer, SelfModifyingConfig):
             given |= {"recompute": recompute, "compiled": compiled, "backend": backend}
         self.mixer = MIXERS[mixer.kind](config, mixer, **given)
-        self.cms = ContinuumMemory(config, levels_of_block(config, number), out_scale=out_scale, mesh=mesh)
+        how = {"out_scale": out_scale, "mesh": mesh, "backend": backend}
+        self.cms = ContinuumMemory(config, levels_of_block(config, number), **how)
 
     def forward(
         self,
@@ -85,11 +86,12 @@ class Block(nn.Module):
     def _forward(
         self, x: Tensor, state: LayerState | None, documents: Documents | None, probe: dict[str, Tensor] | None
     ) -> tuple[Tensor, LayerState]:
+        x, normed = self.norm(x)
         if self.recompute == "memory":
-            y, state = recomputed(self._mix, self.norm(x), state, documents, probe=probe)
+            y, state = recomputed(self._mix, normed, state, documents, probe=probe)
         else:
-            y, state = self._mix(self.norm(x), state, documents, probe)
-        return self.cms(x + y), state
+            y, state = self._mix(normed, state, documents, probe)
+        return self.cms(x, y), state
 
     def _mix(
         self, x: Tensor, state: LayerState | None, documents: Documents | None, probe: dict[str, Tensor] | None

@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hopescale.config.schema import LevelConfig, ModelConfig
-from hopescale.models.norm import stream_norm
+from hopescale.models.norm import StreamNorm
+from hopescale.ops.backends import Backend
+from hopescale.ops.fused import is_fused
 from hopescale.parallel.layers import ColumnLinear, ParameterSpec, RowLinear, new_parameter
 from hopescale.parallel.mesh import Mesh
 from hopescale.parallel.regions import gather_tokens, reduce_from_ranks, share_with_ranks
@@ -23,25 +25,33 @@ class Level(nn.Module):
         norm_eps: Term of the RMSNorm in front; None leaves that out (`independent`, where levels share one).
         out_std: Standard deviation of the last matrix's initial weights.
         mesh: Ranks of the run, and this process among them.
+        backend: Code that runs what is no product of matrices.
     """
 
-    def __init__(self, d_model: int, d_ff: int, *, norm_eps: float | None, out_std: float, mesh: Mesh):
+    def __init__(
+        self, d_model: int, d_ff: int, *, norm_eps: float | None, out_std: float, mesh: Mesh, backend: Backend = "auto"
+    ):
         super().__init__()
         alone = norm_eps is not None
-        self.mesh = mesh
-        self.norm = stream_norm(d_model, eps=norm_eps, mesh=mesh) if alone else None
+        self.mesh, self.backend = mesh, backend
+        self.norm = StreamNorm(d_model, eps=norm_eps, mesh=mesh, backend=backend) if alone else None
         self.gate = ColumnLinear(d_model, d_ff, std=d_model**-0.5, mesh=mesh, shared_input=True)
         self.up = ColumnLinear(d_model, d_ff, std=d_model**-0.5, mesh=mesh, shared_input=True)
         self.down = RowLinear(d_ff, d_model, std=out_std, mesh=mesh, partial=not alone)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map the residual stream to what the level adds to it, norm included.
+        """Map all tokens, normed, `[T, B, N]` to what the level adds; without a norm, to this rank's share of it."""
+        maps = self.gate, self.up  # inputs are whole on every rank, so that these are products and nothing else
+        if is_fused(self.backend, x) and not any(each._forward_hooks or each._forward_pre_hooks for each in maps):
+            from hopescale.ops.fused.swiglu import swiglu
 
-        A level without a norm maps all tokens `[T, B, N]` to this rank's share of a sum `[T, B, N]`.
-        """
-        if self.norm is not None:
-            x = gather_tokens(self.norm(x), self.mesh)
+            return self.down(swiglu(x, self.gate.weight, self.up.weight))
         return self.down(F.silu(self.gate(x)) * self.up(x))
+
+    def after(self, x: Tensor, added: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return `x + added`, and what the level adds to that, its norm included."""
+        x, normed = self.norm(x, added)
+        return x, self(gather_tokens(normed, self.mesh))
 
 
 class ContinuumMemory(nn.Module):
@@ -55,12 +65,21 @@ class ContinuumMemory(nn.Module):
         levels: Levels of the block by name, fast to slow.
         out_scale: Factor on the standard deviation of the last matrices' initial weights.
         mesh: Ranks of the run, and this process among them.
+        backend: Code that runs what is no product of matrices.
     """
 
-    def __init__(self, model: ModelConfig, levels: Mapping[str, LevelConfig], *, out_scale: float, mesh: Mesh):
+    def __init__(
+        self,
+        model: ModelConfig,
+        levels: Mapping[str, LevelConfig],
+        *,
+        out_scale: float,
+        mesh: Mesh,
+        backend: Backend = "auto",
+    ):
         super().__init__()
         self.mesh, self.sequential = mesh, model.cms.variant == "sequential"
-        shared = {"norm_eps": model.norm_eps if self.sequential else None, "mesh": mesh}
+        shared = {"norm_eps": model.norm_eps if self.sequential else None, "mesh": mesh, "backend": backend}
         self.levels = nn.ModuleDict(
             {
                 name: Level(model.d_model, level.d_ff, out_std=out_scale * level.d_ff**-0.5, **shared)
@@ -68,16 +87,17 @@ class ContinuumMemory(nn.Module):
             }
         )
         if not self.sequential:
-            self.norm = stream_norm(model.d_model, eps=model.norm_eps, mesh=mesh)
+            self.norm = StreamNorm(model.d_model, eps=model.norm_eps, mesh=mesh, backend=backend)
             self.mix = new_parameter(len(levels), spec=ParameterSpec(mean=len(levels) ** -0.5, keep_fp32=True))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map the residual stream to itself plus what the levels add."""
+    def forward(self, x: Tensor, added: Tensor | None = None) -> Tensor:
+        """Map the residual stream `x + added`, or `x`, to itself plus what the levels add."""
         if self.sequential:
             for level in self.levels.values():
-                x = x + level(x)
-            return x
-        shared = gather_tokens(self.norm(x), self.mesh)
+                x, added = level.after(x, added)
+            return x + added
+        x, normed = self.norm(x, added)
+        shared = gather_tokens(normed, self.mesh)
         weights = share_with_ranks(self.mix, self.mesh).to(x.dtype)
         parts = sum(weight * level(shared) for weight, level in zip(weights, self.levels.values(), strict=True))
         return x + reduce_from_ranks(parts, self.mesh)

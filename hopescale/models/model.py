@@ -13,7 +13,7 @@ from hopescale.config.schema import LevelConfig, ModelConfig
 from hopescale.config.transfer import base_width, logit_multiplier
 from hopescale.models.block import Block
 from hopescale.models.init import initialize
-from hopescale.models.norm import stream_norm
+from hopescale.models.norm import StreamNorm
 from hopescale.models.state import ModelState
 from hopescale.ops.backends import Backend, Recompute
 from hopescale.ops.documents import Documents
@@ -75,7 +75,7 @@ class Model(nn.Module):
             # Logits of a fresh model stay near zero at any width, so that its loss starts at ln(vocabulary).
             scale = min(1.0, INITIAL_LOGIT_STD / (config.init_std * base_width(config) ** 0.5))
             factors = {"scale": scale, "multiplier": logit_multiplier(config)}
-            self.norm = stream_norm(config.d_model, eps=config.norm_eps, mesh=mesh, **factors)
+            self.norm = StreamNorm(config.d_model, eps=config.norm_eps, mesh=mesh, backend=backend, **factors)
             if not config.tie_embeddings:
                 shared = {"mesh": mesh, "shared_input": True, "sizes": ()}
                 self.head = ColumnLinear(config.d_model, padded, std=config.init_std, **shared)
@@ -142,7 +142,7 @@ class Model(nn.Module):
         return self.embedding(tokens)
 
     def _logits(self, x: Tensor, last_only: bool) -> Tensor:
-        x = gather_tokens(self.norm(x), self.mesh)
+        x = gather_tokens(self.norm(x)[1], self.mesh)
         x = x[-1:] if last_only else x
         logits = F.linear(x, self.embedding.weight) if self.head is None else self.head(x)
         if padded_vocab_size(self.config) == self.config.vocab_size:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from hopescale.ops.backends import Backend
+from hopescale.ops.fused import is_fused
 from hopescale.ops.norm import rms_norm
 from hopescale.parallel.layers import ParameterSpec, new_parameter
 from hopescale.parallel.mesh import Mesh
@@ -39,12 +41,42 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise `[..., *shape]`."""
+        return rms_norm(x, self._scale(), self.eps)
+
+    def _scale(self) -> Tensor:
         weight = self.weight if self.shared_over is None else share_with_ranks(self.weight, self.shared_over)
-        weight = weight if self.multiplier == 1 else weight * self.multiplier
-        return rms_norm(x, weight, self.eps)
+        return weight if self.multiplier == 1 else weight * self.multiplier
 
 
-def stream_norm(width: int, *, eps: float, mesh: Mesh, scale: float = 1.0, multiplier: float = 1.0) -> RMSNorm:
-    """Make an RMSNorm of the residual stream, of which a rank holds all tokens or, sequence parallel, its share."""
-    shared_over = mesh if mesh.sequence_parallel else None
-    return RMSNorm(width, eps=eps, scale=scale, multiplier=multiplier, shared_over=shared_over)
+class StreamNorm(RMSNorm):
+    """RMSNorm of the residual stream after an addition to it; a rank holds all tokens or, sequence parallel, its share.
+
+    Args:
+        width: Width of the stream.
+        mesh: Ranks of the run, and this process among them.
+        backend: Code that adds and normalises.
+        eps, scale, multiplier: Arguments of `RMSNorm`.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        eps: float,
+        mesh: Mesh,
+        scale: float = 1.0,
+        multiplier: float = 1.0,
+        backend: Backend = "auto",
+    ):
+        shared_over = mesh if mesh.sequence_parallel else None
+        super().__init__(width, eps=eps, scale=scale, multiplier=multiplier, shared_over=shared_over)
+        self.backend = backend
+
+    def forward(self, x: Tensor, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the stream `x + added`, or `x` where nothing is added, and its norm, `[T, B, N]` each."""
+        if is_fused(self.backend, x):
+            from hopescale.ops.fused.norm import add_rms_norm
+
+            return add_rms_norm(x, added, self._scale(), self.eps)
+        x = x if added is None else x + added
+        return x, super().forward(x)

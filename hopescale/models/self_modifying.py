@@ -19,6 +19,7 @@ from hopescale.models.state import LayerState
 from hopescale.ops.backends import Backend, Recompute, select_streams
 from hopescale.ops.device import device_type, dtype_name
 from hopescale.ops.documents import Documents
+from hopescale.ops.fused import is_fused
 from hopescale.ops.head_streams import head_streams
 from hopescale.ops.self_modifying import (
     KEY_EPS,
@@ -238,13 +239,20 @@ class SelfModifying(nn.Module):
         if far is not None:
             answers, _, (far, _) = self._remember_far(streams, far, position, documents)
             y = y + answers
-        y = self.norm(y.permute(2, 0, 1, 3)).to(x.dtype)  # [T, B, H, D]
-        if gate is not None:
-            y = y * F.silu(gate)
+        y = self._out(y, gate, x.dtype)
         if probe is not None:
             probe |= dict(zip(("eta_mean", "alpha_mean", "surprise"), stats.mean((0, 1, 2)), strict=True))
             probe |= {"state_norm": _largest_norm(memories), "tokens": stats.flatten(0, 2)}
         return y, LayerState(position + len(y), MixerState(*memories, far, tail))
+
+    def _out(self, y: Tensor, gate: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Scale and gate what heads answer `[B, H, T, D]`: `[T, B, H, D]` of a type."""
+        if y.dtype != torch.float64 and is_fused(self.computed["backend"], y, self.head_dim):
+            from hopescale.ops.fused.answers import gated_answers
+
+            return gated_answers(y, gate, self.norm.weight, self.norm.eps, dtype)
+        y = self.norm(y.permute(2, 0, 1, 3)).to(dtype)
+        return y if gate is None else y * F.silu(gate)
 
     def _begun(self, memories: Memories, position: int, tokens: int) -> tuple[Memories, int] | None:
         """Return the memories before tokens of one piece, and its tokens before them; None for tokens of several."""
@@ -308,12 +316,30 @@ class SelfModifying(nn.Module):
         if self.conv is not None:
             weight, tail = self.conv["weight"], tail.transpose(0, 1)
         unit = [name != "v" or self.config.targets != "value" for name in STREAMS]
+        carries = tail is not None and tail.requires_grad
+        if not carries and is_fused(self.computed["backend"], mixed, self.head_dim):
+            return self._project_fused(mixed, weight, tail, unit, first)
         code = select_streams(
             self.computed["backend"], self.head_dim, device_type(mixed.device), dtype_name(mixed.dtype)
         )
         (k, v, q), tail = head_streams(mixed[..., : len(STREAMS), :], weight, tail, unit, first=first, backend=code)
         gates = (self.gates[name](k) if name in self.gates else None for name in ("eta", "alpha", "mu"))
         return Streams(k, v, q, *gates), gate, None if tail is None else tail.transpose(0, 1)
+
+    def _project_fused(
+        self, mixed: Tensor, weight: Tensor | None, tail: Tensor | None, unit: list[bool], first: Tensor | None
+    ) -> tuple[Streams, Tensor | None, Tensor | None]:
+        from hopescale.ops.fused.streams import head_streams_and_gates
+
+        gates = {name: self.gates[name] for name in ("eta", "alpha", "mu") if name in self.gates}
+        biases = torch.stack([gate.bias for gate in gates.values()])
+        nothing = biases.new_zeros(self.heads, self.head_dim)
+        weights = torch.stack([nothing if gate.weight is None else gate.weight for gate in gates.values()])
+        streams, logits, rest, tail = head_streams_and_gates(mixed, weight, tail, unit, weights, biases, first=first)
+        found = dict(zip(gates, logits, strict=True))
+        given = Streams(*streams, *(found.get(name) for name in ("eta", "alpha", "mu")))
+        gate = rest[..., 0, :] if self.config.gate else None
+        return given, gate, None if tail is None else tail.transpose(0, 1)
 
 
 @torch.no_grad()

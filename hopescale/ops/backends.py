@@ -115,6 +115,16 @@ def select_streams(backend: Backend, head_dim: int, device: str, dtype: str) -> 
     return "cpp"
 
 
+def select_fused(backend: Backend, device: str, dtype: str, head_dim: int | None = None) -> Literal["torch", "triton"]:
+    """Choose the code of what lies around memories, norms and gates, for tensors of a type; `head_dim` if heads are."""
+    odd = head_dim is not None and head_dim not in KERNEL_DIMS
+    if backend not in ("auto", "triton") or odd or dtype not in ("bfloat16", "float32"):
+        return "torch"
+    if backend == "auto" and device != "cuda":
+        return "torch"
+    return "torch" if _triton_problem(device) else "triton"
+
+
 def _pass_reason(backend: str, needs_grad: bool, whole_chunks: bool) -> str | None:
     """Return why a kind of code does not run a pass, whatever the memories are; None if it does."""
     if not needs_grad:

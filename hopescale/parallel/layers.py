@@ -24,6 +24,7 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from torch import Tensor, nn
 
 from hopescale.config.transfer import Size
+from hopescale.ops.cross_entropy import cross_entropy_in_pieces
 from hopescale.parallel.mesh import Mesh
 
 IGNORED_TARGET = -100
@@ -194,6 +195,11 @@ def cross_entropy_sum(logits: Tensor, targets: Tensor, mesh: Mesh) -> Tensor:
 
     `logits` are this rank's share `[..., V / tp]`, `targets` `[...]` int64 indices into the whole vocabulary.
     """
+    if mesh.tp_group.size() == 1 and logits.device.type != "cpu" and torch.is_grad_enabled():
+        if not logits.is_contiguous() and logits.dim() == 3:  # a model's are a view of tokens first
+            logits, targets = logits.transpose(0, 1), targets.transpose(0, 1)
+        flat = logits.reshape(-1, logits.shape[-1])
+        return cross_entropy_in_pieces(flat, targets.reshape(-1), ignored=IGNORED_TARGET)
     flat, targets = logits.float().reshape(-1, logits.shape[-1]), targets.reshape(-1)
     if mesh.tp_group.size() == 1:
         return F.cross_entropy(flat, targets, ignore_index=IGNORED_TARGET, reduction="sum")

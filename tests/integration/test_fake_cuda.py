@@ -115,3 +115,10 @@ def problems(exchanges: Sequence[list[list[Any]]]) -> list[str]:
         if pairs["send", sender, receiver] != pairs["recv", sender, receiver]:
             found.append(f"{receiver} does not receive what {sender} sends")
     return found
+
+
+def test_a_block_of_hope_moves_few_bytes_in_few_launches(library: Path):
+    # At d_model 2048, heads of 64, 8 sequences of 4,096 tokens, without products of matrices and the memories' kernels.
+    (found,) = run("counts", library, [["hope_1.3b", ["model.num_heads=32"], 8, 4096]])
+    assert found["bytes"] <= 14.5e9 and found["launches"] <= 120
+    assert found["by_operation"]["_forward"][0] == found["by_operation"]["_backward"][0] == 9

@@ -134,7 +134,8 @@ def test_mistakes_are_one_message(capsys, args: list[str], message: str):
 
 def test_efficiency_decides_the_time(capsys):
     slow, fast = (numbers(capsys, "transformer_170m", "--efficiency", value) for value in ("0.25", "0.5"))
-    assert slow["estimate"]["compute_s"] == pytest.approx(2 * fast["estimate"]["compute_s"])
+    # What lies between products takes as long.
+    assert 1.5 < slow["estimate"]["compute_s"] / fast["estimate"]["compute_s"] < 2
 
 
 def test_a_picture_of_the_stages(capsys, tmp_path: Path):

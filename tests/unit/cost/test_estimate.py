@@ -13,6 +13,8 @@ from hopescale.cost.flops import flops_per_token
 from hopescale.cost.hardware import DEVICES, planned_device
 from hopescale.cost.holdings import Holdings
 from hopescale.cost.pace import memory_pace
+from hopescale.cost.params import count_params
+from hopescale.cost.roofline import between_products_bytes, equal_transformer, memory_seconds, waves
 
 
 def estimate(recipe: str, layout: Layout, *overrides: str, device: str = "H100") -> Estimate:
@@ -24,9 +26,12 @@ def test_a_transformer_alone_runs_at_the_efficiency():
     found = estimate("transformer_170m", Layout(), "train.recompute=none")
     config = load_recipe("transformer_170m").config
     flops = flops_per_token(config.model, 4096) * 512 * 1024
+    products = flops / (0.6 * DEVICES["H100"].peak_flops)
+    each = between_products_bytes(config.model, config.model.mixers["attention"], "bf16") * config.model.num_layers
+    between = each * 512 * 1024 / (0.9 * DEVICES["H100"].bandwidth)
     # Attention's scores are computed again.
-    assert found.seconds["compute"] == pytest.approx(flops / (0.5 * DEVICES["H100"].peak_flops), rel=0.1)
-    assert 0.4 < found.mfu < 0.5
+    assert found.seconds["compute"] == pytest.approx(products + between, rel=0.1)
+    assert 0.25 < found.mfu < 0.5
     assert found.tps * found.step_s == pytest.approx(512 * 1024)
 
 
@@ -40,9 +45,38 @@ def test_what_each_axis_adds():
     assert interleaved.seconds["pipeline"] > piped.seconds["pipeline"]
 
 
-def test_beyond_a_node_data_takes_longer():
+def test_beyond_a_node_a_ring_has_the_adapters_of_its_members():
     near, far = (estimate("transformer_170m", Layout(dp=dp)) for dp in (8, 16))
-    assert far.seconds["data"] > 5 * near.seconds["data"]
+    # All eight adapters of a node, of 400 Gbit/s each, against NVLink.
+    assert far.seconds["data"] / near.seconds["data"] == pytest.approx((15 / 16) / (7 / 8) * 450 / 400)
+    split, alone = (estimate("transformer_170m", Layout(dp=16, tp=tp)).seconds["data"] for tp in (2, 4))
+    assert split / alone == pytest.approx(1, rel=0.05)  # half the bytes, and half the adapters
+
+
+def test_a_head_is_a_program_and_programs_go_in_waves():
+    model = ("model.d_model=2048", "model.num_heads=32", "train.seq_len=4096", "model.head_dim=64")
+    config = load_recipe("hope_1.3b", [*model, "train.micro_batch_size=8"]).config
+    (mixer,) = config.model.mixers.values()
+    device = DEVICES["H200"]
+    assert (waves(132, device), waves(133, device)) == (1, 2)
+    # 256 programs are two waves of 64 chunks; 8 warps over 4 schedulers.
+    cycles = 2 * 64 * (174_066 + 503_161) * 8 / 4 / 0.45
+    assert memory_seconds(config, Layout(), mixer, "mlp", device) == pytest.approx(cycles / 1.755e9)
+    half = memory_seconds(config, Layout(tp=2), mixer, "mlp", device)
+    assert half == pytest.approx(cycles / 2 / 1.755e9)
+    again = memory_seconds(config, Layout(), mixer, "mlp", device, again=True)
+    assert again == pytest.approx(cycles / 1.755e9 * (1 + 174_066 / (174_066 + 503_161)))
+
+
+def test_a_block_beside_that_of_the_equal_transformer():
+    config = load_recipe("hope_1.3b", ["train.micro_batch_size=8"]).config
+    other = equal_transformer(config.model)
+    ours, theirs = (count_params(model)["total"] for model in (config.model, other))
+    assert theirs == pytest.approx(ours, rel=0.02)
+    estimator = Estimator(Holdings(config), DEVICES["H200"])
+    assert 0.02 < estimator.beside_transformer(config, Layout()) < 0.3
+    transformer = load_recipe("transformer_170m").config
+    assert Estimator(Holdings(transformer), DEVICES["H200"]).beside_transformer(transformer, Layout()) is None
 
 
 def test_calls_of_a_chunk_loop_bound_it_from_below():

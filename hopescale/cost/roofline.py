@@ -1,0 +1,109 @@
+"""How long a block takes on a GPU, from counts: programs, waves, executed instructions, bytes. Imports no torch.
+
+Instructions were counted in the machine code for sm_90, by loops and how often each runs; bytes by running a block on a
+device without memory (docs/performance.md). What is guessed is how many instructions a cycle finds ready.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from hopescale.config.layout import Layout
+from hopescale.config.model_shape import head_dim, levels_of_block, num_pieces
+from hopescale.config.schema import (
+    AttentionConfig,
+    CmsConfig,
+    LevelConfig,
+    MixerConfig,
+    ModelConfig,
+    RunConfig,
+    SelfModifyingConfig,
+)
+from hopescale.cost.hardware import Device
+from hopescale.cost.parameter import itemsize
+from hopescale.cost.params import count_params
+
+WARPS, SCHEDULERS = 8, 4
+"""Warps of a program that runs a head, and how many of them a multiprocessor can issue from in a cycle."""
+READY = 0.45
+"""Instructions that a scheduler issues a cycle, with two warps each and a barrier every 50; a guess, 0.3 to 0.6."""
+KERNEL_CHUNK = 64
+"""Tokens of the chunks that were counted."""
+INSTRUCTIONS: dict[tuple[str, int], tuple[int, int]] = {
+    ("linear", 64): (64_054, 202_356),
+    ("mlp", 64): (174_066, 503_161),
+    ("linear", 128): (126_750, 405_558),
+    ("mlp", 128): (332_974, 1_024_271),
+}
+"""Warp instructions of a chunk that a program's warp executes, forward and backward, by the memories' kind and width:
+five memories in float32 as three TF32 products. A narrower one counts as 64 wide."""
+MEMORIES = 5
+"""Memories in these counts."""
+PASSES = 70
+"""Reads and writes of the residual stream's size between the maps of a mixer that is no self-modifying one, forward and
+backward: those of attention's rotary positions, as counted."""
+MEMORY_BANDWIDTH = 0.9
+"""Part of the memory's bandwidth that elementwise operations reach."""
+
+
+def memory_seconds(
+    config: RunConfig, layout: Layout, mixer: SelfModifyingConfig, kind: str, device: Device, *, again: bool = False
+) -> float:
+    """Return the seconds of a micro batch's forward and backward through the kernels of a block's memories.
+
+    Args:
+        config, layout: Micro batch and tensor-parallel ranks.
+        mixer: Memories without a far one.
+        kind: `mlp`, `linear` or `static`.
+        device: GPU.
+        again: Whether the backward pass runs the forward once more.
+    """
+    model, train = config.model, config.train
+    pieces = num_pieces(mixer, train.seq_len)
+    programs = model.num_heads / layout.tp * train.micro_batch_size * pieces
+    memory, dim = mixer.memory, 64 if head_dim(model) <= 64 else 128
+    forward, backward = INSTRUCTIONS[memory, dim]
+    executed: float = forward * (1 + again) + backward
+    if kind == "static":
+        executed /= MEMORIES
+    tokens = train.seq_len / pieces
+    issued = executed * WARPS / SCHEDULERS / KERNEL_CHUNK * tokens
+    return waves(programs, device) * issued / READY / device.clock
+
+
+def equal_transformer(model: ModelConfig) -> ModelConfig:
+    """Return the Transformer of a model's width, depth and heads, with nearly as many parameters in its blocks."""
+    counts = count_params(model)
+    each = (counts["mixers"] + counts["levels"]) / model.num_layers
+    d_ff = max(64, round((each - 4 * model.d_model**2) / (3 * model.d_model) / 64) * 64)
+    levels = CmsConfig(levels={"mlp": LevelConfig(d_ff=d_ff)})
+    return replace(model, mixers={"attention": AttentionConfig()}, pattern=(), cms=levels)
+
+
+def waves(programs: float, device: Device) -> int:
+    """Return how often each multiprocessor has a program to run: one fills its registers."""
+    return math.ceil(programs / device.units)
+
+
+def between_products_bytes(model: ModelConfig, mixer: MixerConfig, precision: str, tp: int = 1) -> float:
+    """Return the bytes of a token that a block reads and writes around its products and memories, forward and backward.
+
+    Counted are norms, additions to the stream, levels' gates, and what kernels of `ops.fused` do around memories.
+    """
+    size, stream = itemsize(precision), model.d_model
+    levels = [level.d_ff / tp for level in levels_of_block(model, 0).values()]
+    norms = 8 * size * stream * (1 + len(levels)) + 3 * size * stream
+    gates = 8 * size * sum(levels)
+    if not isinstance(mixer, SelfModifyingConfig):
+        return norms + gates + PASSES * size * stream / tp
+    inner = model.num_heads * head_dim(model) / tp
+    streams, answers = 24 + (7 + 4) * size, 12 + 5 * size
+    return norms + gates + inner * (streams + answers)
+
+
+def between_products_seconds(config: RunConfig, layout: Layout, mixer: MixerConfig, device: Device) -> float:
+    """Return the seconds of a micro batch that a block spends on these bytes."""
+    train = config.train
+    each = between_products_bytes(config.model, mixer, train.precision, layout.tp)
+    return each * train.seq_len * train.micro_batch_size / (MEMORY_BANDWIDTH * device.bandwidth)
