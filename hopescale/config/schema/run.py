@@ -53,6 +53,10 @@ class DataConfig:
     """Folder on each node's own disk with copies of the data sets, made by `hopescale node stage` and read in place of
     `path`; null reads from `path`. Variables as in `$TMPDIR` are filled in on the node. A run may change it at any
     time: the data is the same."""
+    cache: str | None = None
+    """Folder in which what was read of sources on an object store (`path: s3://bucket/data`) is kept, up to their whole
+    size; null keeps the last 64 MiB of each in memory. Variables as in `$TMPDIR` are filled in. No effect on sources
+    that are folders."""
     prefetch: CountOrZero = 2
     """Batches prepared ahead in a background thread; 0 prepares them in the training loop. No effect on order."""
 
