@@ -83,6 +83,9 @@ class CheckpointConfig:
     """Checkpoints at multiples of this step are kept for ever; null keeps none beyond `keep_last`."""
     async_save: bool = True
     """Whether files are written in the background while training goes on."""
+    mirror: str | None = None
+    """Address of the run's own on an object store (`s3://bucket/runs/mine`) to which every checkpoint is copied, and
+    from which a run folder that has none, or an older one, continues; null keeps them in the run folder alone."""
 
 
 @dataclass(frozen=True)
