@@ -33,6 +33,7 @@ from hopescale.checkpoint.manifest import (
     step_of,
     to_json,
 )
+from hopescale.checkpoint.mirror import Mirror
 from hopescale.checkpoint.save import Writer, flatten, ignore_single_process_warning
 from hopescale.common.disk import sync, write_synced
 from hopescale.common.errors import CheckpointError
@@ -233,6 +234,9 @@ class CheckpointManager:
         sync(temporary)
         self._publish(temporary, folder)
         self._retain(folder)
+        if self.config.mirror is not None:
+            settings = {"keep_last": self.config.keep_last, "keep_every": self.config.keep_every}
+            Mirror(self.config.mirror).send(folder, **settings)
 
     def _publish(self, temporary: Path, folder: Path) -> None:
         replaced = self.folder / f"{REPLACED}{folder.name}"

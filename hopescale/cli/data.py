@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
@@ -12,6 +14,7 @@ import typer
 from hopescale.cli.options import read_count
 from hopescale.cli.progress import Bar, progress_bar
 from hopescale.common.children import threads_each
+from hopescale.common.object_store import is_address
 from hopescale.common.units import format_bytes
 
 if TYPE_CHECKING:
@@ -25,7 +28,7 @@ app = typer.Typer(help="Train a tokenizer, prepare text, look into shards, check
 Inputs = Annotated[
     list[str], typer.Argument(metavar="INPUT...", help="Files, folders, addresses (s3:, hub:OWNER/NAME).")
 ]
-Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="A prepared data set.")]
+Folder = Annotated[str, typer.Argument(metavar="FOLDER", help="A prepared data set, in a folder or at an address.")]
 Out = Annotated[Path, typer.Option(metavar="FOLDER", help="Folder to create.")]
 TextKey = Annotated[str, typer.Option(metavar="KEY", help="Key or column of the text in JSON and tables.")]
 Template = Annotated[
@@ -81,7 +84,7 @@ def train_tokenizer(
 @app.command()
 def prepare(
     inputs: Inputs,
-    out: Out,
+    out: Annotated[str, typer.Option(metavar="FOLDER", help="Folder or address (s3://bucket/data) to create.")],
     tokenizer: Annotated[
         Path, typer.Option(metavar="PATH", help="Folder of a tokenizer or of a model, .model or tokenizer.json.")
     ],
@@ -109,6 +112,7 @@ def prepare(
     shard_bytes = read_count("--shard-size", shard_size)
     from hopescale.data import prepare as preparing
     from hopescale.data.dataset import PreparedData
+    from hopescale.data.storage import publish
     from hopescale.data.tokenizer import Tokenizer
     from hopescale.data.tokenizer_losses import RoundTrip
 
@@ -118,11 +122,13 @@ def prepare(
     if lost := pieces.losses():
         hint = "a model trained on them can never write these; `hopescale data tokenizer` trains one that keeps all"
         typer.echo(f"warning: tokenizer {tokenizer} loses {', '.join(lost)}: {hint}", err=True)
-    with progress_bar("reading", _size(source)) as bar:
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(TemporaryDirectory(prefix="hopescale-"))) / "data" if is_address(out) else out
+        bar = stack.enter_context(progress_bar("reading", _size(source)))
         preparing.prepare(
             _then(replace(source, on_read=bar.advance).documents(), bar),
             pieces,
-            out,
+            folder,
             validation=validation,
             seed=seed,
             shard_bytes=shard_bytes,
@@ -131,6 +137,8 @@ def prepare(
             on_written=bar.advance_of,
             round_trip=round_trip,
         )
+        if is_address(out):
+            publish(folder, out)
     _echo_left_out(left_out)
     typer.echo(f"{out}:")
     _echo_tokenizer(pieces)
@@ -171,8 +179,10 @@ def verify(folder: Folder) -> None:
     """Recompute every checksum and read every block."""
     from hopescale.data import inspect as look
     from hopescale.data.shards import Index
+    from hopescale.data.storage import open_storage
 
-    size = sum(entry.num_bytes for split in Index.read(folder).splits.values() for entry in split)
+    splits = Index.read(open_storage(folder).small_files).splits
+    size = sum(entry.num_bytes for split in splits.values() for entry in split)
     with progress_bar("checking", size) as bar:
         index = look.verify(folder, on_shard=bar.note, on_checked=bar.advance)
     entries = [entry for split in index.splits.values() for entry in split]

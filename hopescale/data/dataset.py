@@ -6,7 +6,6 @@ Reads are plain `pread` calls of the bytes needed: no scan, no state, and a trun
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -15,9 +14,9 @@ from typing import NamedTuple
 import numpy as np
 
 from hopescale.common.errors import DataError
-from hopescale.data.shards import INDEX_FILE, SPLITS, VERIFY_HINT, Index, ShardEntry
+from hopescale.data.shards import SPLITS, VERIFY_HINT, Index, ShardEntry
+from hopescale.data.storage import INDEX_FILE, Storage, open_storage
 
-_OPEN_FILES = 64
 _CACHED_BLOCKS = 1024
 
 
@@ -30,44 +29,48 @@ class _Block(NamedTuple):
 
 
 class PreparedData:
-    """A folder written by `hopescale data prepare`, opened for reading."""
+    """A folder or an address written by `hopescale data prepare`, opened for reading."""
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, source: str | Path, *, cache: str | Path | None = None):
         """Read the index, load the tokenizer, and check that every shard is there in its full size.
+
+        Args:
+            source: Folder, or address of an object store.
+            cache: Folder in which pieces of an address are kept; null keeps the last ones in memory.
 
         Raises:
             DataError: If anything is missing or of the wrong size, or the tokenizer is another one.
         """
-        self.folder = Path(folder)
-        self.index = Index.read(self.folder)
-        self.tokenizer = self.index.check_tokenizer(self.folder)
-        self.identity = hashlib.sha256((self.folder / INDEX_FILE).read_bytes()).hexdigest()
+        self.storage = open_storage(source, cache)
+        self.index = Index.read(self.storage.small_files)
+        self.tokenizer = self.index.check_tokenizer(self.storage.small_files)
+        self.identity = hashlib.sha256((self.storage.small_files / INDEX_FILE).read_bytes()).hexdigest()
         self._check_sizes()
-        self.splits = {name: TokenStream(self.folder, self.index, name) for name in SPLITS}
+        self.splits = {name: TokenStream(self.storage, self.index, name) for name in SPLITS}
 
     def _check_sizes(self) -> None:
         wrong = []
         for entry in (entry for split in self.index.splits.values() for entry in split):
-            path = self.folder / entry.file
             try:
-                size = path.stat().st_size
+                size = self.storage.size(entry.file)
             except OSError as error:
-                wrong.append(f"{entry.file} ({error.strerror})")
+                wrong.append(f"{entry.file} ({error.strerror or 'No such file'})")
                 continue
             if size != entry.num_bytes:
                 wrong.append(f"{entry.file} ({size:,} bytes, the index says {entry.num_bytes:,})")
         if wrong:
             more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-            raise DataError(f"shards of {self.folder} are damaged: {', '.join(wrong[:3])}{more}", hint=VERIFY_HINT)
+            message = f"shards of {self.storage.name} are damaged: {', '.join(wrong[:3])}{more}"
+            raise DataError(message, hint=VERIFY_HINT)
 
 
 class TokenStream:
     """The tokens of one split, end to end. Safe to read from several threads."""
 
-    def __init__(self, folder: Path, index: Index, split: str):
+    def __init__(self, storage: Storage, index: Index, split: str):
         """Lay out the blocks of `split`; opens no shard."""
         self.split = split
-        self._folder = folder
+        self._storage = storage
         self._dtype = np.dtype(index.dtype)
         self._vocab_size = index.vocab_size
         self._shards: list[ShardEntry] = index.splits[split]
@@ -76,7 +79,6 @@ class TokenStream:
         self._shard_of = np.repeat(np.arange(len(tables)), [len(table.num_tokens) for table in tables])
         self._blocks = np.array([*columns, self._shard_of], np.int64)
         self._starts = np.concatenate([[0], np.cumsum(self._blocks[0])])
-        self._open = lru_cache(_OPEN_FILES)(self._open_shard)
         self._ends = lru_cache(_CACHED_BLOCKS)(self._document_ends)
         self.num_shards = len(self._shards)
         self.num_tokens = sum(entry.num_tokens for entry in self._shards)
@@ -126,9 +128,7 @@ class TokenStream:
             before = int(self._starts[number] - self._starts[np.searchsorted(self._shard_of, shard)])
             begin = ranges[shard][0] if shard in ranges else before + low
             ranges[shard] = (begin, before + high)
-        return ", ".join(
-            f"{self._folder / self._shards[shard].file} tokens {begin}..{end}" for shard, (begin, end) in ranges.items()
-        )
+        return ", ".join(f"{self._place(shard)} tokens {begin}..{end}" for shard, (begin, end) in ranges.items())
 
     def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """Cut a range at block borders: block number, and the range counted from the block's first token."""
@@ -161,15 +161,15 @@ class TokenStream:
 
     def _bytes(self, shard: int, offset: int, size: int) -> bytes:
         try:
-            data = os.pread(self._open(shard).fileno(), size, offset)
+            data = self._storage.read(self._shards[shard].file, offset, size)
         except OSError as error:
-            raise self._damaged(shard, error.strerror) from error
+            raise self._damaged(shard, error.strerror or str(error)) from error
         if len(data) != size:
             raise self._damaged(shard, f"it ends at byte {offset + len(data)}, {offset + size} are needed")
         return data
 
-    def _open_shard(self, shard: int):
-        return (self._folder / self._shards[shard].file).open("rb", buffering=0)
-
     def _damaged(self, shard: int, reason: str) -> DataError:
-        return DataError(f"shard {self._folder / self._shards[shard].file} is damaged: {reason}", hint=VERIFY_HINT)
+        return DataError(f"shard {self._place(shard)} is damaged: {reason}", hint=VERIFY_HINT)
+
+    def _place(self, shard: int) -> str:
+        return f"{self._storage.name}/{self._shards[shard].file}"

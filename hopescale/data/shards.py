@@ -17,9 +17,9 @@ from typing import BinaryIO
 import numpy as np
 
 from hopescale.common.errors import DataError
+from hopescale.data.storage import INDEX_FILE
 from hopescale.data.tokenizer import Tokenizer
 
-INDEX_FILE = "index.json"
 SPLITS = ("train", "validation")
 VERIFY_HINT = "find every damaged file with `hopescale data verify`, then prepare the data set again"
 

@@ -8,11 +8,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from hopescale.common.errors import ConfigError, DataError, Problem
+from hopescale.common.object_store import is_address
 from hopescale.config.schema import DataConfig, SourceConfig
 from hopescale.data.dataset import PreparedData
 from hopescale.data.order import PATTERN_LENGTH
 from hopescale.data.samples import PackedSamples, Samples
-from hopescale.data.staged import copy_of, folder_of
+from hopescale.data.staged import copy_of
 from hopescale.data.suite_samples import SuiteSamples
 from hopescale.data.synthetic import SyntheticSamples, problems
 from hopescale.data.tokenizer import Tokenizer
@@ -65,10 +66,11 @@ def open_sources(config: DataConfig, *, seq_len: int, vocab_size: int) -> dict[s
                 sources[name] = _generated(source, config.seed, seq_len)
         else:
             try:
-                folder = folder_of(source.path)
-                data = PreparedData(folder if config.staged is None else copy_of(folder, config.staged))
+                place = source.path if config.staged is None else copy_of(source.path, config.staged)
+                data = PreparedData(place, cache=config.cache)
             except DataError as error:
-                where = "" if folder.is_absolute() else f" (from the working directory, {Path.cwd()})"
+                is_absolute = is_address(source.path) or Path(source.path).expanduser().is_absolute()
+                where = "" if is_absolute else f" (from the working directory, {Path.cwd()})"
                 files.append(Problem(f"{key}.path", f"{error.message}{where}", hint=error.hint))
                 continue
             settings += _text_problems(f"{key}.path", source, data, seq_len, vocab_size)

@@ -18,7 +18,8 @@ from pathlib import Path
 
 from hopescale.common.errors import DataError
 from hopescale.common.units import format_bytes
-from hopescale.data.shards import INDEX_FILE, VERIFY_HINT, Index, ShardEntry
+from hopescale.data.shards import VERIFY_HINT, Index, ShardEntry
+from hopescale.data.storage import INDEX_FILE, Storage, open_storage
 from hopescale.data.tokenizer import Tokenizer
 
 _THREADS = 8
@@ -44,18 +45,13 @@ def folder_of_copies(root: str | Path) -> Path:
     return Path(os.path.expandvars(root)).expanduser()
 
 
-def folder_of(source: str | Path) -> Path:
-    """Return the folder of a data set by its path in a config, in which `~` is the home of whoever runs."""
-    return Path(source).expanduser()
-
-
 def copy_of(source: str | Path, root: str | Path) -> Path:
     """Return the folder of a data set's copy below the folder of copies.
 
     Raises:
         DataError: If there is no complete copy, or no such data set.
     """
-    folder = _name(folder_of(source), folder_of_copies(root))
+    folder = _name(open_storage(source), folder_of_copies(root))
     if not (folder / INDEX_FILE).is_file():
         hint = "copy it with `hopescale node stage` on every node first, or leave data.staged out"
         raise DataError(f"{root} holds no copy of {source} on {os.uname().nodename}", hint)
@@ -71,8 +67,8 @@ def stage(source: str | Path, root: str | Path) -> Staged:
     Raises:
         DataError: If the data set is damaged, or the disk is full or not writable.
     """
-    source = folder_of(source)
-    index, folder = Index.read(source), _name(source, folder_of_copies(root))
+    storage = open_storage(source)
+    index, folder = Index.read(storage.small_files), _name(storage, folder_of_copies(root))
     try:
         with _alone(folder), ThreadPoolExecutor(_THREADS) as threads:
             entries = [entry for split in index.splits.values() for entry in split]
@@ -80,9 +76,9 @@ def stage(source: str | Path, root: str | Path) -> Staged:
             missing = [entry for entry, is_right in zip(entries, right, strict=True) if not is_right]
             if missing or not (folder / INDEX_FILE).exists():
                 _require_space(folder, sum(entry.num_bytes for entry in missing))
-                list(threads.map(lambda entry: _copy(source, folder, entry), missing))
-                Tokenizer.load(source).copy_to(folder)
-                shutil.copyfile(source / INDEX_FILE, folder / (INDEX_FILE + _PARTIAL))
+                list(threads.map(lambda entry: _copy(storage, folder, entry), missing))
+                Tokenizer.load(storage.small_files).copy_to(folder)
+                shutil.copyfile(storage.small_files / INDEX_FILE, folder / (INDEX_FILE + _PARTIAL))
                 (folder / (INDEX_FILE + _PARTIAL)).replace(folder / INDEX_FILE)
     except OSError as error:
         reason = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
@@ -90,12 +86,13 @@ def stage(source: str | Path, root: str | Path) -> Staged:
     return Staged(folder, len(missing), len(entries) - len(missing), sum(entry.num_bytes for entry in missing))
 
 
-def _name(source: Path, root: Path) -> Path:
+def _name(storage: Storage, root: Path) -> Path:
+    index = storage.small_files / INDEX_FILE
     try:
-        return root / hashlib.sha256((source / INDEX_FILE).read_bytes()).hexdigest()[:16]
+        return root / hashlib.sha256(index.read_bytes()).hexdigest()[:16]
     except OSError as error:
         hint = "name a folder written by `hopescale data prepare`"
-        raise DataError(f"cannot read {source / INDEX_FILE}: {error.strerror}", hint) from error
+        raise DataError(f"cannot read {index}: {error.strerror}", hint) from error
 
 
 @contextmanager
@@ -125,15 +122,15 @@ def _require_space(folder: Path, wanted: int) -> None:
         raise DataError(f"{message}, {format_bytes(free)} free", hint)
 
 
-def _copy(source: Path, folder: Path, entry: ShardEntry) -> None:
+def _copy(storage: Storage, folder: Path, entry: ShardEntry) -> None:
     """Copy a shard and take its checksum on the way, in one reading."""
     partial, digest = folder / (entry.file + _PARTIAL), hashlib.sha256()
-    with (source / entry.file).open("rb") as read, partial.open("wb") as written:
-        while piece := read.read(_PIECE):
+    with partial.open("wb") as written:
+        while piece := storage.read(entry.file, written.tell(), _PIECE):
             digest.update(piece)
             written.write(piece)
     if digest.hexdigest() != entry.sha256:
         partial.unlink()
         difference = f"SHA-256 {digest.hexdigest()[:12]}, the index says {entry.sha256[:12]}"
-        raise DataError(f"shard {source / entry.file} is damaged: {difference}", VERIFY_HINT)
+        raise DataError(f"shard {storage.name}/{entry.file} is damaged: {difference}", VERIFY_HINT)
     partial.replace(folder / entry.file)

@@ -11,6 +11,7 @@ from torch import nn
 
 from hopescale.checkpoint.manager import CheckpointManager, find_checkpoint, latest_checkpoint
 from hopescale.checkpoint.manifest import Manifest, read_manifest
+from hopescale.checkpoint.mirror import Mirror
 from hopescale.common.errors import CheckpointError, ConfigError, Problem
 from hopescale.config.fields import leaves
 from hopescale.config.groups import assign_groups
@@ -149,11 +150,14 @@ def choose_checkpoint(folder: RunFolder, request: RunRequest) -> Path | None:
     """Return the checkpoint to continue from, or None for a new run.
 
     Raises:
-        CheckpointError: If the folder does not hold what `resume` asks for, or no checkpoint for a new optimizer.
+        CheckpointError: If the folder does not hold what `resume` asks for, or no checkpoint for a new optimizer, or
+            `checkpoint.mirror` cannot be reached.
     """
     resume = request.resume
     if isinstance(resume, Path):
         return find_checkpoint(resume)
+    if (mirror := request.loaded.config.checkpoint.mirror) is not None:
+        Mirror(mirror).fetch(folder.checkpoints)
     latest = latest_checkpoint(folder.checkpoints)
     if resume == "never" and latest is not None:
         hint = "choose another --run-dir, or leave --resume out to continue it"

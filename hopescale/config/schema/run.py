@@ -56,6 +56,10 @@ class DataConfig:
     """Folder on each node's own disk with copies of the data sets, made by `hopescale node stage` and read in place of
     `path`; null reads from `path`. Variables as in `$TMPDIR` are filled in on the node. A run may change it at any
     time: the data is the same."""
+    cache: str | None = None
+    """Folder in which what was read of sources on an object store (`path: s3://bucket/data`) is kept, up to their whole
+    size; null keeps the last 64 MiB of each in memory. Variables as in `$TMPDIR` are filled in. No effect on sources
+    that are folders."""
     prefetch: CountOrZero = 2
     """Batches prepared ahead in a background thread; 0 prepares them in the training loop. No effect on order."""
 
@@ -82,6 +86,9 @@ class CheckpointConfig:
     """Checkpoints at multiples of this step are kept for ever; null keeps none beyond `keep_last`."""
     async_save: bool = True
     """Whether files are written in the background while training goes on."""
+    mirror: str | None = None
+    """Address of the run's own on an object store (`s3://bucket/runs/mine`) to which every checkpoint is copied, and
+    from which a run folder that has none, or an older one, continues; null keeps them in the run folder alone."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +10,7 @@ from hopescale.data.prepare import prepare
 from hopescale.data.records import Document
 from hopescale.data.tokenizer import Tokenizer
 from hopescale.data.train_tokenizer import train_tokenizer
+from tests.support.s3 import serve_bucket
 
 WORDS = ("def", "return", "memory", "level", "self", "for", "in", "range", "token", "state", "key", "value")
 
@@ -56,3 +57,10 @@ def make_data(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPa
         return tmp_path / name
 
     return make
+
+
+@pytest.fixture
+def s3_bucket() -> Iterator[str]:
+    """Give the address of an empty bucket of a local S3 server."""
+    with serve_bucket() as address:
+        yield address

@@ -9,8 +9,9 @@ import pytest
 from hopescale.common.errors import DataError
 from hopescale.config.schema import DataConfig, SourceConfig
 from hopescale.data.loader import open_data
-from hopescale.data.shards import INDEX_FILE, Index
+from hopescale.data.shards import Index
 from hopescale.data.staged import copy_of, stage
+from hopescale.data.storage import INDEX_FILE
 
 
 @pytest.fixture

@@ -234,6 +234,7 @@ def test_zstandard_is_read_in_frames_and_a_cut_is_named(tmp_path: Path) -> None:
 )
 def test_a_package_that_is_missing_is_named(tmp_path: Path, monkeypatch, module: str, name: str, message: str) -> None:
     monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)
     (tmp_path / "a.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd....")
     (tmp_path / "a.parquet").write_bytes(b"PAR1....PAR1")
     with pytest.raises(DataError, match=message):

@@ -1,0 +1,98 @@
+"""Copies of a run's checkpoints on an object store: sent after every save, fetched where the run folder has none."""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+from pathlib import Path
+
+from hopescale.checkpoint.manifest import (
+    MANIFEST,
+    POINTER,
+    file_problems,
+    folder_name,
+    read_manifest,
+    read_pointer,
+    step_of,
+)
+from hopescale.common.disk import replace_text
+from hopescale.common.errors import CheckpointError
+from hopescale.common.object_store import ObjectStore, install_hint
+
+logger = logging.getLogger(__name__)
+
+_NAME = re.compile(r"step-\d{8,}")
+
+
+class Mirror:
+    """The checkpoints of one run at an address, as they lie in its `checkpoints/`.
+
+    A manifest is sent after the files that it names, and the pointer `latest` after that, so that what is there is
+    whole.
+
+    Args:
+        address: Address of the folder.
+
+    Raises:
+        CheckpointError: If the package for this kind of address is missing, or the address is none.
+    """
+
+    def __init__(self, address: str):
+        self.address = address
+        try:
+            self._store = ObjectStore(address)
+        except (ImportError, ValueError) as error:
+            hint = install_hint(address)
+            raise CheckpointError(f"cannot reach checkpoint.mirror {address}: {error}", hint) from error
+
+    def send(self, folder: Path, *, keep_last: int, keep_every: int | None) -> None:
+        """Send a complete checkpoint, then remove older ones as `checkpoint` of the config has it.
+
+        A failure is logged as a warning: the run has its checkpoint, and the next save sends another.
+        """
+        try:
+            files = sorted(folder.iterdir(), key=lambda file: (file.name == MANIFEST, file.name))
+            for file in files:
+                self._store.upload(file, f"{folder.name}/{file.name}")
+            self._store.write(POINTER, f"{folder.name}\n".encode())
+            steps = [step for step in self._steps() if step <= step_of(folder)]
+            for step in steps[:-keep_last]:
+                if keep_every is None or step % keep_every:
+                    self._store.remove(folder_name(step))
+        except OSError as error:
+            logger.warning("cannot send %s to %s: %s", folder.name, self.address, error.strerror or error)
+
+    def _steps(self) -> list[int]:
+        return sorted(step_of(Path(name)) for name in self._store.names() if _NAME.fullmatch(name))
+
+    def fetch(self, root: Path) -> Path | None:
+        """Fetch the latest checkpoint into a `checkpoints/` folder whose own latest one is older, or that has none.
+
+        Returns:
+            The folder that was fetched; None if there was no need to.
+
+        Raises:
+            CheckpointError: If the store does not answer, or what it holds is damaged.
+        """
+        try:
+            if POINTER not in self._store.names():
+                return None
+            name = self._store.read(POINTER).decode().strip()
+            own = read_pointer(root)
+            if not _NAME.fullmatch(name) or (own and own.exists() and step_of(own) >= step_of(Path(name))):
+                return None
+            folder, partial = root / name, root / f".tmp-{name}"
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            for file in self._store.names(name):
+                self._store.download(f"{name}/{file}", partial / file)
+            if problems := file_problems(partial, read_manifest(partial).files, digests=True):
+                raise CheckpointError(f"{self.address}/{name} is damaged: {'; '.join(problems)}", "remove it there")
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.rename(folder)
+            replace_text(root / POINTER, f"{name}\n")
+        except OSError as error:
+            message = f"cannot fetch a checkpoint from {self.address}: {error.strerror or error}"
+            raise CheckpointError(message, "set checkpoint.mirror=null to go on without it") from error
+        return folder

@@ -1,0 +1,71 @@
+"""Data and checkpoints on an object store: a run that loses its folder goes on as if it had not, bit for bit."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from hopescale.common import object_store
+from hopescale.data.storage import publish
+from tests.integration.conftest import Run
+from tests.support.s3 import serve_bucket
+
+SIZES = (
+    "model.vocab_size=300",
+    "data.sources.markov=null",
+    "data.max_epochs=100",
+    "train.steps=6",
+    "train.seq_len=32",
+    "train.validation.every=null",
+    "checkpoint.every=2",
+    "checkpoint.keep_last=1",
+)
+
+
+@pytest.fixture(params=["memory", "s3"])
+def bucket(request: pytest.FixtureRequest):
+    if request.param == "s3":
+        with serve_bucket() as address:
+            yield address
+    else:
+        yield "memory://bucket"
+        fsspec.filesystem("memory").rm("/bucket", recursive=True)
+
+
+def test_a_run_that_loses_its_folder_goes_on(hopescale, tiny, text_data: Path, bucket: str, tmp_path: Path):
+    def train(run: str, data: object, *args: object) -> str:
+        source = f"data.sources.text.path={data}"
+        done = hopescale("train", "debug", *tiny, *SIZES, source, *args, "--run-dir", tmp_path / run)
+        assert done.code == 0, done.err
+        return done.out
+
+    publish(text_data / "data", f"{bucket}/data")
+    train("whole", text_data / "data")
+    far = (f"{bucket}/data", f"data.cache={tmp_path / 'cache'}", f"checkpoint.mirror={bucket}/run")
+    train("lost", *far, "--stop-at", "3")
+    shutil.rmtree(tmp_path / "lost")
+    assert "at step 3" in train("lost", *far, "--resume", "must")
+    whole, found = Run(tmp_path / "whole").tensors(6), Run(tmp_path / "lost").tensors(6)
+    assert whole.keys() == found.keys() and all(whole[name].equal(found[name]) for name in whole)
+    names = object_store.ObjectStore(f"{bucket}/run").names()
+    assert names == ["latest", "step-00000006"]
+
+
+def test_a_store_that_does_not_answer_costs_a_warning_and_no_checkpoint(
+    hopescale, tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(object_store, "_WAITS", ())
+
+    def upload(self, *args):
+        raise OSError(None, "no answer after 5 retries", "memory://gone")
+
+    monkeypatch.setattr(object_store.ObjectStore, "upload", upload)
+    args = ("train.steps=2", "checkpoint.mirror=memory://gone/run", "--run-dir", tmp_path / "run")
+    assert hopescale("train", "debug", *tiny, *args).code == 0
+    assert "cannot send step-00000002 to memory://gone/run: no answer" in caplog.text
+    assert Run(tmp_path / "run").steps() == [2]
+    done = hopescale("train", "debug", *tiny, "checkpoint.mirror=nosuch://a/b", "--run-dir", tmp_path / "other")
+    assert done.code == 4 and "cannot reach checkpoint.mirror nosuch://a/b" in done.err
