@@ -137,8 +137,9 @@ def _write(loaded: LoadedModel, request: EvalRequest, results: Any, out: Path | 
         "context": context_of(loaded, request),
         "data": request.data and str(request.data),
         "task_path": request.task_path and str(request.task_path),
-        "suite": asdict(request.suite) if request.suite.names else None,
     }
+    if request.suite.names:
+        settings["suite"] = asdict(request.suite)
     body = report(loaded, results, settings)
     if (file := out or report_path(loaded)) is not None:
         write_report(file, body)

@@ -11,6 +11,8 @@ from hopescale.evals.suite_request import SuiteRequest
 
 PERPLEXITY = "perplexity"
 """The task that is ours."""
+NO_SUITE = SuiteRequest(())
+"""Nothing that is generated."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class EvalRequest:
     context: int | None = None
     """Tokens read at most before one that is predicted; None is all for a model whose state does not grow, and
     `train.seq_len` for attention."""
-    suite: SuiteRequest = SuiteRequest(())
+    suite: SuiteRequest = NO_SUITE
     """Generated tasks that are asked, and held-out text that is read by place."""
 
     def __post_init__(self) -> None:
@@ -49,7 +51,9 @@ class EvalRequest:
                 raise ConfigError(message, "leave it out")
 
     @classmethod
-    def read(cls, tasks: Sequence[str], data: Path | None, **settings: object) -> EvalRequest:
+    def read(
+        cls, tasks: Sequence[str], data: Path | None, suite: SuiteRequest = NO_SUITE, **settings: object
+    ) -> EvalRequest:
         """Read names of tasks, `arc_easy` or `arc_easy=5` for five examples before each question.
 
         Raises:
@@ -64,7 +68,6 @@ class EvalRequest:
             if name in shots:
                 raise ConfigError(f"--tasks names {name} more than once")
             shots[name] = int(number) if given else None
-        by_position = isinstance(suite := settings.get("suite"), SuiteRequest) and suite.by_position
-        ours = PERPLEXITY in shots or (data is not None and not by_position)
+        ours = PERPLEXITY in shots or (data is not None and not suite.by_position)
         shots.pop(PERPLEXITY, None)
-        return cls(shots, perplexity=ours, data=data, **settings)
+        return cls(shots, perplexity=ours, data=data, suite=suite, **settings)
