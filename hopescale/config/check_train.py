@@ -50,6 +50,19 @@ def backend_can_run(config: RunConfig, origins: Origins) -> Iterator[Problem]:
             yield Problem("train.backend", message, hint="leave it at auto")
 
 
+def kernels_can_have_a_precision(config: RunConfig, origins: Origins) -> Iterator[Problem]:
+    """Only Triton kernels have products of several kinds."""
+    train, key = config.train, "train.kernel_precision"
+    if train.kernel_precision == "auto" or config.model.num_heads <= 0:
+        return
+    device = None if train.device == "auto" else train.device
+    chosen = [memory_backend(config, mixer, device) for mixer in self_modifying_mixers(config.model).values()]
+    if not any(choice.backend == "triton" for choice in chosen):
+        why = next((f"memories run in {each.backend}" for each in chosen if each.backend), "no mixer has memories")
+        message = f"{train.kernel_precision} has no effect: {why}, and it is about Triton kernels"
+        yield Problem(key, message, hint="leave it at auto")
+
+
 def chunks_can_be_compiled_or_reversed(config: RunConfig, origins: Origins) -> Iterator[Problem]:
     """Only a chunk loop is compiled, and only where chunks write less than they write to are states found again."""
     model, train, key = config.model, config.train, "train.recompute"
@@ -94,5 +107,6 @@ CHECKS: tuple[Check, ...] = (
     batch_is_whole_micro_batches,
     kept_checkpoints_are_written,
     backend_can_run,
+    kernels_can_have_a_precision,
     chunks_can_be_compiled_or_reversed,
 )

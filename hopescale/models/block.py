@@ -17,7 +17,7 @@ from hopescale.models.self_modifying import SelfModifying
 from hopescale.models.state import LayerState
 from hopescale.models.titans import Titans
 from hopescale.models.ttt import Ttt
-from hopescale.ops.backends import Backend, Recompute
+from hopescale.ops.backends import Backend, KernelPrecision, Recompute
 from hopescale.ops.documents import Documents
 from hopescale.parallel.mesh import Mesh
 
@@ -43,6 +43,7 @@ class Block(nn.Module):
             does `reverse`, which computes most of these states again, too.
         compiled: Whether a chunk of the memories is compiled.
         backend: Code that runs memories and what lies around them.
+        kernel_precision: Operands of its products.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Block(nn.Module):
         recompute: Recompute = "none",
         compiled: bool = False,
         backend: Backend = "auto",
+        kernel_precision: KernelPrecision = "auto",
     ):
         super().__init__()
         self.recompute = recompute
@@ -63,7 +65,8 @@ class Block(nn.Module):
         mixer = mixer_of_block(config, number)
         given: dict[str, Any] = {"out_std": out_std, "mesh": mesh}
         if isinstance(mixer, SelfModifyingConfig):
-            given |= {"recompute": recompute, "compiled": compiled, "backend": backend}
+            given |= {"recompute": recompute, "compiled": compiled}
+            given |= {"backend": backend, "kernel_precision": kernel_precision}
         self.mixer = MIXERS[mixer.kind](config, mixer, **given)
         how = {"out_scale": out_scale, "mesh": mesh, "backend": backend}
         self.cms = ContinuumMemory(config, levels_of_block(config, number), **how)

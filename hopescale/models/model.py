@@ -15,7 +15,7 @@ from hopescale.models.block import Block
 from hopescale.models.init import initialize
 from hopescale.models.norm import StreamNorm
 from hopescale.models.state import ModelState
-from hopescale.ops.backends import Backend, Recompute
+from hopescale.ops.backends import Backend, KernelPrecision, Recompute
 from hopescale.ops.documents import Documents
 from hopescale.parallel.layers import ColumnLinear, Embedding
 from hopescale.parallel.mesh import Mesh
@@ -39,6 +39,7 @@ class Model(nn.Module):
         recompute: Activations computed again in the backward pass instead of kept; as `train.recompute`.
         compiled: Whether the chunk loop of memories is compiled; as `train.compile`.
         backend: Code that runs memories; as `train.backend`.
+        kernel_precision: Operands of its products; as `train.kernel_precision`.
 
     Attributes:
         is_first: Whether this slice begins the model.
@@ -58,6 +59,7 @@ class Model(nn.Module):
         recompute: Recompute = "none",
         compiled: bool = False,
         backend: Backend = "auto",
+        kernel_precision: KernelPrecision = "auto",
     ):
         super().__init__()
         mesh = mesh or Mesh.alone()
@@ -70,7 +72,8 @@ class Model(nn.Module):
         self.embedding = self.norm = self.head = None
         if self.is_first or (self.is_last and config.tie_embeddings):
             self.embedding = Embedding(padded, config.d_model, std=config.init_std, mesh=mesh)
-        self.blocks = nn.ModuleDict({str(n): Block(config, n, mesh, recompute, compiled, backend) for n in blocks})
+        how = (recompute, compiled, backend, kernel_precision)
+        self.blocks = nn.ModuleDict({str(n): Block(config, n, mesh, *how) for n in blocks})
         if self.is_last:
             # Logits of a fresh model stay near zero at any width, so that its loss starts at ln(vocabulary).
             scale = min(1.0, INITIAL_LOGIT_STD / (config.init_std * base_width(config) ** 0.5))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from hopescale.config.schema import FarMemoryConfig, ModelConfig, SelfModifyingC
 from hopescale.models.memory import MemoryBank
 from hopescale.models.norm import RMSNorm
 from hopescale.models.state import LayerState
-from hopescale.ops.backends import Backend, Recompute, select_streams
+from hopescale.ops.backends import Backend, KernelPrecision, Recompute, choose_products, select_streams
 from hopescale.ops.device import device_type, dtype_name
 from hopescale.ops.documents import Documents
 from hopescale.ops.fused import is_fused
@@ -100,6 +100,7 @@ class SelfModifying(nn.Module):
             `answer` then gets all tokens on every rank, and nothing is projected out.
         mesh: Ranks of the run, and this process among them.
         recompute, compiled, backend: Arguments of `ops.self_modifying`.
+        kernel_precision: Operands of products in Triton kernels; `auto` goes by the type of the weights.
     """
 
     def __init__(
@@ -112,9 +113,11 @@ class SelfModifying(nn.Module):
         recompute: Recompute = "none",
         compiled: bool = False,
         backend: Backend = "auto",
+        kernel_precision: KernelPrecision = "auto",
     ):
         super().__init__()
         self.computed = {"recompute": recompute, "compiled": compiled, "backend": backend}
+        self.kernel_precision = kernel_precision
         config, dim = mixer, head_dim(model)
         self.config, self.head_dim = config, dim
         self.heads, width = model.num_heads // mesh.tp_group.size(), model.num_heads * dim
@@ -279,11 +282,16 @@ class SelfModifying(nn.Module):
             y = y * F.silu(mixed[..., len(STREAMS), :])
         return y, MixerState(*memories, None, None if tail is None else tail.transpose(0, 1))
 
+    def _how(self) -> dict[str, Any]:
+        """Say how memories are computed, as `ops.self_modifying` takes it."""
+        products = choose_products(self.kernel_precision, dtype_name(self.in_proj.weight.dtype))
+        return self.computed | {"products": products}
+
     def _remember(
         self, streams: Streams, memories: Memories, position: int, documents: Documents | None
     ) -> SelfModifyingOutput:
         """Run the memories, from their initial state where a document begins or they start anew."""
-        run, every = partial(self_modifying, spec=self.spec, **self.computed), self.config.reset_every
+        run, every = partial(self_modifying, spec=self.spec, **self._how()), self.config.reset_every
         if documents is not None:
             documents = documents if every is None else documents.cut(every)
             return run(streams, self._initial_memories(1), documents=documents)
@@ -298,7 +306,7 @@ class SelfModifying(nn.Module):
         """Run the far memory, from its initial state where a document begins."""
         eta, alpha = (self.gates[name](streams.k) if name in self.gates else None for name in ("far_eta", "far_alpha"))
         memory = memory if documents is None else self._initial_far(1)
-        how = {"position": position, "documents": documents} | self.computed
+        how = {"position": position, "documents": documents} | self._how()
         own = streams._replace(eta=eta, alpha=alpha, mu=None)
         return self_modifying(own, Memories(memory, None), self.far_spec, **how)
 

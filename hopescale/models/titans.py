@@ -17,7 +17,7 @@ from hopescale.models.persistent import Prefixed
 from hopescale.models.self_modifying import MixerState, SelfModifying
 from hopescale.models.state import LayerState
 from hopescale.models.titans_context import Context, ContextState, run_documents, run_segments
-from hopescale.ops.backends import Backend, Recompute
+from hopescale.ops.backends import Backend, KernelPrecision, Recompute
 from hopescale.ops.documents import Documents
 from hopescale.parallel.layers import ParameterSpec, RowLinear, new_parameter
 from hopescale.parallel.mesh import Mesh
@@ -41,7 +41,7 @@ class Titans(nn.Module):
         mixer: Switches, those of the memory among them.
         out_std: Standard deviation of the out-projection's initial weights.
         mesh: Ranks of the run, and this process among them.
-        recompute, compiled, backend: Arguments of the memory, as in `SelfModifying`.
+        recompute, compiled, backend, kernel_precision: Arguments of the memory, as in `SelfModifying`.
     """
 
     def __init__(
@@ -54,6 +54,7 @@ class Titans(nn.Module):
         recompute: Recompute = "none",
         compiled: bool = False,
         backend: Backend = "auto",
+        kernel_precision: KernelPrecision = "auto",
     ):
         super().__init__()
         self.config, self.mesh, self.dim = mixer, mesh, head_dim(model)
@@ -61,7 +62,8 @@ class Titans(nn.Module):
         self.persistent = new_parameter(
             mixer.persistent_tokens, model.d_model, spec=ParameterSpec(std=1.0, keep_fp32=True)
         )
-        how = {"recompute": recompute, "compiled": compiled, "backend": backend}
+        how = {"recompute": recompute, "compiled": compiled}
+        how |= {"backend": backend, "kernel_precision": kernel_precision}
         self.memory = SelfModifying(model, mixer, out_std=None, mesh=mesh, **how)
         self.attention = Attention(model, titans_attention(mixer), out_std=None, mesh=mesh)
         if mixer.composition == "mac":

@@ -20,7 +20,13 @@ Backend = Literal["auto", "torch", "triton", "cpp"]
 Recompute = Literal["none", "chunks", "reverse", "memory", "block"]
 """Activations that the backward pass computes again; as `train.recompute`."""
 
-OLDEST_TRITON = (3, 3)
+Products = Literal["tf32x3", "tf32", "bf16"]
+"""Operands of matrix products in the Triton kernels; sums and states are float32 always."""
+
+KernelPrecision = Literal["auto", "tf32x3", "tf32", "bf16"]
+"""Operands that a user may ask for; as `train.kernel_precision`."""
+
+OLDEST_TRITON = (3, 7)
 """Version of Triton that the kernels need."""
 
 _DEVICES = {"triton": "cuda", "cpp": "cpu"}
@@ -56,9 +62,11 @@ class Choice(NamedTuple):
     backend: Literal["torch", "triton", "cpp"] | None
     reason: str
 
-    def describe(self, memories: MemoryShape) -> str:
-        """Say which code runs the memories, how, and why no other."""
+    def describe(self, memories: MemoryShape, products: Products) -> str:
+        """Say which code runs the memories, how, and why no other; `products` are those of the kernels."""
         how = "all chunks of a sequence in one operation"
+        if self.backend == "triton":
+            how += f", with {products} products"
         if self.backend == "torch":
             how = "chunk after chunk" if memories.sequential else "all chunks of a sequence side by side"
         return f"{self.backend}, {how}{self.reason and f' ({self.reason})'}"
@@ -84,7 +92,7 @@ def select(
         dtype: Type of streams and weights.
         compiled: Whether chunks are compiled.
         recompute: Activations that are computed again; `reverse` needs chunks one by one.
-        needs_grad: Whether a backward pass follows. Without one the C++ takes any chunks, and Triton none.
+        needs_grad: Whether a backward pass follows. Without one the C++ takes any chunks.
         whole_chunks: Whether the sequence begins with a chunk.
     """
     if backend == "torch":
@@ -97,7 +105,7 @@ def select(
         elif device not in (None, usual):
             reason = f"the device is {device}"
         else:
-            reason = _chunk_reason(memories, compiled, recompute) if needs_grad else None
+            reason = _chunk_reason(memories, compiled, recompute) if needs_grad or name == "triton" else None
             widths = {"heads": memories.head_dim, "memories": memories.hidden}
             reason = reason or unsupported_reason(name, device, dtype, **widths)
         if reason is None:
@@ -106,6 +114,13 @@ def select(
             return Choice(None, reason)
         rejected.append(f"{name}: {reason}")
     return Choice("torch", "; ".join(rejected))
+
+
+def choose_products(wanted: KernelPrecision, dtype: str) -> Products:
+    """Choose the operands of the kernels' products for a model that computes in `dtype`; `auto` loses no precision."""
+    if wanted == "auto":
+        return "bf16" if dtype == "bfloat16" else "tf32x3"
+    return wanted
 
 
 def select_streams(backend: Backend, head_dim: int, device: str, dtype: str) -> Literal["torch", "cpp"]:
@@ -127,8 +142,8 @@ def select_fused(backend: Backend, device: str, dtype: str, head_dim: int | None
 
 def _pass_reason(backend: str, needs_grad: bool, whole_chunks: bool) -> str | None:
     """Return why a kind of code does not run a pass, whatever the memories are; None if it does."""
-    if not needs_grad:
-        return "no gradients are wanted" if backend == "triton" else None
+    if backend == "cpp" and not needs_grad:
+        return None
     return None if whole_chunks else "the sequence begins within a chunk"
 
 

@@ -8,6 +8,9 @@ BLOCK = 16
 KERNEL_DIMS = (16, 32, 64, 128)
 """Widths of heads and memories that the Triton kernels know."""
 
+KERNEL_KEEPS = 4
+"""Of so many chunks in a row the Triton kernels keep the state with which the first one starts."""
+
 REVERSE_PARTS = 16
 """With `train.recompute: reverse`, of so many chunks in a row the state is kept with which the first one starts."""
 

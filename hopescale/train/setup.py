@@ -120,6 +120,7 @@ def _build_slices(config: RunConfig, mesh: Mesh, device: torch.device) -> list[M
     """Build the slices of the model that belong on this rank of the pipeline."""
     train, pp = config.train, mesh.pp_group.size()
     slices, computed = [], {"recompute": train.recompute, "compiled": train.compile, "backend": train.backend}
+    computed |= {"kernel_precision": train.kernel_precision}
     if train.compile:
         check_compiler(device)
     chosen = choose_backends(config, device)

@@ -12,7 +12,7 @@ import torch
 from hopescale.checkpoint.manager import find_checkpoint
 from hopescale.common.errors import CheckpointError, StoppedEarly
 from hopescale.common.rank_info import RankInfo
-from hopescale.config.execution import memory_shape
+from hopescale.config.execution import kernel_products, memory_shape
 from hopescale.config.groups import group_summary, group_table
 from hopescale.config.notes import notes
 from hopescale.config.schema import RunConfig
@@ -127,7 +127,8 @@ def _introduction(state: TrainState, request: RunRequest, device: torch.device) 
     chosen = choose_backends(config, device)
     for name, backend in chosen.items():
         whose = f" of {name}" if len(chosen) > 1 else ""
-        yield f"memories{whose}: {backend.describe(memory_shape(config.model, config.model.mixers[name]))}"
+        shape = memory_shape(config.model, config.model.mixers[name])
+        yield f"memories{whose}: {backend.describe(shape, kernel_products(config))}"
     tight = tight_memory(config, layout, device)
     for note in [*notes(config), *([tight] if tight else [])]:
         yield f"note: {note}"

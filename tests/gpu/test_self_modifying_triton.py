@@ -27,12 +27,15 @@ from hopescale.ops.self_modifying import (
     self_modifying_naive,
 )
 from hopescale.parallel.mesh import Mesh
+from tests.support.interpreter import teach_bfloat16
 
 pytest.importorskip("triton", reason="triton is not installed")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip("needs a GPU, or TRITON_INTERPRET=1", allow_module_level=True)
 DEVICE = "cpu" if INTERPRETED else "cuda"
+if INTERPRETED:
+    teach_bfloat16()
 
 SWITCHES = {
     "two memories": {"adaptive": ("v", "alpha")},
@@ -96,6 +99,12 @@ def fused(mixer: SelfModifying, inputs: dict[str, Tensor], documents: Documents 
     from hopescale.ops.self_modifying.triton.function import self_modifying_triton
 
     return self_modifying_triton(*split(inputs), mixer.spec, documents)
+
+
+def fused_in_bf16(mixer: SelfModifying, inputs: dict[str, Tensor]) -> SelfModifyingOutput:
+    from hopescale.ops.self_modifying.triton.function import self_modifying_triton
+
+    return self_modifying_triton(*split(inputs), mixer.spec, products="bf16")
 
 
 def looped(mixer: SelfModifying, inputs: dict[str, Tensor]) -> SelfModifyingOutput:
@@ -200,9 +209,42 @@ def test_a_gate_of_zero_harms_no_others(name: str):
     compare(mixer, inputs, token_by_token)
 
 
+@pytest.mark.parametrize("memory", ["mlp", "linear"])
+def test_bf16_products_err_like_rounded_streams(memory: str):
+    """Relative errors against float64, on the average over outputs and states and over gradients; each is rounded."""
+    config = SelfModifyingConfig(chunk_size=4, memory=memory, adaptive=("eta",))
+    mixer = make_mixer(config, 1, 16)
+    inputs = make_inputs(mixer, 7, 1)
+    exact = results(looped, mixer, {name: x.double() for name, x in inputs.items()})
+    rounded = {name: x.bfloat16() if name in Streams._fields else x for name, x in inputs.items()}
+    rounded = results(looped, mixer, {name: x.double() for name, x in rounded.items()})
+    actual = results(fused_in_bf16, mixer, {name: x.to(DEVICE) for name, x in inputs.items()})
+    errors = [
+        {name: ((x.cpu().double() - exact[name]).norm() / exact[name].norm()).item() for name, x in found.items()}
+        for found in (actual, rounded)
+    ]
+    for names in (list(exact)[: -len(inputs)], list(exact)[-len(inputs) :]):
+        mine, most = (sum(error[name] for name in names) for error in errors)
+        assert 0 < mine < 2 * most, (mine, most, errors)
+    assert min(errors[0].values()) > 0
+
+
+@pytest.mark.parametrize("read", ["prefix", "boundary"])
+def test_a_pass_without_gradients_is_the_same(read: str):
+    mixer = make_mixer(SelfModifyingConfig(chunk_size=4, memory="linear", adaptive=("v",), read=read), 1, 16)
+    inputs = {name: x.to(DEVICE) for name, x in make_inputs(mixer, 6, 1).items()}
+    with torch.no_grad():
+        actual = self_modifying(*split(inputs), mixer.spec, backend="triton")
+    expected = looped(mixer, {name: x.double() for name, x in inputs.items()})
+    mine, right = ([state.w_in for state in output.state.memory] for output in (actual, expected))
+    pairs = [(actual.y, expected.y), (actual.stats, expected.stats), *zip(mine, right, strict=True)]
+    for mine, right in pairs:
+        torch.testing.assert_close(mine.double(), right, rtol=1e-5, atol=1e-5)
+
+
 DOCUMENTS = {
     "pieces": ([[1, 19], [17, 3]], {"adaptive": ("eta",), "chunk_size": 40}),
-    "static": ([[1, 1, 6], [5, 1, 2]], STATIC | {"chunk_size": 4, "momentum": False}),
+    "static": ([[1, 1, 6], [5, 1, 2]], STATIC | {"chunk_size": 1, "momentum": False}),
 }
 
 

@@ -9,7 +9,7 @@ from hopescale.config.schema.model import ModelConfig
 from hopescale.config.schema.optim import OptimConfig
 from hopescale.config.schema.ranges import Count, CountOrZero, Fraction, NumberRange, Positive, Seed
 from hopescale.config.schema.suite import SuiteConfig
-from hopescale.ops.backends import Backend, Recompute
+from hopescale.ops.backends import Backend, KernelPrecision, Recompute
 
 
 @dataclass(frozen=True)
@@ -149,6 +149,11 @@ class TrainConfig:
     """What trains memories: torch's operations in a loop over chunks, one operation written in C++ (on a CPU; needs a
     C++ compiler) or in Triton (on an NVIDIA GPU), or `auto`: the operation where it can run. It computes chunks again
     in the backward pass, also with `recompute: none`. Changes rounding, memory and speed only."""
+    kernel_precision: KernelPrecision = "auto"
+    """Operands of the matrix products in the Triton kernels, whose sums and states are float32 always. `tf32x3`: three
+    TF32 products for each, as exact as float32. `tf32`: one, good to three digits. `bf16`: one, with operands rounded
+    as `precision: bf16` rounds activations, and a third of the instructions or less. `auto`: `bf16` with `precision:
+    bf16`, else `tf32x3`."""
     replica_check_every: Count | None = 100
     """Steps between two comparisons of the weights over data-parallel ranks, which must be bit-equal; null is never.
     With `parallel.zero` of 3 there is nothing to compare."""

@@ -150,4 +150,4 @@ def self_modifying_cpp(
     streams: Streams, state: Memories, spec: MemorySpec, documents: Documents | None = None
 ) -> SelfModifyingOutput:
     """Run memories over sequences that begin with a chunk, on a CPU in float32. As `self_modifying`."""
-    return run_packed(_Chunks, streams, state, spec, documents, share=True)
+    return run_packed(_Chunks.apply, streams, state, spec, documents, share=True)

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from hopescale.ops.backends import Backend, Recompute, select
+from hopescale.ops.backends import Backend, Products, Recompute, select
 from hopescale.ops.delta_rule import delta_rule
 from hopescale.ops.device import device_type, dtype_name
 from hopescale.ops.documents import Documents
@@ -36,6 +36,7 @@ def self_modifying(
     backend: Backend = "auto",
     recompute: Recompute = "none",
     compiled: bool = False,
+    products: Products = "tf32x3",
 ) -> SelfModifyingOutput:
     """Run self-modifying memories over a sequence (Nested Learning, arXiv 2512.24695, Eq. 83-93).
 
@@ -54,6 +55,7 @@ def self_modifying(
             all chunks, whatever is said here.
         compiled: Whether a chunk is compiled (`torch.compile`), once for every number of tokens that is met; not with
             documents, which make numbers of all sizes.
+        products: Operands of products in the Triton kernels; `tf32x3` is as exact as float32.
 
     Raises:
         ValueError: If `backend` is `cpp` or `triton`, and it cannot run; if documents are given and tokens came before,
@@ -84,7 +86,7 @@ def self_modifying(
     if choice.backend == "triton":
         from hopescale.ops.self_modifying.triton.function import self_modifying_triton
 
-        return self_modifying_triton(streams, state, spec, documents)
+        return self_modifying_triton(streams, state, spec, documents, products=products)
     if spec.is_sequential:
         how = {"recompute": recompute, "compiled": compiled}
         run = partial(self_modifying_chunked, spec=spec, position=position, **how)

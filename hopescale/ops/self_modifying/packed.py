@@ -6,6 +6,8 @@ memory is padded to `BLOCK`; in the C++ those of linear memories share a block.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -55,7 +57,7 @@ def unpack(packed: Tensor, spec: MemorySpec, dim: int, *, share: bool) -> Weight
 
 
 def run_packed(
-    operation: type[torch.autograd.Function],
+    operation: Callable[..., tuple[Tensor | None, ...]],
     streams: Streams,
     state: Memories,
     spec: MemorySpec,
@@ -77,6 +79,6 @@ def run_packed(
     running, momentum, _ = state.memory
     inputs = (None if x is None else x.contiguous() for x in streams)
     first = (None if x is None else pack(x, spec, share=share) for x in (running, momentum))
-    y, stats, *last = operation.apply(spec, documents, *inputs, *first)
+    y, stats, *last = operation(spec, documents, *inputs, *first)
     after = MemoryState(*(None if x is None else unpack(x, spec, streams.k.shape[-1], share=share) for x in last))
     return SelfModifyingOutput(y, stats, Memories(after, None))

@@ -81,6 +81,8 @@ BROKEN = [
         "memories are 48 wide, not 16, 32, 64 or 128",
     ),
     (["train.backend=cpp", f"{MIXER}.memory_dim=24"], "train.backend", "memories are 24 wide, not a multiple of 16"),
+    (["train.kernel_precision=bf16", "train.backend=torch"], "train.kernel_precision", "memories run in torch"),
+    ([ATTENTION, "train.kernel_precision=tf32"], "train.kernel_precision", "no mixer has memories"),
     ([ATTENTION, "train.recompute=reverse"], "train.recompute", "no mixer has a chunk loop"),
     (
         ["train.recompute=reverse", *STATIC],
@@ -185,6 +187,7 @@ def problems_of(recipe, *overrides):
         [ATTENTION, "train.recompute=memory", "parallel.zero=3"],
         ["train.compile=true"],
         ["train.backend=cpp", "model.num_heads=1"],
+        ["train.kernel_precision=bf16", "model.num_heads=1"],
         ["train.backend=torch", f"{PROJECTION}=128"],
         ["train.recompute=reverse", f"{MIXER}.chunk_size=4"],
         ["train.recompute=reverse", f"{MIXER}.chunk_size=2", f"{PROJECTION}=4", f"{MIXER}.momentum=false"],

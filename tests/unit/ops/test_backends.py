@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hopescale.ops import backends, device
-from hopescale.ops.backends import MemoryShape, select, select_streams, unsupported_reason
+from hopescale.ops.backends import MemoryShape, choose_products, select, select_streams, unsupported_reason
 from hopescale.ops.cpp import build
 
 HOPE = MemoryShape(64, 64, 64, 64, sequential=True)
@@ -31,12 +31,13 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> None:
     ("memories", "how", "line"),
     [
         (HOPE, {"device": "cpu"}, "cpp, all chunks of a sequence in one operation (triton: the device is cpu)"),
-        (HOPE, {"device": "cuda"}, "triton, all chunks of a sequence in one operation"),
-        (STATIC, {"device": "cuda"}, "triton, all chunks of a sequence in one operation"),
+        (HOPE, {"device": "cuda"}, "triton, all chunks of a sequence in one operation, with bf16 products"),
+        (STATIC, {"device": "cuda"}, "triton, all chunks of a sequence in one operation, with bf16 products"),
         (
             STATIC,
-            {"device": "cuda", "needs_grad": False},
-            "torch, all chunks of a sequence side by side (triton: no gradients are wanted; cpp: the device is cuda)",
+            {"device": "cuda", "needs_grad": False, "whole_chunks": False},
+            "torch, all chunks of a sequence side by side (triton: the sequence begins within a chunk; "
+            "cpp: the device is cuda)",
         ),
         (
             HOPE,
@@ -56,7 +57,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> None:
         (
             STATIC,
             {"device": "cpu", "needs_grad": False},
-            "cpp, all chunks of a sequence in one operation (triton: no gradients are wanted)",
+            "cpp, all chunks of a sequence in one operation (triton: the device is cpu)",
         ),
         (
             HOPE,
@@ -67,7 +68,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_auto_is_the_fastest_that_can_run_and_says_why(memories: MemoryShape, how: dict, line: str):
-    assert select("auto", memories, **how).describe(memories) == line
+    assert select("auto", memories, **how).describe(memories, "bf16") == line
 
 
 @pytest.mark.parametrize(
@@ -88,11 +89,17 @@ def test_the_loop_runs_what_one_operation_does_not(backend: str, device: str, ho
     assert reason in refused.reason
 
 
-def test_without_gradients_the_cpp_takes_any_chunks_and_triton_none():
+def test_without_gradients_the_cpp_takes_any_chunks_and_triton_whole_ones():
     two, how = HOPE._replace(projection_chunk_size=128), {"needs_grad": False, "whole_chunks": False}
     assert select("auto", two, device="cpu", compiled=True, recompute="reverse", **how).backend == "cpp"
-    assert select("triton", HOPE, device="cuda", **how) == ("torch", "triton: no gradients are wanted")
+    assert select("triton", HOPE, device="cuda", **how) == ("torch", "triton: the sequence begins within a chunk")
+    assert select("auto", HOPE, device="cuda", needs_grad=False).backend == "triton"
     assert select("cpp", HOPE._replace(hidden=10), **how) == (None, "memories are 10 wide, not a multiple of 16")
+
+
+def test_products_of_kernels_go_by_the_models_type_or_by_what_is_asked():
+    assert [choose_products("auto", dtype) for dtype in ("bfloat16", "float32", "float64")] == ["bf16", *2 * ["tf32x3"]]
+    assert choose_products("tf32", "bfloat16") == "tf32"
 
 
 def test_two_chunk_sizes_take_the_loop():

@@ -15,7 +15,7 @@ import torch
 from hopescale.ops.self_modifying import MemorySpec, Streams
 
 ROOT = Path(__file__).parents[3]
-INTEGERS = {"begin", "heads", "row_step", "tokens", "chunk_size", "slots", "scratch_size"}
+INTEGERS = {"begin", "heads", "row_step", "tokens", "chunk_size", "slots", "numbers", "scratch_size"}
 KERNELS = {"forward.self_modify_kernel": True, "backward.self_modify_back_kernel": False}
 """Kernels, and whether to compile them for momentum and for a gate memory: they double the code, and more."""
 
@@ -66,10 +66,11 @@ def test_kernels_compile_for_a_gpu(name: str, tmp_path: Path, monkeypatch: pytes
     )
     tokens = torch.zeros(1, 1, 16, 16)
     gate = tokens[..., 0]
-    config = KernelConfig.of(Streams(tokens, tokens, tokens, gate, gate, gate if KERNELS[name] else None), spec)
+    streams = Streams(tokens, tokens, tokens, gate, gate, gate if KERNELS[name] else None)
+    constants = {"CONFIG": KernelConfig.of(streams, spec, "tf32x3")} | ({"KEEP": False} if KERNELS[name] else {})
     kinds = {name: "i32" if name in INTEGERS else "*fp32" for name in kernel.arg_names} | {
         "bounds": "*i64",
-        "CONFIG": "constexpr",
+        **dict.fromkeys(constants, "constexpr"),
     }
-    source = ASTSource(kernel, signature=kinds, constexprs={"CONFIG": config})
+    source = ASTSource(kernel, signature=kinds, constexprs=constants)
     assert triton.compile(source, target=GPUTarget("cuda", 80, 32), options={"num_stages": 1}).asm["cubin"]

@@ -16,6 +16,7 @@ from hopescale.ops.self_modifying.triton.pieces import (
     packed,
     pass_memories,
     place_document,
+    place_of_scratch,
     place_piece,
 )
 from hopescale.ops.self_modifying.triton.pieces_back import clear_piece, pass_memory_back, tables_back
@@ -27,10 +28,10 @@ def pass_memories_back(inputs, exists, slots, backs, d_y, scratch, CONFIG: tl.co
     VECTORS: tl.constexpr = CONFIG.vectors
     GATES: tl.constexpr = CONFIG.gates
     if CONFIG.gate_memories:
-        for memory in range(CONFIG.gate_memories):
-            pass_memory_back(memory, inputs, exists, slots, backs, d_y, scratch, GATES, CONFIG)
-    for memory in range(CONFIG.vector_memories):
-        pass_memory_back(memory, inputs, exists, slots, backs, d_y, scratch, VECTORS, CONFIG)
+        for memory in tl.range(0, CONFIG.gate_memories, disable_licm=True):
+            pass_memory_back(at.opaque(memory, scratch), inputs, exists, slots, backs, d_y, scratch, GATES, CONFIG)
+    for memory in tl.range(0, CONFIG.vector_memories, disable_licm=True):
+        pass_memory_back(at.opaque(memory, scratch), inputs, exists, slots, backs, d_y, scratch, VECTORS, CONFIG)
     if CONFIG.spec.read == "boundary":
         gradient = load_rows(d_y, exists, CONFIG.dim)
         d_q = retrieve_back(inputs[2], exists, gradient, slots[0][0], backs[0], 0, scratch, VECTORS, CONFIG)
@@ -56,11 +57,11 @@ def streams_back(streams, exists, size, boundary, d_start, d_streams, d_logits, 
     make_gate_back(d_rate, k, exists, boundary, d_start, d_logits[0], scratch, CONFIG.memory_eta, CONFIG)
     if CONFIG.retention:
         retention = tl.load(at.row(scratch, at.ALPHA, CONFIG))
-        d_alpha *= retention * (1 - retention)
+        d_alpha *= 1 - retention
         make_gate_back(d_alpha, k, exists, boundary, d_start, d_logits[1], scratch, CONFIG.memory_alpha, CONFIG)
     if CONFIG.momentum:
         push_retention = tl.load(at.row(scratch, at.MU, CONFIG))
-        d_mu = (d_mu - tl.load(at.row(scratch, at.D_FRESH, CONFIG))) * push_retention * (1 - push_retention)
+        d_mu = (d_mu - tl.load(at.row(scratch, at.D_FRESH, CONFIG)) * push_retention) * (1 - push_retention)
         make_gate_back(d_mu, k, exists, boundary, d_start, d_logits[2], scratch, -1, CONFIG)
     d_k = tl.load(at.whole(scratch, at.D_K, CONFIG.dim, CONFIG))
     tl.store(tile(d_streams[0], CONFIG.rows, CONFIG.dim), d_k, mask=exists[:, None])
@@ -71,11 +72,11 @@ def streams_back(streams, exists, size, boundary, d_start, d_streams, d_logits, 
 
 
 @triton.jit
-def enter_boundary(d_states, d_boundary, CONFIG: tl.constexpr):
+def enter_boundary(d_states, d_boundary, numbers):
     """Add the gradient of weights at a chunk's start, as what is asked, to that of weights as what is moved."""
-    for begin in range(0, CONFIG.size, 1024):
+    for begin in range(0, numbers, 1024):
         index = begin + tl.arange(0, 1024)
-        inside = index < CONFIG.size
+        inside = index < numbers
         total = tl.load(d_states + index, mask=inside) + tl.load(d_boundary + index, mask=inside)
         tl.debug_barrier()
         tl.store(d_states + index, total, mask=inside)
@@ -83,7 +84,7 @@ def enter_boundary(d_states, d_boundary, CONFIG: tl.constexpr):
     tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["begin", "heads", "row_step", "tokens", "chunk_size", "slots"])
+@triton.jit(do_not_specialize=["begin", "heads", "tokens", "chunk_size", "slots"])
 def self_modify_back_kernel(
     k,
     v,
@@ -91,8 +92,6 @@ def self_modify_back_kernel(
     eta,
     alpha,
     mu,
-    given,
-    given_momenta,
     states,
     momenta,
     replayed_states,
@@ -111,51 +110,53 @@ def self_modify_back_kernel(
     bounds,
     begin,
     heads,
-    row_step,
     tokens,
     chunk_size,
     slots,
+    numbers,
     scratch_size,
     CONFIG: tl.constexpr,
 ):
     """Walk back. Gradients of a program's weights and momentum after its last token become those before its first.
 
-    Where a chunk has several pieces, all but the last move the memories once more, from what the chunk began with, so
-    that there are weights before each of them.
+    `states` and `momenta` are those that all chunks begin with. Where a chunk has several pieces, all but the last move
+    the memories once more from there, so that there are weights before each of them.
     """
     program = begin + tl.program_id(0).to(tl.int64)
     scratch += tl.program_id(0).to(tl.int64) * scratch_size
-    token, length, source, slot = place_document(program, bounds, heads, row_step, tokens, chunk_size, slots)
-    start = packed(given, given_momenta, source, CONFIG)
+    number, head, place, length = place_document(program, bounds, heads, tokens)
+    row = place // tokens
+    token, slot = (row * heads + head) * tokens + place - row * tokens, head * slots + place // chunk_size + number
     rows, chunks = tl.arange(0, CONFIG.rows), tl.cdiv(length, chunk_size)
     backs = (d_boundary + program * CONFIG.size, packed(d_state, d_momentum, program, CONFIG))
     replays = program * (tl.cdiv(tl.minimum(chunk_size, tokens), CONFIG.rows) - 1)
-    for step in range(chunks):
-        n = chunks - 1 - step
-        boundary = choose(n == 0, start, packed(states, momenta, slot + tl.maximum(n, 1) - 1, CONFIG))
-        pieces = count_pieces(n, length, chunk_size, CONFIG)
-        passes = pieces
+    for step in tl.range(0, chunks, disable_licm=True):
+        n = at.opaque(chunks - 1 - step, scratch)
+        here = place_of_scratch(scratch, n)
+        boundary = packed(states, momenta, slot + n, CONFIG)
+        pieces, passes = 1, 1
         if CONFIG.cut:
+            pieces = count_pieces(n, length, chunk_size, CONFIG)
             passes = 2 * pieces - 1
-        for turn in range(passes):
-            p = tl.where(turn < passes - pieces, turn, passes - 1 - turn)
-            before = boundary
+        for turn in tl.range(0, passes, disable_licm=True):
+            p, before = turn, boundary
             if CONFIG.cut:
+                p = tl.where(turn < passes - pieces, turn, passes - 1 - turn)
                 before = choose(p == 0, boundary, packed(replayed_states, replayed_momenta, replays + p - 1, CONFIG))
             first, size = place_piece(n, p, length, chunk_size, CONFIG)
             exists, first = rows < size, token + first
             streams = k + first * CONFIG.dim, v + first * CONFIG.dim, q + first * CONFIG.dim
             logits = gates_at(eta, alpha, mu, first, CONFIG)
-            inputs = open_piece(logits, streams, exists, size, boundary[0], scratch, CONFIG)
+            inputs = open_piece(logits, streams, exists, size, boundary[0], here, CONFIG)
             if CONFIG.cut and turn < passes - pieces:
                 after = packed(replayed_states, replayed_momenta, replays + p, CONFIG)
-                pass_memories(inputs, exists, (boundary, before, after), (d_y, d_y), scratch, False, CONFIG)
+                pass_memories(inputs, exists, (boundary, before, after), (d_y, d_y), here, False, CONFIG)
             else:
-                clear_piece(scratch, CONFIG)
+                clear_piece(here, CONFIG)
                 out = d_y + first * CONFIG.dim
-                pass_memories_back(inputs, exists, (boundary, before), backs, out, scratch, CONFIG)
+                pass_memories_back(inputs, exists, (boundary, before), backs, out, here, CONFIG)
                 d_streams = dk + first * CONFIG.dim, dv + first * CONFIG.dim, dq + first * CONFIG.dim
                 d_logits = gates_at(d_eta, d_alpha, d_mu, first, CONFIG)
-                streams_back(streams, exists, size, boundary[0], backs[0], d_streams, d_logits, scratch, CONFIG)
+                streams_back(streams, exists, size, boundary[0], backs[0], d_streams, d_logits, here, CONFIG)
             tl.debug_barrier()
-        enter_boundary(backs[1][0], backs[0], CONFIG)
+        enter_boundary(backs[1][0], backs[0], numbers)

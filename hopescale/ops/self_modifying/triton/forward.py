@@ -10,13 +10,75 @@ from hopescale.ops.self_modifying.triton.matrices import tile
 from hopescale.ops.self_modifying.triton.memories import gates_at, retrieve
 from hopescale.ops.self_modifying.triton.pieces import (
     choose,
+    copy_slot,
+    copy_weights,
     count_pieces,
     open_piece,
     packed,
     pass_memories,
     place_document,
+    place_of_scratch,
     place_piece,
 )
+
+
+@triton.jit
+def carried_at(carried, carried_momenta, program, n, CONFIG: tl.constexpr):
+    """Point to the weights and the momentum that chunk `n` begins with, and to those after it, of a program.
+
+    A chunk of one piece moves them in place, since all that is asked of a memory is asked before.
+    """
+    slot, after = program, program
+    if CONFIG.cut:
+        slot, after = 2 * program + n % 2, 2 * program + (n + 1) % 2
+    return packed(carried, carried_momenta, slot, CONFIG), packed(carried, carried_momenta, after, CONFIG)
+
+
+@triton.jit
+def keep_slot(n, here, kept, kept_momenta, first, numbers, CONFIG: tl.constexpr):
+    """Keep packed weights and momentum at the start of chunk `n`, where a group of chunks begins, but not the first."""
+    if (n > 0) & (n % CONFIG.keeps == 0):
+        copy_slot(here, packed(kept, kept_momenta, first + n // CONFIG.keeps, CONFIG), numbers, CONFIG)
+
+
+@triton.jit
+def pass_chunk(
+    n, streams, logits, out, slots, token, length, chunk_size, scratch, READ: tl.constexpr, CONFIG: tl.constexpr
+):
+    """Move memories over chunk `n`; with `READ` read the first one on the way, and keep statistics.
+
+    Args:
+        streams: Pointers to inputs of keys, values and queries of all tokens.
+        logits: Pointers to logits of the gates of all tokens.
+        out: Pointers to outputs and statistics.
+        slots: Pointers to packed weights and momentum at the chunk's start and after it.
+        token: Place of the document's first token.
+        length: Number of its tokens.
+    """
+    boundary, after = slots
+    rows = tl.arange(0, CONFIG.rows)
+    pieces = 1
+    if CONFIG.cut:
+        pieces = count_pieces(n, length, chunk_size, CONFIG)
+    for p in tl.range(0, pieces, disable_licm=True):
+        before = boundary
+        if CONFIG.cut:
+            before = choose(p == 0, boundary, after)
+        first, size = place_piece(n, p, length, chunk_size, CONFIG)
+        exists, first = rows < size, token + first
+        here = streams[0] + first * CONFIG.dim, streams[1] + first * CONFIG.dim, streams[2] + first * CONFIG.dim
+        gates = logits[0] + first, logits[1] + first, logits[2] + first
+        inputs = open_piece(gates, here, exists, size, boundary[0], scratch, CONFIG)
+        y, report = out[0] + first * CONFIG.dim, out[1] + 3 * first
+        if READ:
+            tl.store(report + 3 * rows, tl.load(at.row(scratch, at.RATE, CONFIG)), mask=exists)
+            tl.store(report + 3 * rows + 1, tl.load(at.row(scratch, at.ALPHA, CONFIG)), mask=exists)
+            if CONFIG.spec.read == "boundary":
+                VECTORS: tl.constexpr = CONFIG.vectors
+                found = retrieve(inputs[2], exists, boundary[0], 0, scratch, VECTORS, CONFIG)
+                tl.store(tile(y, CONFIG.rows, CONFIG.dim), found, mask=exists[:, None])
+        pass_memories(inputs, exists, (boundary, before, after), (y, report + 2), scratch, READ, CONFIG)
+        tl.debug_barrier()
 
 
 @triton.jit(do_not_specialize=["begin", "heads", "row_step", "tokens", "chunk_size", "slots"])
@@ -29,8 +91,13 @@ def self_modify_kernel(
     mu,
     given,
     given_momenta,
-    states,
-    momenta,
+    carried,
+    carried_momenta,
+    kept,
+    kept_momenta,
+    last,
+    last_momenta,
+    boundaries,
     y,
     stats,
     scratch,
@@ -41,31 +108,38 @@ def self_modify_kernel(
     tokens,
     chunk_size,
     slots,
+    numbers,
     scratch_size,
     CONFIG: tl.constexpr,
+    KEEP: tl.constexpr,
 ):
-    """Walk the chunks. Packed weights and momentum before the first are given, those after each are stored in a row."""
-    program = begin + tl.program_id(0).to(tl.int64)
-    scratch += tl.program_id(0).to(tl.int64) * scratch_size
-    token, length, source, slot = place_document(program, bounds, heads, row_step, tokens, chunk_size, slots)
-    start = packed(given, given_momenta, source, CONFIG)
-    rows = tl.arange(0, CONFIG.rows)
-    for n in range(tl.cdiv(length, chunk_size)):
-        after = packed(states, momenta, slot + n, CONFIG)
-        boundary = choose(n == 0, start, packed(states, momenta, slot + tl.maximum(n, 1) - 1, CONFIG))
-        for p in range(count_pieces(n, length, chunk_size, CONFIG)):
-            before = choose(p == 0, boundary, after)
-            first, size = place_piece(n, p, length, chunk_size, CONFIG)
-            exists, first = rows < size, token + first
-            streams = k + first * CONFIG.dim, v + first * CONFIG.dim, q + first * CONFIG.dim
-            logits = gates_at(eta, alpha, mu, first, CONFIG)
-            inputs = open_piece(logits, streams, exists, size, boundary[0], scratch, CONFIG)
-            out, report = y + first * CONFIG.dim, stats + 3 * first
-            tl.store(report + 3 * rows, tl.load(at.row(scratch, at.RATE, CONFIG)), mask=exists)
-            tl.store(report + 3 * rows + 1, tl.load(at.row(scratch, at.ALPHA, CONFIG)), mask=exists)
-            pass_memories(inputs, exists, (boundary, before, after), (out, report + 2), scratch, True, CONFIG)
-            if CONFIG.spec.read == "boundary":
-                VECTORS: tl.constexpr = CONFIG.vectors
-                found = retrieve(inputs[2], exists, boundary[0], 0, scratch, VECTORS, CONFIG)
-                tl.store(tile(out, CONFIG.rows, CONFIG.dim), found, mask=exists[:, None])
+    """Walk the chunks from the packed weights and momentum that are given; they are carried in float32.
+
+    Stored are, of each row's last document, those after the last token and the weights that its chunk began with; and
+    with `KEEP` those that every `KERNEL_KEEPS`-th chunk begins with, but for the first.
+    """
+    local = tl.program_id(0).to(tl.int64)
+    scratch += local * scratch_size
+    _, head, place, length = place_document(begin + local, bounds, heads, tokens)
+    row = place // tokens
+    source, after_row = packed(given, given_momenta, row * row_step + head, CONFIG), row * heads + head
+    chunks, token = tl.cdiv(length, chunk_size), (row * heads + head) * tokens + place - row * tokens
+    ends_row = place + length == (row + 1) * tokens
+    keeps = head * slots + place // (CONFIG.keeps * chunk_size) - 1
+    logits = gates_at(eta, alpha, mu, 0, CONFIG)
+    start, _ = carried_at(carried, carried_momenta, local, 0, CONFIG)
+    copy_slot(source, start, numbers, CONFIG)
+    for number in tl.range(0, chunks, disable_licm=True):
+        n = at.opaque(number, scratch)
+        here, after = carried_at(carried, carried_momenta, local, n, CONFIG)
+        if KEEP:
+            keep_slot(n, here, kept, kept_momenta, keeps, numbers, CONFIG)
+        if (n == chunks - 1) & ends_row:
+            copy_weights(here[0], boundaries + after_row * CONFIG.size, numbers)
             tl.debug_barrier()
+        there = place_of_scratch(scratch, n)
+        out, moved = (y, stats), (here, after)
+        pass_chunk(n, (k, v, q), logits, out, moved, token, length, chunk_size, there, True, CONFIG)
+    if ends_row:
+        end, _ = carried_at(carried, carried_momenta, local, chunks, CONFIG)
+        copy_slot(end, packed(last, last_momenta, after_row, CONFIG), numbers, CONFIG)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -9,50 +10,59 @@ import triton
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from hopescale.ops.backends import Products
 from hopescale.ops.documents import Documents
+from hopescale.ops.limits import KERNEL_KEEPS
 from hopescale.ops.self_modifying.packed import run_packed
 from hopescale.ops.self_modifying.triton import scratch
 from hopescale.ops.self_modifying.triton.backward import self_modify_back_kernel
 from hopescale.ops.self_modifying.triton.forward import self_modify_kernel
 from hopescale.ops.self_modifying.triton.kernel_config import KernelConfig
+from hopescale.ops.self_modifying.triton.replay import replay_kernel
 from hopescale.ops.self_modifying.types import Memories, MemorySpec, SelfModifyingOutput, Streams
 
-MOST_PROGRAMS = 4096
+MOST_PROGRAMS = 1024
 """Programs of a launch, at most: each has scratch memory of its own."""
 
 
 class _Places(NamedTuple):
-    """Where documents lie, and what is kept of them.
+    """Where documents lie, and how many states there are of a head.
 
     Attributes:
         offsets: Bounds of the documents, on the device, as in `Documents`.
         shared: Whether all begin with one state, and not each row with its own.
         last: Number of each row's last document.
-        ends: Place of the state after it, among those kept of a head.
-        cut: Whether it has several chunks.
-        slots: Number of states that are kept of a head.
+        tokens: Number of tokens of a row.
+        chunk_size: Most tokens of a chunk.
+        chunks: Most chunks of a document.
+        kept: Number of states that the forward kernel keeps.
+        slots: Number of states that chunks begin with, or more.
     """
 
     offsets: Tensor
     shared: bool
     last: list[int]
-    ends: list[int]
-    cut: list[bool]
+    tokens: int
+    chunk_size: int
+    chunks: int
+    kept: int
     slots: int
 
     @classmethod
     def of(cls, k: Tensor, documents: Documents | None, chunk_size: int) -> _Places:
         batch, _, tokens, _ = k.shape
         shared, documents = documents is not None, documents or Documents.whole(batch, tokens, k.device)
-        chunks = [-(-length // chunk_size) for length in documents.lengths]
-        last = documents.last
-        ends = [documents.bounds[number] // chunk_size + number + chunks[number] - 1 for number in last]
-        slots = documents.bounds[-1] // chunk_size + len(chunks)
-        return cls(documents.offsets, shared, last, ends, [chunks[number] > 1 for number in last], slots)
+        chunks, total = -(-max(documents.lengths) // chunk_size), batch * tokens
+        kept, slots = max(1, total // (KERNEL_KEEPS * chunk_size)), total // chunk_size + len(documents.lengths)
+        return cls(documents.offsets, shared, documents.last, tokens, chunk_size, chunks, kept, slots)
 
     @property
     def documents(self) -> int:
         return len(self.offsets) - 1
+
+    def row_step(self, heads: int) -> int:
+        """Return the distance from a row's first state to the next row's."""
+        return 0 if self.shared else heads
 
     def place(self, x: Tensor | None) -> Tensor | None:
         """Return what is given for each row `[B, ...]` at its last document, and zeros at all others `[N, ...]`."""
@@ -64,51 +74,89 @@ class _Places(NamedTuple):
         return placed
 
 
-def _run(
-    kernel: triton.JITFunction,
-    config: KernelConfig,
-    places: _Places,
-    chunk_size: int,
-    matrices: int,
-    k: Tensor,
-    *tensors: Tensor | None,
-) -> None:
-    """Run a kernel on every head of every document, with memory for that many matrices of a chunk's tokens."""
-    _, heads, tokens, _ = k.shape
-    size = scratch.ROWS.value * config.rows + scratch.TABLES.value * config.rows**2 + matrices * config.matrix
-    programs = places.documents * heads
-    space = k.new_empty(min(programs, MOST_PROGRAMS), size)
-    sizes = (heads, 0 if places.shared else heads, tokens, chunk_size, places.slots, size)
-    with torch.cuda.device_of(k):
-        for begin in range(0, programs, MOST_PROGRAMS):
-            grid, how = (min(programs - begin, MOST_PROGRAMS),), {"num_warps": config.warps, "num_stages": 1}
-            kernel[grid](k, *tensors, space, places.offsets, begin, *sizes, CONFIG=config, **how)
+class _Space(NamedTuple):
+    """Memory of the programs of a launch, which the next launch takes over.
+
+    Attributes:
+        carried: Weights that programs move, and their momentum, `[programs, size]` each.
+        scratch: Numbers that belong to one piece of a chunk `[programs, size]`.
+    """
+
+    carried: tuple[Tensor, Tensor | None]
+    scratch: Tensor
+
+    @classmethod
+    def of(cls, config: KernelConfig, programs: int, matrices: int, like: Tensor) -> _Space:
+        """Allocate, for that many matrices of a piece's tokens."""
+        tables = scratch.ROWS.value * config.rows + scratch.TABLES.value * config.rows**2
+        size = scratch.SHIFT.value + tables + matrices * config.matrix
+        carried = like.new_empty(programs * (1 + config.cut), config.size)
+        pair = carried, torch.empty_like(carried) if config.momentum else None
+        return cls(pair, like.new_empty(programs, size))
+
+
+def _launch(kernel: triton.JITFunction, config: KernelConfig, device: torch.device, programs: int, side: int, call):
+    """Run a kernel on programs, `side` by side each, in launches that are not too large.
+
+    Args:
+        call: Function of the first program that starts a kernel, given how.
+    """
+    step = max(1, MOST_PROGRAMS // side)
+    with torch.cuda.device_of(device):
+        for begin in range(0, programs, step):
+            grid = (min(programs - begin, step), side)
+            call(partial(kernel[grid], CONFIG=config, num_warps=config.warps, num_stages=1), begin)
+
+
+def _forward(config: KernelConfig, places: _Places, streams: Streams, running: Tensor, momentum: Tensor | None, keep):
+    """Run the forward kernel: outputs, statistics, the last weights, momentum and boundary, and what is kept."""
+    batch, heads, tokens, _ = streams.k.shape
+    programs, q = places.documents * heads, streams.q
+    space = _Space.of(config, min(programs, MOST_PROGRAMS), scratch.FORWARD_MATRICES.value, running)
+    kept = running.new_empty(heads, places.kept if keep else 1, config.size, dtype=config.kept_dtype)
+    last, boundary = (running.new_empty(batch, heads, config.size) for _ in range(2))
+    kept_momenta, last_momenta = (None if momentum is None else torch.empty_like(x) for x in (kept, last))
+    y, stats = torch.empty_like(q), q.new_empty(*q.shape[:3], 3)
+    tensors = (*streams, running, momentum, *space.carried, kept, kept_momenta, last, last_momenta, boundary, y, stats)
+    sizes = (heads, places.row_step(heads), tokens, places.chunk_size, places.kept, config.size, space.scratch.shape[1])
+
+    def call(run, begin: int) -> None:
+        run(*tensors, space.scratch, places.offsets, begin, *sizes, KEEP=keep)
+
+    _launch(self_modify_kernel, config, running, programs, 1, call)
+    return (y, stats, last, last_momenta, boundary), (kept, kept_momenta)
+
+
+def _replay(config: KernelConfig, places: _Places, streams: Streams, given: tuple, kept: tuple):
+    """Return the packed weights and momentum that all chunks begin with, `[H, slots, size]`."""
+    heads, programs, side = streams.k.shape[1], places.documents * streams.k.shape[1], -(-places.chunks // KERNEL_KEEPS)
+    most = min(programs, max(1, MOST_PROGRAMS // side)) * side
+    space = _Space.of(config, most, scratch.FORWARD_MATRICES.value, given[0])
+    states = kept[0].new_empty(heads, places.slots, config.size)
+    momenta = None if given[1] is None else torch.empty_like(states)
+    tensors = (*streams, *given, *kept, *space.carried, states, momenta)
+    sizes = (heads, places.row_step(heads), places.tokens, places.chunk_size, places.kept, places.slots)
+
+    def call(run, begin: int) -> None:
+        run(*tensors, space.scratch, places.offsets, begin, *sizes, config.size, space.scratch.shape[1])
+
+    _launch(replay_kernel, config, states, programs, side, call)
+    return states, momenta
 
 
 class _SelfModify(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx, spec: MemorySpec, documents: Documents | None, k, v, q, eta, alpha, mu, running, momentum
+        ctx: FunctionCtx, products: Products, spec: MemorySpec, documents: Documents | None, *tensors: Tensor | None
     ):
-        streams, chunk_size = Streams(k, v, q, eta, alpha, mu), spec.chunk_size
-        config, places = KernelConfig.of(streams, spec), _Places.of(k, documents, chunk_size)
-        states = running.new_empty(k.shape[1], places.slots, config.size)
-        momenta = None if momentum is None else torch.empty_like(states)
-        y, stats = torch.empty_like(q), q.new_empty(*q.shape[:3], 3)
-        tensors = (*streams, running, momentum, states, momenta)
-        _run(self_modify_kernel, config, places, chunk_size, scratch.FORWARD_MATRICES.value, *tensors, y, stats)
-        ctx.config, ctx.places, ctx.chunk_size = config, places._replace(offsets=None), chunk_size
-        ctx.save_for_backward(places.offsets, *tensors)
-        ctx.mark_non_differentiable(stats)
-        last, last_momentum = (
-            None if x is None else torch.stack([x[:, end] for end in places.ends]) for x in (states, momenta)
-        )
-        first = running.expand(len(k), -1, -1)
-        boundary = [
-            states[:, end - 1] if cut else first[row]
-            for row, (end, cut) in enumerate(zip(places.ends, places.cut, strict=True))
-        ]
-        return y, stats, last, last_momentum, torch.stack(boundary)
+        *streams, running, momentum = tensors
+        streams = Streams(*streams)
+        config, places = KernelConfig.of(streams, spec, products), _Places.of(streams.k, documents, spec.chunk_size)
+        results, kept = _forward(config, places, streams, running, momentum, True)
+        ctx.config, ctx.places = config, places._replace(offsets=None)
+        ctx.save_for_backward(places.offsets, *tensors, *kept)
+        ctx.mark_non_differentiable(results[1])
+        return results
 
     @staticmethod
     @once_differentiable
@@ -116,28 +164,49 @@ class _SelfModify(torch.autograd.Function):
         ctx: FunctionCtx, d_y: Tensor, _: None, d_last: Tensor, d_last_momentum: Tensor | None, d_start: Tensor
     ):
         config: KernelConfig = ctx.config
-        offsets, *tensors = ctx.saved_tensors
-        *streams, _, _, states, momenta = tensors
-        places: _Places = ctx.places._replace(offsets=offsets)
-        programs = places.documents, states.shape[0]
-        pieces = -(-min(ctx.chunk_size, d_y.shape[2]) // config.rows)
-        replayed = states.new_empty(*programs, pieces - 1, config.size)
-        replayed_momenta = None if momenta is None else torch.empty_like(replayed)
+        offsets, *streams, running, momentum, kept, kept_momenta = ctx.saved_tensors
+        streams, places = Streams(*streams), ctx.places._replace(offsets=offsets)
+        heads = streams.k.shape[1]
+        programs = places.documents * heads
+        states = _replay(config, places, streams, (running, momentum), (kept, kept_momenta))
+        pieces = -(-min(places.chunk_size, places.tokens) // config.rows)
+        again = kept.new_empty(programs, max(1, pieces - 1), config.size)
+        space = _Space.of(config, min(programs, MOST_PROGRAMS), scratch.BACKWARD_MATRICES.value, running).scratch
         # The kernel changes these in place.
         weights = [places.place(x) for x in (d_last, d_last_momentum, d_start)]
         gradients = [None if x is None else torch.empty_like(x) for x in streams]
-        tensors = (*tensors, replayed, replayed_momenta, d_y.contiguous(), *weights, *gradients)
-        _run(self_modify_back_kernel, config, places, ctx.chunk_size, scratch.BACKWARD_MATRICES.value, *tensors)
+        tensors = (*streams, *states, again, None if momentum is None else torch.empty_like(again), d_y.contiguous())
+        sizes = (heads, places.tokens, places.chunk_size, places.slots, config.size, space.shape[1])
+
+        def call(run, begin: int) -> None:
+            run(*tensors, *weights, *gradients, space, places.offsets, begin, *sizes)
+
+        _launch(self_modify_back_kernel, config, running, programs, 1, call)
         if places.shared:
             weights = [None if x is None else x.sum(0, keepdim=True) for x in weights]
-        return None, None, *gradients, *weights[:2]
+        return None, None, None, *gradients, *weights[:2]
 
 
 def self_modifying_triton(
-    streams: Streams, state: Memories, spec: MemorySpec, documents: Documents | None = None
+    streams: Streams,
+    state: Memories,
+    spec: MemorySpec,
+    documents: Documents | None = None,
+    *,
+    products: Products = "tf32x3",
 ) -> SelfModifyingOutput:
-    """Run memories over sequences that begin with a chunk, by kernels in float32. As `self_modifying`.
+    """Run memories over sequences that begin with a chunk, by kernels with float32 states. As `self_modifying`.
 
-    Differentiable once in all tensors, through all outputs but the statistics.
+    Differentiable once in all tensors, through all outputs but the statistics. Without gradients nothing is kept.
     """
-    return run_packed(_SelfModify, streams, state, spec, documents, share=False)
+    run = _SelfModify.apply if torch.is_grad_enabled() else _without_gradients
+    return run_packed(partial(run, products), streams, state, spec, documents, share=False)
+
+
+def _without_gradients(
+    products: Products, spec: MemorySpec, documents: Documents | None, *tensors: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    *streams, running, momentum = tensors
+    streams = Streams(*streams)
+    config, places = KernelConfig.of(streams, spec, products), _Places.of(streams.k, documents, spec.chunk_size)
+    return _forward(config, places, streams, running, momentum, False)[0]

@@ -6,14 +6,15 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from hopescale.ops.limits import BLOCK
+from hopescale.ops.backends import Products
+from hopescale.ops.limits import BLOCK, KERNEL_KEEPS
 from hopescale.ops.self_modifying.triton import scratch as at
 from hopescale.ops.self_modifying.types import MemorySpec, Streams
 
-ROWS = 32
+ROWS = 64
 """Rows of a memory that are in registers at a time."""
 
-LONGEST_PIECE = 32
+LONGEST_PIECE = 64
 """Most tokens of a piece of a chunk: the tables of longer ones leave the registers."""
 
 
@@ -80,7 +81,7 @@ class KernelConfig:
         memory_q: Number of the one that makes queries.
         memory_eta: Number of the gate memory that adds to the logits of `eta`; -1 is none.
         memory_alpha: Number of the one that adds to those of `alpha`.
-        precision: Kind of matrix products.
+        precision: Operands of matrix products.
     """
 
     spec: MemorySpec
@@ -101,10 +102,10 @@ class KernelConfig:
     memory_q: int
     memory_eta: int
     memory_alpha: int
-    precision: str
+    precision: Products
 
     @classmethod
-    def of(cls, streams: Streams, spec: MemorySpec) -> KernelConfig:
+    def of(cls, streams: Streams, spec: MemorySpec, products: Products) -> KernelConfig:
         """Plan a call; streams are `[B, H, T, D]`."""
         dim, tokens = streams.k.shape[-1], min(spec.chunk_size, streams.k.shape[2])
         rows = max(16, min(LONGEST_PIECE, 1 << (tokens - 1).bit_length()))
@@ -124,7 +125,7 @@ class KernelConfig:
             momentum=streams.mu is not None,
             averaged=streams.mu is not None and spec.momentum_write == "averaged",
             retention=streams.alpha is not None,
-            precision="tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32",
+            precision=products,
             **{f"memory_{name}": vectors.get(name, -1) for name in "kvq"},
             **{f"memory_{name}": gates.get(name, -1) for name in ("eta", "alpha")},
         )
@@ -157,10 +158,25 @@ class KernelConfig:
         return MemoryKind(below, PackedLayer(second, self.hidden * out, out, self.hidden, out, *places), narrow)
 
     @property
+    def reading(self) -> int:
+        """Distance in scratch memory from what is said of the state before a write to the same of what is read."""
+        return 2 if self.spec.read == "inclusive" else 0
+
+    @property
     def size(self) -> int:
         """Numbers in a packed set of weights."""
         outputs = self.vector_memories * self.dim + self.gate_memories * BLOCK
         return self.dim * self.columns + self.mlp * self.hidden * outputs
+
+    @property
+    def keeps(self) -> int:
+        """Number of chunks in a row of which the state is kept that the first one starts with."""
+        return KERNEL_KEEPS
+
+    @property
+    def kept_dtype(self) -> torch.dtype:
+        """Type of the states that are kept for the backward kernel."""
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
     @property
     def warps(self) -> int:

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from hopescale.ops.self_modifying.triton import scratch as at
 from hopescale.ops.self_modifying.triton.matrices import ask, multiply, outer, pairs, put
-from hopescale.ops.self_modifying.triton.tables import unit_inverse
+from hopescale.ops.self_modifying.triton.tables import keep_inverse
 
 
 @triton.jit
@@ -22,7 +22,7 @@ def open_keys(keys, exists, scratch, LAYER: tl.constexpr, CONFIG: tl.constexpr):
         put(at.table(scratch, LAYER.similar, CONFIG), similar)
         rate = tl.load(at.row(scratch, at.RATE, CONFIG))
         lower = tl.load(at.table(scratch, at.KEPT, CONFIG)) * similar * rate[None, :]
-        put(at.table(scratch, LAYER.similar + 1, CONFIG), unit_inverse(lower, CONFIG))
+        keep_inverse(lower, LAYER.similar + 1, scratch, CONFIG)
 
 
 @triton.jit
@@ -72,14 +72,14 @@ def read_layer(q, keys, exists, before, scratch, LAYER: tl.constexpr, CONFIG: tl
     N: tl.constexpr = LAYER.outputs
     VALUES: tl.constexpr = LAYER.values
     similar = pairs(q, keys, exists, K, CONFIG)
-    weights = tl.load(at.table(scratch, at.READ_WRITE, CONFIG)) * similar
+    weights = tl.load(at.table(scratch, at.WRITE + CONFIG.reading, CONFIG)) * similar
     found = multiply(weights, at.written(scratch, VALUES, N, CONFIG), CONFIG)
     if CONFIG.spec.erase:
-        weights = tl.load(at.table(scratch, at.READ_KEPT, CONFIG)) * similar
+        weights = tl.load(at.table(scratch, at.KEPT + CONFIG.reading, CONFIG)) * similar
         found -= multiply(weights, at.written(scratch, VALUES + 1, N, CONFIG), CONFIG)
     retrieved = ask(q, exists, before[0], LAYER, CONFIG)
-    found += at.column(scratch, at.READ_START, CONFIG) * retrieved
+    found += at.column(scratch, at.START + CONFIG.reading, CONFIG) * retrieved
     if CONFIG.momentum:
         retrieved = ask(q, exists, before[1], LAYER, CONFIG)
-        found += at.column(scratch, at.READ_PUSHED, CONFIG) * retrieved
+        found += at.column(scratch, at.PUSHED + CONFIG.reading, CONFIG) * retrieved
     return found

@@ -37,28 +37,28 @@ def read_back(q, keys, exists, gradient, before, scratch, LAYER: tl.constexpr, C
     VALUES: tl.constexpr = LAYER.values
     queries, d_found = load_rows(q, exists, K), load_rows(gradient, exists, N)
     similar = pairs(q, keys, exists, K, CONFIG)
-    weights = tl.load(at.table(scratch, at.READ_WRITE, CONFIG))
+    weights = tl.load(at.table(scratch, at.WRITE + CONFIG.reading, CONFIG))
     d_values = multiply(tl.trans(weights * similar), d_found, CONFIG)
     put(gradients_at(scratch, VALUES, N, CONFIG), d_values)
     d_weights = multiply(d_found, tl.trans(at.written(scratch, VALUES, N, CONFIG)), CONFIG)
-    add(at.table(scratch, at.D_READ_WRITE, CONFIG), d_weights * similar)
+    add(at.table(scratch, at.D_WRITE + CONFIG.reading, CONFIG), d_weights * similar)
     d_similar = d_weights * weights
     if CONFIG.spec.erase:
-        weights = tl.load(at.table(scratch, at.READ_KEPT, CONFIG))
+        weights = tl.load(at.table(scratch, at.KEPT + CONFIG.reading, CONFIG))
         d_held = -multiply(tl.trans(weights * similar), d_found, CONFIG)
         put(gradients_at(scratch, VALUES + 1, N, CONFIG), d_held)
         d_weights = -multiply(d_found, tl.trans(at.written(scratch, VALUES + 1, N, CONFIG)), CONFIG)
-        add(at.table(scratch, at.D_READ_KEPT, CONFIG), d_weights * similar)
+        add(at.table(scratch, at.D_KEPT + CONFIG.reading, CONFIG), d_weights * similar)
         d_similar += d_weights * weights
     d_q = multiply(d_similar, load_rows(keys, exists, K), CONFIG)
     add(at.whole(scratch, LAYER.d_keys, K, CONFIG), multiply(tl.trans(d_similar), queries, CONFIG))
     asked = ask_back(gradient, exists, before[0], LAYER, CONFIG)
-    at.add_row(scratch, at.D_READ_START, tl.sum(asked * queries, 1), CONFIG)
-    d_q += at.column(scratch, at.READ_START, CONFIG) * asked
+    at.add_row(scratch, at.D_START + CONFIG.reading, tl.sum(asked * queries, 1), CONFIG)
+    d_q += at.column(scratch, at.START + CONFIG.reading, CONFIG) * asked
     if CONFIG.momentum:
         asked = ask_back(gradient, exists, before[1], LAYER, CONFIG)
-        at.add_row(scratch, at.D_READ_PUSHED, tl.sum(asked * queries, 1), CONFIG)
-        d_q += at.column(scratch, at.READ_PUSHED, CONFIG) * asked
+        at.add_row(scratch, at.D_PUSHED + CONFIG.reading, tl.sum(asked * queries, 1), CONFIG)
+        d_q += at.column(scratch, at.PUSHED + CONFIG.reading, CONFIG) * asked
     return d_q
 
 
@@ -66,10 +66,10 @@ def read_back(q, keys, exists, gradient, before, scratch, LAYER: tl.constexpr, C
 def read_states_back(q, exists, gradient, back, scratch, LAYER: tl.constexpr, CONFIG: tl.constexpr):
     """Add what `read_layer` asked of the first state and momentum to their gradients."""
     d_found = load_rows(gradient, exists, LAYER.outputs)
-    asked = at.column(scratch, at.READ_START, CONFIG) * d_found
+    asked = at.column(scratch, at.START + CONFIG.reading, CONFIG) * d_found
     add_outer(back[0], q, exists, asked, LAYER, CONFIG)
     if CONFIG.momentum:
-        asked = at.column(scratch, at.READ_PUSHED, CONFIG) * d_found
+        asked = at.column(scratch, at.PUSHED + CONFIG.reading, CONFIG) * d_found
         add_outer(back[1], q, exists, asked, LAYER, CONFIG)
 
 

@@ -37,8 +37,28 @@ def load_rows(x, exists, WIDTH: tl.constexpr):
 
 @triton.jit
 def multiply(a, b, CONFIG: tl.constexpr):
-    """Multiply two matrices in registers."""
-    return tl.dot(a, b, input_precision=CONFIG.precision)
+    """Multiply two matrices in registers, in the precision of the config; the sums are float32."""
+    if CONFIG.precision == "bf16":
+        product = tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16))
+    else:
+        product = tl.dot(a, b, input_precision=CONFIG.precision)
+    return product
+
+
+@triton.jit
+def multiply_exactly(a, b, CONFIG: tl.constexpr):
+    """Multiply two matrices in registers, about as exactly as float32 where the config is not `tf32`.
+
+    Under `bf16` each is the sum of two bfloat16 matrices, and of the four products the smallest is left out.
+    """
+    if CONFIG.precision == "bf16":
+        high, right = a.to(tl.bfloat16), b.to(tl.bfloat16)
+        product = tl.dot((a - high.to(tl.float32)).to(tl.bfloat16), right)
+        product = tl.dot(high, (b - right.to(tl.float32)).to(tl.bfloat16), product)
+        product = tl.dot(high, right, product)
+    else:
+        product = tl.dot(a, b, input_precision=CONFIG.precision)
+    return product
 
 
 @triton.jit
@@ -61,7 +81,7 @@ def times(
         k = first + tl.arange(0, BLOCK)
         left = tl.load(x + rows[:, None] * K + k[None, :], mask=exists[:, None], other=0.0)
         right = tl.load(matrix + k[:, None] * ROW + n[None, :] * COLUMN)
-        total += tl.dot(left, right, input_precision=CONFIG.precision)
+        total += multiply(left, right, CONFIG)
     return total
 
 
@@ -88,7 +108,7 @@ def pairs(x, y, exists, K: tl.constexpr, CONFIG: tl.constexpr):
         k = first + tl.arange(0, BLOCK)
         left = tl.load(x + rows[:, None] * K + k[None, :], mask=exists[:, None], other=0.0)
         right = tl.load(y + rows[None, :] * K + k[:, None], mask=exists[None, :], other=0.0)
-        total += tl.dot(left, right, input_precision=CONFIG.precision)
+        total += multiply(left, right, CONFIG)
     return total
 
 
@@ -97,7 +117,7 @@ def outer(x, exists, values, k, K: tl.constexpr, CONFIG: tl.constexpr):
     """Multiply columns `k` of tokens `x` `[C, K]` with values `[C, N]`: `[k, N]`."""
     rows = tl.arange(0, CONFIG.rows)
     left = tl.load(x + rows[None, :] * K + k[:, None], mask=exists[None, :], other=0.0)
-    return tl.dot(left, values, input_precision=CONFIG.precision)
+    return multiply(left, values, CONFIG)
 
 
 @triton.jit

@@ -13,26 +13,48 @@ from hopescale.ops.self_modifying.triton.tables import decay_weights, last_weigh
 
 
 @triton.jit
-def place_document(program, bounds, heads, row_step, tokens, chunk_size, slots):
+def place_document(program, bounds, heads, tokens):
     """Find the document and the head of a program.
 
     Args:
         bounds: Pointer to the first token of each document among those of all rows, one row after the other.
         heads: Number of heads.
-        row_step: Number of heads, or 0 if all rows begin with one state.
         tokens: Number of tokens of a row.
-        slots: Number of sets of weights that are kept for a head.
 
     Returns:
-        Place of its first token in tensors `[B, H, T]`; number of its tokens; place of the state that it begins with,
-        and of that with which its second chunk does.
+        Number of the document; the head; the first token among those of all rows; and how many there are.
     """
     number, head = program // heads, program % heads
     begin = tl.load(bounds + number)
-    row = begin // tokens
-    length = (tl.load(bounds + number + 1) - begin).to(tl.int32)
-    token = (row * heads + head) * tokens + begin - row * tokens
-    return token, length, row * row_step + head, head * slots + begin // chunk_size + number
+    return number, head, begin, (tl.load(bounds + number + 1) - begin).to(tl.int32)
+
+
+@triton.jit
+def place_of_scratch(scratch, n):
+    """Point to scratch memory in chunk `n`.
+
+    It moves between chunks, so that addresses in it are computed where they are needed: before the loop over chunks,
+    they would fill the registers.
+    """
+    return scratch + (n % 2) * at.SHIFT
+
+
+@triton.jit
+def copy_weights(source, target, numbers):
+    """Copy packed weights, maybe to another type."""
+    for begin in range(0, numbers, 2048):
+        index = begin + tl.arange(0, 2048)
+        tl.store(target + index, tl.load(source + index, mask=index < numbers), mask=index < numbers)
+
+
+@triton.jit
+def copy_slot(source, target, numbers, CONFIG: tl.constexpr):
+    """Copy packed weights and their momentum, `numbers` each, for all threads to read."""
+    tl.debug_barrier()
+    copy_weights(source[0], target[0], numbers)
+    if CONFIG.momentum:
+        copy_weights(source[1], target[1], numbers)
+    tl.debug_barrier()
 
 
 @triton.jit
@@ -57,13 +79,12 @@ def count_pieces(n, tokens, chunk_size, CONFIG: tl.constexpr):
 @triton.jit
 def keep_tables(retention, size, scratch, CONFIG: tl.constexpr):
     """Keep the tables of a piece, and what they say of its end."""
-    decay = decay_weights(size, scratch, CONFIG)
-    kept, start, chain, from_start, write, push = decay
-    tl.store(at.table(scratch, at.KEPT, CONFIG), kept)
-    tl.store(at.table(scratch, at.WRITE, CONFIG), write)
-    tl.store(at.row(scratch, at.START, CONFIG), start)
-    tl.store(at.row(scratch, at.PUSHED, CONFIG), push)
-    erase, first, wrote, pushed, link, momentum_decay = last_weights(decay, retention, size, CONFIG)
+    decay = decay_weights(scratch, CONFIG)
+    keep_of_state(decay[0], decay[1], decay[4], decay[5], 0, scratch, CONFIG)
+    if CONFIG.reading:
+        kept, start, write, push = reading_tables(decay, retention, scratch, CONFIG)
+        keep_of_state(kept, start, write, push, CONFIG.reading, scratch, CONFIG)
+    erase, first, wrote, pushed, link, momentum_decay = last_weights(decay, size, scratch, CONFIG)
     tl.store(at.row(scratch, at.ERASED, CONFIG), erase)
     tl.store(at.row(scratch, at.WROTE, CONFIG), wrote)
     tl.store(at.row(scratch, at.LINK, CONFIG), link)
@@ -71,12 +92,16 @@ def keep_tables(retention, size, scratch, CONFIG: tl.constexpr):
     tl.store(last, first)
     tl.store(last + 1, pushed)
     tl.store(last + 2, momentum_decay)
-    kept, start, write, push = reading_tables(decay, retention, CONFIG)
-    tl.store(at.table(scratch, at.READ_KEPT, CONFIG), kept)
-    tl.store(at.table(scratch, at.READ_WRITE, CONFIG), write)
-    tl.store(at.row(scratch, at.READ_START, CONFIG), start)
-    tl.store(at.row(scratch, at.READ_PUSHED, CONFIG), push)
     tl.debug_barrier()
+
+
+@triton.jit
+def keep_of_state(kept, start, write, push, BEHIND: tl.constexpr, scratch, CONFIG: tl.constexpr):
+    """Keep what the states are made of that tokens meet, some places behind those of the states before writes."""
+    tl.store(at.table(scratch, at.KEPT + BEHIND, CONFIG), kept)
+    tl.store(at.table(scratch, at.WRITE + BEHIND, CONFIG), write)
+    tl.store(at.row(scratch, at.START + BEHIND, CONFIG), start)
+    tl.store(at.row(scratch, at.PUSHED + BEHIND, CONFIG), push)
 
 
 @triton.jit
@@ -149,10 +174,10 @@ def pass_memories(inputs, exists, slots, out, scratch, READ: tl.constexpr, CONFI
     VECTORS: tl.constexpr = CONFIG.vectors
     GATES: tl.constexpr = CONFIG.gates
     if CONFIG.gate_memories:
-        for memory in range(CONFIG.gate_memories):
-            pass_memory(memory, inputs, exists, slots, out, scratch, READ, GATES, CONFIG)
-    for memory in range(CONFIG.vector_memories):
-        pass_memory(memory, inputs, exists, slots, out, scratch, READ, VECTORS, CONFIG)
+        for memory in tl.range(0, CONFIG.gate_memories, disable_licm=True):
+            pass_memory(at.opaque(memory, scratch), inputs, exists, slots, out, scratch, READ, GATES, CONFIG)
+    for memory in tl.range(0, CONFIG.vector_memories, disable_licm=True):
+        pass_memory(at.opaque(memory, scratch), inputs, exists, slots, out, scratch, READ, VECTORS, CONFIG)
 
 
 @triton.jit

@@ -26,7 +26,7 @@ def clear(scratch, INDEX: tl.constexpr, WIDTH: tl.constexpr, CONFIG: tl.constexp
 def clear_piece(scratch, CONFIG: tl.constexpr):
     """Set to 0 what gradients gather in over all memories."""
     ROWS: tl.constexpr = CONFIG.rows
-    for index in tl.static_range(at.D_RATE, at.ROWS):
+    for index in tl.static_range(at.D_RATE, at.D_LAST + 1):
         put(at.row(scratch, index, CONFIG), tl.zeros((ROWS,), tl.float32))
     for index in tl.static_range(at.D_KEPT, at.TABLES):
         put(at.table(scratch, index, CONFIG), tl.zeros((ROWS, ROWS), tl.float32))
@@ -123,29 +123,30 @@ def pass_memory_back(memory, inputs, exists, slots, backs, d_y, scratch, KIND: t
 
 @triton.jit
 def tables_back(size, scratch, CONFIG: tl.constexpr):
-    """Return the gradients of `alpha` and `mu` `[C]` from those of tables and of the last of their weights."""
-    retention = tl.load(at.row(scratch, at.ALPHA, CONFIG))
-    push_retention = retention
-    if CONFIG.momentum:
-        push_retention = tl.load(at.row(scratch, at.MU, CONFIG))
-    decay = decay_weights(size, scratch, CONFIG)
-    ends = tl.where(tl.arange(0, CONFIG.rows) == size - 1, 1.0, 0.0)
-    last = scratch + at.D_LAST * CONFIG.rows
-    kept, write = tl.load(at.table(scratch, at.D_KEPT, CONFIG)), tl.load(at.table(scratch, at.D_WRITE, CONFIG))
-    read_kept = tl.load(at.table(scratch, at.D_READ_KEPT, CONFIG))
-    read_write = tl.load(at.table(scratch, at.D_READ_WRITE, CONFIG))
-    wrote, erase = tl.load(at.row(scratch, at.D_WROTE, CONFIG)), tl.load(at.row(scratch, at.D_ERASED, CONFIG))
+    """Return the gradients of the logs of `alpha` and `mu` `[C]` from those of tables and of the weights at the end."""
+    kept, start, chain, from_start, write, push = decay_weights(scratch, CONFIG)
+    d_kept, d_write = tl.load(at.table(scratch, at.D_KEPT, CONFIG)), tl.load(at.table(scratch, at.D_WRITE, CONFIG))
+    d_start, d_push = tl.load(at.row(scratch, at.D_START, CONFIG)), tl.load(at.row(scratch, at.D_PUSHED, CONFIG))
+    d_chain, d_from_start = tl.zeros_like(d_write), tl.zeros_like(d_push)
+    direct = tl.zeros_like(d_start)
+    if CONFIG.reading:
+        retention = tl.load(at.row(scratch, at.ALPHA, CONFIG))
+        read_kept = tl.load(at.table(scratch, at.D_KEPT + CONFIG.reading, CONFIG))
+        read_write = tl.load(at.table(scratch, at.D_WRITE + CONFIG.reading, CONFIG))
+        read_start = tl.load(at.row(scratch, at.D_START + CONFIG.reading, CONFIG))
+        read_push = tl.load(at.row(scratch, at.D_PUSHED + CONFIG.reading, CONFIG))
+        if not CONFIG.momentum:
+            read_kept, read_start = read_kept + read_write, read_start + read_push
+        direct = tl.sum(read_kept * kept, 1) + read_start * start
+        if CONFIG.momentum:
+            direct += tl.sum(read_write * write, 1) + read_push * push
+            d_chain, d_from_start = read_write, read_push
+            d_write, d_push = d_write + retention[:, None] * read_write, d_push + retention * read_push
+        d_kept, d_start = d_kept + retention[:, None] * read_kept, d_start + retention * read_start
+        direct *= retention
     if not CONFIG.momentum:  # writes and erases weigh the same
-        kept, read_kept, erase = kept + write, read_kept + read_write, erase + wrote
-    start, push = tl.load(at.row(scratch, at.D_START, CONFIG)), tl.load(at.row(scratch, at.D_PUSHED, CONFIG))
-    before = (kept, start, write, push)
-    kept, write = ends[:, None] * erase[None, :], ends[:, None] * wrote[None, :]
-    after = (kept, ends * tl.load(last), write, ends * tl.load(last + 1))
-    start, push = tl.load(at.row(scratch, at.D_READ_START, CONFIG)), tl.load(at.row(scratch, at.D_READ_PUSHED, CONFIG))
-    if CONFIG.spec.read == "inclusive":
-        after = (after[0] + read_kept, after[1] + start, after[2] + read_write, after[3] + push)
-    else:
-        before = (before[0] + read_kept, before[1] + start, before[2] + read_write, before[3] + push)
-    link = ends[:, None] * tl.load(at.row(scratch, at.D_LINK, CONFIG))[None, :]
-    kept = ends * tl.load(last + 2)
-    return gates_back(decay, before, after, link, kept, retention, push_retention, CONFIG)
+        d_kept, d_start = d_kept + d_write, d_start + d_push
+    decay = kept, start, chain, from_start, write, push
+    d_decay = d_kept, d_start, d_chain, d_from_start, d_write, d_push
+    d_alpha, d_mu = gates_back(decay, d_decay, size, scratch, CONFIG)
+    return d_alpha + direct, d_mu

@@ -12,8 +12,7 @@ ALPHA = tl.constexpr(1)
 MU = tl.constexpr(2)
 START = tl.constexpr(3)
 PUSHED = tl.constexpr(4)
-READ_START = tl.constexpr(5)
-READ_PUSHED = tl.constexpr(6)
+"""The same two of the state that is read lie `KernelConfig.reading` behind; tables and gradients likewise."""
 WROTE = tl.constexpr(7)
 ERASED = tl.constexpr(8)
 LINK = tl.constexpr(9)
@@ -23,26 +22,22 @@ D_RATE = tl.constexpr(11)
 D_FRESH = tl.constexpr(12)
 D_START = tl.constexpr(13)
 D_PUSHED = tl.constexpr(14)
-D_READ_START = tl.constexpr(15)
-D_READ_PUSHED = tl.constexpr(16)
 D_WROTE = tl.constexpr(17)
 D_ERASED = tl.constexpr(18)
 D_LINK = tl.constexpr(19)
 D_LAST = tl.constexpr(20)
 ROWS = tl.constexpr(21)
+SHIFT = tl.constexpr(32)
+"""Numbers by which it all lies further behind in every second chunk."""
 
 KEPT = tl.constexpr(0)
 WRITE = tl.constexpr(1)
-READ_KEPT = tl.constexpr(2)
-READ_WRITE = tl.constexpr(3)
 SIMILAR = tl.constexpr(4)
 INVERSE = tl.constexpr(5)
 SECOND_SIMILAR = tl.constexpr(6)
 SECOND_INVERSE = tl.constexpr(7)
 D_KEPT = tl.constexpr(8)
 D_WRITE = tl.constexpr(9)
-D_READ_KEPT = tl.constexpr(10)
-D_READ_WRITE = tl.constexpr(11)
 TABLES = tl.constexpr(12)
 
 K = tl.constexpr(0)
@@ -73,6 +68,22 @@ D_K = tl.constexpr(23)
 D_V = tl.constexpr(24)
 D_Q = tl.constexpr(25)
 BACKWARD_MATRICES = tl.constexpr(26)
+
+
+@triton.jit
+def opaque(number, scratch):
+    """Return a number, such that the compiler does not know how it follows from one turn of a loop to the next.
+
+    It meets the two highest bits of an address, which are 0. What depends on it is computed where it is needed: masks
+    and addresses that are made before a loop, or stepped along with it, would fill the registers.
+    """
+    return (scratch.to(tl.int64) >> 62).to(tl.int32) ^ number
+
+
+@triton.jit
+def numbers(scratch, CONFIG: tl.constexpr):
+    """Number the tokens of a piece."""
+    return opaque(tl.arange(0, CONFIG.rows), scratch)
 
 
 @triton.jit

@@ -10,14 +10,26 @@ import triton
 import triton.language as tl
 
 from hopescale.ops.self_modifying.triton import scratch as at
+from hopescale.ops.self_modifying.triton.matrices import multiply, multiply_exactly, put
 
 SMALLEST_GATE = tl.constexpr(2.0**-126)
 """Smallest normal float32: gates below it count as this."""
 
 
 @triton.jit
-def gate_products(GATE: tl.constexpr, LAG: tl.constexpr, size, scratch, CONFIG: tl.constexpr):
-    """Multiply a gate between tokens, by summing its logs from the writing token on.
+def summed_logs(gate):
+    """Sum the logs to base 2 of a gate `[C]` up to each token: multiples of 1/256, and the rests.
+
+    Differences of the former are exact, so that a gate of almost 0 takes no digits from products over other tokens.
+    """
+    log = tl.log2(tl.maximum(gate, SMALLEST_GATE))
+    coarse = tl.floor(log * 256) / 256
+    return tl.cumsum(coarse, 0), tl.cumsum(log - coarse, 0)
+
+
+@triton.jit
+def gate_products(GATE: tl.constexpr, LAG: tl.constexpr, scratch, CONFIG: tl.constexpr):
+    """Multiply a gate between tokens.
 
     Args:
         GATE: Place of the gate in scratch memory.
@@ -27,118 +39,136 @@ def gate_products(GATE: tl.constexpr, LAG: tl.constexpr, size, scratch, CONFIG: 
         Products from after token `s` to token `t - LAG`, `[t, s]`, 0 where `s` is later; and those from the piece's
         first token to `t - LAG`, `[t]`.
     """
-    rows = tl.arange(0, CONFIG.rows)
+    rows = at.numbers(scratch, CONFIG)
     last = rows - LAG
-    gate = tl.load(scratch + GATE * CONFIG.rows + last, mask=(last >= 0) & (last < size), other=1.0)
-    log = tl.log(tl.maximum(gate, SMALLEST_GATE))
-    steps = tl.where(last[:, None] > rows[None, :], log[:, None], 0.0)
-    between = tl.where(last[:, None] >= rows[None, :], tl.exp(tl.cumsum(steps, 0)), 0.0)
-    return between, tl.exp(tl.cumsum(log, 0))
+    coarse, fine = summed_logs(tl.load(at.row(scratch, GATE, CONFIG)))
+    to_coarse, to_fine = coarse, fine
+    if LAG > 0:
+        to_coarse, to_fine = summed_logs(tl.load(scratch + GATE * CONFIG.rows + last, mask=last >= 0, other=1.0))
+    log = (to_coarse[:, None] - coarse[None, :]) + (to_fine[:, None] - fine[None, :])
+    return tl.where(last[:, None] >= rows[None, :], tl.exp2(log), 0.0), tl.exp2(to_coarse + to_fine)
 
 
 @triton.jit
-def gate_gradient(between, start, gate, LAG: tl.constexpr, CONFIG: tl.constexpr):
-    """Turn the gradients of `gate_products`, each multiplied with its product, into the gradient of the gate."""
-    rows = tl.arange(0, CONFIG.rows)
-    earlier = tl.where(rows[:, None] < rows[None, :], 1.0, 0.0)
-    spanning = tl.dot(between, earlier, input_precision=CONFIG.precision) + start[:, None]
-    log = tl.sum(tl.where(rows[:, None] - LAG >= rows[None, :], spanning, 0.0), 0)
-    return tl.where(gate >= SMALLEST_GATE, log / tl.maximum(gate, SMALLEST_GATE), 0.0)
+def products_to_end(GATE: tl.constexpr, size, scratch, CONFIG: tl.constexpr):
+    """Multiply a gate from after each token to the piece's last one, `[C]`, and over all tokens."""
+    coarse, fine = summed_logs(tl.load(at.row(scratch, GATE, CONFIG)))
+    all_coarse, all_fine = tl.min(coarse, 0), tl.max(fine, 0)  # the sums at the end: they never rise, and never fall
+    products = tl.exp2((all_coarse - coarse) + (all_fine - fine))
+    return tl.where(at.numbers(scratch, CONFIG) < size, products, 0.0), tl.exp2(all_coarse + all_fine)
 
 
 @triton.jit
-def decay_weights(size, scratch, CONFIG: tl.constexpr):
+def gate_gradient(of_reads, of_writes, of_all, gate, LAG: tl.constexpr, CONFIG: tl.constexpr):
+    """Turn gradients of products of a gate, each multiplied with its product, into that of the gate's log `[C]`.
+
+    Args:
+        of_reads: Sums over all products that end `LAG` tokens before a token.
+        of_writes: Sums over those that begin after a token.
+        of_all: Sum over those that end with the piece.
+        gate: The gate.
+    """
+    log = tl.cumsum(of_reads - of_writes, 0, reverse=True) + of_all
+    if LAG > 0:
+        log -= of_reads
+    return tl.where(gate >= SMALLEST_GATE, log, 0.0)
+
+
+@triton.jit
+def decay_weights(scratch, CONFIG: tl.constexpr):
     """Compute what the state before each token's write is made of.
 
     Returns:
         `kept` and `start`, the products of `alpha`; `chain` and `from_start`, those of `mu` after each write; `write`
         and `push`, the weights of writes and of the first momentum. Without momentum the last four repeat the first.
     """
-    kept, start = gate_products(at.ALPHA, 1, size, scratch, CONFIG)
+    kept, start = gate_products(at.ALPHA, 1, scratch, CONFIG)
     chain, from_start, write, push = kept, start, kept, start
     if CONFIG.momentum:
-        chain, from_start = gate_products(at.MU, 0, size, scratch, CONFIG)
-        write = tl.dot(kept, chain, input_precision=CONFIG.precision)
+        chain, from_start = gate_products(at.MU, 0, scratch, CONFIG)
+        write = multiply_exactly(kept, chain, CONFIG)
         push = tl.sum(kept * from_start[None, :], 1)
     return kept, start, chain, from_start, write, push
 
 
 @triton.jit
-def reading_tables(decay, retention, CONFIG: tl.constexpr):
-    """Return `kept`, `start`, `write` and `push` of the state that each token reads; `retention` is `alpha` `[C]`."""
+def reading_tables(decay, retention, scratch, CONFIG: tl.constexpr):
+    """Return `kept`, `start`, `write` and `push` of the states after writes; `retention` is `alpha` `[C]`."""
     kept, start, chain, from_start, write, push = decay
-    if CONFIG.spec.read == "inclusive":
-        rows = tl.arange(0, CONFIG.rows)
-        kept = retention[:, None] * kept + tl.where(rows[:, None] == rows[None, :], 1.0, 0.0)
-        start = retention * start
-        write = retention[:, None] * write + chain if CONFIG.momentum else kept
-        push = retention * push + from_start if CONFIG.momentum else start
+    rows = at.numbers(scratch, CONFIG)
+    kept = retention[:, None] * kept + tl.where(rows[:, None] == rows[None, :], 1.0, 0.0)
+    start = retention * start
+    write = retention[:, None] * write + chain if CONFIG.momentum else kept
+    push = retention * push + from_start if CONFIG.momentum else start
     return kept, start, write, push
 
 
 @triton.jit
-def last_weights(decay, retention, size, CONFIG: tl.constexpr):
+def last_weights(decay, size, scratch, CONFIG: tl.constexpr):
     """Weigh what enters the state and the momentum after the piece's last token.
 
     Returns:
         Weights in the state of erases `[C]`, the first state, writes `[C]` and the first momentum; in the momentum, of
         writes `[C]` and the first momentum. Without momentum, those of writes are those of erases.
     """
-    kept, start, chain, from_start, write, push = decay
-    last = tl.where(tl.arange(0, CONFIG.rows) == size - 1, 1.0, 0.0)
-    gate = last * retention
-    erase = tl.sum(gate[:, None] * kept, 0) + last
-    first = tl.sum(gate * start, 0)
+    erase, first = products_to_end(at.ALPHA, size, scratch, CONFIG)
     wrote, pushed, link, momentum_decay = erase, first, erase, first
     if CONFIG.momentum:
-        link = tl.sum(last[:, None] * chain, 0)
-        momentum_decay = tl.sum(last * from_start, 0)
-        wrote = tl.sum(gate[:, None] * write, 0) + link
-        pushed = tl.sum(gate * push, 0) + momentum_decay
+        link, momentum_decay = products_to_end(at.MU, size, scratch, CONFIG)
+        wrote, pushed = tl.sum(erase[:, None] * decay[2], 0), tl.sum(erase * decay[3], 0)
     return erase, first, wrote, pushed, link, momentum_decay
 
 
 @triton.jit
-def gates_back(decay, before, after, d_link, d_momentum_decay, retention, push_retention, CONFIG: tl.constexpr):
-    """Turn the gradients of a piece's tables into those of `alpha` and `mu`, each `[C]`.
+def gates_back(decay, d_decay, size, scratch, CONFIG: tl.constexpr):
+    """Turn the gradients of a piece's tables, and of its end, into those of the logs of `alpha` and `mu`, each `[C]`.
 
     Args:
         decay: Result of `decay_weights`.
-        before: Gradients of `kept`, `start`, `write` and `push` of the state before each token's write.
-        after: Gradients of the same of the state after it.
-        d_link: Gradient of `chain` beyond that, `[C, C]`.
-        d_momentum_decay: Gradient of `from_start` beyond that, `[C]`.
-        retention: `alpha` `[C]`.
-        push_retention: `mu` `[C]`; unused without momentum.
+        d_decay: Gradients of that, without what follows from the piece's end.
     """
     kept, start, chain, from_start, write, push = decay
-    d_alpha = tl.sum(after[0] * kept, 1) + after[1] * start
-    d_kept, d_start = before[0] + retention[:, None] * after[0], before[1] + retention * after[1]
-    d_mu = d_alpha
+    d_kept, d_start, d_chain, d_from_start, d_write, d_push = d_decay
+    erase, first = products_to_end(at.ALPHA, size, scratch, CONFIG)
+    last = scratch + at.D_LAST * CONFIG.rows
+    d_first, d_pushed, d_momentum_decay = tl.load(last), tl.load(last + 1), tl.load(last + 2)
+    d_erase, d_wrote = tl.load(at.row(scratch, at.D_ERASED, CONFIG)), tl.load(at.row(scratch, at.D_WROTE, CONFIG))
+    d_mu = d_erase
     if CONFIG.momentum:
-        d_alpha += tl.sum(after[2] * write, 1) + after[3] * push
-        d_write, d_push = before[2] + retention[:, None] * after[2], before[3] + retention * after[3]
-        d_chain = after[2] + d_link + tl.dot(tl.trans(kept), d_write, input_precision=CONFIG.precision)
-        d_from_start = after[3] + d_momentum_decay + tl.sum(kept * d_push[:, None], 0)
-        d_mu = gate_gradient(d_chain * chain, d_from_start * from_start, push_retention, 0, CONFIG)
-        d_kept += tl.dot(d_write, tl.trans(chain), input_precision=CONFIG.precision)
-        d_kept += d_push[:, None] * from_start[None, :]
-    d_alpha += gate_gradient(d_kept * kept, d_start * start, retention, 1, CONFIG)
-    return d_alpha, d_mu
+        d_erase += tl.sum(chain * d_wrote[None, :], 1) + d_pushed * from_start
+        d_chain += erase[:, None] * d_wrote[None, :] + multiply(tl.trans(kept), d_write, CONFIG)
+        d_from_start += d_pushed * erase + tl.sum(kept * d_push[:, None], 0)
+        d_kept += multiply(d_write, tl.trans(chain), CONFIG) + d_push[:, None] * from_start[None, :]
+        link, momentum_decay = products_to_end(at.MU, size, scratch, CONFIG)
+        links = link * tl.load(at.row(scratch, at.D_LINK, CONFIG))
+        spanning, gate = d_chain * chain, tl.load(at.row(scratch, at.MU, CONFIG))
+        of_all = tl.sum(links, 0) + d_momentum_decay * momentum_decay
+        of_reads = tl.sum(spanning, 1) + d_from_start * from_start
+        d_mu = gate_gradient(of_reads, tl.sum(spanning, 0) + links, of_all, gate, 0, CONFIG)
+    else:
+        d_erase += d_wrote  # writes and erases weigh the same
+    spanning, gate, erases = d_kept * kept, tl.load(at.row(scratch, at.ALPHA, CONFIG)), erase * d_erase
+    of_all = tl.sum(erases, 0) + d_first * first
+    of_reads = tl.sum(spanning, 1) + d_start * start
+    return gate_gradient(of_reads, tl.sum(spanning, 0) + erases, of_all, gate, 1, CONFIG), d_mu
 
 
 @triton.jit
-def unit_inverse(lower, CONFIG: tl.constexpr):
-    """Invert `I + lower`, `lower` strictly lower triangular with `2 ** CONFIG.doublings` rows.
+def keep_inverse(lower, INDEX: tl.constexpr, scratch, CONFIG: tl.constexpr):
+    """Keep the inverse of `I + lower`, `lower` strictly lower triangular with `2 ** CONFIG.doublings` rows.
 
     Inverts diagonal blocks of 1, 2, 4, ... rows, two joining into one. All that appears on the way is part of such an
-    inverse, which stays bounded where the powers of `lower` do not.
+    inverse, which stays bounded where the powers of `lower` do not. A step of Newton's, with an exact residual, takes
+    away what `bf16` products have rounded on the way.
     """
-    rows = tl.arange(0, CONFIG.rows)
+    rows, place = at.numbers(scratch, CONFIG), at.table(scratch, INDEX, CONFIG)
     apart = rows[:, None] ^ rows[None, :]
     inverse = tl.where(apart == 0, 1.0, 0.0) - tl.where(apart == 1, lower, 0.0)
+    put(place, lower)
     for level in range(1, CONFIG.doublings):
-        joining = tl.where((apart >> level) == 1, lower, 0.0)
-        joining = tl.dot(joining, inverse, input_precision=CONFIG.precision)
-        inverse -= tl.dot(inverse, joining, input_precision=CONFIG.precision)
-    return inverse
+        joining = tl.where((apart >> level) == 1, tl.load(place), 0.0)
+        inverse -= multiply(inverse, multiply(joining, inverse, CONFIG), CONFIG)
+    if CONFIG.precision == "bf16":
+        residual = tl.where(apart == 0, 1.0, 0.0) - inverse - multiply_exactly(tl.load(place), inverse, CONFIG)
+        inverse += multiply(inverse, residual, CONFIG)
+    put(place, inverse)

@@ -1,0 +1,88 @@
+"""What the kernels cost on a GPU, counted in their machine code for sm_90 without one (docs/performance.md)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from hopescale.ops.self_modifying import MemorySpec, Streams
+from tests.support.machine_code import MachineCode, compile_kernel, disassembler
+
+INTEGERS = {"begin", "heads", "row_step", "tokens", "chunk_size", "slots", "kept_slots", "numbers", "scratch_size"}
+KEPT = {"kept", "kept_momenta", "states", "momenta", "replayed_states", "replayed_momenta"}
+"""Arguments whose type is that of states that are kept."""
+
+
+class Budget(NamedTuple):
+    """What a kernel may cost: warp instructions and barriers per chunk of 64 tokens, bytes of stack, KiB of shared."""
+
+    instructions: int
+    barriers: int
+    stack: int
+    shared: int = 64
+
+
+KERNELS = {
+    "forward": "forward.self_modify_kernel",
+    "replay": "replay.replay_kernel",
+    "backward": "backward.self_modify_back_kernel",
+}
+BUDGETS = {
+    ("forward", "linear"): Budget(11_500, 440, 240),
+    ("forward", "mlp"): Budget(35_000, 1_100, 392),
+}
+ALWAYS = ("forward", "linear")
+
+
+def cases() -> list:
+    return [pytest.param(*case, marks=() if case == ALWAYS else pytest.mark.nightly) for case in BUDGETS]
+
+
+def compiled(name: str, memory: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[MachineCode, int]:
+    """Compile a kernel for Hope's memories at `D = 64`; return it and the numbers in a set of weights."""
+    from hopescale.ops.self_modifying.triton.kernel_config import KernelConfig
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(folder))
+    module, function = KERNELS[name].split(".")
+    kernel = getattr(import_module(f"hopescale.ops.self_modifying.triton.{module}"), function)
+    hidden = 64 if memory == "mlp" else None
+    learning = {"objective": "l2", "own_target": True, "erase": True, "error_cap": None, "key_eps": 1e-2}
+    spec = MemorySpec(("mem", "k", "v"), ("eta", "alpha"), hidden, 64, eta_max=1.0, read="prefix", **learning)
+    x = torch.zeros(1, 1, 256, 64)
+    config = KernelConfig.of(Streams(x, x, x, *3 * [x[..., 0]]), spec, "bf16")
+    kinds = {n: "i32" if n in INTEGERS else "*bf16" if n in KEPT else "*fp32" for n in kernel.arg_names}
+    constants = {"CONFIG": config} | ({"KEEP": True} if "KEEP" in kernel.arg_names else {})
+    kinds |= {"bounds": "*i64"} | dict.fromkeys(constants, "constexpr")
+    code = compile_kernel(kernel, kinds, constants, config.warps, aligned=("numbers", "scratch_size"))
+    return code, config.size
+
+
+def executed(name: str, code: MachineCode, numbers: int) -> Counter[str]:
+    """Count what a warp executes in a chunk in the midst of a sequence, of which one in four is kept."""
+    copy = numbers / 2048  # trips of a copy of weights, or of momenta
+    trips, walk = {
+        "forward": ([copy, copy, 1, copy / 4, copy / 4, 0, copy, copy], 2),
+        "replay": ([copy, copy, copy, copy, 1, copy, copy], 4),
+        "backward": ([1, 2 * copy], 0),
+    }[name]
+    return code.executed(trips, walk)
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed (it exists for Linux only)")
+@pytest.mark.parametrize(("name", "memory"), cases())
+def test_kernels_stay_within_their_budgets(name: str, memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    if not disassembler().exists():
+        pytest.skip(f"triton has no {disassembler().name} here")
+    budget = BUDGETS[name, memory]
+    code, numbers = compiled(name, memory, tmp_path, monkeypatch)
+    counts = executed(name, code, numbers)
+    cost = sum(counts.values()), counts["BAR"], code.stack, code.shared / 1024
+    assert all(mine <= most for mine, most in zip(cost, budget, strict=True)), (cost, budget)
+    assert counts["HGMMA"] > 0 and counts["HMMA"] == 0  # all products run on the tensor cores of a warp group
