@@ -61,7 +61,7 @@ class SuiteConfig:
     num_hops: Annotated[int, NumberRange("[1, 2]")] | None = None
     """Facts that an answer of `facts` needs: where a person is (1), or where what the person carries is (2)."""
     num_moved: Annotated[int, NumberRange("[2, inf)")] | None = None
-    """Objects that a permutation moves at most; 2 are swaps alone."""
+    """Objects that a permutation moves at most; 2 leave swaps and the permutation that moves nothing."""
     num_sessions: Count | None = None
     """Sessions of `classes`, each of which introduces its share of the classes."""
     language: Literal["first", "second", "both"] | None = None
