@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from hopescale.cli.options import Overrides, Recipe
+from hopescale.cli.progress import progress_bar
 from hopescale.common.errors import ConfigError, LaunchError, StoppedEarly
 from hopescale.common.units import format_bytes
 from hopescale.config.load import load_recipe
@@ -29,7 +30,8 @@ def stage(recipe: Recipe, overrides: Overrides = None) -> None:
     node = find_node(os.environ)
     for name, source in data.sources.items():
         if source.path is not None:
-            done = copy(source.path, data.staged)
+            with progress_bar(f"copying {name}") as bar:
+                done = copy(source.path, data.staged, bar.advance_of)
             size, kept = format_bytes(done.num_bytes), f", {done.kept} there and right" if done.kept else ""
             typer.echo(f"{node}: {name}: {done.copied} shards copied ({size}){kept}, in {done.folder}")
 

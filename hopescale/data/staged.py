@@ -10,7 +10,7 @@ import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -58,11 +58,18 @@ def copy_of(source: str | Path, root: str | Path) -> Path:
     return folder
 
 
-def stage(source: str | Path, root: str | Path) -> Staged:
+def stage(
+    source: str | Path, root: str | Path, on_copied: Callable[[int, int], None] = lambda num_bytes, total: None
+) -> Staged:
     """Copy a data set, comparing every shard with the checksum in its index; what is there and right stays.
 
     One process of a machine works on a copy at a time, the others wait for it. The index comes last: with it the copy
-    is complete. The folder of copies, `root`, is made if missing.
+    is complete.
+
+    Args:
+        source: Folder or address of the data set.
+        root: Folder of copies, which is made if missing.
+        on_copied: Listener for bytes that were copied, and for those of all that have to be; called by threads.
 
     Raises:
         DataError: If the data set is damaged, or the disk is full or not writable.
@@ -76,7 +83,8 @@ def stage(source: str | Path, root: str | Path) -> Staged:
             missing = [entry for entry, is_right in zip(entries, right, strict=True) if not is_right]
             if missing or not (folder / INDEX_FILE).exists():
                 _require_space(folder, sum(entry.num_bytes for entry in missing))
-                list(threads.map(lambda entry: _copy(storage, folder, entry), missing))
+                total = sum(entry.num_bytes for entry in missing)
+                list(threads.map(lambda entry: _copy(storage, folder, entry, lambda n: on_copied(n, total)), missing))
                 Tokenizer.load(storage.small_files).copy_to(folder)
                 shutil.copyfile(storage.small_files / INDEX_FILE, folder / (INDEX_FILE + _PARTIAL))
                 (folder / (INDEX_FILE + _PARTIAL)).replace(folder / INDEX_FILE)
@@ -122,13 +130,14 @@ def _require_space(folder: Path, wanted: int) -> None:
         raise DataError(f"{message}, {format_bytes(free)} free", hint)
 
 
-def _copy(storage: Storage, folder: Path, entry: ShardEntry) -> None:
+def _copy(storage: Storage, folder: Path, entry: ShardEntry, on_copied: Callable[[int], None]) -> None:
     """Copy a shard and take its checksum on the way, in one reading."""
     partial, digest = folder / (entry.file + _PARTIAL), hashlib.sha256()
     with partial.open("wb") as written:
         while piece := storage.read(entry.file, written.tell(), _PIECE):
             digest.update(piece)
             written.write(piece)
+            on_copied(len(piece))
     if digest.hexdigest() != entry.sha256:
         partial.unlink()
         difference = f"SHA-256 {digest.hexdigest()[:12]}, the index says {entry.sha256[:12]}"
