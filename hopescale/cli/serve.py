@@ -39,13 +39,13 @@ def serve(
 
     from hopescale.parallel.device import choose_device
     from hopescale.serve.app import Limits, Server, make_app
+    from hopescale.serve.batcher import Batcher
     from hopescale.serve.contexts import Contexts
-    from hopescale.serve.writer import Writer
 
     loaded = load(checkpoint, choose_device(device, "--device"))
     kept = Contexts(loaded, contexts, most=max_contexts)
-    with Writer(loaded.model, most=max_requests) as writer:
-        server = Server(loaded, name or loaded.config.name, writer, kept, Limits(max_prompt_tokens, max_tokens))
+    with Batcher(loaded.model, most=max_requests) as batcher:
+        server = Server(loaded, name or loaded.config.name, batcher, kept, Limits(max_prompt_tokens, max_tokens))
         settings = uvicorn.Config(make_app(server), host=host, port=port, log_level="warning", access_log=False)
         try:
             socket = settings.bind_socket()

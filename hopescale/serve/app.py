@@ -19,9 +19,9 @@ from hopescale.common.errors import HopescaleError
 from hopescale.infer.load import LoadedModel
 from hopescale.infer.sampling import Sampling
 from hopescale.infer.text import decode_stream, encode_prompt
-from hopescale.serve import writer
+from hopescale.serve import batcher
+from hopescale.serve.batcher import Batcher, Busy, Failed
 from hopescale.serve.contexts import Contexts, NoContext
-from hopescale.serve.writer import Busy, Failed, Writer
 
 
 @dataclass(frozen=True)
@@ -71,13 +71,13 @@ class Server:
     Args:
         loaded: Model and tokenizer.
         name: Name of the model, as clients see it.
-        running: Writer that runs the model.
+        running: Batcher that runs the model.
         contexts: Named contexts.
         limits: Limits of a request.
     """
 
-    def __init__(self, loaded: LoadedModel, name: str, running: Writer, contexts: Contexts, limits: Limits):
-        self.loaded, self.name, self.writer, self.contexts, self.limits = loaded, name, running, contexts, limits
+    def __init__(self, loaded: LoadedModel, name: str, running: Batcher, contexts: Contexts, limits: Limits):
+        self.loaded, self.name, self.batcher, self.contexts, self.limits = loaded, name, running, contexts, limits
 
     def encode(self, text: str | list[int], *, goes_on: bool) -> list[int]:
         """Turn a prompt into ids, as `hopescale generate` does; ids that are given stay.
@@ -103,7 +103,7 @@ class Server:
         self.contexts.check(name)
         before = None if body.onto is None else self.contexts.get(body.onto)
         ids = self.encode(body.text, goes_on=before is not None)
-        reading = self.writer.submit(writer.Request(ids, before and before.reading, max_tokens=0)).read()
+        reading = self.batcher.submit(batcher.Request(ids, before and before.reading, max_tokens=0)).read()
         context = self.contexts.put(name, reading)
         return {"name": name, "tokens": context.tokens, "tokens_read": len(ids)}
 
@@ -120,7 +120,7 @@ class Server:
         if body.temperature > 0:
             sampling = Sampling(body.temperature, top_p=None if body.top_p == 1 else body.top_p)
         tokenizer = self.loaded.tokenizer
-        request = writer.Request(
+        request = batcher.Request(
             ids,
             before and before.reading,
             body.max_tokens,
@@ -130,13 +130,13 @@ class Server:
         )
         stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
         known = 0 if before is None else before.tokens
-        return _Completion(self, self.writer.submit(request), len(ids), known, [stop for stop in stops if stop])
+        return _Completion(self, self.batcher.submit(request), len(ids), known, [stop for stop in stops if stop])
 
 
 class _Completion:
     """One answer, as it is written."""
 
-    def __init__(self, server: Server, request: writer.Request, num_read: int, num_known: int, stops: list[str]):
+    def __init__(self, server: Server, request: batcher.Request, num_read: int, num_known: int, stops: list[str]):
         self.server, self.request, self.stops = server, request, stops
         self.num_read, self.num_known = num_read, num_known
         self.finish: str | None = None
@@ -227,7 +227,7 @@ def make_app(server: Server) -> FastAPI:
 
     @app.get("/health")
     def health() -> dict[str, Any]:
-        running = server.writer
+        running = server.batcher
         return {"status": "ok", "requests": running.num_open, "tokens_read": running.tokens_read}
 
     @app.get("/v1/models")

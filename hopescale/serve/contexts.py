@@ -22,7 +22,7 @@ class NoContext(DataError):
 
 
 @dataclass(frozen=True)
-class Context:
+class NamedContext:
     """A text that was read: its name, and where the model stands after it."""
 
     name: str
@@ -45,7 +45,7 @@ class Contexts:
 
     def __init__(self, loaded: LoadedModel, folder: Path | None, *, most: int = 64):
         self.loaded, self.folder, self.most = loaded, folder, most
-        self._known: dict[str, Context] = {}
+        self._known: dict[str, NamedContext] = {}
         self._lock = threading.Lock()
 
     def check(self, name: str) -> None:
@@ -60,7 +60,7 @@ class Contexts:
         if name not in self._known and len(self._known) >= self.most:
             raise DataError(f"there are {self.most} contexts, as many as --max-contexts allows", "delete one")
 
-    def put(self, name: str, reading: Reading) -> Context:
+    def put(self, name: str, reading: Reading) -> NamedContext:
         """Keep a context, in place of one of that name, and write its state file.
 
         Raises:
@@ -68,7 +68,7 @@ class Contexts:
             CheckpointError: If the file cannot be written.
         """
         self.check(name)
-        context = Context(name, reading)
+        context = NamedContext(name, reading)
         with self._lock:
             if self.folder is not None:
                 shutil.rmtree(self.folder / name, ignore_errors=True)
@@ -77,7 +77,7 @@ class Contexts:
             self._known[name] = context
         return context
 
-    def get(self, name: str) -> Context:
+    def get(self, name: str) -> NamedContext:
         """Return a context, from its state file if it is not in memory.
 
         Raises:
@@ -89,7 +89,7 @@ class Contexts:
                 path = None if self.folder is None or not _NAME.fullmatch(name) else self.folder / name
                 if path is None or not (path / STATE).is_file():
                     raise NoContext(f"there is no context {name!r}", "read one: PUT /contexts/NAME")
-                self._known[name] = Context(name, read_state(path, self.loaded))
+                self._known[name] = NamedContext(name, read_state(path, self.loaded))
             return self._known[name]
 
     def delete(self, name: str) -> None:

@@ -19,8 +19,8 @@ import torch  # noqa: E402
 
 from hopescale.infer.load import LoadedModel, load_model  # noqa: E402
 from hopescale.serve.app import Limits, Server, make_app  # noqa: E402
+from hopescale.serve.batcher import Batcher  # noqa: E402
 from hopescale.serve.contexts import Contexts  # noqa: E402
-from hopescale.serve.writer import Writer  # noqa: E402
 
 SIZES = (
     *("model.d_model=16", "model.num_layers=1", "model.mixers.hope.chunk_size=8", "model.vocab_size=300"),
@@ -54,12 +54,12 @@ class Served:
     def __init__(
         self, loaded: LoadedModel, folder: Path | None = None, *, most: int = 64, limits: Limits | None = None
     ):
-        self.writer = Writer(loaded.model, most=most)
-        self.server = Server(loaded, "tiny", self.writer, Contexts(loaded, folder, most=2), limits or Limits())
+        self.batcher = Batcher(loaded.model, most=most)
+        self.server = Server(loaded, "tiny", self.batcher, Contexts(loaded, folder, most=2), limits or Limits())
         self.web = uvicorn.Server(uvicorn.Config(make_app(self.server), port=0, log_level="warning"))
 
     def __enter__(self) -> Served:
-        self.writer.__enter__()
+        self.batcher.__enter__()
         self.thread = threading.Thread(target=self.web.run, daemon=True)
         self.thread.start()
         while not self.web.started:
@@ -74,7 +74,7 @@ class Served:
         self.client.close()
         self.web.should_exit = True
         self.thread.join()
-        self.writer.__exit__()
+        self.batcher.__exit__()
 
     def ask(self, prompt: str = TEXT, **options):
         options = {"max_tokens": 12, "temperature": 0, **options}
@@ -123,11 +123,11 @@ def test_a_stop_ends_the_answer_before_it(served: Served):
 def test_a_context_is_read_once_for_all_questions(loaded: LoadedModel):
     with Served(loaded) as served:
         put = served.http.put("/contexts/notes", json={"text": TEXT}).json()
-        before = served.writer.tokens_read
+        before = served.batcher.tokens_read
         assert put["name"] == "notes" and put["tokens"] == before > 10
         questions = [f"{QUESTION} {word}" for word in ("state", "level", "token")]
         answers = [served.ask(question, extra_body={"context": "notes"}) for question in questions]
-        read = served.writer.tokens_read - before
+        read = served.batcher.tokens_read - before
         assert read == sum(answer.usage.prompt_tokens - put["tokens"] for answer in answers)
         assert all(answer.usage.prompt_tokens_details.cached_tokens == put["tokens"] for answer in answers)
         encode = loaded.tokenizer.encode
@@ -196,11 +196,11 @@ def test_many_requests_share_passes_and_answer_as_alone(loaded: LoadedModel):
     prompts = [f"note {number}: {'memory ' * (1 + number % 3)}" for number in range(10, 26)]
     with Served(loaded) as served:
         alone = [served.ask(prompt, max_tokens=16).choices[0].text for prompt in prompts]
-        passes = served.writer.passes
+        passes = served.batcher.passes
         with ThreadPoolExecutor(len(prompts)) as pool:
             together = list(pool.map(lambda prompt: served.ask(prompt, max_tokens=16).choices[0].text, prompts))
         assert together == alone
-        assert served.writer.passes - passes < passes, "requests at the same place share a pass"
+        assert served.batcher.passes - passes < passes, "requests at the same place share a pass"
         assert served.http.get("/health").json()["requests"] == 0
 
 
@@ -211,17 +211,17 @@ def test_one_request_too_many_is_told_to_come_again(loaded: LoadedModel):
         with pytest.raises(openai.RateLimitError, match="as many as --max-requests allows"):
             served.ask()
         stream.close()
-        assert waited_for(lambda: served.writer.num_open == 0), "a stream that nobody reads is left"
+        assert waited_for(lambda: served.batcher.num_open == 0), "a stream that nobody reads is left"
         assert served.ask().choices[0].text is not None
 
 
 def test_an_error_ends_its_request_alone(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch):
     with Served(loaded) as served:
         with monkeypatch.context() as patch:
-            patch.setattr("hopescale.serve.writer.prefill", lambda *_: (_ for _ in ()).throw(RuntimeError("planted")))
+            patch.setattr("hopescale.serve.batcher.prefill", lambda *_: (_ for _ in ()).throw(RuntimeError("planted")))
             with pytest.raises(openai.InternalServerError):
                 served.ask()
-        assert served.ask().choices[0].finish_reason in ("length", "stop") and served.writer.num_open == 0
+        assert served.ask().choices[0].finish_reason in ("length", "stop") and served.batcher.num_open == 0
 
 
 def waited_for(condition: Callable[[], bool], seconds: float = 60) -> bool:

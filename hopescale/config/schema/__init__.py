@@ -22,6 +22,7 @@ from hopescale.config.schema.run import CheckpointConfig as CheckpointConfig
 from hopescale.config.schema.run import DataConfig as DataConfig
 from hopescale.config.schema.run import LogConfig as LogConfig
 from hopescale.config.schema.run import ParallelConfig as ParallelConfig
+from hopescale.config.schema.run import RecoveryConfig as RecoveryConfig
 from hopescale.config.schema.run import RunConfig as RunConfig
 from hopescale.config.schema.run import SourceConfig as SourceConfig
 from hopescale.config.schema.run import SyntheticConfig as SyntheticConfig

@@ -39,9 +39,9 @@ class Request:
 
     Attributes:
         ids: Tokens to read.
-        reading: Where the model stands before them; None is at the start.
+        reading: State and prediction of the model before them; None is at the start.
         max_tokens: Most tokens to write; 0 reads alone.
-        sampling: How tokens are chosen.
+        sampling: Rule that chooses tokens.
         seed: Seed of the choice.
         end: Token that ends the text and is not part of it; None never ends.
     """
@@ -81,7 +81,7 @@ class Request:
         return outcome
 
 
-class Writer:
+class Batcher:
     """One thread that runs the model for all requests, a token of each at a time.
 
     Prompts are read in pieces, between which the others go on. A pass holds the requests that stand at the same place:
@@ -101,9 +101,9 @@ class Writer:
         self._period = period(model.config)
         self._inbox: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
         self._open, self._lock = 0, threading.Lock()
-        self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="batcher", daemon=True)
 
-    def __enter__(self) -> Writer:
+    def __enter__(self) -> Batcher:
         self._thread.start()
         return self
 
