@@ -103,7 +103,7 @@ def gated_answers(y: Tensor, gate: Tensor | None, weight: Tensor, eps: float, dt
     """Return `rms_norm(y, weight) * silu(gate)`, tokens first, by one kernel; see `ops.norm.rms_norm`.
 
     Args:
-        y: What heads answer `[B, H, T, D]`, `T` at least 1.
+        y: Answers of heads `[B, H, T, D]`, `T` at least 1.
         gate: Inputs of the output gate `[T, B, H, D]`, whose last dimension lies dense; None for no gate.
         weight: Factor on each entry of each head `[H, D]`, float32.
         eps: Term added under the root.
