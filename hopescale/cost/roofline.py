@@ -98,7 +98,7 @@ def between_products_bytes(model: ModelConfig, mixer: MixerConfig, precision: st
     if not isinstance(mixer, SelfModifyingConfig):
         return norms + gates + PASSES * size * stream / tp
     inner = model.num_heads * head_dim(model) / tp
-    streams, answers = 24 + (7 + 4) * size, 12 + 5 * size
+    streams, answers = 24 + (9 + 2 * mixer.gate) * size, 12 + (2 + 3 * mixer.gate) * size
     return norms + gates + inner * (streams + answers)
 
 

@@ -189,7 +189,7 @@ class _Layout(NamedTuple):
         return constants | {"SIZE": TOKENS, "D": x.shape[-1]}
 
 
-class _FusedStreams(torch.autograd.Function):
+class _StreamsAndGates(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -276,5 +276,5 @@ def head_streams_and_gates(
     layout = _Layout(bits, 0 if filters is None else filters.shape[1], len(gate_weights))
     first = None if first is None else first.contiguous()
     given = x, filters, tail, first, gate_weights.contiguous(), gate_biases.contiguous()
-    *streams, logits, rest = _FusedStreams.apply(layout, *given)
+    *streams, logits, rest = _StreamsAndGates.apply(layout, *given)
     return tuple(streams), logits, rest, after
