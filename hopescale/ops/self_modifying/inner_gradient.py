@@ -69,7 +69,7 @@ class _MlpWrites(torch.autograd.Function):
         back = push @ w1.mT
         first = -back * _slope(gate, hidden)[..., :tokens, :]
         if spec.normalize_writes:
-            first = first * _shrink(first, push)[0]
+            first = first * _shrink(first, push)
         first = first.transpose(2, 3).contiguous()
         ctx.save_for_backward(pre, w1, gate, hidden, asked, raw, error, push, norm, keys, back, fresh)
         ctx.spec, ctx.vector_memories = spec, v is not None
@@ -136,19 +136,21 @@ def _written(norm: Tensor, spec: MemorySpec) -> Tensor:
     return torch.minimum(norm, 1 / norm) if spec.normalize_writes else norm
 
 
-def _shrink(first: Tensor, push: Tensor) -> tuple[Tensor, Tensor]:
-    """Return factors that make writes of first layers `[..., E]` smaller, and the squared amplification of `push`."""
-    gain = first.square().sum(-1, keepdim=True) / push.square().sum(-1, keepdim=True).clamp_min(_TINY)
-    return 1 / gain.clamp_min(1), gain
+def _shrink(first: Tensor, push: Tensor) -> Tensor:
+    """Return factors that make writes of first layers `[..., E]` smaller, where they amplify `push` by more than 1."""
+    return 1 / (first.square().sum(-1, keepdim=True) / _square(push)).clamp_min(1)
+
+
+def _square(push: Tensor) -> Tensor:
+    """Return squared lengths, not 0."""
+    return push.square().sum(-1, keepdim=True).clamp_min(_TINY)
 
 
 def _shrink_back(first: Tensor, push: Tensor, d_first: Tensor) -> tuple[Tensor, Tensor]:
-    """Turn the gradient of scaled writes into that of `first`, the writes before, and of `push`."""
-    scale, gain = _shrink(first, push)
-    along = (d_first * first).sum(-1, keepdim=True)
-    square = push.square().sum(-1, keepdim=True).clamp_min(_TINY)
-    over = torch.where(gain > 1, along / (gain * square), 0)  # of the length of `push`, for a scale of 1 / gain
-    return scale * d_first - 2 * over / gain * first, 2 * over * push
+    """Turn the gradient of writes that were made smaller into that of `first`, the writes before, and of `push`."""
+    scale, along = _shrink(first, push), (d_first * first).sum(-1, keepdim=True)
+    over = torch.where(scale < 1, 2 * along * scale / _square(push), 0)
+    return scale * (d_first - over * first), over * push
 
 
 def _slope(gate: Tensor, hidden: Tensor) -> Tensor:
