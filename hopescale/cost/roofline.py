@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+from hopescale.config.execution import kernel_products
 from hopescale.config.layout import Layout
 from hopescale.config.model_shape import head_dim, levels_of_block, num_pieces
 from hopescale.config.schema import (
@@ -30,14 +31,19 @@ READY = 0.45
 """Instructions that a scheduler issues a cycle, with two warps each and a barrier every 50; a guess, 0.3 to 0.6."""
 KERNEL_CHUNK = 64
 """Tokens of the chunks that were counted."""
-INSTRUCTIONS: dict[tuple[str, int], tuple[int, int]] = {
-    ("linear", 64): (64_054, 202_356),
-    ("mlp", 64): (174_066, 503_161),
-    ("linear", 128): (126_750, 405_558),
-    ("mlp", 128): (332_974, 1_024_271),
+INSTRUCTIONS: dict[tuple[str, str, int], tuple[int, int]] = {
+    ("tf32x3", "linear", 64): (64_054, 202_356),
+    ("tf32x3", "mlp", 64): (174_066, 503_161),
+    ("tf32x3", "linear", 128): (126_750, 405_558),
+    ("tf32x3", "mlp", 128): (332_974, 1_024_271),
+    ("bf16", "linear", 64): (10_378, 46_827),
+    ("bf16", "mlp", 64): (33_025, 126_350),
+    ("bf16", "linear", 128): (20_536, 93_850),
+    ("bf16", "mlp", 128): (63_174, 257_209),
 }
-"""Warp instructions of a chunk that a program's warp executes, forward and backward, by the memories' kind and width:
-five memories in float32 as three TF32 products. A narrower one counts as 64 wide."""
+"""Warp instructions of a chunk that a program's warp executes, forward and backward, by the products of five memories,
+their kind and width; the backward of `bf16` holds the replay of three chunks of four. Those of `bf16` at 128 were not
+counted: they grow as `tf32x3` does. A narrower memory counts as 64 wide, and `tf32` as `tf32x3`, of which it is less."""
 MEMORIES = 5
 """Memories in these counts."""
 PASSES = 70
@@ -63,7 +69,8 @@ def memory_seconds(
     pieces = num_pieces(mixer, train.seq_len)
     programs = model.num_heads / layout.tp * train.micro_batch_size * pieces
     memory, dim = mixer.memory, 64 if head_dim(model) <= 64 else 128
-    forward, backward = INSTRUCTIONS[memory, dim]
+    products = "bf16" if kernel_products(config) == "bf16" else "tf32x3"
+    forward, backward = INSTRUCTIONS[products, memory, dim]
     executed: float = forward * (1 + again) + backward
     if kind == "static":
         executed /= MEMORIES

@@ -159,8 +159,12 @@ def test_the_probe_counts_real_tokens():
     mixer(x, documents=documents_of(rows), probe=probes[0])
     for part, probe in zip(x.split(rows[0]), probes[1:], strict=True):
         mixer(part, probe=probe)
-    for name, mean in probes[0].items():
-        torch.testing.assert_close(mean, (probes[1][name] + 18 * probes[2][name]) / 19)
+    for name in ("eta_mean", "alpha_mean", "surprise"):
+        torch.testing.assert_close(probes[0][name], (probes[1][name] + 18 * probes[2][name]) / 19)
+    torch.testing.assert_close(probes[0]["state_norm"], probes[2]["state_norm"])
+    heads = mixer.heads
+    together, *alone = (probe["tokens"].unflatten(0, (heads, -1)) for probe in probes)
+    torch.testing.assert_close(together, torch.cat(alone, dim=1))
 
 
 def test_documents_of_earlier_tokens_are_unknown():
