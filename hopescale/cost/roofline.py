@@ -32,17 +32,18 @@ READY = 0.45
 KERNEL_CHUNK = 64
 """Tokens of the chunks that were counted."""
 INSTRUCTIONS: dict[tuple[str, str, int], tuple[int, int]] = {
-    ("tf32x3", "linear", 64): (64_054, 202_356),
-    ("tf32x3", "mlp", 64): (174_066, 503_161),
-    ("tf32x3", "linear", 128): (126_750, 405_558),
-    ("tf32x3", "mlp", 128): (332_974, 1_024_271),
+    ("tf32x3", "linear", 64): (64_054, 250_397),
+    ("tf32x3", "mlp", 64): (174_066, 633_711),
+    ("tf32x3", "linear", 128): (126_750, 500_621),
+    ("tf32x3", "mlp", 128): (332_974, 1_274_002),
     ("bf16", "linear", 64): (10_378, 46_827),
     ("bf16", "mlp", 64): (33_025, 126_350),
     ("bf16", "linear", 128): (20_536, 93_850),
     ("bf16", "mlp", 128): (63_174, 257_209),
 }
 """Warp instructions of a chunk that a program's warp executes, forward and backward, by the products of five memories,
-their kind and width; the backward of `bf16` holds the replay of three chunks of four. Those of `bf16` at 128 were not
+their kind and width; the backward holds the replay of three chunks of four, as three quarters of the forward. Those of
+`tf32x3` are of kernels that ran chunks in pieces of 32. Those of `bf16` at 128 were not
 counted: they grow as `tf32x3` does. A narrower memory counts as 64 wide, and `tf32` as `tf32x3`, of which it is less."""
 MEMORIES = 5
 """Memories in these counts."""

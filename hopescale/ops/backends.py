@@ -82,6 +82,7 @@ def select(
     recompute: Recompute = "none",
     needs_grad: bool = True,
     whole_chunks: bool = True,
+    tokens: int | None = None,
 ) -> Choice:
     """Choose the code that runs memories over a sequence.
 
@@ -94,12 +95,15 @@ def select(
         recompute: Activations that are computed again; `reverse` needs chunks one by one.
         needs_grad: Whether a backward pass follows. Without one the C++ takes any chunks.
         whole_chunks: Whether the sequence begins with a chunk.
+        tokens: Tokens of the sequence; None is many. Kernels without gradients run whole chunks: they are compiled for
+            numbers of tokens, and those of a few would be compiled in the midst of a text.
     """
     if backend == "torch":
         return Choice("torch", "")
     rejected = []
     for name, usual in _DEVICES.items() if backend == "auto" else [(backend, device)]:
-        loop = _pass_reason(name, needs_grad, whole_chunks)
+        short = tokens is not None and tokens < memories.chunk_size
+        loop = _pass_reason(name, needs_grad, whole_chunks, short)
         if loop:
             reason = loop
         elif device not in (None, usual):
@@ -140,10 +144,12 @@ def select_fused(backend: Backend, device: str, dtype: str, head_dim: int | None
     return "torch" if _triton_problem(device) else "triton"
 
 
-def _pass_reason(backend: str, needs_grad: bool, whole_chunks: bool) -> str | None:
+def _pass_reason(backend: str, needs_grad: bool, whole_chunks: bool, short: bool) -> str | None:
     """Return why a kind of code does not run a pass, whatever the memories are; None if it does."""
     if backend == "cpp" and not needs_grad:
         return None
+    if short and not needs_grad:
+        return "the tokens are less than a chunk"
     return None if whole_chunks else "the sequence begins within a chunk"
 
 

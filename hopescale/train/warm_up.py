@@ -12,7 +12,7 @@ from hopescale.ops.documents import Documents
 
 
 def compile_kernels(slices: Sequence[Model], mixers: Iterable[str], seq_len: int) -> None:
-    """Run forward and backward of one mixer of each name on a sequence of zeros. Called by all ranks.
+    """Run forward, with and without gradients, and backward of one mixer of each name on zeros. Called by all ranks.
 
     Kernels are compiled when they are first launched, which takes minutes. Within the first step a stage of a pipeline
     would wait until the stage before it has compiled. Here no rank waits, and what the driver reserves for a kernel's
@@ -36,3 +36,5 @@ def compile_kernels(slices: Sequence[Model], mixers: Iterable[str], seq_len: int
                 documents = Documents.of(ids) if model.config.within_documents else None
                 y, _ = block.mixer(x, None, documents)
                 torch.autograd.grad(y.sum(), x)
+                with torch.no_grad():
+                    block.mixer(x, None, documents)

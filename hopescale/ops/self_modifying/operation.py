@@ -76,6 +76,7 @@ def self_modifying(
         recompute=recompute,
         needs_grad=torch.is_grad_enabled(),
         whole_chunks=position % spec.chunk_size == 0,
+        tokens=None if documents is not None else tokens,
     )
     if choice.backend is None:
         raise ValueError(f"backend is {backend!r}, but {choice.reason}")

@@ -94,6 +94,9 @@ def test_without_gradients_the_cpp_takes_any_chunks_and_triton_whole_ones():
     assert select("auto", two, device="cpu", compiled=True, recompute="reverse", **how).backend == "cpp"
     assert select("triton", HOPE, device="cuda", **how) == ("torch", "triton: the sequence begins within a chunk")
     assert select("auto", HOPE, device="cuda", needs_grad=False).backend == "triton"
+    assert select("auto", HOPE, device="cuda", needs_grad=False, tokens=64).backend == "triton"
+    assert select("auto", HOPE, device="cuda", needs_grad=False, tokens=63).backend == "torch"
+    assert select("auto", HOPE, device="cuda", tokens=63).backend == "triton"
     assert select("cpp", HOPE._replace(hidden=10), **how) == (None, "memories are 10 wide, not a multiple of 16")
 
 

@@ -170,7 +170,7 @@ class _SelfModify(torch.autograd.Function):
         programs = places.documents * heads
         states = _replay(config, places, streams, (running, momentum), (kept, kept_momenta))
         pieces = -(-min(places.chunk_size, places.tokens) // config.rows)
-        again = kept.new_empty(programs, max(1, pieces - 1), config.size)
+        again = kept.new_empty(programs if config.cut else 1, max(1, pieces - 1), config.size)
         space = _Space.of(config, min(programs, MOST_PROGRAMS), scratch.BACKWARD_MATRICES.value, running).scratch
         # The kernel changes these in place.
         weights = [places.place(x) for x in (d_last, d_last_momentum, d_start)]
