@@ -79,8 +79,13 @@ def latest_checkpoint(root: Path) -> Path | None:
 
 
 def newest_before(root: Path, step: int) -> Path | None:
-    """Return the newest complete checkpoint of a step before `step`, None if there is none."""
-    folders = (folder for folder in reversed(checkpoint_folders(root)) if step_of(folder) < step)
+    """Return the newest complete checkpoint of a step before `step`, None if there is none.
+
+    Those beyond the pointer's step belong to a course of the run that was given up.
+    """
+    pointed = read_pointer(root)
+    end = step if pointed is None else min(step, step_of(pointed) + 1)
+    folders = (folder for folder in reversed(checkpoint_folders(root)) if step_of(folder) < end)
     return next((folder for folder in folders if incomplete_because(folder) is None), None)
 
 

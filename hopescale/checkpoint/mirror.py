@@ -10,10 +10,11 @@ from pathlib import Path
 from hopescale.checkpoint.manifest import (
     MANIFEST,
     POINTER,
+    checkpoint_folders,
     file_problems,
     folder_name,
+    incomplete_because,
     read_manifest,
-    read_pointer,
     step_of,
 )
 from hopescale.common.disk import replace_text
@@ -67,7 +68,10 @@ class Mirror:
         return sorted(step_of(Path(name)) for name in self._store.names() if _NAME.fullmatch(name))
 
     def fetch(self, root: Path) -> Path | None:
-        """Fetch the latest checkpoint into a `checkpoints/` folder whose own latest one is older, or that has none.
+        """Fetch the latest checkpoint into a `checkpoints/` folder that has no complete one.
+
+        A folder that has one goes on from it, also if the mirror's is of a later step: that may belong to a course that
+        the run has given up.
 
         Returns:
             The folder that was fetched; None if there was no need to.
@@ -79,8 +83,8 @@ class Mirror:
             if POINTER not in self._store.names():
                 return None
             name = self._store.read(POINTER).decode().strip()
-            own = read_pointer(root)
-            if not _NAME.fullmatch(name) or (own and own.exists() and step_of(own) >= step_of(Path(name))):
+            own = any(incomplete_because(folder) is None for folder in checkpoint_folders(root))
+            if own or not _NAME.fullmatch(name):
                 return None
             folder, partial = root / name, root / f".tmp-{name}"
             shutil.rmtree(partial, ignore_errors=True)

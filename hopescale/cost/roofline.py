@@ -43,8 +43,8 @@ INSTRUCTIONS: dict[tuple[str, str, int], tuple[int, int]] = {
 }
 """Warp instructions of a chunk that a program's warp executes, forward and backward, by the products of five memories,
 their kind and width; the backward holds the replay of three chunks of four, as three quarters of the forward. Those of
-`tf32x3` are of kernels that ran chunks in pieces of 32. Those of `bf16` at 128 were not
-counted: they grow as `tf32x3` does. A narrower memory counts as 64 wide, and `tf32` as `tf32x3`, of which it is less."""
+`tf32x3` are of kernels that ran chunks in pieces of 32; those of `bf16` at 128 were not counted: they grow as `tf32x3`
+does. A narrower memory counts as 64 wide, and `tf32` as `tf32x3`, of which it is less."""
 MEMORIES = 5
 """Memories in these counts."""
 PASSES = 70

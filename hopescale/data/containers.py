@@ -169,8 +169,11 @@ class ContainerRules:
             DataError: If the name says that it is a table, and the first line names other columns.
         """
         line = first.removeprefix(BYTE_ORDER_MARK).decode(errors="replace").rstrip("\r\n")
-        for delimiter in _DELIMITERS:
-            columns = next(csv.reader([line], delimiter=delimiter), [])
+        for delimiter in _DELIMITERS if all(key in line for key in self.records.keys) else ():
+            try:
+                columns = next(csv.reader([line], delimiter=delimiter), [])
+            except csv.Error:  # a line of text, however long
+                continue
             if set(self.records.keys) <= set(columns) and (len(columns) > 1 or suffix in _TABLES):
                 return delimiter
         if kind := _TABLES.get(suffix):

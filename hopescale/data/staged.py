@@ -134,7 +134,10 @@ def _copy(storage: Storage, folder: Path, entry: ShardEntry, on_copied: Callable
     """Copy a shard and take its checksum on the way, in one reading."""
     partial, digest = folder / (entry.file + _PARTIAL), hashlib.sha256()
     with partial.open("wb") as written:
-        while piece := storage.read(entry.file, written.tell(), _PIECE):
+        while left := entry.num_bytes - written.tell():
+            piece = storage.read(entry.file, written.tell(), min(_PIECE, left))
+            if not piece:
+                break
             digest.update(piece)
             written.write(piece)
             on_copied(len(piece))

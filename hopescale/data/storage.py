@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import tempfile
 from collections.abc import Iterator
@@ -11,9 +12,12 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Protocol
 
+from hopescale.common.disk import write_synced
 from hopescale.common.errors import DataError
 from hopescale.common.object_store import ObjectStore, install_hint, is_address
 from hopescale.data.tokenizer import JSON_FILE, SENTENCEPIECE_FILE, SETTINGS_FILE
+
+logger = logging.getLogger(__name__)
 
 INDEX_FILE = "index.json"
 PIECE = 1 << 20
@@ -122,6 +126,7 @@ class RemoteStorage:
             message = f"cannot read {self.name}: {getattr(error, 'strerror', None) or error}"
             raise DataError(message, "check the address, and your right to read it") from error
         self._piece = lru_cache(_KEPT_PIECES)(self._read_piece)
+        self._size = lru_cache(None)(self._store.size)
 
     @cached_property
     def _files(self) -> frozenset[str]:
@@ -129,24 +134,34 @@ class RemoteStorage:
 
     def size(self, file: str) -> int:
         """Return the bytes of a shard."""
-        return self._store.size(file)
+        return self._size(file)
 
     def read(self, file: str, offset: int, size: int) -> bytes:
         """Read a range of a shard, by the pieces that it touches."""
-        first = offset // PIECE
-        last = max(first, (offset + size - 1) // PIECE)
+        end = min(offset + size, self._size(file))
+        if end <= offset:
+            return b""
+        first, last = offset // PIECE, (end - 1) // PIECE
         data = b"".join(self._piece(file, number) for number in range(first, last + 1))
-        return data[offset - first * PIECE :][:size]
+        return data[offset - first * PIECE : end - first * PIECE]
 
     def _read_piece(self, file: str, number: int) -> bytes:
+        """Read a piece from the cache, else from the store; one that is not whole is of no use in either place."""
+        wanted = min(PIECE, self._size(file) - number * PIECE)
         kept = self._cache and self._cache / f"{file}.{number}"
-        if kept and kept.exists():
-            return kept.read_bytes()
-        data = self._store.read_range(file, number * PIECE, (number + 1) * PIECE)
+        if kept and kept.exists() and len(data := kept.read_bytes()) == wanted:
+            return data
+        data = self._store.read_range(file, number * PIECE, number * PIECE + wanted)
+        if len(data) != wanted:
+            raise OSError(f"the store gave {len(data)} bytes of {file} where {wanted} were asked for")
         if kept:
             written = kept.with_name(f"{kept.name}.{os.getpid()}.{id(data)}.partial")
-            written.write_bytes(data)
-            written.replace(kept)
+            try:
+                write_synced(written, data)
+                written.replace(kept)
+            except OSError as error:
+                written.unlink(missing_ok=True)
+                logger.warning("cannot keep %s, reading on without: %s", kept, error.strerror or error)
         return data
 
     @contextmanager
@@ -160,19 +175,34 @@ class RemoteStorage:
             path.unlink(missing_ok=True)
 
 
+def require_free(address: str) -> None:
+    """Refuse an address at which something is, or that cannot be asked, before anything is made for it.
+
+    Raises:
+        DataError: With the reason.
+    """
+    with _writing(address):
+        if ObjectStore(address).names():
+            raise DataError(f"output {address} already exists", "choose another address, or delete the old one first")
+
+
 def publish(folder: Path, address: str) -> None:
     """Copy a prepared data set to an object store, the index last.
 
     Raises:
         DataError: If something is there already, or it cannot be written.
     """
-    try:
+    require_free(address)
+    with _writing(address):
         store = ObjectStore(address)
-        if store.names():
-            raise DataError(f"output {address} already exists", "choose another address, or delete the old one first")
-        files = sorted(folder.iterdir(), key=lambda file: (file.name == INDEX_FILE, file.name))
-        for file in files:
+        for file in sorted(folder.iterdir(), key=lambda file: (file.name == INDEX_FILE, file.name)):
             store.upload(file, file.name)
+
+
+@contextmanager
+def _writing(address: str) -> Iterator[None]:
+    try:
+        yield
     except ImportError as error:
         raise DataError(f"cannot write {address}: {error}", install_hint(address)) from error
     except (OSError, ValueError) as error:

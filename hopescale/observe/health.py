@@ -57,7 +57,7 @@ class LossWatch:
                 f"(train.loss_spike={self.loss_spike:g})"
             )
         mean = _mean(self._norms)
-        if self.norm_spike is not None and mean is not None and grad_norm > self.norm_spike * mean:
+        if self.norm_spike is not None and mean and grad_norm > self.norm_spike * mean:
             return (
                 f"the gradient norm {grad_norm:.4g} is {grad_norm / mean:.1f} times the mean {mean:.4g} of the last "
                 f"{self.window} (train.norm_spike={self.norm_spike:g})"

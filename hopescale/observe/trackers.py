@@ -28,6 +28,10 @@ MLFLOW_SERVER = "MLFLOW_TRACKING_URI"
 """Variable with the address of MLflow's server."""
 
 
+_MLFLOW_PATIENCE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
+"""Seconds and tries of its client, unless the user sets others: all ranks wait while a record is sent."""
+
+
 class Tracker(ABC):
     """A view of one run that a service or a program draws.
 
@@ -136,6 +140,8 @@ class MlflowTracker(Tracker):
         from mlflow import MlflowClient
         from mlflow.entities import Param
 
+        for variable, value in _MLFLOW_PATIENCE.items():
+            os.environ.setdefault(variable, value)
         kept = folder / "mlflow_id"
         self._client = MlflowClient(os.environ[MLFLOW_SERVER])
         id = _kept(kept, resume_step)
@@ -226,7 +232,8 @@ class Trackers:
         """Show the values of a step, and distributions of many."""
         for name, tracker in list(self._trackers.items()):
             self._guarded(name, lambda tracker=tracker: tracker.log(step, values))
-            self._guarded(name, lambda tracker=tracker: tracker.log_values(step, distributions))
+            if name in self._trackers:
+                self._guarded(name, lambda tracker=tracker: tracker.log_values(step, distributions))
 
     def close(self) -> None:
         """Close all."""

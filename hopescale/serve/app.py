@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import secrets
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from anyio.to_thread import current_default_thread_limiter
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.exceptions import HTTPException as StarletteHTTPException
 
-from hopescale.common.errors import HopescaleError
+from hopescale.common.errors import CheckpointError, HopescaleError
 from hopescale.infer.load import LoadedModel
 from hopescale.infer.sampling import Sampling
 from hopescale.infer.text import decode_stream, encode_prompt
@@ -51,7 +55,7 @@ class CompletionRequest(BaseModel):
     stop: str | list[str] | None = None
     stream: bool = False
     stream_options: dict[str, Any] | None = None
-    seed: int = Field(default=0, ge=0)
+    seed: int | None = Field(default=None, ge=0, lt=2**63)
     user: str | None = None
     context: str | None = None
 
@@ -125,7 +129,7 @@ class Server:
             before and before.reading,
             body.max_tokens,
             sampling,
-            body.seed,
+            secrets.randbits(62) if body.seed is None else body.seed,
             None if tokenizer is None else tokenizer.eos_id,
         )
         stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
@@ -217,21 +221,33 @@ def _context_request(request: Request, body: bytes) -> ContextRequest:
         raise RequestValidationError([{**one, "loc": ("body", *one["loc"])} for one in error.errors()]) from None
 
 
-KINDS = {Busy: (429, "rate_limit_error"), NoContext: (404, "invalid_request_error"), Failed: (500, "server_error")}
+KINDS = {
+    Busy: (429, "rate_limit_error"),
+    NoContext: (404, "invalid_request_error"),
+    Failed: (500, "server_error"),
+    CheckpointError: (500, "server_error"),
+}
 """Status and OpenAI's word for errors that are no mistake in the request."""
 
 
 def make_app(server: Server) -> FastAPI:
     """Return the web application of a server."""
-    app = FastAPI(title="hopescale", docs_url=None, redoc_url=None, openapi_url="/openapi.json")
+
+    @asynccontextmanager
+    async def threads_for_all(_: FastAPI) -> AsyncIterator[None]:
+        # Each request that is being answered waits on a thread of its own.
+        current_default_thread_limiter().total_tokens = server.batcher.most + 16
+        yield
+
+    app = FastAPI(title="hopescale", docs_url=None, redoc_url=None, lifespan=threads_for_all)
 
     @app.get("/health")
-    def health() -> dict[str, Any]:
+    async def health() -> dict[str, Any]:
         running = server.batcher
         return {"status": "ok", "requests": running.num_open, "tokens_read": running.tokens_read}
 
     @app.get("/v1/models")
-    def models() -> dict[str, Any]:
+    async def models() -> dict[str, Any]:
         return {"object": "list", "data": [{"id": server.name, "object": "model", "owned_by": "hopescale"}]}
 
     @app.post("/v1/completions")
@@ -266,8 +282,8 @@ def make_app(server: Server) -> FastAPI:
         hint = f" ({error.hint})" if error.hint else ""
         return JSONResponse(_error(f"{error.message}{hint}", kind), status)
 
-    @app.exception_handler(HTTPException)
-    def not_found(_: Request, error: HTTPException) -> JSONResponse:
+    @app.exception_handler(StarletteHTTPException)
+    def not_found(_: Request, error: StarletteHTTPException) -> JSONResponse:
         return JSONResponse(_error(str(error.detail), "invalid_request_error"), error.status_code)
 
     @app.exception_handler(RequestValidationError)

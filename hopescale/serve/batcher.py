@@ -121,8 +121,11 @@ class Batcher:
 
         Raises:
             Busy: If there are `most` of them already.
+            Failed: If it has stopped.
         """
         with self._lock:
+            if self._is_closed:
+                raise Failed("the server stops")
             if self._open >= self.most:
                 raise Busy(f"{self.most} requests are being answered, as many as --max-requests allows", "try again")
             self._open += 1
@@ -137,6 +140,18 @@ class Batcher:
     def _run(self) -> None:
         reading: list[Request] = []
         batches: dict[int, _Batch] = {}
+        try:
+            self._work(reading, batches)
+        finally:
+            with self._lock:
+                self._is_closed = True
+            waiting = [request for batch in batches.values() for request in batch.requests]
+            while not self._inbox.empty():
+                waiting += filter(None, [self._inbox.get()])
+            for request in [*reading, *waiting]:
+                self._end(request, Failed("the server stops"))
+
+    def _work(self, reading: list[Request], batches: dict[int, _Batch]) -> None:
         while True:
             wait = not reading and not batches
             while (request := self._next(wait)) is not None:
@@ -148,7 +163,8 @@ class Batcher:
             while reading and room > 0:
                 room -= self._read_piece(reading, room, batches)
             written = [batch for old in batches.values() if (batch := self._write(old))]
-            batches = {self._place(batch): batch for batch in written}
+            batches.clear()
+            batches |= {self._place(batch): batch for batch in written}
 
     _is_closed = False
 
@@ -186,30 +202,47 @@ class Batcher:
         elif not request.max_tokens:
             self._end(request, request.reading)
         else:
-            batch = _Batch([request], request.reading)
-            place = self._place(batch)
-            batches[place] = batches[place].joined(batch) if place in batches else batch
+            self._begin(request, batches)
         return len(piece)
+
+    def _begin(self, request: Request, batches: dict[int, _Batch]) -> None:
+        """Let a request write from now on, together with those at its place."""
+        batch = _Batch([request], request.reading)
+        place = self._place(batch)
+        try:
+            batches[place] = batches[place].joined(batch) if place in batches else batch
+        except Exception as error:  # memory that there is not, of two large states
+            logger.exception("requests could not be put together")
+            self._end(request, Failed(f"the model could not go on: {error}"))
 
     def _write(self, batch: _Batch) -> _Batch | None:
         """Write a token of each request; return what goes on."""
+        tokens = [self._choose(batch, row) for row in range(len(batch.requests))]
+        kept = [row for row, token in enumerate(tokens) if token is not None]
+        if not kept:
+            return None
+        going = [batch.requests[row] for row in kept]
         try:
-            tokens = [
-                int(sample(batch.reading.logits[row : row + 1], request.sampling, request.generator))
-                for row, request in enumerate(batch.requests)
-            ]
-            kept = [row for row, request in enumerate(batch.requests) if self._goes_on(request, tokens[row])]
-            if not kept:
-                return None
             batch = batch.rows(kept)
             chosen = torch.tensor([[tokens[row]] for row in kept], device=batch.reading.logits.device)
             self.passes += 1
             return _Batch(batch.requests, prefill(self.model, chosen, batch.reading.state))
         except Exception as error:
             logger.exception("tokens could not be written")
-            for request in batch.requests:
+            for request in going:
                 self._end(request, Failed(f"the model could not go on: {error}"))
             return None
+
+    def _choose(self, batch: _Batch, row: int) -> int | None:
+        """Choose the next token of a request and hand it out; None if no other one is to follow."""
+        request = batch.requests[row]
+        try:
+            token = int(sample(batch.reading.logits[row : row + 1], request.sampling, request.generator))
+        except Exception as error:  # of this request alone, as where what it predicts is not a number
+            logger.exception("no token could be chosen")
+            self._end(request, Failed(f"the model could not go on: {error}"))
+            return None
+        return token if self._goes_on(request, token) else None
 
     def _goes_on(self, request: Request, token: int) -> bool:
         """Hand out a token; tell whether another one is to follow."""

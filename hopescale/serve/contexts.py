@@ -71,9 +71,12 @@ class Contexts:
         context = NamedContext(name, reading)
         with self._lock:
             if self.folder is not None:
-                shutil.rmtree(self.folder / name, ignore_errors=True)
-                with staged_folder(self.folder / name, CheckpointError) as folder:
+                new = self.folder / f".new-{name}"
+                shutil.rmtree(new, ignore_errors=True)
+                with staged_folder(new, CheckpointError) as folder:
                     write_state(reading, self.loaded, folder)
+                shutil.rmtree(self.folder / name, ignore_errors=True)
+                new.rename(self.folder / name)
             self._known[name] = context
         return context
 
@@ -98,7 +101,8 @@ class Contexts:
         Raises:
             NoContext: If there is none of that name.
         """
-        self.get(name)
+        if name not in self.names():
+            raise NoContext(f"there is no context {name!r}")
         with self._lock:
             self._known.pop(name, None)
             if self.folder is not None:
@@ -106,5 +110,5 @@ class Contexts:
 
     def names(self) -> list[str]:
         """Return the names of all contexts, sorted."""
-        kept = set() if self.folder is None else {path.parent.name for path in self.folder.glob(f"*/{STATE}")}
-        return sorted({*self._known, *kept})
+        kept = [] if self.folder is None else [path.parent.name for path in self.folder.glob(f"*/{STATE}")]
+        return sorted({*self._known, *filter(_NAME.fullmatch, kept)})

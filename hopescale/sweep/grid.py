@@ -251,6 +251,9 @@ def _make_trial(point: _Point) -> tuple[Trial | None, list[Problem]]:
     except ConfigError as error:
         return None, error.problems or [Problem("recipe", error.message, hint=error.hint)]
     problems = check(loaded.config, loaded.origins)
+    if (mirror := loaded.config.checkpoint.mirror) is not None:
+        message = f"{mirror} would take the checkpoints of all trials, and give one trial's to another"
+        problems.append(Problem("checkpoint.mirror", message, hint="leave it null in a sweep"))
     overrides = _overrides({**settings, "name": point.name})
     return Trial(point.name, point.series, point.labels, point.recipe, overrides, loaded.config), problems
 

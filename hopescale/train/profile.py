@@ -60,6 +60,15 @@ class StepProfiler:
         recorded = self._count - FIRST
         if recorded < 1:
             return
+        try:
+            self._write_files(done)
+        except (OSError, RuntimeError) as error:
+            self.report(f"note: cannot write the profile in {self.folder}: {error}")
+            return
+        self.report(f"profile of the last {recorded} steps: {self.folder}")
+
+    def _write_files(self, done: profile) -> None:
+        self._written = True
         self.folder.mkdir(parents=True, exist_ok=True)
         trace = self.folder / f"trace-{self._step}.json.gz"
         done.export_chrome_trace(str(trace))
@@ -68,5 +77,4 @@ class StepProfiler:
         (self.folder / f"operations-{self._step}.txt").write_text(table, encoding="utf-8")
         if self.device.type == "cuda":
             torch.cuda.memory._dump_snapshot(str(self.folder / f"memory-{self._step}.pickle"))
-        self._written = True
-        self.report(f"profile of the last {recorded} steps: {self.folder}")
+            torch.cuda.memory._record_memory_history(enabled=None)

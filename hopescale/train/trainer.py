@@ -182,8 +182,12 @@ class Trainer:
         self.distributions = {}
 
     def save_if_due(self) -> None:
-        """Save the state at the steps that `checkpoint` names; notice a failure of the save under way."""
-        if self.checkpoints.due(self.state.step, self.config.train.steps):
+        """Save the state at the steps that `checkpoint` names; notice a failure of the save under way.
+
+        Not after a bad step: saves push out older ones, and the run may have to go back to those.
+        """
+        is_good = self.state.watch.in_a_row == 0
+        if is_good and self.checkpoints.due(self.state.step, self.config.train.steps):
             self._save()
         self._defer_failure(self.checkpoints.poll)
 

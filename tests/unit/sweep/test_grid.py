@@ -206,3 +206,8 @@ def test_an_unknown_sweep_names_the_shipped_ones(tmp_path: Path):
 def test_shipped_sweeps_load_and_plan():
     trials = make_trials(load_sweep(Path("hope_vs_transformer")))
     assert len(trials) == 30 and {trial.series for trial in trials} == {"hope", "transformer"}
+
+
+def test_trials_share_no_mirror(sweep):
+    with pytest.raises(ConfigError, match="checkpoint.mirror: memory://runs would take the checkpoints of all trials"):
+        make_trials(sweep("recipe: debug\nset: {checkpoint.mirror: 'memory://runs'}"))
