@@ -88,7 +88,7 @@ class CheckpointConfig:
     """Whether files are written in the background while training goes on."""
     mirror: str | None = None
     """Address of the run's own on an object store (`s3://bucket/runs/mine`) to which every checkpoint is copied, and
-    from which a run folder that has none, or an older one, continues; null keeps them in the run folder alone."""
+    from which a run folder without a complete one continues; null keeps them in the run folder alone."""
 
 
 @dataclass(frozen=True)
