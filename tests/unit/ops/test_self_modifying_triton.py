@@ -63,6 +63,7 @@ def test_kernels_compile_for_a_gpu(name: str, tmp_path: Path, monkeypatch: pytes
         key_eps=1e-2,
         eta_max=1.0,
         read="inclusive",
+        normalize_writes=True,
     )
     tokens = torch.zeros(1, 1, 16, 16)
     gate = tokens[..., 0]

@@ -144,12 +144,13 @@ def write_mlp_back(k, v, exists, state, d_state, memory, scratch, KIND: tl.const
     d_values = tl.load(at.whole(scratch, at.D_VALUES, E, CONFIG))
     d_second = tl.load(at.whole(scratch, at.D_SECOND, N, CONFIG))
     push, keys = tl.load(at.whole(scratch, at.PUSH, N, CONFIG)), tl.load(at.whole(scratch, at.KEYS, E, CONFIG))
-    over = tl.zeros((CONFIG.rows, 1), tl.float32)
     if CONFIG.spec.normalize_writes:
         d_values, over = shrink_back(d_values, gate, hidden, push, scratch, CONFIG)
     put(at.whole(scratch, at.TEMPORARY, E, CONFIG), -d_values * slope(gate, hidden))
     norm = tl.sqrt(tl.sum(hidden * hidden, 1) + CONFIG.spec.key_eps)[:, None]
-    d_push = ask(temporary, exists, second, SECOND, CONFIG) - length_written(norm, CONFIG) * d_second + over * push
+    d_push = ask(temporary, exists, second, SECOND, CONFIG) - length_written(norm, CONFIG) * d_second
+    if CONFIG.spec.normalize_writes:
+        d_push += over * push
     add_outer(d_second_layer, temporary, exists, push, SECOND, CONFIG)
     d_keys = tl.load(at.whole(scratch, at.D_KEYS, E, CONFIG))
     d_norm = -tl.sum(push * d_second, 1)[:, None]
