@@ -28,7 +28,7 @@ from hopescale.parallel.mesh import Mesh
 
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_scaled_dot_product", "_flash_attention", "_efficient_attention")
 """Beginnings of names of operations that are products of matrices, or attention."""
-MEMORIES = ("self_modify",)
+MEMORIES = ("self_modify", "replay")
 """The same of the kernels that run the memories."""
 FREE = (
     *("view", "_unsafe_view", "t", "transpose", "permute", "expand", "unsqueeze", "squeeze", "slice", "select"),
