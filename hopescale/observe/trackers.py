@@ -177,17 +177,13 @@ def _kept(file: Path, resume_step: int | None) -> str | None:
     return None if resume_step is None or not file.exists() else file.read_text(encoding="utf-8").strip()
 
 
-PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
-"""Package of each tracker. That of TensorBoard is always there; the others are extras of the same name."""
-
-
 def open_trackers(
     names: Sequence[str], folder: Path, *, name: str, config: Mapping[str, Any], resume_step: int | None
 ) -> Trackers:
     """Open the trackers of a run.
 
     Args:
-        names: Names from `PACKAGES`.
+        names: Names of trackers, each that of its package; all but TensorBoard's are extras of the same name.
         folder: The run folder.
         name: Name of the run.
         config: Values of the config by dotted key.
@@ -198,9 +194,9 @@ def open_trackers(
         HopescaleError: If TensorBoard's files cannot be written.
     """
     for tracker in names:
-        if find_spec(PACKAGES[tracker]) is None:
+        if find_spec(tracker) is None:
             hint = f"pip install 'hopescale[{tracker}]', or leave it out"
-            raise ConfigError(f"log.trackers has {tracker}, but the package {PACKAGES[tracker]} is not installed", hint)
+            raise ConfigError(f"log.trackers has {tracker}, but the package {tracker} is not installed", hint)
     if "mlflow" in names and not os.environ.get(MLFLOW_SERVER):
         hint = f"set {MLFLOW_SERVER}, as in {MLFLOW_SERVER}=http://localhost:5000, or leave it out"
         raise ConfigError(f"log.trackers has mlflow, but {MLFLOW_SERVER} does not say where its server is", hint)

@@ -100,7 +100,7 @@ class Batcher:
         self.model, self.most, self.tokens_read, self.passes = model, most, 0, 0
         self._period = period(model.config)
         self._inbox: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
-        self._open, self._lock = 0, threading.Lock()
+        self._open, self._lock, self._is_closed = 0, threading.Lock(), False
         self._thread = threading.Thread(target=self._run, name="batcher", daemon=True)
 
     def __enter__(self) -> Batcher:
@@ -165,8 +165,6 @@ class Batcher:
             written = [batch for old in batches.values() if (batch := self._write(old))]
             batches.clear()
             batches |= {self._place(batch): batch for batch in written}
-
-    _is_closed = False
 
     def _next(self, wait: bool) -> Request | None:
         try:
