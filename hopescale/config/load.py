@@ -14,7 +14,7 @@ from hopescale.common.errors import ConfigError, Problem
 from hopescale.common.paths import display_path
 from hopescale.config.fields import child_types, entry_type, leaves, map_entries, suggest
 from hopescale.config.files import find_recipe, read_chain, read_yaml
-from hopescale.config.mixers import begin_anew, misplaced, read_old
+from hopescale.config.mixers import begin_anew, misplaced, read_old, read_resolved
 from hopescale.config.schema import RunConfig
 from hopescale.config.values import (
     describe_type,
@@ -113,7 +113,7 @@ def from_dict(tree: dict[str, Any], origin: str) -> RunConfig:
         ConfigError: If the tree does not fit the schema.
     """
     problems: list[Problem] = []
-    layer = _read_layer(read_old(tree), origin, problems)
+    layer = _read_layer(read_resolved(tree), origin, problems)
     return _merge(map_entries(RunConfig(), lambda entries: {}), [layer], problems)
 
 

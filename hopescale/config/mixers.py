@@ -44,6 +44,23 @@ def misplaced(tree: dict[str, Any], kinds: Mapping[str, MixerConfig], origin: st
             yield Problem(f"model.mixers.{name}.{key}", f"no key of kind {kinds[name].kind}", origin, hint)
 
 
+def read_resolved(tree: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of a resolved config as they are written now; what an earlier version did not know is off."""
+    tree = read_old(tree)
+    model = tree.get("model")
+    if not isinstance(model, dict) or not isinstance(model.get("mixers"), dict):
+        return tree
+    mixers = {name: _as_printed(entry) for name, entry in model["mixers"].items()}
+    return tree | {"model": model | {"mixers": mixers}}
+
+
+def _as_printed(mixer: Any) -> Any:
+    """Return a mixer's entry, whose writes stay as they are where nothing is said of them."""
+    if not isinstance(mixer, dict) or mixer.get("kind") != "self_modifying":
+        return mixer
+    return {"normalize_writes": False} | mixer
+
+
 def read_old(tree: dict[str, Any]) -> dict[str, Any]:
     """Return the values of a resolved config as they are written now, where it is of an earlier version."""
     log = tree.get("log")
@@ -57,5 +74,5 @@ def read_old(tree: dict[str, Any]) -> dict[str, Any]:
     within = settings["attention"].pop("within_documents", False) and model["mixer"] == "attention"
     kind = model["mixer"]
     kept = {key: value for key, value in model.items() if key not in ("mixer", *OLD_NAMES)}
-    mixers = {OLD_NAMES.get(kind, "mixer"): {"kind": kind, **settings.get(kind, {})}}
+    mixers = {OLD_NAMES.get(kind, "mixer"): _as_printed({"kind": kind, **settings.get(kind, {})})}
     return tree | {"model": kept | {"mixers": mixers, "pattern": [], "within_documents": within}}

@@ -69,6 +69,11 @@ def memory_dim(model: ModelConfig, mixer: SelfModifyingConfig) -> int | None:
     return None if mixer.memory != "mlp" else mixer.memory_dim or head_dim(model)
 
 
+def normalizes_writes(mixer: SelfModifyingConfig) -> bool:
+    """Tell whether writes of a mixer's memories are divided by what their layers amplify an error by."""
+    return mixer.memory == "mlp" if mixer.normalize_writes is None else mixer.normalize_writes
+
+
 def projection_chunk_size(mixer: SelfModifyingConfig) -> int:
     """Return the tokens between two boundaries of the projection memories, or of the only bank."""
     return mixer.projection_chunk_size or mixer.chunk_size

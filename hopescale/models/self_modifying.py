@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hopescale.config.model_shape import head_dim, memory_dim
+from hopescale.config.model_shape import head_dim, memory_dim, normalizes_writes
 from hopescale.config.schema import FarMemoryConfig, ModelConfig, SelfModifyingConfig
 from hopescale.models.memory import MemoryBank
 from hopescale.models.norm import RMSNorm
@@ -169,7 +169,7 @@ class SelfModifying(nn.Module):
             read=config.read,
             projection_chunk_size=config.projection_chunk_size,
             momentum_write=config.momentum_write,
-            normalize_writes=config.normalize_writes,
+            normalize_writes=normalizes_writes(config),
         )
 
     def initial_state(self, batch: int) -> LayerState:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -69,9 +70,11 @@ def test_every_mixer_is_compared_with_the_transformer(tmp_path: Path):
         ("samba:window=8", "samba_tiny has mamba2, local"),
     ],
 )
-def test_a_mixer_that_does_not_exist_is_one_message(mixer: str, said: str):
-    done = run_tool("bench_mixers.py", "--mixers", mixer)
-    assert done.returncode == 1 and said in done.stderr and "Traceback" not in done.stderr
+def test_a_mixer_that_does_not_exist_is_one_message(mixer: str, said: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(TOOLS))
+    monkeypatch.setattr(sys, "argv", ["bench_mixers.py", "--mixers", mixer])
+    with pytest.raises(SystemExit, match=said):
+        runpy.run_path(str(TOOLS / "bench_mixers.py"), run_name="__main__")
 
 
 def test_training_steps_are_split_into_parts(tmp_path: Path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hopescale.config.model_shape import normalizes_writes
 from hopescale.config.schema import FarMemoryConfig
 from hopescale.models.self_modifying import SelfModifying
 from hopescale.ops.self_modifying import Memories, Streams, self_modifying_naive
@@ -56,11 +57,18 @@ SWITCHES = {
         "retention": False,
     },
     "TTT-MLP": {"adaptive": (), "targets": "value", "inner_rule": "gd", "momentum": False, "retention": False},
-    "Titans": {"adaptive": (), "targets": "value", "inner_rule": "gd", "read": "inclusive", "momentum_write": "whole"},
+    "Titans": {
+        "adaptive": (),
+        "targets": "value",
+        "inner_rule": "gd",
+        "read": "inclusive",
+        "momentum_write": "whole",
+        "normalize_writes": False,
+    },
     "whole writes": {"momentum_write": "whole"},
     "linear, whole writes": {"memory": "linear", "momentum_write": "whole"},
     "error cap": {"error_cap": 0.3},
-    "normalized writes": {"normalize_writes": True},
+    "writes as printed": {"normalize_writes": False},
     "hidden width": {"memory_dim": 10},
     "large eta": {"eta_max": 2.0, "eta_init": 0.4},
     "gate": {"gate": True},
@@ -79,7 +87,6 @@ SWITCHES = {
         "inner_rule": "gd",
         "retention": False,
         "far": FarMemoryConfig(chunk_size=8, eta_init=0.1),
-        "normalize_writes": True,
     },
     "resets of stored values": {
         "reset_every": 8,
@@ -135,7 +142,7 @@ def naive_far(mixer: SelfModifying, streams: Streams) -> Tensor:
         read, target = answer(inner, k), answer(boundary, v) if config.targets == "self" else v
         error = read - target if config.objective == "l2" else -target
         slopes = torch.autograd.grad(read, inner, grad_outputs=error, create_graph=True)
-        if config.normalize_writes:
+        if normalizes_writes(config):
             # A slope is its key times what is written under it, whose length the key's length amplifies.
             square, hidden = error.square().sum(-1) * k.square().sum(-1), torch.einsum("bhd,bhde->bhe", k, boundary[0])
             gains = [slopes[0].square().sum((-1, -2)) / square]

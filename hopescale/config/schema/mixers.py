@@ -85,10 +85,10 @@ class SelfModifyingConfig(MixerConfig):
     error_cap: Positive | None = None
     """Largest norm of a token's error (read minus target) that may enter a write; null is no limit. Only with
     `objective: l2`."""
-    normalize_writes: bool = False
+    normalize_writes: bool | None = None
     """Whether a write is divided by the square of what its layer amplifies an error by, where that is above 1
-    (normalised least mean squares): memories then stay bounded at learning rates at which they explode otherwise. Only
-    with `memory: mlp`."""
+    (normalised least mean squares): memories then stay bounded at learning rates at which they explode otherwise. Null
+    is true for MLP memories; false is the papers' equation. True only with `memory: mlp`."""
     conv_width: Count | None = 4
     """Tokens seen by the causal depthwise convolution on the projected inputs; null is no convolution."""
     gate: bool = False

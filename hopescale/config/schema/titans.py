@@ -38,3 +38,6 @@ class TitansConfig(SelfModifyingConfig):
     """State that token t reads: after its own write, before it, or at the start of its chunk."""
     eta_init: Fraction = 0.005
     """Inner learning rate of every token at initialisation, as a fraction of `eta_max`, in (0, 1)."""
+    normalize_writes: bool | None = False
+    """Whether a write is divided by the square of what its layer amplifies an error by, where that is above 1. False is
+    the published memory. True only with `memory: mlp`."""

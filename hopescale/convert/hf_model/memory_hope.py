@@ -235,7 +235,7 @@ class HopeSelfModifying(nn.Module):
         hidden = (config.memory_dim or dim) if config.memory == "mlp" else None
         names = [*(name for name in "kv" if name in adaptive), *["q"] * (config.query == "memory")]
         sizes = dict.fromkeys(["mem", *names], dim) | {name: 1 for name in ("eta", "alpha") if name in adaptive}
-        normalize = config.normalize_writes
+        normalize = config.memory == "mlp" if config.normalize_writes is None else config.normalize_writes
         self.memories = {name: Memory(heads, dim, size, hidden, normalize) for name, size in sizes.items()}
         projections = config.projection_chunk_size or config.chunk_size
         self.period = dict.fromkeys(sizes, projections) | {"mem": config.chunk_size}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -102,8 +103,19 @@ def test_configs_with_one_mixer_are_read(tmp_path: Path, kind: str):
     if kind == "attention":
         assert model.mixers == {"attention": AttentionConfig(num_kv_heads=2)} and model.within_documents
     else:
-        assert model.mixers == {"hope": SelfModifyingConfig(chunk_size=8, momentum=False)}
+        assert model.mixers == {"hope": SelfModifyingConfig(chunk_size=8, momentum=False, normalize_writes=False)}
         assert not model.within_documents
     assert model.pattern == ()
     path = write(tmp_path, "config", OmegaConf.to_yaml(tree))
     assert load_recipe(path).config.model == load_resolved(path).model == model
+
+
+def test_runs_of_before_go_on_with_writes_as_printed():
+    """Configs of runs hold every value; one without `normalize_writes` is older than the key."""
+    now = RunConfig(model=ModelConfig(mixers=HYBRID))
+    tree = to_dict(now)
+    memories = [mixer for mixer in tree["model"]["mixers"].values() if mixer["kind"] == "self_modifying"]
+    for mixer in memories:
+        del mixer["normalize_writes"]
+    before = from_dict(tree, "it").model.mixers
+    assert len(memories) == 1 and before["hope"] == replace(now.model.mixers["hope"], normalize_writes=False)

@@ -57,11 +57,7 @@ VARIANTS = {
         },
         "pattern": ("hope", "gdn", "local", "ttt"),
     },
-    "two banks, MLP": {
-        "mixers": {
-            "hope": SelfModifyingConfig(chunk_size=4, projection_chunk_size=8, memory_dim=5, normalize_writes=True)
-        }
-    },
+    "two banks, MLP": {"mixers": {"hope": SelfModifyingConfig(chunk_size=4, projection_chunk_size=8, memory_dim=5)}},
     "no momentum, no erase, no convolution": {
         "mixers": {
             "hope": SelfModifyingConfig(
@@ -80,7 +76,7 @@ VARIANTS = {
                 chunk_size=4,
                 eta_max=1.5,
                 momentum_write="whole",
-                normalize_writes=True,
+                normalize_writes=False,
             )
         }
     },

@@ -18,7 +18,7 @@ from hopescale.parallel.layers import cross_entropy_sum
 from tests.support.mixers import MIXERS
 
 aten = torch.ops.aten
-SHORT, SEQ_LEN, BATCH = 64, 128, 1
+SHORT, SEQ_LEN, BATCH = 32, 64, 1
 SMALL = ("model.d_model=48", "model.head_dim=24", "model.mixers.hope.chunk_size=16", "model.vocab_size=128")
 CASES = MIXERS | {
     "momentum of static values": ["model.mixers.hope={memory: linear, adaptive: [], targets: value, objective: dot}"],
