@@ -87,12 +87,17 @@ def rates_follow_the_width(config: RunConfig, origins: Origins) -> Iterator[Prob
     """Of learning rates of another width, only what has been derived is allowed (`docs/width_transfer.md`)."""
     if config.model.transfer is None:
         return
-    used, m3, delta = _rules(config), config.optim.m3, config.optim.delta_momentum
-    for name, group in config.optim.groups.items():
+    optim, used = config.optim, _rules(config)
+    m3, delta = optim.m3, optim.delta_momentum
+    for name, group in optim.groups.items():
         if group.rule not in TRANSFERS:
             message = f"no factor makes the learning rate of {group.rule} hold at another width than model.transfer"
             hint = f"use {', '.join(TRANSFERS)}, or leave model.transfer out"
             yield Problem(f"optim.groups.{name}.rule", message, hint=hint)
+    for rule in ("muon", "m3"):
+        if rule in used and (blocks := getattr(optim, rule).blocks) != "matrix":
+            message = f"{blocks} gives matrices of other shapes than model.transfer has rates for"
+            yield Problem(f"optim.{rule}.blocks", message, hint="set it to matrix, or leave model.transfer out")
     unscaled = "paper" if m3.form == "paper" else m3.adjust_lr_fn
     if "m3" in used and m3.second_moment and unscaled is not None:
         message = f"true with {unscaled}: updates as long as gradients are short, which model.transfer has no rate for"

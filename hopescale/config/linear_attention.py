@@ -64,7 +64,13 @@ class LinearSizes:
     @property
     def group_inputs(self) -> int:
         """Outputs of the in-projection for a group."""
-        return self.group_streams + self.gated * self.group_values + len(self.gates) * self.shared_by
+        return sum(count * width for count, width in self.parts)
+
+    @property
+    def parts(self) -> tuple[tuple[int, int], ...]:
+        """Projections in a group's rows of the in-projection: query, key, values, output gates, numbers."""
+        values, numbers = (self.shared_by, self.value_dim), (self.shared_by, 1)
+        return (1, self.key_dim), (1, self.key_dim), *[values] * (1 + self.gated), *[numbers] * len(self.gates)
 
 
 def linear_attention_problems(

@@ -64,6 +64,12 @@ def kv_heads(model: ModelConfig, mixer: AttentionConfig) -> int:
     return mixer.num_kv_heads or model.num_heads
 
 
+def qkv_parts(model: ModelConfig, mixer: AttentionConfig) -> tuple[tuple[int, int], ...]:
+    """Return the projections of attention in the rows of each group of heads: how many of a head's width, and that."""
+    dim = head_dim(model)
+    return (model.num_heads // kv_heads(model, mixer), dim), (1, dim), (1, dim)
+
+
 def memory_dim(model: ModelConfig, mixer: SelfModifyingConfig) -> int | None:
     """Return the hidden width of a mixer's MLP memories, or None where they are linear."""
     return None if mixer.memory != "mlp" else mixer.memory_dim or head_dim(model)

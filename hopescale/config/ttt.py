@@ -20,6 +20,11 @@ def ttt_slices(config: TttConfig) -> int:
     return (2 if config.conv_width else 3) + config.gate
 
 
+def ttt_parts(model: ModelConfig, config: TttConfig) -> tuple[tuple[int, int], ...]:
+    """Return the projections in a head's rows of the in-projection, the last of which makes the learning rate."""
+    return *[(1, head_dim(model))] * ttt_slices(config), (1, 1)
+
+
 def ttt_problems(model: ModelConfig, config: TttConfig, key: str) -> Iterator[Problem]:
     """Find what does not fit together, or has no effect.
 

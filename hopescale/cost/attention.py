@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from hopescale.config.model_shape import head_dim, kv_heads
+from hopescale.config.model_shape import head_dim, kv_heads, qkv_parts
 from hopescale.config.schema import AttentionConfig, ModelConfig
 from hopescale.cost.micro_batch import Activations, MicroBatch
 from hopescale.cost.operation import OpCost, product
@@ -15,7 +15,7 @@ def attention_parameters(model: ModelConfig, mixer: AttentionConfig) -> Iterator
     """List the parameters of a mixer, by their names in it."""
     dim = head_dim(model)
     size = (model.num_heads + 2 * kv_heads(model, mixer)) * dim
-    yield ParameterShape("qkv_proj.weight", (size, model.d_model), 0)
+    yield ParameterShape("qkv_proj.weight", (size, model.d_model), 0, parts=qkv_parts(model, mixer))
     if mixer.qkv_bias:
         yield ParameterShape("qkv_proj.bias", (size,), 0)
     yield ParameterShape("out_proj.weight", (model.d_model, model.num_heads * dim), 1)

@@ -264,7 +264,7 @@ class Estimator:
     def _flops_of_rules(self, layout: Layout) -> float:
         holdings, optim = self.holdings, self.holdings.config.optim
         return sum(
-            update_flops(holdings.rule_of(p), p.shape, optim) * self._updates_per_step(p.level)
+            update_flops(holdings.rule_of(p), p.shape, optim, p.parts) * self._updates_per_step(p.level)
             for p in holdings.matrices(layout, 0)
         )
 

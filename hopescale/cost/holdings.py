@@ -180,8 +180,8 @@ class Holdings:
         rule, shape = self.rule_of(parameter), list(parameter.shape)
         if gathers(self.config, layout) and self.is_cut(parameter):
             shape[parameter.split] *= layout.tp
-        cost = update_cost(rule, shape, self.config.optim)
-        return Work(parameter.name, cost, (rule, tuple(shape)), self.cadence(parameter))
+        cost = update_cost(rule, shape, self.config.optim, parameter.parts)
+        return Work(parameter.name, cost, (rule, tuple(shape), parameter.parts), self.cadence(parameter))
 
     def owners(self, layout: Layout, stage: int) -> dict[str, int]:
         """Return the replica that owns each parameter of a stage with a rule for matrices, as the optimizer does."""

@@ -21,7 +21,7 @@ from hopescale.cost.parameter import FP32, ParameterShape
 def linear_attention_parameters(model: ModelConfig, config: LinearAttentionConfig) -> Iterator[ParameterShape]:
     """List the parameters of a mixer, in its order, by their names in it."""
     sizes, fp32 = LinearSizes.of(model, config), {"keep_fp32": True}
-    yield ParameterShape("in_proj.weight", (sizes.groups * sizes.group_inputs, model.d_model), 0)
+    yield ParameterShape("in_proj.weight", (sizes.groups * sizes.group_inputs, model.d_model), 0, parts=sizes.parts)
     if config.conv_width:
         channels = sizes.groups * sizes.group_streams
         yield ParameterShape("conv.weight", (channels, config.conv_width), 0, **fp32)

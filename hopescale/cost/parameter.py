@@ -21,6 +21,8 @@ class ParameterShape:
     """Whether it stays float32 in a model of lower precision."""
     level: str | None = None
     """Name of the level it belongs to; None if it is updated at every step."""
+    parts: tuple[tuple[int, int], ...] = ()
+    """Projections that it fuses, as in `ParameterSpec`."""
 
     @property
     def size(self) -> int:

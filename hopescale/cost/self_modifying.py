@@ -32,7 +32,8 @@ from hopescale.ops.limits import REVERSE_PARTS, is_moved_by_map, is_trace_smalle
 def self_modifying_parameters(model: ModelConfig, mixer: SelfModifyingConfig) -> Iterator[ParameterShape]:
     """List the parameters of a mixer, by their names in it."""
     heads, dim = model.num_heads, head_dim(model)
-    yield ParameterShape("in_proj.weight", (heads * dim * _num_projections(mixer), model.d_model), 0)
+    slices = _num_projections(mixer)
+    yield ParameterShape("in_proj.weight", (heads * dim * slices, model.d_model), 0, parts=((1, dim),) * slices)
     if mixer.conv_width:
         yield ParameterShape("conv.weight", (heads * dim * 3, mixer.conv_width), 0, keep_fp32=True)
     for gate in ("eta", *["alpha"] * mixer.retention, *["mu"] * mixer.momentum):

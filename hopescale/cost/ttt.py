@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from hopescale.config.model_shape import head_dim
 from hopescale.config.schema import ModelConfig
 from hopescale.config.schema.ttt import TttConfig
-from hopescale.config.ttt import ttt_hidden, ttt_slices
+from hopescale.config.ttt import ttt_hidden, ttt_parts, ttt_slices
 from hopescale.cost.micro_batch import Activations, MicroBatch
 from hopescale.cost.operation import NOTHING, OpCost, product
 from hopescale.cost.parameter import FP32, ParameterShape
@@ -21,7 +21,8 @@ from hopescale.cost.parameter import FP32, ParameterShape
 def ttt_parameters(model: ModelConfig, config: TttConfig) -> Iterator[ParameterShape]:
     """List the parameters of a mixer, in its order, by their names in it."""
     heads, dim, fp32 = model.num_heads, head_dim(model), {"keep_fp32": True}
-    yield ParameterShape("in_proj.weight", (heads * (ttt_slices(config) * dim + 1), model.d_model), 0)
+    shape = heads * (ttt_slices(config) * dim + 1), model.d_model
+    yield ParameterShape("in_proj.weight", shape, 0, parts=ttt_parts(model, config))
     if config.conv_width:
         yield ParameterShape("conv.weight", (2 * heads * dim, config.conv_width), 0, **fp32)
         yield ParameterShape("conv.bias", (2 * heads * dim,), 0, **fp32)

@@ -10,7 +10,11 @@ from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from hopescale.config.schema import DeepMomentumConfig, OptimConfig
+from hopescale.config.schema import DeepMomentumConfig, M3Config, MuonConfig, OptimConfig
+from hopescale.config.schema.optim import Blocks
+from hopescale.ops.limits import steps_on_gram
+
+Parts = tuple[tuple[int, int], ...]
 
 BUCKET_ELEMENTS = 1 << 24
 """Most entries of gradients that replicas exchange at once."""
@@ -19,16 +23,21 @@ UPDATE_ELEMENTS = 1 << 26
 ENTRY_COST = 64
 """FLOPs that take as long as reading and writing an entry of weight, gradient and state: its part of an update that no
 matrix product is part of."""
+ORTHOGONAL_STEPS = {"newton_schulz": 5, "polar_express": 4}
+"""Iterations of each method of `optim.*.orthogonalize`, unless `ns_steps` is given."""
 DEEP_MEMORY_DIM = 32
 """Hidden width of deep momentum's MLP memory that is given none."""
 
 
-def update_cost(rule: str, shape: Sequence[int], config: OptimConfig) -> float:
-    """Return what an update of a parameter `[..., R, C]` by a rule for matrices costs, in FLOPs."""
-    return update_flops(rule, shape, config) + ENTRY_COST * math.prod(shape)
+def update_cost(rule: str, shape: Sequence[int], config: OptimConfig, parts: Parts = ()) -> float:
+    """Return what an update of a parameter `[..., R, C]` by a rule for matrices costs, in FLOPs.
+
+    `parts` are the projections that it fuses, as in `ParameterSpec`.
+    """
+    return update_flops(rule, shape, config, parts) + ENTRY_COST * math.prod(shape)
 
 
-def update_flops(rule: str, shape: Sequence[int], config: OptimConfig) -> float:
+def update_flops(rule: str, shape: Sequence[int], config: OptimConfig, parts: Parts = ()) -> float:
     """Return the FLOPs of matrix products in an update of a parameter `[..., R, C]`; none with AdamW."""
     if rule == "adamw":
         return 0
@@ -42,12 +51,39 @@ def update_flops(rule: str, shape: Sequence[int], config: OptimConfig) -> float:
     elif rule == "dgd":
         flops = columns**3 / 3 + 2 * rows * columns * columns
     else:
-        short = min(rows, columns)
-        flops = config.muon.ns_steps if rule == "muon" else config.m3.ns_steps
-        flops *= short * short * (4 * max(rows, columns) + 2 * short)
+        settings = config.muon if rule == "muon" else config.m3
+        flops = sum(
+            count * orthogonal_flops(height, columns, settings)
+            for count, height in block_rows(rows, parts, settings.blocks)
+        )
         if rule == "m3" and config.m3.alpha_slow:
             flops *= 1 + 1 / config.m3.frequency
     return math.prod(heads) * flops
+
+
+def block_rows(rows: int, parts: Parts, blocks: Blocks) -> list[tuple[int, int]]:
+    """Return the matrices that a rule sees in one of so many rows: of each kind how many, and their rows."""
+    if blocks == "matrix" or not parts:
+        return [(1, rows)]
+    groups = rows // sum(count * width for count, width in parts)
+    if blocks == "projections":
+        return [(1, groups * count * width) for count, width in parts]
+    return [(groups * count, width) for count, width in parts]
+
+
+def orthogonal_flops(rows: int, columns: int, settings: MuonConfig | M3Config) -> int:
+    """Return the FLOPs of making one matrix orthogonal, in bf16 unless `ns_dtype` says otherwise.
+
+    Steps on one Gram matrix, `r` of them, take `4 s^2 l + (4 r - 3) 2 s^3`, with `s` the shorter and `l` the longer
+    side: the Gram matrix and the product with what it has become; and of the Gram matrix its square and, from the
+    second step on, three products.
+    """
+    short, long, steps = min(rows, columns), max(rows, columns), settings.ns_steps
+    steps, together = ORTHOGONAL_STEPS[settings.orthogonalize] if steps is None else steps, 1
+    if settings.orthogonalize == "polar_express":
+        together = steps_on_gram(rows, columns, steps, low_precision=settings.ns_dtype != "fp32")
+    parts = math.ceil(steps / together)
+    return parts * 4 * short**2 * long + (4 * steps - 3 * parts) * 2 * short**3
 
 
 def deep_memory_dim(settings: DeepMomentumConfig) -> int:

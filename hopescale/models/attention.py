@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hopescale.config.model_shape import head_dim, kv_heads
+from hopescale.config.model_shape import head_dim, kv_heads, qkv_parts
 from hopescale.config.schema import AttentionConfig, ModelConfig
 from hopescale.config.transfer import attention_scale
 from hopescale.models.norm import RMSNorm
@@ -47,6 +47,7 @@ class Attention(nn.Module):
         # Queries, then key and value of each group side by side, so that a rank holds whole groups.
         size = (model.num_heads + 2 * groups) * self.head_dim
         how = {"std": width**-0.5, "bias": self.config.qkv_bias, "shared_input": out_std is None}
+        how["parts"] = qkv_parts(model, mixer)
         self.qkv_proj = ColumnLinear(width, size, mesh=mesh, **how)
         if out_std is not None:
             self.out_proj = RowLinear(model.num_heads * self.head_dim, width, std=out_std, mesh=mesh)

@@ -73,7 +73,7 @@ class LinearAttention(nn.Module):
         self.groups, self.heads = sizes.groups // ranks, sizes.heads // ranks
         self.first_head = mesh.tp_group.rank() * self.heads
         inputs = sizes.groups * sizes.group_inputs
-        self.in_proj = ColumnLinear(model.d_model, inputs, std=model.d_model**-0.5, mesh=mesh)
+        self.in_proj = ColumnLinear(model.d_model, inputs, std=model.d_model**-0.5, mesh=mesh, parts=sizes.parts)
         self.conv = None
         split = {"partition_dim": 0, "keep_fp32": True}
         if config.conv_width:

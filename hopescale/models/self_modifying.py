@@ -123,7 +123,7 @@ class SelfModifying(nn.Module):
         self.heads, width = model.num_heads // mesh.tp_group.size(), model.num_heads * dim
         adaptive = set(config.adaptive)
         slices = len(STREAMS) + config.gate  # the output gate last
-        how = {"std": model.d_model**-0.5, "shared_input": out_std is None}
+        how = {"std": model.d_model**-0.5, "shared_input": out_std is None, "parts": ((1, dim),) * slices}
         self.in_proj = ColumnLinear(model.d_model, width * slices, mesh=mesh, **how)
         self.conv = None
         if config.conv_width:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hopescale.config.model_shape import head_dim
 from hopescale.config.schema import ModelConfig
 from hopescale.config.schema.ttt import TttConfig
-from hopescale.config.ttt import ttt_hidden, ttt_slices
+from hopescale.config.ttt import ttt_hidden, ttt_parts, ttt_slices
 from hopescale.models.state import LayerState
 from hopescale.ops.documents import Documents
 from hopescale.ops.rope import rope_frequencies, rope_tables, rotate
@@ -76,7 +76,8 @@ class Ttt(nn.Module):
         self.config, self.head_dim, self.mesh = config, dim, mesh
         self.heads, width = model.num_heads // ranks, model.num_heads * dim
         inputs = model.num_heads * (ttt_slices(config) * dim + 1)
-        self.in_proj = ColumnLinear(model.d_model, inputs, std=model.d_model**-0.5, mesh=mesh)
+        how = {"std": model.d_model**-0.5, "parts": ttt_parts(model, config)}
+        self.in_proj = ColumnLinear(model.d_model, inputs, mesh=mesh, **how)
         split = {"partition_dim": 0, "keep_fp32": True}
         self.conv = None
         if config.conv_width:

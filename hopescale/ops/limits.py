@@ -14,6 +14,10 @@ KERNEL_KEEPS = 4
 REVERSE_PARTS = 16
 """With `train.recompute: reverse`, of so many chunks in a row the state is kept with which the first one starts."""
 
+GRAM_RATIO = 1.5
+"""Ratio of the longer to the shorter side of a matrix from which `polar_express` iterates on Gram matrices: from there
+on that takes fewer FLOPs."""
+
 
 def is_sequential(*, adaptive: bool, linear: bool, objective: str, own_target: bool, read: str) -> bool:
     """Tell whether what a chunk writes depends on what memories hold, so that chunks follow one another.
@@ -43,3 +47,13 @@ def trace_size(tokens: int, width: int, out: int, *, momentum: bool, erase: bool
     if is_moved_by_map(tokens, width, out, momentum=momentum):
         return (1 + momentum) * width * (width + tokens) + tokens * out
     return (1 + (momentum and erase)) * tokens * (width + out)
+
+
+def steps_on_gram(rows: int, columns: int, steps: int, *, low_precision: bool) -> int:
+    """Return how many steps `polar_express` takes on one Gram matrix: 1 where the sides of a matrix are about equal.
+
+    In low precision a Gram matrix loses what is small, and is computed anew after two steps.
+    """
+    if max(rows, columns) <= GRAM_RATIO * min(rows, columns):
+        return 1
+    return 2 if low_precision else max(1, steps)

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from hopescale.common.errors import ConfigError
 from hopescale.config.schema import OptimConfig
 from hopescale.cost.updates import BUCKET_ELEMENTS, buckets
 from hopescale.optim.buckets import Bucket, InFlight, pack, take_sums, take_weights
@@ -57,6 +58,7 @@ class LayerwiseOptimizer(Updater):
         self._takes_mean = config.accumulate == "mean"
         rules = {name: self._group_of[name].rule for name in parameters}
         self.ownership = Ownership(parameters, rules, config, cadences, mesh)
+        _refuse_idle_blocks(parameters, rules, config)
         self.classes = self._make_classes(parameters, cadences, mesh.dp_group.rank())
         self._position = {name: (i, j) for i, each in enumerate(self.classes) for j, name in enumerate(each.names)}
         buffers = {name: self.classes[i].gradients[j] for name, (i, j) in self._position.items()}
@@ -77,7 +79,7 @@ class LayerwiseOptimizer(Updater):
         alike: dict[tuple, list[str]] = defaultdict(list)
         for name, p in parameters.items():
             split = p.spec.partition_dim if self.ownership.is_gathered(name) else None
-            alike[self._group_of[name].name, cadences[name], p.dtype, p.shape, split].append(name)
+            alike[self._group_of[name].name, cadences[name], p.dtype, p.shape, p.spec.parts, split].append(name)
         classes = []
         for (*_, split), names in alike.items():
             names = sorted(names, key=lambda name: (self.ownership.replica[name], self.ownership.tp_rank.get(name)))
@@ -282,3 +284,11 @@ class LayerwiseOptimizer(Updater):
         for each in self.classes:
             if not names.isdisjoint(each.names):
                 each.set_master()
+
+
+def _refuse_idle_blocks(parameters: Mapping[str, nn.Parameter], rules: Mapping[str, str], config: OptimConfig) -> None:
+    for rule in sorted({*rules.values()} & {"muon", "m3"}):
+        fused = any(parameters[name].spec.parts for name, each in rules.items() if each == rule)
+        if (blocks := getattr(config, rule).blocks) != "matrix" and not fused:
+            message = f"optim.{rule}.blocks is {blocks}, but no group with rule: {rule} has a fused in-projection"
+            raise ConfigError(message, f"set it to matrix, or let a group of {rule} match *_proj.weight")

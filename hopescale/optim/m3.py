@@ -8,8 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hopescale.ops.newton_schulz import COEFFICIENTS, newton_schulz
-from hopescale.optim.muon import adjusted_lr, scale_to_rms
+from hopescale.ops.newton_schulz import COEFFICIENTS
+from hopescale.optim.muon import adjusted_lr, orthogonal, scale_to_rms
 from hopescale.optim.stacked import StackedOptimizer
 
 UPDATE_RMS = 0.2
@@ -37,7 +37,8 @@ def m3_update(
     adjust_lr_fn: str | None = None,
     eps: float = 1e-8,
     weight_decay: float = 0.1,
-    ns_steps: int = 5,
+    orthogonalize: str = "newton_schulz",
+    ns_steps: int | None = None,
     ns_coefficients: tuple[float, float, float] = COEFFICIENTS,
     ns_dtype: torch.dtype | None = None,
 ) -> None:
@@ -71,22 +72,20 @@ def m3_update(
         adjust_lr_fn: Muon's factor of the shape (`adjusted_lr`) as `c`, in place of `update_rms`; `ema` only.
         eps: Added to the root of `V`.
         weight_decay: Decoupled, per unit of learning rate.
-        ns_steps, ns_coefficients, ns_dtype: Arguments of `newton_schulz`.
+        orthogonalize, ns_steps, ns_coefficients, ns_dtype: Arguments of `orthogonal`.
     """
 
-    def orthogonal(x: Tensor) -> Tensor:
-        return newton_schulz(x, ns_steps, coefficients=ns_coefficients, dtype=ns_dtype)
-
+    how = {"ns_steps": ns_steps, "ns_coefficients": ns_coefficients, "ns_dtype": ns_dtype}
     if form == "ema":
         fast_momentum.lerp_(grad, 1 - beta1)
     else:
         fast_momentum.add_(grad, alpha=beta1)
-    update = orthogonal(grad.lerp(fast_momentum, beta1) if nesterov else fast_momentum)
+    update = orthogonal(grad.lerp(fast_momentum, beta1) if nesterov else fast_momentum, orthogonalize, **how)
     if slow_momentum is not None:
         update.add_(slow_direction, alpha=alpha_slow)
         _write_slowly(slow_momentum, grad, step, beta3, frequency, form)
         if step % frequency == 0:
-            slow_direction.copy_(orthogonal(slow_momentum))
+            slow_direction.copy_(orthogonal(slow_momentum, orthogonalize, **how))
     if second_moment is not None:
         update.div_(_root(second_moment, grad, step, beta2, form).add_(eps))
     rate = lr if adjust_lr_fn is None else adjusted_lr(lr, adjust_lr_fn, weight.shape)

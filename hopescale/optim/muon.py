@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hopescale.cost.updates import ORTHOGONAL_STEPS
 from hopescale.ops.newton_schulz import COEFFICIENTS, EPS, newton_schulz
+from hopescale.ops.polar_express import polar_express
 from hopescale.optim.stacked import StackedOptimizer
 
 
@@ -34,6 +36,31 @@ def adjusted_lr(lr: float, adjust_lr_fn: str | None, shape: Sequence[int]) -> fl
     raise ValueError(f"adjust_lr_fn is {adjust_lr_fn!r}; it can be original or match_rms_adamw")
 
 
+def orthogonal(
+    x: Tensor,
+    orthogonalize: str = "newton_schulz",
+    *,
+    ns_steps: int | None = None,
+    ns_coefficients: tuple[float, float, float] = COEFFICIENTS,
+    eps: float = EPS,
+    ns_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Replace each matrix `U S V^T` of `[..., R, C]` by nearly `U V^T`.
+
+    Args:
+        x: Matrices, not changed.
+        orthogonalize: Method, `newton_schulz` or `polar_express`.
+        ns_steps: Iterations; None is 5 and 4 of them.
+        ns_coefficients: Polynomial of each step of `newton_schulz`; the other has its own.
+        eps: Least norm a matrix is divided by.
+        ns_dtype: Type to iterate in, as the two functions take it.
+    """
+    steps = ORTHOGONAL_STEPS[orthogonalize] if ns_steps is None else ns_steps
+    if orthogonalize == "polar_express":
+        return polar_express(x, steps, eps=eps, dtype=ns_dtype)
+    return newton_schulz(x, steps, coefficients=ns_coefficients, eps=eps, dtype=ns_dtype)
+
+
 def scale_to_rms(update: Tensor, rms: float) -> None:
     """Scale each matrix of `[..., R, C]` to a root mean square, in place; zeros stay zeros."""
     found = update.square().mean(dim=(-2, -1), keepdim=True).sqrt_()
@@ -49,9 +76,10 @@ def muon_update(
     weight_decay: float = 0.1,
     momentum: float = 0.95,
     nesterov: bool = True,
+    orthogonalize: str = "newton_schulz",
     ns_coefficients: tuple[float, float, float] = COEFFICIENTS,
     eps: float = EPS,
-    ns_steps: int = 5,
+    ns_steps: int | None = None,
     adjust_lr_fn: str | None = None,
     ns_dtype: torch.dtype | None = None,
 ) -> None:
@@ -70,13 +98,14 @@ def muon_update(
         weight_decay: Decoupled, per unit of learning rate.
         momentum: `beta`, the decay rate of the momentum per update.
         nesterov: Whether to look ahead.
-        ns_coefficients, ns_steps, ns_dtype: Arguments of `newton_schulz`.
+        orthogonalize, ns_coefficients, ns_steps, ns_dtype: Arguments of `orthogonal`.
         eps: Least norm a matrix is divided by.
         adjust_lr_fn: Factor on the rate; see `adjusted_lr`.
     """
     momentum_buffer.lerp_(grad, 1 - momentum)
     update = grad.lerp(momentum_buffer, momentum) if nesterov else momentum_buffer
-    direction = newton_schulz(update, ns_steps, coefficients=ns_coefficients, eps=eps, dtype=ns_dtype)
+    how = {"ns_steps": ns_steps, "ns_coefficients": ns_coefficients, "eps": eps, "ns_dtype": ns_dtype}
+    direction = orthogonal(update, orthogonalize, **how)
     weight.mul_(1 - lr * weight_decay).add_(direction, alpha=-adjusted_lr(lr, adjust_lr_fn, weight.shape))
 
 

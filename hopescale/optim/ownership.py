@@ -41,8 +41,9 @@ class Ownership:
         sliced = {name for name, p in parameters.items() if gathers and _slices_matrices(p, rules[name])}
         self.shape = {name: p.spec.whole_shape(p.shape, tp if name in sliced else 1) for name, p in parameters.items()}
         work = [
-            Work(name, update_cost(rules[name], shape, config), (rules[name], shape), cadences[name])
+            Work(name, update_cost(rules[name], shape, config, parts), (rules[name], shape, parts), cadences[name])
             for name, shape in self.shape.items()
+            for parts in [parameters[name].spec.parts]
         ]
         self.replica = assign_owners(work, self._dp_group.size())
         self.tp_rank: dict[str, int] = {}

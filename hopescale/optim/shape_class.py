@@ -87,6 +87,7 @@ class ShapeClass:
                 parameter.gram = view
         self.mastered = self.names[here] if slices is None else self.names[here][slices.mine]
         self.master = nn.Parameter(self._wholes(self.weights[here].float()))
+        self.master.parts = next(iter(parameters.values())).spec.parts
 
     def _wholes(self, parts: Tensor) -> Tensor:
         return parts if self.slices is None or not len(parts) else self.slices.join(parts)

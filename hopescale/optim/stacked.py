@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from inspect import signature
 from typing import Any
 
@@ -13,6 +13,10 @@ from torch import Tensor
 STACK_ELEMENTS = {"cpu": 1 << 16, "cuda": 1 << 22}
 """Matrices are stacked up to this many entries, so that a stack stays in a CPU's cache (256 KiB in float32) or keeps a
 GPU busy (16 MiB). One that is larger is updated alone, in place."""
+
+
+NO_SETTINGS = ("params", "name", "initial_lr", "blocks")
+"""Entries of a parameter group that its rule is not told."""
 
 
 class StackedOptimizer(torch.optim.Optimizer):
@@ -27,11 +31,16 @@ class StackedOptimizer(torch.optim.Optimizer):
     updates. A parameter whose gradient is None is left alone, with its state; a gradient of zeros is an update like any
     other: weights decay, and what a momentum holds moves them on.
 
+    A parameter may fuse projections, which its attribute `parts` names as `ParameterSpec` does; to the rule, `blocks`
+    of its rows are then matrices of their own.
+
     Subclasses name their `rule`, provide `init_state`, and `check` and `inputs` where they need them.
 
     Args:
         params: Parameters `[..., R, C]`, or torch's parameter groups.
         lr: Learning rate.
+        blocks: What of a parameter with `parts` is a matrix: the whole `matrix`, `projections` or `heads`. Only with
+            rules whose state has the shape of the parameter.
         settings: Other keyword-only arguments of `rule`, whose defaults hold here too.
 
     Raises:
@@ -42,14 +51,14 @@ class StackedOptimizer(torch.optim.Optimizer):
     """Update of matrices in place: `rule(weight, grad, **state, **inputs, **settings)`. It is told its `step`, counted
     from 1, if the state has one."""
 
-    def __init__(self, params: Iterable[Any], lr: float = 1e-3, **settings: Any):
+    def __init__(self, params: Iterable[Any], lr: float = 1e-3, *, blocks: str = "matrix", **settings: Any):
         arguments = signature(self.rule).parameters.values()
         defaults = {each.name: each.default for each in arguments if each.kind is each.KEYWORD_ONLY}
         if unknown := sorted(settings.keys() - defaults):
             raise TypeError(f"{type(self).__name__} has no setting {', '.join(unknown)}")
         settings = defaults | {"lr": lr} | settings
         self.check(settings)
-        super().__init__(params, settings)
+        super().__init__(params, settings | {"blocks": blocks})
 
     def check(self, settings: dict[str, Any]) -> None:
         """Refuse settings that mean nothing together, and fill in those that follow from others."""
@@ -88,16 +97,17 @@ class StackedOptimizer(torch.optim.Optimizer):
         for p in parameters:
             if p.grad is not None:
                 step = self.state[p].get("step")
-                alike[p.shape, p.dtype, p.device, None if step is None else step.item()].append(p)
+                count = None if step is None else step.item()
+                alike[p.shape, p.dtype, p.device, getattr(p, "parts", ()), count].append(p)
         stacks = []
-        for (shape, _, device, _), members in alike.items():
+        for (shape, _, device, *_), members in alike.items():
             size = _matrices_at_once(device, shape.numel())
             stacks += [members[i : i + size] for i in range(0, len(members), size)]
         return stacks
 
     def _update_together(self, group: dict[str, Any], members: Sequence[Tensor]) -> None:
         states = [self.state[p] for p in members]
-        settings = {name: value for name, value in group.items() if name not in ("params", "name", "initial_lr")}
+        settings = {name: value for name, value in group.items() if name not in NO_SETTINGS}
         if "step" in states[0]:
             torch._foreach_add_([state["step"] for state in states], 1.0)
             settings["step"] = int(states[0]["step"].item())
@@ -107,8 +117,10 @@ class StackedOptimizer(torch.optim.Optimizer):
         inputs = [self.inputs(p) for p in members]
         read = {name: _stack([each[name] for each in inputs]) for name in inputs[0]}
         grad = _stack([p.grad for p in members])
-        for w, g, *rest in _parts([weight, grad, *stacked, *read.values()]):
-            self.rule(w, g, **dict(zip([*names, *read], rest, strict=True)), **settings)
+        parts = getattr(members[0], "parts", ())
+        for tensors in _parts([weight, grad, *stacked, *read.values()]):
+            for w, g, *rest in _blocks(tensors, parts, group["blocks"]):
+                self.rule(w, g, **dict(zip([*names, *read], rest, strict=True)), **settings)
         if len(members) > 1:
             for tensors, stack in zip(changed, (weight, *stacked), strict=True):
                 torch._foreach_copy_(tensors, stack.unbind())
@@ -116,6 +128,23 @@ class StackedOptimizer(torch.optim.Optimizer):
 
 def _stack(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack(tuple(tensors)) if len(tensors) > 1 else tensors[0]
+
+
+def _blocks(tensors: Sequence[Tensor], parts: Sequence[tuple[int, int]], blocks: str) -> Iterator[Sequence[Tensor]]:
+    """Yield what of tensors `[..., R, C]` is matrices to a rule, to be changed in place until the next is asked for."""
+    if blocks == "matrix" or not parts:
+        yield tensors
+        return
+    widths = [count * width for count, width in parts]
+    split = [tensor.unflatten(-2, (-1, sum(widths))).split(widths, dim=-2) for tensor in tensors]  # [..., G, r, C]
+    for part, places in zip(parts, zip(*split, strict=True), strict=True):
+        if blocks == "heads":
+            yield [place.unflatten(-2, part) for place in places]
+            continue
+        joined = [place.flatten(-3, -2) for place in places]
+        yield joined
+        for place, whole in zip(places, joined, strict=True):
+            place.copy_(whole.view(place.shape))
 
 
 def _matrices_at_once(device: torch.device, elements: int) -> int:

@@ -44,6 +44,8 @@ class ParameterSpec:
             parameter that starts as the above.
         sizes: Kinds of the rows and columns of a linear map, or of the entries of a vector that inputs are multiplied
             with; empty where each entry acts alone. They decide how its learning rate follows the width.
+        parts: Projections that a matrix fuses: of the rows of each head, or group of heads, one after the other the
+            number of heads' slices that make one projection and the width of each. Empty if it is one projection.
     """
 
     std: float = 0.0
@@ -53,6 +55,7 @@ class ParameterSpec:
     keep_fp32: bool = False
     of_uniform: Callable[[Tensor], Tensor] | None = None
     sizes: tuple[Size, ...] = ()
+    parts: tuple[tuple[int, int], ...] = ()
 
     def whole_shape(self, shape: Sequence[int], tp: int) -> tuple[int, ...]:
         """Return the shape over all of `tp` tensor-parallel ranks of a parameter that has `shape` on each."""
@@ -102,7 +105,7 @@ class ColumnLinear(ColumnParallelLinear):
         mesh: Ranks that hold the layer.
         shared_input: Whether the input comes from `gather_tokens`, which communicates once for all layers it feeds.
         bias: Whether there is a bias, which starts at 0.
-        sizes: Kinds of the weight's rows and columns, for its `ParameterSpec`.
+        sizes, parts: Kinds of the weight's rows and columns, and projections that it fuses, for its `ParameterSpec`.
     """
 
     def __init__(
@@ -115,6 +118,7 @@ class ColumnLinear(ColumnParallelLinear):
         shared_input: bool = False,
         bias: bool = False,
         sizes: tuple[Size, ...] = ("width", "width"),
+        parts: tuple[tuple[int, int], ...] = (),
     ):
         super().__init__(
             size_in,
@@ -125,7 +129,7 @@ class ColumnLinear(ColumnParallelLinear):
             tp_group=mesh.tp_group,
             disable_grad_reduce=shared_input,
         )
-        attach(self.weight, ParameterSpec(std=std, partition_dim=0, sizes=sizes))
+        attach(self.weight, ParameterSpec(std=std, partition_dim=0, sizes=sizes, parts=parts))
         if bias:
             attach(self.bias, ParameterSpec(partition_dim=0))
 

@@ -128,3 +128,10 @@ def test_update_rules_are_drawn_on_the_toy_function(tmp_path: Path):
     rules = ("Momentum", "Delta Momentum", "AdamW", "Muon", "M3")
     assert tuple(line.partition("  ")[0] for line in done.stdout.splitlines()) == rules
     assert image.stat().st_size > 0
+
+
+def test_orthogonalizers_are_compared():
+    done = run_tool("compare_orthogonalizers.py", "--rows", "8", "--ratio", "2")
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines()[1:]]
+    assert len(rows) == 10 and all(float(row[-4]) < 1 for row in rows)

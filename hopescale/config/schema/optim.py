@@ -54,6 +54,12 @@ class GroupConfig:
     """Decay rates of AdamW's two moments; null is `optim.betas`. Only with `rule: adamw`."""
 
 
+Orthogonalize = Literal["newton_schulz", "polar_express"]
+"""Methods by which a matrix gets singular values near 1."""
+Blocks = Literal["matrix", "projections", "heads"]
+"""What of a fused projection is a matrix to an update rule."""
+
+
 @dataclass(frozen=True)
 class MuonConfig:
     """Muon: an orthogonalised momentum. One momentum per matrix."""
@@ -62,10 +68,16 @@ class MuonConfig:
     """Decay rate of the momentum, per update."""
     nesterov: bool = True
     """Whether to look ahead along the newest gradient."""
-    ns_steps: Count = 5
-    """Newton-Schulz iterations."""
+    orthogonalize: Orthogonalize = "newton_schulz"
+    """How a momentum is made orthogonal: `newton_schulz`, one quintic again and again, or `polar_express`, the best
+    quintic of each step, on Gram matrices where that is cheaper."""
+    ns_steps: Count | None = None
+    """Iterations of that; null is 5 of `newton_schulz` and 4 of `polar_express`."""
+    blocks: Blocks = "matrix"
+    """What is made orthogonal of the in-projections that fuse several: `matrix` the whole, `projections` each
+    projection by itself (queries, keys, ...), `heads` each head of each. The rule sees them as matrices."""
     ns_dtype: Literal["bf16", "fp32"] | None = None
-    """Precision of Newton-Schulz; null is `bf16` on CUDA and `fp32` elsewhere."""
+    """Precision of these; null is `bf16` on CUDA and `fp32` elsewhere."""
     eps: Positive = 1e-7
     """Least Frobenius norm that a matrix is divided by."""
     adjust_lr_fn: Literal["original", "match_rms_adamw"] = "original"
@@ -87,10 +99,16 @@ class M3Config:
     """Weight of the slow momentum's direction; 0 leaves the slow momentum out."""
     frequency: Count = 4
     """Period of the slow momentum, in updates of the parameter itself."""
-    ns_steps: Count = 5
-    """Newton-Schulz iterations."""
+    orthogonalize: Orthogonalize = "newton_schulz"
+    """How a momentum is made orthogonal: `newton_schulz`, one quintic again and again, or `polar_express`, the best
+    quintic of each step, on Gram matrices where that is cheaper."""
+    ns_steps: Count | None = None
+    """Iterations of that; null is 5 of `newton_schulz` and 4 of `polar_express`."""
+    blocks: Blocks = "matrix"
+    """What is made orthogonal of the in-projections that fuse several: `matrix` the whole, `projections` each
+    projection by itself (queries, keys, ...), `heads` each head of each. The rule sees them as matrices."""
     ns_dtype: Literal["bf16", "fp32"] | None = None
-    """Precision of Newton-Schulz; null is `bf16` on CUDA and `fp32` elsewhere."""
+    """Precision of these; null is `bf16` on CUDA and `fp32` elsewhere."""
     form: Literal["ema", "paper"] = "ema"
     """`ema`: moments are exponential averages. `paper`: Algorithm 1 to the letter, whose sums only grow."""
     second_moment: bool = True

@@ -12,6 +12,7 @@ from hopescale.config.check_optim import MATRIX_RULES
 from hopescale.config.load import load_recipe
 from hopescale.config.schema import GroupConfig, OptimConfig
 from hopescale.optim.rules import RULES
+from hopescale.optim.stacked import StackedOptimizer
 
 MATRICES = "optim.groups.matrices={rule: RULE, match: ['*_proj.weight']}"
 ALL = ("optim.groups.no_decay=null", "optim.groups.decay.rule=muon")
@@ -85,10 +86,11 @@ def test_settings_are_those_of_the_rule(rule: str):
     arguments = {
         name: each for name, each in signature(RULES[rule].rule).parameters.items() if each.kind is each.KEYWORD_ONLY
     }
-    arguments |= signature(RULES[rule]).parameters
+    arguments |= signature(StackedOptimizer).parameters | signature(RULES[rule]).parameters
     settings = getattr(OptimConfig(), rule, None)
     names = set() if settings is None else {field.name for field in fields(settings)}
-    assert names == arguments.keys() - {"params", "lr", "settings", "weight_decay", "ns_coefficients"}
+    others = {"params", "lr", "settings", "weight_decay", "ns_coefficients"} | ({"blocks"} - names)
+    assert ("blocks" in names) == (rule in ("muon", "m3")) and names == arguments.keys() - others
     for name in names:
         default, same = getattr(settings, name), arguments[name].default
         assert default == same or (rule, name, default) == ("muon", "adjust_lr_fn", "original"), name

@@ -42,6 +42,7 @@ REFUSED = [
     ("deep_momentum", [], "optim.groups.matrices.rule", "no factor makes the learning rate of deep_momentum"),
     ("m3", ["optim.m3.form=paper"], "optim.m3.second_moment", "true with paper"),
     ("m3", ["optim.m3.adjust_lr_fn=original"], "optim.m3.second_moment", "true with original"),
+    ("m3", ["optim.m3.blocks=heads"], "optim.m3.blocks", "heads gives matrices of other shapes"),
     ("delta_momentum", ["optim.delta_momentum.form=paper"], "optim.delta_momentum.form", "erases less of memories"),
 ]
 

@@ -53,7 +53,7 @@ def make(config: MixerConfig) -> nn.Module:
 def test_parameters_and_states_are_the_modules(config: MixerConfig):
     mixer, model = make(config), WIDE[config.kind]
     found = [
-        ParameterShape(name, tuple(p.shape), p.spec.partition_dim, p.spec.keep_fp32)
+        ParameterShape(name, tuple(p.shape), p.spec.partition_dim, p.spec.keep_fp32, parts=p.spec.parts)
         for name, p in mixer.named_parameters()
     ]
     assert list(COSTS[config.kind].parameters(model, config)) == found

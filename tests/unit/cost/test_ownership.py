@@ -6,9 +6,13 @@ import random
 from collections import Counter
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from hopescale.config.schema import DeepMomentumConfig, M3Config, OptimConfig
-from hopescale.cost.updates import Work, assign_owners, buckets, update_cost
+from hopescale.config.schema import DeepMomentumConfig, M3Config, MuonConfig, OptimConfig
+from hopescale.cost.updates import Work, assign_owners, buckets, orthogonal_flops, update_cost
+from hopescale.ops.device import DTYPES
+from hopescale.optim.muon import orthogonal
 from hopescale.optim.rules import RULES
 
 
@@ -69,3 +73,16 @@ def test_costs_follow_shape_and_settings():
     assert update_cost("m3", (8, 16), config) > update_cost("m3", (8, 16), OptimConfig(m3=M3Config(alpha_slow=0.0)))
     small = OptimConfig(deep_momentum=DeepMomentumConfig(memory_dim=4))
     assert update_cost("deep_momentum", (8, 16), small) < update_cost("deep_momentum", (8, 16), config)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("method", ["newton_schulz", "polar_express"])
+@pytest.mark.parametrize("shape", [(8, 8), (8, 24), (33, 8)])
+def test_flops_of_orthogonal_matrices_are_those_that_torch_counts(shape: tuple[int, int], method: str, dtype: str):
+    settings = MuonConfig(orthogonalize=method, ns_dtype=dtype, ns_steps=3)
+    with FlopCounterMode(display=False) as counter:
+        orthogonal(torch.ones(shape), method, ns_steps=3, ns_dtype=DTYPES[dtype])
+    assert orthogonal_flops(*shape, settings) == counter.get_total_flops()
+    assert orthogonal_flops(64, 256, MuonConfig(orthogonalize="polar_express")) < 0.6 * orthogonal_flops(
+        64, 256, MuonConfig()
+    )
