@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from itertools import pairwise
 
 import pytest
@@ -12,7 +13,7 @@ from torch.func import functional_call
 
 from hopescale.common.errors import ConfigError
 from hopescale.config.load import from_dict, to_dict
-from hopescale.config.schema import RunConfig
+from hopescale.config.schema import ModelConfig, RunConfig
 from hopescale.infer import in_context
 from hopescale.infer.adaptation import Adaptation, InContextLevel, read_adaptation
 from hopescale.infer.in_context import InContextReader
@@ -29,7 +30,8 @@ NEAR = {"rtol": 1e-5, "atol": 1e-7}
 """The loss is float32, whose rounding enters each step; a wrong count or period is off by thousands of that."""
 
 
-def make_model(kind: str = "attention", dtype: torch.dtype = torch.float64) -> Model:
+@cache
+def make_config(kind: str) -> ModelConfig:
     tree = to_dict(RunConfig())
     levels = {"fast": {"d_ff": 8}, "mid": {"d_ff": 8, "update_every_steps": 2}}
     levels["slow"] = {"d_ff": 8, "update_every_steps": 4}
@@ -41,7 +43,11 @@ def make_model(kind: str = "attention", dtype: torch.dtype = torch.float64) -> M
         "num_heads": 2,
     } | settings
     tree["model"]["cms"] = {"levels": levels} | settings.get("cms", {})
-    return Model(from_dict(tree, "test").model, seed=5).to(dtype).eval()
+    return from_dict(tree, "test").model
+
+
+def make_model(kind: str = "attention", dtype: torch.dtype = torch.float64) -> Model:
+    return Model(make_config(kind), seed=5).to(dtype).eval()
 
 
 def make_text(rows: int, length: int) -> tuple[Tensor, Tensor]:
