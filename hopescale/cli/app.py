@@ -11,6 +11,7 @@ import typer
 
 from hopescale import __version__
 from hopescale.cli import config, convert, data, jobs, node, sweep
+from hopescale.cli.adapt import adapt
 from hopescale.cli.console import Console, open_missing_streams
 from hopescale.cli.eval import evaluate
 from hopescale.cli.generate import generate
@@ -23,7 +24,7 @@ from hopescale.cli.train import train
 from hopescale.common import signals
 from hopescale.common.errors import HopescaleError, StoppedEarly
 
-KEEPING = ("train", "submit", "data", "convert", "sweep", "node", "eval", "report")
+KEEPING = ("train", "submit", "data", "convert", "sweep", "node", "eval", "report", "adapt")
 """Verbs that leave files: what they print is not their result."""
 
 app = typer.Typer(
@@ -46,6 +47,7 @@ app.command()(top)
 app.command()(generate)
 app.command()(serve)
 app.command("eval")(evaluate)
+app.command()(adapt)
 app.command()(report)
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hopescale.cli.options import echo_rows, read_count, require_packages
+from hopescale.cli.options import Levels, echo_rows, read_count, require_packages
 from hopescale.common.errors import ConfigError
 from hopescale.common.units import format_bytes
 
@@ -28,6 +28,7 @@ def to_hf(
         bool,
         typer.Option("--native", help="Write a Transformer as the Llama, Mistral or Qwen it equals."),
     ] = False,
+    levels: Levels = None,
     verify: Check = True,
 ) -> None:
     """Write a checkpoint as a folder that transformers loads without hopescale."""
@@ -35,12 +36,12 @@ def to_hf(
     _require_extra()
     from hopescale.convert.hf import export, num_bytes
 
-    exported = export(checkpoint, out, shard_bytes=shard_bytes, native=native, report=typer.echo)
+    exported = export(checkpoint, out, shard_bytes=shard_bytes, native=native, levels=levels, report=typer.echo)
     size = sum(map(num_bytes, exported.tensors.values()))
     shards = sum(name.endswith(".safetensors") for name in exported.files)
     typer.echo(f"{out}: step {exported.step}, {len(exported.tensors)} tensors, {format_bytes(size)} in {shards} files")
     if verify:
-        verify_(out, checkpoint)
+        verify_(out, checkpoint, levels)
 
 
 @app.command("from-hf")
@@ -112,12 +113,12 @@ def info(path: Annotated[Path, typer.Argument(help="Run, checkpoint, export or f
 
 
 @app.command("verify")
-def verify_(folder: HfFolder, checkpoint: Checkpoint) -> None:
+def verify_(folder: HfFolder, checkpoint: Checkpoint, levels: Levels = None) -> None:
     """Compare a folder with a checkpoint: logits on held-out text, and generated tokens."""
     _require_extra()
     from hopescale.convert.verify import verify_folder
 
-    for line in verify_folder(folder, checkpoint).lines():
+    for line in verify_folder(folder, checkpoint, levels).lines():
         typer.echo(line)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hopescale.checkpoint.manifest import EXPORT
-from hopescale.cli.options import require_packages
+from hopescale.cli.options import Levels, require_packages
 from hopescale.cli.ranks import own_rank_info, run_on_ranks
 from hopescale.cli.report import compare_and_write
 from hopescale.common.errors import CheckpointError, ConfigError, HopescaleError
@@ -19,6 +19,7 @@ from hopescale.common.rank_info import RankInfo
 from hopescale.config.layout import Layout
 from hopescale.evals.request import EvalRequest
 from hopescale.evals.suite_request import EXAMPLES, SuiteRequest, read_counts
+from hopescale.infer.adaptation import RATE, Adaptation, read_adaptation
 
 if TYPE_CHECKING:
     import torch
@@ -57,6 +58,14 @@ def evaluate(
     window: Annotated[
         int | None, typer.Option("--context", min=1, help="Tokens read at most.", show_default="all; trained length")
     ] = None,
+    adapt: Annotated[
+        str, typer.Option(metavar="NAME=TOKENS,...", help="Levels that follow what is read, with their periods.")
+    ] = "",
+    rate: Annotated[float | None, typer.Option(help="Learning rate of --adapt.", show_default=str(RATE))] = None,
+    nested: Annotated[
+        bool, typer.Option("--nested", help="Levels of --adapt return when the next slower one steps.")
+    ] = False,
+    levels: Levels = None,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="JSON to write.", show_default="RUN/evals/")] = None,
     report: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Where the models are put side by side.", show_default="none")
@@ -79,7 +88,9 @@ def evaluate(
             **{name: read_counts(*given) for name, given in varied.items()},
             examples=limit or EXAMPLES,
         )
-        request = EvalRequest.read(names, data, task_path=task_path, limit=limit, context=window, suite=suites)
+        settings = {"task_path": task_path, "limit": limit, "context": window, "suite": suites}
+        settings["adaptation"] = _adaptation(adapt, rate, nested)
+        request = EvalRequest.read(names, data, **settings)
         if request.tasks:
             require_packages("tasks need", "eval", "lm-eval")
         if out is not None and out.exists():
@@ -91,13 +102,27 @@ def evaluate(
         raise
     if rank_info is None and (nproc or 1) > 1:
         run_on_ranks(context, nproc)
-    bodies = _evaluate(models, request, out, rank_info, device)
+    bodies = _evaluate(models, request, out, rank_info, device, levels)
     if report is not None and bodies:
         compare_and_write(bodies, report)
 
 
+def _adaptation(adapt: str, rate: float | None, nested: bool) -> Adaptation | None:
+    """Read the options of levels that follow what is read."""
+    if adapt:
+        return read_adaptation("--adapt", adapt, rate=rate, nested=nested)
+    if rate is not None or nested:
+        raise ConfigError("--rate and --nested have no effect without --adapt", "name levels: --adapt fast=512")
+    return None
+
+
 def _evaluate(
-    paths: Sequence[Path], request: EvalRequest, out: Path | None, rank_info: RankInfo | None, device: str
+    paths: Sequence[Path],
+    request: EvalRequest,
+    out: Path | None,
+    rank_info: RankInfo | None,
+    device: str,
+    levels: Path | None,
 ) -> list[dict[str, Any]]:
     """Evaluate one model after the other, and return their reports, on the first rank alone."""
     from hopescale.evals.run import evaluate as run
@@ -106,26 +131,28 @@ def _evaluate(
 
     layout = Layout(dp=1 if rank_info is None else rank_info.world_size)
     where = ", ".join(str(path.absolute()) for path in paths)
-    facts = {"the model": where, "what is measured": repr(request), "--out": str(out)}
+    facts = {"the model": where, "what is measured": repr(request), "--out": str(out), "--levels": str(levels)}
     mesh, chosen = init_distributed(rank_info, layout, device, "--device", facts, timeout=TIMEOUT)
     control, bodies = mesh.control, []
     speak = partial(typer.echo, err=True) if control.is_first else lambda line: None
     for path in paths:
         loaded: list[LoadedModel] = []
-        control.all_ranks_or_raise(lambda path=path, loaded=loaded: loaded.append(load(path, chosen)))
+        control.all_ranks_or_raise(lambda path=path, loaded=loaded: loaded.append(load(path, chosen, levels)))
         if len(paths) > 1:
             speak(f"{path}:")
         results = run(loaded[0], request, control, speak)
         if control.is_first:
             for line in results.tables():
                 typer.echo(line)
-            bodies.append(_write(loaded[0], request, results, out))
+            bodies.append(_write(loaded[0], request, results, out, levels))
     if rank_info is not None:
         process.stop()
     return bodies
 
 
-def _write(loaded: LoadedModel, request: EvalRequest, results: Any, out: Path | None) -> dict[str, Any]:
+def _write(
+    loaded: LoadedModel, request: EvalRequest, results: Any, out: Path | None, levels: Path | None
+) -> dict[str, Any]:
     """Write what was measured of a model, where it has a place, and return it."""
     from dataclasses import asdict
 
@@ -138,6 +165,10 @@ def _write(loaded: LoadedModel, request: EvalRequest, results: Any, out: Path | 
         "data": request.data and str(request.data),
         "task_path": request.task_path and str(request.task_path),
     }
+    if request.adaptation is not None:
+        settings["adapt"] = request.adaptation.describe()
+    if levels is not None:
+        settings["levels"] = str(levels)
     if request.suite.names:
         settings["suite"] = asdict(request.suite)
     body = report(loaded, results, settings)
@@ -147,8 +178,17 @@ def _write(loaded: LoadedModel, request: EvalRequest, results: Any, out: Path | 
     return body
 
 
-def load(path: Path, device: torch.device) -> LoadedModel:
-    """Load a checkpoint, or an export as the same model of ours."""
+def load(path: Path, device: torch.device, levels: Path | None = None) -> LoadedModel:
+    """Load a checkpoint, or an export as the same model of ours, with the `levels` of a folder in place of its own."""
+    loaded = _load(path, device)
+    if levels is not None:
+        from hopescale.infer.level_state import put_levels
+
+        put_levels(levels, loaded)
+    return loaded
+
+
+def _load(path: Path, device: torch.device) -> LoadedModel:
     if (path / "config.json").exists() or (path / EXPORT).exists():
         require_packages("exports need", "convert", "transformers", "safetensors")
         from hopescale.convert.hf import load_export

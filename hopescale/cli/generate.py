@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from hopescale.cli.options import Levels
 from hopescale.common.disk import staged_folder
 from hopescale.common.errors import CheckpointError, ConfigError
 
@@ -31,6 +32,7 @@ def generate(
     save_state: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Keep the memory of all that was read and written.")
     ] = None,
+    levels: Levels = None,
 ) -> None:
     """Continue a prompt, token by token, from the state a model carries."""
     # Threads that spin while they wait for one another lose to any other process of the machine.
@@ -39,6 +41,7 @@ def generate(
 
     from hopescale.infer.generate import GeneratedToken, prefill
     from hopescale.infer.generate import generate as run
+    from hopescale.infer.level_state import put_levels
     from hopescale.infer.load import load_model
     from hopescale.infer.sampling import Sampling
     from hopescale.infer.state import read_state, write_state
@@ -53,6 +56,8 @@ def generate(
     with ExitStack() as stack:
         folder = save_state and stack.enter_context(staged_folder(save_state, CheckpointError))
         loaded = load_model(checkpoint, place)
+        if levels is not None:
+            put_levels(levels, loaded)
         model, tokenizer = loaded.model, loaded.tokenizer
         reading = load_state and read_state(load_state, loaded)
         text = sys.stdin.read() if prompt == "-" else prompt

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,6 +13,9 @@ from hopescale.common.errors import ConfigError
 from hopescale.common.units import parse_count
 
 Recipe = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one.")]
+Levels = Annotated[
+    Path | None, typer.Option("--levels", metavar="FOLDER", help="Levels that `hopescale adapt` has kept.")
+]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to it.")]
 
 

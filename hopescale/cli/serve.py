@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from hopescale.cli.eval import load
-from hopescale.cli.options import require_packages
+from hopescale.cli.options import Levels, require_packages
 from hopescale.common.errors import LaunchError
 
 
@@ -26,6 +26,7 @@ def serve(
     contexts: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Keep named contexts here; they are there after a restart.")
     ] = None,
+    levels: Levels = None,
     max_requests: Annotated[int, typer.Option(min=1, help="Most requests at a time; others get status 429.")] = 64,
     max_contexts: Annotated[int, typer.Option(min=1, help="Most named contexts in memory.")] = 64,
     max_prompt_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a prompt or context.")] = 131_072,
@@ -42,7 +43,7 @@ def serve(
     from hopescale.serve.batcher import Batcher
     from hopescale.serve.contexts import Contexts
 
-    loaded = load(checkpoint, choose_device(device, "--device"))
+    loaded = load(checkpoint, choose_device(device, "--device"), levels)
     kept = Contexts(loaded, contexts, most=max_contexts)
     with Batcher(loaded.model, most=max_requests) as batcher:
         server = Server(loaded, name or loaded.config.name, batcher, kept, Limits(max_prompt_tokens, max_tokens))

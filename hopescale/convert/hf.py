@@ -40,7 +40,8 @@ from hopescale.convert.card import model_card
 from hopescale.convert.mapping import Pair, pairs, split, write_settings
 from hopescale.convert.tokenizer import write_tokenizer
 from hopescale.data.tokenizer import Tokenizer
-from hopescale.infer.load import LoadedModel, empty_model, with_tokenizer
+from hopescale.infer.level_state import read_levels
+from hopescale.infer.load import LoadedModel, empty_model, load_model, with_tokenizer
 from hopescale.models import Model
 
 INDEX = "model.safetensors.index.json"
@@ -55,17 +56,24 @@ Report = Callable[[str], None]
 
 
 def export(
-    path: Path, out: Path, *, shard_bytes: int, native: bool = False, report: Report = lambda line: None
+    path: Path,
+    out: Path,
+    *,
+    shard_bytes: int,
+    native: bool = False,
+    levels: Path | None = None,
+    report: Report = lambda line: None,
 ) -> Manifest:
     """Write a checkpoint of any layout as a folder that transformers loads without hopescale.
 
-    Tensors keep names, types and bits. Memory is needed for one shard and one tensor.
+    Tensors keep names, types and bits. Memory is needed for one shard and one tensor, or with `levels` for the model.
 
     Args:
         path: Checkpoint folder, or a run folder, whose latest checkpoint is taken.
         out: Folder to create.
         shard_bytes: Most bytes of a file of tensors that holds more than one.
         native: Whether to write a Transformer as the Llama, Mistral or Qwen that it equals, without code of ours.
+        levels: Folder of levels that `hopescale adapt` has kept, written in place of the checkpoint's.
         report: Listener for a line about the tokenizer.
 
     Returns:
@@ -73,16 +81,17 @@ def export(
 
     Raises:
         CheckpointError: If the checkpoint is missing or damaged, is no such Transformer, or `out` exists or cannot be
-            written.
+            written, or if the levels are damaged or of another model.
     """
     source = find_checkpoint(path)
+    adapted = {} if levels is None else read_levels(levels, load_model(source, torch.device("cpu")))
     manifest = verify(source)
     config = from_dict(manifest.config, str(source))
     weights = {n.removeprefix(WEIGHTS): entry for n, entry in manifest.tensors.items() if n.startswith(WEIGHTS)}
     weight_pairs = _native_pairs(config, source) if native else [Pair(name, (name,)) for name in weights]
     body = _native_config(manifest, config) if native else _own_config(manifest, config)
     with staged_folder(out, CheckpointError) as folder:
-        _write_weights(source, weight_pairs, weights, config.model, folder, shard_bytes)
+        _write_weights(source, weight_pairs, weights, config.model, folder, shard_bytes, adapted)
         if not native:
             for code in CODE.glob("*_hope.py"):
                 if not code.name.startswith("tokenization"):
@@ -119,13 +128,16 @@ def _write_weights(
     model: ModelConfig,
     folder: Path,
     shard_bytes: int,
+    adapted: Mapping[str, Tensor],
 ) -> None:
-    """Write the tensors shard by shard, then the index."""
+    """Write the tensors shard by shard, those of `adapted` in place of the checkpoint's, then the index."""
     by_name, places, size = {pair.ours: pair for pair in weight_pairs}, {}, 0
     shards = list(grouped(by_name, lambda name: num_bytes(weights[name]), shard_bytes))
     for number, names in enumerate(shards, 1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
         tensors = read_tensors(source, [f"{WEIGHTS}{name}" for name in names])
+        for name in adapted.keys() & set(names):
+            tensors[f"{WEIGHTS}{name}"] = adapted[name].to(tensors[f"{WEIGHTS}{name}"].dtype)
         parts: dict[str, Tensor] = {}
         for name in names:
             pair = by_name[name]

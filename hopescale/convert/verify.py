@@ -23,6 +23,7 @@ from hopescale.convert.mapping import layer_names
 from hopescale.convert.stacking import read_source, require_config
 from hopescale.data.loader import open_data
 from hopescale.infer.generate import prefill
+from hopescale.infer.level_state import put_levels
 from hopescale.infer.load import LoadedModel, load_model
 from hopescale.models import Model
 from hopescale.ops.device import DTYPES
@@ -53,11 +54,11 @@ class Verified:
         ]
 
 
-def verify_folder(folder: Path, checkpoint: Path) -> Verified:
+def verify_folder(folder: Path, checkpoint: Path, levels: Path | None = None) -> Verified:
     """Compare a folder of transformers, an export or the source of a stacked model, with a checkpoint.
 
     Both models are held in memory; an export in the checkpoint's precision, any other folder in float32. The weights of
-    an export are compared with their SHA-256 first.
+    an export are compared with their SHA-256 first. `levels` are put in the place of the checkpoint's.
 
     Raises:
         CheckpointError: If the folder is damaged or cannot be loaded, or its answers differ; names the first layer that
@@ -66,6 +67,8 @@ def verify_folder(folder: Path, checkpoint: Path) -> Verified:
     if (folder / EXPORT).exists():
         check_files(folder, read_manifest(folder, EXPORT), ".safetensors")
     loaded = load_model(checkpoint, torch.device("cpu"))
+    if levels is not None:
+        put_levels(levels, loaded)
     precision = loaded.config.train.precision
     if (folder / EXPORT).exists():
         dtype = DTYPES[precision]

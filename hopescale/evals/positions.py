@@ -16,6 +16,7 @@ from hopescale.evals.distribute import distribute
 from hopescale.evals.suite_request import LENGTHS
 from hopescale.evals.suite_result import PositionResult
 from hopescale.evals.suites import BATCH_TOKENS, judge
+from hopescale.infer.adaptation import Adaptation
 from hopescale.infer.load import LoadedModel
 from hopescale.parallel.control import Control
 
@@ -46,9 +47,14 @@ def open_rows(loaded: LoadedModel, config: DataConfig, length: int | None) -> tu
 
 
 def measure_positions(
-    loaded: LoadedModel, data: Data, length: int, num_rows: int, control: Control
+    loaded: LoadedModel,
+    data: Data,
+    length: int,
+    num_rows: int,
+    control: Control,
+    adaptation: Adaptation | None = None,
 ) -> list[PositionResult]:
-    """Measure the mean loss of each part of the rows, of every held-out set."""
+    """Measure the mean loss of each part of the rows, of every held-out set, levels following if `adaptation` says."""
     results, size = [], max(1, BATCH_TOKENS // length)
     for name in data.validation_sets:
         batches = list(data.validation(name, num_rows * length, 1))
@@ -59,7 +65,7 @@ def measure_positions(
                 np.concatenate([getattr(batches[number], part).numpy() for number in numbers])
                 for part in ("tokens", "targets")
             )
-            return [judged.loss for judged in judge(loaded.model, tokens, targets)]
+            return [judged.loss for judged in judge(loaded.model, tokens, targets, adaptation)]
 
         losses = np.stack(distribute(control, groups, work))
         places = [

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from hopescale.common.errors import ConfigError
 from hopescale.evals.suite_request import SuiteRequest
+from hopescale.infer.adaptation import Adaptation
 
 PERPLEXITY = "perplexity"
 """The task that is ours."""
@@ -38,11 +39,16 @@ class EvalRequest:
     `train.seq_len` for attention."""
     suite: SuiteRequest = NO_SUITE
     """Generated tasks that are asked, and held-out text that is read by place."""
+    adaptation: Adaptation | None = None
+    """Levels that follow each row that is read, from the trained weights on; None follows none."""
 
     def __post_init__(self) -> None:
         if not self.tasks and not self.perplexity and not self.suite.names:
             hint = f"name --tasks, as --tasks {PERPLEXITY}, --suite, or --data for the loss on it"
             raise ConfigError("there is nothing to evaluate", hint)
+        if self.tasks and self.adaptation is not None:
+            message = f"--adapt follows streams: {PERPLEXITY} and suites; {', '.join(self.tasks)} are single texts"
+            raise ConfigError(message, "evaluate these without --adapt, or with --levels of `hopescale adapt`")
         if not self.tasks:
             limit = None if self.suite.names else self.limit
             given = {"--task-path": self.task_path, "--limit": limit, "--context": self.context}

@@ -18,11 +18,14 @@ from hopescale.data.loader import Data, open_data
 from hopescale.engine.schedule import Loop
 from hopescale.engine.step import num_targets
 from hopescale.evals.distribute import distribute
+from hopescale.evals.following import following_loss
 from hopescale.evals.positions import measure_positions, open_rows
 from hopescale.evals.report import Measurements, TaskResult
 from hopescale.evals.request import PERPLEXITY, EvalRequest
+from hopescale.evals.suite_request import own_tasks
 from hopescale.evals.suite_result import PositionResult, SuiteResult
 from hopescale.evals.suites import ask
+from hopescale.infer.adaptation import Adaptation
 from hopescale.infer.load import LoadedModel
 from hopescale.parallel.control import Control
 
@@ -63,11 +66,11 @@ def evaluate(
             model = EvaluatedModel(loaded, control, context_of(loaded, request), report)
             results += run_tasks(model, tasks, request.limit)
         if data is not None:
-            results += _held_out_loss(loaded, data, control)
+            results += _held_out_loss(loaded, data, control, request.adaptation)
         if points:
-            suites = ask(loaded, points, request.suite.examples, control, report)
+            suites = ask(loaded, points, request.suite.examples, control, report, request.adaptation)
         if rows is not None:
-            positions = measure_positions(loaded, *rows, request.suite.examples, control)
+            positions = measure_positions(loaded, *rows, request.suite.examples, control, request.adaptation)
     except HopescaleError as error:  # met by all ranks alike
         error.repeated = not control.is_first
         raise
@@ -85,6 +88,12 @@ def _prepared(loaded: LoadedModel, request: EvalRequest) -> Prepared:
 
         tasks = load_tasks(request.tasks, request.task_path)
     points = request.suite.points(loaded.config, words=loaded.tokenizer is not None)
+    if request.adaptation is not None:
+        request.adaptation.check(loaded.config.model)
+        words = {point.task for point in points} - own_tasks(loaded.config).keys()
+        if words and loaded.tokenizer is not None:
+            message = f"--adapt follows streams, but {', '.join(sorted(words))} are asked in words, one by one"
+            raise ConfigError(message, "ask these without --adapt")
     rows = None
     if request.suite.by_position:
         rows = open_rows(loaded, _sources(loaded, request.data), max(request.suite.lengths, default=None))
@@ -137,7 +146,9 @@ def _check_tokenizer(loaded: LoadedModel, data: Data) -> None:
         raise DataError(message, "prepare the text with the model's tokenizer, which is in its folder")
 
 
-def _held_out_loss(loaded: LoadedModel, data: Data, control: Control) -> list[TaskResult]:
+def _held_out_loss(
+    loaded: LoadedModel, data: Data, control: Control, adaptation: Adaptation | None
+) -> list[TaskResult]:
     """Measure each held-out set, as far as validation reads it.
 
     Batches are those of validation on one process, and are added up in their order: the numbers are those that a run
@@ -145,11 +156,14 @@ def _held_out_loss(loaded: LoadedModel, data: Data, control: Control) -> list[Ta
     """
     train, device = loaded.config.train, next(loaded.model.parameters()).device
     passes = Loop(loaded.model, Tensor.backward, device)
+    follows = adaptation is not None and bool(adaptation.moving())
     results = []
     for name in data.validation_sets:
         batches = list(data.validation(name, train.validation.tokens, train.micro_batch_size))
 
         def work(numbers: list[int], batches: list = batches) -> list[Tensor]:
+            if follows:
+                return [torch.tensor(following_loss(loaded.model, batches[n], adaptation)) for n in numbers]
             return [passes.evaluate([batches[number]]).cpu() for number in numbers]
 
         sums = distribute(control, [[number] for number in range(len(batches))], work)

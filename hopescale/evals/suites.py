@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from hopescale.config.schema import SuiteConfig
 from hopescale.data.samples import Rows
@@ -16,7 +18,9 @@ from hopescale.evals.distribute import distribute, group_by_length
 from hopescale.evals.scoring import Scored, score
 from hopescale.evals.suite_request import own_tasks
 from hopescale.evals.suite_result import PLACES, SuiteResult
+from hopescale.infer.adaptation import Adaptation
 from hopescale.infer.generate import PREFILL_TOKENS
+from hopescale.infer.in_context import InContextReader
 from hopescale.infer.load import LoadedModel
 from hopescale.models import Model
 from hopescale.parallel.control import Control
@@ -40,12 +44,16 @@ class Judged(NamedTuple):
 
 
 @torch.no_grad()
-def judge(model: Model, tokens: np.ndarray, targets: np.ndarray) -> list[Judged]:
-    """Read rows, and compare with the right answers. `[B, T]` both, int64; `IGNORED_TARGET` where nothing is asked."""
-    device, state, parts = next(model.parameters()).device, None, []
-    read, wanted = (torch.from_numpy(array).to(device).split(PREFILL_TOKENS, 1) for array in (tokens, targets))
-    for part, answers in zip(read, wanted, strict=True):
-        logits, state = model(part, state)
+def judge(model: Model, tokens: np.ndarray, targets: np.ndarray, adaptation: Adaptation | None = None) -> list[Judged]:
+    """Read rows, and compare with the right answers. `[B, T]` both, int64; `IGNORED_TARGET` where nothing is asked.
+
+    With `adaptation` levels follow each row: they learn from the answers that stand in it as the next tokens.
+    """
+    device, parts, place = next(model.parameters()).device, [], 0
+    read, wanted = (torch.from_numpy(array).to(device) for array in (tokens, targets))
+    for logits in _plainly(model, read) if adaptation is None else _following(model, read, wanted, adaptation):
+        answers = wanted[:, place : place + logits.shape[1]]
+        place += logits.shape[1]
         chances = logits.float().log_softmax(-1)
         loss = -chances.gather(-1, answers.clamp(min=0)[..., None])[..., 0]
         right = (chances.argmax(-1) == answers).float()
@@ -55,17 +63,30 @@ def judge(model: Model, tokens: np.ndarray, targets: np.ndarray) -> list[Judged]
     return [Judged(*pair) for pair in zip(right, loss, strict=True)]
 
 
+def _plainly(model: Model, tokens: Tensor) -> Iterator[Tensor]:
+    state = None
+    for part in tokens.split(PREFILL_TOKENS, 1):
+        logits, state = model(part, state)
+        yield logits
+
+
+def _following(model: Model, tokens: Tensor, targets: Tensor, adaptation: Adaptation) -> Iterator[Tensor]:
+    stands = F.pad(targets[:, :-1] == tokens[:, 1:], (0, 1))
+    return InContextReader(model, adaptation, len(tokens)).read(tokens, targets.where(stands, IGNORED_TARGET))
+
+
 def ask(
     loaded: LoadedModel,
     points: Sequence[SuiteConfig],
     num_examples: int,
     control: Control,
     report: Callable[[str], None],
+    adaptation: Adaptation | None = None,
 ) -> list[SuiteResult]:
     """Ask a model so many examples of each point.
 
-    They are ids, or words if the model has a tokenizer and was not trained on the task. Called by all ranks; results do
-    not depend on them.
+    They are ids, or words if the model has a tokenizer and was not trained on the task; `adaptation` is for ids. Called
+    by all ranks; results do not depend on them.
     """
     results = []
     for point in points:
@@ -73,21 +94,26 @@ def ask(
         if loaded.tokenizer is not None and point.task not in own_tasks(loaded.config):
             results.append(_in_words(loaded, point, samples.read(range(num_examples)), control))
         else:
-            results.append(_in_ids(loaded, point, samples, num_examples, control))
+            results.append(_in_ids(loaded, point, samples, num_examples, control, adaptation))
         done = results[-1]
         report(f"{point.task} of length {point.length}: {done.accuracy:.3f} of {done.questions:,} answers are right")
     return results
 
 
 def _in_ids(
-    loaded: LoadedModel, point: SuiteConfig, samples: SuiteSamples, num_examples: int, control: Control
+    loaded: LoadedModel,
+    point: SuiteConfig,
+    samples: SuiteSamples,
+    num_examples: int,
+    control: Control,
+    adaptation: Adaptation | None,
 ) -> SuiteResult:
     size = max(1, BATCH_TOKENS // point.length)
     batches = [list(range(start, min(start + size, num_examples))) for start in range(0, num_examples, size)]
 
     def work(numbers: list[int]) -> list[Judged]:
         rows = samples.read(numbers)
-        return judge(loaded.model, rows.tokens, rows.targets)
+        return judge(loaded.model, rows.tokens, rows.targets, adaptation)
 
     return _result(point, samples.read(range(num_examples)).targets, distribute(control, batches, work))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,14 +35,14 @@ TENSORS = "state.pt"
 
 def write_state(reading: Reading, loaded: LoadedModel, folder: Path) -> None:
     """Write what a model carries, and what it predicts next, into an empty folder."""
-    tensors = {"logits": reading.logits, **_named(reading.state)}
+    tensors = {"logits": reading.logits, **named_tensors(reading.state)}
     # A clone is no part of a larger storage, which would be written with it, and keeps the order of its dimensions.
     tensors = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
     torch.save(tensors, folder / TENSORS)
     progress = {"step": loaded.manifest.step, "checkpoint": str(loaded.folder), "tokens_read": reading.state.position}
     manifest = replace(
-        Manifest(progress, loaded.manifest.config, _identity(loaded), versions=loaded.manifest.versions),
-        tensors={name: _entry(tensor) for name, tensor in tensors.items()},
+        Manifest(progress, loaded.manifest.config, identity_of(loaded), versions=loaded.manifest.versions),
+        tensors={name: entry_of(tensor) for name, tensor in tensors.items()},
         files={TENSORS: describe_file(folder / TENSORS)},
     )
     (folder / STATE).write_text(to_json(manifest), encoding="utf-8")
@@ -60,37 +61,45 @@ def read_state(folder: Path, loaded: LoadedModel) -> Reading:
     manifest = read_manifest(folder, STATE)
     if problems := file_problems(folder, manifest.files, digests=True):
         raise damaged(folder, problems)
-    if differences := _differences(manifest, loaded, folder):
+    if found := differences(manifest, loaded, folder, STATE):
         hint = "use the checkpoint it was written with, or let this one read the text again (--save-state)"
-        raise CheckpointError(f"{folder} is no state of {loaded.folder}: {'; '.join(differences)}", hint)
-    tensors = _read(folder, loaded)
-    if {name: _entry(tensor) for name, tensor in tensors.items()} != manifest.tensors or not _fits(tensors, loaded):
+        raise CheckpointError(f"{folder} is no state of {loaded.folder}: {'; '.join(found)}", hint)
+    tensors = read_tensors(folder / TENSORS, loaded)
+    if {name: entry_of(tensor) for name, tensor in tensors.items()} != manifest.tensors or not _fits(tensors, loaded):
         raise damaged(folder, [f"{TENSORS} holds other tensors than the model carries"])
     position, logits = manifest.progress["tokens_read"], tensors.pop("logits")
+    return Reading(logits, state_of(tensors, loaded, logits.shape[0], position))
+
+
+def state_of(tensors: Mapping[str, Tensor], loaded: LoadedModel, batch: int, position: int) -> ModelState:
+    """Return the state of `batch` sequences after `position` tokens, from its `named_tensors`."""
     layers = [
         layer._replace(position=position).with_named({name: tensors[f"{i}.{name}"] for name in layer.named()})
-        for i, layer in enumerate(loaded.model.initial_state(logits.shape[0]).layers)
+        for i, layer in enumerate(loaded.model.initial_state(batch).layers)
     ]
-    return Reading(logits, ModelState(tuple(layers)))
+    return ModelState(tuple(layers))
 
 
-def _named(state: ModelState) -> dict[str, Tensor]:
+def named_tensors(state: ModelState) -> dict[str, Tensor]:
+    """Return the tensors of a state by the names that files know."""
     return {f"{i}.{name}": tensor for i, layer in enumerate(state.layers) for name, tensor in layer.named().items()}
 
 
-def _entry(tensor: Tensor) -> TensorEntry:
+def entry_of(tensor: Tensor) -> TensorEntry:
+    """Return shape and type of a tensor."""
     return TensorEntry(tuple(tensor.shape), dtype_name(tensor.dtype))
 
 
-def _identity(loaded: LoadedModel) -> dict[str, str]:
+def identity_of(loaded: LoadedModel) -> dict[str, str]:
+    """Return what tells a model from another: a SHA-256 of its weights, and one of its tokenizer."""
     tokenizer = loaded.tokenizer
     digests = {"weights": weights_digest(loaded.model)}
     return digests if tokenizer is None else digests | {"tokenizer": tokenizer.fingerprint}
 
 
-def _differences(manifest: Manifest, loaded: LoadedModel, folder: Path) -> list[str]:
-    """Say at what the model is not the one that wrote a state: its config, else its weights and tokenizer."""
-    old = from_dict(manifest.config, str(folder / STATE))
+def differences(manifest: Manifest, loaded: LoadedModel, folder: Path, file: str) -> list[str]:
+    """Say at what the model is not the one that wrote a `file`: its config, else its weights and tokenizer."""
+    old = from_dict(manifest.config, str(folder / file))
     before, after = old.train.precision, loaded.config.train.precision
     found = [f"{problem.key} {problem.message}" for problem in model_problems(old, loaded.config, str(folder))]
     if before != after:
@@ -98,7 +107,7 @@ def _differences(manifest: Manifest, loaded: LoadedModel, folder: Path) -> list[
     if found:
         return found
     origin = f"step {manifest.step} of {manifest.progress['checkpoint']}"
-    identity = _identity(loaded)
+    identity = identity_of(loaded)
     return [
         f"the {what} {_shown(identity.get(what))}, but {_shown(manifest.identity.get(what))} in {folder} ({origin})"
         for what in ("weights", "tokenizer")
@@ -110,18 +119,23 @@ def _shown(digest: str | None) -> str:
     return "none" if digest is None else f"have the SHA-256 {digest[:12]}"
 
 
-def _read(folder: Path, loaded: LoadedModel) -> dict[str, Any]:
+def read_tensors(path: Path, loaded: LoadedModel) -> dict[str, Any]:
+    """Read a file of tensors by name, to the device of the model; a file that holds code is refused.
+
+    Raises:
+        CheckpointError: If it cannot be read.
+    """
     device = next(loaded.model.parameters()).device
     try:
-        return torch.load(folder / TENSORS, map_location=device, weights_only=True)
+        return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # torch reports what it cannot read in many ways
-        raise CheckpointError(f"cannot read {folder / TENSORS}: {first_line(error)}") from error
+        raise CheckpointError(f"cannot read {path}: {first_line(error)}") from error
 
 
 def _fits(tensors: dict[str, Tensor], loaded: LoadedModel) -> bool:
     """Compare names and shapes with what the model carries; a dimension of 0 at the start grows with what is read."""
     rows = tensors["logits"].shape[0]
-    expected = _named(loaded.model.initial_state(rows))
+    expected = named_tensors(loaded.model.initial_state(rows))
     return tensors.keys() == {"logits", *expected} and all(
         all(wanted in (0, found) for wanted, found in zip(tensor.shape, tensors[name].shape, strict=True))
         for name, tensor in expected.items()

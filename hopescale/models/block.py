@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from hopescale.config.model_shape import head_dim, levels_of_block, mixer_of_block
 from hopescale.config.schema import ModelConfig, SelfModifyingConfig
 from hopescale.models.attention import Attention
-from hopescale.models.cms import ContinuumMemory
+from hopescale.models.cms import ContinuumMemory, LevelWeights
 from hopescale.models.linear_attention import LinearAttention
 from hopescale.models.norm import StreamNorm
 from hopescale.models.recompute import recomputed
@@ -77,24 +78,31 @@ class Block(nn.Module):
         state: LayerState | None = None,
         documents: Documents | None = None,
         probe: dict[str, Tensor] | None = None,
+        levels: Mapping[str, LevelWeights] | None = None,
     ) -> tuple[Tensor, LayerState]:
         """Map the residual stream to itself, and return the mixer's state.
 
-        `documents` are those of all tokens; `probe` is for memories only: attention fills nothing in.
+        `documents` are those of all tokens; `probe` is for memories only: attention fills nothing in. `levels` are
+        weights of levels that each sequence has for itself.
         """
         if self.recompute == "block":
-            return recomputed(self._forward, x, state, documents, probe=probe)
-        return self._forward(x, state, documents, probe)
+            return recomputed(self._forward, x, state, documents, levels, probe=probe)
+        return self._forward(x, state, documents, levels, probe)
 
     def _forward(
-        self, x: Tensor, state: LayerState | None, documents: Documents | None, probe: dict[str, Tensor] | None
+        self,
+        x: Tensor,
+        state: LayerState | None,
+        documents: Documents | None,
+        levels: Mapping[str, LevelWeights] | None,
+        probe: dict[str, Tensor] | None,
     ) -> tuple[Tensor, LayerState]:
         x, normed = self.norm(x)
         if self.recompute == "memory":
             y, state = recomputed(self._mix, normed, state, documents, probe=probe)
         else:
             y, state = self._mix(normed, state, documents, probe)
-        return self.cms(x, y), state
+        return self.cms(x, y, levels), state
 
     def _mix(
         self, x: Tensor, state: LayerState | None, documents: Documents | None, probe: dict[str, Tensor] | None

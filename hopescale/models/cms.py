@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -15,9 +16,14 @@ from hopescale.parallel.layers import ColumnLinear, ParameterSpec, RowLinear, ne
 from hopescale.parallel.mesh import Mesh
 from hopescale.parallel.regions import gather_tokens, reduce_from_ranks, share_with_ranks
 
+LevelWeights = Mapping[str, Tensor]
+"""All weights of a level, by their names in it, one for each sequence in place of its own: `[B, *shape]`."""
+
 
 class Level(nn.Module):
     """A gated MLP, `down(silu(gate x) * up x)`, hidden width split over tensor-parallel ranks.
+
+    Sequences may have weights of their own (in-context levels); then the products are one for each sequence.
 
     Args:
         d_model: Width of the residual stream.
@@ -39,8 +45,12 @@ class Level(nn.Module):
         self.up = ColumnLinear(d_model, d_ff, std=d_model**-0.5, mesh=mesh, shared_input=True)
         self.down = RowLinear(d_ff, d_model, std=out_std, mesh=mesh, partial=not alone)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, weights: LevelWeights | None = None) -> Tensor:
         """Map all tokens, normed, `[T, B, N]` to what the level adds; without a norm, to this rank's share of it."""
+        if weights is not None:
+            gate, up, down = (weights[f"{name}.weight"] for name in ("gate", "up", "down"))
+            share = _product(F.silu(_product(x, gate)) * _product(x, up), down)
+            return share if self.norm is None else reduce_from_ranks(share, self.mesh)
         maps = self.gate, self.up  # inputs are whole on every rank, so that these are products and nothing else
         if is_fused(self.backend, x) and not any(each._forward_hooks or each._forward_pre_hooks for each in maps):
             from hopescale.ops.fused.swiglu import swiglu
@@ -48,10 +58,15 @@ class Level(nn.Module):
             return self.down(swiglu(x, self.gate.weight, self.up.weight))
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
-    def after(self, x: Tensor, added: Tensor | None) -> tuple[Tensor, Tensor]:
+    def after(self, x: Tensor, added: Tensor | None, weights: LevelWeights | None = None) -> tuple[Tensor, Tensor]:
         """Return `x + added`, and what the level adds to that, its norm included."""
-        x, normed = self.norm(x, added)
-        return x, self(gather_tokens(normed, self.mesh))
+        x, normed = self.norm(x, added, None if weights is None else weights["norm.weight"])
+        return x, self(gather_tokens(normed, self.mesh), weights)
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    """Map `[T, B, N]` to `[T, B, M]`, each sequence by a weight of its own, `[B, M, N]`."""
+    return torch.einsum("tbn,bmn->tbm", x, weight.to(x.dtype))
 
 
 class ContinuumMemory(nn.Module):
@@ -90,14 +105,21 @@ class ContinuumMemory(nn.Module):
             self.norm = StreamNorm(model.d_model, eps=model.norm_eps, mesh=mesh, backend=backend)
             self.mix = new_parameter(len(levels), spec=ParameterSpec(mean=len(levels) ** -0.5, keep_fp32=True))
 
-    def forward(self, x: Tensor, added: Tensor | None = None) -> Tensor:
-        """Map the residual stream `x + added`, or `x`, to itself plus what the levels add."""
+    def forward(
+        self, x: Tensor, added: Tensor | None = None, weights: Mapping[str, LevelWeights] | None = None
+    ) -> Tensor:
+        """Map the residual stream `x + added`, or `x`, to itself plus what the levels add.
+
+        `weights` are those of levels, by name, that each sequence has for itself.
+        """
+        own = weights or {}
         if self.sequential:
-            for level in self.levels.values():
-                x, added = level.after(x, added)
+            for name, level in self.levels.items():
+                x, added = level.after(x, added, own.get(name))
             return x + added
         x, normed = self.norm(x, added)
         shared = gather_tokens(normed, self.mesh)
-        weights = share_with_ranks(self.mix, self.mesh).to(x.dtype)
-        parts = sum(weight * level(shared) for weight, level in zip(weights, self.levels.values(), strict=True))
+        mix = share_with_ranks(self.mix, self.mesh).to(x.dtype)
+        added = (level(shared, own.get(name)) for name, level in self.levels.items())
+        parts = sum(share * each for share, each in zip(mix, added, strict=True))
         return x + reduce_from_ranks(parts, self.mesh)

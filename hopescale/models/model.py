@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ from hopescale.parallel.mesh import Mesh
 from hopescale.parallel.regions import gather_tokens
 
 INITIAL_LOGIT_STD = 0.25
-_LEVEL = re.compile(r"blocks\.\d+\.cms\.levels\.(?P<name>[^.]+)\.")
+_LEVEL = re.compile(r"blocks\.(?P<block>\d+)\.cms\.levels\.(?P<name>[^.]+)\.")
 
 
 class Model(nn.Module):
@@ -97,6 +98,7 @@ class Model(nn.Module):
         document_ids: Tensor | None = None,
         probe: dict[str, Tensor] | None = None,
         last_only: bool = False,
+        levels: Mapping[str, Tensor] | None = None,
     ) -> tuple[Tensor, ModelState]:
         """Read tokens and predict the next one after each.
 
@@ -107,6 +109,8 @@ class Model(nn.Module):
             document_ids: `[B, T]`, used if the model mixes `within_documents`.
             probe: Dict to be filled with `memory/<layer>/<statistic>`.
             last_only: Whether to predict after the last token alone, as generation needs.
+            levels: Weights that each sequence has for itself, `[B, *shape]`, by the names of parameters: all those of
+                the levels that follow the text; None reads with the model's own.
 
         Returns:
             This rank's share of the logits, `[B, T, V / tp]` or `[B, 1, V / tp]` if `last_only`, with `-inf` for the
@@ -123,7 +127,8 @@ class Model(nn.Module):
         states = []
         for index, (number, block) in enumerate(self.blocks.items()):
             stats: dict[str, Tensor] | None = None if probe is None else {}
-            x, layer = block(x, None if state is None else state.layers[index], documents, stats)
+            before, own = None if state is None else state.layers[index], levels and _of_block(levels, number)
+            x, layer = block(x, before, documents, stats, own)
             states.append(layer)
             if probe is not None:
                 probe |= {f"memory/{number}/{name}": value for name, value in stats.items()}
@@ -172,6 +177,16 @@ class Model(nn.Module):
     def levels(self) -> list[tuple[str, LevelConfig]]:
         """Return the levels of the continuum memory system, fast to slow."""
         return by_period(self.config.cms.levels)
+
+
+def _of_block(levels: Mapping[str, Tensor], number: str) -> dict[str, dict[str, Tensor]]:
+    """Return the weights of a block's levels, by level and by their names in it."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, weight in levels.items():
+        match = _LEVEL.match(name)
+        if match["block"] == number:
+            found.setdefault(match["name"], {})[name[match.end() :]] = weight
+    return found
 
 
 def level_of(parameter_name: str) -> str | None:

@@ -43,8 +43,9 @@ class RMSNorm(nn.Module):
         """Normalise `[..., *shape]`."""
         return rms_norm(x, self._scale(), self.eps)
 
-    def _scale(self) -> Tensor:
-        weight = self.weight if self.shared_over is None else share_with_ranks(self.weight, self.shared_over)
+    def _scale(self, weight: Tensor | None = None) -> Tensor:
+        weight = self.weight if weight is None else weight
+        weight = weight if self.shared_over is None else share_with_ranks(weight, self.shared_over)
         return weight if self.multiplier == 1 else weight * self.multiplier
 
 
@@ -72,11 +73,14 @@ class StreamNorm(RMSNorm):
         super().__init__(width, eps=eps, scale=scale, multiplier=multiplier, shared_over=shared_over)
         self.backend = backend
 
-    def forward(self, x: Tensor, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return the stream `x + added`, or `x` where nothing is added, and its norm, `[T, B, N]` each."""
-        if is_fused(self.backend, x):
+    def forward(self, x: Tensor, added: Tensor | None = None, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the stream `x + added`, or `x` where nothing is added, and its norm, `[T, B, N]` each.
+
+        `weight` is one for each sequence, `[B, N]`, in place of the layer's own.
+        """
+        if weight is None and is_fused(self.backend, x):
             from hopescale.ops.fused.norm import add_rms_norm
 
             return add_rms_norm(x, added, self._scale(), self.eps)
         x = x if added is None else x + added
-        return x, super().forward(x)
+        return x, rms_norm(x, self._scale(weight), self.eps)
