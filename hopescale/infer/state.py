@@ -24,7 +24,7 @@ from hopescale.common.errors import CheckpointError
 from hopescale.config.load import from_dict
 from hopescale.config.show import model_problems
 from hopescale.infer.generate import Reading
-from hopescale.infer.load import LoadedModel, weights_digest
+from hopescale.infer.load import LoadedModel
 from hopescale.models import ModelState
 
 STATE = "state.json"
@@ -84,7 +84,7 @@ def _entry(tensor: Tensor) -> TensorEntry:
 
 def _identity(loaded: LoadedModel) -> dict[str, str]:
     tokenizer = loaded.tokenizer
-    digests = {"weights": weights_digest(loaded.model)}
+    digests = {"weights": loaded.digest}
     return digests if tokenizer is None else digests | {"tokenizer": tokenizer.fingerprint}
 
 
