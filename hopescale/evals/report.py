@@ -13,7 +13,7 @@ from typing import Any
 from hopescale.common.disk import write_synced
 from hopescale.common.errors import CheckpointError
 from hopescale.evals.suite_result import PositionResult, SuiteResult, columns, position_table, suite_table
-from hopescale.infer.load import LoadedModel, weights_digest
+from hopescale.infer.load import LoadedModel
 
 _TITLES = ("task", "version", "shots", "samples", "metric", "value", "stderr")
 
@@ -76,7 +76,7 @@ def report(loaded: LoadedModel, measured: Measurements, settings: Mapping[str, A
         "model": str(loaded.folder),
         "step": loaded.manifest.step,
         "tokens_seen": loaded.manifest.progress["tokens_seen"],
-        "weights": weights_digest(loaded.model),
+        "weights": loaded.digest,
         "settings": dict(settings),
         "results": {result.name: {k: v for k, v in asdict(result).items() if k != "name"} for result in results},
         "suites": [asdict(result) for result in measured.suites],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -26,6 +27,11 @@ class LoadedModel:
     config: RunConfig
     manifest: Manifest
     folder: Path
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the weights as they were when it was first asked for."""
+        return weights_digest(self.model)
 
 
 def load_model(path: Path, device: torch.device) -> LoadedModel:

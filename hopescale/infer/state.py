@@ -25,7 +25,7 @@ from hopescale.common.errors import CheckpointError
 from hopescale.config.load import from_dict
 from hopescale.config.show import model_problems
 from hopescale.infer.generate import Reading
-from hopescale.infer.load import LoadedModel, weights_digest
+from hopescale.infer.load import LoadedModel
 from hopescale.models import ModelState
 
 STATE = "state.json"
@@ -93,7 +93,7 @@ def entry_of(tensor: Tensor) -> TensorEntry:
 def identity_of(loaded: LoadedModel) -> dict[str, str]:
     """Return what tells a model from another: a SHA-256 of its weights, and one of its tokenizer."""
     tokenizer = loaded.tokenizer
-    digests = {"weights": weights_digest(loaded.model)}
+    digests = {"weights": loaded.digest}
     return digests if tokenizer is None else digests | {"tokenizer": tokenizer.fingerprint}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hopescale.config.model_shape import head_dim, levels_of_block, mixer_of_block
@@ -15,7 +16,7 @@ from hopescale.models.linear_attention import LinearAttention
 from hopescale.models.norm import StreamNorm
 from hopescale.models.recompute import recomputed
 from hopescale.models.self_modifying import SelfModifying
-from hopescale.models.state import LayerState
+from hopescale.models.state import GroupedState, LayerState
 from hopescale.models.titans import Titans
 from hopescale.models.ttt import Ttt
 from hopescale.ops.backends import Backend, KernelPrecision, Recompute
@@ -75,15 +76,15 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        state: LayerState | None = None,
+        state: LayerState | GroupedState | None = None,
         documents: Documents | None = None,
         probe: dict[str, Tensor] | None = None,
         levels: Mapping[str, LevelWeights] | None = None,
-    ) -> tuple[Tensor, LayerState]:
+    ) -> tuple[Tensor, LayerState | GroupedState]:
         """Map the residual stream to itself, and return the mixer's state.
 
         `documents` are those of all tokens; `probe` is for memories only: attention fills nothing in. `levels` are
-        weights of levels that each sequence has for itself.
+        weights of levels that each sequence has for itself. A state of groups takes neither documents nor a probe.
         """
         if self.recompute == "block":
             return recomputed(self._forward, x, state, documents, levels, probe=probe)
@@ -92,11 +93,11 @@ class Block(nn.Module):
     def _forward(
         self,
         x: Tensor,
-        state: LayerState | None,
+        state: LayerState | GroupedState | None,
         documents: Documents | None,
         levels: Mapping[str, LevelWeights] | None,
         probe: dict[str, Tensor] | None,
-    ) -> tuple[Tensor, LayerState]:
+    ) -> tuple[Tensor, LayerState | GroupedState]:
         x, normed = self.norm(x)
         if self.recompute == "memory":
             y, state = recomputed(self._mix, normed, state, documents, probe=probe)
@@ -105,6 +106,14 @@ class Block(nn.Module):
         return self.cms(x, y, levels), state
 
     def _mix(
-        self, x: Tensor, state: LayerState | None, documents: Documents | None, probe: dict[str, Tensor] | None
-    ) -> tuple[Tensor, LayerState]:
+        self,
+        x: Tensor,
+        state: LayerState | GroupedState | None,
+        documents: Documents | None,
+        probe: dict[str, Tensor] | None,
+    ) -> tuple[Tensor, LayerState | GroupedState]:
+        if isinstance(state, GroupedState):
+            parts = zip(x.split(state.sizes, dim=1), state.groups, strict=True)
+            mixed, groups = zip(*(self.mixer(part, each) for part, each in parts), strict=True)
+            return torch.cat(mixed, dim=1), state._replace(groups=groups)
         return self.mixer(x, state, documents, probe)

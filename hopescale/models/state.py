@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -51,12 +51,34 @@ def _rebuilt(part: Any, tensors: Mapping[str, Tensor], prefix: str = "") -> Any:
     return type(part)(*(_rebuilt(each, tensors, f"{prefix}{key}/") for key, each in keys))
 
 
-class ModelState(NamedTuple):
-    """Running state of a model: one `LayerState` per block."""
+class GroupedState(NamedTuple):
+    """Running state of one mixer for groups of sequences, each of which has read a number of tokens of its own.
 
-    layers: tuple[LayerState, ...]
+    Attributes:
+        groups: State of each group. Its sequences lie side by side in the batch, and groups in this order.
+        sizes: Number of sequences of each.
+    """
+
+    groups: tuple[LayerState, ...]
+    sizes: tuple[int, ...]
+
+
+class ModelState(NamedTuple):
+    """Running state of a model: one `LayerState` per block, or one `GroupedState`."""
+
+    layers: tuple[LayerState | GroupedState, ...]
 
     @property
     def position(self) -> int:
-        """Tokens read so far."""
+        """Tokens read so far, of a state without groups."""
         return self.layers[0].position
+
+    @classmethod
+    def of_groups(cls, states: Sequence[ModelState], sizes: Sequence[int]) -> ModelState:
+        """Put states of groups of sequences together; `sizes` are the numbers of sequences."""
+        layers = zip(*(state.layers for state in states), strict=True)
+        return cls(tuple(GroupedState(groups, tuple(sizes)) for groups in layers))
+
+    def apart(self) -> list[ModelState]:
+        """Return the state of each group."""
+        return [ModelState(groups) for groups in zip(*(layer.groups for layer in self.layers), strict=True)]

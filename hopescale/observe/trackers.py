@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import re
 import time
 import uuid
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,8 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from hopescale.common.errors import ConfigError, HopescaleError
-
-logger = logging.getLogger(__name__)
+from hopescale.observe.queued_tracker import QueuedTracker, Tracker
 
 PROJECT = "hopescale"
 """Project at Weights & Biases, unless `WANDB_PROJECT` names another, and experiment at MLflow."""
@@ -28,26 +25,12 @@ MLFLOW_SERVER = "MLFLOW_TRACKING_URI"
 """Variable with the address of MLflow's server."""
 
 
+WANDB_ID = "wandb_id"
+MLFLOW_ID = "mlflow_id"
+"""Files of the run folder with the ids that these services know it by."""
+
 _MLFLOW_PATIENCE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
-"""Seconds and tries of its client, unless the user sets others: all ranks wait while a record is sent."""
-
-
-class Tracker(ABC):
-    """A view of one run that a service or a program draws.
-
-    A run that continues goes on with the view it had; what it holds of later steps is drawn over or hidden.
-    """
-
-    @abstractmethod
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Show the values of a step."""
-
-    def log_values(self, step: int, values: Mapping[str, Tensor]) -> None:  # noqa: B027
-        """Show the distribution of many values of a step, where the view has such."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """Finish what is under way."""
+"""Seconds and tries of its client, unless the user sets others: `QueuedTracker` tries again by itself."""
 
 
 class TensorBoardTracker(Tracker):
@@ -63,12 +46,14 @@ class TensorBoardTracker(Tracker):
     """
 
     def __init__(self, folder: Path, *, resume_step: int | None):
+        self.folder = folder
+        self._open(0 if resume_step is None else resume_step + 1)
+
+    def _open(self, first: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.folder = folder
-        first = 0 if resume_step is None else resume_step + 1
         try:
-            self._writer = SummaryWriter(str(folder), purge_step=first)
+            self._writer = SummaryWriter(str(self.folder), purge_step=first)
         except OSError as error:
             raise self._failure(error) from error
 
@@ -91,6 +76,20 @@ class TensorBoardTracker(Tracker):
         except OSError as error:
             raise self._failure(error) from error
 
+    def log_texts(self, step: int, texts: Mapping[str, str]) -> None:
+        """Write texts, which are shown as they are and not as Markdown."""
+        try:
+            for name, text in texts.items():
+                self._writer.add_text(name, "".join(f"    {line}\n" for line in text.splitlines()), step)
+            self._writer.flush()
+        except OSError as error:
+            raise self._failure(error) from error
+
+    def go_back(self, step: int) -> None:
+        """Go on in a new file, which hides what the others hold of later steps."""
+        self.close()
+        self._open(step + 1)
+
     def close(self) -> None:
         """Close the event file."""
         # `log` flushes, so only what it has already reported can fail here.
@@ -106,17 +105,16 @@ class WandbTracker(Tracker):
     """A run at Weights & Biases, or in its files with `WANDB_MODE=offline`; its id is kept in the run folder.
 
     Args:
-        folder: The run folder.
+        folder: The run folder; if it knows an id, that run goes on.
         name: Name of the run.
         config: Values of the config, shown beside the metrics.
-        resume_step: Step the run continues from; None begins a new run there.
     """
 
-    def __init__(self, folder: Path, *, name: str, config: Mapping[str, Any], resume_step: int | None):
+    def __init__(self, folder: Path, *, name: str, config: Mapping[str, Any]):
         import wandb
 
-        kept = folder / "wandb_id"
-        id = _kept(kept, resume_step) or uuid.uuid4().hex[:12]
+        kept = folder / WANDB_ID
+        id = _kept(kept) or uuid.uuid4().hex[:12]
         project = os.environ.get("WANDB_PROJECT", PROJECT)
         how = {"id": id, "resume": "allow", "dir": str(folder), "config": dict(config)}
         self._run = wandb.init(project=project, name=name, settings=wandb.Settings(silent=True), **how)
@@ -128,6 +126,10 @@ class WandbTracker(Tracker):
         """Hand the values of a step to its process in the background."""
         self._run.log({"step": step, **values})
 
+    def log_texts(self, step: int, texts: Mapping[str, str]) -> None:
+        """Hand texts to it, as values of the step."""
+        self._run.log({"step": step, **texts})
+
     def close(self) -> None:
         """Wait until all is sent or written."""
         self._run.finish()
@@ -136,24 +138,26 @@ class WandbTracker(Tracker):
 class MlflowTracker(Tracker):
     """A run at the server that `MLFLOW_TRACKING_URI` names; its id is kept. Arguments: those of `WandbTracker`."""
 
-    def __init__(self, folder: Path, *, name: str, config: Mapping[str, Any], resume_step: int | None):
+    def __init__(self, folder: Path, *, name: str, config: Mapping[str, Any]):
         from mlflow import MlflowClient
         from mlflow.entities import Param
 
         for variable, value in _MLFLOW_PATIENCE.items():
             os.environ.setdefault(variable, value)
-        kept = folder / "mlflow_id"
         self._client = MlflowClient(os.environ[MLFLOW_SERVER])
-        id = _kept(kept, resume_step)
+        id = _kept(folder / MLFLOW_ID)
         if id is None:
             experiment = self._client.get_experiment_by_name(PROJECT)
             number = self._client.create_experiment(PROJECT) if experiment is None else experiment.experiment_id
             id = self._client.create_run(number, run_name=name).info.run_id
-            params = [Param(_plain(key), str(value)[:500]) for key, value in config.items()]
-            for first in range(0, len(params), 100):
-                self._client.log_batch(id, params=params[first : first + 100])
+            (folder / MLFLOW_ID).write_text(f"{id}\n", encoding="utf-8")
         self._id = id
-        kept.write_text(f"{id}\n", encoding="utf-8")
+        # It was marked as ended if it goes on, and lacks some if it was begun while the server failed.
+        self._client.update_run(id, status="RUNNING")
+        known = self._client.get_run(id).data.params
+        params = [Param(_plain(key), str(value)[:500]) for key, value in config.items() if _plain(key) not in known]
+        for first in range(0, len(params), 100):
+            self._client.log_batch(id, params=params[first : first + 100])
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Send the values of a step."""
@@ -161,6 +165,11 @@ class MlflowTracker(Tracker):
 
         now = int(1000 * time.time())
         self._client.log_batch(self._id, [Metric(_plain(name), value, now, step) for name, value in values.items()])
+
+    def log_texts(self, step: int, texts: Mapping[str, str]) -> None:
+        """Send texts as files, `<name>/step-<step>.txt`."""
+        for name, text in texts.items():
+            self._client.log_text(self._id, text, f"{_plain(name)}/step-{step:08d}.txt")
 
     def close(self) -> None:
         """Mark the run as ended."""
@@ -172,9 +181,9 @@ def _plain(name: str) -> str:
     return re.sub(r"[^\w\-./ :]", "_", name)
 
 
-def _kept(file: Path, resume_step: int | None) -> str | None:
-    """Return the id of a run's view, if the run continues and had one."""
-    return None if resume_step is None or not file.exists() else file.read_text(encoding="utf-8").strip()
+def _kept(file: Path) -> str | None:
+    """Return the id of a run's view, if it has one."""
+    return file.read_text(encoding="utf-8").strip() if file.exists() else None
 
 
 def open_trackers(
@@ -200,47 +209,48 @@ def open_trackers(
     if "mlflow" in names and not os.environ.get(MLFLOW_SERVER):
         hint = f"set {MLFLOW_SERVER}, as in {MLFLOW_SERVER}=http://localhost:5000, or leave it out"
         raise ConfigError(f"log.trackers has mlflow, but {MLFLOW_SERVER} does not say where its server is", hint)
-    about = {"name": name, "config": config, "resume_step": resume_step}
+    if resume_step is None:
+        for file in (WANDB_ID, MLFLOW_ID):
+            (folder / file).unlink(missing_ok=True)
+    about = {"name": name, "config": config}
     makers: dict[str, Callable[[], Tracker]] = {
         "tensorboard": lambda: TensorBoardTracker(folder / "tb", resume_step=resume_step),
-        "wandb": lambda: WandbTracker(folder, **about),
-        "mlflow": lambda: MlflowTracker(folder, **about),
+        "wandb": lambda: QueuedTracker("wandb", lambda: WandbTracker(folder, **about)),
+        "mlflow": lambda: QueuedTracker("mlflow", lambda: MlflowTracker(folder, **about)),
     }
-    return Trackers({tracker: makers[tracker] for tracker in names})
+    return Trackers([makers[tracker]() for tracker in names])
 
 
 class Trackers:
-    """Several trackers as one. One whose service fails is left, with a warning: the run goes on without it.
+    """Several trackers as one.
 
     Args:
-        makers: Functions that open a tracker, by its name.
+        trackers: Trackers; those of services are queued.
 
     Raises:
-        HopescaleError: If the disk of the run folder cannot be written, now or later.
+        HopescaleError: From every method, if the disk of the run folder cannot be written.
     """
 
-    def __init__(self, makers: Mapping[str, Callable[[], Tracker]]):
-        self._trackers: dict[str, Tracker] = {}
-        for name, make in makers.items():
-            self._guarded(name, lambda name=name, make=make: self._trackers.__setitem__(name, make()))
+    def __init__(self, trackers: Sequence[Tracker]):
+        self._trackers = list(trackers)
 
     def log(self, step: int, values: Mapping[str, float], distributions: Mapping[str, Tensor]) -> None:
         """Show the values of a step, and distributions of many."""
-        for name, tracker in list(self._trackers.items()):
-            self._guarded(name, lambda tracker=tracker: tracker.log(step, values))
-            if name in self._trackers:
-                self._guarded(name, lambda tracker=tracker: tracker.log_values(step, distributions))
+        for tracker in self._trackers:
+            tracker.log(step, values)
+            tracker.log_values(step, distributions)
+
+    def log_texts(self, step: int, texts: Mapping[str, str]) -> None:
+        """Show texts of a step."""
+        for tracker in self._trackers:
+            tracker.log_texts(step, texts)
+
+    def go_back(self, step: int) -> None:
+        """Hide what is of later steps."""
+        for tracker in self._trackers:
+            tracker.go_back(step)
 
     def close(self) -> None:
         """Close all."""
-        for name, tracker in list(self._trackers.items()):
-            self._guarded(name, tracker.close)
-
-    def _guarded(self, name: str, work: Callable[[], Any]) -> None:
-        try:
-            work()
-        except HopescaleError:
-            raise
-        except Exception as error:  # whatever a client of a service raises
-            logger.warning("%s has failed, and the run goes on without it: %s", name, error)
-            self._trackers.pop(name, None)
+        for tracker in self._trackers:
+            tracker.close()

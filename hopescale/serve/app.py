@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import secrets
 import time
@@ -9,11 +10,11 @@ import uuid
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from anyio.to_thread import current_default_thread_limiter
 from fastapi import FastAPI, HTTPException, Request
-from fastapi.concurrency import run_in_threadpool
+from fastapi.concurrency import iterate_in_threadpool, run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -102,14 +103,13 @@ class Server:
             raise HopescaleError(f"the prompt has {len(ids)} tokens, --max-prompt-tokens allows {most}")
         return ids
 
-    def read(self, name: str, body: ContextRequest) -> dict[str, Any]:
-        """Read a text once, after that of another context if `onto` names one."""
+    def read(self, name: str, body: ContextRequest) -> _ContextReading:
+        """Begin to read a text once, after that of another context if `onto` names one."""
         self.contexts.check(name)
         before = None if body.onto is None else self.contexts.get(body.onto)
         ids = self.encode(body.text, goes_on=before is not None)
-        reading = self.batcher.submit(batcher.Request(ids, before and before.reading, max_tokens=0)).read()
-        context = self.contexts.put(name, reading)
-        return {"name": name, "tokens": context.tokens, "tokens_read": len(ids)}
+        request = self.batcher.submit(batcher.Request(ids, before and before.reading, max_tokens=0))
+        return _ContextReading(self.contexts, name, request, len(ids))
 
     def begin(self, body: CompletionRequest) -> _Completion:
         """Begin to answer."""
@@ -135,6 +135,30 @@ class Server:
         stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
         known = 0 if before is None else before.tokens
         return _Completion(self, self.batcher.submit(request), len(ids), known, [stop for stop in stops if stop])
+
+
+class _Answer(Protocol):
+    """What somebody waits for while the batcher works on it."""
+
+    request: batcher.Request
+
+    def whole(self) -> dict[str, Any]:
+        """Wait for it."""
+
+
+@dataclass(frozen=True)
+class _ContextReading:
+    """A context that is being read."""
+
+    contexts: Contexts
+    name: str
+    request: batcher.Request
+    num_read: int
+
+    def whole(self) -> dict[str, Any]:
+        """Wait until it is read, and keep it."""
+        context = self.contexts.put(self.name, self.request.read())
+        return {"name": self.name, "tokens": context.tokens, "tokens_read": self.num_read}
 
 
 class _Completion:
@@ -195,6 +219,33 @@ class _Completion:
         return {"index": 0, "text": text, "logprobs": None, "finish_reason": self.finish if ended else None}
 
 
+@asynccontextmanager
+async def _leaving(client: Request, request: batcher.Request) -> AsyncIterator[None]:
+    """Leave a request, within the block, once its client hangs up: its place in the batch is free for another."""
+
+    async def watch() -> None:
+        while (await client.receive())["type"] != "http.disconnect":
+            pass
+        request.is_left = True
+
+    watching = asyncio.create_task(watch())
+    try:
+        yield
+    finally:
+        watching.cancel()
+
+
+async def _awaited(client: Request, answer: _Answer) -> dict[str, Any]:
+    async with _leaving(client, answer.request):
+        return await run_in_threadpool(answer.whole)
+
+
+async def _streamed(client: Request, answer: _Completion, *, with_usage: bool) -> AsyncIterator[str]:
+    async with _leaving(client, answer.request):
+        async for event in iterate_in_threadpool(answer.events(with_usage=with_usage)):
+            yield event
+
+
 def _overlap(text: str, stop: str) -> int:
     """Return the length of the longest end of `text` with which `stop` begins."""
     return next((size for size in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:size])), 0)
@@ -251,12 +302,12 @@ def make_app(server: Server) -> FastAPI:
         return {"object": "list", "data": [{"id": server.name, "object": "model", "owned_by": "hopescale"}]}
 
     @app.post("/v1/completions")
-    def complete(body: CompletionRequest) -> Any:
-        answer = server.begin(body)
+    async def complete(body: CompletionRequest, request: Request) -> Any:
+        answer = await run_in_threadpool(server.begin, body)
         if not body.stream:
-            return answer.whole()
+            return await _awaited(request, answer)
         with_usage = bool((body.stream_options or {}).get("include_usage"))
-        return StreamingResponse(answer.events(with_usage=with_usage), media_type="text/event-stream")
+        return StreamingResponse(_streamed(request, answer, with_usage=with_usage), media_type="text/event-stream")
 
     @app.get("/contexts")
     def contexts() -> dict[str, Any]:
@@ -264,7 +315,8 @@ def make_app(server: Server) -> FastAPI:
 
     @app.put("/contexts/{name}")
     async def put(name: str, request: Request) -> dict[str, Any]:
-        return await run_in_threadpool(server.read, name, _context_request(request, await request.body()))
+        body = _context_request(request, await request.body())
+        return await _awaited(request, await run_in_threadpool(server.read, name, body))
 
     @app.get("/contexts/{name}")
     def get(name: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Continuous batching over carried states: requests come and go at any token, those at the same place share a pass."""
+"""Continuous batching over carried states: requests come and go at any token, and share passes wherever they stand."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import queue
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -74,18 +74,24 @@ class Request:
             self.is_left = True
 
     def read(self) -> Reading:
-        """Wait until all is read, of a request that writes nothing; return where the model stands then."""
+        """Wait until all is read, of a request that writes nothing; return where the model stands then.
+
+        Raises:
+            Failed: If the model could not go on, or the request was left.
+        """
         outcome = self.outcomes.get()
         if isinstance(outcome, Exception):
             raise outcome
+        if outcome is None:
+            raise Failed("the client has left")
         return outcome
 
 
 class Batcher:
     """One thread that runs the model for all requests, a token of each at a time.
 
-    Prompts are read in pieces, between which the others go on. A pass holds the requests that stand at the same place:
-    the state of a batch has one position. With memories alone, which keep no token, it is a place within a chunk.
+    Prompts are read in pieces, between which the others go on. A pass writes a token of every other request. Mixers run
+    once for all that stand at the same place: with memories alone, which keep no token, one within a chunk.
 
     Args:
         model: Model, in evaluation mode.
@@ -162,9 +168,9 @@ class Batcher:
             room = PREFILL_TOKENS
             while reading and room > 0:
                 room -= self._read_piece(reading, room, batches)
-            written = [batch for old in batches.values() if (batch := self._write(old))]
+            going = [each for batch in batches.values() if (each := self._choose_all(batch))]
             batches.clear()
-            batches |= {self._place(batch): batch for batch in written}
+            batches |= {self._place(batch): batch for batch in self._write(going)}
 
     def _next(self, wait: bool) -> Request | None:
         try:
@@ -213,23 +219,39 @@ class Batcher:
             logger.exception("requests could not be put together")
             self._end(request, Failed(f"the model could not go on: {error}"))
 
-    def _write(self, batch: _Batch) -> _Batch | None:
-        """Write a token of each request; return what goes on."""
+    def _choose_all(self, batch: _Batch) -> _Batch | None:
+        """Choose a token of each request; return those that go on, and their tokens."""
         tokens = [self._choose(batch, row) for row in range(len(batch.requests))]
         kept = [row for row, token in enumerate(tokens) if token is not None]
         if not kept:
             return None
-        going = [batch.requests[row] for row in kept]
         try:
-            batch = batch.rows(kept)
-            chosen = torch.tensor([[tokens[row]] for row in kept], device=batch.reading.logits.device)
-            self.passes += 1
-            return _Batch(batch.requests, prefill(self.model, chosen, batch.reading.state))
+            return replace(batch.rows(kept), tokens=[tokens[row] for row in kept])
         except Exception as error:
-            logger.exception("tokens could not be written")
-            for request in going:
-                self._end(request, Failed(f"the model could not go on: {error}"))
+            self._fail([batch.requests[row] for row in kept], error)
             return None
+
+    def _write(self, batches: list[_Batch]) -> list[_Batch]:
+        """Read the chosen tokens of all batches in one pass."""
+        if not batches:
+            return []
+        sizes = [len(batch.requests) for batch in batches]
+        try:
+            device = batches[0].reading.logits.device
+            tokens = torch.tensor([[token] for batch in batches for token in batch.tokens], device=device)
+            state = ModelState.of_groups([batch.reading.state for batch in batches], sizes)
+            self.passes += 1
+            logits, state = prefill(self.model, tokens, state)
+            parts = zip(batches, logits.split(sizes), state.apart(), strict=True)
+            return [_Batch(batch.requests, Reading(part, each)) for batch, part, each in parts]
+        except Exception as error:
+            self._fail([request for batch in batches for request in batch.requests], error)
+            return []
+
+    def _fail(self, requests: list[Request], error: Exception) -> None:
+        logger.exception("tokens could not be written")
+        for request in requests:
+            self._end(request, Failed(f"the model could not go on: {error}"))
 
     def _choose(self, batch: _Batch, row: int) -> int | None:
         """Choose the next token of a request and hand it out; None if no other one is to follow."""
@@ -257,10 +279,11 @@ class Batcher:
 
 @dataclass(frozen=True)
 class _Batch:
-    """Requests that share a pass, and where the model stands with them."""
+    """Requests at the same place, where the model stands with them, and the tokens that it is to read next."""
 
     requests: list[Request]
     reading: Reading
+    tokens: Sequence[int] = ()
 
     def rows(self, rows: list[int]) -> _Batch:
         """Keep some requests."""

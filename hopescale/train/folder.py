@@ -100,28 +100,23 @@ class Record:
     """
 
     def __init__(self, folder: RunFolder, config: RunConfig, *, resume_step: int | None):
-        self._folder, self._config = folder.path, config
-        self._open(resume_step)
-
-    def _open(self, resume_step: int | None) -> None:
-        self._metrics = MetricsLog(self._folder / "metrics.jsonl", resume_step=resume_step)
-        about = {"name": self._config.name, "config": leaves(self._config), "resume_step": resume_step}
-        self._trackers = open_trackers(self._config.log.trackers, self._folder, **about)
+        self._path = folder.path / "metrics.jsonl"
+        self._metrics = MetricsLog(self._path, resume_step=resume_step)
+        about = {"name": config.name, "config": leaves(config), "resume_step": resume_step}
+        self._trackers = open_trackers(config.log.trackers, folder.path, **about)
 
     def __enter__(self) -> Record:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._close()
+        self._metrics.close()
+        self._trackers.close()
 
     def go_back(self, step: int) -> None:
         """Drop the records of later steps: the run goes on from this one."""
-        self._close()
-        self._open(step)
-
-    def _close(self) -> None:
         self._metrics.close()
-        self._trackers.close()
+        self._metrics = MetricsLog(self._path, resume_step=step)
+        self._trackers.go_back(step)
 
     def log(
         self,

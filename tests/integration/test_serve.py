@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -213,6 +214,18 @@ def test_one_request_too_many_is_told_to_come_again(loaded: LoadedModel):
             served.ask()
         stream.close()
         assert waited_for(lambda: served.batcher.num_open == 0), "a stream that nobody reads is left"
+        assert served.ask().choices[0].text is not None
+
+
+def test_a_client_that_hangs_up_frees_its_place(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch):
+    with Served(loaded, most=1) as served, monkeypatch.context() as patch:
+        submit = served.batcher.submit
+        patch.setattr(served.batcher, "submit", lambda request: submit(replace(request, end=None)))
+        asked = {"prompt": TEXT, "max_tokens": 4096, "temperature": 1.0, "seed": 3}
+        with pytest.raises(httpx.ReadTimeout):
+            served.http.post("/v1/completions", json=asked, timeout=0.3)
+        assert waited_for(lambda: served.batcher.num_open == 0)
+        assert served.batcher.passes < 4000, "nobody waits for the rest"
         assert served.ask().choices[0].text is not None
 
 
