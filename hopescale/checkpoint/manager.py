@@ -170,6 +170,10 @@ class CheckpointManager:
         """Say whether the state after `step` steps is to be saved: at multiples of `every` and at the last step."""
         return step == last_step or (self.config.every is not None and step > 0 and step % self.config.every == 0)
 
+    def must_keep(self, step: int) -> bool:
+        """Say whether the state after `step` steps is to be saved whatever it is, as `keep_at` names the step."""
+        return step in self.config.keep_at
+
     def save(self, step: int, state: Mapping[str, Any], manifest: Manifest, *, blocking: bool = False) -> None:
         """Save a state, waiting first for the save in flight.
 
@@ -240,8 +244,8 @@ class CheckpointManager:
         self._publish(temporary, folder)
         self._retain(folder)
         if self.config.mirror is not None:
-            settings = {"keep_last": self.config.keep_last, "keep_every": self.config.keep_every}
-            Mirror(self.config.mirror).send(folder, **settings)
+            names = ("keep_last", "keep_every", "keep_at")
+            Mirror(self.config.mirror).send(folder, **{name: getattr(self.config, name) for name in names})
 
     def _publish(self, temporary: Path, folder: Path) -> None:
         replaced = self.folder / f"{REPLACED}{folder.name}"
@@ -285,6 +289,7 @@ class CheckpointManager:
         """Remove old checkpoints, keeping `current`; what cannot be removed is reported and left."""
         complete = [path for path in checkpoint_folders(self.folder) if step_of(path) <= step_of(current)]
         complete = [path for path in complete if path == current or incomplete_because(path) is None]
+        complete = [path for path in complete if not self.must_keep(step_of(path))]
         for folder in complete[: -self.config.keep_last]:
             if self.config.keep_every is not None and step_of(folder) % self.config.keep_every == 0:
                 continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 from hopescale.checkpoint.manifest import (
@@ -47,7 +48,7 @@ class Mirror:
             hint = install_hint(address)
             raise CheckpointError(f"cannot reach checkpoint.mirror {address}: {error}", hint) from error
 
-    def send(self, folder: Path, *, keep_last: int, keep_every: int | None) -> None:
+    def send(self, folder: Path, *, keep_last: int, keep_every: int | None, keep_at: Collection[int] = ()) -> None:
         """Send a complete checkpoint, then remove older ones as `checkpoint` of the config has it.
 
         A failure is logged as a warning: the run has its checkpoint, and the next save sends another.
@@ -57,7 +58,7 @@ class Mirror:
             for file in files:
                 self._store.upload(file, f"{folder.name}/{file.name}")
             self._store.write(POINTER, f"{folder.name}\n".encode())
-            steps = [step for step in self._steps() if step <= step_of(folder)]
+            steps = [step for step in self._steps() if step <= step_of(folder) and step not in keep_at]
             for step in steps[:-keep_last]:
                 if keep_every is None or step % keep_every:
                     self._store.remove(folder_name(step))

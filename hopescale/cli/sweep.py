@@ -25,14 +25,17 @@ from hopescale.common.units import format_count
 from hopescale.config.check import check_layout
 from hopescale.config.layout import make_layout
 from hopescale.config.notes import notes
-from hopescale.launch.array import Element, submit_array
+from hopescale.launch.array import Element, Stage, submit_array, submit_stages
 from hopescale.launch.profile import load_profile
 from hopescale.observe.run_folder import SWEEP_MARKS, require_own
 from hopescale.observe.run_status import DIVERGED, DONE, FAILED, RUNNING
+from hopescale.sweep.branches import saving
 from hopescale.sweep.collect import collect as write_points
-from hopescale.sweep.grid import Sweep, Trial, columns, load_sweep, make_trials
+from hopescale.sweep.grid import Sweep, columns, load_sweep, make_trials
 from hopescale.sweep.pool import locked, run_trials, train_words
 from hopescale.sweep.progress import TrialStatus, as_trained, require_same, trial_folder, trial_status
+from hopescale.sweep.stages import make_stages
+from hopescale.sweep.trial import Trial
 
 app = typer.Typer(help="Plan and run many trials, fit laws to their losses, draw them.", no_args_is_help=True)
 
@@ -47,13 +50,15 @@ def plan(sweep: SweepFile) -> None:
     """Check every trial and show them all: parameters, tokens, steps, FLOPs. Trains nothing, writes nothing."""
     _, trials, _ = _read(sweep)
     labels = columns(trials)
-    table = _table("trial", *labels, right=("parameters", "tokens", "steps", "batch", "lr", "FLOPs"))
+    branches = ["from step"] if any(trial.branch for trial in trials) else []
+    table = _table("trial", *labels, right=("parameters", "tokens", "steps", *branches, "batch", "lr", "FLOPs"))
     for trial in trials:
         train = trial.config.train
         counts = (format_count(trial.params), format_count(trial.tokens), f"{trial.steps:,}")
         batch, lr = f"{train.global_batch_tokens:,}", f"{trial.config.optim.lr:.3g}"
         of_trial = (escape(trial.labels.get(label, "")) for label in labels)
-        table.add_row(trial.name, *of_trial, *counts, batch, lr, f"{trial.flops:.3g}")
+        begins = [str(trial.branch.step) if trial.branch else ""] if branches else []
+        table.add_row(trial.name, *of_trial, *counts, *begins, batch, lr, f"{trial.flops:.3g}")
     _print(table)
     by_series = dict.fromkeys(trial.series for trial in trials)
     for series in by_series:
@@ -69,6 +74,10 @@ def plan(sweep: SweepFile) -> None:
     for note, names in told.items():
         others = f" and {len(names) - 1} more" if len(names) > 1 else ""
         typer.echo(f"note: {names[0]}{others}: {note}")
+    if branches:
+        spent, apart = saving(trials)
+        share = f"{spent / apart:.3f} of the {apart:.3g} of separate runs"
+        typer.echo(f"horizons of a size share one run: {spent:.3g} FLOPs are spent, {share}")
     if len(by_series) > 1:
         typer.echo(f"in all: {len(trials)} trials, {sum(trial.flops for trial in trials):.3g} FLOPs")
 
@@ -132,23 +141,40 @@ def submit(
     if only not in (None, "failed"):
         raise ConfigError(f"--only is {only}, but must be failed")
     loaded, trials, folder = _read(sweep, sweep_dir)
+    if loaded.config.branch and (first or only):
+        idle = "--first" if first else "--only"
+        raise ConfigError(f"{idle} does not go with branches, which wait for their trunks", "submit all that is left")
     profile, folder = load_profile(cluster), folder.absolute()
     for trial in trials:
         check_layout(trial.config, make_layout(trial.config, nodes * profile.ranks))
     with locked(folder):
         require_same(loaded, trials, folder)
         _keep_file(loaded, folder)
-        chosen = [(trial, trial_folder(folder, trial)) for trial in trials[:first]]
-        elements = [
-            Element(trial.name, run_dir, tuple(train_words(trial, run_dir)))
-            for trial, run_dir in chosen
-            if trial_status(run_dir).state not in (DONE, DIVERGED)
-        ]
-        ids = submit_array(elements, profile, folder, nodes=nodes, max_at_once=max_at_once, time=time, only=only)
+        how = {"nodes": nodes, "max_at_once": max_at_once, "time": time}
+        if loaded.config.branch:
+            ids = submit_stages(_stages(trials, folder), profile, folder, **how)
+        else:
+            ids = submit_array(_elements(trials[:first], folder), profile, folder, only=only, **how)
     for id in ids:
         typer.echo(f"job {id}, trials in {display_path(folder / 'trials')}")
     if not ids:
         typer.echo("nothing to submit: no trial is left" if only is None else "nothing to submit: no trial has failed")
+
+
+def _elements(trials: Sequence[Trial], folder: Path) -> list[Element]:
+    chosen = [(trial, trial_folder(folder, trial)) for trial in trials]
+    return [
+        Element(trial.name, run_dir, tuple(train_words(trial, run_dir)))
+        for trial, run_dir in chosen
+        if trial_status(run_dir).state not in (DONE, DIVERGED)
+    ]
+
+
+def _stages(trials: Sequence[Trial], folder: Path) -> list[Stage]:
+    return [
+        Stage({n: Element(start.trial.name, start.run_dir, start.words) for n, start in starts.items()}, after)
+        for starts, after in make_stages(trials, folder)
+    ]
 
 
 @app.command()

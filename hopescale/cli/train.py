@@ -43,6 +43,10 @@ def train(
     init: Annotated[
         Path | None, typer.Option(metavar="PATH", help="Begin a new run with the weights of this run or checkpoint.")
     ] = None,
+    branch_from: Annotated[
+        Path | None,
+        typer.Option(metavar="PATH", help="Begin a new run with the whole state of this run or checkpoint."),
+    ] = None,
     stop_at: Annotated[int | None, typer.Option(help="Save and stop after this step; the schedule stays.")] = None,
     profile: Annotated[
         int | None,
@@ -59,6 +63,9 @@ def train(
     try:
         if init is not None and resume not in ("auto", "never"):
             raise ConfigError(f"--init has no effect with --resume {resume}, which continues a run", "leave one out")
+        if branch_from is not None and (idle := _beside_branch(resume, init, reset_optimizer)):
+            message = f"--branch-from has no effect with {idle}: a branch takes all that the checkpoint holds"
+            raise ConfigError(message, "leave one out")
         loaded, layout = _checked(recipe, overrides or (), rank_info.world_size if rank_info else nproc or 1, stop_at)
     except HopescaleError as error:
         error.repeated = rank_info is not None and rank_info.rank > 0
@@ -75,6 +82,7 @@ def train(
         resume=resume if resume in ("auto", "never", "must") else Path(resume),
         reset_optimizer=reset_optimizer,
         init=init,
+        branch_from=branch_from,
         stop_at=stop_at,
         profile=profile,
     )
@@ -97,6 +105,12 @@ def train(
         from hopescale.train.worker import train as run
 
         run(request, rank_info=rank_info, stop=stop, report=console.say if speaks else lambda line: None)
+
+
+def _beside_branch(resume: str, init: Path | None, reset_optimizer: bool) -> str | None:
+    """Return the option that says where a run begins in another way than `--branch-from`, None if there is none."""
+    given = {"--resume": resume not in ("auto", "never"), "--init": init, "--reset-optimizer": reset_optimizer}
+    return next((f"{name} {resume}" if name == "--resume" else name for name, value in given.items() if value), None)
 
 
 def _checked(recipe: str, overrides: Sequence[str], num_ranks: int, stop_at: int | None) -> tuple[LoadedConfig, Layout]:

@@ -35,6 +35,10 @@ def kept_checkpoints_are_written(config: RunConfig, origins: Origins) -> Iterato
         yield Problem(key, f"{keep} has no effect: checkpoint.every is null")
     elif keep is not None and leaves_rest(keep, every):
         yield Problem(key, f"{keep} is not a multiple of checkpoint.every = {every}: no checkpoint is written there")
+    for step in config.checkpoint.keep_at:
+        if step > config.train.steps:
+            message = f"{step} is beyond train.steps = {config.train.steps}: no checkpoint is written there"
+            yield Problem("checkpoint.keep_at", message)
 
 
 def backend_can_run(config: RunConfig, origins: Origins) -> Iterator[Problem]:

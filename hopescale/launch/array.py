@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -30,6 +30,15 @@ class Element:
     run_dir: Path
     command: tuple[str, ...]
     """Words after `hopescale`, as in `train CONFIG --run-dir RUN`; one that is started again has to continue."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Elements that may start at the same time, by their numbers."""
+
+    elements: Mapping[int, Element]
+    after: int | None = None
+    """Place of the stage whose elements of the same numbers have to end first; None waits for nothing."""
 
 
 def submit_array(
@@ -69,23 +78,87 @@ def submit_array(
     """
     slurm = slurm or Slurm()
     with submitting(folder):
-        rest, ids, size = _choose(elements, only, slurm), [], slurm.max_array_size()
-        if size == 0:
-            raise LaunchError(
-                "this cluster takes no arrays: its MaxArraySize is 0", "submit each run as a job of its own"
-            )
-        common = BatchJob(folder.name, profile, nodes, folder.absolute(), Path.cwd(), sys.executable, time)
-        check_cluster(common, slurm)
+        rest, ids = _choose(elements, only, slurm), []
+        common, size = _common(profile, folder, nodes, time, slurm)
         for start in range(0, len(rest), size):
-            part = rest[start : start + size]
-            try:
-                job = replace(common, run_dir=_next_folder(common.run_dir), array=Array(len(part), max_at_once))
-                script = _write(part, job)
-                ids.append(slurm.submit(script))
-                _note(part, job, ids[-1], script, folder)
-            except OSError as error:
-                raise LaunchError(f"cannot write {error.filename or folder}: {error.strerror}") from error
+            part = dict(enumerate(rest[start : start + size]))
+            ids.append(_submit(part, replace(common, array=Array(range(len(part)), max_at_once)), folder, slurm))
         return ids
+
+
+def submit_stages(
+    stages: Sequence[Stage],
+    profile: ClusterProfile,
+    folder: Path,
+    *,
+    nodes: int = 1,
+    max_at_once: int | None = None,
+    time: str | None = None,
+    slurm: Slurm | None = None,
+) -> list[str]:
+    """Submit arrays whose elements wait until those of the same number in an earlier one have ended well.
+
+    A run may have elements in several stages. One whose predecessor fails is removed from the queue by Slurm.
+
+    Args:
+        stages: Stages, each after the one that it waits for; what is done is not among their elements.
+        profile: Profile of the cluster.
+        folder: Folder of the arrays' folders, as of `submit_array`.
+        nodes: Nodes of each element.
+        max_at_once: Number of elements of an array that run at a time; None is no limit.
+        time: Time limit of each element; None is the profile's.
+        slurm: Slurm; None is the one of this machine.
+
+    Returns:
+        Numbers of the jobs; none if nothing is left to run.
+
+    Raises:
+        ConfigError: If the cluster would refuse them, or let them wait for ever.
+        LaunchError: As `submit_array`. Arrays that were taken before stay in the queue.
+    """
+    slurm = slurm or Slurm()
+    with submitting(folder):
+        runs = {element.run_dir: element for stage in stages for element in stage.elements.values()}
+        left = {element.run_dir for element in _choose(runs.values(), None, slurm)}
+        common, size = _common(profile, folder, nodes, time, slurm)
+        ids: list[str] = []
+        job_of: dict[tuple[int, int], str] = {}
+        for begin in range(0, 1 + max((max(stage.elements, default=-1) for stage in stages), default=-1), size):
+            for number, stage in enumerate(stages):
+                parts: dict[str | None, dict[int, Element]] = {}
+                for place in sorted(stage.elements):
+                    if begin <= place < begin + size and stage.elements[place].run_dir in left:
+                        before = None if stage.after is None else job_of.get((stage.after, place))
+                        parts.setdefault(before, {})[place - begin] = stage.elements[place]
+                for before, part in parts.items():
+                    job = replace(common, array=Array(list(part), max_at_once))
+                    ids.append(_submit(part, job, folder, slurm, after=before))
+                    job_of |= {(number, begin + place): ids[-1] for place in part}
+        return ids
+
+
+def _common(profile: ClusterProfile, folder: Path, nodes: int, time: str | None, slurm: Slurm) -> tuple[BatchJob, int]:
+    """Return what the arrays of a folder share, and the size that none may exceed, after a look at the cluster."""
+    if (size := slurm.max_array_size()) == 0:
+        raise LaunchError("this cluster takes no arrays: its MaxArraySize is 0", "submit each run as a job of its own")
+    common = BatchJob(folder.name, profile, nodes, folder.absolute(), Path.cwd(), sys.executable, time)
+    check_cluster(common, slurm)
+    return common, size
+
+
+def _submit(
+    elements: Mapping[int, Element], common: BatchJob, folder: Path, slurm: Slurm, *, after: str | None = None
+) -> str:
+    """Submit one array, each element of which waits for that of its number in the array `after`; return its number."""
+    wait = [] if after is None else [f"--dependency=aftercorr:{after}", "--kill-on-invalid-dep=yes"]
+    try:
+        job = replace(common, run_dir=_next_folder(common.run_dir))
+        script = _write(elements, job)
+        id = slurm.submit(script, *wait)
+        _note(elements, job, id, script, folder)
+    except OSError as error:
+        raise LaunchError(f"cannot write {error.filename or folder}: {error.strerror}") from error
+    return id
 
 
 def _choose(elements: Iterable[Element], only: str | None, slurm: Slurm) -> list[Element]:
@@ -110,11 +183,11 @@ def _next_folder(folder: Path) -> Path:
     return folder / f"array-{max(numbers, default=0) + 1}"
 
 
-def _write(elements: Sequence[Element], job: BatchJob) -> Path:
+def _write(elements: Mapping[int, Element], job: BatchJob) -> Path:
     """Write the folder of one array; return its script."""
     for name in ("elements", "logs"):
         (job.run_dir / name).mkdir(parents=True)
-    for index, element in enumerate(elements):
+    for index, element in elements.items():
         element.run_dir.mkdir(parents=True, exist_ok=True)
         forget_outcome(element.run_dir)
         run, command = shlex.quote(str(element.run_dir.absolute())), " ".join(map(shlex.quote, element.command))
@@ -125,13 +198,13 @@ def _write(elements: Sequence[Element], job: BatchJob) -> Path:
     return script
 
 
-def _note(elements: Sequence[Element], job: BatchJob, id: str, script: Path, folder: Path) -> None:
+def _note(elements: Mapping[int, Element], job: BatchJob, id: str, script: Path, folder: Path) -> None:
     """Note the array in its folder, and each element in its run folder."""
     common = {"submitted": now(), "cluster": job.profile.name, "nodes": job.nodes, "ranks": job.ranks}
-    runs = tuple((element.name, str(element.run_dir.absolute())) for element in elements)
+    runs = tuple((element.name, str(element.run_dir.absolute())) for element in elements.values())
     logs = job.run_dir / "logs"
     within = str(script.relative_to(folder.absolute()))
     note(folder, LedgerEntry(id, script=within, log=str(logs), elements=runs, **common))
-    for index, element in enumerate(elements):
+    for index, element in elements.items():
         log = str(logs / f"{id}_{index}.log")
         note(element.run_dir, LedgerEntry(f"{id}_{index}", script=str(script), log=log, **common))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,13 +22,17 @@ _SHUTDOWN_TIMEOUT_S = 600
 class Array:
     """Many runs as one job; `elements/INDEX.sh` in the array's folder sets `run` and `command` of each."""
 
-    size: int
+    indices: Sequence[int]
+    """Numbers of the elements, rising."""
     max_at_once: int | None = None
     """Number of elements that run at a time; None is no limit."""
 
     def __str__(self) -> str:
         limit = "" if self.max_at_once is None else f"%{self.max_at_once}"
-        return f"0-{self.size - 1}{limit}"
+        first, last = self.indices[0], self.indices[-1]
+        if last - first + 1 == len(self.indices) > 1 or len(self.indices) == 1:
+            return f"{first}-{last}{limit}"
+        return f"{','.join(map(str, self.indices))}{limit}"
 
 
 @dataclass(frozen=True)

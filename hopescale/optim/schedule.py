@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from hopescale.config.schedule import decay_begin
 from hopescale.config.schema import ScheduleConfig
 
 
@@ -17,7 +18,6 @@ def learning_rate(step: int, peak: float, total_steps: int, schedule: ScheduleCo
     if schedule.name == "cosine":
         begin, shape = schedule.warmup_steps, lambda x: 0.5 * (1 + math.cos(math.pi * x))
     else:
-        decay_steps = round(schedule.decay_fraction * total_steps)
-        begin, shape = max(schedule.warmup_steps, total_steps - decay_steps), lambda x: 1 - x
+        begin, shape = decay_begin(schedule, total_steps), lambda x: 1 - x
     progress = min(1.0, max(0, step - begin) / max(1, total_steps - begin))
     return peak * (schedule.min_lr_ratio + (1 - schedule.min_lr_ratio) * shape(progress))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -30,8 +31,9 @@ class Curve:
 def read_curves(table: Path) -> list[Curve]:
     """Read the curves of the trials that a sweep's `points.csv` lists, from the folders beside it.
 
-    A curve is cut into up to 60 parts, even by ratio of tokens, and each gives its mean: single batches are noisy.
-    A table without the columns trial, N, D and FLOP has no curves.
+    The curve of a branch begins with what its trunk has recorded. A curve is cut into up to 60 parts, even by ratio of
+    tokens, and each gives its mean: single batches are noisy. A table without the columns trial, N, D and FLOP has no
+    curves.
 
     Raises:
         DataError: If a record is damaged.
@@ -42,14 +44,22 @@ def read_curves(table: Path) -> list[Curve]:
         return []
     curves = []
     for row in rows:
-        path = table.parent / "trials" / row["trial"] / "metrics.jsonl"
-        records = read_metrics(path) if path.is_file() else []
+        records = _records(table, row["trial"])
+        if row.get("trunk") and records:
+            shared = int(row["branch_step"])
+            records = [record for record in _records(table, row["trunk"]) if record["step"] <= shared] + records
         pairs = [(record["tokens_seen"], record["loss"]) for record in records if record.get("loss") is not None]
         if len(pairs) > 1:
             tokens, losses = _means(*np.array(pairs, dtype=float).T)
             flops = tokens * float(row["FLOP"]) / float(row["D"])
             curves.append(Curve(row.get("series") or ONE_SERIES, float(row["N"]), flops, losses))
     return curves
+
+
+def _records(table: Path, trial: str) -> list[dict[str, Any]]:
+    """Return what a trial has recorded, nothing if it has not begun."""
+    path = table.parent / "trials" / trial / "metrics.jsonl"
+    return read_metrics(path) if path.is_file() else []
 
 
 def _means(tokens: np.ndarray, losses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

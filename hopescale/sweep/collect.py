@@ -10,8 +10,9 @@ from pathlib import Path
 from hopescale.common.disk import replace_text
 from hopescale.common.errors import LaunchError
 from hopescale.observe.run_status import DONE
-from hopescale.sweep.grid import Trial, columns
+from hopescale.sweep.grid import columns
 from hopescale.sweep.progress import as_trained, trial_folder, trial_status
+from hopescale.sweep.trial import Trial
 
 POINTS = "points.csv"
 
@@ -21,21 +22,25 @@ def collect(trials: Sequence[Trial], folder: Path) -> Path:
 
     N counts all parameters, D the tokens trained on, FLOP the training's FLOPs, by the config in the run folder. The
     loss is the held-out one of the last step; of runs without held-out text the mean of the last ten recorded training
-    losses. `loss_from` says which. A trial that is not done has no loss.
+    losses. `loss_from` says which. A trial that is not done has no loss. In a sweep with branches two more columns name
+    the trunk of a branch and the last step that it shares; D and FLOP are those of a run of its own.
 
     Raises:
         LaunchError: If it cannot be written.
     """
     labels, text, path = columns(trials), io.StringIO(), folder / POINTS
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["trial", "series", *labels, "N", "D", "FLOP", "loss", "loss_from", "state", "batch", "lr"])
+    places = ["trunk", "branch_step"] if any(trial.branch for trial in trials) else []
+    columns_of_runs = ["N", "D", "FLOP", "loss", "loss_from", "state", "batch", "lr"]
+    writer.writerow(["trial", "series", *labels, *columns_of_runs, *places])
     for trial in as_trained(trials, folder):
         status = trial_status(trial_folder(folder, trial))
         done = status.state == DONE and status.loss is not None
         head = (trial.name, trial.series, *(trial.labels.get(label, "") for label in labels))
         loss = (f"{status.loss:.6f}", status.source) if done else ("", "")
         rates = trial.config.train.global_batch_tokens, f"{trial.config.optim.lr:g}"
-        writer.writerow([*head, trial.params, trial.tokens, trial.flops, *loss, status.state, *rates])
+        begin = ((trial.branch.trunk, trial.branch.step) if trial.branch else ("", "")) if places else ()
+        writer.writerow([*head, trial.params, trial.tokens, trial.flops, *loss, status.state, *rates, *begin])
     try:
         replace_text(path, text.getvalue())
     except OSError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,10 @@ from hopescale.config.schema import RunConfig
 from hopescale.config.values import format_value
 from hopescale.cost.flops import flops_per_token
 from hopescale.cost.params import count_params
+from hopescale.sweep.branches import branch_off
 from hopescale.sweep.expression import evaluate
 from hopescale.sweep.schema import SeriesConfig, SweepConfig
+from hopescale.sweep.trial import Trial
 
 BATCH, STEPS = "train.global_batch_tokens", "train.steps"
 
@@ -39,42 +41,6 @@ class Sweep:
     def folder(self) -> Path:
         """Folder of its trials, unless another is chosen."""
         return Path("sweeps") / self.config.name
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One run of a sweep."""
-
-    name: str
-    """Name of the trial and of its run folder."""
-    series: str
-    labels: dict[str, str]
-    """Labels that tell it from the others of its series, by column: `size`, `budget`, and every axis's key."""
-    recipe: Path
-    overrides: tuple[str, ...]
-    """Changes to the recipe, as `key=value`."""
-    config: RunConfig
-    """Config of both, resolved and checked."""
-
-    @cached_property
-    def params(self) -> int:
-        """Parameters, embeddings included."""
-        return count_params(self.config.model)["total"]
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps."""
-        return self.config.train.steps
-
-    @property
-    def tokens(self) -> int:
-        """Training tokens in all."""
-        return self.steps * self.config.train.global_batch_tokens
-
-    @cached_property
-    def flops(self) -> int:
-        """Training FLOPs in all."""
-        return round(self.tokens * flops_per_token(self.config.model, self.config.train.seq_len))
 
 
 @dataclass(frozen=True)
@@ -127,7 +93,7 @@ def make_trials(sweep: Sweep) -> list[Trial]:
     if twice := sorted({name for name in names if names.count(name) > 1}):
         hint = "an axis lists a value twice, or values that differ in other characters than letters and digits"
         raise ConfigError(f"{display_path(sweep.path)} makes more than one trial of the name {twice[0]}", hint)
-    return trials
+    return branch_off(trials, display_path(sweep.path)) if sweep.config.branch else trials
 
 
 def _with_trials(problem: Problem, names: list[str]) -> Problem:
@@ -145,6 +111,8 @@ def _problems(sweep: SweepConfig) -> Iterator[Problem]:
             yield Problem(f"series.{name}.recipe" if name else "recipe", "no recipe", hint="name one, or set `recipe`")
     if sweep.flops and sweep.tokens:
         yield Problem("tokens", "both flops and tokens decide how long a trial is", hint="leave one out")
+    if sweep.branch and not (sweep.flops or sweep.tokens):
+        yield Problem("branch", "has no effect: there are no horizons", hint="give flops or tokens, or leave it out")
     for number in sweep.flops:
         if number <= 0:
             yield Problem("flops", f"must be above 0, holds {number:g}")

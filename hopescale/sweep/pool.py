@@ -19,8 +19,16 @@ from hopescale.common.errors import ConfigError, DataError, DivergedError, Launc
 from hopescale.common.units import format_duration
 from hopescale.config.layout import smallest_layout
 from hopescale.observe.run_status import DIVERGED, DONE, FAILED, RUNNING, STOPPED, is_locked
-from hopescale.sweep.grid import Trial
-from hopescale.sweep.progress import Note, read_note, trial_folder, trial_status, write_note
+from hopescale.sweep.progress import (
+    Note,
+    branch_checkpoint,
+    can_start,
+    read_note,
+    trial_folder,
+    trial_status,
+    write_note,
+)
+from hopescale.sweep.trial import Trial
 
 LOG = "train.log"
 """Output of a trial's process, in its run folder; every start appends."""
@@ -35,8 +43,12 @@ Say = Callable[[str], None]
 
 
 def train_words(trial: Trial, run_dir: Path) -> list[str]:
-    """Return the arguments of `hopescale` that train a trial, or continue it, on ranks that something else starts."""
-    return ["train", str(trial.recipe), *trial.overrides, "--run-dir", str(run_dir)]
+    """Return the arguments of `hopescale` that train a trial, or continue it, on ranks that something else starts.
+
+    The first start of a branch needs the checkpoint of its trunk.
+    """
+    begin = ["--branch-from", str(branch_checkpoint(run_dir, trial.branch))] if trial.branch else []
+    return ["train", str(trial.recipe), *trial.overrides, "--run-dir", str(run_dir), *begin]
 
 
 @contextmanager
@@ -69,11 +81,12 @@ def run_trials(
 ) -> None:
     """Train what is not done, `jobs` trials at a time; call it from the main thread, with the folder locked.
 
-    Each trial is a process of `hopescale train`, which continues from its last checkpoint. Trials that are done or have
-    diverged are left alone. One that fails is started again, up to `retries` times, unless its config or its data are
-    at fault. SIGTERM, SIGHUP and SIGINT stop all trials, which save their state; a second SIGINT kills them. They are
-    also asked to stop when this process dies. Threads are distributed among `jobs` where `environ` does not set their
-    number. `report` takes each line about a trial, and `show` is called about every second, as long as trials run.
+    Each trial is a process of `hopescale train`, which continues from its last checkpoint. A branch waits until its
+    trunk has come to its step. Trials that are done or have diverged are left alone. One that fails is started again,
+    up to `retries` times, unless its config or its data are at fault. SIGTERM, SIGHUP and SIGINT stop all trials, which
+    save their state; a second SIGINT kills them. They are also asked to stop when this process dies. Threads are
+    distributed among `jobs` where `environ` does not set their number. `report` takes each line about a trial, and
+    `show` is called about every second, as long as trials run.
 
     Raises:
         StoppedEarly: If a signal ended it; the same call goes on.
@@ -134,11 +147,17 @@ class _Pool:
         return len(self.queue) + len(self.running) + len(self.failed)
 
     def start(self, places: int) -> None:
-        """Start trials in as many free places, but none whose folder another process still holds."""
+        """Start trials in as many free places.
+
+        Those wait whose folder another process still holds, and branches for the step of their trunk.
+        """
         for trial in list(self.queue):
             if places < 1:
                 return
             run_dir = trial_folder(self.folder, trial)
+            if not can_start(run_dir, trial):
+                self._give_up_without_trunk(trial, run_dir)
+                continue
             if is_locked(run_dir):
                 if trial.name not in self._waited_for:
                     self.report(f"{trial.name}: waiting for a process that still trains it")
@@ -147,6 +166,23 @@ class _Pool:
             self.queue.remove(trial)
             self._start(trial, run_dir)
             places -= 1
+
+    def _give_up_without_trunk(self, trial: Trial, run_dir: Path) -> None:
+        """End a branch whose trunk will not come to its step; a run of its own would have diverged likewise."""
+        trunk, step = trial.branch.trunk, trial.branch.step
+        if any(other.name == trunk for other in [*self.running.values(), *self.queue]):
+            return
+        self.queue.remove(trial)
+        status = trial_status(self.folder / "trials" / trunk)
+        if status.state == DIVERGED:
+            why = f"its trunk {trunk} diverged before step {step}"
+            write_note(run_dir, Note(DIVERGED, message=why))
+            self.report(f"{trial.name}: diverged: {why}")
+            return
+        why = f"its trunk {trunk} is {status.state}, and holds no {branch_checkpoint(run_dir, trial.branch).name}"
+        write_note(run_dir, Note(FAILED, failures=1, message=why))
+        self.failed[trial.name] = why
+        self.report(f"{trial.name}: failed: {why}")
 
     def _start(self, trial: Trial, run_dir: Path) -> None:
         nproc = smallest_layout(trial.config).num_ranks

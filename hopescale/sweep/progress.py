@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from hopescale.checkpoint.manifest import MANIFEST, folder_name
 from hopescale.common.disk import replace_text
 from hopescale.common.errors import ConfigError, LaunchError
 from hopescale.common.paths import display_path
@@ -30,7 +31,8 @@ from hopescale.observe.run_status import (
     Word,
     read_status,
 )
-from hopescale.sweep.grid import Sweep, Trial
+from hopescale.sweep.grid import Sweep
+from hopescale.sweep.trial import Branch, Trial
 
 NOTE = "trial.json"
 
@@ -78,6 +80,16 @@ class TrialStatus(RunStatus):
 def trial_folder(folder: Path, trial: Trial) -> Path:
     """Return the run folder of a trial in a sweep's folder."""
     return folder / "trials" / trial.name
+
+
+def branch_checkpoint(run_dir: Path, branch: Branch) -> Path:
+    """Return the checkpoint that a trial branches off from: of the trial beside it."""
+    return run_dir.parent / branch.trunk / "checkpoints" / folder_name(branch.step)
+
+
+def can_start(run_dir: Path, trial: Trial) -> bool:
+    """Tell whether a trial has what it begins with: the checkpoint of its trunk, if it is a branch."""
+    return trial.branch is None or (branch_checkpoint(run_dir, trial.branch) / MANIFEST).is_file()
 
 
 def read_note(run_dir: Path) -> Note:

@@ -37,6 +37,9 @@ class SweepConfig:
     tokens: tuple[Any, ...] = ()
     """Training tokens of a trial: counts, or expressions as in `20 * N`. Decides `train.steps`. Either this or
     `flops`; without both the steps are the recipe's."""
+    branch: bool = False
+    """Whether the horizons of a size are one run (WSD-S): the longest is trained whole, and each other one branches off
+    where its decay begins. Needs `flops` or `tokens`, and `optim.schedule.name: wsd`."""
     axes: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     """Other keys to vary: values by dotted key, as in `optim.lr: [1e-3, 3e-3]`."""
     rules: dict[str, Any] = field(default_factory=dict)

@@ -27,6 +27,8 @@ class RunRequest:
         resume: Choice of the checkpoint to continue from.
         reset_optimizer: Whether to continue with the weights of a checkpoint and a new optimizer.
         init: Run folder or checkpoint whose weights a new run begins with; a run that has begun continues.
+        branch_from: Run folder or checkpoint that a new run goes on from, with all of its state; a run that has begun
+            continues.
         stop_at: Step to save and stop at, at most `train.steps`, without changing the learning rate's horizon; None is
             `train.steps`.
         profile: Number of steps of the first rank to record; None records none.
@@ -39,6 +41,7 @@ class RunRequest:
     resume: Resume = "auto"
     reset_optimizer: bool = False
     init: Path | None = None
+    branch_from: Path | None = None
     stop_at: int | None = None
     profile: int | None = None
 
@@ -54,5 +57,6 @@ class RunRequest:
             "--resume": str(self.resume),
             "--reset-optimizer": str(self.reset_optimizer),
             "--init": str(self.init),
+            "--branch-from": str(self.branch_from),
             "--stop-at": str(self.stop_at),
         }

@@ -150,6 +150,8 @@ def _whole_parameters(parameters: Mapping[str, nn.Parameter], mesh: Mesh) -> dic
 def choose_checkpoint(folder: RunFolder, request: RunRequest) -> Path | None:
     """Return the checkpoint to continue from, or None for a new run.
 
+    A run that branches off another begins at the other's checkpoint, and continues from its own.
+
     Raises:
         CheckpointError: If the folder does not hold what `resume` asks for, or no checkpoint for a new optimizer, or
             `checkpoint.mirror` cannot be reached.
@@ -168,6 +170,8 @@ def choose_checkpoint(folder: RunFolder, request: RunRequest) -> Path | None:
     if request.reset_optimizer and latest is None:
         hint = "a new run has a new optimizer; leave the option out, or check --run-dir"
         raise CheckpointError(f"--reset-optimizer, but {folder.checkpoints} holds no checkpoint", hint)
+    if latest is None and request.branch_from is not None:
+        return find_checkpoint(request.branch_from)
     return latest
 
 

@@ -184,10 +184,11 @@ class Trainer:
     def save_if_due(self) -> None:
         """Save the state at the steps that `checkpoint` names; notice a failure of the save under way.
 
-        Not after a bad step: saves push out older ones, and the run may have to go back to those.
+        Not after a bad step, unless `keep_at` names it: other saves push out older ones, and the run may have to go
+        back to those.
         """
-        is_good = self.state.watch.in_a_row == 0
-        if is_good and self.checkpoints.due(self.state.step, self.config.train.steps):
+        step, is_good = self.state.step, self.state.watch.in_a_row == 0
+        if self.checkpoints.must_keep(step) or (is_good and self.checkpoints.due(step, self.config.train.steps)):
             self._save()
         self._defer_failure(self.checkpoints.poll)
 

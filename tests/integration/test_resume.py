@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -17,9 +16,7 @@ from hopescale.checkpoint.manifest import step_of
 from hopescale.data.loader import Data
 from hopescale.engine import Engine
 from hopescale.train.state import TrainState
-
-if TYPE_CHECKING:
-    from conftest import Run
+from tests.integration.conftest import Run
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -83,6 +80,27 @@ def test_a_run_can_begin_with_the_checkpoint_of_another(train, run: Run, whole):
     assert run.steps() == [10] and whole().steps() == [4, 8, 10]
     found, expected = run.tensors(10), whole().tensors(10)
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_branch_equals_a_run_of_its_own(train, hopescale, run: Run, tmp_path, tiny):
+    """Levels of periods 2 and 4 have gathered gradients at the step where it branches off."""
+    wsd = (*tiny, "optim.schedule.name=wsd", "optim.schedule.decay_fraction=0.3")
+    trunk, branch = Run(tmp_path / "trunk"), Run(tmp_path / "branch")
+    kept = ("train.steps=16", "checkpoint.keep_at=[7]", "checkpoint.keep_last=1", "--stop-at", 9)
+    assert hopescale("train", "debug", *wsd, *kept, "--run-dir", trunk.path).code == 0
+    assert trunk.steps() == [7, 9]
+    begin = ("--branch-from", trunk.checkpoint(7), "--run-dir", branch.path)
+    assert hopescale("train", "debug", *wsd, *begin, "--stop-at", 9).code == 0
+    shutil.rmtree(trunk.path)
+    assert hopescale("train", "debug", *wsd, *begin).code == 0, "the second start goes on from its own checkpoint"
+    assert train(*wsd[-2:]).code == 0
+    own = [values for values in run.values() if values["step"] > 7]
+    assert branch.values() == own and len(own) == 3
+    found, expected = branch.tensors(10), run.tensors(10)
+    assert found.keys() == expected.keys()
+    assert [name for name, tensor in found.items() if not torch.equal(tensor, expected[name])] == []
+    refused = hopescale("train", "debug", *wsd, *begin, "--init", run.path)
+    assert refused.code == 2 and "--branch-from has no effect with --init" in refused.err
 
 
 def test_tensorboard_hides_what_was_given_up(train, run: Run):

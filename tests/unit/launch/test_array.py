@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from hopescale.common.errors import LaunchError
-from hopescale.launch.array import Element, submit_array
+from hopescale.launch.array import Element, Stage, submit_array, submit_stages
 from hopescale.launch.ledger import entries
 from hopescale.launch.profile import ClusterProfile
 from hopescale.launch.status import elements_of_array
@@ -93,3 +93,19 @@ def test_only_what_failed_is_submitted_again(fake, elements, tmp_path: Path, mon
     assert submit_array(elements[:4], PROFILE, folder, only="failed") == []
     assert submit_array(elements[2:4], PROFILE, folder) == ["200"]  # what was cancelled, but not what is done
     assert [name for name, _ in entries(folder)[-1].elements] == ["lr 3"]
+
+
+def test_stages_wait_for_the_same_numbers_of_the_stage_before(fake, elements, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("hopescale.launch.array.take_snapshot", lambda code: code.mkdir())
+    fake.answer("scontrol", "MaxArraySize            = 3")
+    fake.answer("sbatch", "100")
+    first, second = {2: elements[0], 3: elements[1]}, {1: elements[2], 2: elements[3], 3: elements[4]}
+    folder = tmp_path / "sweep"
+    assert len(submit_stages([Stage(first), Stage(second, after=0)], PROFILE, folder)) == 5
+    calls = fake.calls("sbatch")
+    scripts = [(folder / f"array-{n}" / "submit.sbatch").read_text() for n in range(1, 6)]
+    arrays = [next(line for line in script.splitlines() if "--array" in line) for script in scripts]
+    assert [line.partition("=")[2] for line in arrays] == ["2-2", "1-1", "2-2", "0-0", "0-0"]
+    waits = "--dependency=aftercorr:100 --kill-on-invalid-dep=yes"
+    assert [waits in call for call in calls] == [False, False, True, False, True]
+    assert (folder / "array-5/elements/0.sh").read_text().startswith(f"# {elements[4].name}\n")

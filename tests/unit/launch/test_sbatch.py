@@ -232,7 +232,7 @@ def test_an_element_requeues_itself_and_not_its_array(job: BatchJob, play, slurm
     run.mkdir()
     (elements / "5.sh").write_text(f"run='{run}'\ncommand=(train debug 'name=two words')\n")
     (run / "bad_nodes").write_text("n2\n")
-    array = replace(job, array=Array(6, 2))
+    array = replace(job, array=Array(range(6), 2))
     environ = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "5"}
     assert play(75, job=array, **environ)[0] == 75
     assert slurm.calls("srun")[-1].endswith("python -u -m hopescale train debug name=two words")
@@ -240,7 +240,7 @@ def test_an_element_requeues_itself_and_not_its_array(job: BatchJob, play, slurm
     assert play(1, job=array, **environ)[0] == 1
     assert (run / "failures").read_text().startswith("none exit code 1, job 7_5, ")
     assert play(0, job=array, **environ)[0] == 1 and not (run / "outcome").exists()
-    assert "#SBATCH --array=0-5%2\n" in render(array) and "--array=0-5\n" in render(replace(job, array=Array(6)))
+    assert "#SBATCH --array=0-5%2\n" in render(array) and "--array=0-5\n" in render(replace(job, array=Array(range(6))))
 
 
 def test_a_chain_leaves_the_rest_to_its_next_job_until_it_gives_up(job: BatchJob, play, slurm: FakeSlurm):

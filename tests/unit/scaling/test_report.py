@@ -134,6 +134,23 @@ def test_curves_follow_the_records(sweep, analysis):
     assert len(curve.flops) <= 60
 
 
+def test_the_curve_of_a_branch_begins_with_its_trunk(tmp_path: Path):
+    for name, steps, loss in (("long", range(1, 9), 4.0), ("short", range(4, 6), 2.0)):
+        (tmp_path / "trials" / name).mkdir(parents=True)
+        log = MetricsLog(tmp_path / "trials" / name / "metrics.jsonl", resume_step=None)
+        for step in steps:
+            log.log(step, 10 * step, {"loss": loss})
+        log.close()
+    header = ["trial", "N", "D", "FLOP", "loss", "trunk", "branch_step"]
+    rows = [["long", 1, 80, 480, 4, "", ""], ["short", 1, 50, 300, 2, "long", 3]]
+    with (tmp_path / "points.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+    whole, branch = read_curves(tmp_path / "points.csv")
+    assert whole.loss.tolist() == [4.0] * len(whole.loss)
+    assert branch.flops[0] == 60 and branch.flops[-1] > 240
+    assert [loss for flops, loss in zip(branch.flops, branch.loss, strict=True) if flops < 190] == [4.0] * 3
+
+
 def test_a_table_alone_has_no_curves(chinchilla):
     assert read_curves(chinchilla) == []
 

@@ -44,6 +44,10 @@ if act == "wait":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
     record(1, loss=3.0)
     time.sleep(60)
+kept = next((word.partition("=")[2] for word in sys.argv if word.startswith("checkpoint.keep_at=")), "[]")
+for step in json.loads(kept) if act == "done" else []:
+    (run_dir / f"checkpoints/step-{{step:08d}}").mkdir(parents=True)
+    (run_dir / f"checkpoints/step-{{step:08d}}/manifest.json").write_text("")
 if act == "done":
     for step in range(1, steps + 1):
         record(step, loss=4.0 - step / steps, tps=7.0)
@@ -178,6 +182,50 @@ def test_ranks_of_a_trial_follow_from_its_degrees(run, tmp_path: Path):
     run_trials(trials, tmp_path / "out", jobs=1, retries=0, environ=os.environ, **quiet)
     words = (tmp_path / "out/trials/trial/train.log").read_text().split()
     assert words[-2:] == ["--nproc", "2"] and "parallel.tp=2" in words
+
+
+BRANCHES = """
+recipe: debug
+set: {optim.schedule.name: wsd, optim.schedule.warmup_steps: 2}
+tokens: [20Ki, 40Ki, 60Ki]
+branch: true
+"""
+
+
+@pytest.fixture
+def run_branches(run, tmp_path: Path):
+    """Run three horizons of one size, of which the two shorter ones branch off the longest, two at a time."""
+    (tmp_path / "sweep.yaml").write_text(BRANCHES)
+    trials, said = make_trials(load_sweep(tmp_path / "sweep.yaml")), []
+
+    def start(plan: dict[str, list[str]]) -> list[str]:
+        (tmp_path / "out/trials/plan.json").write_text(json.dumps(plan))
+        quiet = {"report": said.append, "show": lambda: None}
+        run_trials(trials, tmp_path / "out", jobs=2, retries=0, environ=os.environ, **quiet)
+        return said
+
+    return start
+
+
+def test_branches_wait_for_their_trunk(run_branches, tmp_path: Path):
+    run_branches({})
+    assert sorted(calls(tmp_path)) == ["d20Ki", "d40Ki", "d60Ki"] and calls(tmp_path)[0] == "d60Ki"
+    words = (tmp_path / "out/trials/d40Ki/train.log").read_text().split()
+    place = words.index("--branch-from") + 1
+    assert words[place] == str(tmp_path / "out/trials/d60Ki/checkpoints/step-00000032")
+    run_branches({})
+    assert len(calls(tmp_path)) == 3
+
+
+@pytest.mark.parametrize(("ends", "state"), [("6", "diverged"), ("1", "failed")])
+def test_branches_end_with_a_trunk_that_does_not_come_to_their_step(run_branches, tmp_path: Path, ends, state):
+    if state == "failed":
+        with pytest.raises(LaunchError, match="its trunk d60Ki is failed, and holds no step-00000016"):
+            run_branches({"d60Ki": [ends]})
+    else:
+        assert "d20Ki: diverged: its trunk d60Ki diverged before step 16" in run_branches({"d60Ki": [ends]})
+    assert calls(tmp_path) == ["d60Ki"]
+    assert [trial_status(tmp_path / f"out/trials/d{n}Ki").state for n in (20, 40, 60)] == [state] * 3
 
 
 RATES = ["batch", "lr"]

@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hopescale.common.errors import ConfigError
+from hopescale.optim.schedule import learning_rate
+from hopescale.sweep.branches import saving
+from hopescale.sweep.grid import load_sweep, make_trials
+from hopescale.sweep.progress import branch_checkpoint, trial_folder
+from hopescale.sweep.stages import make_stages
+from hopescale.sweep.trial import Branch, Trial
+
+SWEEP = """
+recipe: debug
+set: {optim.schedule.name: wsd, optim.schedule.warmup_steps: 2}
+sizes: {w32: {model.d_model: 32}, w64: {model.d_model: 64}}
+tokens: [50Ki, 100Ki, 200Ki, 400Ki]
+branch: true
+"""
+DECAY_ALONE = "warmup_steps: 0, optim.schedule.decay_fraction: 1"
+SMALL = SWEEP.replace(", w64: {model.d_model: 64}", "").replace(", 200Ki, 400Ki", "")
+
+
+@pytest.fixture(scope="module")
+def trials(tmp_path_factory: pytest.TempPathFactory) -> list[Trial]:
+    """Two sizes with four horizons each."""
+    path = tmp_path_factory.mktemp("sweep") / "sweep.yaml"
+    path.write_text(SWEEP)
+    return make_trials(load_sweep(path))
+
+
+@pytest.fixture
+def make(tmp_path: Path):
+    """Make the trials of a sweep from its text."""
+
+    def of(text: str) -> list[Trial]:
+        (tmp_path / "sweep.yaml").write_text(text)
+        return make_trials(load_sweep(tmp_path / "sweep.yaml"))
+
+    return of
+
+
+def test_shorter_horizons_branch_off_the_longest_where_their_decay_begins(trials):
+    assert [trial.branch for trial in trials[4:]] == [*(Branch("w64-d400Ki", step) for step in (40, 80, 160)), None]
+    assert trials[3].config.checkpoint.keep_at == (40, 80, 160) and trials[0].config.checkpoint.keep_at == ()
+    assert trials[3].overrides[-1] == "checkpoint.keep_at=[40,80,160]"
+    for trial in trials[:3]:
+        schedule = trial.config.optim.schedule
+        rates = [[learning_rate(step, 1.0, t.steps, schedule) for step in range(1, 401)] for t in (trial, trials[3])]
+        step = trial.branch.step
+        assert rates[0][:step] == rates[1][:step] and rates[0][step] < rates[1][step]
+
+
+def test_one_trunk_and_four_decays_cost_less_than_four_runs(trials):
+    spent, apart = saving(trials)
+    assert spent / apart == pytest.approx(9.4 / 15)
+
+
+@pytest.mark.parametrize(
+    ("change", "key", "message"),
+    [
+        (("name: wsd, ", "name: cosine, "), "optim.schedule.name", "is cosine"),
+        (("branch: true", "branch: true\nrules: {optim.lr: 0.1 / steps}"), "optim.lr", "would share a run, but differ"),
+        (
+            ("schedule.warmup_steps: 2", "schedule.warmup_steps: 0, optim.schedule.decay_fraction: 1"),
+            "optim.schedule.decay_fraction",
+            "no step before its decay",
+        ),
+        (("tokens: [50Ki, 100Ki]", ""), "branch", "no horizons"),
+    ],
+)
+def test_horizons_that_cannot_share_a_run_are_refused(make, change, key: str, message: str):
+    with pytest.raises(ConfigError) as caught:
+        make(SMALL.replace(*change))
+    assert {problem.key for problem in caught.value.problems} == {key} and message in str(caught.value)
+
+
+def test_stages_of_jobs_train_a_trunk_in_parts_and_branches_after_them(trials, tmp_path: Path):
+    stages = make_stages(trials, tmp_path)
+    assert [after for _, after in stages] == [None, 0, 0, 2, 2, 4, 4]
+    names = [[start.trial.name.partition("-")[2] for start in starts.values()] for starts, _ in stages]
+    trunk = ["d400Ki"] * 2
+    assert names == [trunk, ["d50Ki"] * 2, trunk, ["d100Ki"] * 2, trunk, ["d200Ki"] * 2, trunk]
+    assert [starts[1].words[-2:] for starts, _ in stages[:5:2]] == [("--stop-at", step) for step in ("40", "80", "160")]
+    assert "--stop-at" not in stages[6][0][0].words
+
+    for step in (40, 80):
+        folder = branch_checkpoint(trial_folder(tmp_path, trials[0]), Branch("w32-d400Ki", step))
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_text("")
+    trial_folder(tmp_path, trials[0]).mkdir()
+    (trial_folder(tmp_path, trials[0]) / "outcome").write_text("done at step 50 of 50\n")
+    starts = [list(starts) for starts, _ in make_stages(trials, tmp_path)]
+    assert starts == [[1], [1], [1], [0, 1], [0, 1], [0, 1], [0, 1]], "of the first size only what is left"
