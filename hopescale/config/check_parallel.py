@@ -18,7 +18,7 @@ def degrees(config: RunConfig, origins: Origins) -> Iterator[Problem]:
     if len(unset) > 1:
         hint = "null is what remains of the ranks; set the others"
         yield Problem("parallel", f"{' and '.join(unset)} are null, at most one may be", hint=hint)
-    if zero >= 1 and parallel.dp == 1:
+    if zero >= 1 and parallel.dp == parallel.cp == 1:
         hint = "set parallel.zero=0, or run more replicas"
         yield Problem("parallel.zero", f"{zero} has no effect: parallel.dp is {parallel.dp}", hint=hint)
     if zero >= 2 and pp is not None and pp > 1:

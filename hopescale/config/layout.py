@@ -9,7 +9,7 @@ from hopescale.common.errors import ConfigError, Problem
 from hopescale.config.schema import RunConfig
 
 AXES = ("dp", "pp", "tp")
-"""The axes, from the one whose neighbours are furthest apart."""
+"""The axes whose degree may be what remains, from the one whose neighbours are furthest apart."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Layout:
         pp: Pipeline stages.
         virtual_stages: Slices of the model per pipeline rank.
         sequence_parallel: Whether activations between layers are split over the `tp` ranks along the tokens.
+        cp: Ranks that share the tokens of a sequence.
     """
 
     dp: int = 1
@@ -29,11 +30,17 @@ class Layout:
     pp: int = 1
     virtual_stages: int = 1
     sequence_parallel: bool = False
+    cp: int = 1
 
     @property
     def num_ranks(self) -> int:
         """Processes in all."""
-        return self.dp * self.tp * self.pp
+        return self.replicas * self.tp * self.pp
+
+    @property
+    def replicas(self) -> int:
+        """Ranks that hold the same weights, between which gradients are summed."""
+        return self.dp * self.cp
 
 
 def make_layout(config: RunConfig, num_ranks: int) -> Layout:
@@ -48,6 +55,8 @@ def make_layout(config: RunConfig, num_ranks: int) -> Layout:
     unset = [axis for axis in AXES if degrees[axis] is None]
     assert len(unset) < 2, f"{unset} are null in a config that has passed its checks"
     fixed = {axis: degree for axis, degree in degrees.items() if degree is not None}
+    if config.parallel.cp > 1:
+        fixed["cp"] = config.parallel.cp
     product, job = math.prod(fixed.values()), f"{num_ranks} rank{'s' if num_ranks > 1 else ''}"
     written = f"{'*'.join(fixed)} = {'*'.join(map(str, fixed.values()))} = {product}"
     if unset:
@@ -70,4 +79,4 @@ def smallest_layout(config: RunConfig) -> Layout:
     """Return the layout with the fewest ranks that a config allows: 1 for a degree that is null."""
     parallel = config.parallel
     degrees = (parallel.dp or 1, parallel.tp or 1, parallel.pp or 1)
-    return Layout(*degrees, parallel.virtual_stages, parallel.sequence_parallel)
+    return Layout(*degrees, parallel.virtual_stages, parallel.sequence_parallel, parallel.cp)

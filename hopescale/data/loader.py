@@ -43,6 +43,28 @@ class Batch(NamedTuple):
         """Copy to page-locked memory."""
         return Batch(*(part.pin_memory() for part in self))
 
+    def share(self, share: Share) -> Batch:
+        """Return the tokens of one rank of several that share the sequences; the batch itself for one alone."""
+        if share.ranks == 1:
+            return self
+        return Batch(*(share.of(part) for part in self))
+
+
+class Share(NamedTuple):
+    """Part of each sequence that a rank holds.
+
+    A sequence is cut into `ranks * segments` pieces, which are dealt out in turn: a rank holds each `ranks`-th of them.
+    """
+
+    rank: int = 0
+    ranks: int = 1
+    segments: int = 1
+
+    def of(self, part: Tensor) -> Tensor:
+        """Return this rank's tokens of sequences `[B, T]`: `[B, T / ranks]`, piece after piece."""
+        pieces = part.unflatten(1, (self.segments, self.ranks, -1))
+        return pieces[:, :, self.rank].flatten(1).contiguous()
+
 
 class Data:
     """The training mixture and the held-out sets, opened and checked."""
@@ -145,19 +167,25 @@ def open_data(config: DataConfig, *, seq_len: int, vocab_size: int) -> Data:
 
 
 def prefetched(
-    data: Data, index_batches: Iterable[Sequence[int]], depth: int, *, pinned: bool = False
+    data: Data,
+    index_batches: Iterable[Sequence[int]],
+    depth: int,
+    *,
+    pinned: bool = False,
+    share: Share | None = None,
 ) -> Iterator[Batch]:
     """Read batches of global indices ahead in a background thread, in the order given.
 
     A `depth` of batches is held ready; 0 reads each one when it is asked for, without a thread. If `pinned`, they lie
-    in page-locked memory, from which a GPU takes them by itself.
+    in page-locked memory, from which a GPU takes them by itself. A rank that shares the sequences keeps its `share`.
 
     Raises:
         DataError: Failure of the thread, raised at the batch where it happened.
     """
 
     def batch_of(indices: Sequence[int]) -> Batch:
-        return data.batch(indices).pin_memory() if pinned else data.batch(indices)
+        batch = data.batch(indices).share(share or Share())
+        return batch.pin_memory() if pinned else batch
 
     if depth == 0:
         yield from map(batch_of, index_batches)

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from hopescale.config.schema import ModelConfig
 from hopescale.data.loader import Batch
+from hopescale.engine.segments import Segments
 from hopescale.models import Model
 from hopescale.parallel import quiet_imports
-from hopescale.parallel.layers import cross_entropy_sum
 
 with quiet_imports():
     from megatron.core.enums import ModelType
@@ -27,9 +27,9 @@ class _Stage(nn.Module):
 
     model_type = ModelType.encoder_or_decoder
 
-    def __init__(self, model: Model, config: TransformerConfig):
+    def __init__(self, model: Model, config: TransformerConfig, segments: Segments):
         super().__init__()
-        self.model, self.config = model, config
+        self.model, self.config, self.segments = model, config, segments
         self.received: Tensor | None = None
 
     def set_input_tensor(self, tensors: list[Tensor | None]) -> None:
@@ -37,9 +37,9 @@ class _Stage(nn.Module):
         self.received = tensors[0]
 
     def forward(self, batch: Batch, probe: Probe | None) -> Tensor:
-        """Return hidden values `[T, B, N]`, or the logits after the last block."""
+        """Return hidden values `[T, B, N]`, or the summed cross-entropy after the last block."""
         received, self.received = self.received, None
-        return self.model(batch.tokens, hidden=received, document_ids=batch.document_ids, probe=probe)[0]
+        return self.segments.run(self.model, batch, received, probe)
 
 
 class Pipeline:
@@ -47,19 +47,22 @@ class Pipeline:
 
     Args:
         slices: This rank's slices of the model, in order.
-        seq_len: Tokens per sequence.
+        seq_len: Tokens per sequence, of all ranks that share it.
         dtype: Type of the residual stream.
+        segments: Pieces in which micro batches are run.
         device: Device to which batches are moved.
     """
 
-    def __init__(self, slices: Sequence[Model], seq_len: int, dtype: torch.dtype, device: torch.device):
-        self.mesh, self.seq_len, self.device = slices[0].mesh, seq_len, device
+    def __init__(
+        self, slices: Sequence[Model], seq_len: int, dtype: torch.dtype, segments: Segments, device: torch.device
+    ):
+        self.mesh, self.seq_len, self.segments, self.device = slices[0].mesh, seq_len, segments, device
         model = slices[0].config
         with warnings.catch_warnings():
             # Of settings that concern Megatron's own layers.
             warnings.simplefilter("ignore", UserWarning)
             config = self._config(model, dtype)
-        self.stages = [_Stage(model, config) for model in slices]
+        self.stages = [_Stage(model, config, segments) for model in slices]
         self.run = get_forward_backward_func(
             config.pipeline_model_parallel_size, config.virtual_pipeline_model_parallel_size
         )
@@ -71,6 +74,7 @@ class Pipeline:
             num_attention_heads=model.num_heads,
             tensor_model_parallel_size=self.mesh.tp_group.size(),
             pipeline_model_parallel_size=self.mesh.pp_group.size(),
+            context_parallel_size=self.mesh.cp_group.size(),
             virtual_pipeline_model_parallel_size=self.mesh.virtual_stages if self.mesh.virtual_stages > 1 else None,
             sequence_parallel=self.mesh.sequence_parallel,
             pipeline_dtype=dtype,
@@ -98,8 +102,8 @@ class Pipeline:
             index, batch = next(iterator)
             batch = batch.to(self.device)
 
-            def loss(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-                value = cross_entropy_sum(logits, batch.targets, self.mesh) / count
+            def loss(total: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+                value = total / count
                 return value, one_token, value.detach()
 
             return stage(batch, probe if index == 0 else None), loss
@@ -113,4 +117,5 @@ class Pipeline:
             micro_batch_size=len(batches[0].tokens),
             forward_only=forward_only,
         )
+        self.segments.settle()
         return sum(losses, torch.zeros((), device=self.device))

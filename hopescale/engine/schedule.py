@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -9,8 +10,8 @@ import torch
 from torch import Tensor
 
 from hopescale.data.loader import Batch
+from hopescale.engine.segments import Segments
 from hopescale.models import Model
-from hopescale.parallel.layers import cross_entropy_sum
 
 Probe = dict[str, Tensor]
 
@@ -40,39 +41,64 @@ class Loop:
     Args:
         model: The whole model.
         backward: Function that runs the backward pass of a loss.
+        segments: Pieces in which micro batches are run.
         device: Device to which batches are moved.
     """
 
-    def __init__(self, model: Model, backward: Callable[[Tensor], None], device: torch.device):
-        self.model, self.backward, self.device = model, backward, device
+    def __init__(self, model: Model, backward: Callable[[Tensor], None], segments: Segments, device: torch.device):
+        self.model, self.backward, self.segments, self.device = model, backward, segments, device
+        # Ranks that share a sequence wait less for one another when they begin the next before they turn back.
+        self.in_flight = 2 if segments.relay is not None else 1
 
     def train(self, batches: Sequence[Batch], count: int, probe: Probe | None) -> Tensor:
         """Run forward and backward."""
         total = torch.zeros((), device=self.device)
+        begun: deque[Tensor] = deque()
         for index, batch in enumerate(batches):
-            loss = self._loss(batch, probe if index == 0 else None) / count
-            self.backward(loss)
-            total += loss.detach()
+            begun.append(self._loss(batch, probe if index == 0 else None) / count)
+            total += begun[-1].detach()
+            if len(begun) == self.in_flight:
+                self._turn_back(begun.popleft())
+        while begun:
+            self._turn_back(begun.popleft())
         return total
+
+    def _turn_back(self, loss: Tensor) -> None:
+        self.backward(loss)
+        self.segments.settle()
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> Tensor:
         """Run forward."""
-        return sum((self._loss(batch, None) for batch in batches), torch.zeros((), device=self.device))
+        total = sum((self._loss(batch, None) for batch in batches), torch.zeros((), device=self.device))
+        self.segments.settle()
+        return total
 
     def _loss(self, batch: Batch, probe: Probe | None) -> Tensor:
-        batch = batch.to(self.device)
-        logits, _ = self.model(batch.tokens, document_ids=batch.document_ids, probe=probe)
-        return cross_entropy_sum(logits, batch.targets, self.model.mesh)
+        return self.segments.run(self.model, batch.to(self.device), None, probe)
 
 
 def make_passes(
-    slices: Sequence[Model], backward: Callable[[Tensor], None], seq_len: int, device: torch.device
+    slices: Sequence[Model],
+    backward: Callable[[Tensor], None],
+    seq_len: int,
+    device: torch.device,
+    *,
+    segments: int = 1,
 ) -> Passes:
-    """Return the way to run this rank's slices of the model, in order; a pipeline runs `backward` by itself."""
+    """Return the way to run this rank's slices of the model, in order; a pipeline runs `backward` by itself.
+
+    Args:
+        slices: Slices of the model.
+        backward: Function that runs the backward pass of a loss.
+        seq_len: Tokens per sequence, of all ranks that share it.
+        device: Device to which batches are moved.
+        segments: Pieces into which this rank's tokens of a sequence are cut.
+    """
+    pieces = Segments(slices[0].mesh, segments)
     if slices[0].mesh.pp_group.size() == 1:
-        return Loop(slices[0], backward, device)
+        return Loop(slices[0], backward, pieces, device)
     from hopescale.engine.pipeline import Pipeline
 
     weight = next(p for p in slices[0].parameters() if not p.spec.keep_fp32)
-    return Pipeline(slices, seq_len, weight.dtype, device)
+    return Pipeline(slices, seq_len, weight.dtype, pieces, device)

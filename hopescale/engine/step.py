@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hopescale.data.loader import Batch
+from hopescale.data.loader import Batch, Share
 from hopescale.engine.schedule import Passes
 from hopescale.optim import OuterOptimizer
 from hopescale.parallel.layers import IGNORED_TARGET
@@ -45,6 +45,7 @@ class Engine:
         optimizer: Optimizer of this rank's parameters.
         levels: This rank's parameter names of each level of the continuum memory system; the levels of all ranks.
         device: Device of the parameters.
+        share: Part of each sequence that this rank holds; None is all of it.
     """
 
     def __init__(
@@ -53,8 +54,10 @@ class Engine:
         optimizer: OuterOptimizer,
         levels: Mapping[str, Sequence[str]],
         device: torch.device,
+        share: Share | None = None,
     ):
         self.passes, self.optimizer, self.levels, self.device = passes, optimizer, levels, device
+        self.share = share or Share()
         self.mesh: Mesh = optimizer.mesh
 
     def gradients(self, step: int, batches: Sequence[Batch], *, probe: bool = False) -> Gradients:
@@ -62,7 +65,8 @@ class Engine:
 
         Args:
             step: Step number, which decides which levels are due.
-            batches: Micro batches of this replica; each target of the step weighs the same, wherever it lies.
+            batches: Micro batches of this replica, or this rank's share of them; each target of the step weighs the
+                same, wherever it lies.
             probe: Whether to take statistics of the memories, from the first micro batch.
         """
         stats: dict[str, Tensor] = {}
@@ -124,13 +128,17 @@ class Engine:
         return float(self._sum_of_last_stage(self.passes.evaluate(self._of_replica(batches)))) / count
 
     def _of_replica(self, batches: list[Batch]) -> list[Batch]:
-        """Return this replica's batches, as many as every other's, all of one size: nothing is counted in the rest."""
+        """Return this rank's share of its replica's batches, which are as many as every other's, and all of one size.
+
+        Nothing is counted in what fills them up.
+        """
+        replicas = self.mesh.num_replicas
         if self.mesh.dp_group.size() == self.mesh.pp_group.size() == 1:
             return batches
-        unit = self.mesh.dp_group.size() * (self.mesh.pp_group.size() if self.mesh.virtual_stages > 1 else 1)
+        unit = replicas * (self.mesh.pp_group.size() if self.mesh.virtual_stages > 1 else 1)
         empty = batches[0]._replace(targets=torch.full_like(batches[0].targets, IGNORED_TARGET))
         full = [_filled(batch, empty) for batch in batches] + [empty] * (-len(batches) % unit)
-        return full[self.mesh.dp_group.rank() :: self.mesh.dp_group.size()]
+        return [batch.share(self.share) for batch in full[self.mesh.replica :: replicas]]
 
 
 def _all_reduce(value: Tensor, group: dist.ProcessGroup) -> Tensor:

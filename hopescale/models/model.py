@@ -13,6 +13,7 @@ from hopescale.config.model_shape import by_period, padded_vocab_size
 from hopescale.config.schema import LevelConfig, ModelConfig
 from hopescale.config.transfer import base_width, logit_multiplier
 from hopescale.models.block import Block
+from hopescale.models.handover import Handover
 from hopescale.models.init import initialize
 from hopescale.models.norm import StreamNorm
 from hopescale.models.state import ModelState
@@ -99,6 +100,7 @@ class Model(nn.Module):
         probe: dict[str, Tensor] | None = None,
         last_only: bool = False,
         levels: Mapping[str, Tensor] | None = None,
+        handover: Handover | None = None,
     ) -> tuple[Tensor, ModelState]:
         """Read tokens and predict the next one after each.
 
@@ -111,6 +113,8 @@ class Model(nn.Module):
             last_only: Whether to predict after the last token alone, as generation needs.
             levels: Weights that each sequence has for itself, `[B, *shape]`, by the names of parameters: all those of
                 the levels that follow the text; None reads with the model's own.
+            handover: Exchange of states with the ranks that hold the pieces of the sequence around these tokens, in
+                place of `state`.
 
         Returns:
             This rank's share of the logits, `[B, T, V / tp]` or `[B, 1, V / tp]` if `last_only`, with `-inf` for the
@@ -127,8 +131,12 @@ class Model(nn.Module):
         states = []
         for index, (number, block) in enumerate(self.blocks.items()):
             stats: dict[str, Tensor] | None = None if probe is None else {}
-            before, own = None if state is None else state.layers[index], levels and _of_block(levels, number)
-            x, layer = block(x, before, documents, stats, own)
+            layer = None if state is None else state.layers[index]
+            if handover is not None:
+                x, layer = handover.enter(x, block.mixer, int(number))
+            x, layer = block(x, layer, documents, stats, levels and _of_block(levels, number))
+            if handover is not None:
+                x = handover.leave(x, layer, block.mixer, int(number))
             states.append(layer)
             if probe is not None:
                 probe |= {f"memory/{number}/{name}": value for name, value in stats.items()}

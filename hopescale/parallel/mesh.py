@@ -27,7 +27,10 @@ class Mesh:
 
     Attributes:
         tp_group: Ranks that share each layer (tensor parallel).
-        dp_group: Ranks that hold the same part of the model and read other data (data parallel).
+        dp_group: Ranks that hold the same part of the model and read other tokens: replicas, and of each the ranks that
+            share its sequences. Gradients are summed over them.
+        cp_group: Ranks that share the sequences of a replica (context parallel), in the order of the tokens.
+        cp_back_group: The same ranks, for what goes from a higher number to a lower one.
         pp_group: Ranks that hold the stages of one replica (pipeline parallel), in order.
         embedding_group: First and last stage, which both hold a tied embedding; of this process alone elsewhere.
         world_group: All ranks.
@@ -39,6 +42,8 @@ class Mesh:
 
     tp_group: dist.ProcessGroup
     dp_group: dist.ProcessGroup
+    cp_group: dist.ProcessGroup
+    cp_back_group: dist.ProcessGroup
     pp_group: dist.ProcessGroup
     embedding_group: dist.ProcessGroup
     world_group: dist.ProcessGroup
@@ -63,14 +68,19 @@ class Mesh:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=layout.tp,
             pipeline_model_parallel_size=layout.pp,
+            context_parallel_size=layout.cp,
             virtual_pipeline_model_parallel_size=layout.virtual_stages if layout.virtual_stages > 1 else None,
             create_gloo_process_groups=False,
         )
         own = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+        cp_group = parallel_state.get_context_parallel_group() if layout.cp > 1 else own
+        backwards = dist.get_process_group_ranks(cp_group)
         ends = parallel_state.get_embedding_group(check_initialized=False)
         mesh = cls(
             tp_group=parallel_state.get_tensor_model_parallel_group(),
-            dp_group=parallel_state.get_data_parallel_group(),
+            dp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+            cp_group=cp_group,
+            cp_back_group=dist.new_group(backwards, use_local_synchronization=True) if layout.cp > 1 else own,
             pp_group=parallel_state.get_pipeline_model_parallel_group(),
             embedding_group=own if ends is None or layout.pp == 1 else ends,
             world_group=dist.group.WORLD,
@@ -91,7 +101,17 @@ class Mesh:
             own = dist.group.WORLD
         else:
             own = dist.new_group([dist.get_rank()], use_local_synchronization=True)
-        return cls(own, own, own, own, own, own, own)
+        return cls(own, own, own, own, own, own, own, own, own)
+
+    @property
+    def num_replicas(self) -> int:
+        """Replicas of the model, each of which reads sequences of its own."""
+        return self.dp_group.size() // self.cp_group.size()
+
+    @property
+    def replica(self) -> int:
+        """Number of this process's replica, from 0."""
+        return self.dp_group.rank() // self.cp_group.size()
 
     @property
     def is_first_stage(self) -> bool:
@@ -113,6 +133,8 @@ class Mesh:
         return {
             "tp": self.tp_group,
             "dp": self.dp_group,
+            "cp": self.cp_group,
+            "cp back": self.cp_back_group,
             "pp": self.pp_group,
             "embedding": self.embedding_group,
             "world": self.world_group,

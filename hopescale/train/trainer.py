@@ -16,7 +16,7 @@ from hopescale.checkpoint.manager import CheckpointManager
 from hopescale.common.errors import CheckpointError, DataError, DivergedError, HopescaleError
 from hopescale.config.layout import Layout
 from hopescale.config.plan import make_plan
-from hopescale.data.loader import Batch, prefetched
+from hopescale.data.loader import Batch, Share, prefetched
 from hopescale.engine import Engine, make_passes
 from hopescale.observe.console import format_validation
 from hopescale.train.folder import Record
@@ -58,8 +58,10 @@ class Trainer:
         self.control, self.plan = state.mesh.control, make_plan(state.config, layout)
         self.layout, self.device = layout, device
         self.checkpoints, self.record, self.report = checkpoints, record, report
-        passes = make_passes(state.slices, state.optimizer.backward, self.config.train.seq_len, device)
-        self.engine = Engine(passes, state.optimizer, state.levels, device)
+        train, cp_group = self.config.train, self.mesh.cp_group
+        self.share = Share(cp_group.rank(), cp_group.size(), train.segments)
+        passes = make_passes(state.slices, state.optimizer.backward, train.seq_len, device, segments=train.segments)
+        self.engine = Engine(passes, state.optimizer, state.levels, device, self.share)
         self.metrics = StepMetrics(state, layout, device)
         self.recovery = Recovery(state, checkpoints.folder, report)
         self.saved_step = state.step
@@ -230,12 +232,12 @@ class Trainer:
     def _prefetched_batches(self, last_step: int) -> Iterator[Batch]:
         """Return the micro batches of this replica from the present step on; the step alone decides what they are."""
         size, rows = self.plan.global_batch_size, self.config.train.micro_batch_size
-        replicas, replica = self.mesh.dp_group.size(), self.mesh.dp_group.rank()
+        replicas, replica = self.mesh.num_replicas, self.mesh.replica
         first, end = ((step + self.state.passed_steps) * size for step in (self.state.step, last_step))
         starts = range(first + replica * rows, end, rows * replicas)
         indices = (range(start, start + rows) for start in starts)
         depth, pinned = self.config.data.prefetch * self.plan.grad_accumulation, self.engine.device.type == "cuda"
-        return prefetched(self.state.data, indices, depth, pinned=pinned)
+        return prefetched(self.state.data, indices, depth, pinned=pinned, share=self.share)
 
     def _samples_of(self, step: int) -> str:
         size, read = self.plan.global_batch_size, step + self.state.passed_steps

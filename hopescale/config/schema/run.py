@@ -143,6 +143,11 @@ class TrainConfig:
     start of every chunk is kept (attention has no chunks and keeps what it makes). `reverse`: of most chunks only what
     they wrote, from which these states are found again on the way back; where a mixer's `chunk_size` is well below
     the head dim. `memory`: of a mixer only its input. `block`: only the input of every block."""
+    segments: Count = 1
+    """Pieces, one after the other, into which a rank's tokens of a sequence are cut; what the model carries is handed
+    from each to the next, so that nothing changes but rounding. Of all but the last only that is kept: their
+    activations are computed again, one piece at a time. They divide `seq_len / parallel.cp` into whole chunks of
+    memories. Not with `model.within_documents`."""
     compile: bool = False
     """Whether the chunk loop of memories is compiled (`torch.compile`): faster, after minutes for the first step. Needs
     a C++ compiler on CPU, Triton on CUDA. Only with a mixer of kind `self_modifying`, and not with
@@ -173,7 +178,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """Degrees of the three axes, whose product is the number of ranks. At most one may be null: what remains."""
+    """Degrees of the four axes, whose product is the number of ranks. At most one may be null: what remains."""
 
     dp: Count | None = None
     """Data parallel: replicas that read different sequences of a step."""
@@ -181,6 +186,10 @@ class ParallelConfig:
     """Tensor parallel: ranks that share every layer. Divides heads, level widths and the padded vocabulary."""
     pp: Count | None = 1
     """Pipeline parallel: stages that hold consecutive blocks."""
+    cp: Count = 1
+    """Context parallel: ranks that share the tokens of each sequence. Each hands what the model carries, layer by layer,
+    to the next one. Gradients are summed over `dp * cp` ranks, which also share what `zero` shards. Not with
+    `model.within_documents`, nor with `zero` of 2 or 3."""
     virtual_stages: Count = 1
     """Slices of the model each pipeline rank holds; above 1 the schedule is interleaved. Needs `pp` of 2 or more."""
     sequence_parallel: bool = False
@@ -188,7 +197,7 @@ class ParallelConfig:
     more, and a `train.seq_len` it divides."""
     zero: Annotated[int, NumberRange("[0, 3]")] = 0
     """What DeepSpeed shards over data-parallel ranks: 0 nothing, 1 optimizer state and fp32 masters, 2 gradients too, 3
-    weights too. 1 and above need `dp` of 2 or more; 2 and 3 need `pp` of 1."""
+    weights too. 1 and above need `dp * cp` of 2 or more; 2 and 3 need `pp` and `cp` of 1."""
     timeout_s: Count = 300
     """Seconds a rank waits for the others in one exchange before the run ends as hung."""
     first_step_timeout_s: Count = 1800

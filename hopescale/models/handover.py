@@ -1,0 +1,71 @@
+"""What a piece of a sequence gets, layer by layer, from the piece before, which another rank runs, and leaves behind."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from hopescale.models.attention import Attention, AttentionCache
+from hopescale.models.state import LayerState
+from hopescale.parallel.relay import Like, Relay
+
+BOUNDARY, RUNNING = "/boundary/", "/running/"
+"""Names of what memories held when the present chunk began, and of what they hold now. Pieces end with a chunk, so the
+first is not handed on: the next chunk begins with the second."""
+
+
+class Handover:
+    """States at the two ends of a piece, for one forward pass and for those that compute its activations again.
+
+    Args:
+        relay: This rank's part of the ring.
+        position: Tokens of the sequence before the piece.
+        is_last: Whether the sequence ends with the piece.
+    """
+
+    def __init__(self, relay: Relay, position: int, *, is_last: bool):
+        self.relay, self.position, self.is_last = relay, position, is_last
+        self._received: dict[int, list[Tensor]] = {}
+        self._is_known = False
+
+    def close(self) -> None:
+        """Say that the forward pass is over: from now on nothing is sent, and what came is given again."""
+        self._is_known = True
+
+    def enter(self, x: Tensor, mixer: nn.Module, number: int) -> tuple[Tensor, LayerState | None]:
+        """Return the state before the first token in the mixer of a block; None where the sequence begins.
+
+        Also returns `x`, the residual stream in front of the block.
+        """
+        if self.position == 0:
+            return x, None
+        fresh = state_after(mixer, x.shape[1], self.position)
+        names = [name for name in fresh.named() if BOUNDARY not in name]
+        if self._is_known:
+            x, tensors = self.relay.repeat(x, self._received[number])
+        else:
+            like = [Like.of(fresh.named()[name]) for name in names]
+            x, tensors = self.relay.receive(x, like, number)
+            self._received[number] = [tensor.detach() for tensor in tensors]
+        known = dict(zip(names, tensors, strict=True))
+        return x, fresh.with_named({name: known[name.replace(BOUNDARY, RUNNING)] for name in fresh.named()})
+
+    def leave(self, x: Tensor, state: LayerState, mixer: nn.Module, number: int) -> Tensor:
+        """Hand on the state of a block's mixer after the last token; returns `x`, the stream behind the block."""
+        if self.is_last:
+            return x
+        like = state_after(mixer, x.shape[1], state.position).named()
+        tensors = [tensor.to(like[name].dtype) for name, tensor in state.named().items() if BOUNDARY not in name]
+        return self.relay.send_again(x, tensors) if self._is_known else self.relay.send(x, tensors, number)
+
+
+@torch.no_grad()
+def state_after(mixer: nn.Module, batch: int, position: int) -> LayerState:
+    """Return a state of the shapes that a mixer's has after so many tokens, at the end of a chunk; values mean nothing."""
+    state = mixer.initial_state(batch)
+    if not isinstance(mixer, Attention):
+        return state._replace(position=position)
+    seen = position if mixer.config.window is None else min(position, mixer.config.window)
+    batch, groups, _, dim = state.tensors.k.shape
+    cache = state.tensors.k.new_empty(batch, groups, seen, dim)
+    return LayerState(position, AttentionCache(cache, cache))
