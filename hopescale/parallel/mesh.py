@@ -13,6 +13,7 @@ from megatron.core import parallel_state
 from hopescale.config.layout import Layout
 from hopescale.parallel.control import Control
 from hopescale.parallel.cpu import let_megatron_use_the_cpu
+from hopescale.parallel.groups import OwnGroups, open_rings
 from hopescale.parallel.process import start_alone
 
 CPU = torch.device("cpu")
@@ -65,24 +66,22 @@ class Mesh:
         """
         if device.type != "cuda":
             let_megatron_use_the_cpu()
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=layout.tp,
-            pipeline_model_parallel_size=layout.pp,
-            context_parallel_size=layout.cp,
-            virtual_pipeline_model_parallel_size=layout.virtual_stages if layout.virtual_stages > 1 else None,
-            create_gloo_process_groups=False,
-        )
-        own = dist.new_group([dist.get_rank()], use_local_synchronization=True)
-        cp_group = parallel_state.get_context_parallel_group() if layout.cp > 1 else own
-        backwards = dist.get_process_group_ranks(cp_group)
-        ends = parallel_state.get_embedding_group(check_initialized=False)
+        groups = OwnGroups(layout)
+        with groups.given_to_megatron():
+            parallel_state.initialize_model_parallel(
+                tensor_model_parallel_size=layout.tp,
+                pipeline_model_parallel_size=layout.pp,
+                context_parallel_size=layout.cp,
+                virtual_pipeline_model_parallel_size=layout.virtual_stages if layout.virtual_stages > 1 else None,
+                create_gloo_process_groups=False,
+            )
         mesh = cls(
-            tp_group=parallel_state.get_tensor_model_parallel_group(),
-            dp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
-            cp_group=cp_group,
-            cp_back_group=dist.new_group(backwards, use_local_synchronization=True) if layout.cp > 1 else own,
-            pp_group=parallel_state.get_pipeline_model_parallel_group(),
-            embedding_group=own if ends is None or layout.pp == 1 else ends,
+            tp_group=groups.tp,
+            dp_group=groups.dp,
+            cp_group=groups.cp,
+            cp_back_group=groups.cp_back,
+            pp_group=groups.pp,
+            embedding_group=groups.ends,
             world_group=dist.group.WORLD,
             control_group=dist.new_group(backend="gloo"),
             checkpoint_group=dist.new_group(backend="gloo", timeout=CHECKPOINT_TIMEOUT),
@@ -91,6 +90,8 @@ class Mesh:
         )
         if timeout is not None:
             mesh.set_timeout(timeout)
+        over_gloo = [mesh.control_group, mesh.checkpoint_group]
+        open_rings(over_gloo if device.type == "cuda" else [*mesh.axes().values(), *over_gloo])
         return mesh
 
     @classmethod

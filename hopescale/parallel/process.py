@@ -14,6 +14,7 @@ from megatron.core import parallel_state
 
 from hopescale.common.errors import LaunchError
 from hopescale.common.rank_info import RankInfo
+from hopescale.parallel.groups import connected_when_used
 
 _NCCL_WAITS = "TORCH_NCCL_BLOCKING_WAIT"
 """Variable that torch reads when it makes a group."""
@@ -51,9 +52,10 @@ def start(rank_info: RankInfo, device: torch.device, timeout: timedelta, store: 
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
     try:
-        dist.init_process_group(
-            backend, store=store, rank=rank_info.rank, world_size=rank_info.world_size, timeout=timeout
-        )
+        with connected_when_used():
+            dist.init_process_group(
+                backend, store=store, rank=rank_info.rank, world_size=rank_info.world_size, timeout=timeout
+            )
     except dist.DistError as error:
         raise _rendezvous_error(rank_info, error) from error
 

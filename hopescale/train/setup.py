@@ -32,6 +32,7 @@ from hopescale.optim.replicated import ReplicatedAdamW
 from hopescale.optim.rules import changed_state
 from hopescale.optim.schedule import learning_rate
 from hopescale.optim.transfer import ParameterSizes, transfer_groups
+from hopescale.parallel.control import Control
 from hopescale.parallel.device import choose_device
 from hopescale.parallel.mesh import Mesh
 from hopescale.train.compiler import check_compiler, choose_backends
@@ -66,7 +67,7 @@ def build_state(config: RunConfig, layout: Layout, mesh: Mesh, device: torch.dev
         for name in names
     }
     layers = {name: layer for model in slices for name, layer in linear_layers(model).items()}
-    linear = [name for names in mesh.control.gather(list(layers)) for name in names]
+    linear = [name for names in Control(mesh.pp_group).gather(list(layers)) for name in names]
 
     def group() -> tuple[dict[str, str], OptimConfig]:
         assigned = assign_groups(shapes, config.optim.groups, tied, linear)
@@ -144,7 +145,8 @@ def _whole_parameters(parameters: Mapping[str, nn.Parameter], mesh: Mesh) -> dic
     """Return shape and sizes of every parameter of the whole model, by name, in the order of the stages."""
     tp = mesh.tp_group.size()
     own = {name: ParameterSizes(p.spec.whole_shape(p.shape, tp), p.spec.sizes) for name, p in parameters.items()}
-    return {name: sizes for of_rank in mesh.control.gather(own) for name, sizes in of_rank.items()}
+    # Other replicas and tensor-parallel ranks have the same to say.
+    return {name: sizes for of_stage in Control(mesh.pp_group).gather(own) for name, sizes in of_stage.items()}
 
 
 def choose_checkpoint(folder: RunFolder, request: RunRequest) -> Path | None:
