@@ -19,7 +19,7 @@ SMALL = (
     "model.head_dim=24",
     "model.mixers.hope.chunk_size=16",
     "model.vocab_size=100",
-    "train.seq_len=160",
+    "train.seq_len=96",
     "train.micro_batch_size=2",
 )
 CASES = MIXERS | {
