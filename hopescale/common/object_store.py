@@ -75,6 +75,10 @@ class ObjectStore:
         self._filesystem.invalidate_cache()
         return self._filesystem.size(self._path(name))
 
+    def version(self, name: str) -> str:
+        """Return a word that changes when a file does: of its ETag, or of its size and times where a store has none."""
+        return self._tried(lambda: self._filesystem.ukey(self._path(name)))
+
     def names(self, folder: str = "") -> list[str]:
         """List what is directly below a folder, sorted; a folder that is missing is empty."""
 

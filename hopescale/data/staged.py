@@ -19,7 +19,7 @@ from pathlib import Path
 from hopescale.common.errors import DataError
 from hopescale.common.units import format_bytes
 from hopescale.data.shards import VERIFY_HINT, Index, ShardEntry
-from hopescale.data.storage import INDEX_FILE, Storage, open_storage
+from hopescale.data.storage import INDEX_FILE, Storage, filled_in, open_storage
 from hopescale.data.tokenizer import Tokenizer
 
 _THREADS = 8
@@ -41,8 +41,12 @@ class Staged:
 
 
 def folder_of_copies(root: str | Path) -> Path:
-    """Return the folder of copies, with the environment variables in its name filled in: they may differ per job."""
-    return Path(os.path.expandvars(root)).expanduser()
+    """Return the folder of copies, with the environment variables in its name filled in: they may differ per job.
+
+    Raises:
+        DataError: If one is not set.
+    """
+    return filled_in(root, "data.staged")
 
 
 def copy_of(source: str | Path, root: str | Path) -> Path:

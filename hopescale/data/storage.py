@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -91,7 +92,8 @@ class RemoteStorage:
     """A folder of an object store.
 
     Index and tokenizer are read once, when it is opened. Shards are read in pieces of 1 MiB. A piece in the folder
-    `cache` is named after the index's content, so that it never belongs to other data; processes may share the folder.
+    `cache` is named after the index's content and the version of its shard, so that it never belongs to other data;
+    processes may share the folder.
 
     Args:
         address: Address of the data set.
@@ -115,7 +117,7 @@ class RemoteStorage:
             self._cache = None
             if cache is not None:
                 digest = hashlib.sha256(index).hexdigest()[:16]
-                self._cache = Path(os.path.expandvars(cache)).expanduser() / digest
+                self._cache = filled_in(cache, "data.cache") / digest
                 self._cache.mkdir(parents=True, exist_ok=True)
         except ImportError as error:
             raise DataError(f"cannot read {self.name}: {error}", install_hint(self.name)) from error
@@ -127,6 +129,7 @@ class RemoteStorage:
             raise DataError(message, "check the address, and your right to read it") from error
         self._piece = lru_cache(_KEPT_PIECES)(self._read_piece)
         self._size = lru_cache(None)(self._store.size)
+        self._version = lru_cache(None)(lambda file: self._store.version(file)[:12])
 
     @cached_property
     def _files(self) -> frozenset[str]:
@@ -148,9 +151,13 @@ class RemoteStorage:
     def _read_piece(self, file: str, number: int) -> bytes:
         """Read a piece from the cache, else from the store; one that is not whole is of no use in either place."""
         wanted = min(PIECE, self._size(file) - number * PIECE)
-        kept = self._cache and self._cache / f"{file}.{number}"
+        kept = self._cache and self._cache / f"{file}.{number}.{self._version(file)}"
         if kept and kept.exists() and len(data := kept.read_bytes()) == wanted:
             return data
+        if kept and (old := [path for path in kept.parent.glob(f"{file}.{number}.*") if path.suffix != ".partial"]):
+            logger.warning("%s/%s has changed since it was kept in %s: it is read again", self.name, file, kept.parent)
+            for path in old:
+                path.unlink(missing_ok=True)
         data = self._store.read_range(file, number * PIECE, number * PIECE + wanted)
         if len(data) != wanted:
             raise OSError(f"the store gave {len(data)} bytes of {file} where {wanted} were asked for")
@@ -173,6 +180,19 @@ class RemoteStorage:
             yield path
         finally:
             path.unlink(missing_ok=True)
+
+
+def filled_in(folder: str | Path, key: str) -> Path:
+    """Return a folder of the config `key` with the environment variables in its name filled in.
+
+    Raises:
+        DataError: If one is not set.
+    """
+    path = os.path.expandvars(folder)
+    if missing := re.search(r"\$(\w+|\{\w+\})", path):
+        name = missing[1].strip("{}")
+        raise DataError(f"{key} is {folder}, but the variable {name} is not set here", f"set {name}, or name a folder")
+    return Path(path).expanduser()
 
 
 def require_free(address: str) -> None:

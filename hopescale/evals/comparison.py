@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,47 +111,76 @@ def _read(file: Path) -> dict[str, Any]:
 
 def compare(bodies: Sequence[Mapping[str, Any]]) -> Comparison:
     """Put evaluations side by side. Of a model that was asked the same twice, the later answers count."""
-    systems = _systems(bodies)
-    title_of = {model: system.title for system in systems for model in system.models}
+    systems, names = _systems(bodies)
+    title_of = {name: system.title for system in systems for name in system.models}
     places = ("accuracy", "exact", "last", "loss")
     suites, positions, others = {}, {}, {}
     for body in bodies:
-        title, model = title_of[_model(body)], _model(body)
+        model = names[_weights(body)]
+        owner = (title_of[model], model)
         for one in body.get("suites", ()):
             numbers = {name: (one[name], one["stderr"] if name == "accuracy" else None) for name in places}
-            key = (one["task"], tuple(one["settings"].items()))
-            _note(suites, key, title, model, numbers, one["chance"], one["best"])
+            extent = (("examples", one.get("examples")),)
+            point = suites.setdefault((one["task"], tuple(one["settings"].items())), {}).setdefault(extent, _Point())
+            point.note(*owner, numbers, one["chance"], one["best"])
         for one in body.get("positions", ()):
+            extent = (("rows", one.get("rows")),)
             for low, high, loss in one["places"]:
                 key = (one["name"], (("length", one["length"]), ("first", low), ("last", high)))
-                _note(positions, key, title, model, {"loss": (loss, None)})
+                positions.setdefault(key, {}).setdefault(extent, _Point()).note(*owner, {"loss": (loss, None)})
         for task, one in body["results"].items():
+            extent = (("shots", one.get("shots")), ("samples", one.get("samples")))
             for metric, value in one["metrics"].items():
-                key = (task, (("metric", metric),))
-                _note(others, key, title, model, {"value": (value, one["stderr"].get(metric))})
+                point = others.setdefault((task, (("metric", metric),)), {}).setdefault(extent, _Point())
+                point.note(*owner, {"value": (value, one["stderr"].get(metric))})
     return Comparison(systems, *(tuple(_measured(found)) for found in (suites, positions, others)))
 
 
-def _model(body: Mapping[str, Any]) -> str:
+def _weights(body: Mapping[str, Any]) -> str:
+    """Return what tells models apart: the digest of their weights, or where an old evaluation has none their name."""
+    return body.get("weights") or _name(body)
+
+
+def _name(body: Mapping[str, Any]) -> str:
     return f"{body['model']} at step {body['step']}"
 
 
-def _systems(bodies: Sequence[Mapping[str, Any]]) -> list[System]:
-    """Group models whose configs differ in name and seeds alone; a name that two groups share gets a number."""
-    groups: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
+def _names(bodies: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Name each model once, by `_weights`; names that several have are followed by the beginning of the digest."""
+    names: dict[str, str] = {}
     for body in bodies:
+        names.setdefault(_weights(body), _name(body))
+    counts = Counter(names.values())
+    return {key: f"{name} ({key[:8]})" if counts[name] > 1 else name for key, name in names.items()}
+
+
+def _systems(bodies: Sequence[Mapping[str, Any]]) -> tuple[list[System], dict[str, str]]:
+    """Group models whose configs differ in name and seeds alone; a name that two groups share gets a number.
+
+    A model belongs to the group of its first evaluation: its export has the same weights, and may have another name.
+
+    Returns:
+        Groups, and the name of each model by `_weights`.
+    """
+    names, first = _names(bodies), {}
+    for body in bodies:
+        first.setdefault(_weights(body), body)
+    groups: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
+    for body in first.values():
         groups.setdefault((_identity(body["config"]), body["step"]), []).append(body)
-    identities = list(dict.fromkeys(identity for identity, _ in groups))
     labels: dict[str, str] = {}
-    for identity in identities:
-        first = next(group[0] for (own, _), group in groups.items() if own == identity)
-        name = first["config"].get("name", "run")
-        number = 1 + sum(label.partition(" #")[0] == name for label in labels.values())
-        labels[identity] = name if number == 1 else f"{name} #{number}"
-    return [
-        System(labels[identity], step, tuple(dict.fromkeys(map(_model, group))), group[0]["config"]["train"]["seq_len"])
+    for (identity, _), (one, *_) in groups.items():
+        if identity not in labels:
+            name = one["config"].get("name", "run")
+            number = 1 + sum(label.partition(" #")[0] == name for label in labels.values())
+            labels[identity] = name if number == 1 else f"{name} #{number}"
+    systems = [
+        System(
+            labels[identity], step, tuple(names[_weights(one)] for one in group), group[0]["config"]["train"]["seq_len"]
+        )
         for (identity, step), group in groups.items()
     ]
+    return systems, names
 
 
 def _identity(config: Mapping[str, Any]) -> str:
@@ -161,16 +191,28 @@ def _identity(config: Mapping[str, Any]) -> str:
     return json.dumps(rest, sort_keys=True)
 
 
-def _note(found: dict, key: tuple, title: str, model: str, numbers: dict, *limits: float | None) -> None:
-    point = found.setdefault(key, ([], {}))
-    point[0].append(limits or (None, None))
-    point[1].setdefault(title, {})[model] = numbers
+class _Point:
+    """What systems reached on one thing that was asked, by title and model, and the scores of chance and the best."""
+
+    def __init__(self) -> None:
+        self.chance: float | None = None
+        self.best: float | None = None
+        self.by_title: dict[str, dict[str, dict[str, tuple[float, float | None]]]] = {}
+
+    def note(
+        self, title: str, model: str, numbers: dict, chance: float | None = None, best: float | None = None
+    ) -> None:
+        self.by_title.setdefault(title, {})[model] = numbers
+        self.chance, self.best = chance, best
 
 
-def _measured(found: Mapping[tuple, tuple]) -> Iterator[MeasuredPoint]:
-    for (suite, settings), (limits, by_title) in found.items():
-        values = {title: dict(_spreads(list(models.values()))) for title, models in by_title.items()}
-        yield MeasuredPoint(suite, settings, *limits[-1], values)
+def _measured(found: Mapping[tuple, Mapping[Settings, _Point]]) -> Iterator[MeasuredPoint]:
+    """Put points together; one that was asked to several extents, as with `--limit`, is a point for each of them."""
+    for (suite, settings), by_extent in found.items():
+        for extent, point in by_extent.items():
+            values = {title: dict(_spreads(list(models.values()))) for title, models in point.by_title.items()}
+            own = settings if len(by_extent) == 1 else settings + extent
+            yield MeasuredPoint(suite, own, point.chance, point.best, values)
 
 
 def _spreads(models: Sequence[Mapping[str, tuple[float, float | None]]]) -> Iterator[tuple[str, Spread]]:

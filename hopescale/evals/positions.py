@@ -1,17 +1,18 @@
 """Held-out text by the place in the context: does a model use what lies far back?
 
-Rows are windows of the held-out stream, which may hold several documents; a row's first token has no context.
+Rows are windows of the held-out stream. The place of a token counts from the beginning of its document, or of the row
+if the document began before: what lies before a document tells nothing about it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from hopescale.common.errors import ConfigError, DataError
 from hopescale.config.schema import DataConfig
-from hopescale.data.loader import Data, open_data
+from hopescale.data.loader import Batch, Data, open_data
 from hopescale.evals.distribute import distribute
 from hopescale.evals.suite_request import LENGTHS
 from hopescale.evals.suite_result import PositionResult
@@ -60,21 +61,52 @@ def measure_positions(
         batches = list(data.validation(name, num_rows * length, 1))
         groups = [list(range(start, min(start + size, len(batches)))) for start in range(0, len(batches), size)]
 
-        def work(numbers: list[int], batches: list = batches) -> list[np.ndarray]:
-            tokens, targets = (
-                np.concatenate([getattr(batches[number], part).numpy() for number in numbers])
-                for part in ("tokens", "targets")
-            )
-            return [judged.loss for judged in judge(loaded.model, tokens, targets, adaptation)]
+        def work(numbers: list[int], batches: list[Batch] = batches) -> list[np.ndarray]:
+            return losses_of(loaded, [batches[number] for number in numbers], adaptation)
 
         losses = np.stack(distribute(control, groups, work))
-        places = [
-            (low, high - 1, float(np.nanmean(losses[:, low:high])))
-            for low, high in parts(length)
-            if not np.isnan(losses[:, low:high]).all()
-        ]
+        documents = np.concatenate([batch.document_ids.numpy() for batch in batches])
+        places = list(by_place(losses, documents))
         results.append(PositionResult(name, length, len(losses), places))
     return results
+
+
+def losses_of(
+    loaded: LoadedModel, batches: Sequence[Batch], adaptation: Adaptation | None = None
+) -> list[np.ndarray]:
+    """Return the loss of each target `[T]` of each row, NaN where there is none; levels follow if `adaptation` says.
+
+    Documents of a row are read apart where the model keeps to `within_documents`.
+    """
+    tokens, targets, documents = (
+        np.concatenate([getattr(batch, part).numpy() for batch in batches])
+        for part in ("tokens", "targets", "document_ids")
+    )
+    if not loaded.config.model.within_documents:
+        return [judged.loss for judged in judge(loaded.model, tokens, targets, adaptation)]
+    losses = []
+    for read, wanted, ids in zip(tokens, targets, documents, strict=True):
+        borders = np.flatnonzero(np.diff(ids)) + 1
+        pieces = zip(np.split(read, borders), np.split(wanted, borders), strict=True)
+        apart = (judge(loaded.model, *(each[None] for each in pair), adaptation)[0] for pair in pieces)
+        losses.append(np.concatenate([judged.loss for judged in apart]))
+    return losses
+
+
+def by_place(losses: np.ndarray, document_ids: np.ndarray) -> Iterator[tuple[int, int, float]]:
+    """Yield first and last place of each part, and the mean loss there, of those that hold a target.
+
+    Args:
+        losses: Loss of each target, NaN where there is none, `[rows, T]`.
+        document_ids: Document of each token, `[rows, T]`.
+    """
+    numbers = np.broadcast_to(np.arange(losses.shape[1]), losses.shape)
+    begins = np.diff(document_ids, axis=1, prepend=document_ids[:, :1] - 1) != 0
+    places = numbers - np.maximum.accumulate(np.where(begins, numbers, 0), axis=1)
+    for low, high in parts(losses.shape[1]):
+        held = losses[(places >= low) & (places < high) & ~np.isnan(losses)]
+        if held.size:
+            yield low, high - 1, float(held.mean())
 
 
 def parts(length: int) -> Iterator[tuple[int, int]]:

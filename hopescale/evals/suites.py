@@ -27,6 +27,7 @@ from hopescale.parallel.control import Control
 from hopescale.parallel.layers import IGNORED_TARGET
 from hopescale.suites import prose
 from hopescale.suites.registry import TASKS, resolve
+from hopescale.suites.task import Example, Settings, Task
 
 BATCH_TOKENS = 8192
 """Tokens read at once, all rows together."""
@@ -115,7 +116,7 @@ def _in_ids(
         rows = samples.read(numbers)
         return judge(loaded.model, rows.tokens, rows.targets, adaptation)
 
-    return _result(point, samples.read(range(num_examples)).targets, distribute(control, batches, work))
+    return _result(point, samples.read(range(num_examples)), distribute(control, batches, work))
 
 
 def _in_words(loaded: LoadedModel, point: SuiteConfig, rows: Rows, control: Control) -> SuiteResult:
@@ -137,9 +138,9 @@ def _in_words(loaded: LoadedModel, point: SuiteConfig, rows: Rows, control: Cont
     judged = [Judged(*np.full((2, point.length), np.nan)) for _ in rows.targets]
     for (row, _, last), (logprob, greedy) in zip(questions, scored, strict=True):
         judged[row].right[last], judged[row].loss[last] = greedy, -logprob
-    found = _result(point, rows.targets, judged)
+    found = _result(point, rows, judged)
     words_of_one = 1 + questions[0][2] - questions[0][1]
-    return replace(found, settings={**found.settings, "unit": "words"}, chance=task.chance(settings) ** words_of_one)
+    return replace(found, settings={**found.settings, "unit": "words"}, chance=found.chance**words_of_one)
 
 
 def answers_of(targets: np.ndarray) -> Iterator[tuple[int, int]]:
@@ -148,8 +149,18 @@ def answers_of(targets: np.ndarray) -> Iterator[tuple[int, int]]:
     yield from ((int(first), int(end) - 1) for first, end in zip(edges[::2], edges[1::2], strict=True))
 
 
-def _result(point: SuiteConfig, targets: np.ndarray, judged: Sequence[Judged]) -> SuiteResult:
-    """Put examples together. `targets` is `[examples, T]`."""
+def _chance(task: Task, rows: Rows, asked: np.ndarray, settings: Settings) -> float:
+    """Return the accuracy of guessing in these rows, at the places that are `asked`, `[examples, T]`."""
+    if task.chance is not None:
+        return task.chance(settings)
+    if task.choices is None:
+        return float(np.unique(rows.targets[asked], return_counts=True)[1].max() / asked.sum())
+    counts = np.stack([task.choices(Example(*pair), settings) for pair in zip(rows.tokens, rows.targets, strict=True)])
+    return float((1 / counts[asked]).mean())
+
+
+def _result(point: SuiteConfig, rows: Rows, judged: Sequence[Judged]) -> SuiteResult:
+    """Put examples together."""
     right, loss = (np.stack(values) for values in zip(*judged, strict=True))
     asked = ~np.isnan(right)
     per_row, counts = np.nansum(right, 1), asked.sum(1)
@@ -157,7 +168,6 @@ def _result(point: SuiteConfig, targets: np.ndarray, judged: Sequence[Judged]) -
     spread = np.sqrt(((per_row - accuracy * counts) ** 2).sum()) / counts.sum()
     last = right[np.arange(len(right)), asked.shape[1] - 1 - asked[:, ::-1].argmax(1)]
     settings, task = resolve(point), TASKS[point.task]
-    common = np.unique(targets[asked], return_counts=True)[1].max() / asked.sum()
     edges = np.linspace(0, right.shape[1], min(PLACES, right.shape[1]) + 1).astype(int)
     places = [
         (int(low), int(high) - 1, float(np.nanmean(right[:, low:high])))
@@ -174,7 +184,7 @@ def _result(point: SuiteConfig, targets: np.ndarray, judged: Sequence[Judged]) -
         exact=float((per_row == counts).mean()),
         last=float(last.mean()),
         loss=float(np.nansum(loss) / asked.sum()),
-        chance=float(common) if task.chance is None else task.chance(settings),
+        chance=_chance(task, rows, asked, settings),
         best=task.best(settings),
         places=places,
     )

@@ -2,7 +2,8 @@
 
 People go to places and take things; the sentences lie in their order in a text that has nothing to do with them. At the
 end it is asked where somebody is (one hop), or where a thing is, which is where the person is who took it last (two
-hops): `NOW SOMEBODY IS_AT`. Ids are those of the prose, then these words, people, places and things.
+hops): `NOW SOMEBODY IS_AT`. With a `distance` it is the last of these sentences that is asked about. Ids are those of
+the prose, then these words, people, places and things.
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ WORDS_OF_A_FACT, WORDS_OF_A_QUESTION = 4, 3
 def make(generator: np.random.Generator, length: int, settings: Settings, table: Any) -> Example:
     """Draw facts and the text around them."""
     size, hops, count = settings["num_symbols"], settings["num_hops"], settings["num_pairs"]
+    is_placed = settings["distance"] is not None
     people, places, things = (FIRST_PERSON + kind * size for kind in range(3))
     where: dict[int, int] = {}
     holder: dict[int, int] = {}
     told = []
     for number in range(count):
-        if number and hops == 2 and (number == 1 or generator.integers(2)):
+        if number and hops == 2 and (number == 1 or (is_placed and number == count - 1) or generator.integers(2)):
             person = list(where)[generator.integers(len(where))]
             thing = things + int(generator.integers(size))
             holder[thing] = person
@@ -37,7 +39,7 @@ def make(generator: np.random.Generator, length: int, settings: Settings, table:
             where[person] = places + int(generator.integers(size))
             told.append([person, WENT, where[person], *prose.spelled(".")])
     known = list(where) if hops == 1 else list(holder)
-    asked = known[generator.integers(len(known))]
+    asked = told[-1][2 * (hops - 1)] if is_placed else known[generator.integers(len(known))]
     room = length - WORDS_OF_A_QUESTION
     row = prose.hide(generator, told, room, distance=settings["distance"], haystack="prose")
     row += [NOW, asked, IS_AT]
@@ -45,6 +47,13 @@ def make(generator: np.random.Generator, length: int, settings: Settings, table:
     tokens[: len(row)] = row
     answers[len(row) - 1] = where[asked if hops == 1 else holder[asked]]
     return Example(tokens, answers)
+
+
+def choices(example: Example, settings: Settings) -> np.ndarray:
+    """Count the places that a row names."""
+    first = FIRST_PERSON + settings["num_symbols"]
+    named = {int(word) for word in example.tokens if first <= word < first + settings["num_symbols"]}
+    return np.full(len(example.tokens), len(named))
 
 
 def spell(word: int, settings: Settings) -> str:
@@ -76,7 +85,8 @@ TASKS = {
         asks="where somebody, or what somebody carries, is at last",
         source="BABILong, 2406.10149",
         num_ids=_num_ids,
-        chance=lambda settings: 1 / settings["num_symbols"],
+        chance=None,
+        choices=choices,
         shortest=_shortest,
         defaults={"num_symbols": 6, "num_pairs": 6, "num_hops": 1, "distance": None},
         faults=_enough_facts,

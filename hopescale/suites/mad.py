@@ -41,6 +41,18 @@ def noisy_recall(generator: np.random.Generator, length: int, settings: Settings
     return Example(tokens, answers)
 
 
+def values_so_far(example: Example, settings: Settings) -> np.ndarray:
+    """Count the values that pairs have shown until each place."""
+    half = settings["num_symbols"] // 2
+    shown: set[int] = set()
+    counts = np.zeros(len(example.tokens), np.int64)
+    for place, token in enumerate(example.tokens):
+        if half <= token < 2 * half:
+            shown.add(int(token))
+        counts[place] = len(shown)
+    return counts
+
+
 def fuzzy_recall(generator: np.random.Generator, length: int, settings: Settings, table: Any) -> Example:
     """Draw pairs of a key and a value of one to `value_length` tokens each; the second pair repeats the first."""
     half, longest = settings["num_symbols"] // 2, settings["value_length"]
@@ -114,7 +126,8 @@ TASKS = {
         asks="the value of a key that has come before, among noise",
         source=SOURCE,
         num_ids=lambda settings: 4 * (settings["num_symbols"] // 2) + 1,
-        chance=_half,
+        chance=None,
+        choices=values_so_far,
         shortest=lambda settings: 4,
         defaults={"num_symbols": 16, "noise": 0.2},
         faults=_enough_symbols,

@@ -50,7 +50,7 @@ class Task:
     """Function that counts the symbols, of which the last fills rows up."""
     chance: Callable[[Settings], float] | None
     """Function that gives the accuracy of guessing among the answers that the row allows, without knowing which
-    belongs to the question; None is the share of the most frequent answer."""
+    belongs to the question; None goes by `choices`, or is the share of the most frequent answer."""
     shortest: Callable[[Settings], int]
     """Function that gives the least length."""
     defaults: Settings = field(default_factory=dict)
@@ -61,6 +61,8 @@ class Task:
     """Function that gives the greatest accuracy that can be expected."""
     faults: Callable[[Settings], Iterator[Fault]] = no_faults
     """Function that finds settings that do not fit each other."""
+    choices: Callable[[Example, Settings], np.ndarray] | None = None
+    """Function that counts the answers that a row allows at each place, where settings alone do not say it. `[L]`."""
     spell: Callable[[int, Settings], str] | None = None
     """Function that gives the word of an id, for models that read text; None where ids are no words."""
 

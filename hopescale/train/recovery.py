@@ -79,10 +79,18 @@ class Recovery:
         self.report(f"{what} (return {state.returns} of at most {self.config.max_returns})")
 
     def _check_data(self) -> None:
-        plan = make_plan(self.state.config)
-        wanted = plan.total_sequences + self.state.passed_steps * plan.global_batch_size
         try:
-            self.state.data.check_budget(wanted)
+            check_budget(self.state, self.state.passed_steps)
         except ConfigError as error:
             why = "; ".join(f"{problem.key}: {problem.message}" for problem in error.problems)
             raise DivergedError(f"{self._problem}; there is no other data: {why}", _HINT) from None
+
+
+def check_budget(state: TrainState, passed_steps: int) -> None:
+    """Refuse a run that would read a source too often, with the batches that it has passed over.
+
+    Raises:
+        ConfigError: Naming every such source.
+    """
+    plan = make_plan(state.config)
+    state.data.check_budget(plan.total_sequences + passed_steps * plan.global_batch_size)

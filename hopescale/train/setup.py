@@ -38,6 +38,7 @@ from hopescale.parallel.mesh import Mesh
 from hopescale.train.compiler import check_compiler, choose_backends
 from hopescale.train.device_memory import check_device_memory
 from hopescale.train.folder import RunFolder
+from hopescale.train.recovery import check_budget
 from hopescale.train.request import RunRequest
 from hopescale.train.state import TrainState
 from hopescale.train.warm_up import compile_kernels
@@ -265,6 +266,7 @@ def _compare(state: TrainState, checkpoint: Path, request: RunRequest) -> list[C
         raise ConfigError(f"{checkpoint} is at step {manifest.step}, beyond train.steps={steps}", hint)
     if manifest.step > request.last_step:
         raise ConfigError(f"--stop-at is {request.last_step}, but {checkpoint} is already at step {manifest.step}")
+    check_budget(state, manifest.progress.get("recovery", {}).get("passed_steps", 0))
     return diff(old, state.config)
 
 

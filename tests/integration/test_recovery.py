@@ -126,6 +126,14 @@ def test_a_run_goes_back_and_reads_other_data(train, run: Run, monkeypatch: pyte
     assert [record["step"] for record in run.values()] == sorted({record["step"] for record in run.values()})
 
 
+def test_a_resume_counts_the_batches_that_were_passed_over(train, run: Run, monkeypatch: pytest.MonkeyPatch):
+    tried = spoil(monkeypatch, lambda _, step: step == 6 and tried.count(6) == 1)
+    back = ("train.recovery.skips=0", "train.recovery.then=other_data")
+    assert train(*back, "data.sources.markov.synthetic.num_samples=51", "--stop-at", 8).code == 0
+    done = train(*back, "data.sources.markov.synthetic.num_samples=51", "train.steps=11")
+    assert done.code == 2 and "the run reads 52 sequences of it" in done.err
+
+
 def test_there_may_be_no_other_data(train, monkeypatch: pytest.MonkeyPatch):
     spoil(monkeypatch, lambda _, step: step == 6)
     few = "data.sources.markov.synthetic.num_samples=42"

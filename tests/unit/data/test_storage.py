@@ -63,6 +63,24 @@ def test_what_is_kept_is_not_read_again(local: Path, tmp_path: Path, monkeypatch
         data.splits["train"].read(0, stream.num_tokens)
 
 
+def test_a_shard_that_has_changed_is_read_again(local: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shard = min(file for file in local.iterdir() if file.name.startswith("train"))
+    storage.open_storage(ADDRESS, tmp_path).read(shard.name, 0, 200)
+    store = object_store.ObjectStore(ADDRESS)
+    content = store.read(shard.name)
+    store.write(shard.name, content[:100] + bytes(byte ^ 1 for byte in content[100:200]) + content[200:])
+    opened = storage.open_storage(ADDRESS, tmp_path)
+    assert opened.read(shard.name, 0, 200) == store.read(shard.name)[:200] != content[:200]
+    assert f"{shard.name} has changed since it was kept in" in caplog.text
+
+
+def test_a_cache_named_by_a_variable_that_is_not_set_is_refused(local: Path, monkeypatch) -> None:
+    monkeypatch.delenv("NO_SUCH_FOLDER", raising=False)
+    for cache in ("$NO_SUCH_FOLDER/shards", "/tmp/${NO_SUCH_FOLDER}"):
+        with pytest.raises(DataError, match="but the variable NO_SUCH_FOLDER is not set here"):
+            PreparedData(ADDRESS, cache=cache)
+
+
 def test_a_network_that_fails_now_and_then_changes_nothing(local: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     memory, calls = type(fsspec.filesystem("memory")), []
     honest = memory.cat_file

@@ -15,15 +15,17 @@ import torch
 
 from hopescale.common.errors import ConfigError, DataError
 from hopescale.config.schema import DataConfig, ModelConfig, RunConfig, SourceConfig, SuiteConfig, TrainConfig
+from hopescale.data.loader import Batch
 from hopescale.evals import suites
 from hopescale.evals.comparison import compare, read_evaluations, spread
 from hopescale.evals.comparison_report import page, write_comparison
-from hopescale.evals.positions import parts
+from hopescale.evals.positions import by_place, losses_of, parts
 from hopescale.evals.suite_request import SuiteRequest, read_counts
 from hopescale.evals.suite_result import suite_table
 from hopescale.models import Model
 from hopescale.suites import prose
 from hopescale.suites.registry import TASKS, Generated, resolve
+from tests.support.loaded import make_loaded, make_tokens
 from tests.support.models import BASE
 
 
@@ -154,6 +156,26 @@ def test_parts_of_a_row_double():
     assert list(parts(300)) == [(0, 64), (64, 128), (128, 256), (256, 300)]
 
 
+def test_places_count_from_the_beginning_of_a_document():
+    losses = np.full((2, 130), 1.0)
+    documents = np.zeros((2, 130), int)
+    documents[0, 66:], losses[0, 66:] = 1, 3.0  # 64 tokens of it are in the first part
+    losses[1, 64:] = 5.0
+    losses[:, 0] = np.nan
+    found = {low: loss for low, _, loss in by_place(losses, documents)}
+    assert found[0] == pytest.approx((63 + 64 * 3 + 63) / 190)
+    assert found[64] == pytest.approx((2 + 64 * 5) / 66) and found[128] == 5.0
+
+
+@pytest.mark.parametrize("within", [False, True])
+def test_documents_of_a_row_are_read_apart_where_the_model_does(within: bool):
+    loaded = make_loaded(within_documents=within)
+    tokens, documents = make_tokens(12), torch.tensor([[0] * 5 + [1] * 7])
+    (losses,) = losses_of(loaded, [Batch(tokens, tokens.roll(-1, 1), documents)])
+    (alone,) = losses_of(loaded, [Batch(tokens[:, 5:], tokens.roll(-1, 1)[:, 5:], documents[:, 5:])])
+    assert np.allclose(losses[5:], alone, atol=1e-6) == within
+
+
 def body(model: str, seed: int, accuracy: float, *, step: int = 10, lr: float = 1e-3, length: int = 40) -> dict:
     numbers = {"exact": 0.1, "last": 0.2, "loss": 1.0, "stderr": 0.01, "chance": 0.5, "best": 1.0}
     one = {"task": "mqar", "settings": {"length": length, "num_pairs": 4}, "accuracy": accuracy, **numbers}
@@ -179,6 +201,27 @@ def test_runs_that_differ_in_seeds_are_one_system():
     assert pair.high == pytest.approx(0.65 + 12.706 * 0.15) and alone.high is None and alone.stderr == 0.01
     assert [dict(one.settings)["first"] for one in found.positions] == [0, 64]
     assert spread([1.0] * 40, None).high == 1.0
+
+
+def test_models_are_known_by_their_weights():
+    """Another checkpoint of an equal name, and an export, which is the same model again."""
+    one, other = body("a", 0, 0.5) | {"weights": "1234567890"}, body("a", 1, 0.7) | {"weights": "abcdefghij"}
+    export = body("export", 0, 0.9) | {"weights": "1234567890"}
+    found = compare([one, other, export])
+    (system,) = found.systems
+    assert system.models == ("a at step 10 (12345678)", "a at step 10 (abcdefgh)")
+    accuracy = found.suites[0].values[system.title]["accuracy"]
+    assert (accuracy.mean, accuracy.seeds) == (pytest.approx(0.8), 2), "the export's 0.9 replaces 0.5"
+
+
+def test_answers_to_more_examples_are_another_row():
+    bodies = [body("a", 0, 0.5), body("b", 1, 0.7)]
+    for one, examples in zip(bodies, (64, 256), strict=True):
+        one["suites"][0]["examples"] = one["results"]["perplexity/main"]["samples"] = examples
+    found = compare(bodies)
+    assert [dict(point.settings)["examples"] for point in found.suites] == [64, 256]
+    assert [point.values["a, step 10"]["accuracy"].seeds for point in found.suites] == [1, 1]
+    assert len(found.others) == 2 and len(found.positions) == 2, "rows of positions are as many in both"
 
 
 def test_a_report_is_one_json_one_page_and_figures(tmp_path: Path):

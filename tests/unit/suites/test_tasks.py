@@ -317,3 +317,34 @@ def test_a_distance_holds_up_to_a_sentence_and_null_varies_it(haystack: str):
             found.append(question - (told + 2 + made.settings["value_length"] + 1))
     assert all(20 <= gap < 20 + prose.LONGEST for gap in gaps[20])
     assert max(gaps[None]) - min(gaps[None]) > 40
+
+
+@pytest.mark.parametrize("hops", [1, 2])
+def test_the_fact_that_is_asked_about_lies_at_the_distance(hops: int):
+    made = Generated(SuiteConfig(task="facts", num_hops=hops, distance=20), seed=0, length=120)
+    for example in made.examples("test", range(15), seed=0):
+        row = example.tokens.tolist()
+        question = row.index(facts.NOW)
+        told = max(place for place in range(question) if row[place] in (facts.WENT, facts.TOOK))
+        assert row[question + 1] == row[told - 1 if hops == 1 else told + 1]
+        assert 20 <= question - (told + 3) < 20 + prose.LONGEST
+
+
+@pytest.mark.parametrize("name", ["facts", "noisy_recall"])
+def test_a_guess_is_among_the_answers_that_a_row_allows(name: str):
+    """Whoever guesses among them is right as often as chance says, within four standard errors."""
+    config = SuiteConfig(task=name, **({"num_pairs": 3} if name == "facts" else {"num_symbols": 8}))
+    made, generator, hits, chances = Generated(config, seed=0, length=60), np.random.default_rng(0), [], []
+    for example in made.examples("test", range(60), seed=0):
+        tokens, answers = example.tokens, example.answers
+        for place in np.flatnonzero(answers != NOT_ASKED):
+            if name == "facts":
+                first = facts.FIRST_PERSON + 6
+                allowed = sorted({int(word) for word in tokens if first <= word < first + 6})
+            else:
+                allowed = sorted({int(word) for word in tokens[: place + 1] if 4 <= word < 8})
+            assert int(answers[place]) in allowed
+            hits.append(allowed[generator.integers(len(allowed))] == answers[place])
+            chances.append(1 / TASKS[name].choices(example, made.settings)[place])
+    assert np.allclose(np.mean(hits), np.mean(chances), atol=4 * 0.5 / len(hits) ** 0.5)
+    assert np.mean(chances) > (1 / 6 if name == "facts" else 1 / 4) + 0.02
