@@ -1,8 +1,9 @@
-"""`hopescale sweep rollout`: laws held against the larger runs of their own table. Imports no torch."""
+"""`hopescale sweep rollout` and `rates`: what a table says of its own laws and rates. Imports no torch."""
 
 from __future__ import annotations
 
 import json
+from typing import Annotated
 
 import typer
 
@@ -36,3 +37,26 @@ def rollout(
         return
     for name, of_series in found.items():
         typer.echo("\n".join([f"{name}:", *(f"  {line}" for line in describe_rollouts(of_series))]))
+
+
+def rates(
+    sweep: SweepOrFolder = None,
+    points: PointsFile = None,
+    series: SeriesColumn = None,
+    loss: LossColumn = None,
+    transfer: Annotated[
+        bool, typer.Option("--transfer", help="Rates hold for every size (model.transfer): a law without N.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Fit the best learning rate and batch of every series, write them as rules, and name undertuned runs."""
+    from hopescale.scaling.points import read_points
+    from hopescale.scaling.rates import describe_rates, rates_json, rates_of
+
+    table = read_points(_find_table(sweep, points)[0], series, 0, loss)
+    found = rates_of(table, transfer=transfer)
+    if as_json:
+        typer.echo(json.dumps({name: rates_json(law) for name, (_, law) in found.items()}, indent=2))
+        return
+    for name, (runs, law) in found.items():
+        typer.echo("\n".join(describe_rates(name, runs, law, table.series[name])))

@@ -51,6 +51,9 @@ def fit(
     reference: Reference = None,
     resamples: Resamples = 200,
     asymptote: Asymptote = None,
+    weigh: Annotated[
+        bool, typer.Option("--weigh-undertuned", help="Let runs count less whose rates cost them loss.")
+    ] = False,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Where law.json goes.", show_default="SWEEP")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -58,7 +61,7 @@ def fit(
     from hopescale.scaling.summary import describe, to_json
 
     table, folder = find_table(sweep, points)
-    analysis = _analyse(table, series, loss, drop_highest, reference, resamples, asymptote)
+    analysis = _analyse(table, series, loss, drop_highest, reference, resamples, asymptote, weigh=weigh)
     content = json.dumps(to_json(analysis), indent=2)
     typer.echo(content if as_json else "\n".join(describe(analysis)))
     if out or folder:
@@ -122,11 +125,19 @@ def _analyse(
     asymptote: float | None,
     *,
     need_laws: bool = True,
+    weigh: bool = False,
 ) -> Analysis:
     from hopescale.scaling.analysis import analyse
     from hopescale.scaling.points import read_points
 
     points = read_points(table, series, drop_highest, loss)
+    if weigh:
+        from hopescale.scaling.rates import weigh_undertuned
+
+        points, undertuned = weigh_undertuned(points)
+        for name, rows in undertuned.items():
+            text = ", ".join(f"row {row} ({100 * part:.2g} %)" for row, part in rows.items())
+            typer.echo(f"note: {name}: undertuned, and counted less: {text or 'none'}", err=True)
     return analyse(points, reference, resamples, need_laws=need_laws, asymptote=asymptote)
 
 

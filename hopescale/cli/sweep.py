@@ -214,6 +214,7 @@ def collect(sweep: SweepFile, sweep_dir: SweepDir = None) -> None:
 app.command()(laws.fit)
 app.command()(laws.plot)
 app.command()(law_checks.rollout)
+app.command()(law_checks.rates)
 
 
 def _read(path: Path, sweep_dir: Path | None = None) -> tuple[Sweep, list[Trial], Path]:

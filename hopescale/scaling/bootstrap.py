@@ -57,7 +57,7 @@ def reweighted_laws(points: Points, fit: Fit, count: int, seed: int = 0, asympto
     run keeps a part, so that twelve runs of a small sweep still determine five numbers. Each search starts from the law
     of all runs. An `asymptote` is held at its value in all of them.
     """
-    weights = np.random.default_rng(seed).exponential(size=(count, len(points)))
+    weights = np.random.default_rng(seed).exponential(size=(count, len(points))) * points.counts
     start = np.tile([fit.law.alpha, fit.law.beta], (count, 1))
     return [Law(*numbers) for numbers in fit_many(points, weights, start, asymptote)[0].tolist()]
 

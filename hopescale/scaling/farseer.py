@@ -62,7 +62,7 @@ def fit_farseer(points: Points, law: Law | None = None) -> FarseerLaw:
     if too_few_for_nine(points):
         message = f"{len(points)} runs of {num_distinct(points.params)} sizes are too few for a law of 9 numbers"
         raise DataError(message, f"it needs {FEWEST_RUNS} runs of {FEWEST_SIZES} sizes")
-    return fit_parts(points, np.ones((1, len(points))), [law or fit_law(points).law])[0]
+    return fit_parts(points, points.counts[None], [law or fit_law(points).law])[0]
 
 
 def too_few_for_nine(points: Points) -> bool:

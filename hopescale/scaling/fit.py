@@ -64,7 +64,7 @@ def fit_law(points: Points, asymptote: float | None = None) -> Fit:
     _require_enough(points)
     require_below(points, asymptote)
     starts = grid_of_starts(_STARTS)
-    solutions, objectives = fit_many(points, np.ones((len(starts), len(points))), starts, asymptote)
+    solutions, objectives = fit_many(points, np.tile(points.counts, (len(starts), 1)), starts, asymptote)
     best = solutions[np.argmin(objectives)]
     law = Law(*best.tolist())
     residuals = np.log(points.loss) - np.log(law.loss(points.params, points.tokens))

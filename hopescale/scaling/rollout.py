@@ -142,7 +142,7 @@ def _cutoffs(points: Points, by: By) -> list[Cutoff]:
 def _power_laws(points: Points, cutoffs: Sequence[Cutoff], asymptote: float | None) -> list[Law]:
     """Fit the law of five numbers up to each cutoff, from nine starts each."""
     starts = grid_of_starts(_STARTS)
-    rows = np.repeat([mask for _, _, mask in cutoffs], len(starts), axis=0).astype(float)
+    rows = np.repeat([mask * points.counts for _, _, mask in cutoffs], len(starts), axis=0)
     numbers, objectives = fit_many(points, rows, np.tile(starts, (len(cutoffs), 1)), asymptote)
     best = objectives.reshape(len(cutoffs), -1).argmin(axis=1) + np.arange(len(cutoffs)) * len(starts)
     return [Law(*row) for row in numbers[best].tolist()]
@@ -160,7 +160,7 @@ def _rolled(
     """Hold laws against the larger runs, with intervals by reweighted fits."""
     samples: list[list[Law]] = [[] for _ in laws]
     if resamples:
-        masks = np.array([mask for _, _, mask in cutoffs], dtype=float)
+        masks = np.array([mask * points.counts for _, _, mask in cutoffs])
         weights = np.random.default_rng(seed).exponential(size=(resamples, len(points)))
         weights = (masks[:, None] * weights).reshape(-1, len(points))
         start = np.repeat([[law.alpha, law.beta] for law in laws], resamples, axis=0)
@@ -189,7 +189,7 @@ def _farseer(points: Points, cutoffs: Sequence[Cutoff], laws: Sequence[Law]) -> 
     enough = [place for place, (_, _, mask) in enumerate(cutoffs) if not too_few_for_nine(points.take(mask))]
     if not enough:
         return []
-    weights = np.array([cutoffs[place][2] for place in enough], dtype=float)
+    weights = np.array([cutoffs[place][2] * points.counts for place in enough])
     fitted = fit_parts(points, weights, [laws[place] for place in enough])
     found = []
     for place, law in zip(enough, fitted, strict=True):
