@@ -35,6 +35,10 @@ Reference = Annotated[
         metavar="SERIES", help="Series that others are compared with.", show_default="transformer, else first"
     ),
 ]
+Asymptote = Annotated[
+    float | None, typer.Option(metavar="E", help="Hold E of the laws at this value.", show_default="fitted")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print all results as JSON.")]
 Resamples = Annotated[int, typer.Option(metavar="N", min=0, help="Repeated fits for the intervals; 0 for none.")]
 
 
@@ -46,14 +50,18 @@ def fit(
     drop_highest: DropHighest = 0,
     reference: Reference = None,
     resamples: Resamples = 200,
+    asymptote: Asymptote = None,
+    weigh: Annotated[
+        bool, typer.Option("--weigh-undertuned", help="Let runs count less whose rates cost them loss.")
+    ] = False,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Where law.json goes.", show_default="SWEEP")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print all results as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Fit L = E + A/N^alpha + B/D^beta to every series of a table of runs; write law.json."""
     from hopescale.scaling.summary import describe, to_json
 
-    table, folder = _find_table(sweep, points)
-    analysis = _analyse(table, series, loss, drop_highest, reference, resamples)
+    table, folder = find_table(sweep, points)
+    analysis = _analyse(table, series, loss, drop_highest, reference, resamples, asymptote, weigh=weigh)
     content = json.dumps(to_json(analysis), indent=2)
     typer.echo(content if as_json else "\n".join(describe(analysis)))
     if out or folder:
@@ -70,26 +78,27 @@ def plot(
     drop_highest: DropHighest = 0,
     reference: Reference = None,
     resamples: Resamples = 200,
+    asymptote: Asymptote = None,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder to write to.", show_default="SWEEP/report")
     ] = None,
 ) -> None:
     """Draw the runs, their laws and what compares them: PNG files, and report.html which needs no other file."""
-    table, folder = _find_table(sweep, points)
+    table, folder = find_table(sweep, points)
     if not (out or folder):
         raise ConfigError("a table of runs has no folder for its report", "name one with --out")
     require_packages("sweep plot needs", "scaling", "matplotlib")
     from hopescale.scaling.curves import read_curves
     from hopescale.scaling.report import write_report
 
-    analysis = _analyse(table, series, loss, drop_highest, reference, resamples, need_laws=False)
+    analysis = _analyse(table, series, loss, drop_highest, reference, resamples, asymptote, need_laws=False)
     for name, one in analysis.series.items():
         if one.fit is None:
             typer.echo(f"note: series {name} has no law: {one.doubt}")
     typer.echo(f"report: {write_report(analysis, read_curves(table), out or folder / 'report')}")
 
 
-def _find_table(sweep: Path | None, points: Path | None) -> tuple[Path, Path | None]:
+def find_table(sweep: Path | None, points: Path | None) -> tuple[Path, Path | None]:
     """Return the table that was named one way or the other, and the folder of its sweep, if it has one."""
     if (sweep is None) == (points is None):
         raise ConfigError(
@@ -113,13 +122,23 @@ def _analyse(
     drop_highest: int,
     reference: str | None,
     resamples: int,
+    asymptote: float | None,
     *,
     need_laws: bool = True,
+    weigh: bool = False,
 ) -> Analysis:
     from hopescale.scaling.analysis import analyse
     from hopescale.scaling.points import read_points
 
-    return analyse(read_points(table, series, drop_highest, loss), reference, resamples, need_laws=need_laws)
+    points = read_points(table, series, drop_highest, loss)
+    if weigh:
+        from hopescale.scaling.rates import weigh_undertuned
+
+        points, undertuned = weigh_undertuned(points)
+        for name, rows in undertuned.items():
+            text = ", ".join(f"row {row} ({100 * part:.2g} %)" for row, part in rows.items())
+            typer.echo(f"note: {name}: undertuned, and counted less: {text or 'none'}", err=True)
+    return analyse(points, reference, resamples, need_laws=need_laws, asymptote=asymptote)
 
 
 def _write(path: Path, content: str) -> None:

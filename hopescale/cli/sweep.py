@@ -17,7 +17,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from hopescale.cli import laws
+from hopescale.cli import law_checks, laws
 from hopescale.common.disk import replace_text
 from hopescale.common.errors import ConfigError, LaunchError
 from hopescale.common.paths import display_path
@@ -213,6 +213,8 @@ def collect(sweep: SweepFile, sweep_dir: SweepDir = None) -> None:
 
 app.command()(laws.fit)
 app.command()(laws.plot)
+app.command()(law_checks.rollout)
+app.command()(law_checks.rates)
 
 
 def _read(path: Path, sweep_dir: Path | None = None) -> tuple[Sweep, list[Trial], Path]:

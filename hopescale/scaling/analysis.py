@@ -14,6 +14,7 @@ from hopescale.scaling.fit import Fit, fit_law
 from hopescale.scaling.law import Cost
 from hopescale.scaling.multiplier import Frontier, Multiplier, multiplier
 from hopescale.scaling.points import Points, Table
+from hopescale.scaling.prediction import prediction_interval
 from hopescale.scaling.views import Envelope, IsoFlop, fit_isoflop, lower_envelope
 
 USUAL_REFERENCE = "transformer"
@@ -31,6 +32,9 @@ class Optimum:
     params_interval: Interval | None
     tokens_interval: Interval | None
     loss_interval: Interval | None
+    """Interval of what the law says, without the noise of a run."""
+    run_interval: Interval | None
+    """Interval of the loss of one run of this size: with the noise that the runs have about the law."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +58,11 @@ class SeriesAnalysis:
             (*(size := law.optimal(flops, self.frontier.cost)), law.loss(*size))
             for law in (self.fit.law, *self.frontier.samples)
         ]
-        intervals = map(Interval.of, zip(*samples, strict=True)) if samples else (None, None, None)
-        return Optimum(flops, *best, *intervals)
+        if not samples:
+            return Optimum(flops, *best, None, None, None, None)
+        intervals = map(Interval.of, zip(*samples, strict=True))
+        of_run = prediction_interval([sample[2] for sample in samples], self.fit.residuals)
+        return Optimum(flops, *best, *intervals, of_run)
 
     def intervals(self) -> dict[str, Interval]:
         """Return the interval of each of the law's numbers, and of the exponents of `N(C)` and `D(C)`, as `a`, `b`."""
@@ -83,7 +90,12 @@ class Analysis:
 
 
 def analyse(
-    table: Table, reference: str | None = None, resamples: int = RESAMPLES, *, need_laws: bool = True
+    table: Table,
+    reference: str | None = None,
+    resamples: int = RESAMPLES,
+    *,
+    need_laws: bool = True,
+    asymptote: float | None = None,
 ) -> Analysis:
     """Fit and compare the series of a table.
 
@@ -92,6 +104,7 @@ def analyse(
         reference: Series that others are compared with; by default `transformer`, else the first.
         resamples: Number of reweighted fits for the intervals; 0 leaves intervals out.
         need_laws: Whether a series that is too small for a law is an error.
+        asymptote: Value that `E` of every law is held at, nats per token; None fits it.
 
     Raises:
         DataError: If a series has too few runs for a law or FLOPs that do not rise with size, or there is no series of
@@ -100,7 +113,7 @@ def analyse(
     if reference is not None and reference not in table.series:
         raise DataError(f"{table.source} has no series {reference}, only {', '.join(table.series)}")
     series = {
-        name: _analyse_series(name, points, resamples, seed, need_laws)
+        name: _analyse_series(name, points, resamples, seed, need_laws, asymptote)
         for seed, (name, points) in enumerate(table.series.items())
     }
     if len(series) == 1:
@@ -131,17 +144,20 @@ def common_budgets(series: Points, reference: Points, count: int = 5) -> list[fl
     return np.geomspace(low, high, count).tolist()
 
 
-def _analyse_series(name: str, points: Points, resamples: int, seed: int, need_law: bool) -> SeriesAnalysis:
+def _analyse_series(
+    name: str, points: Points, resamples: int, seed: int, need_law: bool, asymptote: float | None
+) -> SeriesAnalysis:
     isoflop, envelope = fit_isoflop(points, 5 * resamples, seed), lower_envelope(points)
     try:
-        fit, cost = fit_law(points), points.cost()
+        fit, cost = fit_law(points, asymptote), points.cost()
     except DataError as error:
         if need_law:
             raise DataError(f"series {name}: {error.message}", error.hint) from None
         return SeriesAnalysis(points, None, None, isoflop, envelope, None, error.message)
-    samples = reweighted_laws(points, fit, resamples, seed) if resamples else []
-    frontier = Frontier(fit.law, samples, cost)
-    return SeriesAnalysis(points, fit, frontier, isoflop, envelope, forecast_largest(points), _doubt(fit, points, cost))
+    samples = reweighted_laws(points, fit, resamples, seed, asymptote) if resamples else []
+    frontier, doubt = Frontier(fit.law, samples, cost), _doubt(fit, points, cost)
+    forecast = forecast_largest(points, asymptote)
+    return SeriesAnalysis(points, fit, frontier, isoflop, envelope, forecast, doubt)
 
 
 def _doubt(fit: Fit, points: Points, cost: Cost) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,6 +34,10 @@ class Interval:
         low, high = np.quantile(samples, [tail, 1 - tail], method="closest_observation")
         return cls(float(low), float(high))
 
+    def map(self, function: Callable[[float], float]) -> Interval:
+        """Return the interval of a rising function of the value."""
+        return Interval(float(function(self.low)), float(function(self.high)))
+
 
 @dataclass(frozen=True)
 class Forecast:
@@ -46,19 +50,19 @@ class Forecast:
     """Log of observed over predicted loss of the runs left out, `[m]`."""
 
 
-def reweighted_laws(points: Points, fit: Fit, count: int, seed: int = 0) -> list[Law]:
+def reweighted_laws(points: Points, fit: Fit, count: int, seed: int = 0, asymptote: float | None = None) -> list[Law]:
     """Fit the law again under `count` random weightings of the runs; the spread is that of the law.
 
     Weights are exponential, as in the Bayesian bootstrap (Rubin 1981): like drawing runs with replacement, but each
     run keeps a part, so that twelve runs of a small sweep still determine five numbers. Each search starts from the law
-    of all runs.
+    of all runs. An `asymptote` is held at its value in all of them.
     """
-    weights = np.random.default_rng(seed).exponential(size=(count, len(points)))
+    weights = np.random.default_rng(seed).exponential(size=(count, len(points))) * points.counts
     start = np.tile([fit.law.alpha, fit.law.beta], (count, 1))
-    return [Law(*numbers) for numbers in fit_many(points, weights, start)[0].tolist()]
+    return [Law(*numbers) for numbers in fit_many(points, weights, start, asymptote)[0].tolist()]
 
 
-def forecast_largest(points: Points) -> Forecast | None:
+def forecast_largest(points: Points, asymptote: float | None = None) -> Forecast | None:
     """Fit the law without the largest runs and predict them: their tenth in FLOPs, and all of its smallest's budget.
 
     None where too few runs would be left to fit.
@@ -66,7 +70,7 @@ def forecast_largest(points: Points) -> Forecast | None:
     threshold = np.sort(points.flops)[int(_TOP_SHARE * len(points))] / SAME_BUDGET
     largest = points.flops >= threshold
     try:
-        law = fit_law(points.take(~largest)).law
+        law = fit_law(points.take(~largest), asymptote).law
     except DataError:
         return None
     top = points.take(largest)

@@ -8,6 +8,7 @@ them, by a problem with one minimum.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,21 +46,43 @@ class Fit:
     """Mean Huber loss."""
     undetermined: list[str]
     """Numbers at the end of what they may be: the runs do not tell them."""
+    asymptote: float | None = None
+    """Value that `E` was held at; None where it was fitted."""
 
 
-def fit_law(points: Points) -> Fit:
+def fit_law(points: Points, asymptote: float | None = None) -> Fit:
     """Fit the law from 64 starts and keep the best; the same runs give the same law.
 
+    Args:
+        points: Runs.
+        asymptote: Value that `E` is held at, nats per token; None fits it.
+
     Raises:
-        DataError: If the runs are too few, or of too few sizes or durations, to determine five numbers.
+        DataError: If the runs are too few, or of too few sizes or durations, to determine five numbers, or one of them
+            is no worse than the asymptote.
     """
     _require_enough(points)
-    alpha, beta = (axis.ravel() for axis in np.meshgrid(_STARTS, _STARTS))
-    solutions, objectives = fit_many(points, np.ones((len(alpha), len(points))), np.stack([alpha, beta], axis=1))
+    require_below(points, asymptote)
+    starts = grid_of_starts(_STARTS)
+    solutions, objectives = fit_many(points, np.tile(points.counts, (len(starts), 1)), starts, asymptote)
     best = solutions[np.argmin(objectives)]
     law = Law(*best.tolist())
     residuals = np.log(points.loss) - np.log(law.loss(points.params, points.tokens))
-    return Fit(law, residuals, float(objectives.min()), _at_bound(law, points))
+    undetermined = [name for name in _at_bound(law, points) if name != "E" or asymptote is None]
+    return Fit(law, residuals, float(objectives.min()), undetermined, asymptote)
+
+
+def grid_of_starts(exponents: Sequence[float]) -> np.ndarray:
+    """Return all pairs of exponents to start from, `[K, 2]`."""
+    return np.stack([axis.ravel() for axis in np.meshgrid(exponents, exponents)], axis=1)
+
+
+def require_below(points: Points, asymptote: float | None) -> None:
+    """Refuse an asymptote that is not above 0 and below the loss of every run."""
+    least = float(points.loss.min())
+    if asymptote is not None and not 0 < asymptote < least:
+        message = f"the asymptote is {asymptote:g}, but the lowest loss of the runs is {least:.4g}"
+        raise DataError(message, "give one above 0 and below it")
 
 
 def _at_bound(law: Law, points: Points) -> list[str]:
@@ -91,20 +114,25 @@ def num_distinct(values: np.ndarray) -> int:
     return 1 + int(np.sum(np.diff(np.log(np.sort(values))) > 0.01))
 
 
-def fit_many(points: Points, weights: np.ndarray, exponents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def fit_many(
+    points: Points, weights: np.ndarray, exponents: np.ndarray, asymptote: float | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Fit one law per row of weights, each from its own start.
 
     Args:
         points: Runs.
         weights: Weight of each run in each fit, `[K, n]`, not negative.
         exponents: `alpha` and `beta` to start from, `[K, 2]`.
+        asymptote: Value that `E` is held at, below every loss; None fits it.
 
     Returns:
         `E A alpha B beta`, `[K, 5]`, and the mean Huber loss of each, `[K]`.
     """
-    problem = _Problem(points, weights / weights.sum(axis=1, keepdims=True))
+    problem = _Problem(points, weights / weights.sum(axis=1, keepdims=True), asymptote is not None)
     theta = np.log(np.clip(exponents, *EXPONENTS))
     kappa = np.full((len(theta), 3), np.log(points.loss.min() / 3))
+    if asymptote is not None:
+        kappa[:, 0] = np.log(asymptote)
     for _ in range(20):
         kappa = problem.project(theta, kappa, problem.weights)
     objective = problem.objective(theta, kappa, problem.weights)
@@ -131,7 +159,8 @@ class _Problem:
     `theta` `[K, 2]` is the log of the exponents, `kappa` `[K, 3]` the log of the three terms at the means.
     """
 
-    def __init__(self, points: Points, weights: np.ndarray):
+    def __init__(self, points: Points, weights: np.ndarray, holds_asymptote: bool = False):
+        self.holds_asymptote = holds_asymptote
         self.log_params, self.log_tokens = np.log(points.params), np.log(points.tokens)
         self.means = self.log_params.mean(), self.log_tokens.mean()
         self.x, self.y = self.log_params - self.means[0], self.log_tokens - self.means[1]
@@ -156,7 +185,12 @@ class _Problem:
     def project(self, theta: np.ndarray, kappa: np.ndarray, weights: np.ndarray) -> np.ndarray:
         """Move the three terms towards their best for these exponents: one reweighted least-squares step."""
         shares, residual = self.terms(theta, kappa)
-        return np.maximum(kappa + _solve(shares, residual, weights, damping=1.0), self.least)
+        step = huber_step(self._free(shares), residual, weights, damping=1.0)
+        return np.where(step == 0, kappa, np.maximum(kappa + step, self.least))
+
+    def _free(self, shares: np.ndarray) -> np.ndarray:
+        """Return the slopes by the terms that may move: an asymptote that is held has none, and takes no step."""
+        return shares * np.array([0.0, 1.0, 1.0]) if self.holds_asymptote else shares
 
     def step(
         self, theta: np.ndarray, kappa: np.ndarray, weights: np.ndarray, damping: np.ndarray
@@ -165,7 +199,7 @@ class _Problem:
         shares, residual = self.terms(theta, kappa)
         alpha, beta = np.exp(theta).T[..., None]
         slopes = np.stack([-alpha * self.x * shares[..., 1], -beta * self.y * shares[..., 2]], axis=-1)
-        move = _solve(np.concatenate([shares, slopes], axis=-1), residual, weights, damping[:, None])
+        move = huber_step(np.concatenate([self._free(shares), slopes], axis=-1), residual, weights, damping[:, None])
         theta = np.clip(theta + move[:, 3:], *np.log(EXPONENTS))
         kappa = kappa + move[:, :3]
         for _ in range(_PROJECTIONS):
@@ -178,7 +212,9 @@ class _Problem:
         return np.stack([np.exp(kappa[:, 0]), scales[:, 0], exponents[:, 0], scales[:, 1], exponents[:, 1]], axis=1)
 
 
-def _solve(slopes: np.ndarray, residual: np.ndarray, weights: np.ndarray, damping: np.ndarray | float) -> np.ndarray:
+def huber_step(
+    slopes: np.ndarray, residual: np.ndarray, weights: np.ndarray, damping: np.ndarray | float
+) -> np.ndarray:
     """Return a step on the Huber loss, `[K, p]`, from the slopes of the residuals, `[K, n, p]`.
 
     Its Hessian counts the runs within `DELTA`. To this are added, times the damping, the weights of the parabola that

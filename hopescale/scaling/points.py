@@ -9,7 +9,7 @@ import csv
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,6 +35,8 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "loss": ("valloss", "validationloss", "evalloss", "testloss", "finalloss", "loss"),
     "series": ("series", "mixer", "optimizer", "architecture", "variant"),
     "state": ("state",),
+    "lr": ("lr", "learningrate", "peaklr", "maxlr", "optimlr"),
+    "batch": ("batch", "batchtokens", "globalbatchtokens", "batchsize", "globalbatchsize"),
 }
 """Names a column may have, the first that is there is taken; case, spaces and punctuation do not count. A held-out
 loss comes before one of training."""
@@ -45,10 +47,14 @@ FINISHED = ("", "done", "finished", "completed")
 MISSING = ("", "none", "null", "n/a", "na", "-")
 """Cells that hold nothing, as tools export them; case does not count."""
 
+SAME = 0.005
+"""Part by which the tokens of runs of one size may differ that count as one, where a table has rates or batches: steps
+of another batch end at other tokens."""
+
 LEAST_GROWTH = 0.05
 """Least power of the parameters with which the FLOPs of a token may rise over a table."""
 
-_Run = tuple[int, str, tuple[float, float, float, float]]
+Run = tuple[int, str, tuple[float, float, float, float]]
 """Row in the file, series, and N, D, FLOP and loss."""
 
 ONE_SERIES = "all"
@@ -66,13 +72,22 @@ class Points:
     """Training FLOPs in all: those of the table, else `6 N D`."""
     loss: np.ndarray
     """Loss, nats per token."""
+    rows: np.ndarray | None = None
+    """Numbers of their rows in the table; None where they come from none."""
+    weights: np.ndarray | None = None
+    """Weight of each in fits of laws; None counts all alike."""
 
     def __len__(self) -> int:
         return len(self.loss)
 
     def take(self, chosen: np.ndarray) -> Points:
         """Return the runs that a mask or an index array chooses."""
-        return Points(self.params[chosen], self.tokens[chosen], self.flops[chosen], self.loss[chosen])
+        return Points(*(None if column is None else column[chosen] for column in vars(self).values()))
+
+    @property
+    def counts(self) -> np.ndarray:
+        """Weights, `[n]`: 1 each where none were given."""
+        return np.ones(len(self)) if self.weights is None else self.weights
 
     def cost(self) -> Cost:
         """Return what a token costs by size: least squares of logs over the runs.
@@ -102,6 +117,27 @@ class Table:
     """Names of the file's columns."""
     rows: list[tuple[int, list[str]]] = field(default_factory=list)
     """Rows of the file with their numbers, as they stand there."""
+    finished: list[Run] = field(default_factory=list)
+    """All runs that have finished, those that another of their size and tokens beats among them."""
+
+    def column(self, meaning: str) -> dict[int, float]:
+        """Return the numbers of a column by row, for the rows that hold one.
+
+        Raises:
+            DataError: If there is no such column, or a cell of it is not a number above 0.
+        """
+        place = places_of(self.header).get(meaning)
+        if place is None:
+            message = f"{self.source} has no column for {meaning}, only {', '.join(self.header)}"
+            raise DataError(message, f"names that are known: {', '.join(COLUMNS[meaning])}")
+        found = {}
+        for number, row in self.rows:
+            if _holds(row[place]):
+                found[number] = _number(row[place], self.header[place], f"{self.source}, row {number}")
+                if not 0 < found[number] < math.inf:
+                    where = f"{self.source}, row {number}, column {self.header[place]}"
+                    raise DataError(f"{where}: {row[place].strip()}, but must be above 0 and finite")
+        return found
 
 
 def read_points(
@@ -124,7 +160,7 @@ def read_points(
     """
     rows, header = _read_rows(path)
     columns = _find_columns(header, {"series": series_column, "loss": loss_column}, path)
-    kept: list[_Run] = []
+    kept: list[Run] = []
     left_out: list[str] = []
     for number, row in rows:
         run = _read_run(row, columns, f"{path}, row {number}")
@@ -132,7 +168,8 @@ def read_points(
             left_out.append(f"row {number}: {run}")
         else:
             kept.append((number, row[columns["series"]].strip() if "series" in columns else ONE_SERIES, run))
-    kept, others = _best_of_each(kept)
+    finished = list(kept)
+    kept, others = _best_of_each(kept, SAME if {"lr", "batch"} & columns.keys() else 0.0)
     left_out += others
     highest = sorted(kept, key=lambda item: -item[2][3])[:drop_highest]
     left_out += [f"row {number}: loss {run[3]:.4g} is among the highest {drop_highest}" for number, _, run in highest]
@@ -140,8 +177,12 @@ def read_points(
     if not kept:
         raise DataError(f"{path} holds no finished run ({len(left_out)} left out)", left_out[0] if left_out else None)
     names = dict.fromkeys(name for _, name, _ in kept)
-    series = {name: Points(*np.array([run for _, own, run in kept if own == name]).T) for name in names}
-    return Table(series, left_out, path, header, rows)
+    series = {name: _points([item for item in kept if item[1] == name]) for name in names}
+    return Table(series, left_out, path, header, rows, finished)
+
+
+def _points(kept: list[Run]) -> Points:
+    return Points(*np.array([run for _, _, run in kept]).T, rows=np.array([number for number, _, _ in kept]))
 
 
 def _read_rows(path: Path) -> tuple[list[tuple[int, list[str]]], list[str]]:
@@ -181,14 +222,19 @@ def _read_records(text: str, path: Path) -> tuple[list[tuple[int, list[str]]], l
     return list(enumerate(cells, 1)), header
 
 
-def _find_columns(header: list[str], named: Mapping[str, str | None], path: Path) -> dict[str, int]:
-    """Return where each meaning of `COLUMNS` is, for those that the table has."""
+def places_of(header: list[str]) -> dict[str, int]:
+    """Return where each meaning of `COLUMNS` is among the names of columns, for those that are there."""
     plain = [re.sub(r"[^a-z0-9]", "", name.lower()) for name in header]
-    places = {
+    return {
         meaning: plain.index(next(name for name in names if name in plain))
         for meaning, names in COLUMNS.items()
         if set(names) & set(plain)
     }
+
+
+def _find_columns(header: list[str], named: Mapping[str, str | None], path: Path) -> dict[str, int]:
+    """Return where each meaning of `COLUMNS` is, for those that the table has."""
+    places = places_of(header)
     for meaning, column in named.items():
         if column is not None:
             if column not in header:
@@ -198,7 +244,11 @@ def _find_columns(header: list[str], named: Mapping[str, str | None], path: Path
         lacking = "loss" if "loss" not in places else "two of N, D and FLOP"
         raise DataError(
             f"{path} has no column for {lacking}, only {', '.join(header)}",
-            "; ".join(f"{meaning}: {', '.join(names[:5])}" for meaning, names in COLUMNS.items() if meaning != "state"),
+            "; ".join(
+                f"{meaning}: {', '.join(names[:5])}"
+                for meaning, names in COLUMNS.items()
+                if meaning in ("N", "D", "FLOP", "loss")
+            ),
         )
     return places
 
@@ -235,17 +285,39 @@ def _number(text: str, column: str, place: str) -> float:
         raise DataError(f"{place}, column {column}: {text.strip()!r} is not a number") from None
 
 
-def _best_of_each(kept: list[_Run]) -> tuple[list[_Run], list[str]]:
-    """Keep the run of the lowest loss of those of one series with the same N, D and FLOP; name the others."""
-    best: dict[tuple[object, ...], _Run] = {}
-    for item in kept:
-        key = (item[1], *item[2][:3])
+def _best_of_each(kept: list[Run], within: float) -> tuple[list[Run], list[str]]:
+    """Keep the run of the lowest loss of those of one series with the same N and, within a part, D; name the others."""
+    best: dict[tuple[object, ...], Run] = {}
+    key_of = _groups(kept, within)
+    for item, key in zip(kept, key_of, strict=True):
         if key not in best or item[2][3] < best[key][2][3]:
             best[key] = item
-    chosen = [item for item in kept if best[(item[1], *item[2][:3])] is item]
+    chosen = [item for item, key in zip(kept, key_of, strict=True) if best[key] is item]
     others = [
-        f"row {number}: loss {run[3]:.4g}, but row {best[(name, *run[:3])][0]} is the best of its size and tokens"
-        for number, name, run in kept
-        if best[(name, *run[:3])][0] != number
+        f"row {item[0]}: loss {item[2][3]:.4g}, but row {best[key][0]} is the best of its size and tokens"
+        for item, key in zip(kept, key_of, strict=True)
+        if best[key] is not item
     ]
     return chosen, others
+
+
+def _groups(kept: list[Run], within: float) -> list[tuple[object, ...]]:
+    """Return a key for each run, which runs share of one series, size and cost of a token, and as many tokens."""
+    sizes = [
+        (series, params, round(math.log(flops / (params * tokens)), 2))
+        for _, series, (params, tokens, flops, _) in kept
+    ]
+    keys: list[tuple[object, ...]] = [()] * len(kept)
+    for size in set(sizes):
+        own = [place for place, other in enumerate(sizes) if other == size]
+        for place, rank in zip(own, ranks([kept[place][2][1] for place in own], within).tolist(), strict=True):
+            keys[place] = (*size, rank)
+    return keys
+
+
+def ranks(values: Sequence[float] | np.ndarray, within: float = SAME) -> np.ndarray:
+    """Number values from the least on, `[n]`; those within a part of the one before have the same number."""
+    order = np.argsort(values)
+    found = np.zeros(len(values), dtype=int)
+    found[order[1:]] = np.cumsum(np.diff(np.log(np.asarray(values)[order])) > np.log1p(within))
+    return found

@@ -39,6 +39,7 @@ def _series_json(series: SeriesAnalysis) -> dict[str, Any]:
             **series.fit.law.to_dict(),
             "intervals": series.intervals(),
             "undetermined": series.fit.undetermined,
+            "asymptote": series.fit.asymptote,
             "doubt": series.doubt,
             "objective": series.fit.objective,
             "num_runs": len(series.points),
@@ -121,7 +122,7 @@ def _describe_series(name: str, series: SeriesAnalysis) -> list[str]:
     lines = [
         f"{name}: {len(series.points)} runs, {_range(sizes)} parameters, {_range(tokens)} tokens",
         f"  {law_text(series)}",
-        *(f"    {key:<6} {value:<8.4g}{between(intervals.get(key))}" for key, value in law.to_dict().items()),
+        *(_number_line(series, key, value, intervals.get(key)) for key, value in law.to_dict().items()),
         f"  a token costs {_cost(series)} FLOPs per parameter",
         f"  residuals: {100 * np.mean(np.abs(series.fit.residuals)):.2g} % of the loss on average",
     ]
@@ -132,8 +133,14 @@ def _describe_series(name: str, series: SeriesAnalysis) -> list[str]:
             f"    {flops:.2e} FLOPs: N {format_count(best.params)}{between(best.params_interval, count=True)}, "
             f"D {format_count(best.tokens)}{between(best.tokens_interval, count=True)}, "
             f"loss {best.loss:.4f}{between(best.loss_interval)}"
+            + (f", of one run{between(best.run_interval)}" if best.run_interval else "")
         )
     return lines + [f"  {line}" for line in describe_forecast(series)]
+
+
+def _number_line(series: SeriesAnalysis, key: str, value: float, interval: Interval | None) -> str:
+    is_held = key == "E" and series.fit.asymptote is not None
+    return f"    {key:<6} {value:<8.4g}{' (held)' if is_held else between(interval)}"
 
 
 def describe_doubts(series: SeriesAnalysis) -> list[str]:
