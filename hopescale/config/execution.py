@@ -58,3 +58,8 @@ def reverse_saves(model: ModelConfig, mixer: MixerConfig) -> bool:
     rule = {"momentum": mixer.momentum, "erase": mixer.inner_rule == "dgd"}
     tokens = projection_chunk_size(mixer)
     return any(count and is_trace_smaller(tokens, width, out, **rule) for width, out, count in layers)
+
+
+def run_again(config: RunConfig) -> float:
+    """Return the part of the tokens whose pieces of sequences run forward once more in the backward pass."""
+    return 1 - 1 / config.train.segments

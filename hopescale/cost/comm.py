@@ -10,17 +10,19 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping
 
+from hopescale.config.execution import run_again
 from hopescale.config.layout import Layout
 from hopescale.config.model_shape import mixer_of_block, padded_vocab_size
 from hopescale.config.plan import make_plan
 from hopescale.config.schema import MixerConfig, RunConfig
 from hopescale.config.schema.titans import TitansConfig
 from hopescale.config.schema.ttt import TttConfig
+from hopescale.cost.carried import handed_on
 from hopescale.cost.holdings import Holdings, gathers
 from hopescale.cost.parameter import FP32, ParameterShape, itemsize
 from hopescale.cost.updates import BUCKET_ELEMENTS, assign_owners, buckets
 
-AXES = ("tp", "dp", "pp", "embedding", "world")
+AXES = ("tp", "dp", "cp", "pp", "embedding", "world")
 """Axes as the metrics name them."""
 SHARD_UNIT = 2
 """Entries of which a shard of DeepSpeed's is a multiple at `zero` 1 and 2."""
@@ -35,7 +37,7 @@ def due_levels(config: RunConfig, step: int) -> frozenset[str]:
 
 
 def stream_bytes(config: RunConfig) -> int:
-    """Return the bytes of a micro batch's residual stream."""
+    """Return the bytes of a micro batch's residual stream, of all ranks that share it."""
     train = config.train
     return train.seq_len * train.micro_batch_size * config.model.d_model * itemsize(train.precision)
 
@@ -72,10 +74,13 @@ class SentBytes:
             sent["tp"] = self.micro_batches * (self._tensor() + self._inputs())
         if layout.pp > 1:
             sent |= self._pipeline()
-        if layout.dp > 1:
+        if layout.cp > 1:
+            blocks = [number for each in self.slices for number in each]
+            sent["cp"] = self.micro_batches * handed_on(self.config, layout, blocks)
+        if layout.replicas > 1:
             sent["dp"] = 8 + self._elementwise(due)
         matrices = [p for p in self.matrices if p.level is None or p.level in due]
-        if matrices and layout.dp > 1:
+        if matrices and layout.replicas > 1:
             sent["dp"] += self._matrices(matrices)
         if matrices and gathers(self.config, layout):
             sent["tp"] += self._matrix_slices(matrices)
@@ -91,23 +96,33 @@ class SentBytes:
 
     def _tensor(self) -> float:
         """Count what tensor-parallel ranks exchange for a micro batch."""
-        model, train, stream = self.config.model, self.config.train, stream_bytes(self.config)
+        model, train, segments = self.config.model, self.config.train, self.config.train.segments
+        tokens, stream = self._tokens(), stream_bytes(self.config) / self.layout.cp
         blocks = sum(map(len, self.slices))
         first, last = self.slices[0].start == 0, self.slices[-1].stop == model.num_layers
         levels = len(model.cms.levels) if model.cms.placement == "every_block" else 1
         independent = model.cms.variant == "independent"
         sums = 2 if independent else 1 + levels
-        total = (first + last + 2 * blocks * sums) * stream + last * 3 * FP32 * train.seq_len * train.micro_batch_size
-        total += blocks * FP32 * levels * independent
+        forward = (first + blocks * sums) * stream + last * 3 * FP32 * tokens
+        total = forward + (last + blocks * sums) * stream
+        total += segments * blocks * FP32 * levels * independent
         total += self._within_mixers()
         if train.recompute == "block":
             total += blocks * (sums - 1) * stream
         if self.layout.sequence_parallel:
             part = stream / self.layout.tp
-            total += (first + last + blocks * (2 * sums + 1)) * part + FP32 * model.d_model * (last + blocks * sums)
+            forward += (last + blocks * sums) * part
+            total += (first + last + blocks * (2 * sums + 1)) * part
+            total += segments * FP32 * model.d_model * (last + blocks * sums)
             total += {"block": blocks * sums, "memory": blocks}.get(train.recompute, 0) * part
             total -= sum(isinstance(mixer, TitansConfig) for mixer in self._mixers()) * part  # gathered once for all
-        return total
+        # What is behind the last tensor that is kept does not run again: of a stage that hands its stream on, a sum.
+        again = forward - (not last) * len(self.slices) * stream
+        return total + run_again(self.config) * again
+
+    def _tokens(self) -> int:
+        """Count the tokens of a rank's micro batch."""
+        return self.config.train.seq_len // self.layout.cp * self.config.train.micro_batch_size
 
     def _mixers(self) -> list[MixerConfig]:
         """Return the mixer of each block of the stage."""
@@ -121,40 +136,40 @@ class SentBytes:
         persistent tokens count once for each sequence.
         """
         model, train = self.config.model, self.config.train
-        shared = sum(p.size for p in self.parameters if ".mixer." in p.name and p.split is None)
-        mixers = self._mixers()
-        passes = 3 if train.recompute in ("block", "memory") else 2
+        shared = train.segments * sum(p.size for p in self.parameters if ".mixer." in p.name and p.split is None)
+        mixers, seq_len = self._mixers(), train.seq_len // self.layout.cp
+        passes = (3 if train.recompute in ("block", "memory") else 2) + run_again(self.config)
         sums = 2 * passes * sum(isinstance(mixer, TttConfig) for mixer in mixers)
         titans = [mixer for mixer in mixers if isinstance(mixer, TitansConfig)]
-        handed = {"mac": 2 * train.seq_len, "mag": 0, "mal": train.seq_len}
+        handed = {"mac": 2 * seq_len, "mag": 0, "mal": seq_len}
         rows = sum(handed[m.composition] + m.persistent_tokens * (m.composition == "mal") for m in titans)
         between = passes * rows * train.micro_batch_size * model.d_model * itemsize(self.precision)
-        return FP32 * (shared + sums * train.seq_len * train.micro_batch_size) + between
+        return FP32 * (shared + sums * self._tokens()) + between
 
     def _inputs(self) -> float:
         """Count the inputs of layers that tensor-parallel ranks gather for Gram matrices in a micro batch."""
-        train, holdings, entries = self.config.train, self.holdings, 0.0
+        holdings, entries = self.holdings, 0.0
         for p in self.matrices:
             if holdings.rule_of(p) == "dgd" and holdings.is_cut(p):
                 entries += p.shape[-1] * gathers(self.config, self.layout)
             elif holdings.rule_of(p) == "dgd" and ".mixer." in p.name and self.layout.sequence_parallel:
                 # The layers of levels, and the head, have all tokens anyway.
                 entries += p.shape[-1] / self.layout.tp
-        return entries * train.seq_len * train.micro_batch_size * itemsize(self.precision)
+        return entries * self._tokens() * itemsize(self.precision)
 
     def _pipeline(self) -> dict[str, float]:
         """Count the residual stream and its gradient between stages, and what the ends share of a tied embedding."""
         model, layout, ends = self.config.model, self.layout, self.stage in (0, self.layout.pp - 1)
-        stream = stream_bytes(self.config) / (layout.tp if layout.sequence_parallel else 1)
+        stream = stream_bytes(self.config) / layout.cp / (layout.tp if layout.sequence_parallel else 1)
         sent = {"pp": (2 * layout.virtual_stages - ends) * self.micro_batches * stream}
         if ends and model.tie_embeddings:
             rows = padded_vocab_size(model) / layout.tp * model.d_model
-            sent["embedding"] = rows * (FP32 + (itemsize(self.precision) if layout.dp > 2 else 0))
+            sent["embedding"] = rows * (FP32 + (itemsize(self.precision) if layout.replicas > 2 else 0))
         return sent
 
     def _elementwise(self, due: Collection[str]) -> float:
         """Count gradients and weights of AdamW's parameters between replicas."""
-        zero, dp = self.config.parallel.zero, self.layout.dp
+        zero, dp = self.config.parallel.zero, self.layout.replicas
         chosen = {kind: count for kind, count in self.entries.items() if kind.rule == "adamw"}
         gradients = FP32 * sum(count for kind, count in chosen.items() if kind.level is None or kind.level in due)
         if zero > 1:
@@ -177,7 +192,7 @@ class SentBytes:
         for p in self.parameters:
             if self.holdings.rule_of(p) == "adamw" and (p.level is None or p.level in due):
                 sizes[self.holdings.groups[p.name], p.level, p.itemsize(self.precision)] += p.size
-        unit = SHARD_UNIT * self.layout.dp
+        unit = SHARD_UNIT * self.layout.replicas
         return sum(itemsize * SHARD_UNIT * math.ceil(size / unit) for (_, _, itemsize), size in sizes.items())
 
     def _ordered_matrices(self) -> list[ParameterShape]:
@@ -200,12 +215,12 @@ class SentBytes:
     def _gradients(self, matrices: list[ParameterShape]) -> int:
         """Count gradients and Gram matrices of matrices that replicas sum together."""
         sizes = {p.name: p.size + self.holdings.gram(p, self.layout.tp) for p in matrices}
-        return FP32 * self.layout.dp * self._rooms(sizes)
+        return FP32 * self.layout.replicas * self._rooms(sizes)
 
     def _rooms(self, sizes: Mapping[str, int]) -> int:
         """Count the entries of an owner's part of all exchanges: as many as the owner with most needs in each."""
         entries = 0
-        for bucket in buckets(sizes, self.owners, sizes, BUCKET_ELEMENTS // self.layout.dp):
+        for bucket in buckets(sizes, self.owners, sizes, BUCKET_ELEMENTS // self.layout.replicas):
             parts: Counter[int] = Counter()
             for name in bucket:
                 parts[self.owners[name]] += sizes[name]

@@ -14,6 +14,7 @@ from hopescale.config.layout import Layout
 from hopescale.config.model_shape import block_pattern, levels_of_block, padded_vocab_size
 from hopescale.config.plan import make_plan
 from hopescale.config.schema import MixerConfig, ModelConfig, RunConfig
+from hopescale.cost.carried import kept_between_pieces
 from hopescale.cost.holdings import Holding, Holdings, Kind, gathers
 from hopescale.cost.micro_batch import Activations, MicroBatch
 from hopescale.cost.mixers import COSTS
@@ -109,10 +110,12 @@ def device_memory_of_stage(
         exact: Whether shares of matrices are those of the replica that owns most, or of all on average.
     """
     holding, slices = holdings.of_stage(layout, stage), holdings.slices(layout, stage)
-    lasting = _lasting(config, layout, holding, holdings.owned_share(layout, stage) if exact else 1 / layout.dp)
+    lasting = _lasting(config, layout, holding, holdings.owned_share(layout, stage) if exact else 1 / layout.replicas)
     waiting = layout.pp - stage
     if layout.virtual_stages > 1:
         waiting = 2 * (layout.pp - stage - 1) + (layout.virtual_stages - 1) * layout.pp + 1
+    if layout.pp == 1 and layout.cp > 1:
+        waiting = 2  # the next is begun before the first turns back
     in_flight = min(waiting, make_plan(config, layout).grad_accumulation * layout.virtual_stages)
     moments = _moments(config, layout, holding, slices, in_flight)
     name = max(moments, key=lambda name: sum(moments[name].values()))
@@ -127,7 +130,7 @@ def least_memory(config: RunConfig, layout: Layout) -> float:
     """
     if config.model.num_layers > MOST_BLOCKS:
         weights = itemsize(config.train.precision) * count_params(config.model)["total"]
-        return weights / (layout.tp * layout.pp * (layout.dp if config.parallel.zero == 3 else 1))
+        return weights / (layout.tp * layout.pp * (layout.replicas if config.parallel.zero == 3 else 1))
     holdings, totals = Holdings(config), []
     for stage in range(layout.pp):
         holding, owned = holdings.of_stage(layout, stage), holdings.owned_share(layout, stage)
@@ -143,7 +146,7 @@ def _is_fast(config: RunConfig, kind: Kind) -> bool:
 
 def _lasting(config: RunConfig, layout: Layout, holding: Holding, owned: float) -> dict[str, float]:
     """Count what a rank holds all the time, after what replicas divide among themselves."""
-    zero, dp, joined = config.parallel.zero, layout.dp, gathers(config, layout)
+    zero, dp, joined = config.parallel.zero, layout.replicas, gathers(config, layout)
     result = dict.fromkeys(LASTING, 0.0)
     for kind, entries in holding.entries.items():
         matrix, bytes_ = kind.rule != "adamw", FP32 * entries
@@ -162,7 +165,7 @@ def _lasting(config: RunConfig, layout: Layout, holding: Holding, owned: float) 
 def _fast_gradients(config: RunConfig, layout: Layout, holding: Holding) -> float:
     """Count the gradient sums that are made anew at each step: those of AdamW's parameters of period 1."""
     fast = (kind for kind in holding.entries if kind.rule == "adamw" and _is_fast(config, kind))
-    return FP32 * sum(holding.entries[kind] for kind in fast) / (layout.dp if config.parallel.zero > 1 else 1)
+    return FP32 * sum(holding.entries[kind] for kind in fast) / (layout.replicas if config.parallel.zero > 1 else 1)
 
 
 def _update_workspace(config: RunConfig, layout: Layout, holding: Holding) -> float:
@@ -170,7 +173,7 @@ def _update_workspace(config: RunConfig, layout: Layout, holding: Holding) -> fl
 
     AdamW updates some parameters at a time, but ZeRO all of its share, whose gradients it copies too.
     """
-    dp = layout.dp
+    dp = layout.replicas
     elementwise = sum(count for kind, count in holding.entries.items() if kind.rule == "adamw")
     in_levels = sum(count for kind, count in holding.entries.items() if kind.level)
     if config.parallel.zero:
@@ -193,6 +196,7 @@ def _moments(
     with_mixer = {name: _block(config, micro, model.mixers[name]) for name in set(names)}
     blocks = [with_mixer[name] for name in names]
     states, one = (sum(getattr(each, part) for each in blocks) / len(slices) for part in ("states", "kept"))
+    states += kept_between_pieces(config, layout, [number for each in slices for number in each]) / len(slices)
     # The block that needs most when its turn comes counts as the last one.
     block = max(blocks, key=lambda each: each.kept + each.states + each.workspace)
     if layout.pp > 1:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import chain
 
-from hopescale.config.execution import effective_recompute, is_fused
+from hopescale.config.execution import effective_recompute, is_fused, run_again
 from hopescale.config.layout import Layout
 from hopescale.config.model_shape import (
     block_pattern,
@@ -23,6 +23,7 @@ from hopescale.config.model_shape import (
 )
 from hopescale.config.plan import make_plan
 from hopescale.config.schema import AttentionConfig, MixerConfig, ModelConfig, RunConfig, SelfModifyingConfig
+from hopescale.cost.carried import handed_on
 from hopescale.cost.comm import stream_bytes
 from hopescale.cost.flops import block_flops, flops_per_token
 from hopescale.cost.hardware import Device
@@ -43,9 +44,10 @@ UPDATE_PASSES = 6
 """Reads and writes of 4 bytes that an update makes of each entry, apart from its state's."""
 Flops = Callable[[MixerConfig, str], dict[str, OpCost]]
 """Counts a block's operations by its mixer and what is computed again."""
-PARTS = ("compute", "idle", "tensor", "pipeline", "data", "update")
-"""Parts of a step's time: forward and backward of the busiest stage, waiting for other stages, exchanges between
-tensor-parallel ranks, sends between stages, gradients and weights between replicas, updates."""
+PARTS = ("compute", "idle", "tensor", "context", "pipeline", "data", "update")
+"""Parts of a step's time: forward and backward of the busiest stage, waiting for other stages and for the ranks before
+in a sequence, exchanges between tensor-parallel ranks, states handed on along sequences, sends between stages,
+gradients and weights between replicas, updates."""
 
 
 @dataclass(frozen=True)
@@ -109,13 +111,19 @@ class Estimator:
         train, micro_batches = config.train, make_plan(config, layout).grad_accumulation
         busiest = max(self._stage_s(config, layout, stage) for stage in {0, layout.pp - 1})
         waits = (layout.pp - 1) / layout.virtual_stages
+        in_ring = (layout.cp - 1) / (train.segments * config.model.num_layers / layout.pp)
         sends = 2 * layout.virtual_stages * micro_batches if layout.pp > 1 else 0
         parts = layout.tp if layout.sequence_parallel else 1
         seconds = (
             micro_batches * busiest,
-            waits * busiest,
+            (waits + in_ring) * busiest,
             self._tensor_s(config, layout) * (micro_batches + waits),
-            sends * stream_bytes(config) / parts / self._bandwidth(layout.num_ranks, rings=self.device.per_node),
+            micro_batches * self._context_s(config, layout),
+            sends
+            * stream_bytes(config)
+            / layout.cp
+            / parts
+            / self._bandwidth(layout.num_ranks, rings=self.device.per_node),
             self._data_s(config, layout, micro_batches),
             self._update_s(config, layout),
         )
@@ -158,25 +166,26 @@ class Estimator:
     def _stage_s(self, config: RunConfig, layout: Layout, stage: int) -> float:
         """Return the seconds of a micro batch's forward and backward on a stage."""
         model, train, slices = config.model, config.train, self.holdings.slices(layout, stage)
-        tokens = train.seq_len * train.micro_batch_size
+        tokens = train.seq_len / layout.cp * train.micro_batch_size
         pattern = block_pattern(model)
         numbers = Counter(pattern[number] for blocks in slices for number in blocks)
         seconds = sum(self._block_s(config, layout, model.mixers[name]) * blocks for name, blocks in numbers.items())
         if slices[-1].stop == model.num_layers:
-            head = product(1, model.d_model, padded_vocab_size(model)).total / layout.tp
+            head = self._total(product(1, model.d_model, padded_vocab_size(model)), config) / layout.tp
             seconds += head * tokens / self.rate
         return seconds
 
     def _block_s(self, config: RunConfig, layout: Layout, mixer: MixerConfig, flops: Flops | None = None) -> float:
         """Return the seconds of a micro batch's forward and backward through a block; `flops` counts its operations."""
         flops = flops or self._flops
-        tokens, how = config.train.seq_len * config.train.micro_batch_size, effective_recompute(config, mixer)
+        tokens = config.train.seq_len / layout.cp * config.train.micro_batch_size
+        how = effective_recompute(config, mixer)
         parts = flops(mixer, how)
-        seconds = (parts["maps"].total + parts["levels"].total) / layout.tp * tokens / self.rate
+        seconds = self._total(parts["maps"] + parts["levels"], config) / layout.tp * tokens / self.rate
         if self.device.name != "cpu":
             seconds += between_products_seconds(config, layout, mixer, self.device)
         for part in memory_parts(mixer):
-            total = flops(part, how)["mixing"].total * tokens / layout.tp
+            total = self._total(flops(part, how)["mixing"], config) * tokens / layout.tp
             seconds += self._mixing_s(config, layout, part, total)
         return seconds
 
@@ -194,6 +203,11 @@ class Estimator:
         flops = partial(self._flops_of_block, other.model)
         return self._block_s(other, layout, mixer, flops) * config.model.num_layers / own
 
+    @staticmethod
+    def _total(cost: OpCost, config: RunConfig) -> float:
+        """Return all operations of a token: pieces of sequences but the last run forward once more."""
+        return cost.total + run_again(config) * cost.forward
+
     def _flops_of_block(self, model: ModelConfig, mixer: MixerConfig, recompute: str) -> dict[str, OpCost]:
         return block_flops(model, mixer, self.holdings.config.train.seq_len, recompute=recompute)
 
@@ -206,7 +220,7 @@ class Estimator:
         if is_fused(config, mixer):
             return flops / (self.rate * FUSED_RATE[kind])
         rate = 1.0 if kind is None else MIXING_RATE[kind]
-        return max(flops / (self.rate * rate), self._calls_s(mixer))
+        return max(flops / (self.rate * rate), self._calls_s(mixer) / layout.cp)
 
     def _calls_s(self, mixer: MixerConfig) -> float:
         """Return the least seconds of a mixer's chunk loop: calls of operations, one after the other."""
@@ -231,13 +245,20 @@ class Estimator:
         """Return the seconds of a micro batch's sums over tensor-parallel ranks, each a ring there and back."""
         model = config.model
         sums = 2 if model.cms.variant == "independent" else 1 + len(model.cms.levels)
-        passes = 3 if config.train.recompute == "block" else 2
+        passes = (3 if config.train.recompute == "block" else 2) + run_again(config)
         volume = model.num_layers / layout.pp * sums * passes * 2 * (layout.tp - 1) / layout.tp * stream_bytes(config)
-        return volume / self._bandwidth(layout.tp)
+        return volume / layout.cp / self._bandwidth(layout.tp)
+
+    def _context_s(self, config: RunConfig, layout: Layout) -> float:
+        """Return the seconds in which a rank hands on states of a micro batch, and gradients back."""
+        if layout.cp == 1:
+            return 0.0
+        sent = handed_on(config, layout, list(range(config.model.num_layers))) / layout.pp
+        return sent / self._bandwidth(layout.tp * layout.cp, rings=layout.tp)
 
     def _data_s(self, config: RunConfig, layout: Layout, micro_batches: int) -> float:
         """Return the seconds of the exchange between replicas, averaged over cadences."""
-        dp, zero, holding = layout.dp, config.parallel.zero, self.holdings.of_stage(layout, 0)
+        dp, zero, holding = layout.replicas, config.parallel.zero, self.holdings.of_stage(layout, 0)
         due = {kind: count * self._updates_per_step(kind.level) for kind, count in holding.entries.items()}
         gradients = FP32 * (sum(due.values()) if zero < 2 else holding.total() * micro_batches)
         weights = gradients
@@ -256,10 +277,10 @@ class Estimator:
         holding, divided = self.holdings.of_stage(layout, 0), 0.0
         for kind, count in holding.entries.items():
             each = FP32 * (UPDATE_PASSES * count + 2 * holding.state[kind])
-            replicas = layout.dp if config.parallel.zero or kind.rule != "adamw" else 1
+            replicas = layout.replicas if config.parallel.zero or kind.rule != "adamw" else 1
             divided += each / replicas * self._updates_per_step(kind.level)
         products = self._rule_flops(Layout(tp=layout.tp, pp=layout.pp))
-        return divided / self.device.bandwidth + products / layout.dp / self.rate
+        return divided / self.device.bandwidth + products / layout.replicas / self.rate
 
     def _flops_of_rules(self, layout: Layout) -> float:
         holdings, optim = self.holdings, self.holdings.config.optim

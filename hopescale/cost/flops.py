@@ -27,18 +27,19 @@ def flops_per_token(model: ModelConfig, seq_len: int) -> float:
 
 
 def flops_by_part(
-    model: ModelConfig, seq_len: int, *, recompute: Callable[[MixerConfig], str] | None = None
+    model: ModelConfig, seq_len: int, *, recompute: Callable[[MixerConfig], str] | None = None, again: float = 0.0
 ) -> dict[str, OpCost]:
     """Count the operations of one token by part: `maps` of the mixers, their `mixing`, `levels`, `head`.
 
     What is computed again counts as backward; `recompute` says what by the block's mixer, as `train.recompute` does.
-    None counts the model alone.
+    None counts the model alone. `again` is the part of the tokens whose pieces of sequences run forward once more.
     """
     total = {"maps": NOTHING, "mixing": NOTHING, "levels": NOTHING}
     for mixer, blocks in mixer_counts(model):
         parts = block_flops(model, mixer, seq_len, recompute=recompute and recompute(mixer))
         total = {name: cost + parts[name].times(blocks) for name, cost in total.items()}
-    return total | {"head": product(1, model.d_model, padded_vocab_size(model))}
+    total |= {"head": product(1, model.d_model, padded_vocab_size(model))}
+    return {name: cost + OpCost(0, again * cost.forward) for name, cost in total.items()}
 
 
 def block_flops(

@@ -185,7 +185,7 @@ class Holdings:
 
     def owners(self, layout: Layout, stage: int) -> dict[str, int]:
         """Return the replica that owns each parameter of a stage with a rule for matrices, as the optimizer does."""
-        return assign_owners([self.work(p, layout) for p in self.matrices(layout, stage)], layout.dp)
+        return assign_owners([self.work(p, layout) for p in self.matrices(layout, stage)], layout.replicas)
 
     def owned_share(self, layout: Layout, stage: int) -> float:
         """Return the largest part of the matrices' entries that one replica owns."""
@@ -197,7 +197,7 @@ class Holdings:
 
 def _one_replica(layout: Layout) -> Layout:
     """Return the part of a layout that decides which parameters a rank holds."""
-    return replace(layout, dp=1, sequence_parallel=False)
+    return replace(layout, dp=1, cp=1, sequence_parallel=False)
 
 
 def gathers(config: RunConfig, layout: Layout) -> bool:

@@ -11,11 +11,12 @@ from hopescale.cost.parameter import itemsize
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """A rank's micro batch: what activations depend on, apart from the model."""
+    """What a rank runs at a time of a micro batch: what activations depend on, apart from the model."""
 
     tokens: int
     batch: int
     seq_len: int
+    """Tokens of a sequence, or of a piece of one."""
     itemsize: int
     """Bytes of an entry of the residual stream."""
     tp: int
@@ -24,10 +25,11 @@ class MicroBatch:
 
     @classmethod
     def of(cls, train: TrainConfig, layout: Layout) -> MicroBatch:
-        """Return the micro batch of each rank of a layout."""
+        """Return what each rank of a layout runs at a time: a piece of each sequence of a micro batch."""
         share = 1 / layout.tp if layout.sequence_parallel else 1
         batch, size = train.micro_batch_size, itemsize(train.precision)
-        return cls(train.seq_len * batch, batch, train.seq_len, size, layout.tp, share)
+        tokens = train.seq_len // (layout.cp * train.segments)
+        return cls(tokens * batch, batch, tokens, size, layout.tp, share)
 
 
 @dataclass(frozen=True)

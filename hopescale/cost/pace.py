@@ -35,7 +35,8 @@ class Pace:
     @classmethod
     def of(cls, config: RunConfig, layout: Layout, part: SelfModifyingConfig, recompute: str) -> Pace:
         """Return the pace of memories without a far one."""
-        micro, pieces = MicroBatch.of(config.train, layout), num_pieces(part, config.train.seq_len)
+        micro = MicroBatch.of(config.train, layout)
+        pieces = num_pieces(part, micro.seq_len)
         tokens = min(part.reset_every or micro.seq_len, micro.seq_len)
         chunks = -(-tokens // projection_chunk_size(part)) if has_chunk_loop(part) else 1
         programs = pieces * micro.batch * config.model.num_heads // layout.tp

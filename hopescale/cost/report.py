@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
-from hopescale.config.execution import effective_recompute
+from hopescale.config.execution import effective_recompute, run_again
 from hopescale.config.layout import Layout
 from hopescale.config.plan import make_plan
 from hopescale.config.schema import RunConfig
@@ -76,7 +76,7 @@ def _layout(config: RunConfig, layout: Layout) -> dict[str, Any]:
 
 def _flops(config: RunConfig) -> dict[str, Any]:
     model, seq_len = config.model, config.train.seq_len
-    executed = flops_by_part(model, seq_len, recompute=partial(effective_recompute, config))
+    executed = flops_by_part(model, seq_len, recompute=partial(effective_recompute, config), again=run_again(config))
     total = flops_per_token(model, seq_len)
     parts = {
         name: {"forward": part.forward, "backward": part.backward, "executed": executed[name].total}

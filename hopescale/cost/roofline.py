@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from hopescale.config.execution import kernel_products
+from hopescale.config.execution import kernel_products, run_again
 from hopescale.config.layout import Layout
 from hopescale.config.model_shape import head_dim, levels_of_block, num_pieces
 from hopescale.config.schema import (
@@ -67,15 +67,17 @@ def memory_seconds(
         again: Whether the backward pass runs the forward once more.
     """
     model, train = config.model, config.train
-    pieces = num_pieces(mixer, train.seq_len)
+    # Pieces of sequences that are cut follow one another; those between resets run side by side.
+    seq_len = train.seq_len // (layout.cp * train.segments)
+    pieces = num_pieces(mixer, seq_len)
     programs = model.num_heads / layout.tp * train.micro_batch_size * pieces
     memory, dim = mixer.memory, 64 if head_dim(model) <= 64 else 128
     products = "bf16" if kernel_products(config) == "bf16" else "tf32x3"
     forward, backward = INSTRUCTIONS[products, memory, dim]
-    executed: float = forward * (1 + again) + backward
+    executed: float = forward * (1 + again + run_again(config)) + backward
     if kind == "static":
         executed /= MEMORIES
-    tokens = train.seq_len / pieces
+    tokens = train.segments * seq_len / pieces
     issued = executed * WARPS / SCHEDULERS / KERNEL_CHUNK * tokens
     return waves(programs, device) * issued / READY / device.clock
 
@@ -114,4 +116,4 @@ def between_products_seconds(config: RunConfig, layout: Layout, mixer: MixerConf
     """Return the seconds of a micro batch that a block spends on these bytes."""
     train = config.train
     each = between_products_bytes(config.model, mixer, train.precision, layout.tp)
-    return each * train.seq_len * train.micro_batch_size / (MEMORY_BANDWIDTH * device.bandwidth)
+    return each * train.seq_len / layout.cp * train.micro_batch_size / (MEMORY_BANDWIDTH * device.bandwidth)

@@ -131,31 +131,33 @@ def _layouts(config: RunConfig, ranks: int, per_node: int) -> Iterator[tuple[Run
     model = config.model
     sizes = [model.num_heads, padded_vocab_size(model), *(level.d_ff for level in model.cms.levels.values())]
     sizes += [kv_heads(model, mixer) for mixer in attention_mixers(model).values()]
-    for tp in _divisors(ranks):
+    cp = config.parallel.cp  # is not searched for
+    for tp in _divisors(ranks // cp) if ranks % cp == 0 else ():
         if tp > per_node or any(size % tp for size in sizes):
             continue
-        for pp in _divisors(ranks // tp):
+        for pp in _divisors(ranks // cp // tp):
             if pp > model.num_layers or (pp > 1 and model.cms.placement == "depth"):
                 continue
-            dp = ranks // tp // pp
-            for zero, together in product(_zeros(config, dp, pp), _sequences(config, tp)):
-                layout = Layout(dp=dp, tp=tp, pp=pp, sequence_parallel=together)
+            dp = ranks // cp // tp // pp
+            for zero, together in product(_zeros(config, dp * cp, pp), _sequences(config, tp)):
+                layout = Layout(dp=dp, tp=tp, pp=pp, sequence_parallel=together, cp=cp)
                 degrees = {"dp": dp, "tp": tp, "pp": pp, "virtual_stages": 1}
                 parallel = replace(config.parallel, **degrees, sequence_parallel=together, zero=zero)
                 yield replace(config, parallel=parallel), layout
 
 
-def _zeros(config: RunConfig, dp: int, pp: int) -> set[int]:
+def _zeros(config: RunConfig, replicas: int, pp: int) -> set[int]:
     """Return the ZeRO stages to look at: 1 where there are replicas, and that of the config."""
     own, rules = config.parallel.zero, {group.rule for group in config.optim.groups.values()}
-    if dp == 1 or "adamw" not in rules:
+    if replicas == 1 or "adamw" not in rules:
         return {0}
     return {1} | ({own} if own < 2 or (pp == 1 and rules == {"adamw"}) else set())
 
 
 def _sequences(config: RunConfig, tp: int) -> set[bool]:
     """Return whether to share tokens out between layers: where that can be, and as in the config."""
-    possible = tp > 1 and config.train.seq_len % tp == 0
+    pieces = config.parallel.cp * config.train.segments
+    possible = tp > 1 and config.train.seq_len // pieces % tp == 0
     return {possible} | ({config.parallel.sequence_parallel} if possible else set())
 
 

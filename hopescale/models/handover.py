@@ -26,11 +26,11 @@ class Handover:
     def __init__(self, relay: Relay, position: int, *, is_last: bool):
         self.relay, self.position, self.is_last = relay, position, is_last
         self._received: dict[int, list[Tensor]] = {}
-        self._is_known = False
+        self._is_over = False
 
     def close(self) -> None:
         """Say that the forward pass is over: from now on nothing is sent, and what came is given again."""
-        self._is_known = True
+        self._is_over = True
 
     def enter(self, x: Tensor, mixer: nn.Module, number: int) -> tuple[Tensor, LayerState | None]:
         """Return the state before the first token in the mixer of a block; None where the sequence begins.
@@ -40,28 +40,24 @@ class Handover:
         if self.position == 0:
             return x, None
         fresh = state_after(mixer, x.shape[1], self.position)
-        names = [name for name in fresh.named() if BOUNDARY not in name]
-        if self._is_known:
-            x, tensors = self.relay.repeat(x, self._received[number])
-        else:
-            like = [Like.of(fresh.named()[name]) for name in names]
-            x, tensors = self.relay.receive(x, like, number)
-            self._received[number] = [tensor.detach() for tensor in tensors]
-        known = dict(zip(names, tensors, strict=True))
+        given = {name: tensor for name, tensor in fresh.named().items() if BOUNDARY not in name}
+        x, tensors = self.relay.receive(x, list(given.values()), number, self._received.get(number))
+        self._received[number] = [tensor.detach() for tensor in tensors]
+        known = dict(zip(given, tensors, strict=True))
         return x, fresh.with_named({name: known[name.replace(BOUNDARY, RUNNING)] for name in fresh.named()})
 
     def leave(self, x: Tensor, state: LayerState, mixer: nn.Module, number: int) -> Tensor:
         """Hand on the state of a block's mixer after the last token; returns `x`, the stream behind the block."""
         if self.is_last:
             return x
-        like = state_after(mixer, x.shape[1], state.position).named()
+        with torch.no_grad():
+            like = state_after(mixer, x.shape[1], state.position).named()
         tensors = [tensor.to(like[name].dtype) for name, tensor in state.named().items() if BOUNDARY not in name]
-        return self.relay.send_again(x, tensors) if self._is_known else self.relay.send(x, tensors, number)
+        return self.relay.send(x, tensors, number, again=self._is_over)
 
 
-@torch.no_grad()
 def state_after(mixer: nn.Module, batch: int, position: int) -> LayerState:
-    """Return a state of the shapes that a mixer's has after so many tokens, at the end of a chunk; values mean nothing."""
+    """Return what a mixer's state looks like after so many tokens, at the end of a chunk; the values are the initial."""
     state = mixer.initial_state(batch)
     if not isinstance(mixer, Attention):
         return state._replace(position=position)

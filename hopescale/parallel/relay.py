@@ -50,29 +50,27 @@ class Relay:
         self._most = self.IN_FLIGHT if segments == 1 else None
         self._sent: deque[tuple[dist.Work, Tensor]] = deque()
 
-    def receive(self, x: Tensor, like: Sequence[Like], tag: int) -> tuple[Tensor, list[Tensor]]:
+    def receive(
+        self, x: Tensor, fresh: Sequence[Tensor], tag: int, known: Sequence[Tensor] | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
         """Return `x`, and tensors from the rank before, which in the backward pass get their gradients from here.
 
         Args:
             x: Tensor of this piece that is computed before these are used.
-            like: Shapes and types of the tensors.
+            fresh: Tensors in whose place these come, of the same shapes and types. Their gradients are zeros, so that
+                every parameter has a gradient on every rank.
             tag: Number of the message among those of the piece, not negative.
+            known: Tensors that came before, where activations are computed again: nothing is received.
         """
-        x, *tensors = _Receive.apply(self, tuple(like), tag, None, x)
+        x, *tensors = _Receive.apply(self, tag, known, x, *fresh)
         return x, tensors
 
-    def repeat(self, x: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """Return what `receive` has returned, where activations are computed again; nothing is sent."""
-        x, *tensors = _Receive.apply(None, (), 0, tuple(tensors), x)
-        return x, tensors
+    def send(self, x: Tensor, tensors: Sequence[Tensor], tag: int, *, again: bool = False) -> Tensor:
+        """Send tensors to the rank behind; returns `x`, whose gradient is computed after theirs have come back.
 
-    def send(self, x: Tensor, tensors: Sequence[Tensor], tag: int) -> Tensor:
-        """Send tensors to the rank behind; returns `x`, whose gradient is computed after theirs have come back."""
-        return _Send.apply(self, tag, x, *tensors)
-
-    def send_again(self, x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
-        """Return what `send` has returned, where activations are computed again; nothing is sent."""
-        return _Send.apply(None, 0, x, *tensors)
+        Nothing is sent `again`, where activations are computed again.
+        """
+        return _Send.apply(self, tag, again, x, *tensors)
 
     def settle(self) -> None:
         """Wait until all that this rank has sent is received. Called after the last backward pass of a piece."""
@@ -112,32 +110,34 @@ class Relay:
 
 
 class _Receive(torch.autograd.Function):
-    """The identity of a tensor; makes others, which come from the rank before, or are those that came already."""
+    """The identity of a tensor; in place of others come those of the rank before, or those that came already."""
 
     @staticmethod
     def forward(
-        ctx: Any, relay: Relay | None, like: tuple[Like, ...], tag: int, known: tuple[Tensor, ...] | None, x: Tensor
+        ctx: Any, relay: Relay, tag: int, known: Sequence[Tensor] | None, x: Tensor, *fresh: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.relay, ctx.tag = relay, tag
-        tensors = relay.take(like, x.device, 1, tag) if known is None else [tensor.detach() for tensor in known]
-        return x.view_as(x), *tensors
+        if known is None:
+            return x.view_as(x), *relay.take([Like.of(tensor) for tensor in fresh], x.device, 1, tag)
+        return x.view_as(x), *(tensor.detach() for tensor in known)
 
     @staticmethod
     def backward(ctx: Any, d_x: Tensor, *d_tensors: Tensor) -> tuple[Tensor | None, ...]:
         ctx.relay.give(d_tensors, -1, ctx.tag)
-        return None, None, None, None, d_x
+        needed = zip(ctx.needs_input_grad[4:], d_tensors, strict=True)
+        return None, None, None, d_x, *(torch.zeros_like(each) if needs else None for needs, each in needed)
 
 
 class _Send(torch.autograd.Function):
     """The identity of a tensor; sends others to the rank behind, which sends their gradients back."""
 
     @staticmethod
-    def forward(ctx: Any, relay: Relay | None, tag: int, x: Tensor, *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, relay: Relay, tag: int, again: bool, x: Tensor, *tensors: Tensor) -> Tensor:
         ctx.relay, ctx.tag, ctx.like = relay, tag, [Like.of(tensor) for tensor in tensors]
-        if relay is not None:
+        if not again:
             relay.give(tensors, 1, tag)
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, d_x: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, d_x, *ctx.relay.take(ctx.like, d_x.device, -1, ctx.tag)
+        return None, None, None, d_x, *ctx.relay.take(ctx.like, d_x.device, -1, ctx.tag)

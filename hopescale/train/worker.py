@@ -120,7 +120,8 @@ def _reported_once(control: Control) -> Iterator[None]:
 def _introduction(state: TrainState, request: RunRequest, device: torch.device) -> Iterator[str]:
     """Say what is trained, and what of the config it will not come to."""
     config, layout = state.config, request.layout
-    ranks = f", {layout.num_ranks} ranks (dp {layout.dp}, tp {layout.tp}, pp {layout.pp})"
+    shared = f", cp {layout.cp}" if layout.cp > 1 else ""
+    ranks = f", {layout.num_ranks} ranks (dp {layout.dp}, tp {layout.tp}, pp {layout.pp}{shared})"
     where = f"{device.type}{ranks if layout.num_ranks > 1 else ''}"
     yield f"{config.name}: {sum(state.sizes.values()):,} parameters on {where}, run folder {request.folder}"
     yield f"parameter groups: {group_summary(state.optimizer.groups, state.sizes)}; all of them in groups.txt"

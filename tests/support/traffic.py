@@ -42,7 +42,8 @@ class Traffic:
 
     def __init__(self, mesh: Mesh):
         self.bytes: Counter[str] = Counter()
-        self._axes = {group.group_name: axis for axis, group in mesh.axes().items() if group.size() > 1}
+        axes = {"cp back": "cp"}
+        self._axes = {group.group_name: axes.get(axis, axis) for axis, group in mesh.axes().items() if group.size() > 1}
         self._originals: dict[str, Any] = {}
 
     def __enter__(self) -> Traffic:
@@ -63,7 +64,7 @@ class Traffic:
             axis = self._axes.get(group.group_name)
             if axis is not None and len(arguments) > position:
                 # With two stages Megatron sends one way over the group of all ranks.
-                axis = "pp" if name == "send" else axis
+                axis = "pp" if name == "send" and axis != "cp" else axis
                 self.bytes[axis] += _num_bytes(arguments[position])
             return original(group, *arguments, **options)
 

@@ -1,0 +1,75 @@
+"""What a model carries from one piece of a sequence to the next: bytes by mixer. Imports no torch."""
+
+from __future__ import annotations
+
+from hopescale.config.layout import Layout
+from hopescale.config.model_shape import bank_layers, head_dim, kv_heads, memory_banks, memory_parts, mixer_of_block
+from hopescale.config.schema import (
+    AttentionConfig,
+    LinearAttentionConfig,
+    MixerConfig,
+    ModelConfig,
+    RunConfig,
+    SelfModifyingConfig,
+)
+from hopescale.config.schema.ttt import TttConfig
+from hopescale.cost.linear_attention import linear_attention_state
+from hopescale.cost.parameter import FP32, itemsize
+from hopescale.cost.ttt import ttt_state
+
+STREAMS = 3
+"""Keys, values and queries, which a short convolution runs over."""
+
+
+def carried_bytes(config: RunConfig, mixer: MixerConfig, position: int) -> int:
+    """Return the bytes that a mixer hands on after so many tokens of a micro batch, at the end of a chunk.
+
+    Those of all heads: tensor-parallel ranks divide them.
+    """
+    model, batch = config.model, config.train.micro_batch_size
+    if isinstance(mixer, AttentionConfig):
+        seen = min(position, mixer.window or position)
+        return 2 * batch * kv_heads(model, mixer) * head_dim(model) * seen * itemsize(config.train.precision)
+    if isinstance(mixer, LinearAttentionConfig):
+        return FP32 * batch * sum(linear_attention_state(model, mixer).values())
+    if isinstance(mixer, TttConfig):
+        return FP32 * batch * sum(ttt_state(model, mixer).values())
+    assert isinstance(mixer, SelfModifyingConfig)
+    tail = STREAMS * head_dim(model) * ((mixer.conv_width or 1) - 1)
+    return FP32 * batch * model.num_heads * (tail + sum(_memories(model, part) for part in memory_parts(mixer)))
+
+
+def _memories(model: ModelConfig, mixer: SelfModifyingConfig) -> int:
+    """Count the entries of a head's memories and their momenta."""
+    entries = 0
+    for names in memory_banks(mixer).values():
+        entries += sum(width * out * count for width, out, count in bank_layers(model, mixer, names))
+    return entries * (1 + mixer.momentum)
+
+
+def handed_on(config: RunConfig, layout: Layout, blocks: list[int]) -> float:
+    """Return the bytes that the first of the ranks which share sequences sends in a micro batch, of some blocks.
+
+    It sends the state behind each of its pieces, and the gradient of the state before each but the first.
+    """
+    train, pieces = config.train, layout.cp * config.train.segments
+    size, total = train.seq_len // pieces, 0
+    for number in blocks:
+        mixer = mixer_of_block(config.model, number)
+        for place in range(0, pieces, layout.cp):
+            total += carried_bytes(config, mixer, (place + 1) * size)
+            total += carried_bytes(config, mixer, place * size) if place else 0
+    return total / layout.tp
+
+
+def kept_between_pieces(config: RunConfig, layout: Layout, blocks: list[int]) -> float:
+    """Return the bytes of the states that a rank keeps in a micro batch: those that its pieces begin with.
+
+    With several pieces on each of several ranks, as many more are on their way.
+    """
+    train, pieces = config.train, layout.cp * config.train.segments
+    size, last = train.seq_len // pieces, layout.cp - 1
+    places = [place for place in range(last, pieces, layout.cp) if place]
+    several = 2 if layout.cp > 1 and train.segments > 1 else 1
+    mixers = [mixer_of_block(config.model, number) for number in blocks]
+    return several * sum(carried_bytes(config, mixer, place * size) for mixer in mixers for place in places) / layout.tp
