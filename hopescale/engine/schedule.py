@@ -18,12 +18,12 @@ Probe = dict[str, Tensor]
 class Passes(Protocol):
     """Runs a replica's model over micro batches."""
 
-    def train(self, batches: Sequence[Batch], count: int, probe: Probe | None) -> Tensor:
+    def train(self, batches: Sequence[Batch], count: Tensor | int, probe: Probe | None) -> Tensor:
         """Run forward and backward with the sum of the cross-entropy in nats over `count`.
 
         Args:
             batches: Micro batches of one size.
-            count: Number of targets that the loss is a mean over.
+            count: Number of targets that the loss is a mean over; a tensor on the device, so that nobody waits for it.
             probe: Dictionary to fill with statistics of the memories from the first micro batch.
 
         Returns:
@@ -46,7 +46,7 @@ class Loop:
     def __init__(self, model: Model, backward: Callable[[Tensor], None], device: torch.device):
         self.model, self.backward, self.device = model, backward, device
 
-    def train(self, batches: Sequence[Batch], count: int, probe: Probe | None) -> Tensor:
+    def train(self, batches: Sequence[Batch], count: Tensor | int, probe: Probe | None) -> Tensor:
         """Run forward and backward."""
         total = torch.zeros((), device=self.device)
         for index, batch in enumerate(batches):
