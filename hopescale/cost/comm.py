@@ -20,12 +20,12 @@ from hopescale.config.schema.ttt import TttConfig
 from hopescale.cost.carried import handed_on
 from hopescale.cost.holdings import Holdings, gathers
 from hopescale.cost.parameter import FP32, ParameterShape, itemsize
-from hopescale.cost.updates import BUCKET_ELEMENTS, assign_owners, buckets
+from hopescale.cost.updates import BUCKET_ELEMENTS, EVEN_UNIT, assign_owners, buckets
 
 AXES = ("tp", "dp", "cp", "pp", "embedding", "world")
 """Axes as the metrics name them."""
 SHARD_UNIT = 2
-"""Entries of which a shard of DeepSpeed's is a multiple at `zero` 1 and 2."""
+"""Entries of which a shard of DeepSpeed's is a multiple at `zero` 2."""
 LONGEST_CYCLE = 4096
 """Steps over which cadences are averaged at most."""
 
@@ -86,12 +86,15 @@ class SentBytes:
             sent["tp"] += self._matrix_slices(matrices)
         if layout.num_ranks > 1:
             slow = sum(self.config.model.cms.levels[name].update_every_steps > 1 for name in due)
-            sent["world"] = 4 * (3 + len(due)) + 8 * (slow + len(set(measured)))
+            sent["world"] = 4 * (4 + len(due)) + 8 * (slow + len(set(measured)))
         return sent
 
     def to_sum_level(self, level: str) -> int:
         """Return the bytes by which the gradients of a due level are summed over replicas at `zero` 0, 1."""
-        elementwise = sum(count for kind, count in self.entries.items() if kind.rule == "adamw" and kind.level == level)
+        if self.config.parallel.zero:
+            elementwise = self.layout.replicas * sum(count for (of, _), count in self._even_shards().items() if of == level)
+        else:
+            elementwise = sum(n for kind, n in self.entries.items() if kind.rule == "adamw" and kind.level == level)
         return FP32 * elementwise + self._gradients([p for p in self.matrices if p.level == level])
 
     def _tensor(self) -> float:
@@ -170,6 +173,10 @@ class SentBytes:
     def _elementwise(self, due: Collection[str]) -> float:
         """Count gradients and weights of AdamW's parameters between replicas."""
         zero, dp = self.config.parallel.zero, self.layout.replicas
+        if zero == 1:
+            shards = self._even_shards().items()
+            due_shards = [(width, count) for (level, width), count in shards if level is None or level in due]
+            return sum((FP32 * dp + width) * count for width, count in due_shards)
         chosen = {kind: count for kind, count in self.entries.items() if kind.rule == "adamw"}
         gradients = FP32 * sum(count for kind, count in chosen.items() if kind.level is None or kind.level in due)
         if zero > 1:
@@ -185,6 +192,15 @@ class SentBytes:
             if p.name.startswith(own) or p.name == "norm.weight"
         )
         return gradients + self.micro_batches * (2 * whole - last) / dp
+
+    def _even_shards(self) -> dict[tuple[str | None, int], int]:
+        """Count a replica's entries of what `zero=1` updates together, by level and bytes of a weight."""
+        sizes: Counter[tuple[str | None, int]] = Counter()
+        for p in self.parameters:
+            if self.holdings.rule_of(p) == "adamw":
+                sizes[p.level, p.itemsize(self.precision)] += p.size
+        unit = EVEN_UNIT * self.layout.replicas
+        return {key: EVEN_UNIT * math.ceil(size / unit) for key, size in sizes.items()}
 
     def _shards(self, due: Collection[str]) -> int:
         """Count a replica's shards of due weights: what is updated together is filled up to equal shards."""

@@ -153,7 +153,7 @@ def _lasting(config: RunConfig, layout: Layout, holding: Holding, owned: float) 
         share = owned if matrix else 1 / dp if zero else 1.0
         result["weights"] += kind.itemsize * entries / (dp if zero == 3 else 1)
         result["optimizer"] += FP32 * holding.state[kind] * share
-        own_master = kind.itemsize < FP32 or (not matrix and zero in (1, 2)) or (matrix and joined)
+        own_master = kind.itemsize < FP32 or (not matrix and zero == 2) or (matrix and joined)
         result["masters"] += bytes_ * share * own_master
         if not _is_fast(config, kind):
             result["accumulators"] += bytes_ / (dp if zero > 1 else 1) + FP32 * holding.grams[kind]
@@ -171,7 +171,7 @@ def _fast_gradients(config: RunConfig, layout: Layout, holding: Holding) -> floa
 def _update_workspace(config: RunConfig, layout: Layout, holding: Holding) -> float:
     """Count what an update of everything computes with: roots, and weights before, to compare.
 
-    AdamW updates some parameters at a time, but ZeRO all of its share, whose gradients it copies too.
+    AdamW updates some parameters at a time, but ZeRO all of its share, whose gradients lie in a tensor of their own.
     """
     dp = layout.replicas
     elementwise = sum(count for kind, count in holding.entries.items() if kind.rule == "adamw")

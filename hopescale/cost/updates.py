@@ -18,6 +18,8 @@ Parts = tuple[tuple[int, int], ...]
 
 BUCKET_ELEMENTS = 1 << 24
 """Most entries of gradients that replicas exchange at once."""
+EVEN_UNIT = 8
+"""Entries of which a replica's part of a flat tensor is a multiple: 16 bytes of bfloat16."""
 UPDATE_ELEMENTS = 1 << 26
 """Most entries that AdamW updates at once, if no tensor has more: it computes with a copy of each."""
 ENTRY_COST = 64

@@ -86,7 +86,7 @@ class Pipeline:
             use_cpu_initialization=True,
         )
 
-    def train(self, batches: Sequence[Batch], count: int, probe: Probe | None) -> Tensor:
+    def train(self, batches: Sequence[Batch], count: Tensor | int, probe: Probe | None) -> Tensor:
         """Run forward and backward, micro batches overlapping over the stages."""
         return self._passes(batches, count, probe, forward_only=False)
 
@@ -95,7 +95,9 @@ class Pipeline:
         """Run forward."""
         return self._passes(batches, 1, None, forward_only=True)
 
-    def _passes(self, batches: Sequence[Batch], count: int, probe: Probe | None, *, forward_only: bool) -> Tensor:
+    def _passes(
+        self, batches: Sequence[Batch], count: Tensor | int, probe: Probe | None, *, forward_only: bool
+    ) -> Tensor:
         one_token = torch.ones((), dtype=torch.int, device=self.device)
 
         def step(iterator: Iterator[tuple[int, Batch]], stage: _Stage) -> tuple[Tensor, Callable]:

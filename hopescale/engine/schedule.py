@@ -19,12 +19,12 @@ Probe = dict[str, Tensor]
 class Passes(Protocol):
     """Runs a replica's model over micro batches."""
 
-    def train(self, batches: Sequence[Batch], count: int, probe: Probe | None) -> Tensor:
+    def train(self, batches: Sequence[Batch], count: Tensor | int, probe: Probe | None) -> Tensor:
         """Run forward and backward with the sum of the cross-entropy in nats over `count`.
 
         Args:
             batches: Micro batches of one size.
-            count: Number of targets that the loss is a mean over.
+            count: Number of targets that the loss is a mean over; a tensor on the device, so that nobody waits for it.
             probe: Dictionary to fill with statistics of the memories from the first micro batch.
 
         Returns:
@@ -50,7 +50,7 @@ class Loop:
         # Ranks that share a sequence wait less for one another when they begin the next before they turn back.
         self.in_flight = 2 if segments.relay is not None else 1
 
-    def train(self, batches: Sequence[Batch], count: int, probe: Probe | None) -> Tensor:
+    def train(self, batches: Sequence[Batch], count: Tensor | int, probe: Probe | None) -> Tensor:
         """Run forward and backward."""
         total = torch.zeros((), device=self.device)
         begun: deque[Tensor] = deque()

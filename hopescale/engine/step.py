@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,7 @@ class Gradients:
         grad_norm: Global norm over the due parameters, before clipping.
         waiting_norm: A norm over the other parameters, whose gradients add up: finite if they are.
         level_norms: Norm of each due level.
+        is_asked: Whether any rank asks all of them to talk.
         probe: Statistics of the memories on this rank, empty without a probe.
     """
 
@@ -32,6 +33,7 @@ class Gradients:
     grad_norm: float
     waiting_norm: float
     level_norms: dict[str, float]
+    is_asked: bool
     probe: dict[str, Tensor]
 
 
@@ -60,7 +62,9 @@ class Engine:
         self.share = share or Share()
         self.mesh: Mesh = optimizer.mesh
 
-    def gradients(self, step: int, batches: Sequence[Batch], *, probe: bool = False) -> Gradients:
+    def gradients(
+        self, step: int, batches: Sequence[Batch], *, probe: bool = False, ask: Callable[[], bool] = lambda: False
+    ) -> Gradients:
         """Run forward and backward over all micro batches of step `step`, counted from 1.
 
         Args:
@@ -68,19 +72,23 @@ class Engine:
             batches: Micro batches of this replica, or this rank's share of them; each target of the step weighs the
                 same, wherever it lies.
             probe: Whether to take statistics of the memories, from the first micro batch.
+            ask: Function that tells, while the device computes, whether this rank asks all ranks to talk. The answers
+                travel with loss and norms.
         """
         stats: dict[str, Tensor] = {}
-        count = _all_reduce(torch.tensor(num_targets(batches), device=self.device), self.mesh.dp_group)
-        loss = self.passes.train(batches, max(1, int(count)), stats if probe else None)
+        count = _all_reduce(torch.full((), num_targets(batches), device=self.device), self.mesh.dp_group)
+        loss = self.passes.train(batches, count.clamp_min(1), stats if probe else None)
         due = self.optimizer.due(step)
         due_levels = self._reduce(due)
         waiting = sorted(self.optimizer.parameters.keys() - due)
         sets = {"due": due, "waiting": waiting}
         sets |= {f"level {level}": self.levels[level] for level in due_levels}
-        norms = self.optimizer.grad_norms(sets)
-        values = torch.stack([self._sum_of_last_stage(loss), *norms.values()]).tolist()
-        grad_norm, waiting_norm, *level_norms = values[1:]
-        return Gradients(values[0], grad_norm, waiting_norm, dict(zip(due_levels, level_norms, strict=True)), stats)
+        asked = torch.full((), float(ask()), device=self.device)
+        parts = torch.stack([self._of_last_stage(loss), asked, *self.optimizer.square_sums(sets)])
+        sums = _all_reduce(parts, self.mesh.world_group)
+        loss, asked, grad_norm, waiting_norm, *norms = torch.cat([sums[:2], sums[2:].sqrt()]).tolist()
+        level_norms = dict(zip(due_levels, norms, strict=True))
+        return Gradients(loss, grad_norm, waiting_norm, level_norms, asked > 0, stats)
 
     def _reduce(self, due: Sequence[str]) -> list[str]:
         """Sum gradients over replicas, level by level; return the due levels."""
@@ -92,10 +100,9 @@ class Engine:
             self.optimizer.reduce(names)
         return list(of_levels)
 
-    def _sum_of_last_stage(self, value: Tensor) -> Tensor:
-        """Sum a value of the last stage over replicas; tensor-parallel ranks hold the same."""
-        is_counted = self.mesh.is_last_stage and self.mesh.tp_group.rank() == 0
-        return _all_reduce(value * float(is_counted), self.mesh.world_group)
+    def _of_last_stage(self, value: Tensor) -> Tensor:
+        """Return this rank's part of a sum of a value of the last stage: tensor-parallel ranks hold the same."""
+        return value * float(self.mesh.is_last_stage and self.mesh.tp_group.rank() == 0)
 
     def update(self, step: int, gradients: Gradients, *, measure: bool = False) -> dict[str, float]:
         """Apply the gradients of step `step`.
@@ -125,7 +132,8 @@ class Engine:
         """
         batches = list(batches)
         count = max(1, num_targets(batches))
-        return float(self._sum_of_last_stage(self.passes.evaluate(self._of_replica(batches)))) / count
+        loss = self._of_last_stage(self.passes.evaluate(self._of_replica(batches)))
+        return float(_all_reduce(loss, self.mesh.world_group)) / count
 
     def _of_replica(self, batches: list[Batch]) -> list[Batch]:
         """Return this rank's share of its replica's batches, which are as many as every other's, and all of one size.

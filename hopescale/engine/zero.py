@@ -1,8 +1,8 @@
-"""The update rule with its state sharded over replicas by DeepSpeed (ZeRO, arXiv 1910.02054)."""
+"""The update rule with its state sharded over replicas (ZeRO, arXiv 1910.02054), from stage 2 on by DeepSpeed."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -11,12 +11,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hopescale.engine.zero_deepspeed import FlatShards, start_deepspeed
+from hopescale.engine.zero_even import EvenShards
 from hopescale.engine.zero_partitioned import PartitionedModel, PartitionedShards
 from hopescale.models.block import Block
 from hopescale.optim import Cadence, RuleGroup, Updater
 from hopescale.parallel.mesh import Mesh
 
-Shards = FlatShards | PartitionedShards
+Shards = EvenShards | FlatShards | PartitionedShards
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -51,24 +52,39 @@ class ZeroAdamW(Updater):
         levels: Collection[Collection[str]] = (),
         whole: Collection[type[nn.Module]] = (Block,),
     ):
-        super().__init__(parameters, cadences, mesh, accumulates=stage == 1)
+        super().__init__(parameters, cadences, mesh, accumulates=False)
         self.cadences, self.stage = dict(cadences), stage
         self._device = next(iter(self.parameters.values())).device
         self._shapes = {name: parameter.shape for name, parameter in self.parameters.items()}
         self._reduced: set[str] = set()
         self._owners = _owners(self.parameters, self.dp_group.size())
-        start_deepspeed(self._device)
-        self._partitioned: PartitionedModel | None = None
-        if stage == 3:
-            self._partitioned = PartitionedModel(model, self.parameters, whole, self.dp_group)
-            make = partial(PartitionedShards, self._partitioned)
-        else:
-            make = partial(FlatShards, stage=stage, dp_group=self.dp_group)
+        make = self._maker(model, whole)
         self._sets = [
             make({name: self.parameters[name] for name in names}, _within(groups, names), eps=eps)
             for names in _updated_together(self.parameters, self.cadences, levels)
         ]
         self._set_of = {name: shards for shards in self._sets for name in shards.parameters}
+        if stage == 1:
+            self._accumulate_flat()
+
+    def _maker(self, model: nn.Module | None, whole: Collection[type[nn.Module]]) -> Callable[..., Shards]:
+        """Return what makes a set of shards of the stage."""
+        if self.stage == 1:
+            return self._even_shards
+        start_deepspeed(self._device)
+        if self.stage == 2:
+            return partial(FlatShards, dp_group=self.dp_group)
+        return partial(PartitionedShards, PartitionedModel(model, self.parameters, whole, self.dp_group))
+
+    def _even_shards(self, parameters: Mapping[str, nn.Parameter], groups: Sequence[RuleGroup], eps: float) -> Shards:
+        cadence = self.cadences[next(iter(parameters))]
+        return EvenShards(parameters, groups, eps=eps, cadence=cadence, dp_group=self.dp_group)
+
+    def _accumulate_flat(self) -> None:
+        for shards in self._sets:
+            self.accumulators |= shards.accumulators
+        for name, parameter in self.parameters.items():
+            parameter.register_post_accumulate_grad_hook(self.accumulators[name].take)
 
     def backward(self, loss: Tensor) -> None:
         """Run the backward pass of a micro batch."""
@@ -83,9 +99,7 @@ class ZeroAdamW(Updater):
         if self.stage > 1:
             return
         for shards in self._due(names):
-            shards.reduce({name: self.accumulated_grad(name) for name in shards.parameters})
-            for name in shards.parameters:
-                self.accumulators[name].clear()
+            shards.reduce()
 
     def _due(self, names: Sequence[str]) -> list[Shards]:
         due = set(names)
@@ -102,16 +116,17 @@ class ZeroAdamW(Updater):
     @torch.no_grad()
     def update(self, names: Sequence[str], scales: Mapping[str, Tensor | float], rates: Mapping[str, float]) -> None:
         """Take one step of AdamW with the parts that are due, and gather their weights."""
-        for name in names:
-            self._set_of[name].part(name, "gradient").mul_(scales[name])
-        for shards in self._due(names):
+        due = self._due(names)
+        for shards in due:
+            shards.scale(scales)
             shards.step(rates)
+        for shards in due:
+            shards.finish()
         self._reduced = set()
 
     @torch.no_grad()
     def discard(self) -> None:
         """Drop all gradients, here and in the shards."""
-        super().discard()
         for shards in self._sets:
             shards.discard()
         self._reduced = set()

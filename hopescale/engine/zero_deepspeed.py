@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO optimizers, stages 1 and 2, over parameters that are updated together. Where DeepSpeed is met."""
+"""DeepSpeed's ZeRO optimizer of stage 2, over parameters that are updated together. Where DeepSpeed is met."""
 
 from __future__ import annotations
 
@@ -47,7 +47,6 @@ class FlatShards:
         parameters: Parameters by name, on one device; their storage becomes part of a flat tensor.
         groups: Groups that share settings, every parameter in one.
         eps: Term of AdamW.
-        stage: Stage 1 reduces whole gradients when asked to, 2 each as soon as it is complete in a backward pass.
         dp_group: Replicas.
     """
 
@@ -57,42 +56,26 @@ class FlatShards:
         groups: Sequence[RuleGroup],
         *,
         eps: float,
-        stage: int,
         dp_group: dist.ProcessGroup,
     ):
         self.parameters = dict(parameters)
         self.is_low_precision = next(iter(self.parameters.values())).dtype != torch.float32
         self._group_of = {name: index for index, group in enumerate(groups) for name in group.members}
-        self._zero = _zero_optimizer(self.parameters, groups, eps, stage, dp_group)
+        self._zero = _zero_optimizer(self.parameters, groups, eps, dp_group)
         self._flat: list[Tensor] = self._zero.single_partition_of_fp32_groups
         self._gradients: list[Tensor | None] = [None] * len(groups)
         for hook in self._zero._grad_acc_hooks:
             hook.remove()
-        if stage == 2:
-            for name, parameter in self.parameters.items():
-                parameter.register_post_accumulate_grad_hook(self._reduction(self._group_of[name]))
+        for name, parameter in self.parameters.items():
+            parameter.register_post_accumulate_grad_hook(self._reduction(self._group_of[name]))
         for flat in self._flat:
             self._zero.optimizer.state[flat] = adamw_state(flat)
 
     def _reduction(self, group: int):
         return lambda parameter: self._zero.process_gradients(parameter, group)
 
-    def reduce(self, totals: Mapping[str, Tensor]) -> None:
-        """Sum gradients over replicas, float32, of all parameters (stage 1); the tensors may be overwritten."""
-        for name, parameter in self.parameters.items():
-            # DeepSpeed points what it is given at storage of its own.
-            gradient = totals[name].detach()
-            if self.is_low_precision:
-                parameter.grad_accum = gradient
-            else:
-                parameter.grad = gradient
-        self._zero.reduce_gradients(pipeline_parallel=True)
-        for parameter in self.parameters.values():
-            parameter.grad_accum = None
-        self._collect()
-
     def end_backward(self) -> None:
-        """Reduce what a backward pass has left over, and add all of it to the gradients here (stage 2)."""
+        """Reduce what a backward pass has left over, and add all of it to the gradients here."""
         self._zero.overlapping_partition_gradients_reduce_epilogue()
         self._collect()
 
@@ -111,6 +94,15 @@ class FlatShards:
             self._zero.averaged_gradients[index] = [self._gradient(index)]
             self._gradients[index] = None
         self._zero.step()
+
+    @torch.no_grad()
+    def scale(self, scales: Mapping[str, Tensor | float]) -> None:
+        """Multiply the gradients here by the factor of each parameter."""
+        for name in self.parameters:
+            self.part(name, "gradient").mul_(scales[name])
+
+    def finish(self) -> None:
+        """Wait for nothing: `step` has."""
 
     def discard(self) -> None:
         """Drop the gradients here."""
@@ -152,7 +144,6 @@ def _zero_optimizer(
     parameters: Mapping[str, nn.Parameter],
     groups: Sequence[RuleGroup],
     eps: float,
-    stage: int,
     dp_group: dist.ProcessGroup,
 ):
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
@@ -166,7 +157,7 @@ def _zero_optimizer(
         timers=NoopTimer(),
         optimizer_params=None,
         dp_process_group=dp_group,
-        partition_grads=stage == 2,
+        partition_grads=True,
         reduce_bucket_size=min(BUCKET_ELEMENTS, sum(parameter.numel() for parameter in parameters.values())),
         # A bucket lies in one shard or two: sent to these alone, not to all.
         use_multi_rank_bucket_allreduce=False,

@@ -151,6 +151,15 @@ class PartitionedShards:
             if self.is_low_precision:
                 self.model.weight(name).copy_(master)
 
+    @torch.no_grad()
+    def scale(self, scales: Mapping[str, Tensor | float]) -> None:
+        """Multiply the gradients here by the factor of each parameter."""
+        for name in self.parameters:
+            self.part(name, "gradient").mul_(scales[name])
+
+    def finish(self) -> None:
+        """Wait for nothing: `step` has."""
+
     def discard(self) -> None:
         """Drop the gradients here."""
         for name in self.parameters:

@@ -144,6 +144,10 @@ class OuterOptimizer:
         Called by all ranks with the same keys; a rank's part of a set may be empty. The norm of gradients that were not
         reduced tells only whether they are finite.
         """
+        return dict(zip(sets, self._over_ranks(self.square_sums(sets)).sqrt().unbind(), strict=True)) if sets else {}
+
+    def square_sums(self, sets: Mapping[str, Sequence[str]]) -> Tensor:
+        """Return this rank's parts of the squares of the norms of some sets, `[len(sets)]` float32."""
         names = sorted({name for members in sets.values() for name in members})
         squares: dict[str, Tensor] = {}
         for updater, part in self._by_updater(names):
@@ -156,7 +160,7 @@ class OuterOptimizer:
             )
             for members in sets.values()
         ]
-        return dict(zip(sets, self._over_ranks(torch.stack(totals)).sqrt().unbind(), strict=True)) if sets else {}
+        return torch.stack(totals)
 
     @torch.no_grad()
     def step(self, step: int, grad_norm: Tensor) -> None:

@@ -67,7 +67,11 @@ class Trainer:
         self.saved_step = state.step
         self.distributions: dict[str, Tensor] = {}
         self.failure: HopescaleError | None = None
-        self._has_short_timeout = False
+        self._has_short_timeout = self._is_asked = False
+        self._stop = StopRequest()
+        self._batches: Iterator[Batch] = iter(())
+        self._upcoming: list[Batch] | None = None
+        self._data_seconds = 0.0
 
     def run(self, last_step: int, stop: StopRequest) -> str | None:
         """Train until `last_step` or until a signal asks any rank to stop, and save.
@@ -85,25 +89,27 @@ class Trainer:
             DataError: If a batch cannot be read; what was trained until then is saved.
             CheckpointError: If the state could not be saved.
         """
-        batches = self._prefetched_batches(last_step)
+        self._stop, self._batches = stop, self._prefetched_batches(last_step)
         try:
             if self.state.step == 0:
                 self.log(self.validate())
-            while True:
-                begin = time.perf_counter()
-                step_batches = self.next_batches(batches)
-                signal = self.control.agree(stop.reason, self.failure)
-                if signal is not None or self.state.step == last_step:
-                    break
-                metrics = self.train_step(step_batches, begin)
+            begin = time.perf_counter()
+            signal = self._look_ahead_and_agree()
+            while signal is None and self.state.step < last_step:
+                metrics = self.train_step(begin)
                 if metrics is None:
-                    batches.close()
+                    self._batches.close()
                     self._go_back()
-                    batches = self._prefetched_batches(last_step)
+                    self._batches = self._prefetched_batches(last_step)
+                    begin = time.perf_counter()
+                    signal = self._look_ahead_and_agree()
                     continue
                 metrics |= self.validate_if_due()
                 self.log(metrics)
                 self.save_if_due()
+                begin = time.perf_counter()
+                if self._is_asked or self.state.step == last_step:
+                    signal = self.control.agree(stop.reason, self.failure)
             self._save_at_end()
         except HopescaleError as error:
             if isinstance(error, DivergedError):  # found by all ranks at once
@@ -111,28 +117,38 @@ class Trainer:
             self._save_after(error)
             raise
         finally:
-            batches.close()
+            self._batches.close()
         return signal if self.state.step < last_step else None
 
-    def next_batches(self, batches: Iterator[Batch]) -> list[Batch] | None:
-        """Return the micro batches of the next step, fewer where the run ends; None if they cannot be read."""
-        return self._defer_failure(lambda: list(islice(batches, self.plan.grad_accumulation)))
+    def _look_ahead(self) -> bool:
+        """Read the micro batches of the next step; tell whether this rank has something to say to the others.
 
-    def train_step(self, batches: list[Batch], begin: float) -> dict[str, float] | None:
-        """Take one step, or skip it if it is bad.
+        Fewer batches are left where the run ends, and none if they cannot be read.
+        """
+        begin = time.perf_counter()
+        self._upcoming = self._defer_failure(lambda: list(islice(self._batches, self.plan.grad_accumulation)))
+        self._data_seconds = time.perf_counter() - begin
+        return self._stop.reason is not None or self.failure is not None
+
+    def _look_ahead_and_agree(self) -> str | None:
+        """Read the micro batches of the next step and agree on going on, where no step carries the flags."""
+        self._look_ahead()
+        return self.control.agree(self._stop.reason, self.failure)
+
+    def train_step(self, begin: float) -> dict[str, float] | None:
+        """Take one step with the batches at hand and read those of the next one, or skip it if it is bad.
 
         Returns:
             Its metrics, none on steps that are not recorded; None if it was one bad step too many, and the run is to go
             back.
 
         Args:
-            batches: Micro batches of the step.
-            begin: Time at which waiting for them began.
+            begin: Time at which the step began.
         """
-        data_seconds = time.perf_counter() - begin
         step = self.state.step + 1
         is_recorded = step % self.config.log.every == 0 or step == self.config.train.steps
-        gradients = self.engine.gradients(step, batches, probe=is_recorded)
+        gradients = self.engine.gradients(step, self._upcoming, probe=is_recorded, ask=self._look_ahead)
+        self._is_asked = gradients.is_asked
         # A bad gradient that a slow level gathers would be saved with it, and only be seen when the level is due.
         problem = self.state.watch.judge(gradients.loss, gradients.grad_norm, gradients.waiting_norm)
         if problem is None:
@@ -143,7 +159,7 @@ class Trainer:
             return None
         self.state.step = step
         self._check_replicas_if_due()
-        self.metrics.add_step(time.perf_counter() - begin, data_seconds)
+        self.metrics.add_step(time.perf_counter() - begin, self._data_seconds)
         self._shorten_timeout()
         if self.profiler is not None:
             self.profiler.step(step)

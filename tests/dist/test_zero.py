@@ -201,8 +201,9 @@ def check_traffic(rank: int) -> None:
         run.step(step)
         entries = sum(run.optimizer.parameters[name].numel() for name in run.optimizer.due(step))
         # Each gradient goes out once, and of each weight the half that is here; shards are filled up to equal sizes.
-        assert sent.keys() <= {"reduce", "all_gather_into_tensor", "all_reduce"} and sent["all_reduce"] == 0
-        assert sent["reduce"] == 4 * entries, f"step {step}"
+        assert sent.keys() <= {"reduce_scatter_tensor", "all_gather_into_tensor", "all_reduce"}
+        assert sent["all_reduce"] == 0
+        assert 4 * entries <= sent["reduce_scatter_tensor"] <= 4 * entries + 4 * 64, f"step {step}"
         assert 2 * entries <= sent["all_gather_into_tensor"] <= 2 * entries + 64, f"step {step}"
 
 

@@ -200,3 +200,19 @@ def test_evaluation_is_the_mean_over_all_targets_and_leaves_no_gradient():
     assert engine.evaluate(split(batch, 3)) == pytest.approx(loss.item(), rel=1e-6)
     assert all(parameter.grad is None for parameter in engine.passes.model.parameters())
     assert engine.evaluate([]) == 0
+
+
+@pytest.mark.parametrize("is_asked", [False, True])
+def test_what_a_rank_asks_travels_with_the_norms_and_is_asked_after_the_backward_pass(is_asked: bool):
+    engine, seen = make_engine(), []
+
+    def ask() -> bool:
+        seen.append(all(gradient.any() for name, gradient in gathered(engine).items() if name.endswith("down.weight")))
+        return is_asked
+
+    found = engine.gradients(1, split(make_batch(), 2), ask=ask)
+    assert (
+        seen == [True]
+        and found.is_asked == is_asked
+        and found.loss == make_engine().gradients(1, split(make_batch(), 2)).loss
+    )

@@ -1,0 +1,199 @@
+"""ZeRO stage 1 without a framework: one flat tensor of what is updated together, in equal shards over replicas."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from hopescale.cost.updates import EVEN_UNIT
+from hopescale.optim import Cadence, RuleGroup
+from hopescale.optim.adamw import AdamW
+from hopescale.optim.cadence import Accumulator
+
+
+class FlatAccumulator(Accumulator):
+    """Sum of a parameter's gradients, a part of the sums of its set, which the set makes and clears.
+
+    Args:
+        parameter, cadence: Arguments of `Accumulator`.
+        make: Function that returns this part, after it has made all of the sums if there are none.
+    """
+
+    def __init__(self, parameter: Tensor, cadence: Cadence, make: Callable[[], Tensor]):
+        super().__init__(parameter, cadence, make() if cadence.period > 1 else None)
+        self._make = make
+
+    def take(self, _: Tensor | None = None) -> None:
+        """Add the parameter's gradient to the sum and clear it."""
+        if self.parameter.grad is not None:
+            self.accumulated_grad()
+        super().take()
+
+    def accumulated_grad(self) -> Tensor:
+        """Return the sum so far: zeros if there was no gradient."""
+        if self.total is None:
+            self.total = self._make()
+        return self.total
+
+
+class EvenShards:
+    """Parameters of one type that are updated together, their masters and moments in equal shards over replicas.
+
+    All of them are one flat tensor, the members of a group side by side, filled up so that every replica has an equal
+    part, cut wherever it falls. Gradients add up in a flat tensor too. One reduce-scatter sums it to the shards, AdamW
+    steps on what each group has of a shard, and one all-gather hands out the weights: nothing is packed, and neither
+    the number of exchanges nor that of updates depends on how many replicas or parameters there are. A float32 weight
+    is its own master.
+
+    Args:
+        parameters: Parameters by name, on one device; their storage becomes part of the flat tensor.
+        groups: Groups that share settings, every parameter in one.
+        eps: Term of AdamW.
+        cadence: Cadence of all of them.
+        dp_group: Replicas.
+
+    Attributes:
+        accumulators: Sums of gradients by parameter.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        groups: Sequence[RuleGroup],
+        *,
+        eps: float,
+        cadence: Cadence,
+        dp_group: dist.ProcessGroup,
+    ):
+        self.parameters, self._dp_group = dict(parameters), dp_group
+        first = next(iter(self.parameters.values()))
+        self.is_low_precision, self._persists = first.dtype != torch.float32, cadence.period > 1
+        self._spans, end = {}, 0
+        of_groups: list[tuple[RuleGroup, int, int]] = []
+        for group in groups:
+            begin = end
+            for name in group.members:
+                self._spans[name] = end, (end := end + self.parameters[name].numel())
+            of_groups.append((group, begin, end))
+        self._size = -(-end // (EVEN_UNIT * dp_group.size())) * EVEN_UNIT
+        self._first = dp_group.rank() * self._size
+        self._weights = first.new_zeros(self._size * dp_group.size(), requires_grad=False)
+        for name, parameter in self.parameters.items():
+            view = self._weights[slice(*self._spans[name])].view_as(parameter)
+            view.copy_(parameter.detach())
+            parameter.data = view
+        self._own = self._weights.narrow(0, self._first, self._size)
+        self._master = self._own.float()
+        self._step, self._sums, self._gradient, self._work = torch.tensor(0.0), None, None, None
+        self._makes_rule(of_groups, eps)
+        self.accumulators = {
+            name: FlatAccumulator(parameter, cadence, self._maker(name)) for name, parameter in self.parameters.items()
+        }
+
+    def _makes_rule(self, of_groups: Sequence[tuple[RuleGroup, int, int]], eps: float) -> None:
+        self._moments = {key: torch.zeros_like(self._master) for key in ("exp_avg", "exp_avg_sq")}
+        self._updated: list[tuple[nn.Parameter, int, int]] = []
+        settings = []
+        for group, *span in of_groups:
+            start, stop = self._here(*span)
+            if start < stop:
+                part = nn.Parameter(self._master[start:stop])
+                self._updated.append((part, start, stop))
+                settings.append(group.of(dict.fromkeys(group.members[:1], part)))
+        # A replica may have nothing but what fills up its shard.
+        self._rule = AdamW(settings, eps=eps, foreach=True) if settings else None
+        for part, start, stop in self._updated:
+            self._rule.state[part] |= {key: moment[start:stop] for key, moment in self._moments.items()}
+
+    def _here(self, begin: int, end: int) -> tuple[int, int]:
+        """Return what this replica has of a span of the flat tensor, in entries of its shard."""
+        start, stop = (min(max(place - self._first, 0), self._size) for place in (begin, end))
+        return start, stop
+
+    def _maker(self, name: str) -> Callable[[], Tensor]:
+        def make() -> Tensor:
+            return self._all_sums()[slice(*self._spans[name])].view_as(self.parameters[name])
+
+        return make
+
+    def _all_sums(self) -> Tensor:
+        if self._sums is None:
+            self._sums = torch.zeros_like(self._weights, dtype=torch.float32)
+        return self._sums
+
+    def reduce(self) -> None:
+        """Begin to sum the accumulated gradients over replicas, each part to the replica that has its master."""
+        self._gradient = self._master.new_empty(self._size)
+        self._work = dist.reduce_scatter_tensor(self._gradient, self._all_sums(), group=self._dp_group, async_op=True)
+
+    def finish(self) -> None:
+        """Wait for what has begun, and begin a new period of sums after a sum over replicas."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+            if self._gradient is not None:
+                self._clear()
+
+    def _clear(self) -> None:
+        if self._persists:
+            self._all_sums().zero_()
+            return
+        self._sums = None
+        for accumulator in self.accumulators.values():
+            accumulator.total = None
+
+    def scale(self, scales: Mapping[str, Tensor | float]) -> None:
+        """Multiply the gradients here by the factor of the parameters, which is one: all have one cadence."""
+        self._own_gradient().mul_(scales[next(iter(self.parameters))])
+
+    def step(self, rates: Mapping[str, float]) -> None:
+        """Update with the gradients here at each group's rate, and begin to gather the weights."""
+        gradient, self._gradient = self._own_gradient(), None
+        for part, start, stop in self._updated:
+            part.grad = gradient[start:stop]
+            self._rule.state[part]["step"].copy_(self._step)
+        if self._rule is not None:
+            for group in self._rule.param_groups:
+                group["lr"] = rates[group["name"]]
+            self._rule.step()
+        for part, *_ in self._updated:
+            part.grad = None
+        self._step += 1
+        if self.is_low_precision:
+            self._own.copy_(self._master)
+        self._work = dist.all_gather_into_tensor(self._weights, self._own, group=self._dp_group, async_op=True)
+
+    def discard(self) -> None:
+        """Drop all gradients, and begin a new period."""
+        self.finish()
+        self._gradient = None
+        self._clear()
+
+    def start_of(self, name: str) -> int:
+        """Return where this replica's part of a parameter begins, in entries of the flattened parameter."""
+        begin, end = self._spans[name]
+        return min(max(self._first - begin, 0), end - begin)
+
+    def part(self, name: str, key: str) -> Tensor:
+        """Return this replica's part of a parameter's tensor: a view, maybe empty.
+
+        The tensors are `weight`, `master`, `gradient`, `exp_avg` and `exp_avg_sq`.
+        """
+        start, stop = self._here(*self._spans[name])
+        if key == "gradient":
+            return self._own_gradient()[start:stop]
+        whole = {"weight": self._own, "master": self._master}
+        return (whole[key] if key in whole else self._moments[key])[start:stop]
+
+    def step_of(self, name: str) -> Tensor:
+        """Return the number of updates of a parameter, a view shared by all of its set."""
+        return self._step
+
+    def _own_gradient(self) -> Tensor:
+        self.finish()
+        if self._gradient is None:
+            self._gradient = torch.zeros_like(self._master)
+        return self._gradient
