@@ -105,7 +105,7 @@ def read_adaptation(option: str, text: str, *, rate: float | None = None, nested
 
     Args:
         option: Name of the option in messages.
-        text: Its value.
+        text: Value of the option.
         rate: Learning rate of levels that have none of their own; None is `RATE`.
         nested: Whether levels return to their trained weights.
 
