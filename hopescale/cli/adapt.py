@@ -10,7 +10,7 @@ import typer
 from hopescale.cli.eval import load
 from hopescale.cli.options import read_count
 from hopescale.common.errors import CheckpointError
-from hopescale.infer.adaptation import RATE, read_adaptation
+from hopescale.infer.adaptation import RATE, adaptation_of, read_adaptation
 
 REPORT = "report.json"
 """All figures of a pass, beside its levels."""
@@ -21,8 +21,10 @@ def adapt(
         Path, typer.Argument(metavar="CHECKPOINT", help="A run folder, a checkpoint, or an export of `convert to-hf`.")
     ],
     stream: Annotated[str, typer.Argument(metavar="STREAM", help="Text to follow: a file, a folder or an address.")],
-    levels: Annotated[str, typer.Option(metavar="NAME=TOKENS,...", help="Levels that follow, with their periods.")],
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the levels are kept; an earlier pass goes on.")],
+    levels: Annotated[
+        str, typer.Option(metavar="NAME=TOKENS,...", help="Levels that follow.", show_default="update_every_tokens")
+    ] = "",
     rate: Annotated[float | None, typer.Option(help="Learning rate of a step.", show_default=str(RATE))] = None,
     nested: Annotated[
         bool, typer.Option("--nested", help="Levels return to the trained weights when the next slower one steps.")
@@ -37,7 +39,7 @@ def adapt(
     Exit codes: 0 done, 1 a loss that is no number, 2 options, 3 the stream, 4 model or levels.
     """
     every = read_count("--save-every", save_every)
-    adaptation = read_adaptation("--levels", levels, rate=rate, nested=nested)
+    given = read_adaptation("--levels", levels, rate=rate, nested=nested) if levels else None
     from hopescale.evals.report import write_report
     from hopescale.infer.follow import StreamPass, has_pass, read_stream
     from hopescale.parallel.device import choose_device
@@ -46,6 +48,7 @@ def adapt(
     if not goes_on and out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise CheckpointError(f"output {out} exists, and holds no levels", "choose another folder: --out")
     loaded = load(checkpoint, choose_device(device, "--device"))
+    adaptation = given or adaptation_of(loaded.config.model, rate=rate, nested=nested)
     adaptation.check(loaded.config.model)
     following = StreamPass(loaded, adaptation, read_stream(stream, loaded), parts=parts, probe_tokens=probe)
     if goes_on:

@@ -86,12 +86,26 @@ class Adaptation:
         return {"levels": levels, "nested": self.nested}
 
 
+def adaptation_of(model: ModelConfig, *, rate: float | None = None, nested: bool = False) -> Adaptation:
+    """Return the in-context cadence that a model's own config has (`update_every_tokens`).
+
+    Raises:
+        ConfigError: If it has none, or a setting is out of range.
+    """
+    found = by_period(model.cms.levels)
+    given = [f"{name}={level.update_every_tokens}" for name, level in found if level.update_every_tokens is not None]
+    if not given:
+        message = "the model's config says of no level when it follows a text: no level has update_every_tokens"
+        raise ConfigError(message, "say it here: --levels fast=512,slow=2048")
+    return read_adaptation("update_every_tokens", ",".join(given), rate=rate, nested=nested)
+
+
 def read_adaptation(option: str, text: str, *, rate: float | None = None, nested: bool = False) -> Adaptation:
     """Read `fast=512,slow=2Ki@0.5`.
 
     Args:
         option: Name of the option in messages.
-        text: Its value.
+        text: Value of the option.
         rate: Learning rate of levels that have none of their own; None is `RATE`.
         nested: Whether levels return to their trained weights.
 

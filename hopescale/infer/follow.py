@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hopescale.common.errors import CheckpointError, ConfigError, DataError, HopescaleError
+from hopescale.config.model_shape import sees_all
 from hopescale.data.text import TextSource
 from hopescale.infer.adaptation import Adaptation
 from hopescale.infer.generate import PREFILL_TOKENS
@@ -61,7 +62,8 @@ class StreamPass:
         loaded: Model with the weights as they are trained.
         adaptation: Levels that follow, checked against the model.
         documents: Ids of the stream's documents. Where the model mixes within documents alone, memories and levels
-            begin anew with each; else they are one text.
+            begin anew with each; else they are one text. Attention that sees all reads `train.seq_len` tokens at a
+            time, while levels go on.
         parts: Parts of the stream, equal in predictions.
         probe_tokens: Predictions at the beginning of each part that are made again later, without its context.
 
@@ -89,7 +91,8 @@ class StreamPass:
             raise ConfigError(message, "take fewer parts, or a longer stream")
         self.edges = [round(self.size * number / parts) for number in range(parts + 1)]
         self.probe_tokens = probe_tokens
-        self.reader = InContextReader(loaded.model, adaptation, 1)
+        grows = any(map(sees_all, loaded.config.model.mixers.values()))
+        self.reader = InContextReader(loaded.model, adaptation, 1, loaded.config.train.seq_len if grows else None)
         self.device = next(loaded.model.parameters()).device
         self.piece = self.position = self._saved = 0
         self._sums, self.trained, self.after = [0.0] * parts, Losses(), list[Losses]()
@@ -168,7 +171,10 @@ class StreamPass:
     def _save(self, folder: Path) -> None:
         progress = {"tokens_read": self.position, "piece": self.piece, "place": self.reader.position}
         progress |= {"settings": self._settings(), "sums": self._sums, "trained": self.trained, "after": self.after}
-        rest = self.reader.tensors() | {f"state/{n}": tensor for n, tensor in named_tensors(self.reader.state).items()}
+        rest = self.reader.tensors()
+        if (state := self.reader.state) is not None:
+            progress["state_tokens"] = state.position
+            rest |= {f"state/{name}": tensor for name, tensor in named_tensors(state).items()}
         write_levels(folder, self.loaded, self.reader.weights, rest, progress)
         self._saved = self.position
 
@@ -187,8 +193,10 @@ class StreamPass:
                 f"{folder} holds another pass: {'; '.join(pairs)}", "choose another --out, or the same settings"
             )
         weights, rest = (read_file(folder, manifest, part, self.loaded) for part in (WEIGHTS, READER))
-        tensors = {name.removeprefix("state/"): each for name, each in rest.items() if name.startswith("state/")}
-        state = state_of(tensors, self.loaded, 1, progress["place"])
+        state = None
+        if (read := progress.get("state_tokens")) is not None:
+            tensors = {name.removeprefix("state/"): each for name, each in rest.items()}
+            state = state_of(tensors, self.loaded, 1, read)
         self.reader.go_on(weights, rest, state, progress["place"])
         self.piece, self.position = progress["piece"], progress["tokens_read"]
         self._saved, self._sums = self.position, list(progress["sums"])

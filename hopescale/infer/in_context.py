@@ -32,15 +32,17 @@ class InContextReader:
         model: Model, whole or this tensor-parallel rank's part of it.
         adaptation: Levels and their cadences, of this model.
         batch: Sequences.
+        context: Tokens after which the model's state begins anew, while levels go on; None carries it for ever.
 
     Attributes:
         weights: Weights of the levels that follow, `[B, *shape]` by the names of parameters, float32 at least.
-        state: State of the model after what was read; None at the beginning.
+        state: State of the model after what was read; None at the beginning of a context.
         position: Tokens read.
     """
 
-    def __init__(self, model: Model, adaptation: Adaptation, batch: int):
-        self.model, self.adaptation, self.batch = model.requires_grad_(False), adaptation, batch
+    def __init__(self, model: Model, adaptation: Adaptation, batch: int, context: int | None = None):
+        self.model, self.adaptation = model.requires_grad_(False), adaptation
+        self.batch, self.context = batch, context
         self._levels = adaptation.moving()
         self._members = {name: list[str]() for name in self._levels}
         self._trained: dict[str, Tensor] = {}
@@ -77,6 +79,7 @@ class InContextReader:
 
     def _until_border(self) -> int:
         periods = [PREFILL_TOKENS, *(level.period for level in self._levels.values())]
+        periods += [] if self.context is None else [self.context]
         return min(period - self.position % period for period in periods)
 
     def _read(self, tokens: Tensor, targets: Tensor) -> Tensor:
@@ -92,6 +95,8 @@ class InContextReader:
             with torch.no_grad():
                 logits, self.state = self.model(tokens, self.state)
         self.position += tokens.shape[1]
+        if self.context is not None and self.position % self.context == 0:
+            self.state = None
         self._step()
         return logits
 

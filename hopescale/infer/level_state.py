@@ -36,7 +36,7 @@ def write_levels(
         loaded: Model with the weights as they are trained.
         weights: Weights of the levels, `[1, *shape]` by the names of parameters.
         reader: Tensors that the reader of the text needs to go on.
-        progress: What else it needs, with `tokens_read`, as JSON can carry it.
+        progress: Values that it needs besides, with `tokens_read`, as JSON can carry them.
     """
     parts = {WEIGHTS: weights, READER: reader}
     files = {f"{part}-{progress['tokens_read']}.pt": tensors for part, tensors in parts.items()}

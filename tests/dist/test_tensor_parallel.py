@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,12 @@ import torch
 import torch.distributed as dist
 
 from hopescale.config.layout import Layout
+from hopescale.infer.adaptation import read_adaptation
+from hopescale.infer.in_context import InContextReader
+from hopescale.models import Model
 from hopescale.parallel.mesh import Mesh
 from hopescale.parallel.regions import share_with_ranks
+from tests.support.models import BASE
 from tests.support.ranks import run_ranks
 from tests.support.split import VARIANTS, Batch, check_split
 
@@ -21,6 +26,23 @@ def check_split_model(rank: int, tp: int) -> None:
         check_split(name, mesh, batch)
     check_split("hope", mesh, batch, ("block", "memory"))
     check_gradient_that_is_not_contiguous(rank, mesh)
+    for name in ("attention", "independent levels"):
+        check_levels_in_context(name, mesh, batch)
+
+
+def check_levels_in_context(name: str, mesh: Mesh, batch: Batch) -> None:
+    """Each rank follows a text with its part of the levels' weights."""
+    config, cadences = replace(BASE, **VARIANTS[name]), read_adaptation("--adapt", "fast=4,slow=9", rate=0.5)
+    tp, rank = mesh.tp_group.size(), mesh.tp_group.rank()
+    logits, readers = [], []
+    for each in (Mesh.alone(), mesh):
+        readers.append(InContextReader(Model(config, seed=2, mesh=each).double(), cadences, 2))
+        logits.append(torch.cat(list(readers[-1].read(batch.tokens, batch.targets)), 1))
+    torch.testing.assert_close(logits[1], logits[0].chunk(tp, -1)[rank], rtol=1e-4, atol=1e-5)
+    for parameter, weight in readers[0].weights.items():
+        dim = dict(readers[1].model.named_parameters())[parameter].spec.partition_dim
+        expected = weight if dim is None else weight.chunk(tp, dim + 1)[rank]
+        torch.testing.assert_close(readers[1].weights[parameter], expected, rtol=1e-5, atol=1e-7)
 
 
 def check_gradient_that_is_not_contiguous(rank: int, mesh: Mesh) -> None:

@@ -19,6 +19,9 @@ class LevelConfig:
     """Outer cadence: optimizer steps between two updates of this level, made with the sum of their gradients."""
     phase: CountOrZero = 0
     """Shift of the cadence: the level is due at steps `s` with `(s + phase) % update_every_steps == 0`."""
+    update_every_tokens: Count | None = None
+    """In-context cadence: tokens between two steps that the level takes on the loss of a text which `hopescale adapt`
+    reads without `--levels`; null is a level that stays as it is trained. Training does not look at it."""
 
 
 @dataclass(frozen=True)

@@ -25,11 +25,13 @@ CADENCES = read_adaptation("--levels", "fast=5,slow=12", rate=0.5)
 
 
 @cache
-def make_config(**model: object) -> RunConfig:
+def make_config(*, attention: bool = False, **model: object) -> RunConfig:
     tree = to_dict(RunConfig())
     levels = {"fast": {"d_ff": 8}, "slow": {"d_ff": 8, "update_every_steps": 2}}
     tree["model"] = {"vocab_size": 24, "d_model": 8, "num_layers": 1, "num_heads": 2, "cms": {"levels": levels}}
-    tree["model"] |= {"mixers": {"hope": {"chunk_size": 8, "memory": "linear"}}, **model}
+    hope = {"hope": {"chunk_size": 8, "memory": "linear"}}
+    tree["model"] |= {"mixers": {"attention": {"kind": "attention"}} if attention else hope, **model}
+    tree["train"]["seq_len"] = 9
     return from_dict(tree, "test")
 
 
@@ -78,13 +80,15 @@ def test_a_document_begins_anew_where_the_model_keeps_them_apart():
     assert apart.read[0] * 24 == pytest.approx(first.read[0] * 8 + alone.read[0] * 16)
 
 
-@pytest.mark.parametrize(("within_documents", "nested"), [(False, False), (True, True)])
-def test_a_pass_that_was_stopped_goes_on_bit_for_bit(tmp_path: Path, within_documents: bool, nested: bool):
+@pytest.mark.parametrize(
+    ("settings", "nested"), [({}, False), ({"within_documents": True}, True), ({"attention": True}, False)]
+)
+def test_a_pass_that_was_stopped_goes_on_bit_for_bit(tmp_path: Path, settings: dict, nested: bool):
     cadences = read_adaptation("--levels", "fast=4,slow=12", rate=0.5, nested=nested)
     documents = make_documents(23, 20)
 
     def begin() -> StreamPass:
-        return StreamPass(make_loaded(within_documents=within_documents), cadences, documents, parts=3, probe_tokens=5)
+        return StreamPass(make_loaded(**settings), cadences, documents, parts=3, probe_tokens=5)
 
     whole = begin()
     whole.run(tmp_path / "whole")

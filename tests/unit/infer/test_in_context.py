@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 
@@ -15,7 +16,7 @@ from hopescale.common.errors import ConfigError
 from hopescale.config.load import from_dict, to_dict
 from hopescale.config.schema import ModelConfig, RunConfig
 from hopescale.infer import in_context
-from hopescale.infer.adaptation import Adaptation, InContextLevel, read_adaptation
+from hopescale.infer.adaptation import Adaptation, InContextLevel, adaptation_of, read_adaptation
 from hopescale.infer.in_context import InContextReader
 from hopescale.models import Model, level_of
 
@@ -57,19 +58,25 @@ def make_text(rows: int, length: int) -> tuple[Tensor, Tensor]:
     return ids[:, :-1], targets
 
 
-def read_all(model: Model, adaptation: Adaptation, tokens: Tensor, targets: Tensor) -> tuple[Tensor, InContextReader]:
-    reader = InContextReader(model, adaptation, len(tokens))
+def read_all(
+    model: Model, adaptation: Adaptation, tokens: Tensor, targets: Tensor, context: int | None = None
+) -> tuple[Tensor, InContextReader]:
+    reader = InContextReader(model, adaptation, len(tokens), context)
     return torch.cat(list(reader.read(tokens, targets)), 1), reader
 
 
-def by_loop(model: Model, adaptation: Adaptation, tokens: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def by_loop(
+    model: Model, adaptation: Adaptation, tokens: Tensor, targets: Tensor, context: int | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
     """The equation as a loop over the periods of one sequence `[T]`."""
     trained = {n: p.detach().clone() for n, p in model.named_parameters() if level_of(n) in adaptation.levels}
     weights, state, logits = dict(trained), None, []
     gathered = {level: [] for level in adaptation.levels}
     periods = {level: cadence.period for level, cadence in adaptation.levels.items()}
-    borders = sorted({0, len(tokens), *(b for p in periods.values() for b in range(0, len(tokens), p))})
+    cuts = [*periods.values(), context or len(tokens)]
+    borders = sorted({0, len(tokens), *(b for cut in cuts for b in range(0, len(tokens), cut))})
     for begin, end in pairwise(borders):
+        state = None if context and begin % context == 0 else state
         leaves = {name: weight.clone().requires_grad_() for name, weight in weights.items()}
         answer, state = functional_call(model, leaves, (tokens[None, begin:end], state))
         logits.append(answer[0].detach())
@@ -96,20 +103,20 @@ def by_loop(model: Model, adaptation: Adaptation, tokens: Tensor, targets: Tenso
 
 
 CASES = [
-    ("hope", 11, "fast=4,slow=9,mid=6"),
-    ("independent", 13, "slow=6,fast=3@0.9"),
-    ("attention", 16, "fast=5,mid=12,slow=7"),
-    ("depth", 9, "slow=3"),
+    ("hope", 11, "fast=4,slow=9,mid=6", None),
+    ("independent", 13, "slow=6,fast=3@0.9", None),
+    ("attention", 16, "fast=5,mid=12,slow=7", 8),
+    ("depth", 9, "slow=3", None),
 ]
 
 
-@pytest.mark.parametrize(("kind", "length", "cadences"), CASES)
-def test_a_batch_equals_a_loop_over_periods(kind: str, length: int, cadences: str):
+@pytest.mark.parametrize(("kind", "length", "cadences", "context"), CASES)
+def test_a_batch_equals_a_loop_over_periods(kind: str, length: int, cadences: str, context: int | None):
     model, adaptation = make_model(kind), read_adaptation("--adapt", cadences, rate=0.5)
     tokens, targets = make_text(2, length)
-    logits, reader = read_all(model, adaptation, tokens, targets)
+    logits, reader = read_all(model, adaptation, tokens, targets, context)
     for row in range(2):
-        expected, weights = by_loop(model, adaptation, tokens[row], targets[row])
+        expected, weights = by_loop(model, adaptation, tokens[row], targets[row], context)
         torch.testing.assert_close(logits[row], expected, **NEAR)
         assert weights.keys() == reader.weights.keys()
         for name, weight in weights.items():
@@ -206,6 +213,15 @@ REFUSED = {
 def test_cadences_that_are_none_are_refused(text: str):
     with pytest.raises(ConfigError, match=REFUSED[text]):
         read_adaptation("--adapt", text)
+
+
+def test_a_config_has_a_cadence_of_its_own():
+    model = make_config("attention")
+    with pytest.raises(ConfigError, match="no level has update_every_tokens"):
+        adaptation_of(model)
+    slow = replace(model.cms.levels["slow"], update_every_tokens=64)
+    changed = replace(model, cms=replace(model.cms, levels=model.cms.levels | {"slow": slow}))
+    assert adaptation_of(changed, rate=0.5) == Adaptation({"slow": InContextLevel(64, 0.5)})
 
 
 def test_levels_that_do_not_fit_are_refused():
