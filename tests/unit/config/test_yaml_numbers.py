@@ -31,6 +31,5 @@ def test_numbers_that_yaml_reads_otherwise_than_people_are_refused(tmp_path: Pat
 def test_other_numbers_are_what_they_look_like(tmp_path: Path):
     recipe = tmp_path / "r.yaml"
     recipe.write_text('base: debug\nname: "1:30"\ntrain: {steps: 10, seed: 0}\noptim: {lr: 0.01}\n')
-    assert load_recipe(recipe, ['name="010"']).config.name == "010"
     config = load_recipe(recipe, ["train.steps=010"]).config
     assert (config.name, config.train.steps, config.train.seed, config.optim.lr) == ("1:30", 10, 0, 0.01)
