@@ -14,12 +14,8 @@ from hopescale.observe.metrics import TextLog
 if TYPE_CHECKING:
     from conftest import Run
 
-SAMPLED = (
-    'log.samples=["3 1 4", "5"]',
-    "log.sample_tokens=4",
-    "train.validation.every=2",
-    "log.trackers=[tensorboard]",
-)
+SAMPLED = ('log.samples=["3 1 4", "5"]', "log.sample_tokens=4", "log.trackers=[tensorboard]")
+STEPS = ("train.validation.every=2", "train.validation.tokens=64", "train.steps=2")
 
 
 def test_samples_are_what_generate_writes(train, run: Run, hopescale):
