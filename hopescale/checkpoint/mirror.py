@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import shutil
+import uuid
 from collections.abc import Collection
 from pathlib import Path
 
@@ -24,6 +25,8 @@ from hopescale.common.object_store import ObjectStore, install_hint
 
 logger = logging.getLogger(__name__)
 
+RUN_ID = "run"
+"""File with the id of a run, at its address and in its `checkpoints/`."""
 _NAME = re.compile(r"step-\d{8,}")
 
 
@@ -31,7 +34,7 @@ class Mirror:
     """The checkpoints of one run at an address, as they lie in its `checkpoints/`.
 
     A manifest is sent after the files that it names, and the pointer `latest` after that, so that what is there is
-    whole.
+    whole. The file `run` holds the id of the run whose copies these are, which its own folder keeps too.
 
     Args:
         address: Address of the folder.
@@ -68,6 +71,46 @@ class Mirror:
     def _steps(self) -> list[int]:
         return sorted(step_of(Path(name)) for name in self._store.names() if _NAME.fullmatch(name))
 
+    def begin(self, root: Path, *, keep_last: int, keep_every: int | None) -> None:
+        """Make the address this run's own, fetch what its `checkpoints/` folder lacks, send what the store lacks.
+
+        Raises:
+            CheckpointError: If the copies are another run's, the store does not answer, or what it holds is damaged.
+        """
+        self._claim(root)
+        if self.fetch(root) is None and (latest := self._torn(root)) is not None:
+            logger.warning("%s is not whole at %s: it is sent again", latest.name, self.address)
+            self.send(latest, keep_last=keep_last, keep_every=keep_every)
+
+    def _claim(self, root: Path) -> None:
+        try:
+            kept = root / RUN_ID
+            own = kept.read_text(encoding="utf-8").strip() if kept.exists() else None
+            found = self._store.read(RUN_ID).decode().strip() if RUN_ID in self._store.names() else None
+            if found is not None and found != own and (own is not None or _has_complete(root)):
+                hint = "name an address of its own, or checkpoint.mirror=null"
+                raise CheckpointError(f"checkpoint.mirror {self.address} holds the checkpoints of another run", hint)
+            id = found or own or uuid.uuid4().hex
+            if own is None:
+                root.mkdir(parents=True, exist_ok=True)
+                replace_text(kept, f"{id}\n")
+            if found is None:
+                self._store.write(RUN_ID, f"{id}\n".encode())
+        except OSError as error:
+            message = f"cannot reach checkpoint.mirror {self.address}: {error.strerror or error}"
+            raise CheckpointError(message, "set checkpoint.mirror=null to go on without it") from error
+
+    def _torn(self, root: Path) -> Path | None:
+        """Return the folder's latest checkpoint if its copy is not whole: its pointer is what is sent last."""
+        pointer = root / POINTER
+        if not pointer.exists():
+            return None
+        name = pointer.read_text(encoding="utf-8").strip()
+        if not _NAME.fullmatch(name) or incomplete_because(root / name) is not None:
+            return None
+        sent = self._store.read(POINTER).decode().strip() if POINTER in self._store.names() else None
+        return None if sent == name else root / name
+
     def fetch(self, root: Path) -> Path | None:
         """Fetch the latest checkpoint into a `checkpoints/` folder that has no complete one.
 
@@ -84,8 +127,7 @@ class Mirror:
             if POINTER not in self._store.names():
                 return None
             name = self._store.read(POINTER).decode().strip()
-            own = any(incomplete_because(folder) is None for folder in checkpoint_folders(root))
-            if own or not _NAME.fullmatch(name):
+            if _has_complete(root) or not _NAME.fullmatch(name):
                 return None
             folder, partial = root / name, root / f".tmp-{name}"
             shutil.rmtree(partial, ignore_errors=True)
@@ -101,3 +143,7 @@ class Mirror:
             message = f"cannot fetch a checkpoint from {self.address}: {error.strerror or error}"
             raise CheckpointError(message, "set checkpoint.mirror=null to go on without it") from error
         return folder
+
+
+def _has_complete(root: Path) -> bool:
+    return any(incomplete_because(folder) is None for folder in checkpoint_folders(root))

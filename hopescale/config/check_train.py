@@ -106,7 +106,25 @@ def recovery_has_an_effect(config: RunConfig, origins: Origins) -> Iterator[Prob
         yield Problem(f"{key}.then", message, hint="set checkpoint.every, or leave it at stop")
 
 
+def samples_are_written(config: RunConfig, origins: Origins) -> Iterator[Problem]:
+    """Samples belong to validations, and need a rank with the whole model."""
+    log, parallel = config.log, config.parallel
+    if not log.samples:
+        if set_keys(config, origins, "log.sample_tokens"):
+            yield Problem("log.sample_tokens", f"{log.sample_tokens} has no effect: log.samples is empty")
+        return
+    if config.train.validation.every is None:
+        message = "has no effect: samples are written at validations, and train.validation.every is null"
+        yield Problem("log.samples", message, hint="set train.validation.every, or leave it empty")
+    degrees = {"parallel.tp": parallel.tp, "parallel.pp": parallel.pp, "parallel.zero": parallel.zero}
+    for key, value in degrees.items():
+        if value is not None and value > (2 if key == "parallel.zero" else 1):
+            message = f"needs a rank that holds the whole model, but {key} is {value}"
+            yield Problem("log.samples", message, hint="leave it empty")
+
+
 CHECKS: tuple[Check, ...] = (
+    samples_are_written,
     recovery_has_an_effect,
     batch_is_whole_micro_batches,
     kept_checkpoints_are_written,

@@ -9,10 +9,11 @@ import yaml
 from hopescale.common.errors import ConfigError
 
 _OCTAL = re.compile(r"[-+]?0[0-7_]+")
+_SEXAGESIMAL = re.compile(r"[-+]?\d[\d_]*(:[0-5]?\d)+(\.[\d_]*)?")
 
 
 def refuse_odd_numbers(text: str) -> None:
-    """Refuse a YAML text with a plain `010`, which would be 8.
+    """Refuse a YAML text with a plain `010`, which would be 8, or `1:30`, which would be 90.
 
     Raises:
         ConfigError: With the number, and how to write it.
@@ -27,4 +28,8 @@ def refuse_odd_numbers(text: str) -> None:
             raise ConfigError(
                 f"{written} is {octal} to YAML, as a number that begins with 0",
                 f'write {decimal} or {octal}, or "{written}" for a text',
+            )
+        if _SEXAGESIMAL.fullmatch(written) and not isinstance(number := yaml.safe_load(written), str):
+            raise ConfigError(
+                f"{written} is {number} to YAML, as a number of base 60", f'write {number}, or "{written}" for a text'
             )

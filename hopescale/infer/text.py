@@ -8,7 +8,9 @@ from hopescale.common.errors import ConfigError
 from hopescale.data.tokenizer import Tokenizer
 
 
-def encode_prompt(prompt: str, tokenizer: Tokenizer | None, vocab_size: int, *, goes_on: bool = False) -> list[int]:
+def encode_prompt(
+    prompt: str, tokenizer: Tokenizer | None, vocab_size: int, *, goes_on: bool = False, key: str = "--prompt"
+) -> list[int]:
     """Turn a prompt into token ids.
 
     With a tokenizer the ids begin with its end-of-text token, as every document does in training. A model of synthetic
@@ -20,6 +22,7 @@ def encode_prompt(prompt: str, tokenizer: Tokenizer | None, vocab_size: int, *, 
         vocab_size: Vocabulary size of the model.
         goes_on: Whether a text has been read already, which the prompt goes on: it has no end-of-text token in front,
             and may be empty.
+        key: Option or key of the config that gave it, for messages.
 
     Raises:
         ConfigError: If ids are expected and something else is given, or an id is not in the vocabulary.
@@ -34,7 +37,7 @@ def encode_prompt(prompt: str, tokenizer: Tokenizer | None, vocab_size: int, *, 
         ids = []
     if not ids or not all(0 <= i < vocab_size for i in ids):
         raise ConfigError(
-            f"--prompt is {prompt!r}, but this model was trained on synthetic symbols and has no tokenizer",
+            f"{key} is {prompt!r}, but this model was trained on synthetic symbols and has no tokenizer",
             f"give symbols as numbers from 0 to {vocab_size - 1}, parted by spaces",
         )
     return ids

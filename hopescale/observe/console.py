@@ -40,6 +40,12 @@ def format_validation(
     return line if bits_per_byte is None else f"{line}  {bits_per_byte:.4f} bits/byte"
 
 
+def format_sample(step: int, total_steps: int, name: str, text: str, *, most: int = 200) -> str:
+    """Write the line of a sample, in quotes and cut: `step 100/300  sample/0  'Once upon a time'`."""
+    shown = text if len(text) <= most else f"{text[:most]}..."
+    return f"step {step}/{total_steps}  {name}  {shown!r}"
+
+
 def _short(value: float) -> str:
     return _scientific(value) if value and not 0.005 <= abs(value) < 1e5 else f"{value:.2f}"
 

@@ -104,7 +104,7 @@ class MetricsLog:
             _cut(path, -1 if resume_step is None else resume_step)
             self._file = path.open("a", encoding="utf-8")
         except OSError as error:
-            raise self._failure(error) from error
+            raise _failure(self.path, error) from error
 
     def log(self, step: int, tokens_seen: int, values: Mapping[str, float]) -> None:
         """Append a record: the values, the step, the tokens seen by the run so far, and the time in Unix seconds.
@@ -121,7 +121,7 @@ class MetricsLog:
             self._file.write(json.dumps({**head, **finite}, allow_nan=False) + "\n")
             self._file.flush()
         except OSError as error:
-            raise self._failure(error) from error
+            raise _failure(self.path, error) from error
 
     def close(self) -> None:
         """Close the file."""
@@ -129,9 +129,29 @@ class MetricsLog:
         with contextlib.suppress(OSError):
             self._file.close()
 
-    def _failure(self, error: OSError) -> HopescaleError:
-        hint = "free some space, then repeat the command to continue from the last checkpoint"
-        return HopescaleError(f"cannot write {self.path}: {error.strerror}", hint)
+
+class TextLog:
+    """Texts of a run, `samples.jsonl`: the step, a name and the text on each line. Arguments: those of `MetricsLog`."""
+
+    def __init__(self, path: Path, *, resume_step: int | None):
+        self.path = path
+        try:
+            _cut(path, -1 if resume_step is None else resume_step)
+        except OSError as error:
+            raise _failure(path, error) from error
+
+    def log(self, step: int, texts: Mapping[str, str]) -> None:
+        """Append texts, by name; the file is made with the first of them.
+
+        Raises:
+            HopescaleError: If the file cannot be written.
+        """
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                for name, text in texts.items():
+                    file.write(json.dumps({"step": step, "name": name, "text": text}) + "\n")
+        except OSError as error:
+            raise _failure(self.path, error) from error
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -156,6 +176,11 @@ def read_last(path: Path, num_bytes: int = 2**18) -> list[dict[str, Any]]:
     except OSError:
         return []
     return [record for line in lines[1 if start else 0 :] if (record := _parse(line)) is not None]
+
+
+def _failure(path: Path, error: OSError) -> HopescaleError:
+    hint = "free some space, then repeat the command to continue from the last checkpoint"
+    return HopescaleError(f"cannot write {path}: {error.strerror}", hint)
 
 
 def _records(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:

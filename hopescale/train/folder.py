@@ -18,7 +18,7 @@ from hopescale.config.fields import leaves
 from hopescale.config.record import write_record
 from hopescale.config.schema import RunConfig
 from hopescale.data.tokenizer import Tokenizer
-from hopescale.observe.metrics import MetricsLog
+from hopescale.observe.metrics import MetricsLog, TextLog
 from hopescale.observe.run_folder import require_own
 from hopescale.observe.run_status import OUTCOME
 from hopescale.observe.trackers import open_trackers
@@ -100,10 +100,14 @@ class Record:
     """
 
     def __init__(self, folder: RunFolder, config: RunConfig, *, resume_step: int | None):
-        self._path = folder.path / "metrics.jsonl"
-        self._metrics = MetricsLog(self._path, resume_step=resume_step)
+        self._folder = folder.path
+        self._open(resume_step)
         about = {"name": config.name, "config": leaves(config), "resume_step": resume_step}
         self._trackers = open_trackers(config.log.trackers, folder.path, **about)
+
+    def _open(self, resume_step: int | None) -> None:
+        self._metrics = MetricsLog(self._folder / "metrics.jsonl", resume_step=resume_step)
+        self._texts = TextLog(self._folder / "samples.jsonl", resume_step=resume_step)
 
     def __enter__(self) -> Record:
         return self
@@ -115,7 +119,7 @@ class Record:
     def go_back(self, step: int) -> None:
         """Drop the records of later steps: the run goes on from this one."""
         self._metrics.close()
-        self._metrics = MetricsLog(self._path, resume_step=step)
+        self._open(step)
         self._trackers.go_back(step)
 
     def log(
@@ -131,3 +135,8 @@ class Record:
         """
         self._metrics.log(step, tokens_seen, values)
         self._trackers.log(step, values, distributions)
+
+    def log_texts(self, step: int, texts: Mapping[str, str]) -> None:
+        """Write texts of a step by name, to `samples.jsonl` first."""
+        self._texts.log(step, texts)
+        self._trackers.log_texts(step, texts)

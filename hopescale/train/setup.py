@@ -162,8 +162,10 @@ def choose_checkpoint(folder: RunFolder, request: RunRequest) -> Path | None:
     resume = request.resume
     if isinstance(resume, Path):
         return find_checkpoint(resume)
-    if (mirror := request.loaded.config.checkpoint.mirror) is not None:
-        Mirror(mirror).fetch(folder.checkpoints)
+    settings = request.loaded.config.checkpoint
+    if settings.mirror is not None:
+        keep = {"keep_last": settings.keep_last, "keep_every": settings.keep_every}
+        Mirror(settings.mirror).begin(folder.checkpoints, **keep)
     latest = latest_checkpoint(folder.checkpoints)
     if resume == "never" and latest is not None:
         hint = "choose another --run-dir, or leave --resume out to continue it"

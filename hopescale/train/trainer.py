@@ -18,12 +18,13 @@ from hopescale.config.layout import Layout
 from hopescale.config.plan import make_plan
 from hopescale.data.loader import Batch, Share, prefetched
 from hopescale.engine import Engine, make_passes
-from hopescale.observe.console import format_validation
+from hopescale.observe.console import format_sample, format_validation
 from hopescale.train.folder import Record
 from hopescale.train.metrics import StepMetrics
 from hopescale.train.profile import StepProfiler
 from hopescale.train.recovery import Recovery
 from hopescale.train.replicas import check_replicas
+from hopescale.train.samples import Samples
 from hopescale.train.state import TrainState
 from hopescale.train.stop import StopRequest
 
@@ -63,6 +64,7 @@ class Trainer:
         passes = make_passes(state.slices, state.optimizer.backward, train.seq_len, device, segments=train.segments)
         self.engine = Engine(passes, state.optimizer, state.levels, device, self.share)
         self.metrics = StepMetrics(state, layout, device)
+        self.samples = Samples(self.config, layout, state.data.tokenizer)
         self.recovery = Recovery(state, checkpoints.folder, report)
         self.saved_step = state.step
         self.distributions: dict[str, Tensor] = {}
@@ -180,7 +182,7 @@ class Trainer:
         return self.validate() if is_due else {}
 
     def validate(self) -> dict[str, float]:
-        """Measure the held-out loss of every source that has held-out samples."""
+        """Measure the held-out loss of every source that has held-out samples, and write samples."""
         validation, data, metrics = self.config.train.validation, self.state.data, {}
         for name in data.validation_sets if validation.every is not None else ():
             batches = data.validation(name, validation.tokens, self.config.train.micro_batch_size)
@@ -190,7 +192,16 @@ class Trainer:
             self.report(
                 format_validation(self.state.step, self.config.train.steps, name, loss=loss, bits_per_byte=bits)
             )
+        if self.record is not None and validation.every is not None:
+            self._write_samples(self.record)
         return metrics
+
+    def _write_samples(self, record: Record) -> None:
+        texts = self.samples.write(self.state.slices[0])
+        for name, text in texts.items():
+            self.report(format_sample(self.state.step, self.config.train.steps, name, text))
+        if texts:
+            self._defer_failure(lambda: record.log_texts(self.state.step, texts))
 
     def log(self, metrics: dict[str, float]) -> None:
         """Record metrics of the present step, if there are any."""

@@ -8,7 +8,10 @@ from pathlib import Path
 import fsspec
 import pytest
 
+from hopescale.checkpoint.manifest import MANIFEST, Manifest, describe_file, to_json
+from hopescale.checkpoint.mirror import Mirror
 from hopescale.common import object_store
+from hopescale.common.errors import CheckpointError
 from hopescale.data.storage import publish
 from tests.integration.conftest import Run
 from tests.support.s3 import serve_bucket
@@ -51,7 +54,46 @@ def test_a_run_that_loses_its_folder_goes_on(hopescale, tiny, text_data: Path, b
     whole, found = Run(tmp_path / "whole").tensors(6), Run(tmp_path / "lost").tensors(6)
     assert whole.keys() == found.keys() and all(whole[name].equal(found[name]) for name in whole)
     names = object_store.ObjectStore(f"{bucket}/run").names()
-    assert names == ["latest", "step-00000006"]
+    assert names == ["latest", "run", "step-00000006"]
+
+
+@pytest.fixture
+def mirrored(tmp_path: Path):
+    """A folder with one complete checkpoint, its copy, and the arguments of a start."""
+    root = tmp_path / "checkpoints"
+    folder = root / "step-00000002"
+    folder.mkdir(parents=True)
+    (folder / "weights").write_bytes(b"abc")
+    manifest = Manifest({"step": 2}, {}, {}, files={"weights": describe_file(folder / "weights")})
+    (folder / MANIFEST).write_text(to_json(manifest))
+    (root / "latest").write_text("step-00000002\n")
+    mirror = Mirror("memory://bucket/run")
+    mirror.begin(root, keep_last=1, keep_every=None)
+    yield root, mirror, object_store.ObjectStore("memory://bucket/run")
+    fsspec.filesystem("memory").rm("/bucket", recursive=True)
+
+
+def test_a_copy_that_was_torn_is_sent_again(mirrored, caplog: pytest.LogCaptureFixture):
+    root, mirror, store = mirrored
+    assert store.names() == ["latest", "run", "step-00000002"], "no copy at all is one that is not whole"
+    mirror.begin(root, keep_last=1, keep_every=None)
+    assert "is sent again" not in caplog.text
+    store.write("latest", b"step-00000001\n")
+    fsspec.filesystem("memory").rm("/bucket/run/step-00000002/weights")
+    mirror.begin(root, keep_last=1, keep_every=None)
+    assert "step-00000002 is not whole at memory://bucket/run: it is sent again" in caplog.text
+    assert store.read("latest") == b"step-00000002\n" and store.read("step-00000002/weights") == b"abc"
+
+
+def test_an_address_belongs_to_one_run(mirrored, tmp_path: Path):
+    root, mirror, _ = mirrored
+    shutil.copytree(root, tmp_path / "other")
+    (tmp_path / "other" / "run").unlink()
+    with pytest.raises(CheckpointError, match="memory://bucket/run holds the checkpoints of another run"):
+        mirror.begin(tmp_path / "other", keep_last=1, keep_every=None)
+    mirror.begin(tmp_path / "lost", keep_last=1, keep_every=None)
+    assert (tmp_path / "lost" / "run").read_text() == (root / "run").read_text()
+    assert (tmp_path / "lost" / "step-00000002" / "weights").read_bytes() == b"abc"
 
 
 def test_a_store_that_does_not_answer_costs_a_warning_and_no_checkpoint(

@@ -103,6 +103,12 @@ class LogConfig:
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
     """Views that show the metrics. `tensorboard`: files in `tb/` of the run folder. `wandb`: Weights & Biases
     (`hopescale[wandb]`). `mlflow`: the server that `MLFLOW_TRACKING_URI` names (`hopescale[mlflow]`)."""
+    samples: tuple[str, ...] = ()
+    """Prompts that the model goes on with greedily at each validation, into `samples.jsonl` and the trackers. Without a
+    tokenizer a prompt is numbers, as in "3 1 4". The first rank writes; it must hold the whole model (not with
+    `parallel.tp`, `parallel.pp` or `parallel.zero: 3`)."""
+    sample_tokens: Count = 40
+    """Most tokens of a sample. Only with `samples`."""
 
 
 @dataclass(frozen=True)
