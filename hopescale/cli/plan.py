@@ -20,7 +20,7 @@ from hopescale.cost.hardware import planned_device
 from hopescale.cost.holdings import Holdings
 from hopescale.cost.report import make_report
 from hopescale.cost.search import MOST_RANKS, best_choices
-from hopescale.scaling.law import read_law
+from hopescale.scaling.law import read_doubt, read_law
 from hopescale.scaling.sizes import best_size
 
 Name = Literal["A100", "H100", "H200", "B200", "cpu"]
@@ -99,4 +99,5 @@ def _show_size(recipe: str, overrides: list[str], flops: int, law: str, json: bo
         name, series = law.rsplit(":", 1)
         path = Path(name)
     found: dict[str, Any] = best_size(recipe, overrides, flops, read_law(path, series))
+    found["doubt"] = read_doubt(path, series)
     typer.echo(to_json.dumps(found, indent=2) if json else view.size(found, recipe), nl=json)

@@ -218,6 +218,7 @@ def size(found: Mapping[str, Any], recipe: str) -> str:
         f"{format_count(found['tokens'])} tokens: predicted loss {found['loss']:.4f} nats\n"
         f"  {format_count(found['flops_per_token'])} FLOPs per token, counted for this size\n"
         f"  {recipe} {settings}\n"
+        + (f"note: the law is in doubt, and this size with it: {found['doubt']}\n" if found["doubt"] else "")
     )
 
 

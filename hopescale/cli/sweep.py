@@ -215,6 +215,7 @@ app.command()(laws.fit)
 app.command()(laws.plot)
 app.command()(law_checks.rollout)
 app.command()(law_checks.rates)
+app.command("next")(law_checks.propose_next)
 
 
 def _read(path: Path, sweep_dir: Path | None = None) -> tuple[Sweep, list[Trial], Path]:

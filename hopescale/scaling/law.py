@@ -98,6 +98,22 @@ def read_law(path: Path, series: str | None = None) -> Law:
     Raises:
         DataError: If the file is missing, is no JSON, lacks a number, or holds several series and none is chosen.
     """
+    return _read_numbers(_content(path, series), path)
+
+
+def read_doubt(path: Path, series: str | None = None) -> str | None:
+    """Read why the law of a file that `read_law` has read tells no best size; None where none is said.
+
+    Args:
+        path: File of the law.
+        series: Name of the series; may be left out where there is one.
+    """
+    doubt = _content(path, series).get("doubt")
+    return doubt if isinstance(doubt, str) and doubt else None
+
+
+def _content(path: Path, series: str | None) -> Any:
+    """Return the object of one law, whatever it holds."""
     try:
         content = json.loads(path.read_text())
     except OSError as error:
@@ -105,10 +121,10 @@ def read_law(path: Path, series: str | None = None) -> Law:
     except ValueError as error:
         raise DataError(f"{path} is not JSON: {error}", _HINT) from error
     if isinstance(content, dict) and isinstance(content.get("series"), dict):
-        content = _one_series(content["series"], series, path)
-    elif series is not None:
+        return _one_series(content["series"], series, path)
+    if series is not None:
         raise DataError(f"{path} holds one law without a name, but series {series} is asked for", "leave it out")
-    return _read_numbers(content, path)
+    return content
 
 
 _HINT = "write one with: hopescale sweep fit SWEEP, or give a JSON object with E, A, alpha, B and beta"

@@ -3,14 +3,17 @@
 The reweighted fits are a sample of what the law may be. In it the answer to a question and the loss that each possible
 run would have vary together, and the more they do, the more the run would tell: with `c` their covariance, `v` the
 variance of that loss and `s` the noise of a run, seeing it takes `c^2 / (v + s^2)` off the answer's variance. Runs are
-chosen one after the other, each time the one that takes off most for its FLOPs, with what the chosen ones tell counted.
+chosen one after the other, with what the chosen ones tell counted: once those that take off most, and once those that
+take off most for their FLOPs. The better of both designs is proposed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import numpy as np
 
@@ -19,7 +22,9 @@ from hopescale.common.units import format_count
 from hopescale.scaling.analysis import Analysis, SeriesAnalysis
 from hopescale.scaling.bootstrap import Interval
 from hopescale.scaling.law import Law
+from hopescale.scaling.points import Table
 from hopescale.scaling.prediction import residual_noise
+from hopescale.scaling.rates import RateLaw, fit_rates, read_tuned
 
 Question = Literal["exponent", "size", "loss", "multiplier"]
 """`exponent`: `a` of the best `N ~ C^a`. `size`: the best size for a budget. `loss`: the least loss for it.
@@ -31,7 +36,8 @@ DECAY = 0.2
 _SIZES, _HORIZONS = 9, 9
 _BEYOND = 2.0
 _FARTHEST = 1e6
-_Z = 1.96
+"""Multipliers beyond this, either way, count as this."""
+_LEAST_GAIN = 1e-3
 
 
 @dataclass(frozen=True)
@@ -102,7 +108,8 @@ def propose(
     )
     noise = np.array([float(np.var(residual_noise(parts[run[0]].fit.residuals))) for run in candidates])
     covariance = np.cov(np.concatenate([answers[None], losses]))
-    chosen, lefts = _choose(covariance, noise, candidates, budget, branch, most)
+    both = [_choose(covariance, noise, candidates, budget, branch, most, thrifty=thrifty) for thrifty in (False, True)]
+    chosen, lefts = min(both, key=lambda found: found[1][-1] if found[1] else 1.0)
     value = float(answer([part.fit.law for part in parts.values()]))
     before = Interval.of(answers)
     share = lefts[-1] if lefts else 1.0
@@ -113,8 +120,36 @@ def propose(
     return Proposal(question, flops, float(back(value)), before.map(back), after.map(back), runs, spent)
 
 
-def describe_proposal(proposal: Proposal) -> list[str]:
-    """Return lines that tell a person which runs to make and what they would tell."""
+def best_settings(table: Table) -> dict[str, Callable[[float, float], str]]:
+    """Return functions that write the best rate and batch for a size and tokens, of the series that tell them.
+
+    Where no batch is the best, the rate is for the middle of those that were run.
+    """
+    found: dict[str, Callable[[float, float], str]] = {}
+    try:
+        tuned = read_tuned(table)
+    except DataError:
+        return found
+    for name, runs in tuned.items():
+        with suppress(DataError):
+            found[name] = partial(_settings, fit_rates(runs), float(np.median(runs.batch)))
+    return found
+
+
+def _settings(law: RateLaw, usual_batch: float, params: float, tokens: float) -> str:
+    one = np.ones(1)
+    batch = float(law.batch(params * one, tokens * one, one)[0]) if law.batch else usual_batch
+    lr = float(law.lr(params * one, tokens * one, batch * one)[0])
+    return f", lr {lr:.3g}" + (f", batch {batch:.3g}" if law.batch or usual_batch > 1 else "")
+
+
+def describe_proposal(proposal: Proposal, settings: Mapping[str, Callable[[float, float], str]]) -> list[str]:
+    """Return lines that tell a person which runs to make and what they would tell.
+
+    Args:
+        proposal: Runs.
+        settings: Functions of `best_settings`, by series.
+    """
     what = {
         "exponent": "a of the best size N ~ C^a",
         "size": f"the best size for {proposal.flops:.3g} FLOPs",
@@ -125,11 +160,17 @@ def describe_proposal(proposal: Proposal) -> list[str]:
     before, after = (f"{write(one.low)} to {write(one.high)}" for one in (proposal.before, proposal.after))
     lines = [f"{what}: {write(proposal.value)} ({before})"]
     for run in proposal.runs:
-        lines.append(
-            f"  {run.series}: N {format_count(run.params)}, D {format_count(run.tokens)}, {run.flops:.3g} FLOPs: "
-            f"{100 * run.left:.0f} % of the interval is left"
-        )
+        tuned = settings[run.series](run.params, run.tokens) if run.series in settings else ""
+        size = f"N {format_count(run.params)}, D {format_count(run.tokens)}{tuned}"
+        left = f"{100 * run.left:.0f} % of the interval is left"
+        lines.append(f"  {run.series}: {size}, {run.flops:.3g} FLOPs: {left}")
     return [*lines, f"  with these, for {proposal.spent:.3g} FLOPs, about {after}"]
+
+
+def proposal_json(proposal: Proposal) -> dict[str, Any]:
+    """Return a proposal as JSON has it."""
+    intervals = {"before": vars(proposal.before), "after": vars(proposal.after)}
+    return {**vars(proposal), **intervals, "runs": [vars(run) for run in proposal.runs]}
 
 
 def _series_of(analysis: Analysis, question: Question, series: str | None) -> tuple[str, dict[str, SeriesAnalysis]]:
@@ -194,8 +235,13 @@ def _choose(
     budget: float,
     branch: bool,
     most: int,
+    *,
+    thrifty: bool,
 ) -> tuple[list[int], list[float]]:
-    """Choose runs one after the other; return their places, and the part of the answer's deviation left after each."""
+    """Choose runs one after the other; return their places, and the part of the answer's deviation left after each.
+
+    `thrifty` weighs what a run tells by its FLOPs. No run is chosen twice.
+    """
     covariance, start = covariance.copy(), max(float(covariance[0, 0]), 1e-300)
     chosen: list[int] = []
     lefts: list[float] = []
@@ -204,8 +250,9 @@ def _choose(
         gains = covariance[0, 1:] ** 2 / (np.diag(covariance)[1:] + noise)
         costs = np.array([_spent([candidates[place] for place in [*chosen, new]], branch) for new in range(len(noise))])
         more = np.maximum(costs - spent, 1e-12 * budget)
-        worth = np.where(costs <= budget, gains / more, -1.0)
-        worth[gains < 1e-3 * start] = -1.0
+        worth = np.where(costs <= budget, gains / more if thrifty else gains, -1.0)
+        worth[gains < _LEAST_GAIN * start] = -1.0
+        worth[chosen] = -1.0
         best = int(np.argmax(worth))
         if worth[best] <= 0:
             break

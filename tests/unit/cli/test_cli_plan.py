@@ -109,6 +109,15 @@ def test_the_best_size_of_a_budget(capsys, tmp_path: Path):
         assert numbers(capsys, "hope_170m", *settings)["parameters"]["by_part"]["total"] == found["parameters"]
 
 
+def test_a_law_in_doubt_is_said(tmp_path: Path, capsys):
+    law, numbers_of = tmp_path / "law.json", {"E": 1.8, "A": 480.0, "alpha": 0.35, "B": 2100.0, "beta": 0.37}
+    law.write_text(json.dumps({"series": {"a": {**numbers_of, "doubt": "the runs do not determine alpha"}}}))
+    _, out, _ = run(capsys, "hope_170m", "--flops", "1e19", "--law", str(law))
+    assert "note: the law is in doubt, and this size with it: the runs do not determine alpha" in out
+    law.write_text(json.dumps(numbers_of))
+    assert "doubt" not in run(capsys, "hope_170m", "--flops", "1e19", "--law", str(law))[1]
+
+
 def test_a_budget_of_no_step_is_refused(capsys, tmp_path: Path):
     law = tmp_path / "law.json"
     law.write_text(json.dumps({"E": 1.8, "A": 480.0, "alpha": 0.35, "B": 2100.0, "beta": 0.37}))
