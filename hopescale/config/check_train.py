@@ -123,11 +123,24 @@ def samples_are_written(config: RunConfig, origins: Origins) -> Iterator[Problem
             yield Problem("log.samples", message, hint="leave it empty")
 
 
+def memory_is_used(config: RunConfig, origins: Origins) -> Iterator[Problem]:
+    """Checkpoints in memory lie between those on disk."""
+    memory, every = config.checkpoint.memory, config.checkpoint.every
+    key = "checkpoint.memory"
+    if memory.every is None:
+        for name in set_keys(config, origins, f"{key}.folder"):
+            yield Problem(name, f"has no effect: {key}.every is null", hint="leave it out")
+    elif every is not None and memory.every >= every:
+        message = f"{memory.every} is not below checkpoint.every = {every}: the disk has every step"
+        yield Problem(f"{key}.every", message, hint="save to memory more often, or leave it null")
+
+
 CHECKS: tuple[Check, ...] = (
     samples_are_written,
     recovery_has_an_effect,
     batch_is_whole_micro_batches,
     kept_checkpoints_are_written,
+    memory_is_used,
     backend_can_run,
     kernels_can_have_a_precision,
     chunks_can_be_compiled_or_reversed,

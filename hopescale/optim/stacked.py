@@ -39,7 +39,7 @@ class StackedOptimizer(torch.optim.Optimizer):
     Args:
         params: Parameters `[..., R, C]`, or torch's parameter groups.
         lr: Learning rate.
-        blocks: What of a parameter with `parts` is a matrix: the whole `matrix`, `projections` or `heads`. Only with
+        blocks: Matrices of a parameter with `parts`: the whole `matrix`, `projections` or `heads`. Only with
             rules whose state has the shape of the parameter.
         settings: Other keyword-only arguments of `rule`, whose defaults hold here too.
 

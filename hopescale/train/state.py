@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from hopescale.checkpoint.load import load_into
 from hopescale.checkpoint.manifest import Manifest, TensorEntry, fingerprint, read_manifest
+from hopescale.checkpoint.save import flatten
 from hopescale.config.load import to_dict
 from hopescale.config.schema import RunConfig
 from hopescale.data.loader import Data
@@ -174,6 +175,27 @@ class TrainState:
         """Return fingerprints of what a run keeps for life."""
         return {"model": fingerprint(self._config_tree["model"]), "data": self.data.fingerprint}
 
+    def own_tensors(self) -> dict[str, Tensor]:
+        """Return what this rank alone needs to continue on the same layout, flat. Called by all ranks."""
+        kinds = {
+            "model": self.optimizer.weights(),
+            "optimizer": self.optimizer.state_dict(),
+            "sums": self.optimizer.sums(),
+            "generators": self._generators(),
+        }
+        return flatten(kinds)
+
+    def continue_from(self, tensors: Mapping[str, Tensor], manifest: Manifest) -> None:
+        """Take over what `own_tensors` returned on this rank, and the numbers beside it. Called by all ranks."""
+        kinds: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "sums": {}, "generators": {}}
+        for name, tensor in tensors.items():
+            kind, _, rest = name.partition(".")
+            kinds[kind][rest] = tensor
+        self.optimizer.load(kinds["model"], kinds["optimizer"])
+        self.optimizer.load_sums(kinds["sums"])
+        # torch takes the state of a generator from the start of its storage, whatever the tensor is a view of.
+        self._continue(manifest, {name: tensor.clone() for name, tensor in kinds["generators"].items()})
+
     def begin_from(self, folder: Path) -> None:
         """Take the weights of a checkpoint of any layout and of an equal model. Called by all ranks.
 
@@ -216,6 +238,9 @@ class TrainState:
             key, _, _ = name.rpartition(".accumulator.")
             totals[key] = totals[key] + part if key in totals else part
         self.optimizer.load_sums(totals)
+        self._continue(manifest, generators)
+
+    def _continue(self, manifest: Manifest, generators: Mapping[str, Tensor]) -> None:
         if "cpu" in generators:
             torch.set_rng_state(generators["cpu"])
         if "cuda" in generators and next(iter(self.parameters.values())).is_cuda:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hopescale.checkpoint.manager import CheckpointManager
+from hopescale.checkpoint.memory import MemoryCheckpoints
 from hopescale.common.errors import CheckpointError, DataError, DivergedError, HopescaleError
 from hopescale.config.layout import Layout
 from hopescale.config.plan import make_plan
@@ -42,6 +43,7 @@ class Trainer:
         device: Device of this rank.
         report: Function that takes each line meant for a person.
         profiler: Profiler that is told of each step; None records none.
+        memory: Checkpoints in memory; None keeps none.
     """
 
     def __init__(
@@ -53,8 +55,9 @@ class Trainer:
         device: torch.device,
         report: Callable[[str], None],
         profiler: StepProfiler | None = None,
+        memory: MemoryCheckpoints | None = None,
     ):
-        self.profiler = profiler
+        self.profiler, self.memory = profiler, memory
         self.state, self.config, self.mesh = state, state.config, state.mesh
         self.control, self.plan = state.mesh.control, make_plan(state.config, layout)
         self.layout, self.device = layout, device
@@ -113,10 +116,13 @@ class Trainer:
                 if self._is_asked or self.state.step == last_step:
                     signal = self.control.agree(stop.reason, self.failure)
             self._save_at_end()
+            self._drop_memory()
         except HopescaleError as error:
             if isinstance(error, DivergedError):  # found by all ranks at once
                 error.repeated = not self.control.is_first
             self._save_after(error)
+            if isinstance(error, DivergedError | DataError):
+                self._drop_memory()
             raise
         finally:
             self._batches.close()
@@ -219,24 +225,32 @@ class Trainer:
         step, is_good = self.state.step, self.state.watch.in_a_row == 0
         if self.checkpoints.must_keep(step) or (is_good and self.checkpoints.due(step, self.config.train.steps)):
             self._save()
+        if is_good and self.memory is not None and self.memory.due(step):
+            self.memory.save(step, self.state.own_tensors(), self.state.manifest())
         self._defer_failure(self.checkpoints.poll)
 
     def _go_back(self) -> None:
         """Continue from a checkpoint from before the last bad steps, and save there what the run has changed."""
         self.checkpoints.wait()
         self.recovery.go_back()
-        self._save()
+        self._drop_memory()
+        self.save()
         self.metrics = StepMetrics(self.state, self.layout, self.device)
         if self.record is not None:
             self._defer_failure(lambda: self.record.go_back(self.state.step))
 
-    def _save(self) -> None:
+    def save(self) -> None:
+        """Save the state to disk."""
         self.checkpoints.save(self.state.step, self.state.tensors(), self.state.manifest())
         self.saved_step = self.state.step
 
+    def _drop_memory(self) -> None:
+        if self.memory is not None:
+            self.memory.clear()
+
     def _save_at_end(self) -> None:
         if self.saved_step != self.state.step:
-            self._save()
+            self.save()
         self.checkpoints.wait()
 
     def _save_after(self, error: HopescaleError) -> None:

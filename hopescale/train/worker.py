@@ -24,6 +24,7 @@ from hopescale.parallel.mesh import Mesh
 from hopescale.train.compiler import choose_backends
 from hopescale.train.device_memory import memory_errors_explained, tight_memory
 from hopescale.train.folder import Record, RunFolder
+from hopescale.train.in_memory import continue_from_memory, open_memory
 from hopescale.train.profile import StepProfiler
 from hopescale.train.request import RunRequest
 from hopescale.train.setup import Report, begin_from, build_state, choose_checkpoint, open_checkpoints, restore
@@ -79,21 +80,28 @@ def train_on(
     with ExitStack() as stack, memory_errors_explained(config), _reported_once(control):
         _open_on_first(control, stack, lambda: folder)
         checkpoint = control.broadcast_from_rank0(lambda: choose_checkpoint(folder, request))
-        if checkpoint is not None:
+        memory = open_memory(state, folder.checkpoints)
+        is_latest = request.resume in ("auto", "must") and not request.reset_optimizer
+        from_memory = is_latest and memory is not None and continue_from_memory(state, memory, checkpoint, report)
+        if memory is not None and not from_memory:
+            memory.clear()  # of a course of the run that is given up, or of none
+        if checkpoint is not None and not from_memory:
             restore(state, checkpoint, request, report)
-        elif request.init is not None:
+        elif request.init is not None and not from_memory:
             begin_from(state, control.broadcast_from_rank0(lambda: find_checkpoint(request.init)), report)
         table = group_table(state.optimizer.groups, state.sizes, state.optimizer.peak_rates())
         control.broadcast_from_rank0(lambda: folder.describe(request, table))
         checkpoints = open_checkpoints(folder, state)
         for line in _introduction(state, request, device):
             report(line)
-        resume_step = None if checkpoint is None else state.step
+        resume_step = None if checkpoint is None and not from_memory else state.step
         record = _open_on_first(control, stack, lambda: Record(folder, config, resume_step=resume_step))
         profiler = None
         if request.profile is not None and control.is_first:
             profiler = stack.enter_context(StepProfiler(folder.path / "profile", request.profile, device, report))
-        trainer = Trainer(state, request.layout, checkpoints, record, device, report, profiler)
+        trainer = Trainer(state, request.layout, checkpoints, record, device, report, profiler, memory)
+        if from_memory:
+            trainer.save()
         reason = trainer.run(request.last_step, stop)
         outcome = f"{_outcome(state.step, config, reason)} at step {state.step} of {config.train.steps}"
         control.broadcast_from_rank0(lambda: folder.note_outcome(outcome))

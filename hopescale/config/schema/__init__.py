@@ -21,6 +21,7 @@ from hopescale.config.schema.optim import ScheduleConfig as ScheduleConfig
 from hopescale.config.schema.run import CheckpointConfig as CheckpointConfig
 from hopescale.config.schema.run import DataConfig as DataConfig
 from hopescale.config.schema.run import LogConfig as LogConfig
+from hopescale.config.schema.run import MemoryCheckpointConfig as MemoryCheckpointConfig
 from hopescale.config.schema.run import ParallelConfig as ParallelConfig
 from hopescale.config.schema.run import RecoveryConfig as RecoveryConfig
 from hopescale.config.schema.run import RunConfig as RunConfig

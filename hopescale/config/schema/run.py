@@ -75,6 +75,17 @@ class ValidationConfig:
 
 
 @dataclass(frozen=True)
+class MemoryCheckpointConfig:
+    """Checkpoints in the memory of the nodes, from which a start after a failure continues."""
+
+    every: Count | None = None
+    """Steps between two of them, fewer than `checkpoint.every`; null keeps none. Each takes the time of a copy, and up
+    to four times the state of a node's ranks in its memory while it is made."""
+    folder: str = "/dev/shm"
+    """Folder in memory, on every node, that outlives a rank's process. Only with `every`."""
+
+
+@dataclass(frozen=True)
 class CheckpointConfig:
     """When the state of the run is saved and what is kept. The last step and a stop are always saved."""
 
@@ -91,6 +102,8 @@ class CheckpointConfig:
     mirror: str | None = None
     """Address of the run's own on an object store (`s3://bucket/runs/mine`) to which every checkpoint is copied, and
     from which a run folder without a complete one continues; null keeps them in the run folder alone."""
+    memory: MemoryCheckpointConfig = field(default_factory=MemoryCheckpointConfig)
+    """Checkpoints in the memory of the nodes."""
 
 
 @dataclass(frozen=True)

@@ -153,6 +153,8 @@ BROKEN = [
     (["train.global_batch_tokens=100"], "train.global_batch_tokens", "32 * 2 = 64"),
     (["checkpoint.every=null", "checkpoint.keep_every=5"], "checkpoint.keep_every", "checkpoint.every is null"),
     (["checkpoint.every=10", "checkpoint.keep_every=15"], "checkpoint.keep_every", "not a multiple"),
+    (["checkpoint.every=10", "checkpoint.memory.every=10"], "checkpoint.memory.every", "10 is not below"),
+    (["checkpoint.memory.folder=/tmp"], "checkpoint.memory.folder", "checkpoint.memory.every is null"),
 ]  # fmt: skip
 
 
@@ -182,6 +184,7 @@ def problems_of(recipe, *overrides):
         ["data.sources.main={path: null, synthetic: {num_symbols: 126}}"],
         ["optim.schedule={name: wsd, warmup_steps: 50, decay_fraction: 0.5}"],
         ["checkpoint.every=10", "checkpoint.keep_every=30"],
+        ["checkpoint.every=null", "checkpoint.memory={every: 10, folder: /tmp}"],
         ["optim.groups.no_decay=null"],
         ["optim.accumulate=mean"],
         [ATTENTION, "train.recompute=memory", "parallel.zero=3"],

@@ -1,0 +1,53 @@
+"""The checkpoints of a run in the memory of its nodes: opened, and continued from after a failure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from hopescale.checkpoint.manifest import Manifest, fingerprint, step_of
+from hopescale.checkpoint.memory import MemoryCheckpoints, run_name
+from hopescale.checkpoint.save import dtype_name
+from hopescale.train.state import TrainState
+
+
+def open_memory(state: TrainState, checkpoints: Path) -> MemoryCheckpoints | None:
+    """Open the run's checkpoints in memory; None if it keeps none. Called by all ranks."""
+    settings, mesh = state.config.checkpoint.memory, state.mesh
+    if settings.every is None:
+        return None
+    name = mesh.control.broadcast_from_rank0(lambda: run_name(checkpoints))
+    return MemoryCheckpoints(settings, name, mesh.control_group)
+
+
+def continue_from_memory(
+    state: TrainState, memory: MemoryCheckpoints, on_disk: Path | None, report: Callable[[str], None]
+) -> bool:
+    """Continue from memory if that is later than the checkpoint on disk, and return whether. Called by all ranks.
+
+    What does not fit is not used: parts of another config or layout, and what some rank does not have whole.
+    """
+    own, shapes = _fingerprint(state.manifest()), _shapes(state.own_tensors())
+
+    def misfit(tensors: Mapping[str, Tensor], manifest: Manifest) -> str | None:
+        if _fingerprint(manifest) != own:
+            return "the config or the data has changed since"
+        return None if _shapes(tensors) == shapes else "it is of another layout"
+
+    part = memory.load(misfit, after=-1 if on_disk is None else step_of(on_disk))
+    if part is None:
+        return False
+    state.continue_from(*part)
+    where = "there is none on disk" if on_disk is None else f"on disk there is {on_disk.name}"
+    report(f"resumed from the memory of the nodes at step {state.step}; {where}")
+    return True
+
+
+def _fingerprint(manifest: Manifest) -> str:
+    return fingerprint([manifest.config, manifest.identity])
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    return {name: (dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()}
