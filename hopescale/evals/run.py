@@ -16,6 +16,7 @@ from hopescale.config.model_shape import sees_all
 from hopescale.config.schema import DataConfig, SourceConfig, SuiteConfig
 from hopescale.data.loader import Data, open_data
 from hopescale.engine.schedule import Loop
+from hopescale.engine.segments import Segments
 from hopescale.engine.step import num_targets
 from hopescale.evals.distribute import distribute
 from hopescale.evals.positions import measure_positions, open_rows
@@ -144,7 +145,7 @@ def _held_out_loss(loaded: LoadedModel, data: Data, control: Control) -> list[Ta
     on one process logs, whatever the number of ranks here.
     """
     train, device = loaded.config.train, next(loaded.model.parameters()).device
-    passes = Loop(loaded.model, Tensor.backward, device)
+    passes = Loop(loaded.model, Tensor.backward, Segments(loaded.model.mesh, train.segments), device)
     results = []
     for name in data.validation_sets:
         batches = list(data.validation(name, train.validation.tokens, train.micro_batch_size))
