@@ -31,6 +31,7 @@ FOUR = {
         *("parallel.cp=2", "parallel.tp=2", "parallel.sequence_parallel=true"),
         *("train.segments=2", "train.recompute=memory"),
     ),
+    "tp2 x pp2, two segments": ("parallel.tp=2", "parallel.pp=2", "train.segments=2"),
     "cp2 x pp2, block recomputed": ("parallel.cp=2", "parallel.pp=2", "train.recompute=block"),
     "cp2 x dp2, zero 1": ("parallel.cp=2", "parallel.zero=1"),
     "cp4": ("parallel.cp=4",),
