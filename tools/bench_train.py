@@ -105,7 +105,9 @@ def train(config: RunConfig) -> Iterator[Step]:
     """Take the steps of a run."""
     device, mesh = choose_device(config.train.device, "train.device"), Mesh.alone()
     state = build_state(config, make_layout(config, 1), mesh, device)
-    passes = make_passes(state.slices, state.optimizer.backward, config.train.seq_len, device)
+    passes = make_passes(
+        state.slices, state.optimizer.backward, config.train.seq_len, device, segments=config.train.segments
+    )
     engine = Engine(passes, state.optimizer, state.levels, device)
     micro, count = config.train.micro_batch_size, make_plan(config).global_batch_size
     indices = (range(start, start + micro) for start in range(0, config.train.steps * count, micro))

@@ -42,6 +42,7 @@ def report(found: Mapping[str, Any]) -> str:
 
 def _degrees(layout: Mapping[str, Any]) -> str:
     text = f"dp {layout['dp']}, tp {layout['tp']}, pp {layout['pp']}"
+    text = f"cp {layout['cp']}, {text}" if layout["cp"] > 1 else text
     text += f" x {layout['virtual_stages']} slices" if layout["virtual_stages"] > 1 else ""
     text += ", sequence parallel" if layout["sequence_parallel"] else ""
     return text + (f", zero {layout['zero']}" if layout["zero"] else "")

@@ -1,4 +1,4 @@
-"""Checks of how sequences are cut into pieces, over ranks (`parallel.cp`) and one after the other (`train.segments`)."""
+"""Checks of the pieces of sequences, over ranks (`parallel.cp`) and one after the other (`train.segments`)."""
 
 from __future__ import annotations
 
@@ -23,17 +23,15 @@ def sequences_are_cut_into_whole_chunks(config: RunConfig, origins: Origins) -> 
     pieces, seq_len = pieces_of_sequence(config), config.train.seq_len
     if config.parallel.cp < 1 or config.train.segments < 1 or pieces == 1:
         return
-    product = f"{_names(config)} = {pieces}"
+    product = _names(config)
     if leaves_rest(seq_len, pieces):
         yield Problem("train.seq_len", f"{seq_len} is not a multiple of {product}", hint="change either")
         return
     for name, mixer in config.model.mixers.items():
         chunk = _chunk(mixer)
         if leaves_rest(seq_len // pieces, chunk):
-            message = (
-                f"{seq_len} / ({product}) = {seq_len // pieces} tokens of a piece are no whole chunks of {chunk} tokens "
-                f"of model.mixers.{name}"
-            )
+            size = f"{seq_len} / ({product}) = {seq_len // pieces} tokens of a piece"
+            message = f"{size} are no whole chunks of {chunk} tokens of model.mixers.{name}"
             hint = f"make it a multiple of {pieces} * {chunk} = {pieces * chunk}, or cut it into fewer pieces"
             yield Problem("train.seq_len", message, hint=hint)
     tp = config.parallel.tp or 1
@@ -63,10 +61,11 @@ def what_is_carried_can_be_handed_on(config: RunConfig, origins: Origins) -> Ite
 
 
 def _names(config: RunConfig) -> str:
-    """Name the keys that cut sequences, with their values."""
+    """Name the keys that cut sequences, with their values and product."""
     degrees = {"parallel.cp": config.parallel.cp, "train.segments": config.train.segments}
     several = {key: value for key, value in degrees.items() if value > 1}
-    return f"{' * '.join(several)} = {' * '.join(map(str, several.values()))}"
+    product = f"{' * '.join(several)} = {' * '.join(map(str, several.values()))}"
+    return product if len(several) == 1 else f"{product} = {pieces_of_sequence(config)}"
 
 
 def _chunk(mixer: MixerConfig) -> int:

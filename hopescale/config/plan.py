@@ -23,6 +23,7 @@ class RunPlan:
     dp: int
     tp: int
     pp: int
+    cp: int
     global_batch_size: int
     """Sequences per optimizer step."""
     grad_accumulation: int
@@ -52,6 +53,7 @@ def make_plan(config: RunConfig, layout: Layout | None = None) -> RunPlan:
         dp=layout.dp,
         tp=layout.tp,
         pp=layout.pp,
+        cp=layout.cp,
         global_batch_size=global_batch_size,
         grad_accumulation=global_batch_size // (train.micro_batch_size * layout.dp),
         total_tokens=train.steps * train.global_batch_tokens,

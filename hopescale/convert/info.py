@@ -43,7 +43,8 @@ def describe(path: Path) -> dict[str, str]:
     manifest = read_manifest(folder)
     ranks = len({name.split("_")[2] for name in manifest.files if name.endswith(".distcp")})
     config = from_dict(manifest.config, str(folder))
-    degrees = ", ".join(f"{axis} {getattr(config.parallel, axis) or 'open'}" for axis in ("dp", "tp", "pp"))
+    axes = ("dp", "tp", "pp", *["cp"] * (config.parallel.cp > 1))
+    degrees = ", ".join(f"{axis} {getattr(config.parallel, axis) or 'open'}" for axis in axes)
     rows = {
         "kind": f"checkpoint {folder}",
         "layout": f"saved by {ranks} rank{'s' if ranks > 1 else ''} ({degrees}, zero {config.parallel.zero}); fits any",

@@ -65,11 +65,12 @@ def handed_on(config: RunConfig, layout: Layout, blocks: list[int]) -> float:
 def kept_between_pieces(config: RunConfig, layout: Layout, blocks: list[int]) -> float:
     """Return the bytes of the states that a rank keeps in a micro batch: those that its pieces begin with.
 
-    With several pieces on each of several ranks, as many more are on their way.
+    With several pieces on each of several ranks, as many more are on their way. On one rank, the weights stay that the
+    last chunk began with: half as much again.
     """
     train, pieces = config.train, layout.cp * config.train.segments
     size, last = train.seq_len // pieces, layout.cp - 1
     places = [place for place in range(last, pieces, layout.cp) if place]
-    several = 2 if layout.cp > 1 and train.segments > 1 else 1
+    several = 1.5 if layout.cp == 1 else 2 if train.segments > 1 else 1
     mixers = [mixer_of_block(config.model, number) for number in blocks]
     return several * sum(carried_bytes(config, mixer, place * size) for mixer in mixers for place in places) / layout.tp

@@ -115,7 +115,7 @@ def device_memory_of_stage(
     if layout.virtual_stages > 1:
         waiting = 2 * (layout.pp - stage - 1) + (layout.virtual_stages - 1) * layout.pp + 1
     if layout.pp == 1 and layout.cp > 1:
-        waiting = 2  # the next is begun before the first turns back
+        waiting = 2  # two are begun before the first turns back
     in_flight = min(waiting, make_plan(config, layout).grad_accumulation * layout.virtual_stages)
     moments = _moments(config, layout, holding, slices, in_flight)
     name = max(moments, key=lambda name: sum(moments[name].values()))

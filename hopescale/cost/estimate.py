@@ -111,7 +111,8 @@ class Estimator:
         train, micro_batches = config.train, make_plan(config, layout).grad_accumulation
         busiest = max(self._stage_s(config, layout, stage) for stage in {0, layout.pp - 1})
         waits = (layout.pp - 1) / layout.virtual_stages
-        in_ring = (layout.cp - 1) / (train.segments * config.model.num_layers / layout.pp)
+        # Ranks that share sequences wait for the first state, and for the last gradient, once for two micro batches.
+        in_ring = -(-micro_batches // 2) * (layout.cp - 1) * layout.pp / (train.segments * config.model.num_layers)
         sends = 2 * layout.virtual_stages * micro_batches if layout.pp > 1 else 0
         parts = layout.tp if layout.sequence_parallel else 1
         seconds = (

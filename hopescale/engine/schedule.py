@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -14,6 +13,9 @@ from hopescale.engine.segments import Segments
 from hopescale.models import Model
 
 Probe = dict[str, Tensor]
+IN_FLIGHT = 2
+"""Micro batches that ranks which share sequences begin before they turn back: they wait for one another once for all of
+them, and keep the activations of all."""
 
 
 class Passes(Protocol):
@@ -47,25 +49,21 @@ class Loop:
 
     def __init__(self, model: Model, backward: Callable[[Tensor], None], segments: Segments, device: torch.device):
         self.model, self.backward, self.segments, self.device = model, backward, segments, device
-        # Ranks that share a sequence wait less for one another when they begin the next before they turn back.
-        self.in_flight = 2 if segments.relay is not None else 1
+        self.in_flight = IN_FLIGHT if segments.relay is not None else 1
 
     def train(self, batches: Sequence[Batch], count: Tensor | int, probe: Probe | None) -> Tensor:
         """Run forward and backward."""
         total = torch.zeros((), device=self.device)
-        begun: deque[Tensor] = deque()
-        for index, batch in enumerate(batches):
-            begun.append(self._loss(batch, probe if index == 0 else None) / count)
-            total += begun[-1].detach()
-            if len(begun) == self.in_flight:
-                self._turn_back(begun.popleft())
-        while begun:
-            self._turn_back(begun.popleft())
+        for first in range(0, len(batches), self.in_flight):
+            losses = [
+                self._loss(batch, None if first or place else probe) / count
+                for place, batch in enumerate(batches[first : first + self.in_flight])
+            ]
+            for loss in losses:
+                self.backward(loss)
+                total += loss.detach()
+            self.segments.settle()
         return total
-
-    def _turn_back(self, loss: Tensor) -> None:
-        self.backward(loss)
-        self.segments.settle()
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> Tensor:

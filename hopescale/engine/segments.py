@@ -1,4 +1,4 @@
-"""A micro batch through a slice of the model, in pieces along the tokens: what it carries goes from each to the next."""
+"""A micro batch through a slice of the model, in pieces: what the model carries goes from each to the next."""
 
 from __future__ import annotations
 

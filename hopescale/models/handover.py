@@ -1,4 +1,4 @@
-"""What a piece of a sequence gets, layer by layer, from the piece before, which another rank runs, and leaves behind."""
+"""What a piece of a sequence gets from the piece before it on another rank, layer by layer, and leaves behind."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from hopescale.models.attention import Attention, AttentionCache
 from hopescale.models.state import LayerState
-from hopescale.parallel.relay import Like, Relay
+from hopescale.parallel.relay import Relay
 
 BOUNDARY, RUNNING = "/boundary/", "/running/"
 """Names of what memories held when the present chunk began, and of what they hold now. Pieces end with a chunk, so the
@@ -57,7 +57,7 @@ class Handover:
 
 
 def state_after(mixer: nn.Module, batch: int, position: int) -> LayerState:
-    """Return what a mixer's state looks like after so many tokens, at the end of a chunk; the values are the initial."""
+    """Return a state like a mixer's after so many tokens, at the end of a chunk, but with initial values."""
     state = mixer.initial_state(batch)
     if not isinstance(mixer, Attention):
         return state._replace(position=position)

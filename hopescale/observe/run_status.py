@@ -100,7 +100,8 @@ def read_status(folder: Path, ask: Callable[[], Word | None]) -> RunStatus:
     def last(name: str) -> Any:
         return next((record[name] for record in reversed(records) if _is_number(record.get(name))), None)
 
-    sequences, batch, *split = (_count(plan, key) for key in ("total_sequences", "global_batch_size", "dp", "tp", "pp"))
+    sequences, batch = (_count(plan, key) for key in ("total_sequences", "global_batch_size"))
+    split = [_count(plan, axis) for axis in ("dp", "tp", "pp", "cp")]
     steps = sequences // batch if sequences and batch else None
     step, seconds, tps = last("step"), last("time/step_s"), last("tps")
     left = None if None in (step, steps, seconds) or state != RUNNING else steps - step

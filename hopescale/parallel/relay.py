@@ -73,7 +73,7 @@ class Relay:
         return _Send.apply(self, tag, again, x, *tensors)
 
     def settle(self) -> None:
-        """Wait until all that this rank has sent is received. Called after the last backward pass of a piece."""
+        """Wait until all that this rank has sent is received. Called by all ranks, after the same passes."""
         while self._sent:
             self._sent.popleft()[0].wait()
 

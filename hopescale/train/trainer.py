@@ -224,7 +224,7 @@ class Trainer:
         """
         step, is_good = self.state.step, self.state.watch.in_a_row == 0
         if self.checkpoints.must_keep(step) or (is_good and self.checkpoints.due(step, self.config.train.steps)):
-            self._save()
+            self.save()
         if is_good and self.memory is not None and self.memory.due(step):
             self.memory.save(step, self.state.own_tensors(), self.state.manifest())
         self._defer_failure(self.checkpoints.poll)

@@ -206,8 +206,8 @@ class ParallelConfig:
     pp: Count | None = 1
     """Pipeline parallel: stages that hold consecutive blocks."""
     cp: Count = 1
-    """Context parallel: ranks that share the tokens of each sequence. Each hands what the model carries, layer by layer,
-    to the next one. Gradients are summed over `dp * cp` ranks, which also share what `zero` shards. Not with
+    """Context parallel: ranks that share the tokens of each sequence. Each hands what the model carries on to the next
+    one, layer by layer. Gradients are summed over `dp * cp` ranks, which also share what `zero` shards. Not with
     `model.within_documents`, nor with `zero` of 2 or 3."""
     virtual_stages: Count = 1
     """Slices of the model each pipeline rank holds; above 1 the schedule is interleaved. Needs `pp` of 2 or more."""

@@ -21,6 +21,7 @@ def config_of(**parallel) -> RunConfig:
         ({"dp": 1, "tp": 3, "pp": None}, 6, Layout(tp=3, pp=2)),
         ({"dp": 2, "tp": 3, "pp": 2}, 12, Layout(dp=2, tp=3, pp=2)),
         ({"tp": 2, "sequence_parallel": True}, 2, Layout(tp=2, sequence_parallel=True)),
+        ({"tp": 2, "cp": 2}, 8, Layout(dp=2, tp=2, cp=2)),
         ({"pp": 2, "virtual_stages": 3}, 4, Layout(dp=2, pp=2, virtual_stages=3)),
     ],
 )

@@ -25,6 +25,7 @@ def test_plan_of_a_self_modifying_run():
         "dp": 1,
         "tp": 1,
         "pp": 1,
+        "cp": 1,
         "global_batch_size": 8,
         "grad_accumulation": 4,
         "total_tokens": 2560,

@@ -11,7 +11,7 @@ import torch
 
 from hopescale.common.errors import ConfigError, DataError
 from hopescale.config.schema import DataConfig, SourceConfig, SyntheticConfig
-from hopescale.data.loader import Batch, Data, open_data, prefetched
+from hopescale.data.loader import Batch, Data, Share, open_data, prefetched
 from hopescale.data.prepare import prepare
 from hopescale.data.tokenizer import Tokenizer
 from hopescale.data.train_tokenizer import train_tokenizer
@@ -279,3 +279,22 @@ def test_only_so_much_is_read_ahead(mixed: Data) -> None:
 
 def prefetch_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name.startswith("data-prefetch")]
+
+
+@pytest.mark.parametrize(("ranks", "segments"), [(1, 1), (4, 1), (2, 3)])
+def test_ranks_that_share_sequences_hold_each_token_once(ranks: int, segments: int):
+    """Piece `p` lies on rank `p mod ranks`, and a rank has its pieces in the order of the sequence."""
+    tokens = torch.arange(48).view(2, 24)
+    batch = Batch(tokens, tokens + 100, tokens.int())
+    shares = [batch.share(Share(rank, ranks, segments)) for rank in range(ranks)]
+    size = 24 // (ranks * segments)
+    for rank, share in enumerate(shares):
+        places = [place for place in range(24) if place // size % ranks == rank]
+        assert share.tokens.tolist() == tokens[:, places].tolist()
+        assert torch.equal(share.targets, share.tokens + 100) and share.document_ids.dtype == torch.int32
+
+
+def test_a_share_is_what_is_read_ahead(mixed: Data):
+    share = Share(1, 2, 2)
+    (found,) = prefetched(mixed, [[3, 5]], 1, share=share)
+    assert all(map(torch.equal, found, mixed.batch([3, 5]).share(share)))

@@ -1,0 +1,110 @@
+"""Ranks that share sequences train the model of one process, in whatever company, and send what the plan says."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from hopescale.config.layout import Layout
+from hopescale.data.loader import Share
+from hopescale.engine.segments import Segments
+from hopescale.models import Model
+from hopescale.parallel.mesh import Mesh
+from hopescale.parallel.relay import Relay
+from tests.support.layouts import fork, saved, train_run, values, weights, worst
+from tests.support.models import BASE
+from tests.support.ranks import run_ranks
+from tests.unit.engine.test_segments import BATCH, MIXERS
+
+LONGER = ("train.seq_len=32", "train.global_batch_tokens=128", "train.validation.tokens=96")
+TWO = {
+    "cp2": ("parallel.cp=2",),
+    "cp2, two segments, zero 1": ("parallel.cp=2", "train.segments=2", "parallel.zero=1"),
+}
+FOUR = {
+    "cp2 x tp2, sequence parallel, two segments, memory recomputed": (
+        *("parallel.cp=2", "parallel.tp=2", "parallel.sequence_parallel=true"),
+        *("train.segments=2", "train.recompute=memory"),
+    ),
+    "cp2 x pp2, block recomputed": ("parallel.cp=2", "parallel.pp=2", "train.recompute=block"),
+    "cp2 x dp2, zero 1": ("parallel.cp=2", "parallel.zero=1"),
+}
+
+
+def train_all(rank: int, num_ranks: int, folder: Path, layouts: dict[str, tuple[str, ...]]) -> None:
+    """Train each, and train the first again from the checkpoint in the middle."""
+    for number, (name, settings) in enumerate(layouts.items()):
+        train_run(folder / name, num_ranks, *LONGER, *settings)
+        if number:
+            continue
+        if rank == 0:
+            fork(folder / name, folder / "parts", step=3)
+        dist.barrier()
+        train_run(folder / "parts", num_ranks, *LONGER, *settings)
+    if num_ranks == 4:
+        assert errors(Mesh.over_all(Layout(cp=4)), "hope", 2) < 1e-5
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a run of one process."""
+    folder = tmp_path_factory.mktemp("single") / "run"
+    train_run(folder, 1, *LONGER)
+    return folder
+
+
+@pytest.mark.parametrize("layouts", [TWO, FOUR], ids=["two ranks", "four ranks"])
+def test_ranks_that_share_sequences_train_the_same_model(layouts: dict, single: Path, tmp_path: Path):
+    num_ranks = 2 if layouts is TWO else 4
+    run_ranks(train_all, num_ranks, tmp_path, num_ranks, tmp_path, layouts)
+    for name in layouts:
+        for metric in ("loss", "val/markov/loss", "grad_norm"):
+            assert values(tmp_path / name, metric) == pytest.approx(values(single, metric), rel=1e-5), (name, metric)
+        error, parameter = worst(weights(tmp_path / name), weights(single))
+        assert error <= 1e-5, f"{name}: {parameter} is off by {error:.1e}"
+    first, parts = tmp_path / next(iter(layouts)), tmp_path / "parts"
+    assert values(first) == values(parts), "resumed in mid-period"
+    ended = saved(parts)
+    assert all(torch.equal(tensor, ended[key]) for key, tensor in saved(first).items())
+    fork(first, tmp_path / "one process", step=3)
+    train_run(tmp_path / "one process", 1, *LONGER)
+    assert worst(weights(tmp_path / "one process"), weights(single))[0] <= 1e-5, "continued on another layout"
+
+
+def errors(mesh: Mesh, mixer: str, count: int) -> float:
+    """Return the largest relative error (of norms) of gradients, summed over the ranks that share the sequences."""
+    config, alone = replace(BASE, mixers={"mixer": MIXERS[mixer]}), Mesh.alone()
+    whole, part, own = Model(config, seed=2, mesh=alone), Model(config, seed=2, mesh=mesh), Segments(mesh, count)
+    Segments(alone, 1).run(whole, BATCH, None, None).backward()
+    share = Share(mesh.cp_group.rank(), mesh.cp_group.size(), count)
+    own.run(part, BATCH.share(share), None, None).backward()
+    own.settle()
+    largest = 0.0
+    for parameter, expected in zip(part.parameters(), whole.parameters(), strict=True):
+        dist.all_reduce(parameter.grad, group=mesh.dp_group)
+        largest = max(largest, float((parameter.grad - expected.grad).norm() / expected.grad.norm()))
+    return largest
+
+
+def check_gradients(rank: int, cp: int) -> None:
+    mesh, give = Mesh.over_all(Layout(cp=cp)), Relay.give
+    for mixer in ("hope", "resets and a far memory", "linear attention", "ttt", "mac", "attention", "sliding window"):
+        assert errors(mesh, mixer, 1) < 1e-5, mixer
+    assert errors(mesh, "two banks", 2) < 1e-5
+
+    def lose(relay: Relay, tensors: list, step: int, tag: int, *, lost: int) -> None:
+        give(relay, [torch.zeros_like(x) for x in tensors] if step == lost else tensors, step, tag)
+
+    for lost, what in ((1, "states"), (-1, "gradients")):
+        Relay.give = lambda *call, lost=lost: partial(lose, lost=lost)(*call)
+        assert errors(mesh, "hope", 1) > 1e-3, f"lost {what} are not noticed"
+    Relay.give = give
+
+
+def test_gradients_of_every_mixer(tmp_path: Path):
+    run_ranks(check_gradients, 2, tmp_path, 2)
