@@ -7,8 +7,8 @@ send its tensor. docs/parallelism.md derives the formulas. Imports no torch.
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping
+from collections import Counter
+from collections.abc import Collection
 
 from hopescale.config.execution import run_again
 from hopescale.config.layout import Layout
@@ -20,7 +20,7 @@ from hopescale.config.schema.ttt import TttConfig
 from hopescale.cost.carried import handed_on
 from hopescale.cost.holdings import Holdings, gathers
 from hopescale.cost.parameter import FP32, ParameterShape, itemsize
-from hopescale.cost.updates import BUCKET_ELEMENTS, EVEN_UNIT, assign_owners, buckets
+from hopescale.cost.updates import EVEN_UNIT, assign_owners
 
 AXES = ("tp", "dp", "cp", "pp", "embedding", "world")
 """Axes as the metrics name them."""
@@ -51,7 +51,7 @@ class SentBytes:
         self.entries, self.owners = holdings.of_stage(layout, stage).entries, holdings.owners(layout, stage)
         self.precision = self.config.train.precision
         self.micro_batches = make_plan(self.config, layout).grad_accumulation
-        self.matrices = self._ordered_matrices()
+        self.matrices = holdings.matrices(layout, stage)
 
     def per_step(self) -> dict[str, float]:
         """Return the bytes of a step by axis, averaged over the cadences of the levels."""
@@ -199,8 +199,7 @@ class SentBytes:
         for p in self.parameters:
             if self.holdings.rule_of(p) == "adamw":
                 sizes[p.level, p.itemsize(self.precision)] += p.size
-        unit = EVEN_UNIT * self.layout.replicas
-        return {key: EVEN_UNIT * math.ceil(size / unit) for key, size in sizes.items()}
+        return {key: self._even_part(size) for key, size in sizes.items()}
 
     def _shards(self, due: Collection[str]) -> int:
         """Count a replica's shards of due weights: what is updated together is filled up to equal shards."""
@@ -211,37 +210,33 @@ class SentBytes:
         unit = SHARD_UNIT * self.layout.replicas
         return sum(itemsize * SHARD_UNIT * math.ceil(size / unit) for (_, _, itemsize), size in sizes.items())
 
-    def _ordered_matrices(self) -> list[ParameterShape]:
-        """Return the matrices of the stage in the optimizer's order: equal shapes side by side, by owner."""
-        classes: dict[tuple, list[ParameterShape]] = defaultdict(list)
-        for p in self.holdings.matrices(self.layout, self.stage):
-            cadence = self.holdings.cadence(p)
-            classes[self.holdings.groups[p.name], cadence, p.itemsize(self.precision), p.shape, p.split].append(p)
-        return [p for alike in classes.values() for p in sorted(alike, key=lambda p: self.owners[p.name])]
-
     def _matrices(self, matrices: list[ParameterShape]) -> int:
-        """Count gradients and weights of matrices between replicas."""
+        """Count gradients and weights of matrices between replicas; an owner sends what it has updated."""
         count = 0
         for level in {p.level for p in matrices}:
-            count += self._gradients([p for p in matrices if p.level == level])
-        for width in {p.itemsize(self.precision) for p in matrices}:
-            count += width * self._rooms({p.name: p.size for p in matrices if p.itemsize(self.precision) == width})
+            together = [p for p in matrices if p.level == level]
+            count += self._gradients(together) + self._to_owners(together)
+            for width in {p.itemsize(self.precision) for p in together}:
+                alike = [p for p in together if p.itemsize(self.precision) == width]
+                own = sum(p.size for p in alike if self.owners[p.name] == 0)
+                count += width * (own + self._even_part(sum(p.size for p in alike)))
         return count
 
     def _gradients(self, matrices: list[ParameterShape]) -> int:
-        """Count gradients and Gram matrices of matrices that replicas sum together."""
-        sizes = {p.name: p.size + self.holdings.gram(p, self.layout.tp) for p in matrices}
-        return FP32 * self.layout.replicas * self._rooms(sizes)
+        """Count gradients and Gram matrices of matrices that replicas sum together, in equal parts."""
+        return FP32 * self.layout.replicas * self._even_part(self._summed(matrices))
 
-    def _rooms(self, sizes: Mapping[str, int]) -> int:
-        """Count the entries of an owner's part of all exchanges: as many as the owner with most needs in each."""
-        entries = 0
-        for bucket in buckets(sizes, self.owners, sizes, BUCKET_ELEMENTS // self.layout.replicas):
-            parts: Counter[int] = Counter()
-            for name in bucket:
-                parts[self.owners[name]] += sizes[name]
-            entries += max(parts.values())
-        return entries
+    def _to_owners(self, matrices: list[ParameterShape]) -> int:
+        """Count the part of a sum that goes on to the owners."""
+        total = self._summed(matrices)
+        return FP32 * min(self._even_part(total), total)
+
+    def _summed(self, matrices: list[ParameterShape]) -> int:
+        return sum(p.size + self.holdings.gram(p, self.layout.tp) for p in matrices)
+
+    def _even_part(self, entries: int) -> int:
+        """Count the entries of a replica's part of a flat tensor, which is filled up to equal parts."""
+        return EVEN_UNIT * math.ceil(entries / (EVEN_UNIT * self.layout.replicas))
 
     def _matrix_slices(self, matrices: list[ParameterShape]) -> float:
         """Count slices of gradients that are sent to make wholes, with columns of Gram matrices, and weights back."""

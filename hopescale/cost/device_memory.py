@@ -171,13 +171,13 @@ def _fast_gradients(config: RunConfig, layout: Layout, holding: Holding) -> floa
 def _update_workspace(config: RunConfig, layout: Layout, holding: Holding) -> float:
     """Count what an update of everything computes with: roots, and weights before, to compare.
 
-    AdamW updates some parameters at a time, but ZeRO all of its share, whose gradients lie in a tensor of their own.
+    AdamW updates some parameters at a time, but ZeRO all of its share, whose gradients stages 2 and 3 copy too.
     """
     dp = layout.replicas
     elementwise = sum(count for kind, count in holding.entries.items() if kind.rule == "adamw")
     in_levels = sum(count for kind, count in holding.entries.items() if kind.level)
     if config.parallel.zero:
-        workspace = (2 * elementwise + in_levels) / dp
+        workspace = ((1 + (config.parallel.zero > 1)) * elementwise + in_levels) / dp
     else:
         workspace = min(elementwise, max(UPDATE_ELEMENTS, holding.largest)) + in_levels
     workspace += MATRIX_WORKSPACE * min(holding.largest, holding.total() - elementwise)

@@ -125,17 +125,16 @@ class EvenShards:
         return self._sums
 
     def reduce(self) -> None:
-        """Begin to sum the accumulated gradients over replicas, each part to the replica that has its master."""
-        self._gradient = self._master.new_empty(self._size)
-        self._work = dist.reduce_scatter_tensor(self._gradient, self._all_sums(), group=self._dp_group, async_op=True)
+        """Begin to sum the accumulated gradients over replicas, in place, each part where its master is."""
+        sums = self._all_sums()
+        self._gradient = sums.narrow(0, self._first, self._size)
+        self._work = dist.reduce_scatter_tensor(self._gradient, sums, group=self._dp_group, async_op=True)
 
     def finish(self) -> None:
-        """Wait for what has begun, and begin a new period of sums after a sum over replicas."""
+        """Wait for what has begun."""
         if self._work is not None:
             self._work.wait()
             self._work = None
-            if self._gradient is not None:
-                self._clear()
 
     def _clear(self) -> None:
         if self._persists:
@@ -161,6 +160,8 @@ class EvenShards:
             self._rule.step()
         for part, *_ in self._updated:
             part.grad = None
+        del gradient
+        self._clear()
         self._step += 1
         if self.is_low_precision:
             self._own.copy_(self._master)

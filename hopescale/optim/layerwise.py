@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from hopescale.common.errors import ConfigError
 from hopescale.config.schema import OptimConfig
-from hopescale.cost.updates import BUCKET_ELEMENTS, buckets
-from hopescale.optim.buckets import Bucket, InFlight, pack, take_sums, take_weights
 from hopescale.optim.cadence import Cadence
+from hopescale.optim.class_flats import Alike, ClassFlats
 from hopescale.optim.ownership import Ownership
 from hopescale.optim.rules import make_rule
 from hopescale.optim.shape_class import ShapeClass, Slices
@@ -27,7 +24,7 @@ class LayerwiseOptimizer(Updater):
 
     `Ownership` says which. The owner alone holds float32 master and state of a matrix. Gradients accumulate whole on
     every replica and are summed at the owner when they are due; updated weights go from owners to all. A parameter that
-    is not due sends nothing. All that is due together takes one exchange of each kind, or several if that is much; then
+    is not due sends nothing. What is due together lies in one `OwnedFlat`, which is exchanged in equal parts; its
     weights are on their way while others are updated. Matrices that are alike and due together are one `ShapeClass`,
     updated at once.
 
@@ -41,6 +38,7 @@ class LayerwiseOptimizer(Updater):
     Args:
         groups: Groups that share settings and rule, every parameter in one.
         config: Settings of the rules, and `tp_mode`.
+        levels: Names of parameters that are reduced together and apart from the others.
         parameters, cadences, mesh: Arguments of `Updater`; the storage of parameters becomes part of larger tensors.
     """
 
@@ -52,17 +50,20 @@ class LayerwiseOptimizer(Updater):
         config: OptimConfig,
         cadences: Mapping[str, Cadence],
         mesh: Mesh,
+        levels: Collection[Collection[str]] = (),
     ):
-        self.tp_group = mesh.tp_group
+        self.tp_group, dp_group = mesh.tp_group, mesh.dp_group
         self._group_of = {name: group for group in groups for name in group.members}
         self._takes_mean = config.accumulate == "mean"
         rules = {name: self._group_of[name].rule for name in parameters}
         self.ownership = Ownership(parameters, rules, config, cadences, mesh)
         _refuse_idle_blocks(parameters, rules, config)
-        self.classes = self._make_classes(parameters, cadences, mesh.dp_group.rank())
-        self._position = {name: (i, j) for i, each in enumerate(self.classes) for j, name in enumerate(each.names)}
-        buffers = {name: self.classes[i].gradients[j] for name, (i, j) in self._position.items()}
-        super().__init__(parameters, cadences, mesh, buffers=buffers)
+        flats = ClassFlats(parameters, self._alike(parameters, cadences, levels), self.ownership, dp_group)
+        self._sums, self._weights = flats.sums, flats.weights
+        self.classes = self._make_classes(parameters, flats)
+        self._class_of = {name: index for index, each in enumerate(self.classes) for name in each.names}
+        super().__init__(parameters, cadences, mesh, buffers=flats.gradients)
+        self._grams = flats.grams
         self._masters = {
             name: master
             for each in self.classes
@@ -70,29 +71,40 @@ class LayerwiseOptimizer(Updater):
         }
         self.rules = self._make_rules(groups, config)
         self._reduced: set[str] = set()
-        self._reducing = InFlight()
 
-    def _make_classes(
-        self, parameters: Mapping[str, nn.Parameter], cadences: Mapping[str, Cadence], replica: int
-    ) -> list[ShapeClass]:
+    def _alike(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        cadences: Mapping[str, Cadence],
+        levels: Collection[Collection[str]],
+    ) -> list[Alike]:
         """Put together what is alike and due together, in the same order on all ranks."""
+        level_of = {name: index for index, names in enumerate(levels) for name in names}
         alike: dict[tuple, list[str]] = defaultdict(list)
         for name, p in parameters.items():
             split = p.spec.partition_dim if self.ownership.is_gathered(name) else None
-            alike[self._group_of[name].name, cadences[name], p.dtype, p.shape, p.spec.parts, split].append(name)
-        classes = []
-        for (*_, split), names in alike.items():
+            due = level_of.get(name), cadences[name]
+            alike[due, self._group_of[name].name, p.dtype, p.shape, p.spec.parts, split].append(name)
+        result = []
+        for (due, *_, split), names in alike.items():
             names = sorted(names, key=lambda name: (self.ownership.replica[name], self.ownership.tp_rank.get(name)))
-            owners = [self.ownership.replica[name] for name in names]
-            here = slice(sum(owner < replica for owner in owners), sum(owner <= replica for owner in owners))
-            slices = None
-            if split is not None:
-                ranks = [self.ownership.tp_rank[name] for name in names[here]]
-                slices = Slices(self.tp_group, split, [ranks.count(rank) for rank in range(self.tp_group.size())])
             gram = None
             if self._group_of[names[0]].rule == "dgd":
                 gram = self.ownership.shape[names[0]][-1], parameters[names[0]].shape[-1]
-            classes.append(ShapeClass({name: parameters[name] for name in names}, here, slices, gram))
+            result.append(Alike(names, due, split, gram))
+        return result
+
+    def _make_classes(self, parameters: Mapping[str, nn.Parameter], flats: ClassFlats) -> list[ShapeClass]:
+        classes = []
+        for alike, stacks in zip(flats.alike, flats.own, strict=True):
+            own = [name for name in alike.names if self.ownership.is_here(name)]
+            slices = None
+            if alike.split is not None:
+                ranks = [self.ownership.tp_rank[name] for name in own]
+                slices = Slices(self.tp_group, alike.split, [ranks.count(r) for r in range(self.tp_group.size())])
+            each = ShapeClass(alike.names, own, *stacks, slices)
+            each.master.parts = parameters[alike.names[0]].spec.parts
+            classes.append(each)
         return classes
 
     def _make_rules(self, groups: Sequence[RuleGroup], config: OptimConfig) -> dict[str, torch.optim.Optimizer]:
@@ -112,48 +124,27 @@ class LayerwiseOptimizer(Updater):
         return self.ownership.is_gathered(name)
 
     def reduce(self, names: Sequence[str]) -> None:
-        """Sum accumulated gradients over replicas, each at the replica that owns it."""
+        """Begin to sum accumulated gradients over replicas, each at the replica that owns it."""
+        before = set(self._reduced)
         self._reduced.update(names)
-        if self.dp_group.size() == 1:
-            return
-        for bucket in self._buckets(names, "gradients", "grams"):
-            spans = [self._spans(part, "gradients", "grams") for part in bucket.parts]
-            flat = torch.zeros(len(spans), bucket.room, device=self.classes[0].gradients.device)
-            for tensors, row in zip(spans, flat, strict=True):
-                pack(tensors, row)
-            own = flat.new_empty(bucket.room)
-            work = dist.reduce_scatter_tensor(own, flat.view(-1), group=self.dp_group, async_op=True)
-            self._reducing.add(work, partial(take_sums, flat, own, spans[self.dp_group.rank()]))
-        for tensor in self._spans([name for name in names if not self.ownership.is_here(name)], "gradients", "grams"):
-            tensor.zero_()
+        for each in self._sums:
+            # What is due together may be reduced in several calls.
+            if self._reduced.issuperset(each.names) and not before.issuperset(each.names):
+                each.flat.begin_sum()
+
+    def _finish_sums(self) -> None:
+        for each in self._sums:
+            each.flat.finish()
 
     def accumulated_grad(self, name: str) -> Tensor:
         """Return the sum of a parameter's gradients since its last update."""
-        self._reducing.wait()
+        self._finish_sums()
         return super().accumulated_grad(name)
 
-    def _spans(self, names: Iterable[str], *stacks: str) -> list[Tensor]:
-        """Return the places of parameters in the stacks of their classes, neighbours as one tensor."""
-        spans: list[list[int]] = []
-        for index, position in sorted(self._position[name] for name in names):
-            if spans and spans[-1][0] == index and spans[-1][2] == position:
-                spans[-1][2] += 1
-            else:
-                spans.append([index, position, position + 1])
-        pieces = (
-            (getattr(self.classes[index], stack), start, stop) for index, start, stop in spans for stack in stacks
-        )
-        return [stack[start:stop] for stack, start, stop in pieces if stack is not None]
-
-    def _buckets(self, names: Sequence[str], *stacks: str) -> list[Bucket]:
-        replicas, names = self.dp_group.size(), sorted(names, key=self._position.__getitem__)
-        sizes = {name: sum(span.numel() for span in self._spans([name], *stacks)) for name in names}
-        result = []
-        for bucket in buckets(names, self.ownership.replica, sizes, BUCKET_ELEMENTS // replicas):
-            parts = [[name for name in bucket if self.ownership.replica[name] == owner] for owner in range(replicas)]
-            room = max(sum(sizes[name] for name in part) for part in parts)
-            result.append(Bucket(parts, room, max(self._position[name][0] for name in bucket)))
-        return result
+    def square_norms(self, names: Sequence[str]) -> Tensor:
+        """Return the squared norms, after sums have come to their owners: all replicas take part, also without any."""
+        self._finish_sums()
+        return super().square_norms(names)
 
     def _gradient(self, name: str) -> Tensor:
         """Return an accumulated gradient, or nothing of one that was sent to its owner."""
@@ -167,24 +158,31 @@ class LayerwiseOptimizer(Updater):
         for rule in self.rules.values():
             for group in rule.param_groups:
                 group["lr"] = rates[group["name"]]
-        self._reducing.wait()
-        gathering, complete = InFlight(), self._buckets_by_last_class(names)
-        for index in self._due(names):
+        self._finish_sums()
+        due, left = self._due(names), Counter(flat for index in self._due(names) for flat in self._flats_of(index))
+        for index in due:
             each = self.classes[index]
             self._update_class(each, scales[each.names[0]])
-            for bucket in complete[index]:
-                # On its way while the next classes are updated.
-                self._all_gather_weights(bucket, gathering)
-        gathering.wait()
+            for flat in self._flats_of(index):
+                left[flat] -= 1
+                if not left[flat]:
+                    # On their way while the next classes are updated.
+                    self._weights[flat].flat.begin_to_hand_out()
+        for flat in left:
+            self._weights[flat].flat.finish()
         self._reduced = set()
+
+    def _flats_of(self, index: int) -> list[int]:
+        """Return the numbers of the flat tensors that hold weights of a class: there is one."""
+        name = self.classes[index].names[0]
+        return [number for number, each in enumerate(self._weights) if name in each.names]
 
     def discard(self) -> None:
         """Drop all gradients and Gram matrices, on every replica."""
-        self._reducing.wait()
+        self._finish_sums()
         super().discard()
-        for each in self.classes:
-            if each.grams is not None:
-                each.grams.zero_()
+        for each in self._sums:
+            each.flat.flat.zero_()
         self._reduced = set()
 
     def _due(self, names: Sequence[str]) -> list[int]:
@@ -204,28 +202,6 @@ class LayerwiseOptimizer(Updater):
             each.master.grad = each.master.gram = None
         each.clear()
         each.set_weights()
-
-    def _buckets_by_last_class(self, names: Sequence[str]) -> dict[int, list[Bucket]]:
-        """Return buckets of weights of one type each, by the class after whose update they are complete."""
-        result: dict[int, list[Bucket]] = defaultdict(list)
-        if self.dp_group.size() == 1:
-            return result
-        alike: dict[torch.dtype, list[str]] = defaultdict(list)
-        for name in names:
-            alike[self.parameters[name].dtype].append(name)
-        for part in alike.values():
-            for bucket in self._buckets(part, "weights"):
-                result[bucket.last].append(bucket)
-        return result
-
-    def _all_gather_weights(self, bucket: Bucket, gathering: InFlight) -> None:
-        """Begin to copy updated weights from their owners to all replicas."""
-        spans, rank = [self._spans(part, "weights") for part in bucket.parts], self.dp_group.rank()
-        own = self.classes[bucket.last].weights.new_zeros(bucket.room)
-        pack(spans[rank], own)
-        flat = own.new_empty(len(spans), bucket.room)
-        work = dist.all_gather_into_tensor(flat.view(-1), own, group=self.dp_group, async_op=True)
-        gathering.add(work, partial(take_weights, own, flat, [*spans[:rank], [], *spans[rank + 1 :]]))
 
     def masters(self, names: Sequence[str]) -> list[Tensor]:
         """Return the float32 masters that are here, whole; nothing of the others."""
@@ -268,11 +244,7 @@ class LayerwiseOptimizer(Updater):
 
     def _slow_grams(self) -> dict[str, Tensor]:
         """Return the Gram matrices that outlive a step."""
-        result = {}
-        for each in self.classes:
-            if each.grams is not None and self.accumulators[each.names[0]].persists:
-                result |= zip(each.names, each.grams, strict=True)
-        return result
+        return {name: gram for name, gram in self._grams.items() if self.accumulators[name].persists}
 
     def _own_rows(self, columns: Tensor, gram: Tensor) -> Tensor:
         """Return the part of a Gram matrix's columns that is gathered here: all rows, or this rank's slice of them."""

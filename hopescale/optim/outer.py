@@ -40,6 +40,7 @@ class OuterOptimizer:
         mesh: Ranks of this process; None is a process of its own.
         tied: Parameters that the first and the last pipeline stage both hold.
         updater: Constructor of the updater for the groups with AdamW; the others have a `LayerwiseOptimizer`.
+        levels: Names of parameters that are reduced together and apart from the others.
 
     Attributes:
         rate_factor: Factor on all learning rates of the schedule.
@@ -59,6 +60,7 @@ class OuterOptimizer:
         mesh: Mesh | None = None,
         tied: Collection[str] = (),
         updater: Callable[..., Updater] = ReplicatedAdamW,
+        levels: Collection[Collection[str]] = (),
     ):
         self.config, self.total_steps, self.mesh = config, total_steps, mesh or Mesh.alone()
         self.rate_factor = 1.0
@@ -66,17 +68,18 @@ class OuterOptimizer:
         shapes = {name: tuple(parameter.shape) for name, parameter in self.parameters.items()}
         self.groups = dict(groups or assign_groups(shapes, config.groups))
         self.cadences = {name: cadences.get(name, Cadence()) for name in self.parameters}
-        self.updaters = self._make_updaters(updater)
+        self.updaters = self._make_updaters(updater, levels)
         self._updater_of = {name: each for each in self.updaters for name in each.parameters}
         self._weights = {
             name: self._updater_of[name].norm_weight(name) * self._is_counted(name) for name in self.parameters
         }
 
-    def _make_updaters(self, elementwise: Callable[..., Updater]) -> list[Updater]:
+    def _make_updaters(self, elementwise: Callable[..., Updater], levels: Collection[Collection[str]]) -> list[Updater]:
         groups, result = self._rule_groups(), []
+        by_matrix = partial(LayerwiseOptimizer, config=self.config, levels=levels)
         for make, chosen in (
             (partial(elementwise, eps=self.config.eps), [group for group in groups if group.rule == "adamw"]),
-            (partial(LayerwiseOptimizer, config=self.config), [group for group in groups if group.rule != "adamw"]),
+            (by_matrix, [group for group in groups if group.rule != "adamw"]),
         ):
             names = {name for group in chosen for name in group.members}
             members = {name: parameter for name, parameter in self.parameters.items() if name in names}
@@ -167,8 +170,9 @@ class OuterOptimizer:
         """Update what is due at step `step`, with its gradients scaled to the clip norm by their global norm."""
         clip, names = self.config.grad_clip, self.due(step)
         scale = 1.0 if clip is None else (clip / (grad_norm + 1e-6)).clamp_max(1.0)
-        mean = self.config.accumulate == "mean"
-        scales = {name: scale / self.cadences[name].period if mean else scale for name in names}
+        periods = {self.cadences[name].period for name in names}
+        of_period = {period: scale / period if self.config.accumulate == "mean" else scale for period in periods}
+        scales = {name: of_period[self.cadences[name].period] for name in names}
         rates = self.rates(step)
         for updater, part in self._by_updater(names):
             updater.update(part, scales, rates)
@@ -185,7 +189,7 @@ class OuterOptimizer:
 
     def masters(self, names: Sequence[str]) -> list[Tensor]:
         """Return copies of the parts of float32 masters that are here."""
-        return [master.clone() for master in self._masters(names)]
+        return torch._foreach_clone(self._masters(names)) if names else []
 
     def _masters(self, names: Sequence[str]) -> list[Tensor]:
         masters: dict[str, Tensor] = {}
@@ -200,11 +204,14 @@ class OuterOptimizer:
         """
         sums = []
         for key, members in names.items():
-            square, count = self._zero(), 0.0
-            for name, old, new in zip(members, before[key], self._masters(members), strict=True):
-                square = square + (old - new).square().sum() * self._weights[name]
-                count += new.numel() * self._weights[name]
-            sums += [square, square.new_tensor(count)]
+            if not members:
+                sums += [self._zero(), self._zero()]
+                continue
+            weights = torch.tensor([self._weights[name] for name in members], device=self._zero().device)
+            after = self._masters(members)
+            squares = torch.stack(torch._foreach_norm(torch._foreach_sub(after, before[key]))).square()
+            count = sum(new.numel() * self._weights[name] for name, new in zip(members, after, strict=True))
+            sums += [(squares * weights).sum(), torch.full_like(self._zero(), count)]
         if not sums:
             return {}
         totals = self._over_ranks(torch.stack(sums)).tolist()

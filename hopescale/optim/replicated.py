@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from hopescale.cost.updates import BUCKET_ELEMENTS, UPDATE_ELEMENTS, buckets
 from hopescale.optim.adamw import AdamW
-from hopescale.optim.buckets import unpacked
 from hopescale.optim.cadence import Cadence
 from hopescale.optim.updater import RuleGroup, Updater
 from hopescale.parallel.mesh import Mesh
@@ -92,3 +91,9 @@ class ReplicatedAdamW(Updater):
     def _set_masters(self, names: Iterable[str]) -> None:
         for name in names:
             self._masters[name].copy_(self.parameters[name])
+
+
+def unpacked(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Return the tensors that lie end to end in `flat`, in the shapes of `like`."""
+    parts = flat.split([tensor.numel() for tensor in like])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,70 +50,60 @@ class Slices:
 class ShapeClass:
     """Parameters of one shape, type and group that are always updated together, as one parameter of the rule.
 
-    A step reads and writes whole stacks and copies nothing to make them.
+    A step reads and writes whole stacks of what this replica owns, and copies nothing to make them.
 
     Args:
-        parameters: Parameters by name, in the order of the stacks; their storage is moved there.
-        here: Range of them that belongs to this replica.
-        slices: Distribution of these over tensor-parallel ranks; None if they are whole here, or matrices as they are.
-        gram: Shape of the Gram matrix, or of the columns of it, that each parameter gathers of its inputs; None if it
-            gathers none.
+        names: Names of all parameters, in the order of their owners.
+        own: Names of those that belong to this replica.
+        weights: Their weights `[k, ...]`; each parameter is a view.
+        gradients: `[k, ...]` float32, their sums since the last update.
+        grams: `[k, ...]` float32, likewise, of Gram matrices or columns of them; None if they gather none.
+        slices: Distribution of what belongs to this replica over tensor-parallel ranks; None if it is whole here, or
+            matrices as they are.
 
     Attributes:
-        names: Names of the parameters.
-        weights: `[K, ...]`; each parameter is a view.
-        gradients: `[K, ...]` float32, sums since the last update.
-        grams: `[K, *gram]` float32, likewise, of each parameter at `gram`; None if there are none.
         mastered: Names of what this rank updates.
-        master: `[k, ...]` float32, these; a part of `weights` where that can be.
+        master: `[m, ...]` float32, these; the `weights` themselves where that can be.
     """
 
     def __init__(
         self,
-        parameters: Mapping[str, nn.Parameter],
-        here: slice,
+        names: Sequence[str],
+        own: Sequence[str],
+        weights: Tensor,
+        gradients: Tensor,
+        grams: Tensor | None,
         slices: Slices | None,
-        gram: tuple[int, int] | None = None,
     ):
-        self.names, self.here, self.slices = list(parameters), here, slices
-        self.weights = torch.stack([parameter.detach() for parameter in parameters.values()])
-        for parameter, view in zip(parameters.values(), self.weights, strict=True):
-            parameter.data = view
-        self.gradients = torch.zeros_like(self.weights, dtype=torch.float32)
-        self.grams = None
-        if gram is not None:
-            self.grams = self.gradients.new_zeros(len(self.names), *gram)
-            for parameter, view in zip(parameters.values(), self.grams, strict=True):
-                parameter.gram = view
-        self.mastered = self.names[here] if slices is None else self.names[here][slices.mine]
-        self.master = nn.Parameter(self._wholes(self.weights[here].float()))
-        self.master.parts = next(iter(parameters.values())).spec.parts
+        self.names, self.slices = list(names), slices
+        self.weights, self.gradients, self.grams = weights, gradients, grams
+        self.mastered = list(own) if slices is None else list(own)[slices.mine]
+        self.master = nn.Parameter(self._wholes(self.weights.float()))
 
     def _wholes(self, parts: Tensor) -> Tensor:
         return parts if self.slices is None or not len(parts) else self.slices.join(parts)
 
     def set_master(self) -> None:
         """Set the master to the weights. All tensor-parallel ranks call."""
-        self.master.copy_(self._wholes(self.weights[self.here].float()))
+        self.master.copy_(self._wholes(self.weights.float()))
 
     def gradient(self, scale: Tensor | float) -> Tensor:
         """Scale the gradients that belong to this replica, and return the master's. All tensor-parallel ranks call."""
-        return self._wholes(self.gradients[self.here].mul_(scale))
+        return self._wholes(self.gradients.mul_(scale))
 
     def gram(self, scale: float) -> Tensor | None:
         """Do with Gram matrices, if there are any, what `gradient` does. All tensor-parallel ranks call."""
-        return None if self.grams is None else self._wholes(self.grams[self.here].mul_(scale))
+        return None if self.grams is None else self._wholes(self.grams.mul_(scale))
 
     def clear(self) -> None:
         """Begin a new period, with what belongs to this replica; the rest is zero since it was sent."""
         for sums in (self.gradients, self.grams):
             if sums is not None:
-                sums[self.here].zero_()
+                sums.zero_()
 
     def set_weights(self) -> None:
         """Set the weights that belong to this replica to the master. All tensor-parallel ranks call."""
-        weights = self.weights[self.here]
-        if self.slices is not None and len(weights):
-            self.slices.cut(self.master.detach(), weights)
-        elif self.master.dtype != weights.dtype:
-            weights.copy_(self.master)
+        if self.slices is not None and len(self.weights):
+            self.slices.cut(self.master.detach(), self.weights)
+        elif self.master.dtype != self.weights.dtype:
+            self.weights.copy_(self.master)

@@ -75,6 +75,7 @@ def build_state(config: RunConfig, layout: Layout, mesh: Mesh, device: torch.dev
         return transfer_groups(assigned, whole, config.model, config.optim)
 
     groups, optim = mesh.control.all_ranks_or_raise(group)
+    names_of_levels = [[name for model in slices for name in model.level_parameters()[level]] for level in levels]
     optimizer = OuterOptimizer(
         parameters,
         optim,
@@ -83,7 +84,8 @@ def build_state(config: RunConfig, layout: Layout, mesh: Mesh, device: torch.dev
         groups=groups,
         mesh=mesh,
         tied=tied,
-        updater=_updater(config.parallel.zero, slices),
+        updater=_updater(config.parallel.zero, slices, names_of_levels),
+        levels=names_of_levels,
     )
     gather_grams(
         layers,
@@ -133,12 +135,11 @@ def _build_slices(config: RunConfig, mesh: Mesh, device: torch.device) -> list[M
     return slices
 
 
-def _updater(zero: int, slices: Sequence[Model]) -> Callable[..., Updater]:
+def _updater(zero: int, slices: Sequence[Model], levels: Sequence[Sequence[str]]) -> Callable[..., Updater]:
     if zero == 0:
         return ReplicatedAdamW
     from hopescale.engine.zero import ZeroAdamW
 
-    levels = [[name for model in slices for name in model.level_parameters()[level]] for level, _ in slices[0].levels()]
     return partial(ZeroAdamW, stage=zero, model=slices[0], levels=levels)
 
 

@@ -185,7 +185,7 @@ def test_shard_updates_each_slice_by_itself(tmp_path: Path):
 def check_traffic(rank: int) -> None:
     mesh = Mesh.over_all(Layout(dp=2))
     run = Run(mesh, make_config("muon"))
-    (_, layerwise), owners = run.updaters, 2
+    _, layerwise = run.updaters
     with Traffic(mesh) as traffic:
         for step in range(1, STEPS + 1):
             for name, parameter in run.optimizer.parameters.items():
@@ -194,14 +194,17 @@ def check_traffic(rank: int) -> None:
             waiting = {
                 name: layerwise.accumulated_grad(name).clone() for name in layerwise.parameters if name not in due
             }
-            held = [
-                sum(SIZES[name] for name in due if layerwise.ownership.replica[name] == owner)
-                for owner in range(owners)
-            ]
+            expected = 0
+            for cadence in {run.optimizer.cadences[name] for name in due}:
+                sizes = {name: SIZES[name] for name in due if run.optimizer.cadences[name] == cadence}
+                total, own = sum(sizes.values()), sum(sizes[n] for n in sizes if layerwise.ownership.is_here(n))
+                part = -(-total // (8 * 2)) * 8
+                # Gradients in equal parts and a part to its owners; weights from their owners and in equal parts.
+                expected += 4 * (2 * part + min(part, total - rank * part) + own + part)
             traffic.bytes.clear()
             layerwise.reduce(due)
             layerwise.update(due, dict.fromkeys(due, 1.0), run.optimizer.rates(step))
-            assert traffic.bytes.total() == 4 * max(held) * (owners + 1), f"step {step}"
+            assert traffic.bytes.total() == expected, f"step {step}"
             assert all(torch.equal(layerwise.accumulated_grad(name), total) for name, total in waiting.items())
             traffic.bytes.clear()
             layerwise.reduce([])
@@ -213,12 +216,12 @@ SIZES = {name: torch.Size(shape).numel() for name, (shape, _) in SHAPES.items()}
 
 
 def test_what_is_not_due_sends_nothing(tmp_path: Path):
-    """Gradients go out once, filled up to the largest owner's part, and weights come from their owners."""
+    """Gradients go out once, in equal parts and then to their owners, and weights the other way."""
     run_ranks(check_traffic, 2, tmp_path)
 
 
 def check_overlap(rank: int) -> None:
-    """Small buckets leave while later classes are updated, and change no bit; two summands have one order."""
+    """Weights leave while what is due apart is updated; small windows change no bit, as two summands have one order."""
     mesh, begun = Mesh.over_all(Layout(dp=2)), []
     events = {"gather": dist.all_gather_into_tensor, "update": LayerwiseOptimizer._update_class}
 
@@ -234,7 +237,7 @@ def check_overlap(rank: int) -> None:
         for step in range(1, STEPS + 1):
             measured = whole.step(step)
             with (
-                patch("hopescale.optim.layerwise.BUCKET_ELEMENTS", 120),
+                patch("hopescale.optim.owned_flat.WINDOW_ELEMENTS", 40),
                 patch.object(dist, "all_gather_into_tensor", noted("gather")),
                 patch.object(LayerwiseOptimizer, "_update_class", noted("update")),
             ):
@@ -244,7 +247,8 @@ def check_overlap(rank: int) -> None:
                     assert torch.equal(parameter, whole.optimizer.parameters[name]), f"step {step}: {name}"
     order = "".join(event[0] for event in begun)
     assert order.count("g") >= STEPS and re.search("ugu", order), order
-    assert not parts.updaters[1]._reducing._begun
+    layerwise = parts.updaters[1]
+    assert all(each.flat._work is None for each in (*layerwise._sums, *layerwise._weights))
 
 
 def test_weights_leave_while_others_are_updated(tmp_path: Path):

@@ -1,0 +1,117 @@
+"""Where matrices lie: in flat tensors of what is due together, owner by owner, and there class by class."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from hopescale.optim.owned_flat import OwnedFlat
+from hopescale.optim.ownership import Ownership
+
+
+@dataclass(frozen=True)
+class Alike:
+    """Matrices of one shape, type and group that are updated together.
+
+    Attributes:
+        names: Their names, in the order of their owners.
+        due: Key of what is due and reduced together.
+        split: Dimension along which they are gathered over tensor-parallel ranks for an update; None if they are not.
+        gram: Shape of the Gram matrix, or of the columns of it, that each gathers of its inputs; None if none.
+    """
+
+    names: list[str]
+    due: Hashable
+    split: int | None
+    gram: tuple[int, int] | None
+
+
+@dataclass(frozen=True)
+class Together:
+    """A flat tensor and the parameters that have a piece of it."""
+
+    names: frozenset[str]
+    flat: OwnedFlat
+
+
+class ClassFlats:
+    """Flat tensors of weights, gradients and Gram matrices, of which parameters become views.
+
+    Args:
+        parameters: Parameters by name; their storage is moved, and those with a Gram matrix have it as `gram`.
+        alike: What is alike, in the same order on all ranks.
+        ownership: Owners.
+        dp_group: Replicas.
+
+    Attributes:
+        sums: Gradients and Gram matrices, float32, a flat tensor for all that is due together.
+        weights: Weights, likewise for each type.
+        gradients, grams: Views of each parameter.
+        own: Stacks of weights, gradients and Gram matrices `[k, ...]` that belong to this replica, of each that is
+            alike; None in place of Gram matrices if there are none.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        alike: Sequence[Alike],
+        ownership: Ownership,
+        dp_group: dist.ProcessGroup,
+    ):
+        self.alike, self._parameters, self._replica, self._group = list(alike), parameters, ownership.replica, dp_group
+        self.gradients: dict[str, Tensor] = {}
+        self.grams: dict[str, Tensor] = {}
+        own: dict[tuple[int, str], Tensor] = {}
+        self.sums, self.weights = [], []
+        for due in dict.fromkeys(each.due for each in alike):
+            members = [number for number, each in enumerate(alike) if each.due == due]
+            kinds = [(number, "gradients") for number in members]
+            kinds += [(number, "grams") for number in members if alike[number].gram is not None]
+            self.sums.append(self._lay_out(kinds, torch.float32, own))
+            for dtype in dict.fromkeys(self._first(number).dtype for number in members):
+                chosen = [(number, "weights") for number in members if self._first(number).dtype == dtype]
+                self.weights.append(self._lay_out(chosen, dtype, own))
+        kinds = ("weights", "gradients", "grams")
+        self.own = [tuple(own.get((number, kind)) for kind in kinds) for number in range(len(alike))]
+
+    def _first(self, number: int) -> nn.Parameter:
+        return self._parameters[self.alike[number].names[0]]
+
+    def _lay_out(
+        self, kinds: Sequence[tuple[int, str]], dtype: torch.dtype, own: dict[tuple[int, str], Tensor]
+    ) -> Together:
+        """Make a flat tensor with a stack of each kind for every owner, and note the stacks that are here."""
+        held: list[list[list[str]]] = [[[] for _ in kinds] for _ in range(self._group.size())]
+        for place, (number, _) in enumerate(kinds):
+            for name in self.alike[number].names:
+                held[self._replica[name]][place].append(name)
+        shapes = [
+            self.alike[number].gram if kind == "grams" else tuple(self._first(number).shape) for number, kind in kinds
+        ]
+        sizes = [
+            [len(names) * torch.Size(shape).numel() for names, shape in zip(of_owner, shapes, strict=True)]
+            for of_owner in held
+        ]
+        flat = OwnedFlat(sizes, self._first(kinds[0][0]).detach().to(dtype), self._group)
+        for owner, pieces in enumerate(flat.pieces(sizes)):
+            for place, ((number, kind), piece) in enumerate(zip(kinds, pieces, strict=True)):
+                stack = piece.view(len(held[owner][place]), *shapes[place])
+                if owner == self._group.rank():
+                    own[number, kind] = stack
+                for name, view in zip(held[owner][place], stack, strict=True):
+                    self._place(name, kind, view)
+        return Together(frozenset(name for number, _ in kinds for name in self.alike[number].names), flat)
+
+    def _place(self, name: str, kind: str, view: Tensor) -> None:
+        parameter = self._parameters[name]
+        if kind == "weights":
+            view.copy_(parameter.detach())
+            parameter.data = view
+        elif kind == "gradients":
+            self.gradients[name] = view
+        else:
+            self.grams[name] = parameter.gram = view

@@ -1,0 +1,120 @@
+"""Flat tensors whose pieces have owners among the replicas: summed and handed out in equal parts.
+
+What an owner holds may be much or nothing, so parts of owners cannot be those of an exchange: filled up to the largest,
+they would grow with the number of replicas. Equal parts do not; between a part and its owners lies an all-to-all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hopescale.cost.updates import EVEN_UNIT
+
+WINDOW_ELEMENTS = 1 << 24
+"""Most entries of an equal part that go to or come from owners at once."""
+
+
+class OwnedFlat:
+    """Pieces of all owners in one tensor, owner by owner, filled up to equal parts for the replicas.
+
+    Args:
+        sizes: Entries of each owner's pieces.
+        like: Tensor whose type and device it has.
+        group: Replicas, which are the owners.
+
+    Attributes:
+        flat: All pieces, zeros at first.
+        own: Pieces of this replica, a view.
+    """
+
+    def __init__(self, sizes: Sequence[Sequence[int]], like: Tensor, group: dist.ProcessGroup):
+        self._group, self._rank, owners = group, group.rank(), group.size()
+        ends = [0, *accumulate(sum(of_owner) for of_owner in sizes)]
+        self._ranges = [range(begin, end) for begin, end in zip(ends, ends[1:], strict=False)]
+        self._total, self._part = ends[-1], -(-ends[-1] // (EVEN_UNIT * owners)) * EVEN_UNIT
+        self.flat = torch.zeros(self._part * owners, dtype=like.dtype, device=like.device)
+        mine = self._ranges[self._rank]
+        self.own = self.flat[mine.start : mine.stop]
+        self._work: dist.Work | None = None
+        self._is_summing = False
+
+    def pieces(self, sizes: Sequence[Sequence[int]]) -> list[list[Tensor]]:
+        """Return the pieces of every owner, which the constructor was given the sizes of."""
+        return [
+            list(self.flat[each.start : each.stop].split(list(of_owner))) if of_owner else []
+            for each, of_owner in zip(self._ranges, sizes, strict=True)
+        ]
+
+    def begin_sum(self) -> None:
+        """Begin to sum over replicas. `finish` leaves the sum of each piece at its owner alone, zeros elsewhere."""
+        if self._group.size() > 1:
+            self._work = dist.reduce_scatter_tensor(self._mine, self.flat, group=self._group, async_op=True)
+            self._is_summing = True
+
+    def begin_to_hand_out(self) -> None:
+        """Begin to copy what owners hold to all replicas, complete after `finish`."""
+        if self._group.size() > 1:
+            for window, parts in self._windows():
+                held = [self.flat[each.start : each.stop] for each in parts]
+                wanted = self._overlaps(window)
+                received = self.flat[window.start : window.stop]
+                self._exchange(torch.cat(held), [each.numel() for each in held], received, wanted)
+            self._work = dist.all_gather_into_tensor(self.flat, self._mine, group=self._group, async_op=True)
+
+    def finish(self) -> None:
+        """Wait for what has begun."""
+        if self._work is None:
+            return
+        self._work.wait()
+        self._work = None
+        if self._is_summing:
+            self._is_summing = False
+            self._hand_to_owners()
+
+    def _hand_to_owners(self) -> None:
+        for window, parts in self._windows():
+            places = [self.flat[each.start : each.stop] for each in parts]
+            sizes = [each.numel() for each in places]
+            received = self.flat.new_empty(sum(sizes))
+            self._exchange(self.flat[window.start : window.stop], self._overlaps(window), received, sizes)
+            # The rest of this replica's part is sent later: no piece lies there that comes from another.
+            for place, piece in zip(places, received.split(sizes), strict=True):
+                place.copy_(piece)
+        mine = self._ranges[self._rank]
+        self.flat[: mine.start].zero_()
+        self.flat[mine.stop :].zero_()
+
+    @property
+    def _mine(self) -> Tensor:
+        return self.flat.narrow(0, self._rank * self._part, self._part)
+
+    def _windows(self) -> Iterator[tuple[range, list[range]]]:
+        """Yield a piece of this replica's part, and what this owner has of every replica's piece: the same on all."""
+        mine = self._ranges[self._rank]
+        for begin in range(0, self._part, WINDOW_ELEMENTS):
+            end = min(begin + WINDOW_ELEMENTS, self._part)
+            of_replicas = [
+                self._filled(range(replica * self._part + begin, replica * self._part + end))
+                for replica in range(self._group.size())
+            ]
+            yield of_replicas[self._rank], [_overlap(each, mine) for each in of_replicas]
+
+    def _filled(self, entries: range) -> range:
+        """Return those of some entries that belong to an owner, and are not there to fill up."""
+        return range(min(entries.start, self._total), min(entries.stop, self._total))
+
+    def _overlaps(self, window: range) -> list[int]:
+        return [len(_overlap(window, each)) for each in self._ranges]
+
+    def _exchange(self, sent: Tensor, to: list[int], received: Tensor, of: list[int]) -> None:
+        dist.all_to_all_single(received, sent, of, to, group=self._group)
+
+
+def _overlap(a: range, b: range) -> range:
+    start = max(a.start, b.start)
+    return range(start, max(start, min(a.stop, b.stop)))

@@ -1,0 +1,79 @@
+"""What a rank of 64, 256 and 1,024 makes at its start and exchanges in a step: nothing that grows with their number."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from hopescale.config.layout import Layout
+from hopescale.config.load import load_recipe
+from hopescale.parallel import mesh
+from hopescale.parallel.mesh import Mesh
+from tests.support.many_ranks import Group, Rank
+
+MATRICES = "optim.groups.matrices={rule: m3, match: ['*_proj.weight','*.gate.weight','*.up.weight','*.down.weight']}"
+
+
+@pytest.mark.parametrize(
+    ("replicas", "rule", "layers"), [(64, "adamw", 6), (256, "m3", 6), (1024, "m3", 6), (1024, "adamw", 24)]
+)
+def test_a_step_of_one_rank_of_many(replicas: int, rule: str, layers: int):
+    settings = ["parallel.zero=1", f"model.num_layers={layers}", *([MATRICES] if rule == "m3" else [])]
+    rank = Rank(load_recipe("hope_1.3b", settings).config, replicas)
+    step = max(cadence.period for cadence in rank.optimizer.cadences.values())
+    found, operations = rank.step(step)
+    due = rank.due(step)
+    assert due == sum(parameter.numel() for parameter in rank.parameters.values())
+    assert sum(found.calls.values()) <= 40, found.calls
+    assert found.largest <= 256 * 2**20
+    assert 1 <= found.sent["reduce_scatter_tensor"] / (4 * due) <= 1.05
+    # Loss and norms, and the changes of slow levels.
+    assert found.host_reads == 2
+    assert operations <= 100 or rule == "m3"
+    fast, _ = rank.step(1)
+    assert fast.sent["reduce_scatter_tensor"] < 0.7 * found.sent["reduce_scatter_tensor"] and fast.host_reads == 1
+
+
+def start(layout: Layout, rank: int) -> list[tuple[int, ...]]:
+    """Return the groups that a rank makes at its start, by their members."""
+    made: list[tuple[int, ...]] = []
+
+    def new_group(ranks: list[int] | None = None, **_: Any) -> Group:
+        members = tuple(range(layout.num_ranks)) if ranks is None else tuple(ranks)
+        assert rank in members, "a group of others"
+        made.append(members)
+        return Group(len(members), members.index(rank))
+
+    everyone = {"is_initialized": True, "get_rank": rank, "get_world_size": layout.num_ranks}
+    patched = {name: lambda *_, value=value, **__: value for name, value in everyone.items()}
+    opened: list[dist.ProcessGroup] = []
+    with patch.multiple(dist, new_group=new_group, **patched), patch.object(mesh, "open_rings", opened.extend):
+        found = Mesh.over_all(layout)
+        given = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_data_parallel_group()
+        assert given == (found.tp_group, found.dp_group)
+        assert parallel_state.get_pipeline_model_parallel_group() is found.pp_group
+        parallel_state.destroy_model_parallel()
+    assert {found.control_group, found.checkpoint_group, found.dp_group} <= {*opened}
+    return made
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (2, 4)], ids=str)
+def test_a_start_makes_the_same_number_of_groups_at_any_number_of_ranks(shape: tuple[int, int]):
+    """On every rank too: torch names a group by the number of those that a process has."""
+    tp, pp = shape
+    counts = set()
+    for num_ranks in (64, 1024):
+        layout = Layout(dp=num_ranks // (tp * pp), tp=tp, pp=pp)
+        for rank in (0, num_ranks // 2, num_ranks - 1):
+            made = start(layout, rank)
+            counts.add(len(made))
+            first = rank - rank % tp
+            assert {
+                tuple(range(first, first + tp)),
+                tuple(range(rank % (tp * layout.dp), num_ranks, tp * layout.dp)),
+            } <= {*made}
+    assert len(counts) == 1 and counts.pop() <= 12
