@@ -92,7 +92,8 @@ class SentBytes:
     def to_sum_level(self, level: str) -> int:
         """Return the bytes by which the gradients of a due level are summed over replicas at `zero` 0, 1."""
         if self.config.parallel.zero:
-            elementwise = self.layout.replicas * sum(count for (of, _), count in self._even_shards().items() if of == level)
+            own = sum(count for (of, _), count in self._even_shards().items() if of == level)
+            elementwise = self.layout.replicas * own
         else:
             elementwise = sum(n for kind, n in self.entries.items() if kind.rule == "adamw" and kind.level == level)
         return FP32 * elementwise + self._gradients([p for p in self.matrices if p.level == level])

@@ -71,9 +71,7 @@ def measure_positions(
     return results
 
 
-def losses_of(
-    loaded: LoadedModel, batches: Sequence[Batch], adaptation: Adaptation | None = None
-) -> list[np.ndarray]:
+def losses_of(loaded: LoadedModel, batches: Sequence[Batch], adaptation: Adaptation | None = None) -> list[np.ndarray]:
     """Return the loss of each target `[T]` of each row, NaN where there is none; levels follow if `adaptation` says.
 
     Documents of a row are read apart where the model keeps to `within_documents`.
