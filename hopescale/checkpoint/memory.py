@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hopescale.checkpoint.manifest import Manifest
-from hopescale.checkpoint.node_memory import NodeMemory, Note, Part, digest_of, read_part
+from hopescale.checkpoint.node_memory import NodeMemory, Part, PartNote, digest_of, read_part
 from hopescale.common.disk import replace_text
 from hopescale.common.errors import CheckpointError
 from hopescale.common.units import format_bytes
@@ -79,7 +79,7 @@ class MemoryCheckpoints:
             self._complain(step, problem, part.size)
             return
         for rank, digest in zip((self.rank, self._from), digests, strict=False):
-            self.node.commit(Note(step, rank, digest.hex(), tuple(agreed)), self.rank)
+            self.node.commit(PartNote(step, rank, digest.hex(), tuple(agreed)), self.rank)
         self._sum([0])  # all ranks have noted it
         self.node.remove(but=step)
         self._last = step
@@ -161,7 +161,7 @@ class MemoryCheckpoints:
                 logger.warning("step %d in memory is not used: %s", step, problems[0])
         return None
 
-    def _fetch(self, own: Mapping[Note, Path], sources: Sequence[tuple[int, Note]]) -> Tensor:
+    def _fetch(self, own: Mapping[PartNote, Path], sources: Sequence[tuple[int, PartNote]]) -> Tensor:
         """Return this rank's part, from another node if it is not on this one, and send what others need of here."""
         block, work = torch.zeros(0, dtype=torch.uint8), []
         for rank, (source, note) in enumerate(sources):
@@ -205,12 +205,12 @@ def other_node(nodes: Sequence[str]) -> int:
     return max(apart, key=lambda shift: (apart[shift], -shift))
 
 
-def _candidates(held: Sequence[Sequence[Note]], num_ranks: int) -> Iterator[tuple[int, list[tuple[int, Note]]]]:
+def _candidates(held: Sequence[Sequence[PartNote]], num_ranks: int) -> Iterator[tuple[int, list[tuple[int, PartNote]]]]:
     """Yield the steps, newest first, of which every rank's part is somewhere: for each rank who has it, and its note.
 
     A rank's own node comes first, then the lowest rank.
     """
-    found: dict[tuple[int, tuple[int, ...]], dict[int, dict[int, Note]]] = {}
+    found: dict[tuple[int, tuple[int, ...]], dict[int, dict[int, PartNote]]] = {}
     for source, notes in enumerate(held):
         for note in notes:
             found.setdefault((note.step, note.agreed), {}).setdefault(note.rank, {})[source] = note

@@ -24,7 +24,7 @@ _ALIGNED = 64
 
 
 @dataclass(frozen=True)
-class Note:
+class PartNote:
     """What is known of a rank's part that was written to the end by all ranks.
 
     Attributes:
@@ -70,18 +70,18 @@ class NodeMemory:
             os.posix_fallocate(stream.fileno(), 0, size)
         return torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)
 
-    def commit(self, note: Note, holder: int) -> None:
-        """Note that a part is whole, as are those of all other ranks."""
+    def commit(self, note: PartNote, holder: int) -> None:
+        """PartNote that a part is whole, as are those of all other ranks."""
         path = self._path(note.step, note.rank, holder)
         replace_text(path.with_name(f"{path.name}.json"), json.dumps(asdict(note)))
 
-    def notes(self) -> dict[Note, Path]:
+    def notes(self) -> dict[PartNote, Path]:
         """Return the parts on this node that are whole, and where they are."""
         found = {}
         for path in sorted(self.folder.glob("step-*/rank-*.json")):
             try:
                 fields = json.loads(path.read_text())
-                found[Note(**fields | {"agreed": tuple(fields["agreed"])})] = path.with_suffix("")
+                found[PartNote(**fields | {"agreed": tuple(fields["agreed"])})] = path.with_suffix("")
             except (OSError, ValueError, TypeError, KeyError):
                 continue  # removed meanwhile, or not ours
         return found

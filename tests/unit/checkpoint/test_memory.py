@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hopescale.checkpoint.manifest import Manifest
 from hopescale.checkpoint.memory import MemoryCheckpoints, _candidates, other_node, run_name
-from hopescale.checkpoint.node_memory import Note, Part, read_part
+from hopescale.checkpoint.node_memory import Part, PartNote, read_part
 from hopescale.common.errors import CheckpointError
 from hopescale.config.schema import MemoryCheckpointConfig
 from hopescale.parallel.mesh import Mesh
@@ -89,8 +89,8 @@ def test_what_is_torn_or_changed_is_refused_and_the_step_before_taken(
 
 
 def test_a_step_counts_if_all_parts_are_of_one_save():
-    def note(step: int, rank: int, agreed: int = 1) -> Note:
-        return Note(step, rank, "d", (agreed,))
+    def note(step: int, rank: int, agreed: int = 1) -> PartNote:
+        return PartNote(step, rank, "d", (agreed,))
 
     own, other = note(4, 0), note(4, 1)
     assert list(_candidates([[own, other], []], 2)) == [(4, [(0, own), (0, other)])]
