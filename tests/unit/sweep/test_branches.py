@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,22 @@ def test_shorter_horizons_branch_off_the_longest_where_their_decay_begins(trials
 def test_one_trunk_and_four_decays_cost_less_than_four_runs(trials):
     spent, apart = saving(trials)
     assert spent / apart == pytest.approx(9.4 / 15)
+
+
+@pytest.mark.parametrize("name", ["hope_laws", "hope_laws_rates"])
+def test_shipped_sweeps_branch(name: str):
+    """One size of one series with its shortest and longest horizon; the others are alike."""
+    sweep = load_sweep(Path(name))
+    flops, axes = sweep.config.flops, {key: values[:1] for key, values in sweep.config.axes.items()}
+    sizes = {"w16": sweep.config.sizes["w16"]}
+    few = {"sizes": sizes, "flops": (flops[0], flops[-1]), "axes": axes}
+    few["series"] = {"hope_linear": sweep.config.series["hope_linear"]}
+    made = make_trials(replace(sweep, config=replace(sweep.config, **few)))
+    assert [trial.branch is None for trial in made] == [False, True]
+    assert {trial.config.optim.schedule.name for trial in made} == {"wsd"}
+    own = made[0].config.optim.schedule.decay_fraction
+    spent = flops[-1] + own * sum(flops[:-1])
+    assert len(flops) < 5 or spent / sum(flops) < 0.63
 
 
 @pytest.mark.parametrize(
