@@ -10,6 +10,7 @@ import uuid
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Any, Protocol
 
 from anyio.to_thread import current_default_thread_limiter
@@ -281,6 +282,14 @@ KINDS = {
 """Status and OpenAI's word for errors that are no mistake in the request."""
 
 
+ROUTES = "POST /v1/completions, GET /v1/models, GET /health, GET /contexts, and PUT, GET, DELETE /contexts/NAME"
+_FORMS = {
+    "prompt": "Input should be one text, or one list of token ids",
+    "stop": "Input should be a text, or a list of texts",
+}
+"""What keys of several forms should be."""
+
+
 def make_app(server: Server) -> FastAPI:
     """Return the web application of a server."""
 
@@ -335,12 +344,18 @@ def make_app(server: Server) -> FastAPI:
         return JSONResponse(_error(f"{error.message}{hint}", kind), status)
 
     @app.exception_handler(StarletteHTTPException)
-    def not_found(_: Request, error: StarletteHTTPException) -> JSONResponse:
-        return JSONResponse(_error(str(error.detail), "invalid_request_error"), error.status_code)
+    def not_found(request: Request, error: StarletteHTTPException) -> JSONResponse:
+        message = str(error.detail)
+        if message in (HTTPStatus.NOT_FOUND.phrase, HTTPStatus.METHOD_NOT_ALLOWED.phrase):  # of no route of ours
+            chat = "; models here continue text, and have no chat form" if "chat" in request.url.path else ""
+            message = f"there is no {request.method} {request.url.path} here, but {ROUTES}{chat}"
+        return JSONResponse(_error(message, "invalid_request_error"), error.status_code)
 
     @app.exception_handler(RequestValidationError)
     def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        problems = [f"{'.'.join(map(str, one['loc'][1:]))}: {one['msg']}" for one in error.errors()]
-        return JSONResponse(_error("; ".join(problems), "invalid_request_error"), 400)
+        # A prompt is refused once for each form that it might have.
+        problems = {one["loc"][1:][0] if one["loc"][1:] else "body": one for one in error.errors()}
+        texts = [f"{key}: {_FORMS.get(key, one['msg'])}" for key, one in problems.items()]
+        return JSONResponse(_error("; ".join(texts), "invalid_request_error"), 400)
 
     return app

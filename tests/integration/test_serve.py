@@ -173,6 +173,11 @@ def test_contexts_outlive_the_server(loaded: LoadedModel, tmp_path: Path):
         ({"prompt": TEXT * 9}, openai.BadRequestError, "--max-prompt-tokens allows 60"),
         ({"model": "gpt"}, openai.NotFoundError, "there is no model 'gpt'"),
         ({"n": 2}, openai.BadRequestError, "n: Input should be less than or equal to 1"),
+        (
+            {"prompt": ["a", "b"]},
+            openai.BadRequestError,
+            "prompt: Input should be one text, or one list of token ids",
+        ),
         ({"logprobs": 3}, openai.BadRequestError, "logprobs: Extra inputs are not permitted"),
         ({"extra_body": {"context": "none"}}, openai.NotFoundError, "there is no context 'none'"),
     ],
@@ -186,6 +191,13 @@ def test_what_cannot_be_answered_is_one_message(loaded, options: dict, error: ty
         with pytest.raises(error) as caught:
             served.client.completions.create(**options)
         assert message in str(caught.value)
+
+
+def test_what_is_not_there_is_told_with_what_is(served: Served):
+    with pytest.raises(openai.NotFoundError, match="there is no POST /v1/chat/completions here, but POST") as caught:
+        served.client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "Hello"}])
+    assert "have no chat form" in str(caught.value)
+    assert "there is no GET /v1/completions here" in served.http.get("/v1/completions").text
 
 
 @pytest.mark.parametrize("name", [".hidden", "a b", "x" * 65])

@@ -132,3 +132,22 @@ def test_modes_of_generation(model, options):
 def test_modes_that_would_crop_a_state_are_refused(model):
     with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
         model.eval().generate(TOKENS[:1], max_new_tokens=3, prompt_lookup_num_tokens=2)
+
+
+def test_low_rank_adapters_learn_and_the_rest_stays(model):
+    peft = pytest.importorskip("peft")
+    layers = ["in_proj", "out_proj", "gate", "up", "down"]
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=layers, task_type="CAUSAL_LM"))
+    before = {name: parameter.detach().clone() for name, parameter in adapted.named_parameters()}
+    optimizer = torch.optim.Adam([p for p in adapted.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = adapted(TOKENS, attention_mask=MASK, labels=TOKENS).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    changed = {name for name, parameter in adapted.named_parameters() if not parameter.equal(before[name])}
+    assert changed and all("lora_" in name for name in changed)
+    assert adapted.generate(input_ids=TOKENS, attention_mask=MASK, max_new_tokens=2).shape == (2, 21)
