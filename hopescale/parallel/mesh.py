@@ -74,13 +74,12 @@ class Mesh:
         )
         own = dist.new_group([dist.get_rank()], use_local_synchronization=True)
         cp_group = parallel_state.get_context_parallel_group() if layout.cp > 1 else own
-        backwards = dist.get_process_group_ranks(cp_group)
         ends = parallel_state.get_embedding_group(check_initialized=False)
         mesh = cls(
             tp_group=parallel_state.get_tensor_model_parallel_group(),
             dp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
             cp_group=cp_group,
-            cp_back_group=dist.new_group(backwards, use_local_synchronization=True) if layout.cp > 1 else own,
+            cp_back_group=_new_cp_group(layout) if layout.cp > 1 else own,
             pp_group=parallel_state.get_pipeline_model_parallel_group(),
             embedding_group=own if ends is None or layout.pp == 1 else ends,
             world_group=dist.group.WORLD,
@@ -144,3 +143,18 @@ class Mesh:
         """Change how long an exchange may wait for the other ranks before it fails."""
         for group in {*self.axes().values(), self.control_group}:
             group.set_timeout(timeout)
+
+
+def _new_cp_group(layout: Layout) -> dist.ProcessGroup:
+    """Make a second group of the ranks that share sequences with this one. Called by all ranks.
+
+    All make the groups of all: torch names one that its members alone make after the number of groups that each is in,
+    which need not be the same.
+    """
+    own, size = None, layout.cp * layout.tp
+    for first in range(0, layout.num_ranks, size):
+        for rank in range(first, first + layout.tp):
+            ranks = list(range(rank, first + size, layout.tp))
+            group = dist.new_group(ranks)
+            own = group if dist.get_rank() in ranks else own
+    return own
