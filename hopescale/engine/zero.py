@@ -15,6 +15,7 @@ from hopescale.engine.zero_even import EvenShards
 from hopescale.engine.zero_partitioned import PartitionedModel, PartitionedShards
 from hopescale.models.block import Block
 from hopescale.optim import Cadence, RuleGroup, Updater
+from hopescale.optim.updater import even_shares
 from hopescale.parallel.mesh import Mesh
 
 Shards = EvenShards | FlatShards | PartitionedShards
@@ -57,7 +58,8 @@ class ZeroAdamW(Updater):
         self._device = next(iter(self.parameters.values())).device
         self._shapes = {name: parameter.shape for name, parameter in self.parameters.items()}
         self._reduced: set[str] = set()
-        self._owners = _owners(self.parameters, self.dp_group.size())
+        sizes = {name: parameter.numel() for name, parameter in self.parameters.items()}
+        self._owners = even_shares(sizes, self.dp_group.size())
         make = self._maker(model, whole)
         self._sets = [
             make({name: self.parameters[name] for name in names}, _within(groups, names), eps=eps)
@@ -169,6 +171,9 @@ class ZeroAdamW(Updater):
             return super().weights()
         return self._wholes(self._set_of, "weight")
 
+    def _saved_here(self) -> list[str]:
+        return [name for name in self.parameters if self._owns(name)]
+
     def _load_weights(self, weights: Mapping[str, Tensor]) -> None:
         if self.stage < 3:
             super()._load_weights(weights)
@@ -244,12 +249,3 @@ def _within(groups: Sequence[RuleGroup], names: Sequence[str]) -> list[RuleGroup
     chosen = set(names)
     parts = [replace(group, members=tuple(name for name in group.members if name in chosen)) for group in groups]
     return [part for part in parts if part.members]
-
-
-def _owners(parameters: Mapping[str, nn.Parameter], replicas: int) -> dict[str, int]:
-    """Give each parameter to a replica, so that all hold about as many entries."""
-    entries, owners = [0] * replicas, {}
-    for name, parameter in sorted(parameters.items(), key=lambda item: -item[1].numel()):
-        owners[name] = entries.index(min(entries))
-        entries[owners[name]] += parameter.numel()
-    return owners

@@ -35,7 +35,7 @@ class Model(nn.Module):
 
     Args:
         config: Sizes and switches, checked by `hopescale.config.check`.
-        seed: Seed of the initial weights; each depends only on it and the parameter's name.
+        seed: Seed of the initial weights; each depends only on it and the parameter's name. None sets no weights.
         mesh: Ranks of the run, and this process among them; None is a process of its own.
         blocks: Numbers of the blocks to hold, from 0; None is all.
         recompute: Activations computed again in the backward pass instead of kept; as `train.recompute`.
@@ -55,7 +55,7 @@ class Model(nn.Module):
         self,
         config: ModelConfig,
         *,
-        seed: int = 0,
+        seed: int | None = 0,
         mesh: Mesh | None = None,
         blocks: range | None = None,
         recompute: Recompute = "none",
@@ -84,7 +84,8 @@ class Model(nn.Module):
             if not config.tie_embeddings:
                 shared = {"mesh": mesh, "shared_input": True, "sizes": ()}
                 self.head = ColumnLinear(config.d_model, padded, std=config.init_std, **shared)
-        initialize(self, seed, mesh)
+        if seed is not None:
+            initialize(self, seed, mesh)
 
     def initial_state(self, batch: int) -> ModelState:
         """Return the state before the first token, for `batch` sequences."""

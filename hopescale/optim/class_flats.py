@@ -43,7 +43,7 @@ class ClassFlats:
 
     Args:
         parameters: Parameters by name; their storage is moved, and those with a Gram matrix have it as `gram`.
-        alike: What is alike, in the same order on all ranks.
+        alike: Groups of what is alike, in the same order on all ranks.
         ownership: Owners.
         dp_group: Replicas.
 

@@ -237,6 +237,15 @@ class OuterOptimizer:
         """Return the weights that a checkpoint takes from this rank, by parameter name."""
         return {name: tensor for updater in self.updaters for name, tensor in updater.weights().items()}
 
+    def to_save(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return of `weights` and `state_dict` what this rank writes to a checkpoint. All replicas call."""
+        weights, state = {}, {}
+        for updater in self.updaters:
+            own_weights, own_state = updater.to_save()
+            weights |= own_weights
+            state |= own_state
+        return weights, state
+
     def load(self, weights: Mapping[str, Tensor], state: Mapping[str, Tensor] | None = None) -> None:
         """Take over the tensors of `weights` and `state_dict`, after they have been filled.
 

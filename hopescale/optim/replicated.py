@@ -88,6 +88,11 @@ class ReplicatedAdamW(Updater):
             result |= {f"{name}.{key}": value for key, value in self.rule.state[master].items()}
         return result
 
+    def to_save(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return the weights and the state of this replica's share of the parameters."""
+        weights, state = super().to_save()
+        return weights, {name: tensor for name, tensor in state.items() if name.rpartition(".")[0] in weights}
+
     def _set_masters(self, names: Iterable[str]) -> None:
         for name in names:
             self._masters[name].copy_(self.parameters[name])

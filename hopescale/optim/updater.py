@@ -39,6 +39,15 @@ class RuleGroup:
         return group if self.betas is None else group | {"betas": self.betas}
 
 
+def even_shares(sizes: Mapping[str, int], replicas: int) -> dict[str, int]:
+    """Give each parameter to a replica, so that all have about as many entries."""
+    entries, result = [0] * replicas, {}
+    for name in sorted(sizes, key=lambda name: -sizes[name]):
+        result[name] = entries.index(min(entries))
+        entries[result[name]] += sizes[name]
+    return result
+
+
 class Updater(ABC):
     """Accumulates the gradients of its parameters, keeps their float32 masters and rule state, whole or sharded.
 
@@ -130,6 +139,20 @@ class Updater(ABC):
     @abstractmethod
     def state_dict(self) -> dict[str, Tensor]:
         """Return this rank's part of the masters of low-precision parameters and of the rule's state, by name."""
+
+    def to_save(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return of `weights` and `state_dict` what this replica writes to a checkpoint: of equal copies one.
+
+        All data-parallel ranks call.
+        """
+        weights = self.weights()
+        return {name: weights[name] for name in self._saved_here() if name in weights}, self.state_dict()
+
+    def _saved_here(self) -> list[str]:
+        """Return the parameters whose copies this replica is the one to write; all write about as many entries."""
+        sizes = {name: parameter.numel() for name, parameter in self.parameters.items()}
+        writers = even_shares(sizes, self.dp_group.size())
+        return [name for name, replica in writers.items() if replica == self.dp_group.rank()]
 
     @torch.no_grad()
     def load(self, weights: Mapping[str, Tensor], state: Mapping[str, Tensor] | None = None) -> None:

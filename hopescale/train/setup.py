@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from hopescale.checkpoint.manager import CheckpointManager, find_checkpoint, latest_checkpoint
-from hopescale.checkpoint.manifest import Manifest, read_manifest
+from hopescale.checkpoint.manifest import Manifest, checkpoint_folders, read_manifest, read_pointer
 from hopescale.checkpoint.mirror import Mirror
 from hopescale.common.errors import CheckpointError, ConfigError, Problem
 from hopescale.config.fields import leaves
@@ -46,8 +46,12 @@ from hopescale.train.warm_up import compile_kernels
 Report = Callable[[str], None]
 
 
-def build_state(config: RunConfig, layout: Layout, mesh: Mesh, device: torch.device) -> TrainState:
+def build_state(
+    config: RunConfig, layout: Layout, mesh: Mesh, device: torch.device, *, draw: bool = True
+) -> TrainState:
     """Build this rank's part of model and optimizer, and the data, at step 0. Called by all ranks.
+
+    Without `draw` the weights are not set: they come from a checkpoint.
 
     Raises:
         ConfigError: If the model cannot fit the device's memory, or the data does not fit the config or does not last.
@@ -55,7 +59,7 @@ def build_state(config: RunConfig, layout: Layout, mesh: Mesh, device: torch.dev
     """
     torch.manual_seed(config.train.seed)
     data = mesh.control.all_ranks_or_raise(lambda: _open_data(config, layout, device))
-    slices = _build_slices(config, mesh, device)
+    slices = _build_slices(config, mesh, device, config.train.seed if draw else None)
     parameters = {name: p for model in slices for name, p in model.named_parameters()}
     whole = _whole_parameters(parameters, mesh)
     shapes = {name: parameter.shape for name, parameter in whole.items()}
@@ -120,8 +124,8 @@ def _open_data(config: RunConfig, layout: Layout, device: torch.device) -> Data:
     return data
 
 
-def _build_slices(config: RunConfig, mesh: Mesh, device: torch.device) -> list[Model]:
-    """Build the slices of the model that belong on this rank of the pipeline."""
+def _build_slices(config: RunConfig, mesh: Mesh, device: torch.device, seed: int | None) -> list[Model]:
+    """Build the slices of the model that belong on this rank of the pipeline; None as a seed sets no weights."""
     train, pp = config.train, mesh.pp_group.size()
     slices, computed = [], {"recompute": train.recompute, "compiled": train.compile, "backend": train.backend}
     computed |= {"kernel_precision": train.kernel_precision}
@@ -129,7 +133,7 @@ def _build_slices(config: RunConfig, mesh: Mesh, device: torch.device) -> list[M
         check_compiler(device)
     chosen = choose_backends(config, device)
     for blocks in cut_blocks(config.model, train.seq_len, pp * mesh.virtual_stages)[mesh.pp_group.rank() :: pp]:
-        model = Model(config.model, seed=train.seed, mesh=mesh, blocks=blocks, **computed)
+        model = Model(config.model, seed=seed, mesh=mesh, blocks=blocks, **computed)
         slices.append(model.to(device).to_precision(DTYPES[train.precision]))
     compile_kernels(slices, [name for name, choice in chosen.items() if choice.backend == "triton"], train.seq_len)
     return slices
@@ -179,6 +183,13 @@ def choose_checkpoint(folder: RunFolder, request: RunRequest) -> Path | None:
     if latest is None and request.branch_from is not None:
         return find_checkpoint(request.branch_from)
     return latest
+
+
+def finds_weights(folder: RunFolder, request: RunRequest) -> bool:
+    """Tell whether a start takes weights from a checkpoint, so that none have to be drawn. Changes nothing."""
+    if request.init is not None or isinstance(request.resume, Path):
+        return True
+    return read_pointer(folder.checkpoints) is not None or bool(checkpoint_folders(folder.checkpoints))
 
 
 def restore(state: TrainState, checkpoint: Path, request: RunRequest, report: Report) -> None:

@@ -95,13 +95,11 @@ class TrainState:
         return result
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Return this rank's part of what is saved. Called by all ranks."""
+        """Return this rank's part of what is saved, of equal copies of replicas one. Called by all ranks."""
         mesh = self.mesh
         elsewhere = set() if mesh.is_first_stage else set(self.optimizer.tied)
-        parts = {
-            "model": self.optimizer.weights(),
-            "optimizer": self.optimizer.state_dict() | self._sums(),
-        }
+        weights, state = self.optimizer.to_save()
+        parts = {"model": weights, "optimizer": state | self._sums()}
         return {
             kind: self._whole(
                 {name: part for name, part in tensors.items() if parameter_of(name, kind) not in elsewhere}

@@ -113,7 +113,7 @@ class Trainer:
                 self.log(metrics)
                 self.save_if_due()
                 begin = time.perf_counter()
-                if self._is_asked or self.state.step == last_step:
+                if self._is_asked or self.control.num_ranks == 1 or self.state.step == last_step:
                     signal = self.control.agree(stop.reason, self.failure)
             self._save_at_end()
             self._drop_memory()

@@ -27,7 +27,15 @@ from hopescale.train.folder import Record, RunFolder
 from hopescale.train.in_memory import continue_from_memory, open_memory
 from hopescale.train.profile import StepProfiler
 from hopescale.train.request import RunRequest
-from hopescale.train.setup import Report, begin_from, build_state, choose_checkpoint, open_checkpoints, restore
+from hopescale.train.setup import (
+    Report,
+    begin_from,
+    build_state,
+    choose_checkpoint,
+    finds_weights,
+    open_checkpoints,
+    restore,
+)
 from hopescale.train.state import TrainState
 from hopescale.train.stop import StopRequest
 from hopescale.train.trainer import Trainer
@@ -74,9 +82,10 @@ def train_on(
         The last step done, and the name of the signal that ended the run before its time or None.
     """
     config, control = request.loaded.config, mesh.control
-    with memory_errors_explained(config):
-        state = build_state(config, request.layout, mesh, device)
     folder = RunFolder(request.folder)
+    is_new = not control.broadcast_from_rank0(lambda: finds_weights(folder, request))
+    with memory_errors_explained(config):
+        state = build_state(config, request.layout, mesh, device, draw=is_new)
     with ExitStack() as stack, memory_errors_explained(config), _reported_once(control):
         _open_on_first(control, stack, lambda: folder)
         checkpoint = control.broadcast_from_rank0(lambda: choose_checkpoint(folder, request))
@@ -89,6 +98,8 @@ def train_on(
             restore(state, checkpoint, request, report)
         elif request.init is not None and not from_memory:
             begin_from(state, control.broadcast_from_rank0(lambda: find_checkpoint(request.init)), report)
+        elif not is_new:
+            raise CheckpointError(f"the checkpoints of {folder.path} have gone while the run started", "start it again")
         table = group_table(state.optimizer.groups, state.sizes, state.optimizer.peak_rates())
         control.broadcast_from_rank0(lambda: folder.describe(request, table))
         checkpoints = open_checkpoints(folder, state)

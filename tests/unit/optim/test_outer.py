@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from hopescale.config.schema import GroupConfig, OptimConfig, ScheduleConfig
 from hopescale.optim import Cadence, OuterOptimizer, replicated
 from hopescale.optim.schedule import learning_rate
 from hopescale.parallel.layers import ParameterSpec, attach
+from hopescale.parallel.mesh import Mesh
+from tests.support.many_ranks import Group
 
 TOTAL = 20
 SHAPES = {"a.weight": (3, 4), "b.weight": (5,), "norm.weight": (4,)}
@@ -316,3 +319,24 @@ def test_parameters_are_updated_some_at_a_time(most: int, monkeypatch: pytest.Mo
     assert together == ([2, 3, 2] if most > 1 else [1] * 7)
     expected, _ = trained(5)
     assert all(torch.equal(value, expected[name]) for name, value in found.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_replicas_write_each_copy_once_and_about_as_much(dtype: torch.dtype):
+    sizes = [7, 1, 40, 40, 12, 9, 33, 2]
+    written: Counter[str] = Counter()
+    entries = []
+    for rank in range(3):
+        parameters = {
+            f"a.{index}": attach(nn.Parameter(torch.ones(size, dtype=dtype)), ParameterSpec())
+            for index, size in enumerate(sizes)
+        }
+        alone = Group(1)
+        mesh = Mesh(alone, Group(3, rank), alone, alone, Group(3, rank), alone, alone)
+        optimizer = OuterOptimizer(parameters, make_config(groups={"all": GroupConfig()}), 10, {}, mesh=mesh)
+        weights, state = optimizer.to_save()
+        assert {name.rpartition(".")[0] for name in state} == weights.keys()
+        written.update([*weights, *state])
+        entries.append(sum(weight.numel() for weight in weights.values()))
+    assert written == Counter([*optimizer.weights(), *optimizer.state_dict()])
+    assert sum(entries) == sum(sizes) and max(entries) <= 50
