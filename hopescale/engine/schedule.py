@@ -68,8 +68,10 @@ class Loop:
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> Tensor:
         """Run forward."""
-        total = sum((self._loss(batch, None) for batch in batches), torch.zeros((), device=self.device))
-        self.segments.settle()
+        total = torch.zeros((), device=self.device)
+        for batch in batches:
+            total += self._loss(batch, None)
+            self.segments.settle()
         return total
 
     def _loss(self, batch: Batch, probe: Probe | None) -> Tensor:

@@ -24,7 +24,7 @@ class Throughput:
         self._reset()
 
     def add(self, tokens: int, step_seconds: float, data_seconds: float) -> None:
-        """Count a step; its `data_seconds` are the part of `step_seconds` spent waiting for data."""
+        """Count a step; its `data_seconds` are the part of `step_seconds` in which the host read data."""
         self._tokens += tokens
         self._step_seconds += step_seconds
         self._data_seconds += data_seconds

@@ -120,8 +120,7 @@ class Trainer:
         except HopescaleError as error:
             if isinstance(error, DivergedError):  # found by all ranks at once
                 error.repeated = not self.control.is_first
-            self._save_after(error)
-            if isinstance(error, DivergedError | DataError):
+            if self._save_after() or isinstance(error, DivergedError):
                 self._drop_memory()
             raise
         finally:
@@ -191,7 +190,8 @@ class Trainer:
         """Measure the held-out loss of every source that has held-out samples, and write samples."""
         validation, data, metrics = self.config.train.validation, self.state.data, {}
         for name in data.validation_sets if validation.every is not None else ():
-            batches = data.validation(name, validation.tokens, self.config.train.micro_batch_size)
+            rows = data.validation(name, validation.tokens, self.config.train.micro_batch_size)
+            batches = self.control.all_ranks_or_raise(lambda rows=rows: list(rows))
             loss = metrics[f"val/{name}/loss"] = self.engine.evaluate(batches)
             if (bits := data.bits_per_byte(name, loss)) is not None:
                 metrics[f"val/{name}/bits_per_byte"] = bits
@@ -253,14 +253,20 @@ class Trainer:
             self.save()
         self.checkpoints.wait()
 
-    def _save_after(self, error: HopescaleError) -> None:
-        """Let the save in flight complete; a failure of its own must not hide the first one."""
+    def _save_after(self) -> bool:
+        """Let the save in flight complete, after a failure that one of its own must not hide.
+
+        Returns:
+            Whether the present step is on disk.
+        """
         try:
             if self.control.verdict == DataError.exit_code:
                 self._save_at_end()
             self.checkpoints.wait()
         except CheckpointError as second:
             self.report(str(second))
+            return False
+        return self.saved_step == self.state.step
 
     def _defer_failure(self, work: Callable[[], T]) -> T | None:
         """Do what this rank may fail in alone; the failure waits until all ranks learn of it."""

@@ -98,7 +98,7 @@ def train_on(
             restore(state, checkpoint, request, report)
         elif request.init is not None and not from_memory:
             begin_from(state, control.broadcast_from_rank0(lambda: find_checkpoint(request.init)), report)
-        elif not is_new:
+        elif not is_new and not from_memory:
             raise CheckpointError(f"the checkpoints of {folder.path} have gone while the run started", "start it again")
         table = group_table(state.optimizer.groups, state.sizes, state.optimizer.peak_rates())
         control.broadcast_from_rank0(lambda: folder.describe(request, table))
