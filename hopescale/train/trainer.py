@@ -24,7 +24,7 @@ from hopescale.train.metrics import StepMetrics
 from hopescale.train.profile import StepProfiler
 from hopescale.train.recovery import Recovery
 from hopescale.train.replicas import check_replicas
-from hopescale.train.samples import Samples
+from hopescale.train.samples import SampleWriter
 from hopescale.train.state import TrainState
 from hopescale.train.stop import StopRequest
 
@@ -62,7 +62,7 @@ class Trainer:
         passes = make_passes(state.slices, state.optimizer.backward, self.config.train.seq_len, device)
         self.engine = Engine(passes, state.optimizer, state.levels, device)
         self.metrics = StepMetrics(state, layout, device)
-        self.samples = Samples(self.config, layout, state.data.tokenizer)
+        self.samples = SampleWriter(self.config, layout, state.data.tokenizer)
         self.recovery = Recovery(state, checkpoints.folder, report)
         self.saved_step = state.step
         self.distributions: dict[str, Tensor] = {}
