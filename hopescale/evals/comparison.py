@@ -121,17 +121,17 @@ def compare(bodies: Sequence[Mapping[str, Any]]) -> Comparison:
         for one in body.get("suites", ()):
             numbers = {name: (one[name], one["stderr"] if name == "accuracy" else None) for name in places}
             extent = (("examples", one.get("examples")),)
-            point = suites.setdefault((one["task"], tuple(one["settings"].items())), {}).setdefault(extent, _Point())
+            point = suites.setdefault((one["task"], tuple(one["settings"].items())), {}).setdefault(extent, _Asked())
             point.note(*owner, numbers, one["chance"], one["best"])
         for one in body.get("positions", ()):
             extent = (("rows", one.get("rows")),)
             for low, high, loss in one["places"]:
                 key = (one["name"], (("length", one["length"]), ("first", low), ("last", high)))
-                positions.setdefault(key, {}).setdefault(extent, _Point()).note(*owner, {"loss": (loss, None)})
+                positions.setdefault(key, {}).setdefault(extent, _Asked()).note(*owner, {"loss": (loss, None)})
         for task, one in body["results"].items():
             extent = (("shots", one.get("shots")), ("samples", one.get("samples")))
             for metric, value in one["metrics"].items():
-                point = others.setdefault((task, (("metric", metric),)), {}).setdefault(extent, _Point())
+                point = others.setdefault((task, (("metric", metric),)), {}).setdefault(extent, _Asked())
                 point.note(*owner, {"value": (value, one["stderr"].get(metric))})
     return Comparison(systems, *(tuple(_measured(found)) for found in (suites, positions, others)))
 
@@ -191,7 +191,7 @@ def _identity(config: Mapping[str, Any]) -> str:
     return json.dumps(rest, sort_keys=True)
 
 
-class _Point:
+class _Asked:
     """What systems reached on one thing that was asked, by title and model, and the scores of chance and the best."""
 
     def __init__(self) -> None:
@@ -206,7 +206,7 @@ class _Point:
         self.chance, self.best = chance, best
 
 
-def _measured(found: Mapping[tuple, Mapping[Settings, _Point]]) -> Iterator[MeasuredPoint]:
+def _measured(found: Mapping[tuple, Mapping[Settings, _Asked]]) -> Iterator[MeasuredPoint]:
     """Put points together; one that was asked to several extents, as with `--limit`, is a point for each of them."""
     for (suite, settings), by_extent in found.items():
         for extent, point in by_extent.items():

@@ -14,7 +14,7 @@ from hopescale.infer.text import decode_stream, encode_prompt
 from hopescale.models import Model
 
 
-class Samples:
+class SampleWriter:
     """The prompts of `log.samples`, which a model goes on with greedily: no random number is drawn.
 
     Args:

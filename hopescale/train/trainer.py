@@ -25,7 +25,7 @@ from hopescale.train.metrics import StepMetrics
 from hopescale.train.profile import StepProfiler
 from hopescale.train.recovery import Recovery
 from hopescale.train.replicas import check_replicas
-from hopescale.train.samples import Samples
+from hopescale.train.samples import SampleWriter
 from hopescale.train.state import TrainState
 from hopescale.train.stop import StopRequest
 
@@ -67,7 +67,7 @@ class Trainer:
         passes = make_passes(state.slices, state.optimizer.backward, train.seq_len, device, segments=train.segments)
         self.engine = Engine(passes, state.optimizer, state.levels, device, self.share)
         self.metrics = StepMetrics(state, layout, device)
-        self.samples = Samples(self.config, layout, state.data.tokenizer)
+        self.samples = SampleWriter(self.config, layout, state.data.tokenizer)
         self.recovery = Recovery(state, checkpoints.folder, report)
         self.saved_step = state.step
         self.distributions: dict[str, Tensor] = {}
