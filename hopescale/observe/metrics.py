@@ -34,9 +34,7 @@ METRICS: dict[str, Metric] = {
     "tps": Metric("tokens/s", "Tokens per second per device since the last record."),
     "mfu": Metric("1", "Model FLOPs per second as a fraction of the device's peak, since the last record."),
     "time/step_s": Metric("s", "Mean duration of a step since the last record, waiting for data included."),
-    "time/data_s": Metric(
-        "s", "Mean time per step in which the host read data, since the last record."
-    ),
+    "time/data_s": Metric("s", "Mean time per step in which the host read data, since the last record."),
     "device_memory/peak_gib": Metric("GiB", "Highest device memory allocated so far; on CPU of the process's memory."),
     "val/<set>/loss": Metric("nats", "Mean cross-entropy per token of the held-out text of a data set."),
     "val/<set>/bits_per_byte": Metric("bits", "The same per byte of text: comparable between tokenizers."),

@@ -55,12 +55,13 @@ class OwnGroups:
         replica, stage = tp * cp, tp * cp * layout.dp
         stages = range(self._rank % stage, layout.num_ranks, stage)
         self.tp = self._group(self._block(tp, 1))
-        self.cp = self._group(self._block(replica, tp))
-        self.cp_back = dist.new_group(self._block(replica, tp), use_local_synchronization=True) if cp > 1 else self.cp
+        # What is handed on along a sequence stays apart from sums over the same ranks.
+        shared = self._block(replica, tp)
+        self.cp, self.cp_back = [self._new(shared), self._new(shared)] if cp > 1 else [self._group(shared)] * 2
         self.dp = self._group(self._block(stage, tp))
         self.pp = self._group(stages)
         ends = [stages[0], stages[-1]] if layout.pp > 1 and self._rank in (stages[0], stages[-1]) else [self._rank]
-        self.ends = dist.new_group(ends, use_local_synchronization=True)
+        self.ends = self._new(ends)
 
     def _block(self, size: int, step: int) -> list[int]:
         """Return the ranks of this rank's block of `size` that lie whole steps from it."""
@@ -70,8 +71,12 @@ class OwnGroups:
     def _group(self, ranks: Sequence[int], **options: Any) -> dist.ProcessGroup:
         key = tuple(ranks)
         if key not in self._made:
-            self._made[key] = dist.new_group(list(key), use_local_synchronization=True, **options)
+            self._made[key] = self._new(key, **options)
         return self._made[key]
+
+    @staticmethod
+    def _new(ranks: Sequence[int], **options: Any) -> dist.ProcessGroup:
+        return dist.new_group(list(ranks), use_local_synchronization=True, **options)
 
     @contextmanager
     def given_to_megatron(self) -> Iterator[None]:

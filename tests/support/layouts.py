@@ -87,7 +87,8 @@ def check_bytes_of_record(folder: Path, config: RunConfig, layout: Layout, sent:
         levels = sent[step].levels if layout.replicas > 1 and config.parallel.zero < 2 else {}
         recorded = {name: value for name, value in record.items() if name.startswith("level/") and "/bytes" in name}
         if step % config.log.every == 0 or step == config.train.steps or recorded:
-            assert recorded == {f"level/{level}/bytes": count for level, count in levels.items()}, f"step {step}"
+            expected = {f"level/{level}/bytes": count for level, count in levels.items()}
+            assert recorded == expected, f"step {step}: recorded {recorded}, sent {expected}"
         if "tps" not in record:
             continue
         steps, since = range(since, step + 1), step + 1
