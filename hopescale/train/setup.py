@@ -19,7 +19,15 @@ from hopescale.config.layout import Layout
 from hopescale.config.load import from_dict
 from hopescale.config.plan import make_plan
 from hopescale.config.schema import OptimConfig, RunConfig
-from hopescale.config.show import Change, diff, format_diff, identity_problems, is_other_place, model_problems
+from hopescale.config.show import (
+    Change,
+    diff,
+    format_diff,
+    identity_problems,
+    is_other_place,
+    meant_diff,
+    model_problems,
+)
 from hopescale.config.values import format_value
 from hopescale.cost.holdings import cut_blocks
 from hopescale.data.loader import Data, open_data
@@ -240,7 +248,7 @@ def _same_weights(config: RunConfig, checkpoint: Path) -> tuple[Manifest, list[C
     old = from_dict(manifest.config, str(checkpoint))
     if problems := model_problems(old, config, str(checkpoint), weights_alone=True):
         raise ConfigError(problems)
-    return manifest, [change for change in diff(old, config) if change[0].startswith("model.mixers.")]
+    return manifest, [change for change in meant_diff(old, config) if change[0].startswith("model.mixers.")]
 
 
 def _compare(state: TrainState, checkpoint: Path, request: RunRequest) -> list[Change]:
@@ -270,7 +278,7 @@ def _compare(state: TrainState, checkpoint: Path, request: RunRequest) -> list[C
     if manifest.step > request.last_step:
         raise ConfigError(f"--stop-at is {request.last_step}, but {checkpoint} is already at step {manifest.step}")
     check_budget(state, manifest.progress.get("recovery", {}).get("passed_steps", 0))
-    return diff(old, state.config)
+    return meant_diff(old, state.config)
 
 
 def _changed_optimizer(old: RunConfig, state: TrainState) -> list[Problem]:

@@ -16,9 +16,11 @@ from hopescale.config.load import from_dict, to_dict
 from hopescale.config.schema import RunConfig
 from hopescale.infer.adaptation import read_adaptation
 from hopescale.infer.follow import StreamPass, read_stream
+from hopescale.infer.generate import prefill
 from hopescale.infer.in_context import InContextReader
 from hopescale.infer.level_state import LEVELS, put_levels, read_levels
 from hopescale.infer.load import LoadedModel
+from hopescale.infer.state import read_state, write_state
 from hopescale.models import Model
 
 CADENCES = read_adaptation("--levels", "fast=5,slow=12", rate=0.5)
@@ -133,6 +135,17 @@ def test_levels_take_the_place_of_the_trained_ones(kept: Path):
     expected = reference.model(tokens, levels=followed.reader.weights)[0]
     torch.testing.assert_close(loaded.model(tokens)[0], expected, rtol=1e-5, atol=1e-6)
     assert not torch.allclose(expected, make_loaded().model(tokens)[0], rtol=1e-3)
+
+
+def test_states_belong_to_the_levels_that_they_were_read_with(kept: Path, tmp_path: Path):
+    loaded, again, state = make_loaded(), make_loaded(), tmp_path / "state"
+    put_levels(kept, loaded)
+    state.mkdir()
+    write_state(prefill(loaded.model, torch.arange(5)[None]), loaded, state)
+    with pytest.raises(CheckpointError, match="is no state of step-3: the weights have the SHA-256"):
+        read_state(state, again)
+    put_levels(kept, again)
+    assert read_state(state, again).state.position == 5
 
 
 def test_levels_of_other_weights_are_refused(kept: Path):
