@@ -170,15 +170,14 @@ def choose_checkpoint(folder: RunFolder, request: RunRequest) -> Path | None:
     """
     resume = request.resume
     if isinstance(resume, Path):
-        return find_checkpoint(resume)
-    settings = request.loaded.config.checkpoint
-    if settings.mirror is not None:
-        keep = {"keep_last": settings.keep_last, "keep_every": settings.keep_every}
-        Mirror(settings.mirror).begin(folder.checkpoints, **keep)
-    latest = latest_checkpoint(folder.checkpoints)
-    if resume == "never" and latest is not None:
+        checkpoint = find_checkpoint(resume)
+        _begin_mirror(folder, request)
+        return checkpoint
+    if resume == "never" and (latest := latest_checkpoint(folder.checkpoints)) is not None:
         hint = "choose another --run-dir, or leave --resume out to continue it"
         raise CheckpointError(f"--resume never, but {folder.path} already holds {latest.name}", hint)
+    _begin_mirror(folder, request)
+    latest = latest_checkpoint(folder.checkpoints)
     if resume == "must" and latest is None:
         raise CheckpointError(f"--resume must, but {folder.checkpoints} holds no checkpoint", "check --run-dir")
     if request.reset_optimizer and latest is None:
@@ -187,6 +186,20 @@ def choose_checkpoint(folder: RunFolder, request: RunRequest) -> Path | None:
     if latest is None and request.branch_from is not None:
         return find_checkpoint(request.branch_from)
     return latest
+
+
+def _begin_mirror(folder: RunFolder, request: RunRequest) -> None:
+    """Make `checkpoint.mirror` the run's own, and fetch from it if the run may go on from what is there."""
+    settings, root = request.loaded.config.checkpoint, folder.checkpoints
+    if settings.mirror is None:
+        return
+    mirror = Mirror(settings.mirror)
+    if isinstance(request.resume, Path):
+        mirror.claim(root)
+        return
+    if request.resume == "never":
+        mirror.check_unused(root)
+    mirror.begin(root, keep_last=settings.keep_last, keep_every=settings.keep_every, keep_at=settings.keep_at)
 
 
 def restore(state: TrainState, checkpoint: Path, request: RunRequest, report: Report) -> None:
