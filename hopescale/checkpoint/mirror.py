@@ -6,7 +6,8 @@ import logging
 import re
 import shutil
 import uuid
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from hopescale.checkpoint.manifest import (
@@ -71,31 +72,66 @@ class Mirror:
     def _steps(self) -> list[int]:
         return sorted(step_of(Path(name)) for name in self._store.names() if _NAME.fullmatch(name))
 
-    def begin(self, root: Path, *, keep_last: int, keep_every: int | None) -> None:
+    def begin(self, root: Path, *, keep_last: int, keep_every: int | None, keep_at: Collection[int] = ()) -> None:
         """Make the address this run's own, fetch what its `checkpoints/` folder lacks, send what the store lacks.
 
         Raises:
             CheckpointError: If the copies are another run's, the store does not answer, or what it holds is damaged.
         """
-        self._claim(root)
+        self.claim(root, adopts=True)
         if self.fetch(root) is None and (latest := self._torn(root)) is not None:
             logger.warning("%s is not whole at %s: it is sent again", latest.name, self.address)
-            self.send(latest, keep_last=keep_last, keep_every=keep_every)
+            self.send(latest, keep_last=keep_last, keep_every=keep_every, keep_at=keep_at)
 
-    def _claim(self, root: Path) -> None:
-        try:
-            kept = root / RUN_ID
-            own = kept.read_text(encoding="utf-8").strip() if kept.exists() else None
-            found = self._store.read(RUN_ID).decode().strip() if RUN_ID in self._store.names() else None
-            if found is not None and found != own and (own is not None or _has_complete(root)):
-                hint = "name an address of its own, or checkpoint.mirror=null"
-                raise CheckpointError(f"checkpoint.mirror {self.address} holds the checkpoints of another run", hint)
+    def claim(self, root: Path, *, adopts: bool = False) -> None:
+        """Make the address this run's own.
+
+        Args:
+            root: Folder `checkpoints/` of the run, which is made if it is missing.
+            adopts: Whether a folder without checkpoints becomes that of the run whose copies are there.
+
+        Raises:
+            CheckpointError: If the copies are another run's, or the store does not answer.
+        """
+        with self._reached():
+            own, found = self._ids(root)
+            if found is not None and found != own and (own is not None or not adopts or _has_complete(root)):
+                raise self._foreign()
             id = found or own or uuid.uuid4().hex
             if own is None:
                 root.mkdir(parents=True, exist_ok=True)
-                replace_text(kept, f"{id}\n")
+                replace_text(root / RUN_ID, f"{id}\n")
             if found is None:
                 self._store.write(RUN_ID, f"{id}\n".encode())
+
+    def check_unused(self, root: Path) -> None:
+        """Refuse an address that cannot be a new run's. Writes nothing.
+
+        Raises:
+            CheckpointError: If there are checkpoints, or it is another run's, or the store does not answer.
+        """
+        with self._reached():
+            own, found = self._ids(root)
+            if found is not None and found != own:
+                raise self._foreign()
+            if POINTER in self._store.names():
+                hint = "name another address, or leave --resume out to continue that run"
+                raise CheckpointError(f"checkpoint.mirror {self.address} already holds checkpoints", hint)
+
+    def _ids(self, root: Path) -> tuple[str | None, str | None]:
+        """Return the id of the run of a folder and that of the address, as far as there are any."""
+        kept = root / RUN_ID
+        own = kept.read_text(encoding="utf-8").strip() if kept.exists() else None
+        return own, self._store.read(RUN_ID).decode().strip() if RUN_ID in self._store.names() else None
+
+    def _foreign(self) -> CheckpointError:
+        hint = "name an address of its own, or checkpoint.mirror=null; --resume must continues that run in a new folder"
+        return CheckpointError(f"checkpoint.mirror {self.address} holds the checkpoints of another run", hint)
+
+    @contextmanager
+    def _reached(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             message = f"cannot reach checkpoint.mirror {self.address}: {error.strerror or error}"
             raise CheckpointError(message, "set checkpoint.mirror=null to go on without it") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,8 @@ import fsspec
 _WAITS = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds before each retry
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, ImportError, ValueError)
 _PIECE = 8 << 20
+_TAGS = ("ETag", "etag")
+_TIMES = ("LastModified", "Last-Modified", "last_modified", "updated", "mtime", "created")
 _PACKAGES = {"s3": "pip install 'hopescale[s3]'", "gs": "pip install gcsfs", "abfs": "pip install adlfs"}
 
 T = TypeVar("T")
@@ -76,8 +79,17 @@ class ObjectStore:
         return self._filesystem.size(self._path(name))
 
     def version(self, name: str) -> str:
-        """Return a word that changes when a file does: of its ETag, or of its size and times where a store has none."""
-        return self._tried(lambda: self._filesystem.ukey(self._path(name)))
+        """Return a word that changes when a file does: of its ETag, or of its size and time where a store has none.
+
+        A web server (`https://`) that tells neither ETag nor time is asked for the size alone.
+        """
+        return self._tried(lambda: self._version(name))
+
+    def _version(self, name: str) -> str:
+        self._filesystem.invalidate_cache()
+        info = self._filesystem.info(self._path(name))
+        tag, changed = (next((info[key] for key in keys if info.get(key)), None) for keys in (_TAGS, _TIMES))
+        return hashlib.sha256(f"{tag or (info.get('size'), str(changed))}".encode()).hexdigest()
 
     def names(self, folder: str = "") -> list[str]:
         """List what is directly below a folder, sorted; a folder that is missing is empty."""

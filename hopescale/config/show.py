@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import is_dataclass
+from dataclasses import is_dataclass, replace
 from typing import Any
 
 from hopescale.common.errors import Problem
 from hopescale.config.fields import children, leaves
 from hopescale.config.load import DEFAULT
-from hopescale.config.model_shape import by_period, memory_banks, self_modifying_mixers
+from hopescale.config.model_shape import by_period, memory_banks, normalizes_writes, self_modifying_mixers
 from hopescale.config.schema import RunConfig
 from hopescale.config.values import format_value
 
@@ -54,6 +54,20 @@ def diff(a: RunConfig, b: RunConfig) -> list[Change]:
     return [(key, before, after) for key, before, after in pairs if before != after]
 
 
+def meant_diff(a: RunConfig, b: RunConfig) -> list[Change]:
+    """List the keys at which two configs mean something else; a null is compared as what it stands for.
+
+    Runs of an earlier version hold `normalize_writes: false` where null now means the same.
+    """
+    return diff(_meant(a), _meant(b))
+
+
+def _meant(config: RunConfig) -> RunConfig:
+    memories = self_modifying_mixers(config.model).items()
+    said = {name: replace(mixer, normalize_writes=normalizes_writes(mixer)) for name, mixer in memories}
+    return replace(config, model=replace(config.model, mixers={**config.model.mixers, **said}))
+
+
 def config_facts(config: RunConfig) -> dict[str, str]:
     """Return the values of a config as text by dotted key, for ranks to compare."""
     return {key: format_value(value) for key, value in leaves(config).items()}
@@ -72,7 +86,7 @@ def identity_problems(old: RunConfig, new: RunConfig) -> list[Problem]:
     hint = "set it back, or start a new run in another --run-dir"
     return [
         Problem(key, f"is {_format(before)} in the run folder, now {_format(after)}: a run cannot change it", hint=hint)
-        for key, before, after in diff(old, new)
+        for key, before, after in meant_diff(old, new)
         if any(key == fixed or key.startswith(f"{fixed}.") for fixed in IDENTITY)
         and not is_other_place((key, before, after))
     ]
@@ -103,7 +117,7 @@ def model_problems(old: RunConfig, new: RunConfig, origin: str, *, weights_alone
 
     problems = [
         Problem(key, f"is {_format(after)}, but {_format(before)} in {origin}", hint="set it as it is there")
-        for key, before, after in diff(old, new)
+        for key, before, after in meant_diff(old, new)
         if key.startswith("model.") and not is_free(key)
     ]
     both = self_modifying_mixers(old.model).keys() & self_modifying_mixers(new.model).keys() if not problems else ()

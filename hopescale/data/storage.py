@@ -92,8 +92,8 @@ class RemoteStorage:
     """A folder of an object store.
 
     Index and tokenizer are read once, when it is opened. Shards are read in pieces of 1 MiB. A piece in the folder
-    `cache` is named after the index's content and the version of its shard, so that it never belongs to other data;
-    processes may share the folder.
+    `cache` is named after the index's content and the version of its shard (`ObjectStore.version`), so that it belongs
+    to other data only where a web server tells of a shard its size alone; processes may share the folder.
 
     Args:
         address: Address of the data set.
@@ -158,6 +158,8 @@ class RemoteStorage:
             logger.warning("%s/%s has changed since it was kept in %s: it is read again", self.name, file, kept.parent)
             for path in old:
                 path.unlink(missing_ok=True)
+        if kept and (unknown := kept.with_name(f"{file}.{number}")).exists():  # it names no version, and may be of any
+            unknown.unlink(missing_ok=True)
         data = self._store.read_range(file, number * PIECE, number * PIECE + wanted)
         if len(data) != wanted:
             raise OSError(f"the store gave {len(data)} bytes of {file} where {wanted} were asked for")

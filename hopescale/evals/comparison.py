@@ -35,7 +35,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class System:
-    """What was trained, whatever its seed, and its step."""
+    """What was trained, whatever its seed, its step, and the levels that follow a text or have followed one."""
 
     label: str
     step: int
@@ -116,7 +116,7 @@ def compare(bodies: Sequence[Mapping[str, Any]]) -> Comparison:
     places = ("accuracy", "exact", "last", "loss")
     suites, positions, others = {}, {}, {}
     for body in bodies:
-        model = names[_weights(body)]
+        model = names[_key(body)]
         owner = (title_of[model], model)
         for one in body.get("suites", ()):
             numbers = {name: (one[name], one["stderr"] if name == "accuracy" else None) for name in places}
@@ -136,50 +136,61 @@ def compare(bodies: Sequence[Mapping[str, Any]]) -> Comparison:
     return Comparison(systems, *(tuple(_measured(found)) for found in (suites, positions, others)))
 
 
-def _weights(body: Mapping[str, Any]) -> str:
-    """Return what tells models apart: the digest of their weights, or where an old evaluation has none their name."""
-    return body.get("weights") or _name(body)
+def _key(body: Mapping[str, Any]) -> tuple[str, str]:
+    """Return what tells models apart: the digest of their weights, or of an old one its name, and their levels."""
+    return body.get("weights") or _name(body), _levels(body)
+
+
+def _levels(body: Mapping[str, Any]) -> str:
+    """Say which levels had followed a text and which followed what was read; nothing where all were as trained."""
+    settings, said = body.get("settings", {}), []
+    if (folder := settings.get("levels")) is not None:
+        # Its weights follow, as a folder's levels may have read on between two evaluations.
+        said.append(f"levels {folder} {body.get('weights', '')[:8]}".rstrip())
+    if (adapt := settings.get("adapt")) is not None:
+        paces = (f"{name} every {one['period']} at {one['rate']}" for name, one in adapt["levels"].items())
+        said.append(" ".join(["adapt", *paces, *["nested"] * adapt["nested"]]))
+    return "".join(f", {each}" for each in said)
 
 
 def _name(body: Mapping[str, Any]) -> str:
     return f"{body['model']} at step {body['step']}"
 
 
-def _names(bodies: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Name each model once, by `_weights`; names that several have are followed by the beginning of the digest."""
-    names: dict[str, str] = {}
+def _names(bodies: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], str]:
+    """Name each model once, by `_key`; names that several have are followed by the beginning of the digest."""
+    names: dict[tuple[str, str], str] = {}
     for body in bodies:
-        names.setdefault(_weights(body), _name(body))
+        names.setdefault(_key(body), _name(body) + _levels(body))
     counts = Counter(names.values())
-    return {key: f"{name} ({key[:8]})" if counts[name] > 1 else name for key, name in names.items()}
+    return {key: f"{name} ({key[0][:8]})" if counts[name] > 1 else name for key, name in names.items()}
 
 
-def _systems(bodies: Sequence[Mapping[str, Any]]) -> tuple[list[System], dict[str, str]]:
+def _systems(bodies: Sequence[Mapping[str, Any]]) -> tuple[list[System], dict[tuple[str, str], str]]:
     """Group models whose configs differ in name and seeds alone; a name that two groups share gets a number.
 
     A model belongs to the group of its first evaluation: its export has the same weights, and may have another name.
+    Levels that follow a text, or have followed one, make a group of their own.
 
     Returns:
-        Groups, and the name of each model by `_weights`.
+        Groups, and the name of each model by `_key`.
     """
     names, first = _names(bodies), {}
     for body in bodies:
-        first.setdefault(_weights(body), body)
-    groups: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
+        first.setdefault(_key(body), body)
+    groups: dict[tuple[str, int, str], list[Mapping[str, Any]]] = {}
     for body in first.values():
-        groups.setdefault((_identity(body["config"]), body["step"]), []).append(body)
+        groups.setdefault((_identity(body["config"]), body["step"], _levels(body)), []).append(body)
     labels: dict[str, str] = {}
-    for (identity, _), (one, *_) in groups.items():
+    for (identity, *_), (one, *_) in groups.items():
         if identity not in labels:
             name = one["config"].get("name", "run")
             number = 1 + sum(label.partition(" #")[0] == name for label in labels.values())
             labels[identity] = name if number == 1 else f"{name} #{number}"
-    systems = [
-        System(
-            labels[identity], step, tuple(names[_weights(one)] for one in group), group[0]["config"]["train"]["seq_len"]
-        )
-        for (identity, step), group in groups.items()
-    ]
+    systems = []
+    for (identity, step, levels), group in groups.items():
+        models, length = tuple(names[_key(one)] for one in group), group[0]["config"]["train"]["seq_len"]
+        systems.append(System(labels[identity] + levels, step, models, length))
     return systems, names
 
 

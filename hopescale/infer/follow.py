@@ -123,6 +123,8 @@ class StreamPass:
             self.piece += 1
             if self.piece < len(self.pieces):
                 self.reader.begin()
+                if folder is not None and self.position - self._saved >= save_every:
+                    self._save(folder)
         if folder is not None and self.position > self._saved:
             self._save(folder)
 
@@ -152,13 +154,24 @@ class StreamPass:
         """Read the beginning of a part as a text of its own, with the levels as they are now or as they are trained."""
         begin = self.edges[part]
         size = min(self.probe_tokens, self.edges[part + 1] - begin)
-        pairs = np.concatenate([np.stack([piece[:-1], piece[1:]]) for piece in self.pieces], 1)[:, begin : begin + size]
-        tokens, targets = torch.from_numpy(pairs).to(self.device)[:, None]
-        levels, state, total = (self.reader.weights if adapted else None) or None, None, 0.0
-        for own, wanted in zip(tokens.split(PREFILL_TOKENS, 1), targets.split(PREFILL_TOKENS, 1), strict=True):
-            logits, state = self.loaded.model(own, state, levels=levels)
-            total += float(cross_entropy_sum(logits, wanted, self.loaded.model.mesh))
+        levels, total = (self.reader.weights if adapted else None) or None, 0.0
+        for ids in self._cut(begin, begin + size):
+            text, state = torch.from_numpy(ids)[None].to(self.device), None
+            pieces = (each.split(PREFILL_TOKENS, 1) for each in (text[:, :-1], text[:, 1:]))
+            for tokens, targets in zip(*pieces, strict=True):
+                logits, state = self.loaded.model(tokens, state, levels=levels)
+                total += float(cross_entropy_sum(logits, targets, self.loaded.model.mesh))
         return total / size
+
+    def _cut(self, begin: int, end: int) -> Iterator[np.ndarray]:
+        """Yield the ids of predictions, apart where the model's state begins anew: at a piece, and after a context."""
+        low, context = 0, self.reader.context or end - begin
+        for piece in self.pieces:
+            high = low + len(piece) - 1
+            last = min(high, end)
+            for first in range(max(low, begin), last, context):
+                yield piece[first - low : min(first + context, last) - low + 1]
+            low = high
 
     def _settings(self) -> dict[str, Any]:
         """Return all that another pass must share to go on from this one."""

@@ -104,9 +104,12 @@ def read_levels(folder: Path, loaded: LoadedModel) -> dict[str, Tensor]:
 def put_levels(folder: Path, loaded: LoadedModel) -> None:
     """Put the levels of a folder in the place of the trained ones, in the model's precision. In place.
 
+    From then on the model is one of other weights: what it has read, as states hold it, belongs to them.
+
     Raises:
         CheckpointError: As `read_levels` does.
     """
     own = dict(loaded.model.named_parameters())
     for name, weight in read_levels(folder, loaded).items():
         own[name].data.copy_(weight)
+    loaded.forget_digest()

@@ -30,8 +30,12 @@ class LoadedModel:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the weights as they were when it was first asked for."""
+        """SHA-256 of the weights as they were when it was first asked for, or since `forget_digest`."""
         return weights_digest(self.model)
+
+    def forget_digest(self) -> None:
+        """Take the digest anew when it is next asked for, as after a change of the weights."""
+        vars(self).pop("digest", None)
 
 
 def load_model(path: Path, device: torch.device) -> LoadedModel:

@@ -80,7 +80,7 @@ def check_inputs(job: BatchJob, loaded: LoadedConfig, layout: Layout, *, open_da
     """
     config, kind = loaded.config, (job.profile.gpu_type or "").upper()
     if open_data:
-        data = replace(config.data, staged=None)
+        data = replace(config.data, staged=None, cache=None)  # both are folders of the node
         open_sources(data, seq_len=config.train.seq_len, vocab_size=config.model.vocab_size)
     if kind not in DEVICES:
         return

@@ -14,7 +14,14 @@ from torch import Tensor
 
 from hopescale.common.errors import HopescaleError
 from hopescale.config.model_shape import projection_chunk_size
-from hopescale.config.schema import AttentionConfig, ModelConfig, SelfModifyingConfig, TitansConfig, TttConfig
+from hopescale.config.schema import (
+    AttentionConfig,
+    LinearAttentionConfig,
+    ModelConfig,
+    SelfModifyingConfig,
+    TitansConfig,
+    TttConfig,
+)
 from hopescale.infer.generate import PREFILL_TOKENS, Reading, prefill
 from hopescale.infer.sampling import Sampling, sample
 from hopescale.models import Model, ModelState
@@ -305,6 +312,8 @@ def period(model: ModelConfig) -> int | None:
     sizes = []
     for mixer in model.mixers.values():
         if isinstance(mixer, AttentionConfig | TitansConfig):
+            return None
+        if isinstance(mixer, LinearAttentionConfig) and mixer.rotary:
             return None
         if isinstance(mixer, SelfModifyingConfig):
             far = 1 if mixer.far is None else mixer.far.chunk_size

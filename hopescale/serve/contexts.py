@@ -18,6 +18,8 @@ from hopescale.infer.load import LoadedModel
 from hopescale.infer.state import STATE, read_state, write_state
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_OLD = ".old-"
+"""What begins the name of a context's folder while another takes its place."""
 
 
 class NoContext(DataError):
@@ -48,13 +50,16 @@ class _Place:
 class Contexts:
     """The contexts of a server, in memory, and in a folder as state files if there is one.
 
-    With a folder the context that was asked last leaves memory when there are too many, and is read again when it is
-    asked for. The files of one context are written and read by one thread at a time, those of others meanwhile.
+    With a folder the context that was asked longest ago leaves memory when there are too many, and is read again when
+    it is asked for. The files of one context are written and read by one thread at a time, those of others meanwhile.
 
     Args:
         loaded: Model that reads them.
         folder: Folder of states, one folder each; None keeps them in memory alone.
         most: Most contexts in memory; without a folder one more is refused.
+
+    Raises:
+        CheckpointError: If a context cannot be put back whose replacement was cut off.
     """
 
     def __init__(self, loaded: LoadedModel, folder: Path | None, *, most: int = 64):
@@ -62,6 +67,9 @@ class Contexts:
         self._known: OrderedDict[str, NamedContext] = OrderedDict()  # the one that was asked last comes last
         self._places: dict[str, _Place] = {}
         self._lock = threading.Lock()  # of the two above; never held while files are written or read
+        for old in folder.glob(f"{_OLD}*") if folder is not None else ():
+            with _written(folder):
+                _end_replacement(old, folder / old.name.removeprefix(_OLD))
 
     def check(self, name: str) -> None:
         """Refuse a name that cannot be a folder's, and one context too many.
@@ -139,8 +147,15 @@ class Contexts:
         shutil.rmtree(new, ignore_errors=True)
         with staged_folder(new, CheckpointError) as folder:
             write_state(context.reading, self.loaded, folder)
-        shutil.rmtree(root / context.name, ignore_errors=True)
-        new.rename(root / context.name)
+        place, old = root / context.name, root / f"{_OLD}{context.name}"
+        with _written(place):
+            _end_replacement(old, place)
+            if place.exists():
+                place.rename(old)
+            try:
+                new.rename(place)
+            finally:
+                _end_replacement(old, place)
 
     def _in_memory(self, name: str) -> NamedContext | None:
         with self._lock:
@@ -171,3 +186,22 @@ class Contexts:
                 place.users -= 1
                 if not place.users:
                     del self._places[name]
+
+
+def _end_replacement(old: Path, place: Path) -> None:
+    """Remove the old folder of a context, or put it back if nothing has taken its place."""
+    if not old.exists():
+        return
+    if place.exists():
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        old.rename(place)
+
+
+@contextmanager
+def _written(place: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        hint = f"check that {place.parent} is a folder you may write to"
+        raise CheckpointError(f"cannot write {place}: {error.strerror or error}", hint) from error

@@ -19,7 +19,15 @@ from hopescale.config.layout import Layout
 from hopescale.config.load import from_dict
 from hopescale.config.plan import make_plan
 from hopescale.config.schema import OptimConfig, RunConfig
-from hopescale.config.show import Change, diff, format_diff, identity_problems, is_other_place, model_problems
+from hopescale.config.show import (
+    Change,
+    diff,
+    format_diff,
+    identity_problems,
+    is_other_place,
+    meant_diff,
+    model_problems,
+)
 from hopescale.config.values import format_value
 from hopescale.cost.holdings import cut_blocks
 from hopescale.data.loader import Data, open_data
@@ -166,15 +174,14 @@ def choose_checkpoint(folder: RunFolder, request: RunRequest) -> Path | None:
     """
     resume = request.resume
     if isinstance(resume, Path):
-        return find_checkpoint(resume)
-    settings = request.loaded.config.checkpoint
-    if settings.mirror is not None:
-        keep = {"keep_last": settings.keep_last, "keep_every": settings.keep_every}
-        Mirror(settings.mirror).begin(folder.checkpoints, **keep)
-    latest = latest_checkpoint(folder.checkpoints)
-    if resume == "never" and latest is not None:
+        checkpoint = find_checkpoint(resume)
+        _begin_mirror(folder, request)
+        return checkpoint
+    if resume == "never" and (latest := latest_checkpoint(folder.checkpoints)) is not None:
         hint = "choose another --run-dir, or leave --resume out to continue it"
         raise CheckpointError(f"--resume never, but {folder.path} already holds {latest.name}", hint)
+    _begin_mirror(folder, request)
+    latest = latest_checkpoint(folder.checkpoints)
     if resume == "must" and latest is None:
         raise CheckpointError(f"--resume must, but {folder.checkpoints} holds no checkpoint", "check --run-dir")
     if request.reset_optimizer and latest is None:
@@ -190,6 +197,20 @@ def finds_weights(folder: RunFolder, request: RunRequest) -> bool:
     if request.init is not None or isinstance(request.resume, Path):
         return True
     return read_pointer(folder.checkpoints) is not None or bool(checkpoint_folders(folder.checkpoints))
+
+
+def _begin_mirror(folder: RunFolder, request: RunRequest) -> None:
+    """Make `checkpoint.mirror` the run's own, and fetch from it if the run may go on from what is there."""
+    settings, root = request.loaded.config.checkpoint, folder.checkpoints
+    if settings.mirror is None:
+        return
+    mirror = Mirror(settings.mirror)
+    if isinstance(request.resume, Path):
+        mirror.claim(root)
+        return
+    if request.resume == "never":
+        mirror.check_unused(root)
+    mirror.begin(root, keep_last=settings.keep_last, keep_every=settings.keep_every, keep_at=settings.keep_at)
 
 
 def restore(state: TrainState, checkpoint: Path, request: RunRequest, report: Report) -> None:
@@ -251,7 +272,7 @@ def _same_weights(config: RunConfig, checkpoint: Path) -> tuple[Manifest, list[C
     old = from_dict(manifest.config, str(checkpoint))
     if problems := model_problems(old, config, str(checkpoint), weights_alone=True):
         raise ConfigError(problems)
-    return manifest, [change for change in diff(old, config) if change[0].startswith("model.mixers.")]
+    return manifest, [change for change in meant_diff(old, config) if change[0].startswith("model.mixers.")]
 
 
 def _compare(state: TrainState, checkpoint: Path, request: RunRequest) -> list[Change]:
@@ -281,7 +302,7 @@ def _compare(state: TrainState, checkpoint: Path, request: RunRequest) -> list[C
     if manifest.step > request.last_step:
         raise ConfigError(f"--stop-at is {request.last_step}, but {checkpoint} is already at step {manifest.step}")
     check_budget(state, manifest.progress.get("recovery", {}).get("passed_steps", 0))
-    return diff(old, state.config)
+    return meant_diff(old, state.config)
 
 
 def _changed_optimizer(old: RunConfig, state: TrainState) -> list[Problem]:

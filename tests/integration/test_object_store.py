@@ -12,7 +12,12 @@ from hopescale.checkpoint.manifest import MANIFEST, Manifest, describe_file, to_
 from hopescale.checkpoint.mirror import Mirror
 from hopescale.common import object_store
 from hopescale.common.errors import CheckpointError
+from hopescale.config.layout import Layout
+from hopescale.config.load import load_recipe
 from hopescale.data.storage import publish
+from hopescale.train.folder import RunFolder
+from hopescale.train.request import RunRequest
+from hopescale.train.setup import choose_checkpoint
 from tests.integration.conftest import Run
 from tests.support.s3 import serve_bucket
 
@@ -80,7 +85,9 @@ def test_a_copy_that_was_torn_is_sent_again(mirrored, caplog: pytest.LogCaptureF
     assert "is sent again" not in caplog.text
     store.write("latest", b"step-00000001\n")
     fsspec.filesystem("memory").rm("/bucket/run/step-00000002/weights")
-    mirror.begin(root, keep_last=1, keep_every=None)
+    store.write("step-00000001/weights", b"kept")
+    mirror.begin(root, keep_last=1, keep_every=None, keep_at=(1,))
+    assert store.read("step-00000001/weights") == b"kept"
     assert "step-00000002 is not whole at memory://bucket/run: it is sent again" in caplog.text
     assert store.read("latest") == b"step-00000002\n" and store.read("step-00000002/weights") == b"abc"
 
@@ -94,6 +101,30 @@ def test_an_address_belongs_to_one_run(mirrored, tmp_path: Path):
     mirror.begin(tmp_path / "lost", keep_last=1, keep_every=None)
     assert (tmp_path / "lost" / "run").read_text() == (root / "run").read_text()
     assert (tmp_path / "lost" / "step-00000002" / "weights").read_bytes() == b"abc"
+
+
+@pytest.mark.parametrize("resume", ["never", "path", "path of old"])
+def test_a_start_that_takes_nothing_from_a_mirror_leaves_it_alone(mirrored, tmp_path: Path, resume: str):
+    root, _, store = mirrored
+    loaded = load_recipe("debug", ["checkpoint.mirror=memory://bucket/run", "checkpoint.keep_at=[1]"])
+    how = "never" if resume == "never" else root / "step-00000002"
+    if own := resume == "path of old":
+        (tmp_path / "new" / "checkpoints").mkdir(parents=True)
+        shutil.copy(root / "run", tmp_path / "new" / "checkpoints")
+    request = RunRequest(loaded, Layout(), tmp_path / "new", resume=how)
+    if own:
+        assert choose_checkpoint(RunFolder(tmp_path / "new"), request) == how
+    else:
+        with pytest.raises(CheckpointError, match="memory://bucket/run holds the checkpoints of another run"):
+            choose_checkpoint(RunFolder(tmp_path / "new"), request)
+    assert [*(tmp_path / "new").glob("*/*")] == [tmp_path / "new" / "checkpoints" / "run"] * own
+    assert store.read("run").decode() == (root / "run").read_text()
+
+
+def test_a_new_run_refuses_a_mirror_with_checkpoints(mirrored):
+    root, mirror, _ = mirrored
+    with pytest.raises(CheckpointError, match="memory://bucket/run already holds checkpoints"):
+        mirror.check_unused(root)
 
 
 def test_a_store_that_does_not_answer_costs_a_warning_and_no_checkpoint(

@@ -103,3 +103,19 @@ def test_weights_begin_models_whose_memories_have_another_pace(load):
         other = load(*mixers, f"model.mixers.{override}").config
         keys = [problem.key for problem in model_problems(old, other, "there", weights_alone=True)]
         assert f"model.mixers.{key}" in keys
+
+
+@pytest.mark.parametrize(
+    ("memory", "before", "after", "is_same"),
+    [
+        ("linear", "false", "null", True),
+        ("mlp", "true", "null", True),
+        ("mlp", "false", "null", False),
+        ("mlp", "true", "false", False),
+    ],
+)
+def test_an_old_run_goes_on_where_null_means_what_it_says(load, memory: str, before: str, after: str, is_same: bool):
+    mixer = f"model.mixers.hope={{kind: self_modifying, memory: {memory}, normalize_writes: %s}}"
+    old, new = (load(mixer % value).config for value in (before, after))
+    for problems in (identity_problems(old, new), model_problems(old, new, "there")):
+        assert [problem.key for problem in problems] == ([] if is_same else ["model.mixers.hope.normalize_writes"])

@@ -65,13 +65,33 @@ def test_what_is_kept_is_not_read_again(local: Path, tmp_path: Path, monkeypatch
 
 def test_a_shard_that_has_changed_is_read_again(local: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     shard = min(file for file in local.iterdir() if file.name.startswith("train"))
-    storage.open_storage(ADDRESS, tmp_path).read(shard.name, 0, 200)
+    storage.open_storage(ADDRESS, tmp_path / "cache").read(shard.name, 0, 200)
+    (folder,) = (tmp_path / "cache").iterdir()
+    (folder / f"{shard.name}.0").write_bytes(b"of no version")
     store = object_store.ObjectStore(ADDRESS)
     content = store.read(shard.name)
     store.write(shard.name, content[:100] + bytes(byte ^ 1 for byte in content[100:200]) + content[200:])
-    opened = storage.open_storage(ADDRESS, tmp_path)
+    opened = storage.open_storage(ADDRESS, tmp_path / "cache")
     assert opened.read(shard.name, 0, 200) == store.read(shard.name)[:200] != content[:200]
     assert f"{shard.name} has changed since it was kept in" in caplog.text
+    assert len(list(folder.glob(f"{shard.name}.0*"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "is_same"),
+    [
+        ({"ETag": "a", "LastModified": 1, "size": 5}, {"ETag": "a", "LastModified": 2, "size": 5}, True),
+        ({"etag": "a", "size": 5}, {"etag": "b", "size": 5}, False),
+        ({"Last-Modified": "1", "size": 5}, {"Last-Modified": "2", "size": 5}, False),
+        ({"url": "x", "size": 5}, {"url": "x", "size": 6}, False),
+        ({"url": "x", "size": 5}, {"url": "y", "size": 5}, True),
+    ],
+)
+def test_a_version_is_of_the_etag_or_of_size_and_time(monkeypatch, one: dict, other: dict, is_same: bool) -> None:
+    answers = iter((one, other))
+    monkeypatch.setattr(fsspec.filesystem("memory"), "info", lambda path: next(answers))
+    store = object_store.ObjectStore("memory://bucket")
+    assert (store.version("shard") == store.version("shard")) == is_same
 
 
 def test_a_cache_named_by_a_variable_that_is_not_set_is_refused(local: Path, monkeypatch) -> None:

@@ -214,6 +214,24 @@ def test_models_are_known_by_their_weights():
     assert (accuracy.mean, accuracy.seeds) == (pytest.approx(0.8), 2), "the export's 0.9 replaces 0.5"
 
 
+def test_levels_that_follow_a_text_are_systems_of_their_own():
+    """The same checkpoint, with the digest of its weights as each evaluation had it."""
+    adapt = {"levels": {"fast": {"period": 8, "rate": 0.5}}, "nested": False}
+    plain = body("a", 0, 0.5) | {"weights": "1234567890", "settings": {}}
+    bodies = [plain, plain | body("a", 0, 0.6) | {"settings": {"adapt": adapt}}]
+    bodies.append(body("a", 0, 0.7) | {"weights": "abcdefghij", "settings": {"levels": "notes"}})
+    bodies.append(body("a", 1, 0.8) | {"weights": "klmnopqrst", "settings": {"adapt": adapt}})
+    found = compare(bodies)
+    adapted = "a, adapt fast every 8 at 0.5, step 10"
+    assert [(system.title, len(system.models)) for system in found.systems] == [
+        ("a, step 10", 1),
+        (adapted, 2),
+        ("a, levels notes abcdefgh, step 10", 1),
+    ]
+    means = [values["accuracy"].mean for values in found.suites[0].values.values()]
+    assert means == pytest.approx([0.5, 0.7, 0.7])
+
+
 def test_answers_to_more_examples_are_another_row():
     bodies = [body("a", 0, 0.5), body("b", 1, 0.7)]
     for one, examples in zip(bodies, (64, 256), strict=True):

@@ -16,9 +16,11 @@ from hopescale.config.load import from_dict, to_dict
 from hopescale.config.schema import RunConfig
 from hopescale.infer.adaptation import read_adaptation
 from hopescale.infer.follow import StreamPass, read_stream
+from hopescale.infer.generate import prefill
 from hopescale.infer.in_context import InContextReader
 from hopescale.infer.level_state import LEVELS, put_levels, read_levels
 from hopescale.infer.load import LoadedModel
+from hopescale.infer.state import read_state, write_state
 from hopescale.models import Model
 
 CADENCES = read_adaptation("--levels", "fast=5,slow=12", rate=0.5)
@@ -81,6 +83,46 @@ def test_a_document_begins_anew_where_the_model_keeps_them_apart():
 
 
 @pytest.mark.parametrize(
+    ("settings", "lengths", "texts"),
+    [
+        ({"within_documents": True}, (9, 17), [(0, 0, 9), (1, 0, 17)]),
+        ({"attention": True}, (27,), [(0, 0, 10), (0, 9, 19), (0, 18, 25)]),
+    ],
+)
+def test_a_part_is_asked_again_in_the_texts_that_the_model_reads(settings: dict, lengths: tuple, texts: list):
+    loaded, documents = make_loaded(**settings), make_documents(*lengths)
+    followed = StreamPass(loaded, CADENCES, documents, parts=1, probe_tokens=24)
+    followed.run()
+    for levels, found in ((None, followed.trained[0]), (followed.reader.weights, followed.after[0][0])):
+        total = 0.0
+        for number, begin, end in texts:
+            ids = torch.from_numpy(documents[number][begin:end])
+            with torch.no_grad():
+                total += (len(ids) - 1) * loss_of(loaded.model(ids[None, :-1], levels=levels)[0][0], ids[1:].numpy())
+        assert found == pytest.approx(total / 24)
+
+
+def test_a_pass_is_kept_between_documents(tmp_path: Path):
+    cadences, documents = read_adaptation("--levels", "fast=2,slow=4", rate=0.5), make_documents(*[5] * 6)
+
+    def begin() -> StreamPass:
+        return StreamPass(make_loaded(within_documents=True), cadences, documents, parts=3, probe_tokens=5)
+
+    def stop(line: str) -> None:
+        if line.startswith("16 of 24"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        begin().run(tmp_path, save_every=7, report=stop)
+    again, whole = begin(), begin()
+    again.go_on(tmp_path)
+    assert again.position == 8
+    again.run()
+    whole.run()
+    assert again.report() == whole.report()
+
+
+@pytest.mark.parametrize(
     ("settings", "nested"), [({}, False), ({"within_documents": True}, True), ({"attention": True}, False)]
 )
 def test_a_pass_that_was_stopped_goes_on_bit_for_bit(tmp_path: Path, settings: dict, nested: bool):
@@ -133,6 +175,17 @@ def test_levels_take_the_place_of_the_trained_ones(kept: Path):
     expected = reference.model(tokens, levels=followed.reader.weights)[0]
     torch.testing.assert_close(loaded.model(tokens)[0], expected, rtol=1e-5, atol=1e-6)
     assert not torch.allclose(expected, make_loaded().model(tokens)[0], rtol=1e-3)
+
+
+def test_states_belong_to_the_levels_that_they_were_read_with(kept: Path, tmp_path: Path):
+    loaded, again, state = make_loaded(), make_loaded(), tmp_path / "state"
+    put_levels(kept, loaded)
+    state.mkdir()
+    write_state(prefill(loaded.model, torch.arange(5)[None]), loaded, state)
+    with pytest.raises(CheckpointError, match="is no state of step-3: the weights have the SHA-256"):
+        read_state(state, again)
+    put_levels(kept, again)
+    assert read_state(state, again).state.position == 5
 
 
 def test_levels_of_other_weights_are_refused(kept: Path):

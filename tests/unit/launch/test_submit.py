@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 from shutil import copytree
 
+import fsspec
 import pytest
 
 from hopescale.cli.app import main
+from hopescale.common.object_store import ObjectStore
 from hopescale.config.load import load_recipe
 from hopescale.launch.ledger import copied_from, entries, submitting
 from hopescale.train.folder import RunFolder
@@ -188,6 +190,15 @@ def test_data_that_is_not_there_is_refused_unless_only_nodes_see_it(slurm: FakeS
     code, _, err = submit(*nowhere)
     assert code == 3 and "nowhere" in err and slurm.calls("sbatch") == []
     assert submit(*nowhere, "--skip-data-check")[0] == 0
+
+
+def test_a_cache_on_the_nodes_needs_no_folder_here(slurm: FakeSlurm, submit, monkeypatch):
+    monkeypatch.delenv("TMPDIR", raising=False)
+    ObjectStore("memory://submitted").write("index.json", b"{}")
+    args = ("data.sources.markov=null", "data.sources.main.path=memory://submitted", "data.cache=$TMPDIR/shards")
+    code, _, err = submit(*args)
+    assert code == 3 and "TMPDIR" not in err and "index" in err, "what is wrong is the data"
+    fsspec.filesystem("memory").rm("/submitted", recursive=True)
 
 
 def test_what_does_not_fit_the_gpus_is_refused(slurm: FakeSlurm, submit):

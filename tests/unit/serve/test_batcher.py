@@ -5,10 +5,12 @@ import pytest
 from hopescale.serve.batcher import Batcher, Failed, Request
 from tests.support.loaded import make_loaded
 
+ROTARY = {"mixers": {"retnet": {"kind": "linear_attention", "decay": "fixed", "erase": False, "rotary": True}}}
 
-@pytest.mark.parametrize("kind", ["hope", "linear", "hope_attention"])
-def test_requests_at_unlike_places_share_every_pass(kind: str):
-    model = make_loaded(kind).model.double()
+
+@pytest.mark.parametrize("settings", [{"kind": "hope"}, {"kind": "linear"}, ROTARY, {"kind": "hope_attention"}])
+def test_requests_at_unlike_places_share_every_pass(settings: dict):
+    model = make_loaded(**settings).model.double()
     prompts = [[5, 6, 7], [8, 9, 4, 3, 2], [7] * 10, [4, 5, 9]]
 
     def answers(together: list[list[int]]) -> tuple[list[list[int]], int]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from hopescale.common.errors import CheckpointError
 from hopescale.infer import load
 from hopescale.infer.generate import prefill
 from hopescale.infer.state import write_state
@@ -56,6 +57,30 @@ def test_a_context_is_asked_while_another_is_written(tmp_path: Path, monkeypatch
             may_end.set()
         assert writing.result().name == "large"
     assert contexts.names() == ["large", "small"]
+
+
+def test_a_context_outlives_a_replacement_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    loaded = make_loaded()
+    small, large = (prefill(loaded.model, torch.tensor([ids])) for ids in ([5], [6, 7]))
+    Contexts(loaded, tmp_path).put("a", small)
+    rename = Path.rename
+
+    def fail(path: Path, target: Path) -> Path:
+        if path.name == ".new-a":
+            raise OSError(28, "No space left on device")
+        return rename(path, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", fail)
+        with pytest.raises(CheckpointError, match="cannot write .*a: No space left on device"):
+            Contexts(loaded, tmp_path).put("a", large)
+    assert Contexts(loaded, tmp_path).get("a").tokens == 1
+    (tmp_path / "a").rename(tmp_path / ".old-a")  # as a kill between the two leaves it
+    contexts = Contexts(loaded, tmp_path)
+    assert contexts.get("a").tokens == 1
+    contexts.put("a", large)
+    assert Contexts(loaded, tmp_path).get("a").tokens == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"a"}
 
 
 def test_weights_are_read_once_for_all_states(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
