@@ -85,6 +85,16 @@ def test_shipped_sweeps_branch(name: str):
             "optim.schedule.decay_fraction",
             "no step before its decay",
         ),
+        (
+            ("schedule.warmup_steps: 2", "schedule.warmup_steps: 50"),
+            "optim.schedule.warmup_steps",
+            "50 leaves w32-d50Ki, of 50 steps, none to decay",
+        ),
+        (
+            ("schedule.warmup_steps: 2", "schedule.warmup_steps: 2, optim.schedule.decay_fraction: 0.009"),
+            "optim.schedule.decay_fraction",
+            "0.009 leaves w32-d50Ki, of 50 steps, none to decay",
+        ),
         (("tokens: [50Ki, 100Ki]", ""), "branch", "no horizons"),
     ],
 )
