@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,8 +21,8 @@ from hopescale.common.units import format_bytes
 from hopescale.config.schema import MemoryCheckpointConfig
 from hopescale.parallel.control import Control
 
-RUN_NAME = "memory"
-"""File in `checkpoints/` with the name of the run's parts in memory: a run that was deleted has none any more."""
+COURSE = "memory"
+"""File in `checkpoints/` with the names of the run and its course in memory, and with the folder that they hold for."""
 Accept = Callable[[Mapping[str, Tensor], Manifest], str | None]
 """Function that says what of a part does not fit this rank, or None."""
 
@@ -35,18 +36,27 @@ class MemoryCheckpoints:
     written to the rank's own node and sent to a rank of another node. Parts of a step count when all ranks have both
     and have summed the digests of all; only then is the step before removed.
 
+    Parts belong to a course of the run, which ends when the run does not go on from them: a node that is away at that
+    time keeps them, but no later start finds them. A new object is of the course that `checkpoints` names, and of a
+    nameless one before the first `renew` of a run.
+
     Args:
         config: Settings: how often to save, and the folder in memory.
-        run: Name of the run, which `run_name` returns.
+        checkpoints: Folder `checkpoints` of the run.
         group: Process group of all ranks on the CPU.
         node: Name of this rank's node; None is the host's.
     """
 
-    def __init__(self, config: MemoryCheckpointConfig, run: str, group: dist.ProcessGroup, *, node: str | None = None):
-        self.config, self._group = config, group
+    def __init__(
+        self, config: MemoryCheckpointConfig, checkpoints: Path, group: dist.ProcessGroup, *, node: str | None = None
+    ):
+        self.config, self._checkpoints, self._group = config, checkpoints, group
         self.rank, self.num_ranks = group.rank(), group.size()
-        self.node = NodeMemory(Path(config.folder), run)
-        self._shift = other_node(Control(group).gather(node or socket.gethostname()))
+        self._control = Control(group)
+        self.node = NodeMemory(
+            Path(config.folder), *self._control.broadcast_from_rank0(lambda: read_course(checkpoints))
+        )
+        self._shift = other_node(self._control.gather(node or socket.gethostname()))
         self._last: int | None = None
 
     def due(self, step: int) -> bool:
@@ -59,13 +69,12 @@ class MemoryCheckpoints:
         A save that fails later than the first is a warning, and leaves the one before.
 
         Raises:
-            CheckpointError: If the first save fails, for want of room.
+            CheckpointError: If the first save fails, for want of room or because the folder is open to others.
         """
         part = Part(tensors, manifest)
-        blocks = self._room(step, part.size)
-        problem = None
-        if self._sum([blocks is None])[0]:
-            problem = "no room"
+        blocks, problem = self._room(step, part.size)
+        if self._sum([problem is not None])[0]:
+            problem = next(filter(None, self._control.gather(problem)))
         else:
             part.write(blocks[0])
             digests = [digest_of(blocks[0])]
@@ -78,8 +87,8 @@ class MemoryCheckpoints:
             self.node.remove(but=self._last)
             self._complain(step, problem, part.size)
             return
-        for rank, digest in zip((self.rank, self._from), digests, strict=False):
-            self.node.commit(PartNote(step, rank, digest.hex(), tuple(agreed)), self.rank)
+        for rank, block, digest in zip((self.rank, self._from), blocks, digests, strict=False):
+            self.node.commit(PartNote(step, rank, len(block), digest.hex(), tuple(agreed)), self.rank)
         self._sum([0])  # all ranks have noted it
         self.node.remove(but=step)
         self._last = step
@@ -88,8 +97,8 @@ class MemoryCheckpoints:
     def _from(self) -> int:
         return (self.rank - self._shift) % self.num_ranks
 
-    def _room(self, step: int, size: int) -> list[Tensor] | None:
-        """Reserve room for this rank's part and for the one that comes; None if there is none."""
+    def _room(self, step: int, size: int) -> tuple[list[Tensor], str | None]:
+        """Reserve room for this rank's part and for the one that comes, or say why there is none."""
         sizes = [size]
         if self._shift:
             own, other = torch.tensor([size]), torch.zeros(1, dtype=torch.int64)
@@ -97,9 +106,11 @@ class MemoryCheckpoints:
             sizes.append(int(other))
         try:
             ranks = (self.rank, self._from)
-            return [self.node.reserve(step, rank, self.rank, n) for rank, n in zip(ranks, sizes, strict=False)]
+            return [self.node.reserve(step, rank, self.rank, n) for rank, n in zip(ranks, sizes, strict=False)], None
         except OSError:
-            return None
+            return [], "no room on a node"
+        except CheckpointError as error:
+            return [], error.message
 
     def _send_on(self, own: Tensor, other: Tensor) -> None:
         """Send a tensor to the rank at another node, and receive that of the rank for which this is one."""
@@ -127,7 +138,7 @@ class MemoryCheckpoints:
 
     def _complain(self, step: int, problem: str, size: int) -> None:
         message = (
-            f"cannot keep step {step} in {self.node.folder}: {problem} on a node (a part of rank {self.rank} has "
+            f"cannot keep step {step} in {self.node.folder}: {problem} (a part of rank {self.rank} has "
             f"{format_bytes(size)}; a node needs four times the parts of its ranks, {format_bytes(self.node.free())} "
             "are free on this one)"
         )
@@ -142,57 +153,104 @@ class MemoryCheckpoints:
         Args:
             accept: Function that says what of a part does not fit this rank.
             after: Step of the checkpoint on disk; only later ones count.
+
+        Raises:
+            CheckpointError: If the run's folder in memory is open to other users.
         """
-        own = self.node.notes()
-        held = Control(self._group).gather([note for note in own if note.step > after])
+        own = self._control.all_ranks_or_raise(self.node.notes)
+        held = self._control.gather([note for note in own if note.step > after])
         for step, sources in _candidates(held, self.num_ranks):
-            block = self._fetch(own, sources)
-            problem = None
-            if digest_of(block).hex() != sources[self.rank][1].digest:
-                problem = f"rank {self.rank}'s part has changed"
-            else:
-                part = read_part(block)
-                problem = accept(*part)
-            problems = [each for each in Control(self._group).gather(problem) if each]
-            if not problems:
-                self._last = step
-                return part
-            if self.rank == 0:
-                logger.warning("step %d in memory is not used: %s", step, problems[0])
+            blocks, problem = self._open(own, sources)
+            if self._is_used(step, problem):
+                part, problem = _read(self._fetch(blocks, sources), sources[self.rank][1], accept)
+                if self._is_used(step, problem):
+                    self._last = step
+                    return part
         return None
 
-    def _fetch(self, own: Mapping[PartNote, Path], sources: Sequence[tuple[int, PartNote]]) -> Tensor:
+    def _is_used(self, step: int, problem: str | None) -> bool:
+        """Tell whether no rank has a problem with a step, after a warning if one has."""
+        problems = [each for each in self._control.gather(problem) if each]
+        if problems and self.rank == 0:
+            logger.warning("step %d in memory is not used: %s", step, problems[0])
+        return not problems
+
+    def _open(
+        self, own: Mapping[PartNote, Path], sources: Sequence[tuple[int, PartNote]]
+    ) -> tuple[dict[int, Tensor], str | None]:
+        """Return the blocks that this rank gives, by the rank whose they are, or why it cannot."""
+        try:
+            given = [(rank, own[note]) for rank, (source, note) in enumerate(sources) if source == self.rank]
+            return {rank: self.node.read(path) for rank, path in given}, None
+        except (OSError, RuntimeError) as error:  # torch raises the second for a file that has gone
+            return {}, f"a part that rank {self.rank} has noted cannot be read: {error}"
+
+    def _fetch(self, blocks: Mapping[int, Tensor], sources: Sequence[tuple[int, PartNote]]) -> Tensor:
         """Return this rank's part, from another node if it is not on this one, and send what others need of here."""
-        block, work = torch.zeros(0, dtype=torch.uint8), []
-        for rank, (source, note) in enumerate(sources):
-            if source == rank == self.rank:
-                block = self.node.read(own[note])
-            elif source == self.rank:
-                sent = self.node.read(own[note])
-                dist.send(torch.tensor([len(sent)]), group=self._group, group_dst=rank)
-                work.append((dist.isend(sent, group=self._group, group_dst=rank), sent))
-            elif rank == self.rank:
-                size = torch.zeros(1, dtype=torch.int64)
-                dist.recv(size, group=self._group, group_src=source)
-                block = torch.empty(int(size), dtype=torch.uint8)
-                work.append((dist.irecv(block, group=self._group, group_src=source), block))
-        for each, _ in work:
+        source, note = sources[self.rank]
+        own = blocks[self.rank] if source == self.rank else torch.empty(note.size, dtype=torch.uint8)
+        work = [
+            dist.isend(block, group=self._group, group_dst=rank) for rank, block in blocks.items() if rank != self.rank
+        ]
+        if source != self.rank:
+            work.append(dist.irecv(own, group=self._group, group_src=source))
+        for each in work:
             each.wait()
-        return block
+        return own
 
     def clear(self) -> None:
         """Remove the run's parts from this node, whoever wrote them."""
         self.node.remove()
         self._last = None
 
+    def renew(self) -> None:
+        """Begin another course of the run, for which nothing in memory counts, here or elsewhere. All ranks call.
 
-def run_name(checkpoints: Path) -> str:
-    """Return the name of a run's parts in memory, and make one if there is none. Called by one process."""
-    path = checkpoints / RUN_NAME
-    if not path.exists():
+        A start that does not continue from memory calls it before its first save, and a run that goes back.
+
+        Raises:
+            CheckpointError: If the course cannot be noted.
+        """
+        self.clear()
+        self.node.course = self._control.broadcast_from_rank0(lambda: _note_course(self._checkpoints, self.node.run))
+
+
+def read_course(checkpoints: Path) -> tuple[str, str]:
+    """Return the names of a run and of its course in memory; new ones if the folder has none of its own.
+
+    The copy of a folder has those of the other, which count for nothing.
+    """
+    try:
+        noted = json.loads((checkpoints / COURSE).read_text(encoding="utf-8"))
+        if noted["folder"] == str(checkpoints.resolve()):
+            return noted["run"], noted["course"]
+    except (OSError, ValueError, TypeError, KeyError):
+        pass
+    return uuid4().hex, uuid4().hex
+
+
+def _note_course(checkpoints: Path, run: str) -> str:
+    course = uuid4().hex
+    try:
         checkpoints.mkdir(parents=True, exist_ok=True)
-        replace_text(path, f"{uuid4().hex}\n")
-    return path.read_text(encoding="utf-8").strip()
+        names = {"run": run, "course": course, "folder": str(checkpoints.resolve())}
+        replace_text(checkpoints / COURSE, f"{json.dumps(names)}\n")
+    except OSError as error:
+        raise CheckpointError(f"cannot write {checkpoints / COURSE}: {error.strerror or error}") from error
+    return course
+
+
+def _read(
+    block: Tensor, note: PartNote, accept: Accept
+) -> tuple[tuple[dict[str, Tensor], Manifest] | None, str | None]:
+    """Return a rank's part, and what speaks against it."""
+    if digest_of(block).hex() != note.digest:
+        return None, f"rank {note.rank}'s part has changed"
+    try:
+        part = read_part(block)
+    except CheckpointError as error:
+        return None, error.message
+    return part, accept(*part)
 
 
 def other_node(nodes: Sequence[str]) -> int:

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,12 +31,14 @@ class PartNote:
     Attributes:
         step: Optimizer steps done.
         rank: Rank whose part it is.
+        size: Bytes of the part.
         digest: SHA-256 of the part.
         agreed: Sums of the digests of all ranks, the same in every note of one save.
     """
 
     step: int
     rank: int
+    size: int
     digest: str
     agreed: tuple[int, ...]
 
@@ -43,12 +46,16 @@ class PartNote:
 class NodeMemory:
     """Parts of a run's state in a folder that lies in memory, such as `/dev/shm`, and outlives the processes.
 
+    Others can write in `/dev/shm` too: the run's folder is used only while it is this user's alone.
+
     Args:
         folder: Folder in memory.
         run: Name that no other run has.
+        course: Name of the run's course; parts of its other courses count for nothing.
     """
 
-    def __init__(self, folder: Path, run: str):
+    def __init__(self, folder: Path, run: str, course: str):
+        self.run, self.course = run, course
         self.folder = folder / f"hopescale-{os.getuid()}-{run}"
 
     def reserve(self, step: int, rank: int, holder: int, size: int) -> Tensor:
@@ -62,38 +69,62 @@ class NodeMemory:
 
         Raises:
             OSError: If there is no room; writing beyond it would end the process.
+            CheckpointError: If the run's folder is open to other users.
         """
         path = self._path(step, rank, holder)
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(mode=0o700, exist_ok=True)
+        self._require_private()
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)
         with path.open("w+b") as stream:
             os.posix_fallocate(stream.fileno(), 0, size)
         return torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)
 
     def commit(self, note: PartNote, holder: int) -> None:
-        """PartNote that a part is whole, as are those of all other ranks."""
+        """Note that a part is whole, as are those of all other ranks."""
         path = self._path(note.step, note.rank, holder)
         replace_text(path.with_name(f"{path.name}.json"), json.dumps(asdict(note)))
 
     def notes(self) -> dict[PartNote, Path]:
-        """Return the parts on this node that are whole, and where they are."""
+        """Return the parts of this course on this node that are whole, and where they are.
+
+        Raises:
+            CheckpointError: If the run's folder is open to other users.
+        """
+        if not os.path.lexists(self.folder):
+            return {}
+        self._require_private()
         found = {}
-        for path in sorted(self.folder.glob("step-*/rank-*.json")):
+        for path in sorted(self.folder.glob(f"{self.course}/step-*/rank-*.json")):
             try:
-                fields = json.loads(path.read_text())
-                found[PartNote(**fields | {"agreed": tuple(fields["agreed"])})] = path.with_suffix("")
+                fields, block = json.loads(path.read_text()), path.with_suffix("")
+                note = PartNote(**fields | {"agreed": tuple(fields["agreed"])})
+                if block.stat().st_size == note.size:
+                    found[note] = block
             except (OSError, ValueError, TypeError, KeyError):
-                continue  # removed meanwhile, or not ours
+                continue  # removed meanwhile, in part or whole, or not ours
         return found
 
     def read(self, path: Path) -> Tensor:
-        """Return a part's bytes, `[size]` uint8, without reading them."""
+        """Return a part's bytes, `[size]` uint8, without reading them.
+
+        Raises:
+            OSError: If the part is gone.
+        """
         return torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
 
     def remove(self, *, but: int | None = None) -> None:
-        """Remove the parts of all steps but one, whoever wrote them; other ranks may do so at the same time."""
-        for folder in self.folder.glob("step-*"):
-            if but is None or step_of(folder) != but:
+        """Remove the parts of all steps but one of this course, whoever wrote them, and those of other courses.
+
+        Notes go first, so that none outlives its part; other ranks may remove at the same time.
+        """
+        if not self._is_private():
+            return
+        for folder in self.folder.glob("*/step-*"):
+            if but is None or folder.parent.name != self.course or step_of(folder) != but:
+                for note in folder.glob("*.json"):
+                    note.unlink(missing_ok=True)
                 shutil.rmtree(folder, ignore_errors=True)
         if but is None:
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -102,8 +133,21 @@ class NodeMemory:
         """Return the bytes that are free."""
         return shutil.disk_usage(next(each for each in (self.folder, *self.folder.parents) if each.exists())).free
 
+    def _is_private(self) -> bool:
+        """Tell whether the run's folder is there, and nobody else's to read or to write."""
+        try:
+            found = self.folder.lstat()
+        except OSError:
+            return False
+        return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077
+
+    def _require_private(self) -> None:
+        if not self._is_private():
+            hint = "find out who made it and remove it, or name another checkpoint.memory.folder"
+            raise CheckpointError(f"{self.folder} is not a folder that is this user's alone", hint)
+
     def _path(self, step: int, rank: int, holder: int) -> Path:
-        return self.folder / folder_name(step) / f"rank-{rank}.at-{holder}"
+        return self.folder / self.course / folder_name(step) / f"rank-{rank}.at-{holder}"
 
 
 class Part:

@@ -33,7 +33,7 @@ from hopescale.sweep.branches import saving
 from hopescale.sweep.collect import collect as write_points
 from hopescale.sweep.grid import Sweep, columns, load_sweep, make_trials
 from hopescale.sweep.pool import locked, run_trials, train_words
-from hopescale.sweep.progress import TrialStatus, as_trained, require_same, trial_folder, trial_status
+from hopescale.sweep.progress import TrialStatus, as_trained, require_same, status_in_sweep, trial_folder, trial_status
 from hopescale.sweep.stages import make_stages
 from hopescale.sweep.trial import Trial
 
@@ -237,7 +237,7 @@ def _keep_file(sweep: Sweep, folder: Path) -> None:
 
 
 def _statuses(trials: Sequence[Trial], folder: Path) -> list[TrialStatus]:
-    return [trial_status(trial_folder(folder, trial)) for trial in trials]
+    return [status_in_sweep(trial, folder) for trial in trials]
 
 
 def _states(trials: Sequence[Trial], folder: Path) -> Table:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from hopescale.common.errors import LaunchError
 
-MARKS = ("origins.json", "trial.json", "jobs.jsonl", "checkpoints/latest", "checkpoints/step-*")
-"""Files that only hopescale writes into a run folder: a start, a sweep, a submission, a conversion."""
+MARKS = ("origins.json", "trial.json", "jobs.jsonl", "checkpoints/latest", "checkpoints/step-*", "checkpoints/run")
+"""Files that only hopescale writes into a run folder: a start, a sweep, a submission, a conversion, a mirror."""
 
 SWEEP_MARKS = ("trials",)
 """The same of a sweep's folder."""

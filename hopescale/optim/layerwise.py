@@ -8,7 +8,6 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from hopescale.common.errors import ConfigError
 from hopescale.config.schema import OptimConfig
 from hopescale.optim.cadence import Cadence
 from hopescale.optim.class_flats import Alike, ClassFlats
@@ -57,7 +56,6 @@ class LayerwiseOptimizer(Updater):
         self._takes_mean = config.accumulate == "mean"
         rules = {name: self._group_of[name].rule for name in parameters}
         self.ownership = Ownership(parameters, rules, config, cadences, mesh)
-        _refuse_idle_blocks(parameters, rules, config)
         flats = ClassFlats(parameters, self._alike(parameters, cadences, levels), self.ownership, dp_group)
         self._sums, self._weights = flats.sums, flats.weights
         self.classes = self._make_classes(parameters, flats)
@@ -256,11 +254,3 @@ class LayerwiseOptimizer(Updater):
         for each in self.classes:
             if not names.isdisjoint(each.names):
                 each.set_master()
-
-
-def _refuse_idle_blocks(parameters: Mapping[str, nn.Parameter], rules: Mapping[str, str], config: OptimConfig) -> None:
-    for rule in sorted({*rules.values()} & {"muon", "m3"}):
-        fused = any(parameters[name].spec.parts for name, each in rules.items() if each == rule)
-        if (blocks := getattr(config, rule).blocks) != "matrix" and not fused:
-            message = f"optim.{rule}.blocks is {blocks}, but no group with rule: {rule} has a fused in-projection"
-            raise ConfigError(message, f"set it to matrix, or let a group of {rule} match *_proj.weight")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
+from hopescale.common.errors import ConfigError
 from hopescale.config.schema import OptimConfig
 from hopescale.cost.updates import DEEP_MEMORY_DIM
 from hopescale.ops.device import DTYPES
@@ -38,6 +39,26 @@ def make_rule(name: str, groups: Iterable[dict[str, Any]], config: OptimConfig) 
     if settings.get("ns_dtype") is not None:
         settings["ns_dtype"] = DTYPES[settings["ns_dtype"]]
     return RULES[name](groups, **settings)
+
+
+def refuse_idle_blocks(groups: Mapping[str, str], fused: Collection[str], config: OptimConfig) -> None:
+    """Refuse blocks of matrices for a rule that updates no fused matrix.
+
+    Args:
+        groups: Group of every parameter of the whole model, as `assign_groups` returns it: a pipeline stage alone may
+            hold none of the fused ones.
+        fused: Names of all parameters whose `ParameterSpec` has parts.
+        config: Settings of the groups and rules.
+
+    Raises:
+        ConfigError: Naming the setting.
+    """
+    rules = {name: config.groups[group].rule for name, group in groups.items()}
+    cut = {rules[name] for name in fused}
+    for rule in sorted({*rules.values()} & {"muon", "m3"} - cut):
+        if (blocks := getattr(config, rule).blocks) != "matrix":
+            message = f"optim.{rule}.blocks is {blocks}, but no group with rule: {rule} has a fused in-projection"
+            raise ConfigError(message, f"set it to matrix, or let a group of {rule} match *_proj.weight")
 
 
 def changed_state(name: str, old: OptimConfig, new: OptimConfig) -> list[str]:

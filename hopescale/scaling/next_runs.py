@@ -124,13 +124,14 @@ def best_settings(table: Table) -> dict[str, Callable[[float, float], str]]:
     """Return functions that write the best rate and batch for a size and tokens, of the series that tell them.
 
     Where no batch is the best, the rate is for the middle of those that were run.
+
+    Raises:
+        DataError: If a cell of rates or batches is not a number above 0.
     """
     found: dict[str, Callable[[float, float], str]] = {}
-    try:
-        tuned = read_tuned(table)
-    except DataError:
+    if not table.has("lr"):
         return found
-    for name, runs in tuned.items():
+    for name, runs in read_tuned(table).items():
         with suppress(DataError):
             found[name] = partial(_settings, fit_rates(runs), float(np.median(runs.batch)))
     return found
@@ -225,7 +226,7 @@ def _candidates(name: str, part: SeriesAnalysis, budget: float) -> list[tuple[st
 def _log_losses(part: SeriesAnalysis, runs: Sequence[tuple[str, float, float, float]]) -> np.ndarray:
     """Return the log of the loss of runs by each law of the sample, `[m, K]`."""
     params, tokens = (np.array([run[place] for run in runs]) for place in (1, 2))
-    return np.log([law.loss(params, tokens) for law in part.frontier.samples]).T.reshape(len(runs), -1)
+    return np.log([law.loss(params, tokens) for law in part.frontier.samples]).T
 
 
 def _choose(

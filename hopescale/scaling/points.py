@@ -120,6 +120,10 @@ class Table:
     finished: list[Run] = field(default_factory=list)
     """All runs that have finished, those that another of their size and tokens beats among them."""
 
+    def has(self, meaning: str) -> bool:
+        """Tell whether there is a column of a meaning of `COLUMNS`."""
+        return meaning in places_of(self.header)
+
     def column(self, meaning: str) -> dict[int, float]:
         """Return the numbers of a column by row, for the rows that hold one.
 

@@ -186,13 +186,10 @@ def read_tuned(table: Table) -> dict[str, TunedRuns]:
     """Return all finished runs of a table by series, with their rates and, where there is such a column, batches.
 
     Raises:
-        DataError: If the table has no column of learning rates.
+        DataError: If the table has no column of learning rates, or a cell of rates or batches is not a number above 0.
     """
     rates = table.column("lr")
-    try:
-        batches: Mapping[int, float] = table.column("batch")
-    except DataError:
-        batches = dict.fromkeys(rates, 1.0)
+    batches = table.column("batch") if table.has("batch") else dict.fromkeys(rates, 1.0)
     found: dict[str, list[tuple[float, ...]]] = {}
     for number, series, (params, tokens, _, loss) in table.finished:
         if number in rates and number in batches:

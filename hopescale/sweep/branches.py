@@ -80,7 +80,13 @@ def _problems(trunk: Trial, shorter: Sequence[Trial], origin: str) -> list[Probl
             message = f"{trial.name} and {trunk.name} would share a run, but differ: {text}"
             hint = "give rules that know neither D, C nor steps, such as those of N and d_model"
             found.append(Problem(changes[0][0], message, origin=origin, hint=hint))
-        elif decay_begin(schedule, trial.steps) < 1:
+        elif (begin := decay_begin(schedule, trial.steps)) >= trial.steps:
+            is_warm_up = schedule.warmup_steps >= trial.steps
+            key = "warmup_steps" if is_warm_up else "decay_fraction"
+            message = f"{getattr(schedule, key):g} leaves {trial.name}, of {trial.steps} steps, none to decay"
+            hint = f"set it {'lower' if is_warm_up else 'higher'}, or leave the shortest horizons out"
+            found.append(Problem(f"optim.schedule.{key}", message, origin=origin, hint=hint))
+        elif begin < 1:
             message = f"{schedule.decay_fraction:g} leaves {trial.name} no step before its decay"
             found.append(Problem("optim.schedule.decay_fraction", message, origin=origin, hint="set it below 1"))
     return found

@@ -11,7 +11,7 @@ from hopescale.common.disk import replace_text
 from hopescale.common.errors import LaunchError
 from hopescale.observe.run_status import DONE
 from hopescale.sweep.grid import columns
-from hopescale.sweep.progress import as_trained, trial_folder, trial_status
+from hopescale.sweep.progress import as_trained, status_in_sweep
 from hopescale.sweep.trial import Trial
 
 POINTS = "points.csv"
@@ -34,7 +34,7 @@ def collect(trials: Sequence[Trial], folder: Path) -> Path:
     columns_of_runs = ["N", "D", "FLOP", "loss", "loss_from", "state", "batch", "lr"]
     writer.writerow(["trial", "series", *labels, *columns_of_runs, *places])
     for trial in as_trained(trials, folder):
-        status = trial_status(trial_folder(folder, trial))
+        status = status_in_sweep(trial, folder)
         done = status.state == DONE and status.loss is not None
         head = (trial.name, trial.series, *(trial.labels.get(label, "") for label in labels))
         loss = (f"{status.loss:.6f}", status.source) if done else ("", "")

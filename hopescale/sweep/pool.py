@@ -23,7 +23,9 @@ from hopescale.sweep.progress import (
     Note,
     branch_checkpoint,
     can_start,
+    lost_with_trunk,
     read_note,
+    status_in_sweep,
     trial_folder,
     trial_status,
     write_note,
@@ -169,20 +171,16 @@ class _Pool:
 
     def _give_up_without_trunk(self, trial: Trial, run_dir: Path) -> None:
         """End a branch whose trunk will not come to its step; a run of its own would have diverged likewise."""
-        trunk, step = trial.branch.trunk, trial.branch.step
-        if any(other.name == trunk for other in [*self.running.values(), *self.queue]):
+        if any(other.name == trial.branch.trunk for other in [*self.running.values(), *self.queue]):
             return
+        word = lost_with_trunk(trial, self.folder, ended=None)
+        if word is None:
+            return  # its step has come meanwhile
         self.queue.remove(trial)
-        status = trial_status(self.folder / "trials" / trunk)
-        if status.state == DIVERGED:
-            why = f"its trunk {trunk} diverged before step {step}"
-            write_note(run_dir, Note(DIVERGED, message=why))
-            self.report(f"{trial.name}: diverged: {why}")
-            return
-        why = f"its trunk {trunk} is {status.state}, and holds no {branch_checkpoint(run_dir, trial.branch).name}"
-        write_note(run_dir, Note(FAILED, failures=1, message=why))
-        self.failed[trial.name] = why
-        self.report(f"{trial.name}: failed: {why}")
+        if word.state == FAILED:
+            self.failed[trial.name] = word.reason
+        write_note(run_dir, Note(word.state, failures=int(word.state == FAILED), message=word.reason))
+        self.report(f"{trial.name}: {word.state}: {word.reason}")
 
     def _start(self, trial: Trial, run_dir: Path) -> None:
         nproc = smallest_layout(trial.config).num_ranks
@@ -220,7 +218,7 @@ class _Pool:
     def _record(self, trial: Trial, child: Child) -> None:
         run_dir, code = trial_folder(self.folder, trial), child.process.returncode
         note, took = read_note(run_dir), format_duration(time.monotonic() - child.begin_s)
-        status = trial_status(run_dir)
+        status = status_in_sweep(trial, self.folder)
         if code == 0 and status.state == DONE:
             write_note(run_dir, replace(note, state=DONE))
             loss = "no loss" if status.loss is None else f"loss {status.loss:.4f} ({status.source})"

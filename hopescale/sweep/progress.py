@@ -6,18 +6,19 @@ import json
 import os
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hopescale.checkpoint.manifest import MANIFEST, folder_name
+from hopescale.checkpoint.manifest import MANIFEST, POINTER, folder_name
 from hopescale.common.disk import replace_text
 from hopescale.common.errors import ConfigError, LaunchError
 from hopescale.common.paths import display_path
 from hopescale.config.load import load_resolved
 from hopescale.config.record import CONFIG
 from hopescale.config.show import Change, diff, format_diff, is_other_place
+from hopescale.observe.metrics import read_metrics
 from hopescale.observe.run_status import (
     DIVERGED,
     DONE,
@@ -38,6 +39,9 @@ NOTE = "trial.json"
 
 FRESH_S = 120.0
 """A trial that somebody else started counts as running as long as its last record is no older."""
+
+_IN_MEAN = 10
+"""Number of training losses that stand for a run without held-out text."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +92,37 @@ def branch_checkpoint(run_dir: Path, branch: Branch) -> Path:
 
 
 def can_start(run_dir: Path, trial: Trial) -> bool:
-    """Tell whether a trial has what it begins with: the checkpoint of its trunk, if it is a branch."""
-    return trial.branch is None or (branch_checkpoint(run_dir, trial.branch) / MANIFEST).is_file()
+    """Tell whether a trial has what it begins with: the checkpoint of its trunk, if it is a branch without one."""
+    if trial.branch is None or (run_dir / "checkpoints" / POINTER).is_file():
+        return True
+    return (branch_checkpoint(run_dir, trial.branch) / MANIFEST).is_file()
+
+
+def lost_with_trunk(
+    trial: Trial, folder: Path, ended: Collection[str] | None = (DONE, DIVERGED, FAILED)
+) -> Word | None:
+    """Say how a trial ends that cannot begin: a branch whose trunk has ended, and will not come to its step.
+
+    It has diverged if the trunk has, as a run of its own would have.
+
+    Args:
+        trial: Trial of the sweep.
+        folder: Folder of the sweep.
+        ended: States in which the trunk will not go on; None if it will not in any.
+
+    Returns:
+        State and reason; None if the trial has what it begins with, or may get it.
+    """
+    run_dir = trial_folder(folder, trial)
+    if can_start(run_dir, trial):
+        return None
+    trunk, step = trial.branch.trunk, trial.branch.step
+    state = trial_status(run_dir.parent / trunk).state
+    if ended is not None and state not in ended:
+        return None
+    if state == DIVERGED:
+        return Word(DIVERGED, f"its trunk {trunk} diverged before step {step}")
+    return Word(FAILED, f"its trunk {trunk} is {state}, and holds no {folder_name(step)}")
 
 
 def read_note(run_dir: Path) -> Note:
@@ -119,8 +152,32 @@ def write_note(run_dir: Path, note: Note) -> None:
         raise LaunchError(f"cannot write {run_dir}: {error.strerror}", "choose another --sweep-dir") from error
 
 
+def status_in_sweep(trial: Trial, folder: Path) -> TrialStatus:
+    """Find out how a trial of a sweep stands, with what a branch shares with its trunk.
+
+    A branch that waits for a trunk which has ended before its step has ended too. Without held-out text the records of
+    the shared steps count in the loss of a branch that has too few of its own, as they do in a run of its own.
+
+    Args:
+        trial: Trial of the sweep.
+        folder: Folder of the sweep.
+    """
+    run_dir = trial_folder(folder, trial)
+    status = trial_status(run_dir)
+    if status.state in (WAITING, STOPPED) and (word := lost_with_trunk(trial, folder)) is not None:
+        return replace(status, state=word.state, reason=word.reason)
+    own = sum(record.get("loss") is not None for record in status.records)
+    if status.state == DONE and trial.branch and own < _IN_MEAN and not status.source.startswith("val/"):
+        path = run_dir.parent / trial.branch.trunk / "metrics.jsonl"
+        records = read_metrics(path) if path.is_file() else []
+        shared = [record for record in records if record["step"] <= trial.branch.step]
+        loss, source = _loss([*shared, *status.records], done=True)
+        return replace(status, loss=loss, source=source)
+    return status
+
+
 def trial_status(run_dir: Path) -> TrialStatus:
-    """Find out how a trial stands; its folder need not exist. May be called while it is running anywhere.
+    """Find out how a run folder of a sweep stands, which need not exist. May be called while it is running anywhere.
 
     A note that is damaged makes no other trial's state unknown; the run's own word counts more than any note.
     """
@@ -146,7 +203,7 @@ def _word(run_dir: Path, note: Note) -> Word:
     return Word(STOPPED if metrics.exists() or note.starts else WAITING)
 
 
-def _loss(records: Sequence[dict[str, Any]], done: bool, last: int = 10) -> tuple[float | None, str]:
+def _loss(records: Sequence[dict[str, Any]], done: bool) -> tuple[float | None, str]:
     """Return the loss that stands for a run and where it comes from."""
     end = records[-1] if done and records else {}
     if names := [name for name in end if name.startswith("val/") and name.endswith("/loss")]:
@@ -156,7 +213,7 @@ def _loss(records: Sequence[dict[str, Any]], done: bool, last: int = 10) -> tupl
     losses = [record["loss"] for record in records if record.get("loss") is not None]
     if not losses:
         return None, ""
-    tail = losses[-last:] if done else losses[-1:]
+    tail = losses[-_IN_MEAN:] if done else losses[-1:]
     return sum(tail) / len(tail), f"train, mean of {len(tail)}" if done else "train"
 
 

@@ -9,8 +9,11 @@ from pathlib import Path
 from hopescale.observe.run_status import DIVERGED, DONE
 from hopescale.sweep.branches import horizons
 from hopescale.sweep.pool import train_words
-from hopescale.sweep.progress import can_start, trial_folder, trial_status
+from hopescale.sweep.progress import can_start, lost_with_trunk, status_in_sweep, trial_folder
 from hopescale.sweep.trial import Trial
+
+_OVER = (DONE, DIVERGED)
+"""States in which nothing is left to train."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ def make_stages(trials: Sequence[Trial], folder: Path) -> list[tuple[dict[int, S
         branches: dict[int, Start] = {}
         for number, group in enumerate(groups):
             trunk, trial = group[-1], group[place]
-            if _is_over(trunk, folder) and not _can_start(trial, folder):
+            if lost_with_trunk(trial, folder, ended=_OVER) is not None:
                 continue
             if trial is trunk:
                 if not _is_over(trunk, folder):
@@ -69,4 +72,4 @@ def _can_start(trial: Trial, folder: Path) -> bool:
 
 
 def _is_over(trial: Trial, folder: Path) -> bool:
-    return trial_status(trial_folder(folder, trial)).state in (DONE, DIVERGED)
+    return status_in_sweep(trial, folder).state in _OVER

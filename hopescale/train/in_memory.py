@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from hopescale.checkpoint.manifest import Manifest, fingerprint, step_of
-from hopescale.checkpoint.memory import MemoryCheckpoints, run_name
+from hopescale.checkpoint.memory import MemoryCheckpoints
 from hopescale.checkpoint.save import dtype_name
 from hopescale.train.state import TrainState
 
@@ -18,8 +18,7 @@ def open_memory(state: TrainState, checkpoints: Path) -> MemoryCheckpoints | Non
     settings, mesh = state.config.checkpoint.memory, state.mesh
     if settings.every is None:
         return None
-    name = mesh.control.broadcast_from_rank0(lambda: run_name(checkpoints))
-    return MemoryCheckpoints(settings, name, mesh.control_group)
+    return MemoryCheckpoints(settings, checkpoints, mesh.control_group)
 
 
 def continue_from_memory(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -37,7 +37,7 @@ from hopescale.ops.device import DTYPES
 from hopescale.optim import Cadence, OuterOptimizer, Updater
 from hopescale.optim.gram import gather_grams, linear_layers
 from hopescale.optim.replicated import ReplicatedAdamW
-from hopescale.optim.rules import changed_state
+from hopescale.optim.rules import changed_state, refuse_idle_blocks
 from hopescale.optim.schedule import learning_rate
 from hopescale.optim.transfer import ParameterSizes, transfer_groups
 from hopescale.parallel.control import Control
@@ -80,11 +80,14 @@ def build_state(
         for name in names
     }
     layers = {name: layer for model in slices for name, layer in linear_layers(model).items()}
-    linear = [name for names in Control(mesh.pp_group).gather(list(layers)) for name in names]
+    linear = _of_all_stages(layers, mesh)
+    fused = _of_all_stages([name for name, parameter in parameters.items() if parameter.spec.parts], mesh)
 
     def group() -> tuple[dict[str, str], OptimConfig]:
         assigned = assign_groups(shapes, config.optim.groups, tied, linear)
-        return transfer_groups(assigned, whole, config.model, config.optim)
+        groups, optim = transfer_groups(assigned, whole, config.model, config.optim)
+        refuse_idle_blocks(groups, fused, optim)
+        return groups, optim
 
     groups, optim = mesh.control.all_ranks_or_raise(group)
     names_of_levels = [[name for model in slices for name in model.level_parameters()[level]] for level in levels]
@@ -153,6 +156,11 @@ def _updater(zero: int, slices: Sequence[Model], levels: Sequence[Sequence[str]]
     from hopescale.engine.zero import ZeroAdamW
 
     return partial(ZeroAdamW, stage=zero, model=slices[0], levels=levels)
+
+
+def _of_all_stages(names: Iterable[str], mesh: Mesh) -> list[str]:
+    """Return names of this pipeline stage with those of all others, in the order of the stages."""
+    return [name for of_stage in Control(mesh.pp_group).gather(list(names)) for name in of_stage]
 
 
 def _whole_parameters(parameters: Mapping[str, nn.Parameter], mesh: Mesh) -> dict[str, ParameterSizes]:

@@ -233,7 +233,8 @@ class Trainer:
         """Continue from a checkpoint from before the last bad steps, and save there what the run has changed."""
         self.checkpoints.wait()
         self.recovery.go_back()
-        self._drop_memory()
+        if self.memory is not None:
+            self.memory.renew()
         self.save()
         self.metrics = StepMetrics(self.state, self.layout, self.device)
         if self.record is not None:

@@ -92,8 +92,6 @@ def train_on(
         memory = open_memory(state, folder.checkpoints)
         is_latest = request.resume in ("auto", "must") and not request.reset_optimizer
         from_memory = is_latest and memory is not None and continue_from_memory(state, memory, checkpoint, report)
-        if memory is not None and not from_memory:
-            memory.clear()  # of a course of the run that is given up, or of none
         if checkpoint is not None and not from_memory:
             restore(state, checkpoint, request, report)
         elif request.init is not None and not from_memory:
@@ -102,6 +100,8 @@ def train_on(
             raise CheckpointError(f"the checkpoints of {folder.path} have gone while the run started", "start it again")
         table = group_table(state.optimizer.groups, state.sizes, state.optimizer.peak_rates())
         control.broadcast_from_rank0(lambda: folder.describe(request, table))
+        if memory is not None and not from_memory:
+            memory.renew()  # not earlier: a start that is refused leaves nothing in a folder that is not ours yet
         checkpoints = open_checkpoints(folder, state)
         for line in _introduction(state, request, device):
             report(line)

@@ -14,14 +14,18 @@ from hopescale.engine import Engine
 from tests.support.layouts import train_run, weights
 from tests.support.ranks import run_ranks
 
-LAYOUTS = {2: ("parallel.zero=1",), 4: ("parallel.tp=2",)}
+LAYOUTS = {
+    2: ("parallel.zero=1", "checkpoint.every=3", "checkpoint.async_save=false"),
+    4: ("parallel.tp=2", "checkpoint.every=100"),
+}
+"""Settings by number of ranks: the first have an older checkpoint on disk when they start again, the others none."""
 KILLED = 6
 """Step at whose start ranks are killed; step 4 is the newest in memory, and a slow level has gathered since step 3."""
 
 
 def overrides_of(num_ranks: int, folder: Path) -> tuple[str, ...]:
     memory = f"checkpoint.memory={{every: 2, folder: {folder / 'shm'}}}"
-    return *LAYOUTS[num_ranks], memory, "checkpoint.every=100", "train.validation.every=null"
+    return *LAYOUTS[num_ranks], memory, "train.validation.every=null"
 
 
 def killed(rank: int, folder: Path, num_ranks: int) -> None:
@@ -62,6 +66,7 @@ def restarted(rank: int, folder: Path, num_ranks: int) -> None:
 def test_a_lost_node_costs_the_steps_since_the_last_in_memory(num_ranks: int, tmp_path: Path):
     with pytest.raises(AssertionError, match="failed"):
         run_ranks(killed, num_ranks, tmp_path, tmp_path, num_ranks)
+    assert (tmp_path / "run" / "checkpoints" / "latest").exists() == (num_ranks == 2)
     held = [path for path in (tmp_path / "shm").rglob("rank-*") if path.suffix != ".json"]
     assert len(held) == 2 * num_ranks
     for path in held:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hopescale.checkpoint.manifest import Manifest
-from hopescale.checkpoint.memory import MemoryCheckpoints, _candidates, other_node, run_name
+from hopescale.checkpoint.memory import MemoryCheckpoints, _candidates, other_node
 from hopescale.checkpoint.node_memory import Part, PartNote, read_part
 from hopescale.common.errors import CheckpointError
 from hopescale.config.schema import MemoryCheckpointConfig
@@ -38,10 +39,15 @@ def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
     )
 
 
+def open_of(checkpoints: Path, folder: Path) -> MemoryCheckpoints:
+    config = MemoryCheckpointConfig(every=2, folder=str(folder))
+    return MemoryCheckpoints(config, checkpoints, Mesh.alone().control_group)
+
+
 @pytest.fixture
 def make(tmp_path: Path) -> Callable[[], MemoryCheckpoints]:
-    config = MemoryCheckpointConfig(every=2, folder=str(tmp_path / "shm"))
-    return lambda: MemoryCheckpoints(config, "run", Mesh.alone().control_group)
+    open_of(tmp_path / "checkpoints", tmp_path / "shm").renew()
+    return lambda: open_of(tmp_path / "checkpoints", tmp_path / "shm")
 
 
 def accept(tensors: dict[str, Tensor], manifest: Manifest) -> None:
@@ -60,7 +66,7 @@ def test_the_newest_step_is_loaded_and_only_it_is_kept(make: Callable[[], Memory
     memory = make()
     for step in (2, 4):
         memory.save(step, state(step), MANIFEST)
-    assert [folder.name for folder in memory.node.folder.iterdir()] == ["step-00000004"]
+    assert [folder.name for folder in memory.node.folder.glob("*/*")] == ["step-00000004"]
     tensors, manifest = make().load(accept, after=3)
     assert same(tensors, state(4)) and manifest == MANIFEST
     assert make().load(accept, after=4) is None
@@ -75,7 +81,7 @@ def test_what_is_torn_or_changed_is_refused_and_the_step_before_taken(
     memory.node.remove = lambda **_: None
     for step in (2, 4, 6):
         memory.save(step, state(step), MANIFEST)
-    folders = sorted(memory.node.folder.iterdir())
+    folders = sorted(memory.node.folder.glob("*/*"))
     (folders[2] / "rank-0.at-0.json").unlink()  # killed before it was noted
     with (folders[1] / "rank-0.at-0").open("r+b") as stream:
         stream.seek(-100, 2)
@@ -88,9 +94,32 @@ def test_what_is_torn_or_changed_is_refused_and_the_step_before_taken(
     assert "step 2 in memory is not used: another layout" in caplog.text
 
 
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"short")])
+def test_a_note_whose_part_is_gone_counts_for_nothing(
+    make: Callable[[], MemoryCheckpoints], damage: Callable[[Path], object]
+):
+    memory = make()
+    memory.save(2, state(2), MANIFEST)
+    damage(next(memory.node.folder.rglob("rank-0.at-0")))
+    assert make().load(accept, after=-1) is None
+
+
+def test_a_part_that_goes_while_it_is_loaded_is_a_warning(
+    make: Callable[[], MemoryCheckpoints], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    make().save(2, state(2), MANIFEST)
+    memory = make()
+    notes = memory.node.notes()
+    shutil.rmtree(memory.node.folder)
+    monkeypatch.setattr(memory.node, "notes", lambda: notes)
+    with caplog.at_level(logging.WARNING):
+        assert memory.load(accept, after=-1) is None
+    assert "step 2 in memory is not used: a part that rank 0 has noted cannot be read" in caplog.text
+
+
 def test_a_step_counts_if_all_parts_are_of_one_save():
     def note(step: int, rank: int, agreed: int = 1) -> PartNote:
-        return PartNote(step, rank, "d", (agreed,))
+        return PartNote(step, rank, 1, "d", (agreed,))
 
     own, other = note(4, 0), note(4, 1)
     assert list(_candidates([[own, other], []], 2)) == [(4, [(0, own), (0, other)])]
@@ -124,6 +153,43 @@ def test_want_of_room_is_an_error_at_first_and_then_a_warning(
     assert same(make().load(accept, after=-1)[0], state(4))
 
 
-def test_a_run_that_was_deleted_has_no_parts(tmp_path: Path):
-    first = run_name(tmp_path / "checkpoints")
-    assert first == run_name(tmp_path / "checkpoints") != run_name(tmp_path / "other")
+def test_a_course_that_was_given_up_counts_no_more_on_a_node_that_was_away(tmp_path: Path):
+    run, here, away = tmp_path / "run", tmp_path / "here", tmp_path / "away"
+    memory = open_of(run, away)
+    assert not run.exists(), "nothing is written before the run has a folder of its own"
+    memory.renew()
+    memory.save(4, state(4), MANIFEST)
+    assert open_of(run, away).load(accept, after=-1) is not None
+    open_of(run, here).renew()
+    back = open_of(run, away)
+    assert back.load(accept, after=-1) is None
+    back.save(2, state(2), MANIFEST)
+    assert [folder.name for folder in back.node.folder.glob("*/*")] == ["step-00000002"]
+
+
+def test_the_copy_of_a_run_has_no_parts_and_touches_none(tmp_path: Path):
+    memory = open_of(tmp_path / "run", tmp_path / "shm")
+    memory.renew()
+    memory.save(2, state(2), MANIFEST)
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    copy = open_of(tmp_path / "copy", tmp_path / "shm")
+    assert copy.load(accept, after=-1) is None
+    copy.renew()
+    assert open_of(tmp_path / "run", tmp_path / "shm").load(accept, after=-1) is not None
+
+
+def test_a_folder_that_others_may_write_in_is_refused(make: Callable[[], MemoryCheckpoints], tmp_path: Path):
+    memory = make()
+    memory.save(2, state(2), MANIFEST)
+    assert memory.node.folder.stat().st_mode & 0o777 == 0o700
+    memory.node.folder.chmod(0o750)
+    with pytest.raises(CheckpointError, match="is not a folder that is this user's alone"):
+        make().load(accept, after=-1)
+    other = tmp_path / "shm" / "other"
+    memory.node.folder.rename(other)
+    other.chmod(0o700)
+    memory.node.folder.symlink_to(other)
+    with pytest.raises(CheckpointError, match=r"cannot keep step 4 .*is not a folder that is this user's alone"):
+        make().save(4, state(4), MANIFEST)
+    make().clear()
+    assert any(other.rglob("rank-0.at-0")), "what the link names is not removed"

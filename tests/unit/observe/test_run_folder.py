@@ -28,7 +28,9 @@ def test_a_folder_that_holds_nothing_is_anyone_s(tmp_path: Path, names: list[str
     require_own(tmp_path / "missing", "--run-dir")
 
 
-@pytest.mark.parametrize("mark", ["origins.json", "trial.json", "jobs.jsonl", "checkpoints/step-00000004/manifest"])
+@pytest.mark.parametrize(
+    "mark", ["origins.json", "trial.json", "jobs.jsonl", "checkpoints/step-00000004/manifest", "checkpoints/run"]
+)
 def test_a_run_s_own_folder_may_hold_anything(tmp_path: Path, mark: str):
     (tmp_path / mark).parent.mkdir(parents=True, exist_ok=True)
     for name in (mark, "notes.txt"):

@@ -12,6 +12,7 @@ from hopescale.cost.updates import block_rows
 from hopescale.optim import OuterOptimizer
 from hopescale.optim.m3 import M3
 from hopescale.optim.muon import Muon
+from hopescale.optim.rules import refuse_idle_blocks
 from hopescale.optim.stacked import StackedOptimizer
 from hopescale.parallel.layers import ParameterSpec, attach
 
@@ -85,4 +86,10 @@ def test_costs_know_the_blocks():
 def test_blocks_without_a_fused_projection_are_refused():
     config = OptimConfig(groups={"all": GroupConfig(rule="muon")}, muon=MuonConfig(blocks="heads"))
     with pytest.raises(ConfigError, match="optim.muon.blocks is heads, but no group with rule: muon has a fused"):
-        OuterOptimizer({"a": attach(nn.Parameter(torch.ones(4, 4)), ParameterSpec())}, config, 10, {})
+        refuse_idle_blocks({"a": "all"}, [], config)
+    refuse_idle_blocks({"a": "all", "on_another_stage": "all"}, ["on_another_stage"], config)
+
+
+def test_a_stage_without_a_fused_projection_is_built():
+    config = OptimConfig(groups={"all": GroupConfig(rule="muon")}, muon=MuonConfig(blocks="heads"))
+    OuterOptimizer({"a": attach(nn.Parameter(torch.ones(4, 4)), ParameterSpec())}, config, 10, {})

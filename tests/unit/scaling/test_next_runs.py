@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -71,3 +72,11 @@ def test_horizons_that_branch_cost_less(analysis):
 def test_questions_without_an_answer_are_refused(analysis, question, budget, series, message):
     with pytest.raises(DataError, match=message):
         propose(analysis, question, budget, series=series)
+
+
+def test_a_budget_may_buy_runs_of_one_series_alone(analysis):
+    dear = analysis.series["transformer"]
+    points = replace(dear.points, params=1e7 * dear.points.params)
+    both = replace(analysis, series={**analysis.series, "transformer": replace(dear, points=points)})
+    found = propose(both, "multiplier", float(analysis.series["hope"].points.flops.max()))
+    assert {run.series for run in found.runs} == {"hope"}

@@ -8,8 +8,9 @@ import pytest
 
 from hopescale.common.errors import DataError
 from hopescale.scaling.fit import fit_law
+from hopescale.scaling.next_runs import best_settings
 from hopescale.scaling.points import read_points
-from hopescale.scaling.rates import TunedRuns, describe_rates, fit_rates, rates_of, weigh_undertuned
+from hopescale.scaling.rates import TunedRuns, describe_rates, fit_rates, rates_of, read_tuned, weigh_undertuned
 
 CURVATURE = 0.02
 
@@ -123,3 +124,11 @@ def test_a_table_without_rates_is_said(tmp_path: Path):
     (tmp_path / "runs.csv").write_text("N,D,loss\n1e6,1000000,3.1\n")
     with pytest.raises(DataError, match="has no column for lr, only N, D, loss"):
         rates_of(read_points(tmp_path / "runs.csv"))
+
+
+def test_a_damaged_batch_is_said(tmp_path: Path):
+    (tmp_path / "runs.csv").write_text("N,D,loss,lr,batch\n1e6,1000000,3.1,0.01,512\n1e6,1000000,3.2,0.02,0\n")
+    read = read_points(tmp_path / "runs.csv")
+    for use in (read_tuned, best_settings):
+        with pytest.raises(DataError, match="column batch: 0, but must be above 0"):
+            use(read)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +11,7 @@ from hopescale.common.errors import ConfigError
 from hopescale.optim.schedule import learning_rate
 from hopescale.sweep.branches import saving
 from hopescale.sweep.grid import load_sweep, make_trials
-from hopescale.sweep.progress import branch_checkpoint, trial_folder
+from hopescale.sweep.progress import branch_checkpoint, can_start, status_in_sweep, trial_folder
 from hopescale.sweep.stages import make_stages
 from hopescale.sweep.trial import Branch, Trial
 
@@ -85,6 +87,16 @@ def test_shipped_sweeps_branch(name: str):
             "optim.schedule.decay_fraction",
             "no step before its decay",
         ),
+        (
+            ("schedule.warmup_steps: 2", "schedule.warmup_steps: 50"),
+            "optim.schedule.warmup_steps",
+            "50 leaves w32-d50Ki, of 50 steps, none to decay",
+        ),
+        (
+            ("schedule.warmup_steps: 2", "schedule.warmup_steps: 2, optim.schedule.decay_fraction: 0.009"),
+            "optim.schedule.decay_fraction",
+            "0.009 leaves w32-d50Ki, of 50 steps, none to decay",
+        ),
         (("tokens: [50Ki, 100Ki]", ""), "branch", "no horizons"),
     ],
 )
@@ -111,3 +123,48 @@ def test_stages_of_jobs_train_a_trunk_in_parts_and_branches_after_them(trials, t
     (trial_folder(tmp_path, trials[0]) / "outcome").write_text("done at step 50 of 50\n")
     starts = [list(starts) for starts, _ in make_stages(trials, tmp_path)]
     assert starts == [[1], [1], [1], [0, 1], [0, 1], [0, 1], [0, 1]], "of the first size only what is left"
+
+
+def trained(folder: Path, steps: range, outcome: str) -> None:
+    """Write the record of a run without held-out text, whose loss is the step."""
+    folder.mkdir(parents=True)
+    lines = [json.dumps({"step": step, "loss": float(step)}) for step in steps]
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / "outcome").write_text(outcome + "\n")
+
+
+@pytest.mark.parametrize(
+    ("outcome", "state", "reason"),
+    [
+        ("gave up: diverged, which another start would repeat", "diverged", "its trunk w32-d100Ki diverged before"),
+        ("gave up: 3 failures in a row", "failed", "its trunk w32-d100Ki is failed, and holds no step-00000040"),
+        ("done at step 100 of 100", "failed", "its trunk w32-d100Ki is done, and holds no step-00000040"),
+        ("stopped by SIGTERM at step 20 of 100", "waiting", None),
+    ],
+)
+def test_a_branch_ends_with_a_trunk_that_ended_as_a_job(make, tmp_path: Path, outcome: str, state: str, reason):
+    branch, trunk = make(SMALL)
+    trained(trial_folder(tmp_path, trunk), range(1, 20), outcome)
+    os.utime(trial_folder(tmp_path, trunk) / "metrics.jsonl", (0, 0))
+    status = status_in_sweep(branch, tmp_path)
+    assert status.state == state and (status.reason or "").startswith(reason or "")
+    over = state == "diverged" or "done" in outcome
+    assert [list(starts) for starts, _ in make_stages([branch, trunk], tmp_path)][-1] == ([] if over else [0])
+
+
+def test_a_branch_that_has_begun_needs_its_trunk_no_more(make, tmp_path: Path):
+    branch, _ = make(SMALL)
+    run_dir = trial_folder(tmp_path, branch)
+    assert not can_start(run_dir, branch)
+    (run_dir / "checkpoints").mkdir(parents=True)
+    (run_dir / "checkpoints" / "latest").write_text("step-00000045\n")
+    assert can_start(run_dir, branch)
+
+
+def test_the_loss_of_a_branch_is_that_of_its_own_run(make, tmp_path: Path):
+    branch, trunk = make(SMALL)
+    trained(trial_folder(tmp_path, trunk), range(1, 100), "done at step 100 of 100")
+    trained(trial_folder(tmp_path, branch), range(45, 51), "done at step 50 of 50")
+    status = status_in_sweep(branch, tmp_path)
+    mean = (sum(range(37, 41)) + sum(range(45, 51))) / 10
+    assert (status.loss, status.source) == (pytest.approx(mean), "train, mean of 10")
