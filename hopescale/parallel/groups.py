@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 from unittest.mock import patch
 
@@ -12,25 +11,18 @@ import torch
 import torch.distributed as dist
 
 from hopescale.config.layout import Layout
+from hopescale.parallel.variables import variable_set
 
 _GLOO_WAITS = "TORCH_GLOO_LAZY_INIT"
 """Variable that torch reads when a process makes its first group over gloo."""
 
 
-@contextmanager
-def connected_when_used() -> Iterator[None]:
+def connected_when_used() -> AbstractContextManager[None]:
     """Let gloo connect two ranks when they first exchange something, not every two of them when a group is made.
 
     It holds for all groups of a process whose first one is made inside.
     """
-    before = os.environ.get(_GLOO_WAITS)
-    os.environ[_GLOO_WAITS] = "1"
-    try:
-        yield
-    finally:
-        os.environ.pop(_GLOO_WAITS)
-        if before is not None:
-            os.environ[_GLOO_WAITS] = before
+    return variable_set(_GLOO_WAITS)
 
 
 class OwnGroups:

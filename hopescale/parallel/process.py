@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from datetime import timedelta
 
 import torch
@@ -15,6 +13,7 @@ from megatron.core import parallel_state
 from hopescale.common.errors import LaunchError
 from hopescale.common.rank_info import RankInfo
 from hopescale.parallel.groups import connected_when_used
+from hopescale.parallel.variables import variable_set
 
 _NCCL_WAITS = "TORCH_NCCL_BLOCKING_WAIT"
 """Variable that torch reads when it makes a group."""
@@ -60,21 +59,13 @@ def start(rank_info: RankInfo, device: torch.device, timeout: timedelta, store: 
         raise _rendezvous_error(rank_info, error) from error
 
 
-@contextmanager
-def failures_raised() -> Iterator[None]:
+def failures_raised() -> AbstractContextManager[None]:
     """Let groups that are made inside raise what goes wrong in the call that waits for it, on NCCL as on gloo.
 
     Otherwise an exchange on NCCL waits on the device, and its watchdog ends the process where the exchange hangs. A
     call then waits on the host, which costs time: for checks, not for training.
     """
-    before = os.environ.get(_NCCL_WAITS)
-    os.environ[_NCCL_WAITS] = "1"
-    try:
-        yield
-    finally:
-        os.environ.pop(_NCCL_WAITS)
-        if before is not None:
-            os.environ[_NCCL_WAITS] = before
+    return variable_set(_NCCL_WAITS)
 
 
 def _rendezvous_error(rank_info: RankInfo, error: dist.DistError) -> LaunchError:
