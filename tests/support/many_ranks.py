@@ -12,7 +12,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 from unittest.mock import patch
 
@@ -121,6 +121,12 @@ class Calls(TorchDispatchMode):
         return function(*arguments, **(options or {}))
 
 
+def mesh_of(replicas: Group) -> Mesh:
+    """Return the mesh of a rank whose model is whole on each of some replicas."""
+    names = [each.name for each in fields(Mesh) if each.name.endswith("_group")]
+    return Mesh(**dict.fromkeys(names, Group(1)) | {"dp_group": replicas, "world_group": replicas})
+
+
 class Rank:
     """Rank 0 of replicas, with all parameters of a recipe, that takes steps without a model.
 
@@ -144,8 +150,7 @@ class Rank:
         cadences = {
             p.name: Cadence(of_level[p.level].update_every_steps, of_level[p.level].phase) for p in shapes if p.level
         }
-        alone = Group(1)
-        mesh = Mesh(alone, Group(replicas), alone, alone, Group(replicas), alone, alone)
+        mesh = mesh_of(Group(replicas))
 
         def zero(*arguments: Any, **settings: Any) -> ZeroAdamW:
             return ZeroAdamW(*arguments, stage=1, levels=list(levels.values()), **settings)

@@ -14,8 +14,7 @@ from hopescale.config.schema import GroupConfig, OptimConfig, ScheduleConfig
 from hopescale.optim import Cadence, OuterOptimizer, replicated
 from hopescale.optim.schedule import learning_rate
 from hopescale.parallel.layers import ParameterSpec, attach
-from hopescale.parallel.mesh import Mesh
-from tests.support.many_ranks import Group
+from tests.support.many_ranks import Group, mesh_of
 
 TOTAL = 20
 SHAPES = {"a.weight": (3, 4), "b.weight": (5,), "norm.weight": (4,)}
@@ -331,8 +330,7 @@ def test_replicas_write_each_copy_once_and_about_as_much(dtype: torch.dtype):
             f"a.{index}": attach(nn.Parameter(torch.ones(size, dtype=dtype)), ParameterSpec())
             for index, size in enumerate(sizes)
         }
-        alone = Group(1)
-        mesh = Mesh(alone, Group(3, rank), alone, alone, Group(3, rank), alone, alone)
+        mesh = mesh_of(Group(3, rank))
         optimizer = OuterOptimizer(parameters, make_config(groups={"all": GroupConfig()}), 10, {}, mesh=mesh)
         weights, state = optimizer.to_save()
         assert {name.rpartition(".")[0] for name in state} == weights.keys()
