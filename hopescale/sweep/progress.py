@@ -200,7 +200,7 @@ def _word(run_dir: Path, note: Note) -> Word:
         return Word(RUNNING)
     if note.state in (DIVERGED, FAILED, UNKNOWN):
         return Word(note.state, note.message or None)
-    return Word(STOPPED if metrics.exists() or note.starts else WAITING)
+    return Word(STOPPED if metrics.exists() or note.starts or (run_dir / OUTCOME).exists() else WAITING)
 
 
 def _loss(records: Sequence[dict[str, Any]], done: bool) -> tuple[float | None, str]:

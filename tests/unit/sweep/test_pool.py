@@ -272,6 +272,8 @@ def test_a_job_that_gave_up_has_diverged_or_failed_by_its_word(tmp_path: Path):
     assert trial_status(tmp_path).state == "diverged"
     (tmp_path / "outcome").write_text("gave up: 3 failures in a row\n")
     assert trial_status(tmp_path).state == "failed"
+    (tmp_path / "metrics.jsonl").unlink()
+    assert trial_status(tmp_path).state == "failed", "also before its first record"
 
 
 def test_states_of_trials_that_another_machine_runs(tmp_path: Path):
