@@ -61,7 +61,7 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("layouts", [TWO, FOUR], ids=["two ranks", "four ranks"])
 def test_ranks_that_share_sequences_train_the_same_model(layouts: dict, single: Path, tmp_path: Path):
     num_ranks = 2 if layouts is TWO else 4
-    run_ranks(train_all, num_ranks, tmp_path, num_ranks, tmp_path, layouts, limit_s=240)
+    run_ranks(train_all, num_ranks, tmp_path, num_ranks, tmp_path, layouts, limit_s=600)
     for name in layouts:
         for metric in ("loss", "val/markov/loss", "grad_norm"):
             assert values(tmp_path / name, metric) == pytest.approx(values(single, metric), rel=1e-5), (name, metric)
