@@ -48,7 +48,9 @@ METRICS: dict[str, Metric] = {
     "comm/bytes_per_step": Metric(
         "bytes", "Tensors that rank 0 sent, per training step since the last record; planned."
     ),
-    "comm/<axis>/bytes_per_step": Metric("bytes", "The part of one axis (tp, dp, pp, embedding, world)."),
+    "comm/<axis>/bytes_per_step": Metric(
+        "bytes", "The part of one axis (tp, dp, cp, pp, embedding, world); `dp` is all that gradients are summed over."
+    ),
     "memory/<layer>/eta_mean": Metric("1", "Mean inner learning rate of a layer's memories over the last batch."),
     "memory/<layer>/alpha_mean": Metric("1", "Mean retention per token of a layer's memories over the last batch."),
     "memory/<layer>/state_norm": Metric(
