@@ -49,7 +49,9 @@ def test_every_problem_is_told_with_what_may_have_been_meant(load):
 
 
 def test_a_time_that_yaml_takes_for_a_number(load):
-    assert problems(load, "time: 12:00:00")["time"].endswith('write it in quotes: "12:00:00"')
+    (message,) = problems(load, "time: 12:00:00").values()
+    assert message.startswith("12:00:00 is 43200 to YAML") and message.endswith('or "12:00:00" for a text')
+    assert problems(load, "time: 30")["time"].endswith('write it in quotes: "12:00:00"')
     assert load('time: "12:00:00"').time == "12:00:00"
 
 
