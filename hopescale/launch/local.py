@@ -19,8 +19,8 @@ from hopescale.launch.environment import child_environ
 ORDERLY = (0, StoppedEarly.exit_code)
 """Exit codes after which the other processes may take their time, perhaps to finish a checkpoint."""
 
-EXPLAINED = frozenset(error.exit_code for error in HopescaleError.__subclasses__())
-"""Exit codes of a process that has said why it ended."""
+EXPLAINED = frozenset(error.exit_code for error in HopescaleError.__subclasses__()) - {HopescaleError.exit_code}
+"""Exit codes of a process that has said why it ended; any other failure has that of the base."""
 
 SAME_TIME_S = 2.0
 """Failures no further apart than this have one cause; an explained one tells more of it."""
