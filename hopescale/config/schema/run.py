@@ -95,7 +95,7 @@ class CheckpointConfig:
     """Newest checkpoints kept, at least 1."""
     keep_every: Count | None = None
     """Checkpoints at multiples of this step are kept for ever; null keeps none beyond `keep_last`."""
-    keep_at: tuple[Count, ...] = ()
+    keep_at: Annotated[tuple[int, ...], NumberRange("[1, inf)")] = ()
     """Steps after which the state is saved as well, and kept for ever: other runs may branch off there."""
     async_save: bool = True
     """Whether files are written in the background while training goes on."""
