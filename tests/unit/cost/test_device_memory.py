@@ -26,7 +26,7 @@ def lasting(found: DeviceMemory) -> float:
     ("zero", "precision", "each"),
     [
         (0, "fp32", 16),
-        (1, "fp32", 8 + 12 / 4),
+        (1, "fp32", 8 + 8 / 4),
         (2, "fp32", 4 + 16 / 4),
         (3, "fp32", 16 / 4),
         (0, "bf16", 18),
