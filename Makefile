@@ -8,7 +8,7 @@ demo: .venv/.base
 	$(BIN)/python tools/demo.py demo
 
 test: .venv/.all
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist worksteal $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(TESTS)
 
 test-ranks: .venv/.all
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --timeout 900 tests/dist

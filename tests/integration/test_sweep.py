@@ -43,6 +43,7 @@ def wait_for(condition, process: subprocess.Popen) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.timeout(600)
 def test_a_killed_sweep_goes_on_without_repeating_a_finished_trial(hopescale, folder: Path, monkeypatch):
     monkeypatch.chdir(folder)
     trials = folder / "sweeps/toy/trials"
@@ -57,7 +58,7 @@ def test_a_killed_sweep_goes_on_without_repeating_a_finished_trial(hopescale, fo
     assert not third.exists()
 
     pool = start(folder)
-    out, _ = pool.communicate(timeout=200)
+    out, _ = pool.communicate(timeout=400)
     assert pool.returncode == 0, out
     assert "steps400: started again (2 starts)" in out and "steps10: started" not in out
     assert (first / "metrics.jsonl").read_bytes() == record
