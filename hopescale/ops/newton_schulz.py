@@ -33,13 +33,8 @@ def newton_schulz(
     Returns:
         `[..., R, C]` in the dtype of `x`.
     """
-    if dtype is None:
-        dtype = torch.bfloat16 if x.is_cuda else torch.promote_types(x.dtype, torch.float32)
     a, b, c = coefficients
-    tall = x.shape[-2] > x.shape[-1]
-    y = x.to(dtype)
-    y = y.mT if tall else y
-    y = y / torch.linalg.vector_norm(y, dim=(-2, -1), keepdim=True).clamp_min(eps)
+    y, tall = wide_and_short(x, eps, dtype)
     shape = y.shape
     alone = shape.numel() == shape[-2] * shape[-1]
     # What torch.optim.Muon calls, so that one matrix gives the same bits.
@@ -50,3 +45,19 @@ def newton_schulz(
         y = multiply_add(y, multiply_add(gram, gram, gram, beta=b, alpha=c), y, beta=a)
     y = y.reshape(shape)
     return (y.mT if tall else y).to(x.dtype)
+
+
+def wide_and_short(x: Tensor, eps: float, dtype: torch.dtype | None) -> tuple[Tensor, bool]:
+    """Return matrices with no more rows than columns, of norm 1 at most, and whether they were transposed for it.
+
+    Args:
+        x: Matrices `[..., R, C]`, not changed.
+        eps: Least Frobenius norm a matrix is divided by.
+        dtype: Type of the result. None is bfloat16 on CUDA; elsewhere float32, or float64 if `x` is.
+    """
+    if dtype is None:
+        dtype = torch.bfloat16 if x.is_cuda else torch.promote_types(x.dtype, torch.float32)
+    tall = x.shape[-2] > x.shape[-1]
+    y = x.to(dtype)
+    y = y.mT if tall else y
+    return y / torch.linalg.vector_norm(y, dim=(-2, -1), keepdim=True).clamp_min(eps), tall

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hopescale.ops.limits import steps_on_gram
-from hopescale.ops.newton_schulz import EPS
+from hopescale.ops.newton_schulz import EPS, wide_and_short
 
 LOWER = 3e-3
 """Least singular value, of a largest of 1, that the coefficients are the best for."""
@@ -54,15 +54,10 @@ def polar_express(x: Tensor, steps: int = 4, *, eps: float = EPS, dtype: torch.d
     Returns:
         `[..., R, C]` in the dtype of `x`.
     """
-    if dtype is None:
-        dtype = torch.bfloat16 if x.is_cuda else torch.promote_types(x.dtype, torch.float32)
-    tall = x.shape[-2] > x.shape[-1]
-    y = x.to(dtype)
-    y = y.mT if tall else y
-    y = y / torch.linalg.vector_norm(y, dim=(-2, -1), keepdim=True).clamp_min(eps)
+    y, tall = wide_and_short(x, eps, dtype)
     shape = y.shape
     y = y.reshape(-1, *shape[-2:])
-    together = steps_on_gram(*shape[-2:], steps, low_precision=dtype == torch.bfloat16)
+    together = steps_on_gram(*shape[-2:], steps, low_precision=y.dtype == torch.bfloat16)
     coefficients = list(coefficients_of(steps))
     for start in range(0, steps, together):
         y = _steps(y, coefficients[start : start + together], begins=start == 0)

@@ -215,8 +215,8 @@ class ParallelConfig:
     """Whether activations between layers are split over tensor-parallel ranks along the tokens. Needs `tp` of 2 or
     more, and a `train.seq_len` it divides."""
     zero: Annotated[int, NumberRange("[0, 3]")] = 0
-    """What DeepSpeed shards over data-parallel ranks: 0 nothing, 1 optimizer state and fp32 masters, 2 gradients too, 3
-    weights too. 1 and above need `dp * cp` of 2 or more; 2 and 3 need `pp` and `cp` of 1."""
+    """What data-parallel ranks share out, by DeepSpeed from 2 on: 0 nothing, 1 optimizer state and fp32 masters, 2
+    gradients too, 3 weights too. 1 and above need `dp * cp` of 2 or more; 2 and 3 need `pp` and `cp` of 1."""
     timeout_s: Count = 300
     """Seconds a rank waits for the others in one exchange before the run ends as hung."""
     first_step_timeout_s: Count = 1800
