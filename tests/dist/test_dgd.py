@@ -98,13 +98,19 @@ def check_sending(mesh: Mesh, optimizer: OuterOptimizer) -> None:
     (updater,), replicas = optimizer.updaters, mesh.dp_group.size()
     for step in (1, 2):
         due, before = optimizer.due(step), optimizer.parameters["up.slow.weight"].gram.clone()
-        parts = [[name for name in due if updater.ownership.replica[name] == owner] for owner in range(replicas)]
-        held = [sum(optimizer.parameters[n].numel() + optimizer.parameters[n].gram.numel() for n in p) for p in parts]
-        weights = [sum(optimizer.parameters[n].numel() for n in p) for p in parts]
+        sent = 0
+        for level in ("fast", "slow") if replicas > 1 else ():
+            names = [name for name in due if f".{level}." in name]
+            weights = {name: optimizer.parameters[name].numel() for name in names}
+            sums = {name: weights[name] + optimizer.parameters[name].gram.numel() for name in names}
+            part, of_weights = (-(-sum(each.values()) // (8 * replicas)) * 8 for each in (sums, weights))
+            filled = min(part, max(0, sum(sums.values()) - mesh.dp_group.rank() * part))
+            own = sum(weights[name] for name in names if updater.ownership.is_here(name))
+            # Sums in equal parts and a part to its owners; weights from their owners and in equal parts.
+            sent += 4 * (replicas * part + filled + own + of_weights)
         with Traffic(mesh) as traffic:
             optimizer.reduce(due)
             optimizer.step(step, torch.ones(()))
-        sent = 4 * (replicas * max(held) + max(weights)) if replicas > 1 else 0
         assert traffic.bytes["dp"] == sent, f"step {step}"
         assert not any(optimizer.parameters[name].gram.any() for name in due)
         assert step == 2 or torch.equal(optimizer.parameters["up.slow.weight"].gram, before)
