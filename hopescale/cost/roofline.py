@@ -72,7 +72,7 @@ def memory_seconds(
     pieces = num_pieces(mixer, seq_len)
     programs = model.num_heads / layout.tp * train.micro_batch_size * pieces
     memory, dim = mixer.memory, 64 if head_dim(model) <= 64 else 128
-    products = "bf16" if kernel_products(config) == "bf16" else "tf32x3"
+    products = "bf16" if kernel_products(config.train) == "bf16" else "tf32x3"
     forward, backward = INSTRUCTIONS[products, memory, dim]
     executed: float = forward * (1 + again + run_again(config)) + backward
     if kind == "static":
