@@ -160,3 +160,12 @@ def test_a_plan_needs_no_torch():
     code = "import sys; from hopescale.cli.app import main\ntry: main(['plan', 'debug'])\nexcept SystemExit: pass\n"
     code += "assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_a_micro_batch_by_itself_is_the_largest_that_fits_the_device(capsys):
+    auto = ["hope_1.3b", "--gpus", "8", "train.micro_batch_size=auto"]
+    small, large = (
+        numbers(capsys, *auto, "train.recompute=memory", "--device", device)["layout"] for device in ("H100", "H200")
+    )
+    assert (small["micro_batch_size"], large["micro_batch_size"]) == (4, 16)
+    assert small["micro_batches"] == 4 * large["micro_batches"]
