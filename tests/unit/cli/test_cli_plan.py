@@ -63,7 +63,7 @@ def test_numbers_add_up(capsys):
 
 
 def test_what_does_not_fit_is_told_with_a_change_that_does(capsys):
-    settings = ["hope_1.3b", "--gpus", "8", "train.recompute=chunks", "train.micro_batch_size=2"]
+    settings = ["hope_1.3b", "--gpus", "8", "train.recompute=chunks", "train.micro_batch_size=4"]
     found = numbers(capsys, *settings)
     change = found["memory"]["change"]
     assert not found["memory"]["fits"] and change["peak"] <= found["device"]["usable"]
