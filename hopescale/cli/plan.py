@@ -15,8 +15,10 @@ from hopescale.common.errors import ConfigError
 from hopescale.config.check import check_layout, require_valid
 from hopescale.config.layout import make_layout, smallest_layout
 from hopescale.config.load import LoadedConfig, load_recipe
+from hopescale.config.schema import RunConfig
+from hopescale.cost.auto_batch import choose_micro_batch, with_micro_batch
 from hopescale.cost.estimate import Estimator
-from hopescale.cost.hardware import planned_device
+from hopescale.cost.hardware import Device, planned_device, trained_on
 from hopescale.cost.holdings import Holdings
 from hopescale.cost.report import make_report
 from hopescale.cost.search import MOST_RANKS, best_choices
@@ -70,10 +72,14 @@ def plan(
         return
     loaded = require_valid(load_recipe(recipe, overrides or ()))
     ranks = gpus or smallest_layout(loaded.config).num_ranks
+    loaded = replace(loaded, config=trained_on(loaded.config, device or "H100"))
     if search:
         loaded = _freed(loaded)
+    planned = planned_device(device or "H100", ranks)
+    if loaded.config.train.micro_batch_size == "auto":
+        loaded = replace(loaded, config=_with_largest(loaded, ranks, planned, search=search))
     holdings = Holdings(loaded.config)
-    estimator = Estimator(holdings, planned_device(device or "H100", ranks), efficiency)
+    estimator = Estimator(holdings, planned, efficiency)
     if search:
         found = [choice.numbers() for choice in best_choices(estimator, ranks)]
         typer.echo(to_json.dumps(found, indent=2) if json else view.choices(found, estimator, ranks), nl=json)
@@ -85,6 +91,19 @@ def plan(
         view.draw_memory(report, plot)
     typer.echo(to_json.dumps(report, indent=2) if json else view.report(report), nl=json)
     raise typer.Exit(0 if report["memory"]["fits"] else ConfigError.exit_code)
+
+
+def _with_largest(loaded: LoadedConfig, ranks: int, device: Device, *, search: bool) -> RunConfig:
+    """Return the config with the largest micro batch that fits; with one sequence where none does, as the plan says."""
+    config = with_micro_batch(loaded.config, 1)
+    if search:
+        return config
+    layout = make_layout(config, ranks)
+    check_layout(config, layout, loaded.origins)
+    try:
+        return with_micro_batch(config, choose_micro_batch(config, layout, device.name, device.memory).size)
+    except ConfigError:
+        return config
 
 
 def _freed(loaded: LoadedConfig) -> LoadedConfig:

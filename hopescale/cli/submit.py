@@ -18,7 +18,14 @@ from hopescale.launch.ledger import submitting
 from hopescale.launch.profile import load_profile
 from hopescale.launch.sbatch import BatchJob, render
 from hopescale.launch.scheduler import Slurm
-from hopescale.launch.submit import check_inputs, check_job, expected_start, log_of, write_run
+from hopescale.launch.submit import (
+    check_inputs,
+    check_job,
+    expected_start,
+    log_of,
+    with_micro_batch_for,
+    write_run,
+)
 from hopescale.launch.submit import submit as submit_script
 
 
@@ -62,6 +69,7 @@ def submit(
         staged=loaded.config.data.staged is not None,
     )
     check_job(job, loaded, slurm)
+    loaded = with_micro_batch_for(job, loaded, layout)
     check_inputs(job, loaded, layout, open_data=not skip_data_check)
     if dry_run:
         typer.echo(render(job), nl=False)

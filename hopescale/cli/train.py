@@ -88,7 +88,8 @@ def train(
     )
     if dry_run:
         if speaks:
-            _show_plan(loaded, layout, folder)
+            request = _settled(request)
+            _show_plan(request.loaded, layout, folder)
             command = ["hopescale", "plan", recipe, *(overrides or ()), "--gpus", str(layout.num_ranks)]
             typer.echo(f"cost: {shlex.join(command)}")
             from hopescale.train.setup import check_start
@@ -122,6 +123,19 @@ def _checked(recipe: str, overrides: Sequence[str], num_ranks: int, stop_at: int
     if stop_at is not None and not 0 < stop_at <= steps:
         raise ConfigError(f"--stop-at is {stop_at}, but the run has steps 1 to {steps} (train.steps)")
     return loaded, layout
+
+
+def _settled(request: RunRequest) -> RunRequest:
+    """Choose the micro batch if the recipe leaves it to the device, and say so."""
+    if request.loaded.config.train.micro_batch_size != "auto":
+        return request
+    from hopescale.parallel.device import choose_device
+    from hopescale.train.micro_batch import settle_micro_batch, with_size
+
+    device = choose_device(request.loaded.config.train.device, "train.device")
+    size, chosen = settle_micro_batch(request, device)
+    typer.echo(chosen)
+    return with_size(request, size)
 
 
 def _show_plan(loaded: LoadedConfig, layout: Layout, folder: Path) -> None:

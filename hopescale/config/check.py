@@ -20,6 +20,9 @@ _FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 def check(config: RunConfig, origins: Origins | None = None) -> list[Problem]:
     """Return everything wrong with a config, each with the origin of its value; keys without one are defaults."""
     origins = origins or {}
+    if config.train.micro_batch_size == "auto":
+        # One that is chosen later divides the batch if one of a single sequence does.
+        config = replace(config, train=replace(config.train, micro_batch_size=1))
     problems = [problem for each in CHECKS for problem in each(config, origins)]
     set_by = {key: origin for key, origin in origins.items() if origin != DEFAULT}
     return [replace(problem, origin=set_by.get(problem.key)) for problem in problems]

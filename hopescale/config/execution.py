@@ -10,7 +10,7 @@ from hopescale.config.model_shape import (
     memory_dim,
     projection_chunk_size,
 )
-from hopescale.config.schema import MixerConfig, ModelConfig, RunConfig, SelfModifyingConfig
+from hopescale.config.schema import MixerConfig, ModelConfig, RunConfig, SelfModifyingConfig, TrainConfig
 from hopescale.ops.backends import Choice, MemoryShape, Products, choose_products, select
 from hopescale.ops.limits import is_trace_smaller
 
@@ -28,10 +28,10 @@ def memory_backend(config: RunConfig, mixer: SelfModifyingConfig, device: str | 
     return select(train.backend, memory_shape(config.model, mixer), device=device, **how)
 
 
-def kernel_products(config: RunConfig) -> Products:
+def kernel_products(train: TrainConfig) -> Products:
     """Return the operands of products in Triton kernels, which are compiled for them."""
-    dtype = {"bf16": "bfloat16", "fp32": "float32"}[config.train.precision]
-    return choose_products(config.train.kernel_precision, dtype)
+    dtype = {"bf16": "bfloat16", "fp32": "float32"}[train.precision]
+    return choose_products(train.kernel_precision, dtype)
 
 
 def is_fused(config: RunConfig, mixer: MixerConfig) -> bool:

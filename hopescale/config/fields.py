@@ -6,10 +6,11 @@ import ast
 import difflib
 import inspect
 import textwrap
+import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cache
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from hopescale.config.schema import KINDS, MixerConfig, RunConfig
 from hopescale.config.schema.ranges import NumberRange
@@ -64,13 +65,15 @@ def numbers(node: Any, prefix: str = "") -> Iterator[tuple[str, Any, NumberRange
     for name, value in children(node):
         if is_dataclass(value) or isinstance(value, dict):
             yield from numbers(value, f"{prefix}{name}.")
-        elif value is not None and (interval := interval_of(hints[name])):
+        elif value is not None and not isinstance(value, str) and (interval := interval_of(hints[name])):
             yield f"{prefix}{name}", value, interval
 
 
 def interval_of(hint: Any) -> NumberRange | None:
     """Return the range that a field's type says, or None for a type without one."""
-    return next(iter(getattr(split_optional(hint)[0], "__metadata__", ())), None)
+    inner = split_optional(hint)[0]
+    inner = next(iter(get_args(inner))) if get_origin(inner) in (types.UnionType, Union) else inner
+    return next(iter(getattr(inner, "__metadata__", ())), None)
 
 
 def map_entries(node: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:

@@ -26,8 +26,8 @@ class RunPlan:
     cp: int
     global_batch_size: int
     """Sequences per optimizer step."""
-    grad_accumulation: int
-    """Micro batches per optimizer step on each replica."""
+    grad_accumulation: int | None
+    """Micro batches per optimizer step on each replica; None while `train.micro_batch_size` is `auto`."""
     total_tokens: int
     """Tokens of the whole run."""
     total_sequences: int
@@ -48,14 +48,14 @@ def make_plan(config: RunConfig, layout: Layout | None = None) -> RunPlan:
     layout = layout or smallest_layout(config)
     train, model = config.train, config.model
     memories = self_modifying_mixers(model)
-    global_batch_size = train.global_batch_tokens // train.seq_len
+    global_batch_size, size = train.global_batch_tokens // train.seq_len, train.micro_batch_size
     return RunPlan(
         dp=layout.dp,
         tp=layout.tp,
         pp=layout.pp,
         cp=layout.cp,
         global_batch_size=global_batch_size,
-        grad_accumulation=global_batch_size // (train.micro_batch_size * layout.dp),
+        grad_accumulation=None if size == "auto" else global_batch_size // (size * layout.dp),
         total_tokens=train.steps * train.global_batch_tokens,
         total_sequences=train.steps * global_batch_size,
         head_dim=head_dim(model),

@@ -18,16 +18,17 @@ from hopescale.common.errors import ConfigError
 from hopescale.common.units import parse_count
 from hopescale.config.yaml_numbers import refuse_odd_numbers
 
+_UNIONS = (types.UnionType, Union)
 _PLAIN_TEXT = re.compile(r"[A-Za-z_][\w./-]*")
 _YAML_WORDS = {"null", "true", "false", "yes", "no", "on", "off", "y", "n"}
 
 
 def split_optional(hint: Any) -> tuple[Any, bool]:
-    """Split `X | None` into `X` and whether None is allowed."""
-    if get_origin(hint) not in (types.UnionType, Union):
+    """Split `X | None` into `X` and whether None is allowed; `X` may be a union itself."""
+    if get_origin(hint) not in _UNIONS:
         return hint, False
-    (inner,) = (arg for arg in get_args(hint) if arg is not types.NoneType)
-    return inner, True
+    inner = [arg for arg in get_args(hint) if arg is not types.NoneType]
+    return Union[tuple(inner)], len(inner) < len(get_args(hint))  # noqa: UP007 (of a tuple)
 
 
 def describe_type(hint: Any) -> str:
@@ -35,6 +36,8 @@ def describe_type(hint: Any) -> str:
     inner, optional = split_optional(hint)
     if optional:
         return f"{describe_type(inner)} or null"
+    if get_origin(inner) in _UNIONS:
+        return " or ".join(arg if isinstance(arg, str) else describe_type(arg) for arg in _choices(inner))
     if inner is Any:
         return "any value"
     if is_dataclass(inner):
@@ -49,6 +52,12 @@ def describe_type(hint: Any) -> str:
     return inner.__name__
 
 
+def _choices(union: Any) -> tuple[Any, ...]:
+    """Return the type in a union with words, `int | Literal["auto"]`, and the words."""
+    kind, words = get_args(union)
+    return kind, *get_args(words)
+
+
 def read_value(value: Any, hint: Any) -> Any:
     """Read a value that YAML produced as the type `hint`; counts may carry units (`64Ki`).
 
@@ -60,6 +69,9 @@ def read_value(value: Any, hint: Any) -> Any:
         return None
     if get_origin(inner) is tuple:
         return _read_tuple(value, inner, hint)
+    if get_origin(inner) in _UNIONS:
+        kind, *words = _choices(inner)
+        return value if isinstance(value, str) and value in words else read_value(value, kind)
     if get_origin(inner) is Literal:
         if value in get_args(inner) and isinstance(value, str):
             return value

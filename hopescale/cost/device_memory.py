@@ -21,6 +21,7 @@ from hopescale.cost.mixers import COSTS
 from hopescale.cost.parameter import FP32, itemsize
 from hopescale.cost.params import count_params
 from hopescale.cost.updates import UPDATE_ELEMENTS
+from hopescale.ops.limits import LOGITS_AT_A_TIME
 
 LASTING = ("weights", "gradients", "accumulators", "masters", "optimizer")
 """Kinds of memory that outlive a micro batch; `accumulators` are the gradient sums of slow levels."""
@@ -57,7 +58,9 @@ def _stream(model: ModelConfig, micro: MicroBatch) -> float:
 
 
 def _norm(model: ModelConfig, micro: MicroBatch) -> float:
-    """Count a norm of the stream: its input in float32, and the input scaled."""
+    """Count a norm of the stream: its input in float32, and the input scaled; a kernel keeps the input and the root."""
+    if micro.fused:
+        return micro.tokens * micro.stream_share * (model.d_model * micro.itemsize + FP32)
     return micro.tokens * micro.stream_share * (2 * model.d_model + 1) * FP32
 
 
@@ -65,12 +68,23 @@ def _levels(model: ModelConfig, micro: MicroBatch, norm: float) -> tuple[float, 
     """Count what a block's levels keep, and what the backward of the widest needs."""
     stream = _stream(model, micro)
     widths = [level.d_ff / micro.tp * micro.tokens * micro.itemsize for level in levels_of_block(model, 0).values()]
-    kept = 4 * sum(widths)  # gate, its activation, up, their product
+    kept = (3 if micro.fused else 4) * sum(widths)  # gate, its activation but in a kernel, up, their product
     if model.cms.variant == "sequential":
         kept += len(widths) * (norm + stream)
     else:
         kept += norm + stream + len(widths) * stream
     return kept, 2 * max(widths) + stream
+
+
+def _logits(model: ModelConfig, micro: MicroBatch) -> float:
+    """Count logits: log-softmax, its gradient, and their own in float32; or both of their type, and pieces in float32.
+
+    Tensor-parallel ranks overwrite one of the three.
+    """
+    count = micro.tokens * padded_vocab_size(model)
+    if micro.on_gpu and micro.tp == 1:
+        return 2 * count * micro.itemsize + 2 * min(count, LOGITS_AT_A_TIME) * FP32
+    return (3 if micro.tp == 1 else 2) * count / micro.tp * FP32
 
 
 def head_bytes(model: ModelConfig, micro: MicroBatch) -> float:
@@ -202,9 +216,7 @@ def _moments(
     if layout.pp > 1:
         one += 2 * _stream(model, micro) * micro.stream_share
     kept = {"activations": one, "memory states": states, "in flight": (in_flight - 1) * (one + states)}
-    # The log-softmax, its gradient, and that of the logits, in float32.
-    logits = (3 if micro.tp == 1 else 2) * micro.tokens * padded_vocab_size(model) / micro.tp * FP32
-    head = {"activations": one + head_bytes(model, micro), "logits": logits}
+    head = {"activations": one + head_bytes(model, micro), "logits": _logits(model, micro)}
     vocabulary = padded_vocab_size(model) * model.d_model * micro.itemsize
     workspace = max(each.workspace for each in blocks) + _gathered(config, holding, vocabulary)
     if model.tie_embeddings and is_last and slices[0].start == 0:

@@ -6,6 +6,8 @@ import os
 import re
 from dataclasses import dataclass, replace
 
+from hopescale.config.schema import RunConfig
+
 TERA = 10**12
 
 # Dense bf16 (no sparsity), TFLOP/s, by words of the device's name; the first name whose words all occur is taken.
@@ -83,6 +85,14 @@ DEVICES: dict[str, Device] = {
 }
 CPU_CORE = Device("cpu", 135 * GIGA, 0, 10 * GIGA, 5 * GIGA, 1 * GIGA, call_s=0.0, efficiency=0.65, units=1)
 """A core as measured in docs/performance.md: its fastest products, and the part of it that a Transformer reaches."""
+
+
+def trained_on(config: RunConfig, device: str) -> RunConfig:
+    """Return a config whose `train.device` is what a plan is made for: `cpu`, or `cuda` for any other name.
+
+    Memory is counted by that: on a GPU kernels keep less than torch's operations do.
+    """
+    return replace(config, train=replace(config.train, device="cpu" if device == "cpu" else "cuda"))
 
 
 def planned_device(name: str, ranks: int) -> Device:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hopescale.config.execution import kernel_products
 from hopescale.config.layout import Layout
 from hopescale.config.schema import TrainConfig
 from hopescale.cost.parameter import itemsize
@@ -22,6 +23,14 @@ class MicroBatch:
     tp: int
     stream_share: float
     """Part of the tokens' residual stream that a rank holds between layers."""
+    on_gpu: bool = False
+    """Whether the device is a GPU, as `train.device` says, which a plan sets to its own."""
+    fused: bool = False
+    """Whether kernels do what lies between products there."""
+    kernels: bool = False
+    """Whether kernels run memories there that have widths they know."""
+    kept_itemsize: int = 4
+    """Bytes of an entry of the states that these kernels keep."""
 
     @classmethod
     def of(cls, train: TrainConfig, layout: Layout) -> MicroBatch:
@@ -29,7 +38,10 @@ class MicroBatch:
         share = 1 / layout.tp if layout.sequence_parallel else 1
         batch, size = train.micro_batch_size, itemsize(train.precision)
         tokens = train.seq_len // (layout.cp * train.segments)
-        return cls(tokens * batch, batch, tokens, size, layout.tp, share)
+        on_gpu = train.device == "cuda"
+        fused = on_gpu and train.backend in ("auto", "triton")
+        code = (on_gpu, fused, fused and not train.compile, 2 if kernel_products(train) == "bf16" else 4)
+        return cls(tokens * batch, batch, tokens, size, layout.tp, share, *code)
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,11 @@ from hopescale.config.model_shape import (
     projection_chunk_size,
 )
 from hopescale.config.schema import ModelConfig, SelfModifyingConfig
+from hopescale.cost.kernels import kernel_activations, runs_kernels
 from hopescale.cost.micro_batch import Activations, MicroBatch
 from hopescale.cost.operation import NOTHING, OpCost, product, saved, solve
 from hopescale.cost.parameter import FP32, ParameterShape
-from hopescale.ops.limits import REVERSE_PARTS, is_moved_by_map, is_trace_smaller, trace_size
+from hopescale.ops.limits import KERNEL_DIMS, REVERSE_PARTS, is_moved_by_map, is_trace_smaller, trace_size
 
 
 def self_modifying_parameters(model: ModelConfig, mixer: SelfModifyingConfig) -> Iterator[ParameterShape]:
@@ -94,6 +95,8 @@ def self_modifying_activations(
 
 def _remembered(model: ModelConfig, mixer: SelfModifyingConfig, micro: MicroBatch, recompute: str) -> Activations:
     """Count memories without the streams that enter them. A chunk of all pieces between resets goes at a time."""
+    if runs_kernels(model, mixer, micro, recompute):
+        return kernel_activations(model, mixer, micro)
     heads, dim, kept = model.num_heads / micro.tp, head_dim(model), 0.0
     width, per_head = micro.tokens * heads * dim, micro.batch * heads * FP32
     if not has_chunk_loop(mixer):
@@ -125,6 +128,10 @@ def _remembered(model: ModelConfig, mixer: SelfModifyingConfig, micro: MicroBatc
 def _streams(mixer: SelfModifyingConfig, micro: MicroBatch, heads: float, dim: int) -> float:
     """Count what enters the memories and leaves them, in bytes."""
     numbers = micro.tokens * heads * FP32
+    if micro.fused and dim in KERNEL_DIMS:
+        # The map in, with the gate, and what enters the map out; streams, logits of gates, and answers in float32.
+        kept = (3 + mixer.gate + 1) * micro.tokens * heads * dim * micro.itemsize
+        return kept + (4 * dim + 1 + mixer.retention + mixer.momentum) * numbers
     # Streams: into the convolution, out of it in float32, and as unit vectors by head.
     conv = (micro.tokens + (mixer.conv_width - 1) * micro.batch) * heads * dim if mixer.conv_width else 0
     kept = 3 * (conv * micro.itemsize + (2 * dim + 1) * numbers)

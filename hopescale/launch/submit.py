@@ -17,7 +17,8 @@ from hopescale.config.layout import Layout
 from hopescale.config.load import LoadedConfig, load_resolved
 from hopescale.config.record import CONFIG, write_record
 from hopescale.config.show import identity_problems
-from hopescale.cost.hardware import DEVICES
+from hopescale.cost.auto_batch import choose_micro_batch, kept_size, with_micro_batch
+from hopescale.cost.hardware import DEVICES, trained_on
 from hopescale.cost.holdings import Holdings
 from hopescale.cost.search import fullest
 from hopescale.data.sources import open_sources
@@ -82,13 +83,31 @@ def check_inputs(job: BatchJob, loaded: LoadedConfig, layout: Layout, *, open_da
     if open_data:
         data = replace(config.data, staged=None, cache=None)  # both are folders of the node
         open_sources(data, seq_len=config.train.seq_len, vocab_size=config.model.vocab_size)
-    if kind not in DEVICES:
+    if kind not in DEVICES or config.train.micro_batch_size == "auto":
         return
+    config = trained_on(config, kind)
     need, have = fullest(Holdings(config), config, layout, exact=True), DEVICES[kind].memory
     if need > have:
         message = f"a step takes {format_bytes(need)} by its plan, but one {kind} has {format_bytes(have)}"
         hint = f"see `hopescale plan {config.name} --gpus {layout.num_ranks} --device {kind}` for a change that fits"
         raise ConfigError([Problem("gpu_type", message, f"profile {job.profile.name}", hint)])
+
+
+def with_micro_batch_for(job: BatchJob, loaded: LoadedConfig, layout: Layout) -> LoadedConfig:
+    """Return a recipe whose micro batch, if it is `auto`, is chosen for the profile's GPUs, where the plan knows them.
+
+    A run that has begun keeps its own. A start on the node chooses it otherwise.
+
+    Raises:
+        ConfigError: If a step fits such a GPU with no micro batch.
+    """
+    config, kind, before = loaded.config, (job.profile.gpu_type or "").upper(), job.run_dir / CONFIG
+    if config.train.micro_batch_size != "auto":
+        return loaded
+    size = kept_size(load_resolved(before), config, layout) if before.exists() else None
+    if size is None and kind in DEVICES:
+        size = choose_micro_batch(config, layout, kind, DEVICES[kind].memory).size
+    return loaded if size is None else replace(loaded, config=with_micro_batch(config, size))
 
 
 def write_run(job: BatchJob, loaded: LoadedConfig, layout: Layout, overrides: Sequence[str]) -> Path:

@@ -9,15 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-PIECE = 1 << 26
-"""Logits that are float32 at a time."""
+from hopescale.ops.limits import LOGITS_AT_A_TIME
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, ignored: int) -> Tensor:
         total, gradient = logits.new_zeros((), dtype=torch.float32), torch.empty_like(logits)
-        rows = max(1, PIECE // logits.shape[-1])
+        rows = max(1, LOGITS_AT_A_TIME // logits.shape[-1])
         for piece, wanted, given in zip(*(x.split(rows) for x in (logits, targets, gradient)), strict=True):
             logs = F.log_softmax(piece.float(), dim=-1)
             total += F.nll_loss(logs, wanted, ignore_index=ignored, reduction="sum")
@@ -34,7 +33,7 @@ class _CrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
-        result, rows = torch.empty_like(gradient), max(1, PIECE // gradient.shape[-1])
+        result, rows = torch.empty_like(gradient), max(1, LOGITS_AT_A_TIME // gradient.shape[-1])
         for piece, given in zip(gradient.split(rows), result.split(rows), strict=True):
             given.copy_(piece.float() * d_total)  # a factor in bfloat16 would scale the whole step
         return result, None, None

@@ -11,6 +11,15 @@ KERNEL_DIMS = (16, 32, 64, 128)
 KERNEL_KEEPS = 4
 """Of so many chunks in a row the Triton kernels keep the state with which the first one starts."""
 
+KERNEL_PIECE = 64
+"""Most tokens of a piece of a chunk in the Triton kernels: the tables of longer ones leave the registers."""
+
+KERNEL_PROGRAMS = 1024
+"""Programs of a launch of these kernels, at most: each has scratch memory of its own."""
+
+LOGITS_AT_A_TIME = 1 << 26
+"""Logits that are float32 at a time where the cross-entropy goes in pieces."""
+
 REVERSE_PARTS = 16
 """With `train.recompute: reverse`, of so many chunks in a row the state is kept with which the first one starts."""
 

@@ -13,6 +13,7 @@ from hopescale.common.units import format_bytes, format_count
 from hopescale.config.layout import Layout
 from hopescale.config.schema import RunConfig
 from hopescale.cost.device_memory import MOST_BLOCKS, least_memory
+from hopescale.cost.hardware import trained_on
 from hopescale.cost.holdings import Holdings
 from hopescale.cost.params import count_params
 from hopescale.cost.search import USABLE, fullest
@@ -26,7 +27,7 @@ def check_device_memory(config: RunConfig, layout: Layout, device: torch.device)
     Raises:
         ConfigError: With both sizes.
     """
-    count, have = count_params(config.model)["total"], _memory_of(device)
+    count, have = count_params(config.model)["total"], memory_of(device)
     need = least_memory(config, layout)
     share = f" on each of {layout.num_ranks} ranks" if layout.num_ranks > 1 else ""
     if need > have:
@@ -35,7 +36,7 @@ def check_device_memory(config: RunConfig, layout: Layout, device: torch.device)
             f"{format_bytes(int(need))}{share}, but {device} has {format_bytes(have)}",
             "lower model.d_model, model.num_layers, model.vocab_size or the levels' d_ff",
         )
-    if (planned := _planned(config, layout)) > have:
+    if (planned := _planned(config, layout, device)) > have:
         raise ConfigError(
             f"a step takes {format_bytes(planned)}{share} by its plan, {format_bytes(need)} of it for weights, "
             f"gradients and optimizer, but {device} has {format_bytes(have)}",
@@ -45,7 +46,7 @@ def check_device_memory(config: RunConfig, layout: Layout, device: torch.device)
 
 def tight_memory(config: RunConfig, layout: Layout, device: torch.device) -> str | None:
     """Return a sentence about a run that fills more of the device than a plan would; None for others."""
-    planned, have = _planned(config, layout), _memory_of(device)
+    planned, have = _planned(config, layout, device), memory_of(device)
     if planned <= USABLE * have:
         return None
     return (
@@ -54,14 +55,16 @@ def tight_memory(config: RunConfig, layout: Layout, device: torch.device) -> str
     )
 
 
-def _planned(config: RunConfig, layout: Layout) -> float:
+def _planned(config: RunConfig, layout: Layout, device: torch.device) -> float:
     """Return the bytes of the fullest rank; 0 for a model of too many blocks to list."""
     if config.model.num_layers > MOST_BLOCKS:
         return 0.0
+    config = trained_on(config, device.type)
     return fullest(Holdings(config), config, layout, exact=True)
 
 
-def _memory_of(device: torch.device) -> int:
+def memory_of(device: torch.device) -> int:
+    """Return the bytes of a device's memory, of a CPU those of the machine."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

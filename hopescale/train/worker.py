@@ -25,6 +25,7 @@ from hopescale.train.compiler import choose_backends
 from hopescale.train.device_memory import memory_errors_explained, tight_memory
 from hopescale.train.folder import Record, RunFolder
 from hopescale.train.in_memory import continue_from_memory, open_memory
+from hopescale.train.micro_batch import settle_micro_batch, with_size
 from hopescale.train.profile import StepProfiler
 from hopescale.train.request import RunRequest
 from hopescale.train.setup import (
@@ -81,8 +82,10 @@ def train_on(
     Returns:
         The last step done, and the name of the signal that ended the run before its time or None.
     """
-    config, control = request.loaded.config, mesh.control
-    folder = RunFolder(request.folder)
+    control = mesh.control
+    size, chosen = control.broadcast_from_rank0(lambda: settle_micro_batch(request, device))
+    request, folder = with_size(request, size), RunFolder(request.folder)
+    config = request.loaded.config
     is_new = not control.broadcast_from_rank0(lambda: finds_weights(folder, request))
     with memory_errors_explained(config):
         state = build_state(config, request.layout, mesh, device, draw=is_new)
@@ -103,7 +106,7 @@ def train_on(
         if memory is not None and not from_memory:
             memory.renew()  # not earlier: a start that is refused leaves nothing in a folder that is not ours yet
         checkpoints = open_checkpoints(folder, state)
-        for line in _introduction(state, request, device):
+        for line in [*_introduction(state, request, device), *([chosen] if chosen else [])]:
             report(line)
         resume_step = None if checkpoint is None and not from_memory else state.step
         record = _open_on_first(control, stack, lambda: Record(folder, config, resume_step=resume_step))
@@ -148,7 +151,7 @@ def _introduction(state: TrainState, request: RunRequest, device: torch.device) 
     for name, backend in chosen.items():
         whose = f" of {name}" if len(chosen) > 1 else ""
         shape = memory_shape(config.model, config.model.mixers[name])
-        yield f"memories{whose}: {backend.describe(shape, kernel_products(config))}"
+        yield f"memories{whose}: {backend.describe(shape, kernel_products(config.train))}"
     tight = tight_memory(config, layout, device)
     for note in [*notes(config), *([tight] if tight else [])]:
         yield f"note: {note}"

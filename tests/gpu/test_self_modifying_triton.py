@@ -209,11 +209,14 @@ def test_a_gate_of_zero_harms_no_others(name: str):
     compare(mixer, inputs, token_by_token)
 
 
-@pytest.mark.parametrize("memory", ["mlp", "linear"])
-def test_bf16_products_err_like_rounded_streams(memory: str):
+@pytest.mark.parametrize(
+    ("memory", "dim"),
+    [("mlp", 16), ("linear", 16), pytest.param("linear", 128, marks=pytest.mark.nightly if INTERPRETED else ())],
+)
+def test_bf16_products_err_like_rounded_streams(memory: str, dim: int):
     """Relative errors against float64, on the average over outputs and states and over gradients; each is rounded."""
-    config = SelfModifyingConfig(chunk_size=4, memory=memory, adaptive=("eta",))
-    mixer = make_mixer(config, 1, 16)
+    adaptive = ("eta",) if dim == 16 else ("k", "v", "eta", "alpha")
+    mixer = make_mixer(SelfModifyingConfig(chunk_size=4, memory=memory, adaptive=adaptive), 1, dim)
     inputs = make_inputs(mixer, 17 if memory == "linear" else 7, 1)  # the fifth chunk begins with a state that is kept
     exact = results(looped, mixer, {name: x.double() for name, x in inputs.items()})
     rounded = {name: x.bfloat16() if name in Streams._fields else x for name, x in inputs.items()}

@@ -16,7 +16,11 @@ from typing import Any
 
 import pytest
 
+from hopescale.config.layout import Layout
 from hopescale.config.load import load_recipe
+from hopescale.cost.device_memory import device_memory_of_stage
+from hopescale.cost.hardware import trained_on
+from hopescale.cost.holdings import Holdings
 from hopescale.cost.roofline import between_products_bytes
 from tests.support.fake_cuda import device
 
@@ -127,3 +131,25 @@ def test_a_block_of_hope_moves_few_bytes_in_few_launches(library: Path):
     model = load_recipe("hope_1.3b", ["model.num_heads=32"]).config.model
     planned = between_products_bytes(model, model.mixers["hope"], "bf16") * 8 * 4096
     assert planned == pytest.approx(found["bytes"], rel=0.15)  # without weights laid out, and sums of their gradients
+
+
+WIDE = (
+    *("model.num_layers=1", "model.d_model=256", "model.mixers.hope.chunk_size=64", "train.seq_len=512"),
+    *("train.micro_batch_size=4", "train.global_batch_tokens=2Ki", "train.validation.every=null"),
+)
+HELD = {
+    "bf16, many logits": ("train.precision=bf16", "model.vocab_size=32000"),
+    "linear, blocks again": ("model.mixers.hope.memory=linear", "train.recompute=block", "model.num_heads=4"),
+}
+ALWAYS = "bf16, many logits"
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == ALWAYS else pytest.mark.nightly) for name in HELD]
+)
+def test_a_step_holds_what_its_plan_says(name: str, library: Path):
+    overrides = [*WIDE, *HELD[name]]
+    (held,) = run("memory", library, [("debug", overrides)])
+    config = trained_on(load_recipe("debug", overrides).config, "H100")
+    planned = device_memory_of_stage(Holdings(config), config, Layout(), 0)
+    assert planned.peak == pytest.approx(max(most for most, _ in held.values()), rel=0.05)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class NumberRange:
 
 
 Count = Annotated[int, NumberRange("[1, inf)")]
+CountOrAuto = Count | Literal["auto"]
 CountOrZero = Annotated[int, NumberRange("[0, inf)")]
 Seed = Annotated[int, NumberRange("[0, 4294967295]")]
 Positive = Annotated[float, NumberRange("(0, inf)")]

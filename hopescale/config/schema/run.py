@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from hopescale.config.schema.model import ModelConfig
 from hopescale.config.schema.optim import OptimConfig
-from hopescale.config.schema.ranges import Count, CountOrZero, Fraction, NumberRange, Positive, Seed
+from hopescale.config.schema.ranges import Count, CountOrAuto, CountOrZero, Fraction, NumberRange, Positive, Seed
 from hopescale.config.schema.suite import SuiteConfig
 from hopescale.ops.backends import Backend, KernelPrecision, Recompute
 
@@ -149,8 +149,9 @@ class TrainConfig:
     """Optimizer steps of the whole run; the learning rate's horizon."""
     seq_len: Count = 1024
     """Tokens per sequence."""
-    micro_batch_size: Count = 1
-    """Sequences per forward pass."""
+    micro_batch_size: CountOrAuto = 1
+    """Sequences per forward pass. `auto`: the most with which a step fits the device by its plan (`hopescale plan`),
+    of those that divide the batch; it is chosen when a run starts, written into its config, and kept."""
     global_batch_tokens: Count = 16_384
     """Tokens per optimizer step; a multiple of `seq_len * micro_batch_size`. Gradient accumulation is derived."""
     precision: Literal["bf16", "fp32"] = "bf16"

@@ -63,7 +63,7 @@ def test_numbers_add_up(capsys):
 
 
 def test_what_does_not_fit_is_told_with_a_change_that_does(capsys):
-    settings = ["hope_1.3b", "--gpus", "8", "train.recompute=chunks", "train.micro_batch_size=2"]
+    settings = ["hope_1.3b", "--gpus", "8", "train.recompute=chunks", "train.micro_batch_size=4"]
     found = numbers(capsys, *settings)
     change = found["memory"]["change"]
     assert not found["memory"]["fits"] and change["peak"] <= found["device"]["usable"]
@@ -160,3 +160,12 @@ def test_a_plan_needs_no_torch():
     code = "import sys; from hopescale.cli.app import main\ntry: main(['plan', 'debug'])\nexcept SystemExit: pass\n"
     code += "assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_a_micro_batch_by_itself_is_the_largest_that_fits_the_device(capsys):
+    auto = ["hope_1.3b", "--gpus", "8", "train.micro_batch_size=auto"]
+    small, large = (
+        numbers(capsys, *auto, "train.recompute=memory", "--device", device)["layout"] for device in ("H100", "H200")
+    )
+    assert (small["micro_batch_size"], large["micro_batch_size"]) == (4, 16)
+    assert small["micro_batches"] == 4 * large["micro_batches"]

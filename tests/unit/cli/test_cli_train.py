@@ -74,6 +74,12 @@ def run(capsys, *args: str) -> tuple[int, str, str]:
     return caught.value.code or 0, out, err
 
 
+def test_a_dry_run_says_which_micro_batch_fits(capsys):
+    code, out, err = run(capsys, "train", "debug", "train.micro_batch_size=auto", "--dry-run")
+    assert (code, err) == (0, "")
+    assert "train.micro_batch_size: 8, the most of which a step fits cpu: " in out and "grad_accumulation: 1\n" in out
+
+
 def test_a_dry_run_shows_the_layout(capsys, launches):
     code, out, err = run(capsys, "train", "debug", "--nproc", "4", "parallel.tp=2", "--dry-run")
     assert (code, err, launches) == (0, "", [])

@@ -36,6 +36,8 @@ NASTY_TEXTS = [
         ("[]", tuple[str, ...], ()),
         ("[k,v]", tuple[Literal["k", "v"], ...], ("k", "v")),
         ("null", tuple[str, ...] | None, None),
+        ("auto", int | Literal["auto"], "auto"),
+        ("64Ki", int | Literal["auto"], 65536),
     ],
 )
 def test_override_text_is_read_by_its_type(text, hint, value):
@@ -50,6 +52,7 @@ def test_override_text_is_read_by_its_type(text, hint, value):
         ("nan", float), ("inf", float), ("x", float), ("c", Literal["a", "b"]), ("0.9", tuple[float, float]),
         ("[1]", tuple[float, float]), ("[1, 2, 3]", tuple[float, float]), ("[a, ", tuple[str, ...]),
         ("[*.bias]", tuple[str, ...]), ("[1]", tuple[str, ...]), ("${x}", str), ("${", str),
+        ("some", int | Literal["auto"]),
     ],
 )  # fmt: skip
 def test_text_of_another_type_is_refused(text, hint):
@@ -113,5 +116,6 @@ def test_written_values_read_back(value):
 def test_types_are_named_as_authors_see_them():
     assert describe_type(int | None) == "int or null"
     assert describe_type(Literal["a", "b"]) == "one of a, b"
+    assert describe_type(int | Literal["auto"]) == "int or auto"
     assert describe_type(tuple[float, float]) == "[float, float]"
     assert describe_type(tuple[str, ...] | None) == "[str, ...] or null"

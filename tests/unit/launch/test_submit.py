@@ -281,3 +281,11 @@ def test_what_sbatch_refuses_is_told(slurm: FakeSlurm, submit):
     code, out, err = submit()
     assert (code, out) == (5, "") and "Invalid qos specification" in err
     assert not Path("runs/debug/jobs.jsonl").exists()
+
+
+def test_a_micro_batch_by_itself_is_that_of_the_profiles_gpus_and_stays(slurm: FakeSlurm, submit, tmp_path: Path):
+    gpus = profile('gpus_per_node: 2\ngpu_type: h100\npartition: gpu\ntime: "10"\n')
+    for size, more in ((4, ()), (4, ("train.global_batch_tokens=2Ki",)), (1, ("train.global_batch_tokens=256",))):
+        code, _, err = submit("train.micro_batch_size=auto", *more, "--nodes", "1", profile=gpus)
+        assert (code, err) == (0, "")
+        assert load_recipe("runs/debug/config.yaml").config.train.micro_batch_size == size

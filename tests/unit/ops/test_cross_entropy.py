@@ -12,7 +12,7 @@ from hopescale.ops.cross_entropy import cross_entropy_in_pieces
 
 @pytest.mark.parametrize("piece", [1, 100, 1 << 20])
 def test_pieces_sum_to_the_whole(piece: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(cross_entropy, "PIECE", piece)
+    monkeypatch.setattr(cross_entropy, "LOGITS_AT_A_TIME", piece)
     generator = torch.Generator().manual_seed(0)
     logits = (3 * torch.randn(17, 30, generator=generator)).requires_grad_()
     targets = torch.randint(30, (17,), generator=generator)

@@ -33,13 +33,13 @@ def test_a_model_that_fits_passes():
 def test_a_step_that_exceeds_the_device_by_its_plan_is_refused_and_one_that_nearly_does_is_told(monkeypatch):
     config, gib = load_recipe("debug", ["train.micro_batch_size=8"]).config, 2**30
     monkeypatch.setattr(device_memory, "fullest", lambda *args, **options: 10 * gib)
-    monkeypatch.setattr(device_memory, "_memory_of", lambda device: 9 * gib)
+    monkeypatch.setattr(device_memory, "memory_of", lambda device: 9 * gib)
     with pytest.raises(ConfigError, match="a step takes 10.0GiB by its plan, .*MiB of it for .* but cpu has 9.0GiB"):
         check_device_memory(config, Layout(), CPU)
-    monkeypatch.setattr(device_memory, "_memory_of", lambda device: 10.5 * gib)
+    monkeypatch.setattr(device_memory, "memory_of", lambda device: 10.5 * gib)
     check_device_memory(config, Layout(), CPU)
     assert "a step takes 10.0GiB by its plan, more than the 92%" in tight_memory(config, Layout(), CPU)
-    monkeypatch.setattr(device_memory, "_memory_of", lambda device: 11 * gib)
+    monkeypatch.setattr(device_memory, "memory_of", lambda device: 11 * gib)
     assert tight_memory(config, Layout(), CPU) is None
 
 

@@ -12,7 +12,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from hopescale.ops.backends import Products
 from hopescale.ops.documents import Documents
-from hopescale.ops.limits import KERNEL_KEEPS
+from hopescale.ops.limits import KERNEL_KEEPS, KERNEL_PROGRAMS
 from hopescale.ops.self_modifying.packed import run_packed
 from hopescale.ops.self_modifying.triton import scratch
 from hopescale.ops.self_modifying.triton.backward import self_modify_back_kernel
@@ -20,9 +20,6 @@ from hopescale.ops.self_modifying.triton.forward import self_modify_kernel
 from hopescale.ops.self_modifying.triton.kernel_config import KernelConfig
 from hopescale.ops.self_modifying.triton.replay import replay_kernel
 from hopescale.ops.self_modifying.types import Memories, MemorySpec, SelfModifyingOutput, Streams
-
-MOST_PROGRAMS = 1024
-"""Programs of a launch, at most: each has scratch memory of its own."""
 
 
 class _Places(NamedTuple):
@@ -101,7 +98,7 @@ def _launch(kernel: triton.JITFunction, config: KernelConfig, device: torch.devi
     Args:
         call: Function of the first program that starts a kernel, given how.
     """
-    step = max(1, MOST_PROGRAMS // side)
+    step = max(1, KERNEL_PROGRAMS // side)
     with torch.cuda.device_of(device):
         for begin in range(0, programs, step):
             grid = (min(programs - begin, step), side)
@@ -112,7 +109,7 @@ def _forward(config: KernelConfig, places: _Places, streams: Streams, running: T
     """Run the forward kernel: outputs, statistics, the last weights, momentum and boundary, and what is kept."""
     batch, heads, tokens, _ = streams.k.shape
     programs, q = places.documents * heads, streams.q
-    space = _Space.of(config, min(programs, MOST_PROGRAMS), scratch.FORWARD_MATRICES.value, running)
+    space = _Space.of(config, min(programs, KERNEL_PROGRAMS), scratch.FORWARD_MATRICES.value, running)
     kept = running.new_empty(heads, places.kept if keep else 1, config.size, dtype=config.kept_dtype)
     last, boundary = (running.new_empty(batch, heads, config.size) for _ in range(2))
     kept_momenta, last_momenta = (None if momentum is None else torch.empty_like(x) for x in (kept, last))
@@ -130,7 +127,7 @@ def _forward(config: KernelConfig, places: _Places, streams: Streams, running: T
 def _replay(config: KernelConfig, places: _Places, streams: Streams, given: tuple, kept: tuple):
     """Return the packed weights and momentum that all chunks begin with, `[H, slots, size]`."""
     heads, programs, side = streams.k.shape[1], places.documents * streams.k.shape[1], -(-places.chunks // KERNEL_KEEPS)
-    most = min(programs, max(1, MOST_PROGRAMS // side)) * side
+    most = min(programs, max(1, KERNEL_PROGRAMS // side)) * side
     space = _Space.of(config, most, scratch.FORWARD_MATRICES.value, given[0])
     states = kept[0].new_empty(heads, places.slots, config.size)
     momenta = None if given[1] is None else torch.empty_like(states)
@@ -171,7 +168,7 @@ class _SelfModify(torch.autograd.Function):
         states = _replay(config, places, streams, (running, momentum), (kept, kept_momenta))
         pieces = -(-min(places.chunk_size, places.tokens) // config.rows)
         again = kept.new_empty(programs if config.cut else 1, max(1, pieces - 1), config.size)
-        space = _Space.of(config, min(programs, MOST_PROGRAMS), scratch.BACKWARD_MATRICES.value, running).scratch
+        space = _Space.of(config, min(programs, KERNEL_PROGRAMS), scratch.BACKWARD_MATRICES.value, running).scratch
         # The kernel changes these in place.
         weights = [places.place(x) for x in (d_last, d_last_momentum, d_start)]
         gradients = [None if x is None else torch.empty_like(x) for x in streams]

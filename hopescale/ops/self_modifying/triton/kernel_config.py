@@ -7,15 +7,12 @@ from dataclasses import dataclass, replace
 import torch
 
 from hopescale.ops.backends import Products
-from hopescale.ops.limits import BLOCK, KERNEL_KEEPS
+from hopescale.ops.limits import BLOCK, KERNEL_KEEPS, KERNEL_PIECE
 from hopescale.ops.self_modifying.triton import scratch as at
 from hopescale.ops.self_modifying.types import MemorySpec, Streams
 
 ROWS = 64
 """Rows of a memory that are in registers at a time."""
-
-LONGEST_PIECE = 64
-"""Most tokens of a piece of a chunk: the tables of longer ones leave the registers."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +105,7 @@ class KernelConfig:
     def of(cls, streams: Streams, spec: MemorySpec, products: Products) -> KernelConfig:
         """Plan a call; streams are `[B, H, T, D]`."""
         dim, tokens = streams.k.shape[-1], min(spec.chunk_size, streams.k.shape[2])
-        rows = max(16, min(LONGEST_PIECE, 1 << (tokens - 1).bit_length()))
+        rows = max(16, min(KERNEL_PIECE, 1 << (tokens - 1).bit_length()))
         kinds = spec.vector_memories, spec.gate_memories
         vectors, gates = ({name: number for number, name in enumerate(names)} for names in kinds)
         return cls(

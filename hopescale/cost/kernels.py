@@ -1,0 +1,60 @@
+"""Bytes of memories that the Triton kernels run, as `ops.self_modifying.triton` allocates them. Imports no torch."""
+
+from __future__ import annotations
+
+from hopescale.config.execution import memory_shape
+from hopescale.config.model_shape import head_dim, memory_banks, memory_dim, num_pieces
+from hopescale.config.schema import ModelConfig, SelfModifyingConfig
+from hopescale.cost.micro_batch import Activations, MicroBatch
+from hopescale.cost.parameter import FP32
+from hopescale.ops.backends import select
+from hopescale.ops.limits import BLOCK, KERNEL_KEEPS, KERNEL_PIECE, KERNEL_PROGRAMS
+
+FORWARD_MATRICES, BACKWARD_MATRICES = 12, 26
+"""Matrices of a piece's tokens in the scratch memory of a program, forward (and replayed) and backward."""
+TABLES, ROWS, SHIFT = 12, 21, 32
+"""Tables and rows of numbers of a piece beside them, and numbers that every second chunk lies further behind."""
+
+
+def runs_kernels(model: ModelConfig, mixer: SelfModifyingConfig, micro: MicroBatch, recompute: str) -> bool:
+    """Tell whether the kernels run memories without a far one, where a GPU has what they take."""
+    return micro.kernels and select("triton", memory_shape(model, mixer), recompute=recompute).backend == "triton"
+
+
+def packed_size(model: ModelConfig, mixer: SelfModifyingConfig) -> int:
+    """Count the numbers of a head's packed weights; the one column of a gate memory is padded to `BLOCK`."""
+    dim, hidden = head_dim(model), memory_dim(model, mixer)
+    names = [name for bank in memory_banks(mixer).values() for name in bank]
+    gates = len({"eta", "alpha"} & set(names))
+    outputs = (len(names) - gates) * dim + gates * BLOCK
+    return dim * outputs if hidden is None else hidden * (dim * len(names) + outputs)
+
+
+def scratch_size(rows: int, width: int, matrices: int) -> int:
+    """Count the numbers of a program's scratch memory, for pieces of `rows` tokens and matrices of a width."""
+    return SHIFT + ROWS * rows + TABLES * rows * rows + matrices * rows * width
+
+
+def kernel_activations(model: ModelConfig, mixer: SelfModifyingConfig, micro: MicroBatch) -> Activations:
+    """Count memories without the streams that enter them, and without a far one.
+
+    The workspace is that of the way back: the states of all chunks, and what replays them or, later, gradients.
+    """
+    heads, dim, rates = model.num_heads / micro.tp, head_dim(model), 1 + mixer.momentum
+    documents = micro.batch * num_pieces(mixer, micro.seq_len)
+    tokens = min(mixer.reset_every or micro.seq_len, micro.seq_len)
+    chunk, programs = mixer.chunk_size, documents * heads
+    longest = min(chunk, tokens)
+    rows = max(16, min(KERNEL_PIECE, 1 << (longest - 1).bit_length()))
+    width, cut = max(dim, memory_dim(model, mixer) or dim), longest > rows
+    state = packed_size(model, mixer) * rates
+    kept = heads * max(1, micro.tokens // (KERNEL_KEEPS * chunk)) * state * micro.kept_itemsize
+    replayed = heads * (micro.tokens // chunk + documents) * state * micro.kept_itemsize
+    side = -(-tokens // (KERNEL_KEEPS * chunk))
+    at_once = min(programs, max(1, KERNEL_PROGRAMS // side)) * side
+    replay = at_once * ((1 + cut) * state + scratch_size(rows, width, FORWARD_MATRICES)) * FP32
+    stream, first = micro.tokens * heads * dim * FP32, programs * state * FP32
+    back = min(programs, KERNEL_PROGRAMS) * scratch_size(rows, width, BACKWARD_MATRICES) * FP32
+    back += cut * programs * (-(-longest // rows) - 1) * state * micro.kept_itemsize
+    back += 3 * stream + first * (1 + 1 / rates)
+    return Activations(first, kept, stream + replayed + max(replay, back))
