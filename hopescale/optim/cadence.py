@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hopescale.config.model_shape import phases
+from hopescale.config.schema import ModelConfig
+
 
 @dataclass(frozen=True)
 class Cadence:
@@ -27,6 +30,12 @@ class Cadence:
     def updates(self, step: int) -> int:
         """Count the updates of steps 1 to `step`."""
         return (step + self.phase) // self.period - self.phase // self.period
+
+
+def cadences_of_level(model: ModelConfig, name: str) -> dict[int, Cadence]:
+    """Return the cadence of a level in each block that has it."""
+    period = model.cms.levels[name].update_every_steps
+    return {number: Cadence(period, phase) for number, phase in phases(model, name).items()}
 
 
 class Accumulator:

@@ -21,7 +21,7 @@ from hopescale.config.schema import RunConfig
 from hopescale.data.loader import Data
 from hopescale.models import Model
 from hopescale.observe.health import LossWatch
-from hopescale.optim import OuterOptimizer
+from hopescale.optim import Cadence, OuterOptimizer, cadences_of_level
 from hopescale.parallel.mesh import Mesh
 
 MAX_SUMS = 8
@@ -93,6 +93,12 @@ class TrainState:
             for level, names in model.level_parameters().items():
                 result.setdefault(level, []).extend(names)
         return result
+
+    @property
+    def cadences(self) -> dict[str, set[Cadence]]:
+        """The cadences of each level in the whole model."""
+        model = self.config.model
+        return {level: set(cadences_of_level(model, level).values()) for level in model.cms.levels}
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Return this rank's part of what is saved, of equal copies of replicas one. Called by all ranks."""

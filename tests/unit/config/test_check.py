@@ -139,6 +139,8 @@ BROKEN = [
     ([DEPTH, "model.cms.variant=independent"], "model.cms.variant", "no effect"),
     ([DEPTH, "parallel.pp=2"], "model.cms.placement", "needs parallel.pp of 1, it is 2"),
     ([f"{LEVEL}.phase=8"], f"{LEVEL}.phase", "8 is not below update_every_steps = 8"),
+    ([f"{LEVEL}.rolling=true", f"{LEVEL}.update_every_steps=1"], f"{LEVEL}.rolling", "update_every_steps is 1"),
+    ([f"{LEVEL}.rolling=true", "model.num_layers=1"], f"{LEVEL}.rolling", "1 block has the level"),
     (["data.sources.main=null"], "data.sources", "no source"),
     (["data.sources.main.path=null"], "data.sources.main", "neither"),
     (["data.sources.main.synthetic={}"], "data.sources.main", "both"),
