@@ -8,7 +8,7 @@ from dataclasses import replace
 from hopescale.common.errors import Problem
 from hopescale.config.check_base import Check, Origins, leaves_rest
 from hopescale.config.linear_attention import linear_attention_problems
-from hopescale.config.model_shape import attention_mixers, head_dim, kv_heads, phases, self_modifying_mixers
+from hopescale.config.model_shape import attention_mixers, head_dim, kv_heads, self_modifying_mixers
 from hopescale.config.schema import (
     FarMemoryConfig,
     LinearAttentionConfig,
@@ -185,12 +185,6 @@ def levels(config: RunConfig, origins: Origins) -> Iterator[Problem]:
         if level.phase >= level.update_every_steps:
             message = f"{level.phase} is not below update_every_steps = {level.update_every_steps}"
             yield Problem(f"model.cms.levels.{name}.phase", message)
-        if level.rolling and level.update_every_steps == 1:
-            hint = "leave it out, or raise update_every_steps"
-            yield Problem(f"model.cms.levels.{name}.rolling", "true has no effect: update_every_steps is 1", hint=hint)
-        elif level.rolling and level.update_every_steps > 1 and len(phases(model, name)) < 2:
-            message = f"true has no effect: {len(phases(model, name))} block has the level"
-            yield Problem(f"model.cms.levels.{name}.rolling", message, hint="leave it out")
     if model.cms.placement != "depth":
         return
     widths = sorted({level.d_ff for level in own.values()})

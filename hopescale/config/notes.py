@@ -29,12 +29,12 @@ def _levels(config: RunConfig) -> Iterator[str]:
     for name, level in config.model.cms.levels.items():
         period = level.update_every_steps
         of_blocks = list(phases(config.model, name).values()) if level.rolling else [level.phase]
-        counts = [(steps + phase) // period - phase // period for phase in of_blocks]
+        counts = [(max(0, steps - level.lag) + phase) // period - phase // period for phase in of_blocks]
         if max(counts) == 0:
             yield f"level {name} is due at no step up to train.steps={steps}; its weights stay"
         elif min(counts) == 0:
             where = f"{counts.count(0)} of {len(counts)} blocks"
             yield f"level {name} is due at no step up to train.steps={steps} in {where}, where its weights stay"
         elif max(counts) == 1 and period > 1:
-            when = ", ".join(str(period - phase) for phase in sorted(set(of_blocks), reverse=True))
+            when = ", ".join(str(period - phase + level.lag) for phase in sorted(set(of_blocks), reverse=True))
             yield f"level {name} is due once up to train.steps={steps}, at step {when}"

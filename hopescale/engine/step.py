@@ -88,7 +88,10 @@ class Engine:
         sets = {"due": due, "waiting": waiting}
         sets |= {f"level {level}": names for level, names in of_levels.items()}
         asked = torch.full((), float(ask()), device=self.device)
-        parts = torch.stack([self._of_last_stage(loss), asked, *self.optimizer.square_sums(sets)])
+        squares = self.optimizer.square_sums(sets)
+        if (running := self.optimizer.running_squares(due)) is not None:
+            squares[1] += running
+        parts = torch.stack([self._of_last_stage(loss), asked, *squares])
         sums = _all_reduce(parts, self.mesh.world_group)
         loss, asked, grad_norm, waiting_norm, *norms = torch.cat([sums[:2], sums[2:].sqrt()]).tolist()
         level_norms = dict(zip(of_levels, norms, strict=True))
@@ -97,7 +100,11 @@ class Engine:
     def _due_of_levels(self, step: int) -> dict[str, list[str]]:
         """Return what is due here of each level that is due anywhere."""
         due = set(self.optimizer.due(step))
-        levels = [level for level in self.levels if any(cadence.is_due(step) for cadence in self.cadences[level])]
+        levels = [
+            level
+            for level in self.levels
+            if any(self.optimizer.is_due(cadence, step) for cadence in self.cadences[level])
+        ]
         return {level: [name for name in self.levels[level] if name in due] for level in levels}
 
     def _reduce(self, due: Sequence[str], of_levels: Mapping[str, Sequence[str]]) -> None:

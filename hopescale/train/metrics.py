@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hopescale.config.layout import Layout
 from hopescale.config.schema import RunConfig
-from hopescale.cost.comm import SentBytes, due_parts
+from hopescale.cost.comm import SentBytes, due_parts, sent_parts
 from hopescale.cost.flops import flops_per_token
 from hopescale.cost.hardware import peak_bf16_flops
 from hopescale.cost.holdings import Holdings
@@ -113,7 +113,8 @@ class PlannedCommunication:
             return {}
         sent: Counter[str] = Counter()
         for step in steps:
-            sent.update(self._of_step(due_parts(self._config, step), step == steps[-1]))
+            parts = due_parts(self._config, step), sent_parts(self._config, step)
+            sent.update(self._of_step(*parts, step == steps[-1]))
         axes = {f"comm/{axis}/bytes_per_step": count / len(steps) for axis, count in sent.items() if count}
         return {"comm/bytes_per_step": sent.total() / len(steps)} | axes
 
@@ -123,7 +124,7 @@ class PlannedCommunication:
             return {}
         return {f"level/{level}/bytes": self._of_due_level(level, due_parts(self._config, step))}
 
-    def _of_step(self, due: frozenset[LevelPart], is_recorded: bool) -> dict[str, float]:
+    def _of_step(self, due: frozenset[LevelPart], gone: frozenset[LevelPart], is_recorded: bool) -> dict[str, float]:
         levels = self._config.model.cms.levels
         measured = [level for level, _ in due if is_recorded and levels[level].update_every_steps == 1]
-        return self._sent.of_step(due, measured=measured)
+        return self._sent.of_step(due, gone, measured=measured)

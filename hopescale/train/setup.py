@@ -333,11 +333,12 @@ def _changed_optimizer(old: RunConfig, state: TrainState) -> list[Problem]:
 
 
 def _changed_cadences(old: RunConfig, new: RunConfig) -> list[Problem]:
-    """List what blocks of one level, whose updates may have been counted apart, must keep."""
+    """List what a level must keep whose blocks may have counted apart, or whose sums may be on their way."""
     hint, problems = "set it back, or continue with the weights alone: --reset-optimizer, once", []
     for name, level in new.model.cms.levels.items():
         was = old.model.cms.levels[name]
-        for key in ("rolling", "update_every_steps") if level.rolling or was.rolling else ():
+        keys = ("rolling", "update_every_steps") if level.rolling or was.rolling else ()
+        for key in ("lag", "phase", *(keys or ("update_every_steps",))) if level.lag or was.lag else keys:
             before, after = getattr(was, key), getattr(level, key)
             if before != after:
                 was_with = f"but the checkpoint holds the state of updates with {format_value(before)}"

@@ -15,7 +15,7 @@ from hopescale.config.layout import Layout, make_layout
 from hopescale.config.load import load_recipe
 from hopescale.config.plan import make_plan
 from hopescale.config.schema import RunConfig
-from hopescale.cost.comm import SentBytes, due_parts
+from hopescale.cost.comm import SentBytes, due_parts, sent_parts
 from hopescale.cost.device_memory import device_memory_of_stage
 from hopescale.cost.holdings import Holdings
 from hopescale.engine import Engine, make_passes
@@ -141,7 +141,7 @@ def check(
         for step, counted in sent.items():
             due = due_parts(config, step)
             fast = [level for level, _ in due if levels[level].update_every_steps == 1]
-            expected = planned_bytes.of_step(due, measured=fast)
+            expected = planned_bytes.of_step(due, sent_parts(config, step), measured=fast)
             expected = {axis: count for axis, count in expected.items() if count}
             # At its first step ZeRO 3 compares its plan over all ranks.
             if counted.axes != expected and not (config.parallel.zero == 3 and step == 1):
