@@ -264,10 +264,10 @@ class Estimator:
         """
         dp, zero, holding = layout.replicas, config.parallel.zero, self.holdings.of_stage(layout, 0)
         due = {kind: count * self._updates_per_step(kind.level) for kind, count in holding.entries.items()}
-        gradients = FP32 * (sum(due.values()) if zero < 2 else holding.total() * micro_batches)
-        weights = gradients
+        gradients = weights = FP32 * holding.total() * micro_batches
         if zero < 2:
             gradients = sum(self._sum_bytes(kind) * count for kind, count in due.items())
+            weights = sum(self._total_bytes(kind) * count for kind, count in due.items())
         if zero == 3:
             weights = 2 * micro_batches * holding.weight_bytes()
         elif zero or any(kind.rule != "adamw" for kind in due):
@@ -280,6 +280,11 @@ class Estimator:
             return FP32
         level = self.holdings.config.model.cms.levels[kind.level]
         return 0 if level.lag else wire_bytes(WIRE_BLOCK, level.wire) / WIRE_BLOCK
+
+    def _total_bytes(self, kind: Kind) -> float:
+        """Return the bytes of an entry of a total at `zero=0` that a step waits for: it comes apart where rounded."""
+        level = None if kind.level is None else self.holdings.config.model.cms.levels[kind.level]
+        return 0 if level is not None and level.lag and level.wire == "fp32" else FP32
 
     def _updates_per_step(self, level: str | None) -> float:
         levels = self.holdings.config.model.cms.levels

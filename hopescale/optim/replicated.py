@@ -132,7 +132,12 @@ class ReplicatedAdamW(Updater):
 
     def _sent_sums(self) -> dict[str, Tensor]:
         """Return what adds up over replicas to the totals that wait for their updates."""
-        return {name: part for names, sent in self._sent for name, part in self._apart(names, sent.share()).items()}
+        first = self.dp_group.rank() == 0
+        # What had arrived with others, after a checkpoint in which they were on their way together.
+        result = {name: total if first else torch.zeros_like(total) for name, total in self._totals.items()}
+        for names, sent in self._sent:
+            result |= self._apart(names, sent.share())
+        return result
 
     def _send_again(self, totals: Mapping[str, Tensor]) -> None:
         self._drop_sent()
