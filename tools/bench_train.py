@@ -108,7 +108,7 @@ def train(config: RunConfig) -> Iterator[Step]:
     passes = make_passes(
         state.slices, state.optimizer.backward, config.train.seq_len, device, segments=config.train.segments
     )
-    engine = Engine(passes, state.optimizer, state.levels, device)
+    engine = Engine(passes, state.optimizer, state.levels, device, cadences=state.cadences)
     micro, count = config.train.micro_batch_size, make_plan(config).global_batch_size
     indices = (range(start, start + micro) for start in range(0, config.train.steps * count, micro))
     batches = prefetched(state.data, indices, config.data.prefetch * count // micro)

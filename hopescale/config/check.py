@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 
 from hopescale.common.errors import ConfigError, Problem
-from hopescale.config import check_model, check_optim, check_parallel, check_sequence, check_train
+from hopescale.config import check_cadence, check_model, check_optim, check_parallel, check_sequence, check_train
 from hopescale.config.check_base import Check, Origins
 from hopescale.config.fields import numbers
 from hopescale.config.layout import Layout
@@ -68,6 +68,7 @@ CHECKS: tuple[Check, ...] = (
     numbers_in_range,
     name_is_a_folder,
     *check_model.CHECKS,
+    *check_cadence.CHECKS,
     *check_train.CHECKS,
     *check_optim.CHECKS,
     *check_parallel.CHECKS,

@@ -145,6 +145,17 @@ def by_period(levels: dict[str, LevelConfig]) -> list[tuple[str, LevelConfig]]:
     return sorted(levels.items(), key=lambda item: (item[1].update_every_steps, item[0]))
 
 
+def phases(model: ModelConfig, name: str) -> dict[int, int]:
+    """Return the phase of a level in each block that has it; with `rolling` they are spread over the period."""
+    level = model.cms.levels[name]
+    blocks = list(range(model.num_layers))
+    if model.cms.placement == "depth":
+        blocks = [number for number in blocks if name in levels_of_block(model, number)]
+    period = level.update_every_steps
+    shifts = [place * period // len(blocks) if level.rolling else 0 for place in range(len(blocks))]
+    return {number: (level.phase + shift) % period for number, shift in zip(blocks, shifts, strict=True)}
+
+
 def levels_of_block(model: ModelConfig, number: int) -> dict[str, LevelConfig]:
     """Return the levels of a block, counted from 0, fast to slow."""
     levels = by_period(model.cms.levels)

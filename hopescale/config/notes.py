@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from hopescale.config.model_shape import phases
 from hopescale.config.schema import RunConfig
 
 
@@ -26,9 +27,14 @@ def _levels(config: RunConfig) -> Iterator[str]:
     """Name the levels that are due at no step, or at one alone."""
     steps = config.train.steps
     for name, level in config.model.cms.levels.items():
-        period, phase = level.update_every_steps, level.phase
-        due = (steps + phase) // period - phase // period
-        if due == 0:
+        period = level.update_every_steps
+        of_blocks = list(phases(config.model, name).values()) if level.rolling else [level.phase]
+        counts = [(max(0, steps - level.lag) + phase) // period - phase // period for phase in of_blocks]
+        if max(counts) == 0:
             yield f"level {name} is due at no step up to train.steps={steps}; its weights stay"
-        elif due == 1 and period > 1:
-            yield f"level {name} is due once up to train.steps={steps}, at step {period - phase % period}"
+        elif min(counts) == 0:
+            where = f"{counts.count(0)} of {len(counts)} blocks"
+            yield f"level {name} is due at no step up to train.steps={steps} in {where}, where its weights stay"
+        elif max(counts) == 1 and period > 1:
+            when = ", ".join(str(period - phase + level.lag) for phase in sorted(set(of_blocks), reverse=True))
+            yield f"level {name} is due once up to train.steps={steps}, at step {when}"

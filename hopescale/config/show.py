@@ -22,7 +22,7 @@ IDENTITY: tuple[str, ...] = (
     "train.seed",  # the weights in the checkpoint were drawn with it
 )
 """Keys, or sections, that a run keeps for life."""
-FREE = ("update_every_steps", "update_every_tokens", "phase", "init_std")
+FREE = ("update_every_steps", "update_every_tokens", "phase", "rolling", "lag", "wire", "init_std")
 """Last parts of the keys of a model that do not change what it computes."""
 
 PACE = ("chunk_size", "projection_chunk_size", "reset_every")

@@ -12,15 +12,15 @@ from collections.abc import Collection
 
 from hopescale.config.execution import run_again
 from hopescale.config.layout import Layout
-from hopescale.config.model_shape import mixer_of_block, padded_vocab_size
+from hopescale.config.model_shape import mixer_of_block, padded_vocab_size, phases
 from hopescale.config.plan import make_plan
-from hopescale.config.schema import MixerConfig, RunConfig
+from hopescale.config.schema import LevelConfig, MixerConfig, RunConfig
 from hopescale.config.schema.titans import TitansConfig
 from hopescale.config.schema.ttt import TttConfig
 from hopescale.cost.carried import handed_on
 from hopescale.cost.holdings import Holdings, gathers
-from hopescale.cost.parameter import FP32, ParameterShape, itemsize
-from hopescale.cost.updates import EVEN_UNIT, assign_owners
+from hopescale.cost.parameter import FP32, LevelPart, ParameterShape, itemsize
+from hopescale.cost.updates import BUCKET_ELEMENTS, EVEN_UNIT, assign_owners, buckets, wire_bytes
 
 AXES = ("tp", "dp", "cp", "pp", "embedding", "world")
 """Axes as the metrics name them."""
@@ -30,10 +30,30 @@ LONGEST_CYCLE = 4096
 """Steps over which cadences are averaged at most."""
 
 
-def due_levels(config: RunConfig, step: int) -> frozenset[str]:
-    """Return the levels that a step updates, counted from 1."""
-    levels = config.model.cms.levels.items()
-    return frozenset(name for name, level in levels if (step + level.phase) % level.update_every_steps == 0)
+def due_parts(config: RunConfig, step: int) -> frozenset[LevelPart]:
+    """Return what a step, counted from 1, updates of the levels."""
+    levels = config.model.cms.levels
+    late = {name: level.lag for name, level in levels.items()}
+    return frozenset((name, phase) for name, phase in _parts(config) if _ends(levels[name], phase, step - late[name]))
+
+
+def sent_parts(config: RunConfig, step: int) -> frozenset[LevelPart]:
+    """Return the parts of levels whose sums a step sends: those that are due, or will be after the lag."""
+    levels = config.model.cms.levels
+    return frozenset((name, phase) for name, phase in _parts(config) if _ends(levels[name], phase, step))
+
+
+def _parts(config: RunConfig) -> set[LevelPart]:
+    model = config.model
+    return {
+        (name, phase)
+        for name, level in model.cms.levels.items()
+        for phase in (phases(model, name).values() if level.rolling else (level.phase,))
+    }
+
+
+def _ends(level: LevelConfig, phase: int, step: int) -> bool:
+    return step > 0 and (step + phase) % level.update_every_steps == 0
 
 
 def stream_bytes(config: RunConfig) -> int:
@@ -57,15 +77,20 @@ class SentBytes:
         """Return the bytes of a step by axis, averaged over the cadences of the levels."""
         periods = (level.update_every_steps for level in self.config.model.cms.levels.values())
         cycle = min(LONGEST_CYCLE, math.lcm(*periods))
-        sets = Counter(due_levels(self.config, step) for step in range(1, cycle + 1))
+        # With a lag the first cycle has fewer updates.
+        first = 1 + cycle * any(level.lag for level in self.config.model.cms.levels.values())
+        steps = range(first, first + cycle)
+        sets = Counter((due_parts(self.config, step), sent_parts(self.config, step)) for step in steps)
         total: Counter[str] = Counter()
-        for due, count in sets.items():
-            for axis, sent in self.of_step(due).items():
+        for (due, gone), count in sets.items():
+            for axis, sent in self.of_step(due, gone).items():
                 total[axis] += sent * count / cycle
         return {axis: total[axis] for axis in AXES if total[axis]}
 
-    def of_step(self, due: Collection[str], *, measured: Collection[str] = ()) -> dict[str, float]:
-        """Return the bytes by axis of a step with due levels.
+    def of_step(
+        self, due: Collection[LevelPart], gone: Collection[LevelPart], *, measured: Collection[str] = ()
+    ) -> dict[str, float]:
+        """Return the bytes by axis of a step at which parts of levels are due, and the sums of some are sent.
 
         Of levels of period 1, the change of those in `measured` is exchanged too, as on steps that are recorded.
         """
@@ -78,25 +103,45 @@ class SentBytes:
             blocks = [number for each in self.slices for number in each]
             sent["cp"] = self.micro_batches * handed_on(self.config, layout, blocks)
         if layout.replicas > 1:
-            sent["dp"] = 8 + self._elementwise(due)
-        matrices = [p for p in self.matrices if p.level is None or p.level in due]
-        if matrices and layout.replicas > 1:
+            sent["dp"] = 8 + self._elementwise(due, gone)
+        matrices = [p for p in self.matrices if p.due is None or p.due in due]
+        if layout.replicas > 1:
             sent["dp"] += self._matrices(matrices)
+            for part in {p.due for p in self.matrices if p.due is None or p.due in gone}:
+                sent["dp"] += self._gradients([p for p in self.matrices if p.due == part])
         if matrices and gathers(self.config, layout):
             sent["tp"] += self._matrix_slices(matrices)
         if layout.num_ranks > 1:
-            slow = sum(self.config.model.cms.levels[name].update_every_steps > 1 for name in due)
-            sent["world"] = 4 * (4 + len(due)) + 8 * (slow + len(set(measured)))
+            levels = {level for level, _ in due}
+            slow = sum(self.config.model.cms.levels[name].update_every_steps > 1 for name in levels)
+            sent["world"] = 4 * (4 + len(levels)) + 8 * (slow + len(set(measured)))
         return sent
 
-    def to_sum_level(self, level: str) -> int:
-        """Return the bytes by which the gradients of a due level are summed over replicas at `zero` 0, 1."""
-        if self.config.parallel.zero:
-            own = sum(count for (of, _), count in self._even_shards().items() if of == level)
-            elementwise = self.layout.replicas * own
-        else:
-            elementwise = sum(n for kind, n in self.entries.items() if kind.rule == "adamw" and kind.level == level)
-        return FP32 * elementwise + self._gradients([p for p in self.matrices if p.level == level])
+    def to_sum_level(self, level: str, due: Collection[LevelPart]) -> int:
+        """Return the bytes by which the gradients of what is due of a level are summed over replicas at `zero` 0, 1."""
+        total = 0
+        for part in {part for part in due if part[0] == level}:
+            if self.config.parallel.zero:
+                total += sum(self._rows(part, count) for (of, _), count in self._even_shards().items() if of == part)
+            else:
+                total += self._whole(part)[0]
+            total += self._gradients([p for p in self.matrices if p.due == part])
+        return total
+
+    def _rows(self, part: LevelPart | None, entries: int) -> int:
+        """Return the bytes of the rows that go to each replica of a sum, of so many entries each."""
+        wire = "fp32" if part is None else self.config.model.cms.levels[part[0]].wire
+        return self.layout.replicas * wire_bytes(entries, wire)
+
+    def _whole(self, part: LevelPart | None) -> tuple[int, int]:
+        """Return the bytes of AdamW's sums at `zero=0` that replicas send, and of the totals that come back apart."""
+        entries = {kind: n for kind, n in self.entries.items() if kind.rule == "adamw" and kind.due == part}
+        if part is None or self.config.model.cms.levels[part[0]].wire == "fp32":
+            return FP32 * sum(entries.values()), 0
+        names = {p.name: p.size for p in self.parameters if p.due == part and self.holdings.rule_of(p) == "adamw"}
+        packed = buckets(names, dict.fromkeys(names, 0), names, BUCKET_ELEMENTS)
+        rows = [self._even_part(sum(names[name] for name in bucket)) for bucket in packed]
+        return sum(self._rows(part, count) for count in rows), FP32 * sum(rows)
 
     def _tensor(self) -> float:
         """Count what tensor-parallel ranks exchange for a micro batch."""
@@ -171,19 +216,19 @@ class SentBytes:
             sent["embedding"] = rows * (FP32 + (itemsize(self.precision) if layout.replicas > 2 else 0))
         return sent
 
-    def _elementwise(self, due: Collection[str]) -> float:
+    def _elementwise(self, due: Collection[LevelPart], gone: Collection[LevelPart]) -> float:
         """Count gradients and weights of AdamW's parameters between replicas."""
         zero, dp = self.config.parallel.zero, self.layout.replicas
         if zero == 1:
             shards = self._even_shards().items()
-            due_shards = [(width, count) for (level, width), count in shards if level is None or level in due]
-            return sum((FP32 * dp + width) * count for width, count in due_shards)
+            weights = sum(width * count for (part, width), count in shards if part is None or part in due)
+            return weights + sum(self._rows(part, n) for (part, _), n in shards if part is None or part in gone)
         chosen = {kind: count for kind, count in self.entries.items() if kind.rule == "adamw"}
-        gradients = FP32 * sum(count for kind, count in chosen.items() if kind.level is None or kind.level in due)
-        if zero > 1:
-            gradients = FP32 * sum(chosen.values()) * self.micro_batches
+        if zero == 0:
+            return sum(self._whole(part)[0] for part in {None, *gone}) + sum(self._whole(part)[1] for part in due)
+        gradients = FP32 * sum(chosen.values()) * self.micro_batches
         if zero < 3:
-            return gradients + (self._shards(due) if zero else 0)
+            return gradients + self._shards(due)
         whole = sum(kind.itemsize * count for kind, count in chosen.items())
         # A backward pass still finds the last block whole, and the final norm.
         own = f"blocks.{self.config.model.num_layers - 1}."
@@ -194,29 +239,29 @@ class SentBytes:
         )
         return gradients + self.micro_batches * (2 * whole - last) / dp
 
-    def _even_shards(self) -> dict[tuple[str | None, int], int]:
-        """Count a replica's entries of what `zero=1` updates together, by level and bytes of a weight."""
-        sizes: Counter[tuple[str | None, int]] = Counter()
+    def _even_shards(self) -> dict[tuple[LevelPart | None, int], int]:
+        """Count a replica's entries of what `zero=1` updates together, by part of a level and bytes of a weight."""
+        sizes: Counter[tuple[LevelPart | None, int]] = Counter()
         for p in self.parameters:
             if self.holdings.rule_of(p) == "adamw":
-                sizes[p.level, p.itemsize(self.precision)] += p.size
+                sizes[p.due, p.itemsize(self.precision)] += p.size
         return {key: self._even_part(size) for key, size in sizes.items()}
 
-    def _shards(self, due: Collection[str]) -> int:
+    def _shards(self, due: Collection[LevelPart]) -> int:
         """Count a replica's shards of due weights: what is updated together is filled up to equal shards."""
         sizes: Counter[tuple] = Counter()
         for p in self.parameters:
-            if self.holdings.rule_of(p) == "adamw" and (p.level is None or p.level in due):
-                sizes[self.holdings.groups[p.name], p.level, p.itemsize(self.precision)] += p.size
+            if self.holdings.rule_of(p) == "adamw" and (p.due is None or p.due in due):
+                sizes[self.holdings.groups[p.name], p.due, p.itemsize(self.precision)] += p.size
         unit = SHARD_UNIT * self.layout.replicas
         return sum(itemsize * SHARD_UNIT * math.ceil(size / unit) for (_, _, itemsize), size in sizes.items())
 
     def _matrices(self, matrices: list[ParameterShape]) -> int:
-        """Count gradients and weights of matrices between replicas; an owner sends what it has updated."""
+        """Count what goes to owners of matrices from equal parts, and weights back: owners send what they updated."""
         count = 0
-        for level in {p.level for p in matrices}:
-            together = [p for p in matrices if p.level == level]
-            count += self._gradients(together) + self._to_owners(together)
+        for part in {p.due for p in matrices}:
+            together = [p for p in matrices if p.due == part]
+            count += self._to_owners(together)
             for width in {p.itemsize(self.precision) for p in together}:
                 alike = [p for p in together if p.itemsize(self.precision) == width]
                 own = sum(p.size for p in alike if self.owners[p.name] == 0)
@@ -225,7 +270,7 @@ class SentBytes:
 
     def _gradients(self, matrices: list[ParameterShape]) -> int:
         """Count gradients and Gram matrices of matrices that replicas sum together, in equal parts."""
-        return FP32 * self.layout.replicas * self._even_part(self._summed(matrices))
+        return self._rows(matrices[0].due, self._even_part(self._summed(matrices))) if matrices else 0
 
     def _to_owners(self, matrices: list[ParameterShape]) -> int:
         """Count the part of a sum that goes on to the owners."""

@@ -170,7 +170,8 @@ def _lasting(config: RunConfig, layout: Layout, holding: Holding, owned: float) 
         own_master = kind.itemsize < FP32 or (not matrix and zero == 2) or (matrix and joined)
         result["masters"] += bytes_ * share * own_master
         if not _is_fast(config, kind):
-            result["accumulators"] += bytes_ / (dp if zero > 1 else 1) + FP32 * holding.grams[kind]
+            copies = 1 + (config.model.cms.levels[kind.level].lag > 0)
+            result["accumulators"] += copies * bytes_ / (dp if zero > 1 else 1) + FP32 * holding.grams[kind]
         elif matrix:
             result["gradients"] += bytes_ + FP32 * holding.grams[kind]
     return result

@@ -27,11 +27,11 @@ from hopescale.cost.carried import handed_on
 from hopescale.cost.comm import stream_bytes
 from hopescale.cost.flops import block_flops, flops_per_token
 from hopescale.cost.hardware import Device
-from hopescale.cost.holdings import Holdings
+from hopescale.cost.holdings import Holdings, Kind
 from hopescale.cost.operation import OpCost, product
 from hopescale.cost.parameter import FP32
 from hopescale.cost.roofline import READY, between_products_seconds, equal_transformer, memory_seconds
-from hopescale.cost.updates import update_flops
+from hopescale.cost.updates import WIRE_BLOCK, update_flops, wire_bytes
 
 MIXING_RATE = {"mlp": 0.30, "linear": 0.29, "static": 0.20}
 """Speed of memories' products in parts of that of large ones: of self-modifying memories, and of those that store
@@ -258,16 +258,33 @@ class Estimator:
         return sent / self._bandwidth(layout.tp * layout.cp, rings=layout.tp)
 
     def _data_s(self, config: RunConfig, layout: Layout, micro_batches: int) -> float:
-        """Return the seconds of the exchange between replicas, averaged over cadences."""
+        """Return the seconds of the exchange between replicas, averaged over cadences.
+
+        Sums with a lag travel beside the steps after them.
+        """
         dp, zero, holding = layout.replicas, config.parallel.zero, self.holdings.of_stage(layout, 0)
         due = {kind: count * self._updates_per_step(kind.level) for kind, count in holding.entries.items()}
-        gradients = FP32 * (sum(due.values()) if zero < 2 else holding.total() * micro_batches)
-        weights = gradients
+        gradients = weights = FP32 * holding.total() * micro_batches
+        if zero < 2:
+            gradients = sum(self._sum_bytes(kind) * count for kind, count in due.items())
+            weights = sum(self._total_bytes(kind) * count for kind, count in due.items())
         if zero == 3:
             weights = 2 * micro_batches * holding.weight_bytes()
         elif zero or any(kind.rule != "adamw" for kind in due):
             weights = sum(kind.itemsize * count for kind, count in due.items())
         return (gradients + weights) * (dp - 1) / dp / self._bandwidth(layout.tp * dp, rings=layout.tp)
+
+    def _sum_bytes(self, kind: Kind) -> float:
+        """Return the bytes of an entry of a sum that a step waits for."""
+        if kind.level is None:
+            return FP32
+        level = self.holdings.config.model.cms.levels[kind.level]
+        return 0 if level.lag else wire_bytes(WIRE_BLOCK, level.wire) / WIRE_BLOCK
+
+    def _total_bytes(self, kind: Kind) -> float:
+        """Return the bytes of an entry of a total at `zero=0` that a step waits for: it comes apart where rounded."""
+        level = None if kind.level is None else self.holdings.config.model.cms.levels[kind.level]
+        return 0 if level is not None and level.lag and level.wire == "fp32" else FP32
 
     def _updates_per_step(self, level: str | None) -> float:
         levels = self.holdings.config.model.cms.levels

@@ -17,7 +17,7 @@ from hopescale.config.model_shape import block_pattern, padded_vocab_size
 from hopescale.config.schema import MixerConfig, ModelConfig, RunConfig
 from hopescale.cost.flops import block_flops
 from hopescale.cost.operation import product
-from hopescale.cost.parameter import ParameterShape
+from hopescale.cost.parameter import LevelPart, ParameterShape
 from hopescale.cost.params import model_parameters
 from hopescale.cost.updates import Work, assign_owners, state_entries, update_cost
 
@@ -83,11 +83,17 @@ def _even(costs: list[int], num_stages: int, limit: int) -> list[int]:
 
 
 class Kind(NamedTuple):
-    """Update rule, level (None is updated at every step) and bytes of an entry of parameters that are treated alike."""
+    """Update rule, level (None is updated at every step), bytes of an entry and phase of what is treated alike."""
 
     rule: str
     level: str | None
     itemsize: int
+    phase: int = 0
+
+    @property
+    def due(self) -> LevelPart | None:
+        """What is updated at the same steps; None is updated at every step."""
+        return None if self.level is None else (self.level, self.phase)
 
 
 @dataclass(frozen=True)
@@ -149,7 +155,7 @@ class Holdings:
         entries, state, grams, largest = Counter(), Counter(), Counter(), 0
         for parameter in self.parameters(layout, stage):
             rule = self.rule_of(parameter)
-            kind = Kind(rule, parameter.level, parameter.itemsize(self.config.train.precision))
+            kind = Kind(rule, parameter.level, parameter.itemsize(self.config.train.precision), parameter.phase)
             entries[kind] += parameter.size
             state[kind] += state_entries(rule, parameter.shape, self.config.optim)
             grams[kind] += self.gram(parameter, layout.tp)
@@ -172,8 +178,7 @@ class Holdings:
         """Return period and phase of a parameter's updates, in steps."""
         if parameter.level is None:
             return 1, 0
-        level = self.config.model.cms.levels[parameter.level]
-        return level.update_every_steps, level.phase
+        return self.config.model.cms.levels[parameter.level].update_every_steps, parameter.phase
 
     def work(self, parameter: ParameterShape, layout: Layout) -> Work:
         """Return the update of a matrix, given as this rank's slice, as the optimizer assigns it to an owner."""

@@ -9,6 +9,10 @@ FP32 = 4
 """Bytes of a float32 entry."""
 
 
+LevelPart = tuple[str, int]
+"""The blocks of a level that are updated together: its name, and their phase."""
+
+
 @dataclass(frozen=True)
 class ParameterShape:
     """One parameter: its name in the model, and the shape of the whole, or of this rank's slice."""
@@ -21,8 +25,15 @@ class ParameterShape:
     """Whether it stays float32 in a model of lower precision."""
     level: str | None = None
     """Name of the level it belongs to; None if it is updated at every step."""
+    phase: int = 0
+    """Phase of the level in its block."""
     parts: tuple[tuple[int, int], ...] = ()
     """Projections that it fuses, as in `ParameterSpec`."""
+
+    @property
+    def due(self) -> LevelPart | None:
+        """What is updated at the same steps; None is updated at every step."""
+        return None if self.level is None else (self.level, self.phase)
 
     @property
     def size(self) -> int:

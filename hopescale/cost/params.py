@@ -15,6 +15,7 @@ from hopescale.config.model_shape import (
     mixer_counts,
     mixer_of_block,
     padded_vocab_size,
+    phases,
 )
 from hopescale.config.schema import (
     LevelConfig,
@@ -54,16 +55,16 @@ def block_parameters(model: ModelConfig, number: int) -> list[ParameterShape]:
     return [
         ParameterShape(f"{here}.norm.weight", (model.d_model,), keep_fp32=True),
         *(replace(part, name=f"{here}.mixer.{part.name}") for part in COSTS[mixer.kind].parameters(model, mixer)),
-        *(replace(part, name=f"{here}.cms.{part.name}") for part in _levels(model, levels)),
+        *(replace(part, name=f"{here}.cms.{part.name}") for part in _levels(model, levels, number)),
     ]
 
 
-def _levels(model: ModelConfig, levels: dict[str, LevelConfig]) -> Iterator[ParameterShape]:
+def _levels(model: ModelConfig, levels: dict[str, LevelConfig], number: int) -> Iterator[ParameterShape]:
     width, sequential = model.d_model, model.cms.variant == "sequential"
     if not sequential:
         yield ParameterShape("mix", (len(levels),), keep_fp32=True)
     for name, level in levels.items():
-        here = {"level": name}
+        here = {"level": name, "phase": phases(model, name)[number] if level.rolling else level.phase}
         if sequential:
             yield ParameterShape(f"levels.{name}.norm.weight", (width,), keep_fp32=True, **here)
         yield ParameterShape(f"levels.{name}.gate.weight", (level.d_ff, width), 0, **here)

@@ -9,11 +9,16 @@ import math
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from hopescale.config.schema import DeepMomentumConfig, M3Config, MuonConfig, OptimConfig
 from hopescale.config.schema.optim import Blocks
 from hopescale.ops.limits import steps_on_gram
 
+Wire = Literal["fp32", "bf16", "int8", "int4"]
+"""Types in which replicas send sums of gradients."""
+WIRE_BLOCK = 64
+"""Entries that share a float32 scale in sums of integers."""
 Parts = tuple[tuple[int, int], ...]
 
 BUCKET_ELEMENTS = 1 << 24
@@ -108,6 +113,13 @@ def state_entries(rule: str, shape: Sequence[int], config: OptimConfig) -> int:
         width = columns if linear else 2 * deep_memory_dim(config.deep_momentum)
         return math.prod(heads) * columns * width
     return 0 if rule == "dgd" else entries
+
+
+def wire_bytes(entries: int, wire: Wire) -> int:
+    """Return the bytes of a row of so many entries on the wire."""
+    if wire in ("fp32", "bf16"):
+        return entries * (4 if wire == "fp32" else 2)
+    return math.ceil(entries / WIRE_BLOCK) * (WIRE_BLOCK * (8 if wire == "int8" else 4) // 8 + 4)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hopescale.data.loader import Batch, Share
 from hopescale.engine.schedule import Passes
-from hopescale.optim import OuterOptimizer
+from hopescale.optim import Cadence, OuterOptimizer
 from hopescale.parallel.layers import IGNORED_TARGET
 from hopescale.parallel.mesh import Mesh
 
@@ -48,6 +48,7 @@ class Engine:
         levels: This rank's parameter names of each level of the continuum memory system; the levels of all ranks.
         device: Device of the parameters.
         share: Part of each sequence that this rank holds; None is all of it.
+        cadences: Cadences of each level on all ranks; None is those on this one.
     """
 
     def __init__(
@@ -57,10 +58,13 @@ class Engine:
         levels: Mapping[str, Sequence[str]],
         device: torch.device,
         share: Share | None = None,
+        cadences: Mapping[str, Collection[Cadence]] | None = None,
     ):
         self.passes, self.optimizer, self.levels, self.device = passes, optimizer, levels, device
         self.share = share or Share()
         self.mesh: Mesh = optimizer.mesh
+        own = {level: {optimizer.cadences[name] for name in names} for level, names in levels.items()}
+        self.cadences = own if cadences is None else cadences
 
     def gradients(
         self, step: int, batches: Sequence[Batch], *, probe: bool = False, ask: Callable[[], bool] = lambda: False
@@ -78,27 +82,37 @@ class Engine:
         stats: dict[str, Tensor] = {}
         count = _all_reduce(torch.full((), num_targets(batches), device=self.device), self.mesh.dp_group)
         loss = self.passes.train(batches, count.clamp_min(1), stats if probe else None)
-        due = self.optimizer.due(step)
-        due_levels = self._reduce(due)
+        due, of_levels = self.optimizer.due(step), self._due_of_levels(step)
+        self._reduce(due, of_levels)
         waiting = sorted(self.optimizer.parameters.keys() - due)
         sets = {"due": due, "waiting": waiting}
-        sets |= {f"level {level}": self.levels[level] for level in due_levels}
+        sets |= {f"level {level}": names for level, names in of_levels.items()}
         asked = torch.full((), float(ask()), device=self.device)
-        parts = torch.stack([self._of_last_stage(loss), asked, *self.optimizer.square_sums(sets)])
+        squares = self.optimizer.square_sums(sets)
+        if (running := self.optimizer.running_squares(due)) is not None:
+            squares[1] += running
+        parts = torch.stack([self._of_last_stage(loss), asked, *squares])
         sums = _all_reduce(parts, self.mesh.world_group)
         loss, asked, grad_norm, waiting_norm, *norms = torch.cat([sums[:2], sums[2:].sqrt()]).tolist()
-        level_norms = dict(zip(due_levels, norms, strict=True))
+        level_norms = dict(zip(of_levels, norms, strict=True))
         return Gradients(loss, grad_norm, waiting_norm, level_norms, asked > 0, stats)
 
-    def _reduce(self, due: Sequence[str]) -> list[str]:
-        """Sum gradients over replicas, level by level; return the due levels."""
-        of_levels = {level: [name for name in names if name in set(due)] for level, names in self.levels.items()}
-        of_levels = {level: names for level, names in of_levels.items() if names}
+    def _due_of_levels(self, step: int) -> dict[str, list[str]]:
+        """Return what is due here of each level that is due anywhere."""
+        due = set(self.optimizer.due(step))
+        levels = [
+            level
+            for level in self.levels
+            if any(self.optimizer.is_due(cadence, step) for cadence in self.cadences[level])
+        ]
+        return {level: [name for name in self.levels[level] if name in due] for level in levels}
+
+    def _reduce(self, due: Sequence[str], of_levels: Mapping[str, Sequence[str]]) -> None:
+        """Sum gradients over replicas, level by level."""
         in_levels = {name for names in of_levels.values() for name in names}
         self.optimizer.reduce([name for name in due if name not in in_levels])
         for names in of_levels.values():
             self.optimizer.reduce(names)
-        return list(of_levels)
 
     def _of_last_stage(self, value: Tensor) -> Tensor:
         """Return this rank's part of a sum of a value of the last stage: tensor-parallel ranks hold the same."""
@@ -116,9 +130,9 @@ class Engine:
             Root mean square of the change of each due level's weights that was measured.
         """
         chosen = {
-            level: self.levels[level]
-            for level in gradients.level_norms
-            if measure or self.optimizer.cadences[self.levels[level][0]].period > 1
+            level: names
+            for level, names in self._due_of_levels(step).items()
+            if measure or any(cadence.period > 1 for cadence in self.cadences[level])
         }
         before = {level: self.optimizer.masters(names) for level, names in chosen.items()}
         self.optimizer.step(step, torch.tensor(gradients.grad_norm, device=self.device))

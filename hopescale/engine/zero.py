@@ -54,7 +54,7 @@ class ZeroAdamW(Updater):
         whole: Collection[type[nn.Module]] = (Block,),
     ):
         super().__init__(parameters, cadences, mesh, accumulates=False)
-        self.cadences, self.stage = dict(cadences), stage
+        self.stage = stage
         self._device = next(iter(self.parameters.values())).device
         self._shapes = {name: parameter.shape for name, parameter in self.parameters.items()}
         self._reduced: set[str] = set()
@@ -102,6 +102,20 @@ class ZeroAdamW(Updater):
             return
         for shards in self._due(names):
             shards.reduce()
+
+    def send(self, names: Sequence[str]) -> None:
+        """Take the sums of a period that has ended out, and begin to add them up over replicas, at stage 1."""
+        for shards in self._due(names):
+            shards.send()
+
+    def _sent_sums(self) -> dict[str, Tensor]:
+        """Return what adds up over replicas to the totals that wait for their updates. All replicas call."""
+        sets = self._sets if self.stage == 1 else ()
+        return {name: total for shards in sets for name, total in shards.sent_sums().items()}
+
+    def _send_again(self, totals: Mapping[str, Tensor]) -> None:
+        for shards in self._sets:
+            shards.send_again({name: totals[name] for name in shards.parameters if name in totals})
 
     def _due(self, names: Sequence[str]) -> list[Shards]:
         due = set(names)
@@ -190,10 +204,10 @@ class ZeroAdamW(Updater):
         return super().sums() if self.stage == 1 else self._wholes(self._slow(), "gradient")
 
     @torch.no_grad()
-    def load_sums(self, sums: Mapping[str, Tensor]) -> None:
+    def load_sums(self, sums: Mapping[str, Tensor], on_their_way: Collection[str] = ()) -> None:
         """Take over running sums, in parts that add up over replicas; a missing sum is zero."""
         if self.stage == 1:
-            super().load_sums(sums)
+            super().load_sums(sums, on_their_way)
             return
         for name in self._slow():
             whole = torch.zeros(self._shapes[name].numel(), device=self._device)

@@ -12,6 +12,7 @@ from hopescale.cost.updates import EVEN_UNIT
 from hopescale.optim import Cadence, RuleGroup
 from hopescale.optim.adamw import AdamW
 from hopescale.optim.cadence import Accumulator
+from hopescale.optim.wire import SentSum
 
 
 class FlatAccumulator(Accumulator):
@@ -68,7 +69,8 @@ class EvenShards:
         cadence: Cadence,
         dp_group: dist.ProcessGroup,
     ):
-        self.parameters, self._dp_group = dict(parameters), dp_group
+        self.parameters, self._dp_group, self._cadence = dict(parameters), dp_group, cadence
+        self._sent: SentSum | None = None
         first = next(iter(self.parameters.values()))
         self.is_low_precision, self._persists = first.dtype != torch.float32, cadence.period > 1
         self._spans, end = {}, 0
@@ -126,9 +128,38 @@ class EvenShards:
 
     def reduce(self) -> None:
         """Begin to sum the accumulated gradients over replicas, in place, each part where its master is."""
+        if self._cadence.moves:
+            if not self._cadence.lag:
+                self.send()
+            return
         sums = self._all_sums()
         self._gradient = sums.narrow(0, self._first, self._size)
         self._work = dist.reduce_scatter_tensor(self._gradient, sums, group=self._dp_group, async_op=True)
+
+    def send(self) -> None:
+        """Take the sums out, but for what the wire rounds away, and begin to add them up over replicas."""
+        self._sent = SentSum(self._all_sums(), self._dp_group, self._cadence.wire)
+
+    def sent_sums(self) -> dict[str, Tensor]:
+        """Return what adds up over replicas to the totals that wait for their updates. All replicas call."""
+        if self._sent is None:
+            return {}
+        whole = self._sent.share()
+        return {name: whole[slice(*span)].view_as(self.parameters[name]) for name, span in self._spans.items()}
+
+    def send_again(self, totals: Mapping[str, Tensor]) -> None:
+        """Put totals, in parts that add up over replicas, or nothing in the place of what is on its way."""
+        self._drop_sent()
+        if totals:
+            whole = torch.zeros_like(self._weights, dtype=torch.float32)
+            for name, span in self._spans.items():
+                whole[slice(*span)].copy_(totals[name].flatten())
+            self._sent = SentSum(whole, self._dp_group)
+
+    def _drop_sent(self) -> None:
+        if self._sent is not None:
+            self._sent.share()
+        self._sent = self._gradient = None
 
     def finish(self) -> None:
         """Wait for what has begun."""
@@ -161,7 +192,8 @@ class EvenShards:
         for part, *_ in self._updated:
             part.grad = None
         del gradient
-        self._clear()
+        if not self._cadence.moves:
+            self._clear()
         self._step += 1
         if self.is_low_precision:
             self._own.copy_(self._master)
@@ -170,7 +202,7 @@ class EvenShards:
     def discard(self) -> None:
         """Drop all gradients, and begin a new period."""
         self.finish()
-        self._gradient = None
+        self._drop_sent()
         self._clear()
 
     def start_of(self, name: str) -> int:
@@ -195,6 +227,8 @@ class EvenShards:
 
     def _own_gradient(self) -> Tensor:
         self.finish()
+        if self._sent is not None:
+            self._gradient, self._sent = self._sent.finish(), None
         if self._gradient is None:
             self._gradient = torch.zeros_like(self._master)
         return self._gradient

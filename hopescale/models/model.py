@@ -183,6 +183,10 @@ class Model(nn.Module):
                 members[level].append(name)
         return members
 
+    def block_of(self, parameter_name: str) -> int:
+        """Return the number of the block that a parameter of a level belongs to."""
+        return int(_LEVEL.match(parameter_name)["block"])
+
     def levels(self) -> list[tuple[str, LevelConfig]]:
         """Return the levels of the continuum memory system, fast to slow."""
         return by_period(self.config.cms.levels)

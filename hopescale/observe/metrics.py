@@ -38,7 +38,9 @@ METRICS: dict[str, Metric] = {
     "device_memory/peak_gib": Metric("GiB", "Highest device memory allocated so far; on CPU of the process's memory."),
     "val/<set>/loss": Metric("nats", "Mean cross-entropy per token of the held-out text of a data set."),
     "val/<set>/bits_per_byte": Metric("bits", "The same per byte of text: comparable between tokenizers."),
-    "level/<name>/updates": Metric("1", "Updates of a level since the start of the run."),
+    "level/<name>/updates": Metric(
+        "1", "Updates of a level since the start of the run; the mean of its blocks, if it is rolling."
+    ),
     "level/<name>/grad_norm": Metric("1", "Norm of the gradient of a level at its last update."),
     "level/<name>/update_rms": Metric("1", "Root mean square of the change of a level's weights at its last update."),
     "level/<name>/bytes": Metric(

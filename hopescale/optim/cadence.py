@@ -7,6 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hopescale.config.model_shape import phases
+from hopescale.config.schema import ModelConfig
+from hopescale.cost.updates import Wire
+
 
 @dataclass(frozen=True)
 class Cadence:
@@ -14,19 +18,46 @@ class Cadence:
 
     Attributes:
         period: Optimizer steps between two updates.
-        phase: Shift; the update falls on steps `s` (counted from 1) with `(s + phase) % period == 0`.
+        phase: Shift; a period ends with steps `s` (counted from 1) with `(s + phase) % period == 0`.
+        lag: Steps from the end of a period to the update with its sum, below `period`.
+        wire: Type in which replicas send the sum.
     """
 
     period: int = 1
     phase: int = 0
+    lag: int = 0
+    wire: Wire = "fp32"
+
+    @property
+    def moves(self) -> bool:
+        """Whether a sum leaves the accumulator when it is sent."""
+        return self.lag > 0 or self.wire != "fp32"
+
+    def ends(self, step: int) -> bool:
+        """Tell whether a period ends with step `step`."""
+        return (step + self.phase) % self.period == 0
 
     def is_due(self, step: int) -> bool:
         """Tell whether step `step` updates the parameter."""
-        return (step + self.phase) % self.period == 0
+        return step > self.lag and self.ends(step - self.lag)
+
+    def is_on_its_way(self, step: int, since: int = 0) -> bool:
+        """Tell whether a sum of a period that ended after step `since` waits for its update when step `step` is over.
+
+        The period may have ended with step `step` itself.
+        """
+        return any(self.ends(end) for end in range(max(1, since + 1, step - self.lag + 1), step + 1))
 
     def updates(self, step: int) -> int:
         """Count the updates of steps 1 to `step`."""
-        return (step + self.phase) // self.period - self.phase // self.period
+        return (max(0, step - self.lag) + self.phase) // self.period - self.phase // self.period
+
+
+def cadences_of_level(model: ModelConfig, name: str) -> dict[int, Cadence]:
+    """Return the cadence of a level in each block that has it."""
+    level = model.cms.levels[name]
+    period, lag, wire = level.update_every_steps, level.lag, level.wire
+    return {number: Cadence(period, phase, lag, wire) for number, phase in phases(model, name).items()}
 
 
 class Accumulator:

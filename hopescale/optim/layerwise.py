@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hopescale.config.schema import OptimConfig
 from hopescale.optim.cadence import Cadence
-from hopescale.optim.class_flats import Alike, ClassFlats
+from hopescale.optim.class_flats import Alike, ClassFlats, Together
 from hopescale.optim.ownership import Ownership
 from hopescale.optim.rules import make_rule
 from hopescale.optim.shape_class import ShapeClass, Slices
@@ -128,7 +128,28 @@ class LayerwiseOptimizer(Updater):
         for each in self._sums:
             # What is due together may be reduced in several calls.
             if self._reduced.issuperset(each.names) and not before.issuperset(each.names):
-                each.flat.begin_sum()
+                cadence = self._cadence_of(each)
+                if not cadence.moves:
+                    each.flat.begin_sum()
+                    continue
+                if not cadence.lag:
+                    each.flat.send(cadence.wire)
+                each.flat.fetch()
+
+    def send(self, names: Sequence[str]) -> None:
+        """Take the sums of a period that has ended out, and begin to add them up over replicas."""
+        for each in self._sums:
+            if not each.names.isdisjoint(names):
+                each.flat.send(self._cadence_of(each).wire)
+
+    def _cadence_of(self, each: Together) -> Cadence:
+        return self.cadences[next(iter(each.names))]
+
+    def running_squares(self, names: Sequence[str]) -> Tensor:
+        """Return the squared norm of what is gathered beside totals that have arrived."""
+        self._finish_sums()
+        squares = [kept for each in self._sums if (kept := each.flat.kept_squares()) is not None]
+        return torch.stack(squares).sum()
 
     def _finish_sums(self) -> None:
         for each in self._sums:
@@ -168,6 +189,8 @@ class LayerwiseOptimizer(Updater):
                     self._weights[flat].flat.begin_to_hand_out()
         for flat in left:
             self._weights[flat].flat.finish()
+        for each in self._sums:
+            each.flat.put_back()
         self._reduced = set()
 
     def _flats_of(self, index: int) -> list[int]:
@@ -180,6 +203,7 @@ class LayerwiseOptimizer(Updater):
         self._finish_sums()
         super().discard()
         for each in self._sums:
+            each.flat.drop_sent()
             each.flat.flat.zero_()
         self._reduced = set()
 
@@ -232,10 +256,29 @@ class LayerwiseOptimizer(Updater):
             result[f"{name}.gram"] = columns
         return result
 
+    def _sent_sums(self) -> dict[str, Tensor]:
+        """Return what adds up over replicas to the totals that wait for their updates. All replicas call."""
+        result = {}
+        for each in self._sums:
+            if (whole := each.flat.total_sent()) is not None:
+                result |= {name: self._like_sum(each, name, whole) for name in sorted(each.names)}
+        return result
+
+    def _like_sum(self, each: Together, name: str, flat: Tensor) -> Tensor:
+        """Return where a parameter's sum is in a flat tensor like that of its kind."""
+        return each.flat.like(self.accumulators[name].total, flat)
+
+    def _send_again(self, totals: Mapping[str, Tensor]) -> None:
+        for each in self._sums:
+            parts = None if each.names.isdisjoint(totals) else torch.zeros_like(each.flat.flat)
+            for name in each.names if parts is not None else ():
+                self._like_sum(each, name, parts).copy_(totals[name])
+            each.flat.send_again(parts)
+
     @torch.no_grad()
-    def load_sums(self, sums: Mapping[str, Tensor]) -> None:
+    def load_sums(self, sums: Mapping[str, Tensor], on_their_way: Collection[str] = ()) -> None:
         """Take over running sums, in parts that add up over replicas; a missing sum is zero."""
-        super().load_sums(sums)
+        super().load_sums(sums, on_their_way)
         for name, gram in self._slow_grams().items():
             columns = sums.get(f"{name}.gram")
             gram.zero_() if columns is None else gram.copy_(self._own_rows(columns, gram))

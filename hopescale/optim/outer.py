@@ -44,6 +44,7 @@ class OuterOptimizer:
 
     Attributes:
         rate_factor: Factor on all learning rates of the schedule.
+        dropped_at: Last step at which all gradients were dropped; what was sent before has no update.
 
     Raises:
         ConfigError: If a parameter is in no group or in two, or a group takes none, or a rule that cannot update it.
@@ -63,16 +64,24 @@ class OuterOptimizer:
         levels: Collection[Collection[str]] = (),
     ):
         self.config, self.total_steps, self.mesh = config, total_steps, mesh or Mesh.alone()
-        self.rate_factor = 1.0
+        self.rate_factor, self.dropped_at = 1.0, 0
         self.parameters, self.tied = dict(parameters), [name for name in tied if name in parameters]
         shapes = {name: tuple(parameter.shape) for name, parameter in self.parameters.items()}
         self.groups = dict(groups or assign_groups(shapes, config.groups))
         self.cadences = {name: cadences.get(name, Cadence()) for name in self.parameters}
+        self._sent_together = self._alike(levels)
         self.updaters = self._make_updaters(updater, levels)
         self._updater_of = {name: each for each in self.updaters for name in each.parameters}
         self._weights = {
             name: self._updater_of[name].norm_weight(name) * self._is_counted(name) for name in self.parameters
         }
+
+    def _alike(self, levels: Collection[Collection[str]]) -> list[list[str]]:
+        """Return the parameters with a lag that are here, level by level, and those of no level."""
+        late = [name for name, cadence in self.cadences.items() if cadence.lag]
+        inside = {name for names in levels for name in names}
+        parts = [*map(set, levels), set(late) - inside]
+        return [[name for name in late if name in part] for part in parts]
 
     def _make_updaters(self, elementwise: Callable[..., Updater], levels: Collection[Collection[str]]) -> list[Updater]:
         groups, result = self._rule_groups(), []
@@ -122,7 +131,11 @@ class OuterOptimizer:
 
     def due(self, step: int) -> list[str]:
         """Return the names of this rank's parameters that step `step` updates."""
-        return [name for name, cadence in self.cadences.items() if cadence.is_due(step)]
+        return [name for name, cadence in self.cadences.items() if self.is_due(cadence, step)]
+
+    def is_due(self, cadence: Cadence, step: int) -> bool:
+        """Tell whether step `step` updates parameters of a cadence: not if the sum that it waits for was dropped."""
+        return cadence.is_due(step) and (not cadence.lag or step - cadence.lag > self.dropped_at)
 
     def backward(self, loss: Tensor) -> None:
         """Run the backward pass of a micro batch; gradients are accumulated as they become complete."""
@@ -165,9 +178,23 @@ class OuterOptimizer:
         ]
         return torch.stack(totals)
 
+    def running_squares(self, names: Sequence[str]) -> Tensor | None:
+        """Return the squared norm of what due parameters with a lag gather already; None if there are none here."""
+        late = [name for name in names if self.cadences[name].lag]
+        squares = [updater.running_squares(part) for updater, part in self._by_updater(late)]
+        return torch.stack(squares).sum() if squares else None
+
+    def send(self, names: Sequence[str]) -> None:
+        """Begin to sum over replicas what parameters with a lag have gathered, and let them gather on."""
+        for updater, part in self._by_updater(names):
+            updater.send(part)
+
     @torch.no_grad()
     def step(self, step: int, grad_norm: Tensor) -> None:
-        """Update what is due at step `step`, with its gradients scaled to the clip norm by their global norm."""
+        """Update what is due at step `step`, with its gradients scaled to the clip norm by their global norm.
+
+        Then the sums of periods that end with this step and have a lag leave.
+        """
         clip, names = self.config.grad_clip, self.due(step)
         scale = 1.0 if clip is None else (clip / (grad_norm + 1e-6)).clamp_max(1.0)
         periods = {self.cadences[name].period for name in names}
@@ -180,10 +207,14 @@ class OuterOptimizer:
             # Sums of three and more replicas may differ between the stages in the last bit; the copies must not.
             for name in set(self.tied) & set(names):
                 dist.broadcast(self.parameters[name].detach(), group=self.mesh.embedding_group, group_src=0)
+        for level in self._sent_together:
+            if ended := [name for name in level if self.cadences[name].lag and self.cadences[name].ends(step)]:
+                self.send(ended)
 
     @torch.no_grad()
-    def discard(self) -> None:
-        """Drop all gradients, also what slow parameters have gathered over steps."""
+    def discard(self, step: int = 0) -> None:
+        """Drop all gradients of step `step` and before, what slow parameters have gathered and what was sent too."""
+        self.dropped_at = step
         for updater in self.updaters:
             updater.discard()
 
@@ -258,7 +289,11 @@ class OuterOptimizer:
         """Return the running sums of slow parameters, in parts that add up over replicas."""
         return {name: tensor for updater in self.updaters for name, tensor in updater.sums().items()}
 
-    def load_sums(self, sums: Mapping[str, Tensor]) -> None:
-        """Take over running sums, in parts that add up over replicas in any way; a missing sum is zero."""
+    def load_sums(self, sums: Mapping[str, Tensor], step: int = 0) -> None:
+        """Take over the running sums after step `step`, in parts that add up over replicas in any way.
+
+        A missing sum is zero; `dropped_at` has been set. All replicas call.
+        """
+        late = [name for name, each in self.cadences.items() if each.is_on_its_way(step, self.dropped_at)]
         for updater in self.updaters:
-            updater.load_sums(sums)
+            updater.load_sums(sums, late)

@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hopescale.cost.updates import EVEN_UNIT
+from hopescale.cost.updates import EVEN_UNIT, Wire
+from hopescale.optim.wire import SentSum
 
 WINDOW_ELEMENTS = 1 << 24
 """Most entries of an equal part that go to or come from owners at once."""
@@ -42,6 +43,9 @@ class OwnedFlat:
         self.own = self.flat[mine.start : mine.stop]
         self._work: dist.Work | None = None
         self._is_summing = False
+        self._sent: SentSum | None = None
+        self._kept: Tensor | None = None
+        self._fetches = False
 
     def pieces(self, sizes: Sequence[Sequence[int]]) -> list[list[Tensor]]:
         """Return the pieces of every owner, which the constructor was given the sizes of."""
@@ -56,6 +60,44 @@ class OwnedFlat:
             self._work = dist.reduce_scatter_tensor(self._mine, self.flat, group=self._group, async_op=True)
             self._is_summing = True
 
+    def send(self, wire: Wire) -> None:
+        """Take the sums out, but for what the wire rounds away, and begin to add them up over replicas."""
+        self._sent = SentSum(self.flat, self._group, wire)
+
+    def fetch(self) -> None:
+        """Let `finish` put what was sent in the place of the sums, as `begin_sum` does, until `put_back`."""
+        self._fetches = self._sent is not None
+
+    def put_back(self) -> None:
+        """Put the sums that are gathered back in place of those that `finish` has fetched."""
+        if self._kept is not None:
+            self.flat.copy_(self._kept)
+            self._kept = None
+
+    def kept_squares(self) -> Tensor | None:
+        """Return the squared norm of the sums that are out of place; None if none are."""
+        return None if self._kept is None else self._kept.square().sum()
+
+    def total_sent(self) -> Tensor | None:
+        """Return what adds up over replicas to the total that is on its way; None if none is. All replicas call."""
+        return None if self._sent is None else self._sent.share()
+
+    def send_again(self, parts: Tensor | None) -> None:
+        """Put parts that add up over replicas, or nothing, in the place of what is on its way. All replicas call."""
+        self.drop_sent()
+        if parts is not None:
+            self._sent = SentSum(parts, self._group)
+
+    def drop_sent(self) -> None:
+        """Drop what is on its way, after it has arrived."""
+        if self._sent is not None:
+            self._sent.share()
+        self._sent, self._kept, self._fetches = None, None, False
+
+    def like(self, view: Tensor, flat: Tensor) -> Tensor:
+        """Return the view of another flat tensor that lies as `view` does in this one."""
+        return flat.as_strided(view.shape, view.stride(), view.storage_offset() - self.flat.storage_offset())
+
     def begin_to_hand_out(self) -> None:
         """Begin to copy what owners hold to all replicas, complete after `finish`."""
         if self._group.size() > 1:
@@ -68,6 +110,12 @@ class OwnedFlat:
 
     def finish(self) -> None:
         """Wait for what has begun."""
+        if self._fetches:
+            self._fetches = False
+            self._kept = self.flat.clone()
+            self._mine.copy_(self._sent.finish())
+            self._sent = None
+            self._hand_to_owners()
         if self._work is None:
             return
         self._work.wait()
@@ -77,6 +125,8 @@ class OwnedFlat:
             self._hand_to_owners()
 
     def _hand_to_owners(self) -> None:
+        if self._group.size() == 1:
+            return
         for window, parts in self._windows():
             places = [self.flat[each.start : each.stop] for each in parts]
             sizes = [each.numel() for each in places]

@@ -8,10 +8,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hopescale.cost.updates import BUCKET_ELEMENTS, UPDATE_ELEMENTS, buckets
+from hopescale.cost.updates import BUCKET_ELEMENTS, EVEN_UNIT, UPDATE_ELEMENTS, Wire, buckets
 from hopescale.optim.adamw import AdamW
 from hopescale.optim.cadence import Cadence
 from hopescale.optim.updater import RuleGroup, Updater
+from hopescale.optim.wire import SentSum
 from hopescale.parallel.mesh import Mesh
 
 
@@ -38,6 +39,9 @@ class ReplicatedAdamW(Updater):
             name: p if p.dtype == torch.float32 else nn.Parameter(p.detach().float())
             for name, p in self.parameters.items()
         }
+        self._sent: list[tuple[list[str], SentSum]] = []
+        self._totals: dict[str, Tensor] = {}
+        self._arriving: set[str] = set()
         self.rule = AdamW([group.of(self._masters) for group in groups], eps=eps, foreach=True)
 
     def norm_weight(self, name: str) -> float:
@@ -46,6 +50,9 @@ class ReplicatedAdamW(Updater):
 
     def reduce(self, names: Sequence[str]) -> None:
         """Sum accumulated gradients over replicas, several tensors at a time."""
+        self._arriving.update(name for name in names if self.cadences[name].moves)
+        self.send([name for name in names if name in self._arriving and not self.cadences[name].lag])
+        names = [name for name in names if name not in self._arriving]
         if self.dp_group.size() == 1:
             return
         sizes = {name: self.parameters[name].numel() for name in names}
@@ -54,6 +61,40 @@ class ReplicatedAdamW(Updater):
             flat = torch.cat([gradient.flatten() for gradient in gradients])
             dist.all_reduce(flat, group=self.dp_group)
             torch._foreach_copy_(gradients, unpacked(flat, gradients))
+
+    @torch.no_grad()
+    def send(self, names: Sequence[str]) -> None:
+        """Take the sums of a period that has ended out, and begin to add them up over replicas."""
+        sizes = {name: self.parameters[name].numel() for name in names}
+        for cadence in dict.fromkeys(self.cadences[name] for name in names):
+            together = [name for name in names if self.cadences[name] == cadence]
+            for bucket in buckets(together, dict.fromkeys(together, 0), sizes, BUCKET_ELEMENTS):
+                self._send([(name, self.accumulated_grad(name)) for name in bucket], cadence.wire)
+
+    def _send(self, sums: Sequence[tuple[str, Tensor]], wire: Wire) -> None:
+        names, gradients = zip(*sums, strict=True)
+        unit = 1 if wire == "fp32" else EVEN_UNIT * self.dp_group.size()
+        count = sum(gradient.numel() for gradient in gradients)
+        flat = gradients[0].new_zeros(-(-count // unit) * unit)
+        parts = unpacked(flat[:count], gradients)
+        torch._foreach_copy_(parts, gradients)
+        self._sent.append((list(names), SentSum(flat, self.dp_group, wire, whole=True)))
+        torch._foreach_copy_(gradients, parts)
+
+    def _gradient(self, name: str) -> Tensor:
+        """Return an accumulated gradient, or the total of one that was sent."""
+        return self._total(name) if name in self._arriving else self.accumulated_grad(name)
+
+    def _total(self, name: str) -> Tensor:
+        for each in [each for each in self._sent if name in each[0]]:
+            self._sent.remove(each)
+            self._totals |= self._apart(each[0], each[1].finish())
+        return self._totals[name]
+
+    def _apart(self, names: Sequence[str], flat: Tensor) -> dict[str, Tensor]:
+        """Return the pieces of a flat tensor, which may be filled up, that belong to parameters."""
+        like = [self.parameters[name] for name in names]
+        return dict(zip(names, unpacked(flat[: sum(map(Tensor.numel, like))], like), strict=True))
 
     @torch.no_grad()
     def update(self, names: Sequence[str], scales: Mapping[str, Tensor | float], rates: Mapping[str, float]) -> None:
@@ -66,14 +107,43 @@ class ReplicatedAdamW(Updater):
 
     def _update(self, names: Sequence[str], scales: Mapping[str, Tensor | float]) -> None:
         for name in names:
-            self._masters[name].grad = self.accumulated_grad(name).mul_(scales[name])
+            self._masters[name].grad = self._gradient(name).mul_(scales[name])
         self.rule.step()
         for name in names:
             master, parameter = self._masters[name], self.parameters[name]
             master.grad = None
-            self.accumulators[name].clear()
+            if name in self._arriving:
+                self._arriving.remove(name)
+                del self._totals[name]
+            else:
+                self.accumulators[name].clear()
             if master is not parameter:
                 parameter.copy_(master)
+
+    def discard(self) -> None:
+        """Drop all gradients, also those that were sent."""
+        super().discard()
+        self._drop_sent()
+
+    def _drop_sent(self) -> None:
+        for _, sent in self._sent:
+            sent.share()
+        self._sent, self._totals, self._arriving = [], {}, set()
+
+    def _sent_sums(self) -> dict[str, Tensor]:
+        """Return what adds up over replicas to the totals that wait for their updates."""
+        first = self.dp_group.rank() == 0
+        # What had arrived with others, after a checkpoint in which they were on their way together.
+        result = {name: total if first else torch.zeros_like(total) for name, total in self._totals.items()}
+        for names, sent in self._sent:
+            result |= self._apart(names, sent.share())
+        return result
+
+    def _send_again(self, totals: Mapping[str, Tensor]) -> None:
+        self._drop_sent()
+        sizes = {name: total.numel() for name, total in totals.items()}
+        for bucket in buckets(totals, dict.fromkeys(totals, 0), sizes, BUCKET_ELEMENTS):
+            self._send([(name, totals[name].clone()) for name in bucket], "fp32")
 
     def masters(self, names: Sequence[str]) -> list[Tensor]:
         """Return the float32 masters."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,7 +74,7 @@ class Updater(ABC):
         accumulates: bool = True,
         buffers: Mapping[str, Tensor] | None = None,
     ):
-        self.parameters, self.dp_group = dict(parameters), mesh.dp_group
+        self.parameters, self.dp_group, self.cadences = dict(parameters), mesh.dp_group, dict(cadences)
         self.accumulators: dict[str, Accumulator] = {}
         for name, parameter in self.parameters.items() if accumulates else ():
             self.accumulators[name] = Accumulator(parameter, cadences[name], (buffers or {}).get(name))
@@ -98,6 +98,14 @@ class Updater(ABC):
     @abstractmethod
     def reduce(self, names: Sequence[str]) -> None:
         """Sum the accumulated gradients of parameters that are due over the data-parallel ranks."""
+
+    def send(self, names: Sequence[str]) -> None:
+        """Take the sums of a period that has ended out, and begin to add them up over replicas, for a later update."""
+        raise NotImplementedError(f"{type(self).__name__} updates what is due at once")
+
+    def running_squares(self, names: Sequence[str]) -> Tensor:
+        """Return the squared norm of what parameters that are due gather already for the period after: a scalar."""
+        return torch.stack(torch._foreach_norm([self.accumulators[name].total for name in names])).square().sum()
 
     def square_norms(self, names: Sequence[str]) -> Tensor:
         """Return the squared norm of the part of each accumulated gradient that is here, `[len(names)]` float32."""
@@ -179,12 +187,35 @@ class Updater(ABC):
         """Return the running sums of slow parameters, in parts that add up over replicas.
 
         A parameter's name has its gradient's sum; `<parameter>.gram` has that of its Gram matrix, split along its
-        columns if the parameter's are.
+        columns if the parameter's are, and `<parameter>.sent` the total of a period that waits for its update.
         """
+        return self._running_sums() | {f"{name}.sent": total for name, total in self._sent_sums().items()}
+
+    def _running_sums(self) -> dict[str, Tensor]:
         return {name: accumulator.total for name, accumulator in self.accumulators.items() if accumulator.persists}
 
+    def _sent_sums(self) -> dict[str, Tensor]:
+        """Return what adds up over replicas to the totals that wait for their updates. All replicas call."""
+        return {}
+
     @torch.no_grad()
-    def load_sums(self, sums: Mapping[str, Tensor]) -> None:
-        """Take over running sums, in parts that add up over replicas in any way; a missing sum is zero."""
-        for name, total in Updater.sums(self).items():
+    def load_sums(self, sums: Mapping[str, Tensor], on_their_way: Collection[str] = ()) -> None:
+        """Take over running sums, in parts that add up over replicas in any way; a missing sum is zero.
+
+        `on_their_way` are the parameters that also have a total of a period before. All replicas call.
+        """
+        for name, total in self._running_sums().items():
             total.zero_() if name not in sums else total.copy_(sums[name])
+        sent = {
+            name: sums.get(f"{name}.sent", torch.zeros_like(p, dtype=torch.float32))
+            for name, p in self._among(on_their_way).items()
+        }
+        self._send_again(sent)
+
+    def _among(self, names: Collection[str]) -> dict[str, nn.Parameter]:
+        chosen = set(names)
+        return {name: parameter for name, parameter in self.parameters.items() if name in chosen}
+
+    def _send_again(self, totals: Mapping[str, Tensor]) -> None:
+        """Put totals, in parts that add up over replicas, in the place of all that are on their way."""
+        assert not totals, f"{type(self).__name__} sends nothing for later"

@@ -10,13 +10,15 @@ from torch import Tensor
 
 from hopescale.config.layout import Layout
 from hopescale.config.schema import RunConfig
-from hopescale.cost.comm import SentBytes, due_levels
+from hopescale.cost.comm import SentBytes, due_parts, sent_parts
 from hopescale.cost.flops import flops_per_token
 from hopescale.cost.hardware import peak_bf16_flops
 from hopescale.cost.holdings import Holdings
+from hopescale.cost.parameter import LevelPart
 from hopescale.engine import Gradients
 from hopescale.observe.console import format_step
 from hopescale.observe.throughput import Throughput, peak_memory_gib
+from hopescale.optim import cadences_of_level
 from hopescale.train.state import TrainState
 
 TOKEN_STATS = ("eta", "alpha", "surprise")
@@ -30,7 +32,7 @@ class StepMetrics:
     """Collects the metrics of steps; on recorded steps every method is called by all ranks."""
 
     def __init__(self, state: TrainState, layout: Layout, device: torch.device):
-        self.state, self.device, self._levels = state, device, state.levels
+        self.state, self.device = state, device
         self._planned = PlannedCommunication(state.config, layout)
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         flops = flops_per_token(state.config.model, state.config.train.seq_len)
@@ -49,10 +51,14 @@ class StepMetrics:
         values = {"loss": gradients.loss, "grad_norm": gradients.grad_norm}
         values |= {f"lr/{group}": rate for group, rate in optimizer.rates(step).items()}
         for level, norm in gradients.level_norms.items():
-            cadence = optimizer.cadences[self._levels[level][0]]
-            values |= {f"level/{level}/grad_norm": norm, f"level/{level}/updates": cadence.updates(step)}
-            values |= self._planned.of_level(level)
+            values |= {f"level/{level}/grad_norm": norm, f"level/{level}/updates": self._updates(level, step)}
+            values |= self._planned.of_level(level, step)
         return values | {f"level/{level}/update_rms": change for level, change in changes.items()}
+
+    def _updates(self, level: str, step: int) -> float:
+        """Return the updates of a level up to a step, the mean of its blocks."""
+        counts = [cadence.updates(step) for cadence in cadences_of_level(self.state.config.model, level).values()]
+        return counts[0] if len(set(counts)) == 1 else sum(counts) / len(counts)
 
     def of_interval(self, gradients: Gradients) -> dict[str, float]:
         """Return bytes and speed since the last record, and statistics of all ranks."""
@@ -107,17 +113,18 @@ class PlannedCommunication:
             return {}
         sent: Counter[str] = Counter()
         for step in steps:
-            sent.update(self._of_step(due_levels(self._config, step), step == steps[-1]))
+            parts = due_parts(self._config, step), sent_parts(self._config, step)
+            sent.update(self._of_step(*parts, step == steps[-1]))
         axes = {f"comm/{axis}/bytes_per_step": count / len(steps) for axis, count in sent.items() if count}
         return {"comm/bytes_per_step": sent.total() / len(steps)} | axes
 
-    def of_level(self, level: str) -> dict[str, float]:
-        """Return the bytes by which replicas sum the gradients of a due level; empty where every step sums them all."""
+    def of_level(self, level: str, step: int) -> dict[str, float]:
+        """Return the bytes by which replicas sum what is due of a level; empty where every step sums all gradients."""
         if self._layout.replicas == 1 or self._config.parallel.zero > 1:
             return {}
-        return {f"level/{level}/bytes": self._of_due_level(level)}
+        return {f"level/{level}/bytes": self._of_due_level(level, due_parts(self._config, step))}
 
-    def _of_step(self, due: frozenset[str], is_recorded: bool) -> dict[str, float]:
+    def _of_step(self, due: frozenset[LevelPart], gone: frozenset[LevelPart], is_recorded: bool) -> dict[str, float]:
         levels = self._config.model.cms.levels
-        measured = [level for level in due if is_recorded and levels[level].update_every_steps == 1]
-        return self._sent.of_step(due, measured=measured)
+        measured = [level for level, _ in due if is_recorded and levels[level].update_every_steps == 1]
+        return self._sent.of_step(due, gone, measured=measured)

@@ -45,7 +45,7 @@ class Recovery:
             if self.state.returns == self.config.max_returns:
                 raise DivergedError(f"{problem}; the run has gone back {self.state.returns} times before", _HINT)
             self._problem = problem
-        self.state.optimizer.discard()
+        self.state.optimizer.discard(self.state.step + 1)
         if in_a_row > skips:
             return False
         self.report(f"skipped {problem} ({in_a_row} of at most {skips} in a row)")

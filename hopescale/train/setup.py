@@ -34,7 +34,7 @@ from hopescale.data.loader import Data, open_data
 from hopescale.models import Model
 from hopescale.observe.health import LossWatch
 from hopescale.ops.device import DTYPES
-from hopescale.optim import Cadence, OuterOptimizer, Updater
+from hopescale.optim import OuterOptimizer, Updater, cadences_of_level
 from hopescale.optim.gram import gather_grams, linear_layers
 from hopescale.optim.replicated import ReplicatedAdamW
 from hopescale.optim.rules import changed_state, refuse_idle_blocks
@@ -74,7 +74,7 @@ def build_state(
     tied = ["embedding.weight"] if config.model.tie_embeddings and layout.pp > 1 else []
     levels = dict(slices[0].levels())
     cadences = {
-        name: Cadence(levels[level].update_every_steps, levels[level].phase)
+        name: cadences_of_level(config.model, level)[model.block_of(name)]
         for model in slices
         for level, names in model.level_parameters().items()
         for name in names
@@ -329,7 +329,22 @@ def _changed_optimizer(old: RunConfig, state: TrainState) -> list[Problem]:
             was, now = (format_value(leaves(config)[key]) for config in (old, state.config))
             message = f"is {now}, but the checkpoint holds the state of {rule} with {was}"
             problems.setdefault((key, ""), Problem(key, message, hint=hint))
-    return list(problems.values())
+    return [*problems.values(), *_changed_cadences(old, state.config)]
+
+
+def _changed_cadences(old: RunConfig, new: RunConfig) -> list[Problem]:
+    """List what a level must keep whose blocks may have counted apart, or whose sums may be on their way."""
+    hint, problems = "set it back, or continue with the weights alone: --reset-optimizer, once", []
+    for name, level in new.model.cms.levels.items():
+        was = old.model.cms.levels[name]
+        keys = ("rolling", "update_every_steps") if level.rolling or was.rolling else ()
+        for key in ("lag", "phase", *(keys or ("update_every_steps",))) if level.lag or was.lag else keys:
+            before, after = getattr(was, key), getattr(level, key)
+            if before != after:
+                was_with = f"but the checkpoint holds the state of updates with {format_value(before)}"
+                message = f"is {format_value(after)}, {was_with}"
+                problems.append(Problem(f"model.cms.levels.{name}.{key}", message, hint=hint))
+    return problems
 
 
 def open_checkpoints(folder: RunFolder, state: TrainState) -> CheckpointManager:

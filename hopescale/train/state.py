@@ -21,7 +21,7 @@ from hopescale.config.schema import RunConfig
 from hopescale.data.loader import Data
 from hopescale.models import Model
 from hopescale.observe.health import LossWatch
-from hopescale.optim import OuterOptimizer
+from hopescale.optim import Cadence, OuterOptimizer, cadences_of_level
 from hopescale.parallel.mesh import Mesh
 
 MAX_SUMS = 8
@@ -94,6 +94,12 @@ class TrainState:
                 result.setdefault(level, []).extend(names)
         return result
 
+    @property
+    def cadences(self) -> dict[str, set[Cadence]]:
+        """The cadences of each level in the whole model."""
+        model = self.config.model
+        return {level: set(cadences_of_level(model, level).values()) for level in model.cms.levels}
+
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Return this rank's part of what is saved, of equal copies of replicas one. Called by all ranks."""
         mesh = self.mesh
@@ -127,7 +133,7 @@ class TrainState:
 
     def _sums(self) -> dict[str, Tensor]:
         """Return the running sums of slow levels, `<parameter>.accumulator.<replica>`, and of Gram matrices, which have
-        `.gram` before it."""
+        `.gram` before it, and of totals that wait for their updates, which have `.sent`."""
         group, sums = self.mesh.dp_group, self.optimizer.sums()
         replica = group.rank()
         if group.size() > MAX_SUMS and self.config.parallel.zero < 2:
@@ -135,7 +141,7 @@ class TrainState:
                 dist.all_reduce(total, group=group)
                 if replica:
                     total.zero_()
-            self.optimizer.load_sums(sums)
+            self.optimizer.load_sums(sums, self.step)
             if replica:
                 return {}
         return {f"{name}.accumulator.{replica}": total for name, total in sums.items()}
@@ -146,7 +152,7 @@ class TrainState:
         for name, entry in sorted(saved.items()):
             name = name.removeprefix("optimizer.")
             key, _, replica = name.rpartition(".accumulator.")
-            parameter = key.removesuffix(".gram")
+            parameter = key.removesuffix(".gram").removesuffix(".sent")
             if parameter in self.parameters and int(replica) % group.size() == group.rank():
                 shape, split = list(entry.shape), self._split_of(name)
                 if split is not None:
@@ -163,6 +169,7 @@ class TrainState:
     def manifest(self) -> Manifest:
         """Return the state's numbers."""
         progress = {"step": self.step, "tokens_seen": self.tokens_seen, "watch": self.watch.state_dict()}
+        progress["dropped_at"] = self.optimizer.dropped_at
         return Manifest(
             progress=progress | {"recovery": self.recovery()},
             config=self._config_tree,
@@ -190,7 +197,8 @@ class TrainState:
             kind, _, rest = name.partition(".")
             kinds[kind][rest] = tensor
         self.optimizer.load(kinds["model"], kinds["optimizer"])
-        self.optimizer.load_sums(kinds["sums"])
+        self.optimizer.dropped_at = manifest.progress.get("dropped_at", 0)
+        self.optimizer.load_sums(kinds["sums"], manifest.step)
         # torch takes the state of a generator from the start of its storage, whatever the tensor is a view of.
         self._continue(manifest, {name: tensor.clone() for name, tensor in kinds["generators"].items()})
 
@@ -235,7 +243,9 @@ class TrainState:
         for name, part in sums.items():
             key, _, _ = name.rpartition(".accumulator.")
             totals[key] = totals[key] + part if key in totals else part
-        self.optimizer.load_sums(totals)
+        # A new optimizer has no sums of periods before.
+        self.optimizer.dropped_at = manifest.step if reset_optimizer else manifest.progress.get("dropped_at", 0)
+        self.optimizer.load_sums(totals, manifest.step)
         self._continue(manifest, generators)
 
     def _continue(self, manifest: Manifest, generators: Mapping[str, Tensor]) -> None:
@@ -272,9 +282,12 @@ def as_whole(part: Tensor, split: int | None, mesh: Mesh) -> Tensor:
 def parameter_of(name: str, kind: str) -> str:
     """Return the parameter that a saved tensor belongs to: all of its name if `kind` is `model`.
 
-    Names of kind `optimizer` are `<parameter>.exp_avg`, `<parameter>.accumulator.0`, `<parameter>.gram.accumulator.0`.
+    Names of kind `optimizer` are `<parameter>.exp_avg`, `<parameter>.accumulator.0`, `<parameter>.gram.accumulator.0`,
+    `<parameter>.sent.accumulator.0`.
     """
     if kind == "model":
         return name
     parameter, _, last = name.rpartition(".")
-    return parameter.removesuffix(".accumulator").removesuffix(".gram") if last.isdigit() else parameter
+    if not last.isdigit():
+        return parameter
+    return parameter.removesuffix(".accumulator").removesuffix(".gram").removesuffix(".sent")

@@ -65,7 +65,7 @@ class Trainer:
         train, cp_group = self.config.train, self.mesh.cp_group
         self.share = Share(cp_group.rank(), cp_group.size(), train.segments)
         passes = make_passes(state.slices, state.optimizer.backward, train.seq_len, device, segments=train.segments)
-        self.engine = Engine(passes, state.optimizer, state.levels, device, self.share)
+        self.engine = Engine(passes, state.optimizer, state.levels, device, self.share, cadences=state.cadences)
         self.metrics = StepMetrics(state, layout, device)
         self.samples = SampleWriter(self.config, layout, state.data.tokenizer)
         self.recovery = Recovery(state, checkpoints.folder, report)

@@ -14,6 +14,7 @@ from hopescale.train import state
 from tests.support.layouts import fork, saved, train_run, values, weights, worst
 from tests.support.ranks import run_ranks
 
+ROLLING = "model.cms.levels.slow.rolling=true"
 LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "tp2": (2, ("parallel.tp=2",)),
     "tp2 sequence parallel": (2, ("parallel.tp=2", "parallel.sequence_parallel=true")),
@@ -22,8 +23,8 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "pp2 untied, block recomputed": (2, ("parallel.pp=2", "model.tie_embeddings=false", "train.recompute=block")),
     "dp2": (2, ("parallel.dp=2",)),
     "dp2 zero 1": (2, ("parallel.zero=1",)),
-    "dp2 zero 2": (2, ("parallel.zero=2",)),
-    "dp2 zero 3": (2, ("parallel.zero=3",)),
+    "dp2 zero 2, rolling": (2, ("parallel.zero=2", ROLLING)),
+    "dp2 zero 3, rolling": (2, ("parallel.zero=3", ROLLING)),
     "tp2 x pp2": (4, ("parallel.tp=2", "parallel.pp=2")),
     "tp2 x pp2 interleaved, sequence parallel, memory recomputed": (
         4,

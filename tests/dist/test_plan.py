@@ -15,7 +15,7 @@ from hopescale.config.layout import Layout, make_layout
 from hopescale.config.load import load_recipe
 from hopescale.config.plan import make_plan
 from hopescale.config.schema import RunConfig
-from hopescale.cost.comm import SentBytes, due_levels
+from hopescale.cost.comm import SentBytes, due_parts, sent_parts
 from hopescale.cost.device_memory import device_memory_of_stage
 from hopescale.cost.holdings import Holdings
 from hopescale.engine import Engine, make_passes
@@ -106,7 +106,7 @@ def measure(config: RunConfig, layout: Layout, mesh: Mesh) -> tuple[int, dict[in
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled, counted_steps(mesh) as sent:
         state = build_state(config, layout, mesh, torch.device("cpu"))
         passes = make_passes(state.slices, state.optimizer.backward, config.train.seq_len, torch.device("cpu"))
-        engine = Engine(passes, state.optimizer, state.levels, torch.device("cpu"))
+        engine = Engine(passes, state.optimizer, state.levels, torch.device("cpu"), cadences=state.cadences)
         micro, count = config.train.micro_batch_size, make_plan(config, layout).grad_accumulation
         for step in range(1, STEPS + 1):
             batches = [state.data.batch(range(i * micro, (i + 1) * micro)) for i in range(count)]
@@ -139,15 +139,15 @@ def check(
             continue
         planned_bytes, levels = SentBytes(holdings, layout, stage), config.model.cms.levels
         for step, counted in sent.items():
-            due = due_levels(config, step)
-            fast = [level for level in due if levels[level].update_every_steps == 1]
-            expected = planned_bytes.of_step(due, measured=fast)
+            due = due_parts(config, step)
+            fast = [level for level, _ in due if levels[level].update_every_steps == 1]
+            expected = planned_bytes.of_step(due, sent_parts(config, step), measured=fast)
             expected = {axis: count for axis, count in expected.items() if count}
             # At its first step ZeRO 3 compares its plan over all ranks.
             if counted.axes != expected and not (config.parallel.zero == 3 and step == 1):
                 wrong.append(f"{name}: step {step} sent {counted.axes}, planned {expected}")
             if layout.dp > 1 and config.parallel.zero < 2:
-                of_levels = {level: planned_bytes.to_sum_level(level) for level in due}
+                of_levels = {level: planned_bytes.to_sum_level(level, due) for level, _ in due}
                 if counted.levels != of_levels:
                     wrong.append(f"{name}: step {step} summed levels by {counted.levels}, planned {of_levels}")
     assert not wrong, "\n".join(wrong)

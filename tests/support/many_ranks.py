@@ -147,9 +147,7 @@ class Rank:
         }
         levels = {name: [p.name for p in shapes if p.level == name] for name in config.model.cms.levels}
         of_level = config.model.cms.levels
-        cadences = {
-            p.name: Cadence(of_level[p.level].update_every_steps, of_level[p.level].phase) for p in shapes if p.level
-        }
+        cadences = {p.name: Cadence(of_level[p.level].update_every_steps, p.phase) for p in shapes if p.level}
         mesh = mesh_of(Group(replicas))
 
         def zero(*arguments: Any, **settings: Any) -> ZeroAdamW:

@@ -93,7 +93,8 @@ class StepBytes:
 @contextmanager
 def counted_steps(mesh: Mesh) -> Iterator[dict[int, StepBytes]]:
     """Count what this rank sends in each training step, by its number; all else, such as validation, is left out."""
-    gradients, update, reduce = Engine.gradients, Engine.update, OuterOptimizer.reduce
+    gradients, update, reduce, send = Engine.gradients, Engine.update, OuterOptimizer.reduce, OuterOptimizer.send
+    late: Counter[tuple[str, ...]] = Counter()
     steps: dict[int, StepBytes] = {}
 
     def counted_gradients(engine: Engine, step: int, *arguments: Any, **options: Any) -> Any:
@@ -102,7 +103,7 @@ def counted_steps(mesh: Mesh) -> Iterator[dict[int, StepBytes]]:
             reduce(optimizer, names)
             for level, members in engine.levels.items():
                 if names and set(names) <= set(members):
-                    steps[step].levels[level] = traffic.bytes["dp"] - before
+                    steps[step].levels[level] = traffic.bytes["dp"] - before + late[tuple(names)]
 
         traffic.bytes.clear()
         steps[step] = StepBytes()
@@ -110,6 +111,12 @@ def counted_steps(mesh: Mesh) -> Iterator[dict[int, StepBytes]]:
             result = gradients(engine, step, *arguments, **options)
         steps[step].axes = dict(traffic.bytes)
         return result
+
+    def counted_send(optimizer: OuterOptimizer, names: list[str]) -> None:
+        """Count what is sent in an update for a later one."""
+        before = traffic.bytes["dp"]
+        send(optimizer, names)
+        late[tuple(names)] = traffic.bytes["dp"] - before
 
     def counted_update(engine: Engine, step: int, *arguments: Any, **options: Any) -> Any:
         traffic.bytes.clear()
@@ -122,5 +129,6 @@ def counted_steps(mesh: Mesh) -> Iterator[dict[int, StepBytes]]:
         Traffic(mesh) as traffic,
         patch.object(Engine, "gradients", counted_gradients),
         patch.object(Engine, "update", counted_update),
+        patch.object(OuterOptimizer, "send", counted_send),
     ):
         yield steps

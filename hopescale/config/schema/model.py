@@ -19,6 +19,16 @@ class LevelConfig:
     """Outer cadence: optimizer steps between two updates of this level, made with the sum of their gradients."""
     phase: CountOrZero = 0
     """Shift of the cadence: the level is due at steps `s` with `(s + phase) % update_every_steps == 0`."""
+    rolling: bool = False
+    """Whether the level's blocks take turns: of its `n` blocks, number `i` has the phase `phase + i * period / n`,
+    rounded down, so that the level is never due in all of them at once. Needs a period and a number of blocks above
+    1."""
+    lag: CountOrZero = 0
+    """Steps from the end of a period to the update with its sum, which replicas exchange meanwhile. Below
+    `update_every_steps`."""
+    wire: Literal["fp32", "bf16", "int8", "int4"] = "fp32"
+    """Type in which each replica sends the level's sum, which they add up in float32. What it cannot hold stays in the
+    accumulator for the next period. Needs a period above 1."""
     update_every_tokens: Count | None = None
     """In-context cadence: tokens between two steps that the level takes on the loss of a text which `hopescale adapt`
     reads without `--levels`; null is a level that stays as it is trained. Training does not look at it."""

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from hopescale.common.errors import ConfigError
-from hopescale.config import check_model, check_optim, check_parallel, check_train
+from hopescale.config import check_cadence, check_model, check_optim, check_parallel, check_train
 from hopescale.config.check import CHECKS, check, require_valid
 from hopescale.config.load import load_recipe
 from hopescale.config.schema import RunConfig
@@ -139,6 +139,14 @@ BROKEN = [
     ([DEPTH, "model.cms.variant=independent"], "model.cms.variant", "no effect"),
     ([DEPTH, "parallel.pp=2"], "model.cms.placement", "needs parallel.pp of 1, it is 2"),
     ([f"{LEVEL}.phase=8"], f"{LEVEL}.phase", "8 is not below update_every_steps = 8"),
+    ([f"{LEVEL}.rolling=true", f"{LEVEL}.update_every_steps=1"], f"{LEVEL}.rolling", "update_every_steps is 1"),
+    ([f"{LEVEL}.rolling=true", "model.num_layers=1"], f"{LEVEL}.rolling", "1 block has the level"),
+    ([f"{LEVEL}.lag=8"], f"{LEVEL}.lag", "8 is not below update_every_steps = 8"),
+    (["model.cms.levels.fast.lag=1"], "model.cms.levels.fast.lag", "1 is not below update_every_steps = 1"),
+    (["model.cms.levels.fast.wire=int8"], "model.cms.levels.fast.wire", "outlives a step"),
+    (["parallel.zero=2", f"{LEVEL}.lag=1"], f"{LEVEL}.lag", "parallel.zero = 2 sums"),
+    (["parallel.zero=3", f"{LEVEL}.wire=bf16"], f"{LEVEL}.wire", "parallel.zero = 3 sums"),
+    (["optim.groups.m={rule: dgd, match: ['*.up.weight']}", f"{LEVEL}.lag=1"], f"{LEVEL}.lag", "dgd sends Gram"),
     (["data.sources.main=null"], "data.sources", "no source"),
     (["data.sources.main.path=null"], "data.sources.main", "neither"),
     (["data.sources.main.synthetic={}"], "data.sources.main", "both"),
@@ -181,6 +189,7 @@ def problems_of(recipe, *overrides):
         [f"{MIXER}.chunk_size=16", f"{MIXER}.projection_chunk_size=64"],
         [f"{MIXER}.chunk_size=16", f"{MIXER}.projection_chunk_size=64", f"{MIXER}.reset_every=128"],
         [f"{LEVEL}.update_every_steps=101", f"{LEVEL}.phase=1"],
+        [f"{LEVEL}={{rolling: true, lag: 7, wire: int4}}", "parallel.zero=1"],
         ["data.sources.main={path: null, synthetic: {num_symbols: 126}}"],
         ["optim.schedule={name: wsd, warmup_steps: 50, decay_fraction: 0.5}"],
         ["checkpoint.every=10", "checkpoint.keep_every=30"],
@@ -246,7 +255,7 @@ def test_the_bare_schema_lacks_only_levels_and_data():
     assert {problem.key for problem in check(RunConfig())} == {"model.cms.levels", "data.sources"}
 
 
-@pytest.mark.parametrize("module", [check_model, check_optim, check_parallel, check_train])
+@pytest.mark.parametrize("module", [check_cadence, check_model, check_optim, check_parallel, check_train])
 def test_every_rule_is_registered(module):
     own = {name: value for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__}
     rules = {value for name, value in own.items() if not name.startswith("_")}

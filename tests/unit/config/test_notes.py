@@ -16,6 +16,10 @@ from hopescale.config.notes import notes
             ["level slow is due once up to train.steps=3, at step 2"],
         ),
         (
+            ("train.steps=3", "model.cms.levels.slow.rolling=true"),
+            ["level slow is due at no step up to train.steps=3 in 1 of 2 blocks, where its weights stay"],
+        ),
+        (
             ("optim.schedule.warmup_steps=200",),
             [
                 "optim.schedule.warmup_steps=200 is not below train.steps=100: the learning rate only rises, "

@@ -34,7 +34,7 @@ def test_the_inventory_is_the_model(overrides: list[str], slices: list[range] | 
     with torch.device("meta"):
         model = Model(config, blocks=None if slices is None else slices[0])
     found = [
-        ParameterShape(name, tuple(p.shape), p.spec.partition_dim, p.spec.keep_fp32, level_of(name), p.spec.parts)
+        ParameterShape(name, tuple(p.shape), p.spec.partition_dim, p.spec.keep_fp32, level_of(name), parts=p.spec.parts)
         for name, p in model.named_parameters()
     ]
     assert model_parameters(config, slices) == found
