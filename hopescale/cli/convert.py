@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from hopescale.cli.options import Levels, echo_rows, read_count, require_packages
+from hopescale.cli.progress import progress_bar
 from hopescale.common.errors import ConfigError
 from hopescale.common.units import format_bytes
 
@@ -36,7 +37,9 @@ def to_hf(
     _require_extra()
     from hopescale.convert.hf import export, num_bytes
 
-    exported = export(checkpoint, out, shard_bytes=shard_bytes, native=native, levels=levels, report=typer.echo)
+    settings = {"shard_bytes": shard_bytes, "native": native, "levels": levels, "report": typer.echo}
+    with progress_bar("writing") as bar:
+        exported = export(checkpoint, out, **settings, on_written=bar.show)
     size = sum(map(num_bytes, exported.tensors.values()))
     shards = sum(name.endswith(".safetensors") for name in exported.files)
     typer.echo(f"{out}: step {exported.step}, {len(exported.tensors)} tensors, {format_bytes(size)} in {shards} files")
@@ -67,11 +70,14 @@ def from_hf(
     if as_ is None:
         from hopescale.convert.hf import restore_export
 
-        typer.echo(f"{restore_export(folder, out)}: weights alone; train on with --reset-optimizer")
+        with progress_bar("reading and writing"):
+            made = restore_export(folder, out)
+        typer.echo(f"{made}: weights alone; train on with --reset-optimizer")
     else:
         from hopescale.convert.stacking import stack
 
-        made = stack(folder, out, periods, stacking or "copy", precision, typer.echo)
+        with progress_bar("reading and writing"):
+            made = stack(folder, out, periods, stacking or "copy", precision, typer.echo)
         typer.echo(f"{made}: begin a run with it: hopescale train {out / 'config.yaml'} --init {out} ...")
     if verify:
         verify_(folder, out)
@@ -118,7 +124,9 @@ def verify_(folder: HfFolder, checkpoint: Checkpoint, levels: Levels = None) -> 
     _require_extra()
     from hopescale.convert.verify import verify_folder
 
-    for line in verify_folder(folder, checkpoint, levels).lines():
+    with progress_bar("comparing"):
+        compared = verify_folder(folder, checkpoint, levels)
+    for line in compared.lines():
         typer.echo(line)
 
 

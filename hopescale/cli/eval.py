@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ import typer
 
 from hopescale.checkpoint.manifest import EXPORT
 from hopescale.cli.options import Levels, require_packages
+from hopescale.cli.progress import progress_bar
 from hopescale.cli.ranks import own_rank_info, run_on_ranks
 from hopescale.cli.report import compare_and_write
 from hopescale.common.errors import CheckpointError, ConfigError, HopescaleError
@@ -125,6 +127,7 @@ def _evaluate(
     levels: Path | None,
 ) -> list[dict[str, Any]]:
     """Evaluate one model after the other, and return their reports, on the first rank alone."""
+    from hopescale.evals.distribute import silent
     from hopescale.evals.run import evaluate as run
     from hopescale.parallel import process
     from hopescale.parallel.init_distributed import init_distributed
@@ -140,7 +143,8 @@ def _evaluate(
         control.all_ranks_or_raise(lambda path=path, loaded=loaded: loaded.append(load(path, chosen, levels)))
         if len(paths) > 1:
             speak(f"{path}:")
-        results = run(loaded[0], request, control, speak)
+        with progress_bar("asking", unit="texts") if control.is_first else nullcontext() as bar:
+            results = run(loaded[0], request, control, speak, silent if bar is None else bar.show)
         if control.is_first:
             for line in results.tables():
                 typer.echo(line)

@@ -106,6 +106,8 @@ def find_table(sweep: Path | None, points: Path | None) -> tuple[Path, Path | No
         )
     if points:
         return points, None
+    if sweep.suffix.lower() in (".csv", ".tsv", ".json", ".jsonl"):
+        raise ConfigError(f"{sweep} is a table of runs, and no sweep", f"name it so: --points {sweep}")
     from hopescale.sweep.grid import load_sweep
 
     folder = sweep if sweep.is_dir() else load_sweep(sweep).folder

@@ -9,14 +9,35 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
+    MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     SpinnerColumn,
+    Task,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from rich.text import Text
+
+
+class Rate(ProgressColumn):
+    """A column for how many are done in a second.
+
+    Args:
+        unit: Word for what is counted.
+    """
+
+    def __init__(self, unit: str):
+        super().__init__()
+        self._unit = unit
+
+    def render(self, task: Task) -> Text:
+        """Return the mean rate of the last ones."""
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:.1f} {self._unit}/s")
 
 
 class Bar:
@@ -39,6 +60,12 @@ class Bar:
         """Add to what is done of a total that was not known before."""
         self._progress.update(self._task, total=total, advance=num_bytes)
 
+    def show(self, done: int, total: int) -> None:
+        """Show how much of a total is done; less than before is something else that has begun."""
+        if done < (task := self._progress.tasks[0]).completed or total != task.total:
+            self._progress.reset(self._task, total=total)
+        self._progress.update(self._task, completed=done)
+
     def note(self, text: str) -> None:
         """Write a text behind the verb."""
         self._progress.update(self._task, description=f"{self._verb} {text}")
@@ -50,20 +77,23 @@ class Bar:
 
 
 @contextmanager
-def progress_bar(verb: str, total: int | None = None) -> Iterator[Bar]:
+def progress_bar(verb: str, total: int | None = None, *, unit: str | None = None) -> Iterator[Bar]:
     """Show a bar on standard error, if that is a terminal, until the block ends.
 
     Args:
         verb: Word for what is done.
         total: Bytes that there are to do; null shows the time alone.
+        unit: Word for what is counted, if that is not bytes.
     """
     console = Console(stderr=True)
+    rate = (DownloadColumn(binary_units=True), TransferSpeedColumn())
+    if unit is not None:
+        rate = (MofNCompleteColumn(), Rate(unit))
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
+        *rate,
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),

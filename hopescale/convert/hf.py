@@ -63,6 +63,7 @@ def export(
     native: bool = False,
     levels: Path | None = None,
     report: Report = lambda line: None,
+    on_written: Callable[[int, int], None] = lambda done, total: None,
 ) -> Manifest:
     """Write a checkpoint of any layout as a folder that transformers loads without hopescale.
 
@@ -75,6 +76,7 @@ def export(
         native: Whether to write a Transformer as the Llama, Mistral or Qwen that it equals, without code of ours.
         levels: Folder of levels that `hopescale adapt` has kept, written in place of the checkpoint's.
         report: Listener for a line about the tokenizer.
+        on_written: Listener for how many bytes of weights are written, and how many there are.
 
     Returns:
         The checkpoint's manifest, with the tensors and files of the folder.
@@ -91,7 +93,7 @@ def export(
     weight_pairs = _native_pairs(config, source) if native else [Pair(name, (name,)) for name in weights]
     body = _native_config(manifest, config) if native else _own_config(manifest, config)
     with staged_folder(out, CheckpointError) as folder:
-        _write_weights(source, weight_pairs, weights, config.model, folder, shard_bytes, adapted)
+        _write_weights(source, weight_pairs, weights, config.model, folder, shard_bytes, adapted, on_written)
         if not native:
             for code in CODE.glob("*_hope.py"):
                 if not code.name.startswith("tokenization"):
@@ -129,9 +131,11 @@ def _write_weights(
     folder: Path,
     shard_bytes: int,
     adapted: Mapping[str, Tensor],
+    on_written: Callable[[int, int], None],
 ) -> None:
     """Write the tensors shard by shard, those of `adapted` in place of the checkpoint's, then the index."""
     by_name, places, size = {pair.ours: pair for pair in weight_pairs}, {}, 0
+    total = sum(num_bytes(weights[name]) for name in by_name)
     shards = list(grouped(by_name, lambda name: num_bytes(weights[name]), shard_bytes))
     for number, names in enumerate(shards, 1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
@@ -149,6 +153,7 @@ def _write_weights(
             raise CheckpointError(f"cannot write {file}: {error}", hint) from error
         places |= dict.fromkeys(parts, file)
         size += sum(part.nbytes for part in parts.values())
+        on_written(size, max(size, total))
         del parts
     _write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": places})
     for file in set(places.values()):

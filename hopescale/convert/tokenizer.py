@@ -56,6 +56,8 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, *, own_code: bool) -> st
         processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / SENTENCEPIECE_FILE))
         fast = _build(processor)
         config["unk_token"] = processor.id_to_piece(processor.unk_id())
+        if not _puts_space(processor):
+            config["add_prefix_space"] = False  # llama.cpp's converter takes the silence of a Llama for true
         if _is_same(fast, tokenizer):
             fast.post_processor = processors.TemplateProcessing(
                 single=f"{end} $A", pair=f"{end} $A {end} $B", special_tokens=[(end, tokenizer.eos_id)]
@@ -100,6 +102,11 @@ def _frame(file: Path, tokenizer: Tokenizer) -> None:
     file.write_text(json.dumps(tree, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def _puts_space(processor: sentencepiece.SentencePieceProcessor) -> bool:
+    """Say whether a model puts a space before a text."""
+    return processor.encode("a", out_type=str)[0].startswith(_SPACE)
+
+
 def _build(processor: sentencepiece.SentencePieceProcessor) -> FastTokenizer | None:
     """Build a BPE of the same pieces and priorities; None if a piece that is spelled in bytes is missing.
 
@@ -119,7 +126,7 @@ def _build(processor: sentencepiece.SentencePieceProcessor) -> FastTokenizer | N
     ]
     unknown = processor.id_to_piece(processor.unk_id())
     fast = FastTokenizer(BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
-    prefixed = processor.encode("a", out_type=str)[0].startswith(_SPACE)
+    prefixed = _puts_space(processor)
     if prefixed:  # such a model is not exact, and takes the symbol for a space
         fast.normalizer = normalizers.Sequence([normalizers.Replace(_SPACE, " "), normalizers.Prepend(" ")])
     fast.decoder = decoders.Sequence(

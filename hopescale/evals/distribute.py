@@ -8,6 +8,12 @@ from typing import TypeVar
 from hopescale.parallel.control import Control
 
 T = TypeVar("T")
+Tell = Callable[[int, int], None]
+"""A listener for how much of something is done, and how much there is."""
+
+
+def silent(done: int, total: int) -> None:
+    """Tell nobody."""
 
 
 def group_by_length(lengths: Sequence[int], *, tokens: int, spread: int | None = None) -> list[list[int]]:
@@ -33,7 +39,7 @@ def distribute(
     control: Control,
     batches: Sequence[Sequence[int]],
     work: Callable[[list[int]], Sequence[T]],
-    tell: Callable[[int, int], None] = lambda done, total: None,
+    tell: Tell = silent,
 ) -> list[T]:
     """Do each batch on one of the ranks, and return the result of each number everywhere. Called by all ranks.
 

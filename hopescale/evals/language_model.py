@@ -12,7 +12,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from hopescale.common.errors import ConfigError
-from hopescale.evals.distribute import distribute, group_by_length
+from hopescale.evals.distribute import Tell, distribute, group_by_length, silent
 from hopescale.evals.scoring import Scored, score, write
 from hopescale.infer.load import LoadedModel
 from hopescale.infer.sampling import Sampling
@@ -39,12 +39,20 @@ class EvaluatedModel(TemplateLM):
         control: Control by which ranks meet.
         context: Tokens that are read at most before a token that is predicted; None is all there are.
         report: Takes a line for every tenth of the work that is done.
+        tell: Listener for how many texts of this rank are done, and how many there are.
     """
 
-    def __init__(self, loaded: LoadedModel, control: Control, context: int | None, report: Callable[[str], None]):
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        control: Control,
+        context: int | None,
+        report: Callable[[str], None],
+        tell: Tell = silent,
+    ):
         super().__init__()
         self.model, self.text, self.control = loaded.model, loaded.tokenizer, control
-        self.context, self.report = context, report
+        self.context, self.report, self.tell = context, report, tell
 
     @property
     def eot_token_id(self) -> int:
@@ -143,6 +151,7 @@ class EvaluatedModel(TemplateLM):
 
         def tell(done: int, total: int) -> None:
             nonlocal reported
+            self.tell(done, total)
             if (tenth := 10 * done // total) > reported:
                 reported = tenth
                 self.report(f"{what} {done:,} of {total:,} texts{share}")

@@ -13,7 +13,7 @@ import numpy as np
 from hopescale.common.errors import ConfigError, DataError
 from hopescale.config.schema import DataConfig
 from hopescale.data.loader import Batch, Data, open_data
-from hopescale.evals.distribute import distribute
+from hopescale.evals.distribute import Tell, distribute, silent
 from hopescale.evals.suite_request import LENGTHS
 from hopescale.evals.suite_result import PositionResult
 from hopescale.evals.suites import BATCH_TOKENS, judge
@@ -54,6 +54,7 @@ def measure_positions(
     num_rows: int,
     control: Control,
     adaptation: Adaptation | None = None,
+    tell: Tell = silent,
 ) -> list[PositionResult]:
     """Measure the mean loss of each part of the rows, of every held-out set, levels following if `adaptation` says."""
     results, size = [], max(1, BATCH_TOKENS // length)
@@ -64,7 +65,7 @@ def measure_positions(
         def work(numbers: list[int], batches: list[Batch] = batches) -> list[np.ndarray]:
             return losses_of(loaded, [batches[number] for number in numbers], adaptation)
 
-        losses = np.stack(distribute(control, groups, work))
+        losses = np.stack(distribute(control, groups, work, tell))
         documents = np.concatenate([batch.document_ids.numpy() for batch in batches])
         places = list(by_place(losses, documents))
         results.append(PositionResult(name, length, len(losses), places))

@@ -18,7 +18,7 @@ from hopescale.data.loader import Data, open_data
 from hopescale.engine.schedule import Loop
 from hopescale.engine.segments import Segments
 from hopescale.engine.step import num_targets
-from hopescale.evals.distribute import distribute
+from hopescale.evals.distribute import Tell, distribute, silent
 from hopescale.evals.following import following_loss
 from hopescale.evals.positions import measure_positions, open_rows
 from hopescale.evals.report import Measurements, TaskResult
@@ -45,11 +45,15 @@ class Prepared(NamedTuple):
 
 
 def evaluate(
-    loaded: LoadedModel, request: EvalRequest, control: Control, report: Callable[[str], None]
+    loaded: LoadedModel,
+    request: EvalRequest,
+    control: Control,
+    report: Callable[[str], None],
+    tell: Tell = silent,
 ) -> Measurements:
     """Measure a model, which is whole on every rank. Called by all ranks, with results that do not depend on them.
 
-    `report` takes lines about what is done; those of the first rank stand for all.
+    `report` takes lines about what is done, `tell` counts; those of the first rank stand for all.
 
     Raises:
         ConfigError: If a task is unknown or asks for what there is not, or the model has no tokenizer for text.
@@ -64,14 +68,14 @@ def evaluate(
             from hopescale.evals.language_model import EvaluatedModel
             from hopescale.evals.tasks import run_tasks
 
-            model = EvaluatedModel(loaded, control, context_of(loaded, request), report)
+            model = EvaluatedModel(loaded, control, context_of(loaded, request), report, tell)
             results += run_tasks(model, tasks, request.limit)
         if data is not None:
-            results += _held_out_loss(loaded, data, control, request.adaptation)
+            results += _held_out_loss(loaded, data, control, request.adaptation, tell)
         if points:
-            suites = ask(loaded, points, request.suite.examples, control, report, request.adaptation)
+            suites = ask(loaded, points, request.suite.examples, control, report, request.adaptation, tell)
         if rows is not None:
-            positions = measure_positions(loaded, *rows, request.suite.examples, control, request.adaptation)
+            positions = measure_positions(loaded, *rows, request.suite.examples, control, request.adaptation, tell)
     except HopescaleError as error:  # met by all ranks alike
         error.repeated = not control.is_first
         raise
@@ -148,7 +152,7 @@ def _check_tokenizer(loaded: LoadedModel, data: Data) -> None:
 
 
 def _held_out_loss(
-    loaded: LoadedModel, data: Data, control: Control, adaptation: Adaptation | None
+    loaded: LoadedModel, data: Data, control: Control, adaptation: Adaptation | None, tell: Tell
 ) -> list[TaskResult]:
     """Measure each held-out set, as far as validation reads it.
 
@@ -167,7 +171,7 @@ def _held_out_loss(
                 return [torch.tensor(following_loss(loaded.model, batches[n], adaptation)) for n in numbers]
             return [passes.evaluate([batches[number]]).cpu() for number in numbers]
 
-        sums = distribute(control, [[number] for number in range(len(batches))], work)
+        sums = distribute(control, [[number] for number in range(len(batches))], work, tell)
         loss = float(sum(sums, torch.zeros(()))) / max(1, num_targets(batches))
         metrics = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
         if (bits := data.bits_per_byte(name, loss)) is not None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from hopescale.config.schema import SuiteConfig
 from hopescale.data.samples import Rows
 from hopescale.data.suite_samples import SuiteSamples
-from hopescale.evals.distribute import distribute, group_by_length
+from hopescale.evals.distribute import Tell, distribute, group_by_length, silent
 from hopescale.evals.scoring import Scored, score
 from hopescale.evals.suite_request import own_tasks
 from hopescale.evals.suite_result import PLACES, SuiteResult
@@ -83,6 +83,7 @@ def ask(
     control: Control,
     report: Callable[[str], None],
     adaptation: Adaptation | None = None,
+    tell: Tell = silent,
 ) -> list[SuiteResult]:
     """Ask a model so many examples of each point.
 
@@ -93,9 +94,9 @@ def ask(
     for point in points:
         samples = SuiteSamples(point, seed=loaded.config.data.seed, split="test", seq_len=point.length, examples=SEED)
         if loaded.tokenizer is not None and point.task not in own_tasks(loaded.config):
-            results.append(_in_words(loaded, point, samples.read(range(num_examples)), control))
+            results.append(_in_words(loaded, point, samples.read(range(num_examples)), control, tell))
         else:
-            results.append(_in_ids(loaded, point, samples, num_examples, control, adaptation))
+            results.append(_in_ids(loaded, point, samples, num_examples, control, adaptation, tell))
         done = results[-1]
         report(f"{point.task} of length {point.length}: {done.accuracy:.3f} of {done.questions:,} answers are right")
     return results
@@ -108,6 +109,7 @@ def _in_ids(
     num_examples: int,
     control: Control,
     adaptation: Adaptation | None,
+    tell: Tell,
 ) -> SuiteResult:
     size = max(1, BATCH_TOKENS // point.length)
     batches = [list(range(start, min(start + size, num_examples))) for start in range(0, num_examples, size)]
@@ -116,10 +118,10 @@ def _in_ids(
         rows = samples.read(numbers)
         return judge(loaded.model, rows.tokens, rows.targets, adaptation)
 
-    return _result(point, samples.read(range(num_examples)), distribute(control, batches, work))
+    return _result(point, samples.read(range(num_examples)), distribute(control, batches, work, tell))
 
 
-def _in_words(loaded: LoadedModel, point: SuiteConfig, rows: Rows, control: Control) -> SuiteResult:
+def _in_words(loaded: LoadedModel, point: SuiteConfig, rows: Rows, control: Control, tell: Tell) -> SuiteResult:
     """Ask in text. Words that are asked one after the other are one answer, noted at the place of its last word."""
     task, settings = TASKS[point.task], resolve(point)
     questions = [(row, *ends) for row, targets in enumerate(rows.targets) for ends in answers_of(targets)]
@@ -134,7 +136,7 @@ def _in_words(loaded: LoadedModel, point: SuiteConfig, rows: Rows, control: Cont
     def work(numbers: list[int]) -> list[Scored]:
         return score(loaded.model, [texts[number] for number in numbers], [counts[number] for number in numbers])
 
-    scored = distribute(control, group_by_length(list(map(len, texts)), tokens=BATCH_TOKENS), work)
+    scored = distribute(control, group_by_length(list(map(len, texts)), tokens=BATCH_TOKENS), work, tell)
     judged = [Judged(*np.full((2, point.length), np.nan)) for _ in rows.targets]
     for (row, _, last), (logprob, greedy) in zip(questions, scored, strict=True):
         judged[row].right[last], judged[row].loss[last] = greedy, -logprob

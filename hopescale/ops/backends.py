@@ -204,7 +204,7 @@ def _installation_problem() -> str | None:
     try:
         installed = version("triton")
     except PackageNotFoundError:
-        return "triton is not installed"
+        return "triton is not installed (pip install 'hopescale[triton]')"
     if tuple(map(int, installed.split(".")[:2])) < OLDEST_TRITON:
         return f"the kernels need triton {'.'.join(map(str, OLDEST_TRITON))}, {installed} is installed"
     return None

@@ -216,7 +216,8 @@ def _begin_mirror(folder: RunFolder, request: RunRequest) -> None:
     if isinstance(request.resume, Path):
         mirror.claim(root)
         return
-    if request.resume == "never":
+    branches = request.branch_from is not None and latest_checkpoint(root) is None
+    if request.resume == "never" or branches:  # a branch goes on from what it is told, not from another run's copies
         mirror.check_unused(root)
     mirror.begin(root, keep_last=settings.keep_last, keep_every=settings.keep_every, keep_at=settings.keep_at)
 

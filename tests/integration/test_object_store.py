@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import fsspec
 import pytest
@@ -142,3 +143,14 @@ def test_a_store_that_does_not_answer_costs_a_warning_and_no_checkpoint(
     assert Run(tmp_path / "run").steps() == [2]
     done = hopescale("train", "debug", *tiny, "checkpoint.mirror=nosuch://a/b", "--run-dir", tmp_path / "other")
     assert done.code == 4 and "cannot reach checkpoint.mirror nosuch://a/b" in done.err
+
+
+def test_a_branch_in_a_new_folder_does_not_take_up_the_copies_of_another_run(mirrored, tmp_path: Path):
+    root, mirror, _ = mirrored
+    settings = SimpleNamespace(mirror=mirror.address, keep_last=1, keep_every=None, keep_at=())
+    loaded = SimpleNamespace(config=SimpleNamespace(checkpoint=settings))
+    request = SimpleNamespace(resume="auto", loaded=loaded, reset_optimizer=False, branch_from=root)
+    folder = SimpleNamespace(path=tmp_path / "branch", checkpoints=tmp_path / "branch" / "checkpoints")
+    with pytest.raises(CheckpointError, match="holds the checkpoints of another run"):
+        choose_checkpoint(folder, request)
+    assert not folder.checkpoints.exists()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from hopescale.cli.progress import progress_bar
 
 ROOT = Path(__file__).parents[3]
 FULL = Path("/dev/full")
@@ -89,3 +92,15 @@ print(os.path.samestat(os.fstat(1), os.stat(os.devnull)))
 os.write(2, str(os.path.samestat(os.fstat(1), os.stat(os.devnull))).encode())
 """
     assert start(code, stdout=subprocess.PIPE).communicate(timeout=60)[1] == "True"
+
+
+def test_a_bar_of_counts_shows_rate_and_begins_again_with_what_is_asked_next(monkeypatch):
+    monkeypatch.setattr("sys.stderr", out := io.StringIO())
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    with progress_bar("asking", unit="texts") as bar:
+        bar.show(3, 8)
+        bar.show(8, 8)
+        bar.show(1, 40)
+    assert "1/40" in out.getvalue() and "left" in out.getvalue()

@@ -224,6 +224,8 @@ def test_mistakes_are_one_message(sweep, chinchilla, tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     failed = error("fit", tmp_path / "empty")
     assert isinstance(failed, DataError) and "sweep collect" in failed.hint
+    failed = error("fit", chinchilla)
+    assert isinstance(failed, ConfigError) and "--points" in failed.hint
     failed = error("plot", "--points", chinchilla)
     assert isinstance(failed, ConfigError) and "--out" in failed.hint
     (tmp_path / "file").write_text("")
