@@ -22,7 +22,7 @@ from hopescale.cost.holdings import Holdings, gathers
 from hopescale.cost.parameter import FP32, ParameterShape, itemsize
 from hopescale.cost.updates import EVEN_UNIT, assign_owners
 
-AXES = ("tp", "dp", "cp", "pp", "embedding", "world")
+AXES = ("tp", "node", "dp", "cp", "pp", "embedding", "world")
 """Axes as the metrics name them."""
 SHARD_UNIT = 2
 """Entries of which a shard of DeepSpeed's is a multiple at `zero` 2."""
@@ -82,6 +82,8 @@ class SentBytes:
         matrices = [p for p in self.matrices if p.level is None or p.level in due]
         if matrices and layout.replicas > 1:
             sent["dp"] += self._matrices(matrices)
+        if layout.node_replicas:
+            sent["node"] = self._within_node(due, matrices)
         if matrices and gathers(self.config, layout):
             sent["tp"] += self._matrix_slices(matrices)
         if layout.num_ranks > 1:
@@ -90,10 +92,10 @@ class SentBytes:
         return sent
 
     def to_sum_level(self, level: str) -> int:
-        """Return the bytes by which the gradients of a due level are summed over replicas at `zero` 0, 1."""
-        if self.config.parallel.zero:
+        """Return the bytes by which the gradients of a due level are summed over replicas at `zero` 0, 1, or nodes."""
+        if self.config.parallel.stage:
             own = sum(count for (of, _), count in self._even_shards().items() if of == level)
-            elementwise = self.layout.replicas * own
+            elementwise = self._summed_parts * own
         else:
             elementwise = sum(n for kind, n in self.entries.items() if kind.rule == "adamw" and kind.level == level)
         return FP32 * elementwise + self._gradients([p for p in self.matrices if p.level == level])
@@ -173,11 +175,11 @@ class SentBytes:
 
     def _elementwise(self, due: Collection[str]) -> float:
         """Count gradients and weights of AdamW's parameters between replicas."""
-        zero, dp = self.config.parallel.zero, self.layout.replicas
+        zero, dp = self.config.parallel.stage, self.layout.replicas
         if zero == 1:
             shards = self._even_shards().items()
             due_shards = [(width, count) for (level, width), count in shards if level is None or level in due]
-            return sum((FP32 * dp + width) * count for width, count in due_shards)
+            return sum((FP32 * self._summed_parts + width) * count for width, count in due_shards)
         chosen = {kind: count for kind, count in self.entries.items() if kind.rule == "adamw"}
         gradients = FP32 * sum(count for kind, count in chosen.items() if kind.level is None or kind.level in due)
         if zero > 1:
@@ -193,6 +195,29 @@ class SentBytes:
             if p.name.startswith(own) or p.name == "norm.weight"
         )
         return gradients + self.micro_batches * (2 * whole - last) / dp
+
+    def _within_node(self, due: Collection[str], matrices: list[ParameterShape]) -> float:
+        """Count what replicas of a node exchange: all gradients of a step, and weights and `matrices` that are due."""
+        dp, nodes, sent = self.layout.replicas, self.layout.nodes, 0.0
+        for (level, width), count in self._even_shards().items():
+            sent += (FP32 * dp + width * nodes * (level is None or level in due)) * count
+        for level in {p.level for p in self.matrices}:
+            sent += FP32 * dp * self._even_part(self._summed([p for p in self.matrices if p.level == level]))
+        for alike in self._gathered_together(matrices):
+            sent += nodes * alike[0].itemsize(self.precision) * self._even_part(sum(p.size for p in alike))
+        return sent
+
+    @property
+    def _summed_parts(self) -> int:
+        """Parts of a flat tensor that a rank contributes to a sum on the axis `dp`: with nodes those of its share."""
+        return self.layout.nodes if self.layout.node_replicas else self.layout.replicas
+
+    def _gathered_together(self, matrices: list[ParameterShape]) -> list[list[ParameterShape]]:
+        """Return matrices in groups whose weights replicas gather together."""
+        together: dict[tuple, list[ParameterShape]] = {}
+        for p in matrices:
+            together.setdefault((p.level, p.itemsize(self.precision)), []).append(p)
+        return list(together.values())
 
     def _even_shards(self) -> dict[tuple[str | None, int], int]:
         """Count a replica's entries of what `zero=1` updates together, by level and bytes of a weight."""
@@ -217,15 +242,14 @@ class SentBytes:
         for level in {p.level for p in matrices}:
             together = [p for p in matrices if p.level == level]
             count += self._gradients(together) + self._to_owners(together)
-            for width in {p.itemsize(self.precision) for p in together}:
-                alike = [p for p in together if p.itemsize(self.precision) == width]
-                own = sum(p.size for p in alike if self.owners[p.name] == 0)
-                count += width * (own + self._even_part(sum(p.size for p in alike)))
+        for alike in self._gathered_together(matrices):
+            own = sum(p.size for p in alike if self.owners[p.name] == 0)
+            count += alike[0].itemsize(self.precision) * (own + self._even_part(sum(p.size for p in alike)))
         return count
 
     def _gradients(self, matrices: list[ParameterShape]) -> int:
         """Count gradients and Gram matrices of matrices that replicas sum together, in equal parts."""
-        return FP32 * self.layout.replicas * self._even_part(self._summed(matrices))
+        return FP32 * self._summed_parts * self._even_part(self._summed(matrices))
 
     def _to_owners(self, matrices: list[ParameterShape]) -> int:
         """Count the part of a sum that goes on to the owners."""

@@ -259,7 +259,7 @@ class Estimator:
 
     def _data_s(self, config: RunConfig, layout: Layout, micro_batches: int) -> float:
         """Return the seconds of the exchange between replicas, averaged over cadences."""
-        dp, zero, holding = layout.replicas, config.parallel.zero, self.holdings.of_stage(layout, 0)
+        dp, zero, holding = layout.replicas, config.parallel.stage, self.holdings.of_stage(layout, 0)
         due = {kind: count * self._updates_per_step(kind.level) for kind, count in holding.entries.items()}
         gradients = FP32 * (sum(due.values()) if zero < 2 else holding.total() * micro_batches)
         weights = gradients
@@ -267,6 +267,11 @@ class Estimator:
             weights = 2 * micro_batches * holding.weight_bytes()
         elif zero or any(kind.rule != "adamw" for kind in due):
             weights = sum(kind.itemsize * count for kind, count in due.items())
+        if inside := layout.node_replicas:
+            between = (gradients + weights) / inside * (1 - 1 / layout.nodes)
+            within = (FP32 * holding.total() + weights) * (1 - 1 / inside)
+            rings = layout.tp * inside
+            return within / self._bandwidth(rings) + between / self._bandwidth(layout.tp * dp, rings=rings)
         return (gradients + weights) * (dp - 1) / dp / self._bandwidth(layout.tp * dp, rings=layout.tp)
 
     def _updates_per_step(self, level: str | None) -> float:
@@ -278,7 +283,7 @@ class Estimator:
         holding, divided = self.holdings.of_stage(layout, 0), 0.0
         for kind, count in holding.entries.items():
             each = FP32 * (UPDATE_PASSES * count + 2 * holding.state[kind])
-            replicas = layout.replicas if config.parallel.zero or kind.rule != "adamw" else 1
+            replicas = layout.replicas if config.parallel.stage or kind.rule != "adamw" else 1
             divided += each / replicas * self._updates_per_step(kind.level)
         products = self._rule_flops(Layout(tp=layout.tp, pp=layout.pp))
         return divided / self.device.bandwidth + products / layout.replicas / self.rate

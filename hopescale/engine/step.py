@@ -81,6 +81,7 @@ class Engine:
         due = self.optimizer.due(step)
         due_levels = self._reduce(due)
         waiting = sorted(self.optimizer.parameters.keys() - due)
+        self.optimizer.hold(waiting)
         sets = {"due": due, "waiting": waiting}
         sets |= {f"level {level}": self.levels[level] for level in due_levels}
         asked = torch.full((), float(ask()), device=self.device)

@@ -113,7 +113,7 @@ class PlannedCommunication:
 
     def of_level(self, level: str) -> dict[str, float]:
         """Return the bytes by which replicas sum the gradients of a due level; empty where every step sums them all."""
-        if self._layout.replicas == 1 or self._config.parallel.zero > 1:
+        if self._layout.replicas == 1 or self._config.parallel.stage > 1:
             return {}
         return {f"level/{level}/bytes": self._of_due_level(level)}
 
