@@ -22,7 +22,7 @@ def degrees(config: RunConfig, origins: Origins) -> Iterator[Problem]:
     if zero >= 1 and is_one:
         hint = "set parallel.zero=0, or run more replicas"
         yield Problem("parallel.zero", f"{zero} has no effect: parallel.dp is {parallel.dp}", hint=hint)
-    if parallel.shard is not None and zero:
+    if parallel.shard is not None and zero > parallel.stage:
         message = f"{parallel.shard}, but parallel.zero is {zero}: both say what replicas share out"
         yield Problem("parallel.shard", message, hint="set one of them alone")
     if parallel.shard == "all" and is_one:
@@ -43,7 +43,7 @@ def nodes_share_evenly(config: RunConfig, origins: Origins) -> Iterator[Problem]
     per_node, tp = parallel.ranks_per_node, parallel.tp
     if parallel.shard != "node":
         for name in set_keys(config, origins, key):
-            yield Problem(name, f"{per_node} has no effect: parallel.shard is {parallel.shard}", hint="leave it out")
+            yield Problem(name, f"{per_node} has no effect: parallel.shard is {parallel.shard or 'null'}", hint="leave it out")
         return
     if tp is None or min(per_node, tp) < 1:
         return

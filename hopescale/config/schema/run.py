@@ -220,7 +220,7 @@ class ParallelConfig:
     shard: Literal["none", "all", "node"] | None = None
     """The same by tiers of the network; null goes by `zero`. `none` and `all` are `zero` of 0 and 1. `node`: as `all`,
     but gradients are summed inside a node at every step, and between nodes when they are due; sums that wait are shared
-    out over the ranks of a node. Takes the place of `zero`."""
+    out over the ranks of a node. Not with `zero` of 2 or 3, whose place it takes."""
     ranks_per_node: Count = 8
     """Ranks of a node. Only with `shard: node`, which needs two nodes or more, each with two replicas or more."""
     timeout_s: Count = 300
