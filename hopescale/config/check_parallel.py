@@ -43,7 +43,9 @@ def nodes_share_evenly(config: RunConfig, origins: Origins) -> Iterator[Problem]
     per_node, tp = parallel.ranks_per_node, parallel.tp
     if parallel.shard != "node":
         for name in set_keys(config, origins, key):
-            yield Problem(name, f"{per_node} has no effect: parallel.shard is {parallel.shard or 'null'}", hint="leave it out")
+            yield Problem(
+                name, f"{per_node} has no effect: parallel.shard is {parallel.shard or 'null'}", hint="leave it out"
+            )
         return
     if tp is None or min(per_node, tp) < 1:
         return

@@ -45,6 +45,11 @@ class Layout:
         return self.replicas // self.node_replicas if self.node_replicas else 1
 
     @property
+    def flushes(self) -> bool:
+        """Whether gradients of AdamW are summed inside nodes in each backward pass, not once in a step."""
+        return self.node_replicas > 0 and self.pp == self.cp == 1
+
+    @property
     def num_ranks(self) -> int:
         """Processes in all."""
         return self.replicas * self.tp * self.pp

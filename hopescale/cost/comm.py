@@ -20,7 +20,7 @@ from hopescale.config.schema.ttt import TttConfig
 from hopescale.cost.carried import handed_on
 from hopescale.cost.holdings import Holdings, gathers
 from hopescale.cost.parameter import FP32, ParameterShape, itemsize
-from hopescale.cost.updates import EVEN_UNIT, assign_owners
+from hopescale.cost.updates import EVEN_UNIT, NODE_ELEMENTS, assign_owners, buckets
 
 AXES = ("tp", "node", "dp", "cp", "pp", "embedding", "world")
 """Axes as the metrics name them."""
@@ -199,8 +199,9 @@ class SentBytes:
     def _within_node(self, due: Collection[str], matrices: list[ParameterShape]) -> float:
         """Count what replicas of a node exchange: all gradients of a step, and weights and `matrices` that are due."""
         dp, nodes, sent = self.layout.replicas, self.layout.nodes, 0.0
+        passes = self.micro_batches * self.config.train.segments if self.layout.flushes else 1
         for (level, width), count in self._even_shards().items():
-            sent += (FP32 * dp + width * nodes * (level is None or level in due)) * count
+            sent += (FP32 * dp * passes + width * nodes * (level is None or level in due)) * count
         for level in {p.level for p in self.matrices}:
             sent += FP32 * dp * self._even_part(self._summed([p for p in self.matrices if p.level == level]))
         for alike in self._gathered_together(matrices):
@@ -221,11 +222,19 @@ class SentBytes:
 
     def _even_shards(self) -> dict[tuple[str | None, int], int]:
         """Count a replica's entries of what `zero=1` updates together, by level and bytes of a weight."""
-        sizes: Counter[tuple[str | None, int]] = Counter()
+        together: dict[tuple[str | None, int], list[ParameterShape]] = {}
         for p in self.parameters:
             if self.holdings.rule_of(p) == "adamw":
-                sizes[p.level, p.itemsize(self.precision)] += p.size
-        return {key: self._even_part(size) for key, size in sizes.items()}
+                together.setdefault((p.level, p.itemsize(self.precision)), []).append(p)
+        return {key: sum(map(self._even_part, self._flat_sizes(members))) for key, members in together.items()}
+
+    def _flat_sizes(self, members: list[ParameterShape]) -> list[int]:
+        """Return the entries of the flat tensors of what is updated together."""
+        sizes = {p.name: p.size for p in members}
+        if not self.layout.flushes:
+            return [sum(sizes.values())]
+        parts = buckets(sizes, dict.fromkeys(sizes, 0), sizes, NODE_ELEMENTS)
+        return [sum(sizes[name] for name in part) for part in parts]
 
     def _shards(self, due: Collection[str]) -> int:
         """Count a replica's shards of due weights: what is updated together is filled up to equal shards."""

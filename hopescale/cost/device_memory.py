@@ -20,7 +20,7 @@ from hopescale.cost.micro_batch import Activations, MicroBatch
 from hopescale.cost.mixers import COSTS
 from hopescale.cost.parameter import FP32, itemsize
 from hopescale.cost.params import count_params
-from hopescale.cost.updates import UPDATE_ELEMENTS
+from hopescale.cost.updates import NODE_ELEMENTS, UPDATE_ELEMENTS
 
 LASTING = ("weights", "gradients", "accumulators", "masters", "optimizer")
 """Kinds of memory that outlive a micro batch; `accumulators` are the gradient sums of slow levels."""
@@ -157,7 +157,7 @@ def _lasting(config: RunConfig, layout: Layout, holding: Holding, owned: float) 
         own_master = kind.itemsize < FP32 or (not matrix and zero == 2) or (matrix and joined)
         result["masters"] += bytes_ * share * own_master
         summed = bytes_ + FP32 * holding.grams[kind]
-        if not _is_fast(config, kind):
+        if not _is_fast(config, kind) or (layout.flushes and not matrix):
             result["accumulators"] += summed / wait_on
         if matrix and _keeps_sums(config, layout, kind):
             result["gradients"] += summed
@@ -172,8 +172,12 @@ def _keeps_sums(config: RunConfig, layout: Layout, kind: Kind) -> bool:
 def _fast_gradients(config: RunConfig, layout: Layout, holding: Holding) -> float:
     """Count the gradient sums that are made anew at each step: those of AdamW's parameters of period 1.
 
-    With nodes all are, but for those of matrices whose sums last.
+    With nodes all are, but for those of matrices whose sums last; of AdamW's parameters a flat tensor of each set.
     """
+    if layout.flushes:
+        room = max(NODE_ELEMENTS, holding.largest)
+        made = {kind: count for kind, count in holding.entries.items() if not _keeps_sums(config, layout, kind)}
+        return FP32 * sum(min(count, room) if kind.rule == "adamw" else count for kind, count in made.items())
     if layout.node_replicas:
         made = (kind for kind in holding.entries if not _keeps_sums(config, layout, kind))
     else:

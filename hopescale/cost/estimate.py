@@ -269,7 +269,9 @@ class Estimator:
             weights = sum(kind.itemsize * count for kind, count in due.items())
         if inside := layout.node_replicas:
             between = (gradients + weights) / inside * (1 - 1 / layout.nodes)
-            within = (FP32 * holding.total() + weights) * (1 - 1 / inside)
+            passes = micro_batches * config.train.segments if layout.flushes else 1
+            summed = sum(n * (passes if kind.rule == "adamw" else 1) for kind, n in holding.entries.items())
+            within = (FP32 * summed + weights) * (1 - 1 / inside)
             rings = layout.tp * inside
             return within / self._bandwidth(rings) + between / self._bandwidth(layout.tp * dp, rings=rings)
         return (gradients + weights) * (dp - 1) / dp / self._bandwidth(layout.tp * dp, rings=layout.tp)

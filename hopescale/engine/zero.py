@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from hopescale.cost.updates import NODE_ELEMENTS, buckets
 from hopescale.engine.zero_deepspeed import FlatShards, start_deepspeed
 from hopescale.engine.zero_even import EvenShards
 from hopescale.engine.zero_partitioned import PartitionedModel, PartitionedShards
@@ -56,6 +57,8 @@ class ZeroAdamW(Updater):
     ):
         super().__init__(parameters, cadences, mesh, accumulates=False)
         self.cadences, self.stage, self._tiers = dict(cadences), stage, mesh.tiers
+        # Stages, and ranks that share sequences, are not at the same place of a backward pass.
+        self._flushes = mesh.pp_group.size() == mesh.cp_group.size() == 1
         self._device = next(iter(self.parameters.values())).device
         self._shapes = {name: parameter.shape for name, parameter in self.parameters.items()}
         self._reduced: set[str] = set()
@@ -64,11 +67,19 @@ class ZeroAdamW(Updater):
         make = self._maker(model, whole)
         self._sets = [
             make({name: self.parameters[name] for name in names}, _within(groups, names), eps=eps)
-            for names in _updated_together(self.parameters, self.cadences, levels)
+            for names in self._together(levels)
         ]
         self._set_of = {name: shards for shards in self._sets for name in shards.parameters}
         if stage == 1:
             self._accumulate_flat()
+
+    def _together(self, levels: Collection[Collection[str]]) -> list[list[str]]:
+        """Put together what is updated together; with nodes, in sets that are small enough to be summed in between."""
+        sets = _updated_together(self.parameters, self.cadences, levels)
+        if not (self._tiers.has_nodes and self._flushes):
+            return sets
+        sizes = {name: parameter.numel() for name, parameter in self.parameters.items()}
+        return [part for names in sets for part in buckets(names, dict.fromkeys(names, 0), sizes, NODE_ELEMENTS)]
 
     def _maker(self, model: nn.Module | None, whole: Collection[type[nn.Module]]) -> Callable[..., Shards]:
         """Return what makes a set of shards of the stage."""
@@ -81,7 +92,7 @@ class ZeroAdamW(Updater):
 
     def _even_shards(self, parameters: Mapping[str, nn.Parameter], groups: Sequence[RuleGroup], eps: float) -> Shards:
         cadence = self.cadences[next(iter(parameters))]
-        return EvenShards(parameters, groups, eps=eps, cadence=cadence, tiers=self._tiers)
+        return EvenShards(parameters, groups, eps=eps, cadence=cadence, tiers=self._tiers, flushes=self._flushes)
 
     def _accumulate_flat(self) -> None:
         for shards in self._sets:

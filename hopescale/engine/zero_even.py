@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -20,17 +21,19 @@ class FlatAccumulator(Accumulator):
     Args:
         parameter, cadence: Arguments of `Accumulator`.
         make: Function that returns this part, after it has made all of the sums if there are none.
+        arrived: Function to call when a gradient has been added.
     """
 
-    def __init__(self, parameter: Tensor, cadence: Cadence, make: Callable[[], Tensor]):
+    def __init__(self, parameter: Tensor, cadence: Cadence, make: Callable[[], Tensor], arrived: Callable[[], None]):
         super().__init__(parameter, cadence, make() if cadence.period > 1 else None)
-        self._make = make
+        self._make, self._arrived = make, arrived
 
     def take(self, _: Tensor | None = None) -> None:
         """Add the parameter's gradient to the sum and clear it."""
         if self.parameter.grad is not None:
             self.accumulated_grad()
-        super().take()
+            super().take()
+            self._arrived()
 
     def accumulated_grad(self) -> Tensor:
         """Return the sum so far: zeros if there was no gradient."""
@@ -48,7 +51,8 @@ class EvenShards:
     the number of exchanges nor that of updates depends on how many replicas or parameters there are. A float32 weight
     is its own master.
 
-    With nodes no whole sum outlives a step: what waits is held in shares of the replicas of a node (`Tiers`).
+    With nodes no whole sum outlives a step: what waits is held in shares of the replicas of a node (`Tiers`). If it
+    `flushes`, none outlives a backward pass either: it is summed inside the node as soon as all of it is there.
 
     Args:
         parameters: Parameters by name, on one device; their storage becomes part of the flat tensor.
@@ -56,6 +60,7 @@ class EvenShards:
         eps: Term of AdamW.
         cadence: Cadence of all of them.
         tiers: Replicas.
+        flushes: Whether gradients are summed inside the node in each backward pass, where there are nodes.
 
     Attributes:
         accumulators: Sums of gradients by parameter.
@@ -69,6 +74,7 @@ class EvenShards:
         eps: float,
         cadence: Cadence,
         tiers: Tiers,
+        flushes: bool = False,
     ):
         self.parameters, self._tiers, replicas = dict(parameters), tiers, tiers.group.size()
         first = next(iter(self.parameters.values()))
@@ -93,11 +99,13 @@ class EvenShards:
         self._step, self._sums, self._gradient, self._work = torch.tensor(0.0), None, None, None
         self._makes_rule(of_groups, eps)
         self._held = None
-        if tiers.has_nodes and cadence.period > 1:
+        self._flushes, self._missing = flushes and tiers.has_nodes, set(self.parameters)
+        if self._flushes or (tiers.has_nodes and cadence.period > 1):
             self._held = torch.zeros_like(tiers.share(self._weights), dtype=torch.float32)
         lasting = cadence if self._persists else Cadence()
         self.accumulators = {
-            name: FlatAccumulator(parameter, lasting, self._maker(name)) for name, parameter in self.parameters.items()
+            name: FlatAccumulator(parameter, lasting, self._maker(name), partial(self._arrive, name))
+            for name, parameter in self.parameters.items()
         }
 
     def _makes_rule(self, of_groups: Sequence[tuple[RuleGroup, int, int]], eps: float) -> None:
@@ -126,6 +134,11 @@ class EvenShards:
 
         return make
 
+    def _arrive(self, name: str) -> None:
+        self._missing.discard(name)
+        if self._flushes and not self._missing:
+            self.hold()
+
     def _all_sums(self) -> Tensor:
         if self._sums is None:
             self._sums = torch.zeros_like(self._weights, dtype=torch.float32)
@@ -133,12 +146,19 @@ class EvenShards:
 
     def reduce(self) -> None:
         """Begin to sum the accumulated gradients over replicas, in place, each part where its master is."""
+        if self._flushes:
+            self.hold()
+            self._gradient, self._work = (
+                self._tiers.own_of_share(self._held),
+                self._tiers.begin_sum_of_shares(self._held),
+            )
+            return
         sums = self._all_sums()
         self._gradient, self._work = self._tiers.own(sums), self._tiers.begin_sum(sums, self._held)
 
     def hold(self) -> None:
-        """Sum the gradients of a step that is not the last of a period inside the node, if there are nodes."""
-        if self._held is not None:
+        """Sum inside the node what is not summed there yet, and hold it, if there are nodes."""
+        if self._held is not None and self._sums is not None:
             self._tiers.hold(self._all_sums(), self._held)
             self._drop_sums()
 
@@ -157,7 +177,7 @@ class EvenShards:
         self._drop_sums()
 
     def _drop_sums(self) -> None:
-        self._sums = None
+        self._sums, self._missing = None, set(self.parameters)
         for accumulator in self.accumulators.values():
             accumulator.total = None
 

@@ -60,6 +60,14 @@ class Tiers:
             share.add_(held)
         return dist.reduce_scatter_tensor(self.own(flat), share, group=self._nodes, async_op=True)
 
+    def own_of_share(self, share: Tensor) -> Tensor:
+        """Return this replica's part of a node's share of its own, a view."""
+        return share.chunk(self._nodes.size())[self._nodes.rank()]
+
+    def begin_sum_of_shares(self, share: Tensor) -> dist.Work:
+        """Begin to sum what nodes hold, in place; when it is done, `own_of_share` alone has a meaning."""
+        return dist.reduce_scatter_tensor(self.own_of_share(share), share, group=self._nodes, async_op=True)
+
     def hold(self, flat: Tensor, held: Tensor) -> None:
         """Add the sum over the node to what is held, the node's share of this replica; `flat` is used up."""
         share = self.share(flat)
