@@ -108,7 +108,9 @@ def _with_largest(loaded: LoadedConfig, ranks: int, device: Device, *, search: b
 
 def _freed(loaded: LoadedConfig) -> LoadedConfig:
     """Leave the degrees open that a search chooses."""
-    parallel = replace(loaded.config.parallel, dp=None, tp=1, pp=1, virtual_stages=1, sequence_parallel=False, zero=0)
+    parallel = replace(
+        loaded.config.parallel, dp=None, tp=1, pp=1, virtual_stages=1, sequence_parallel=False, zero=0, shard=None
+    )
     return replace(loaded, config=replace(loaded.config, parallel=parallel))
 
 

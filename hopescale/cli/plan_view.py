@@ -45,6 +45,8 @@ def _degrees(layout: Mapping[str, Any]) -> str:
     text = f"cp {layout['cp']}, {text}" if layout["cp"] > 1 else text
     text += f" x {layout['virtual_stages']} slices" if layout["virtual_stages"] > 1 else ""
     text += ", sequence parallel" if layout["sequence_parallel"] else ""
+    if layout["node_replicas"]:
+        return f"{text}, sharded by nodes of {layout['node_replicas']} replicas"
     return text + (f", zero {layout['zero']}" if layout["zero"] else "")
 
 

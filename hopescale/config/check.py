@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 from hopescale.common.errors import ConfigError, Problem
 from hopescale.config import check_cadence, check_model, check_optim, check_parallel, check_sequence, check_train
@@ -45,7 +45,7 @@ def check_layout(config: RunConfig, layout: Layout, origins: Origins | None = No
     Raises:
         ConfigError: With everything that does not split as the layout says.
     """
-    decided = replace(config.parallel, **asdict(layout))
+    decided = replace(config.parallel, **layout.degrees)
     if problems := check(replace(config, parallel=decided), origins):
         raise ConfigError(problems)
 

@@ -25,7 +25,7 @@ def levels_take_turns(config: RunConfig, origins: Origins) -> Iterator[Problem]:
 
 def sums_wait(config: RunConfig, origins: Origins) -> Iterator[Problem]:
     """A sum arrives before the next one leaves; what leaves is an accumulator, which is whole on each replica."""
-    zero, groups = config.parallel.zero, config.optim.groups
+    parallel, groups = config.parallel, config.optim.groups
     for name, level in config.model.cms.levels.items():
         period = level.update_every_steps
         for key, value in _moving(level).items():
@@ -36,9 +36,14 @@ def sums_wait(config: RunConfig, origins: Origins) -> Iterator[Problem]:
             if key == "wire" and period == 1:
                 message = f"{value} needs an accumulator that outlives a step, and update_every_steps is 1"
                 yield Problem(where, message, hint="leave it out, or raise update_every_steps")
-            if zero >= 2:
-                message = f"{value}, but parallel.zero = {zero} sums the gradients of every backward pass at once"
+            if parallel.zero >= 2:
+                message = (
+                    f"{value}, but parallel.zero = {parallel.zero} sums the gradients of every backward pass at once"
+                )
                 yield Problem(where, message, hint="use parallel.zero of 0 or 1")
+            if parallel.shard == "node":
+                message = f"{value}, but with parallel.shard = node the accumulators are shared out inside nodes"
+                yield Problem(where, message, hint="use parallel.shard of all or none")
             if any(group is not None and group.rule == "dgd" for group in groups.values()):
                 message = (
                     f"{value}, but dgd sends Gram matrices beside gradients, which can be neither late nor rounded"

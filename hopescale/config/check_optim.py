@@ -70,10 +70,17 @@ def matrices_are_whole(config: RunConfig, origins: Origins) -> Iterator[Problem]
     if zero >= 1 and "adamw" not in used:
         message = f"{zero} has no effect: it shards groups with rule: adamw, and there is none"
         yield Problem("parallel.zero", message, hint="set parallel.zero=0; the states of other rules are distributed")
+    elif config.parallel.shard == "all" and "adamw" not in used:
+        message = "all has no effect: it shards groups with rule: adamw, and there is none"
+        yield Problem("parallel.shard", message, hint="leave it out; the states of other rules are distributed")
     elif zero >= 2 and others:
         names = ", ".join(name for name, group in config.optim.groups.items() if group.rule in others)
         message = f"{zero} cuts the gradients of matrices to pieces, but groups with other rules than adamw ({names})"
-        yield Problem("parallel.zero", f"{message} need them whole", hint="with these rules, 1 is the most")
+        yield Problem(
+            "parallel.zero",
+            f"{message} need them whole",
+            hint="with these rules, 1 is the most, or parallel.shard=node",
+        )
     if set_keys(config, origins, key) and tp == 1:
         yield Problem(key, f"{mode} has no effect: parallel.tp is 1", hint="leave it out, or raise parallel.tp")
     elif set_keys(config, origins, key) and not others:

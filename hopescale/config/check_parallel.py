@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from hopescale.common.errors import Problem
-from hopescale.config.check_base import Check, Origins, leaves_rest
+from hopescale.config.check_base import Check, Origins, leaves_rest, set_keys
 from hopescale.config.layout import AXES
 from hopescale.config.model_shape import VOCAB_MULTIPLE, attention_mixers, padded_vocab_size
 from hopescale.config.schema import RunConfig
@@ -14,13 +14,20 @@ from hopescale.config.schema import RunConfig
 def degrees(config: RunConfig, origins: Origins) -> Iterator[Problem]:
     """What remains of the ranks is one number; what is sharded is shared, and the first step does more than others."""
     parallel, zero, pp = config.parallel, config.parallel.zero, config.parallel.pp
+    is_one = parallel.dp == parallel.cp == 1
     unset = [axis for axis in AXES if getattr(parallel, axis) is None]
     if len(unset) > 1:
         hint = "null is what remains of the ranks; set the others"
         yield Problem("parallel", f"{' and '.join(unset)} are null, at most one may be", hint=hint)
-    if zero >= 1 and parallel.dp == parallel.cp == 1:
+    if zero >= 1 and is_one:
         hint = "set parallel.zero=0, or run more replicas"
         yield Problem("parallel.zero", f"{zero} has no effect: parallel.dp is {parallel.dp}", hint=hint)
+    if parallel.shard is not None and zero > parallel.stage:
+        message = f"{parallel.shard}, but parallel.zero is {zero}: both say what replicas share out"
+        yield Problem("parallel.shard", message, hint="set one of them alone")
+    if parallel.shard == "all" and is_one:
+        hint = "leave it out, or run more replicas"
+        yield Problem("parallel.shard", f"all has no effect: parallel.dp is {parallel.dp}", hint=hint)
     if zero >= 2 and pp is not None and pp > 1:
         message = f"{zero} needs parallel.pp of 1, it is {pp}"
         yield Problem("parallel.zero", message, hint="with a pipeline, 1 is the most")
@@ -28,6 +35,31 @@ def degrees(config: RunConfig, origins: Origins) -> Iterator[Problem]:
     if 0 < first < later:
         hint = "set it to that at least"
         yield Problem("parallel.first_step_timeout_s", f"{first} is below parallel.timeout_s = {later}", hint=hint)
+
+
+def nodes_share_evenly(config: RunConfig, origins: Origins) -> Iterator[Problem]:
+    """A node holds whole layers, as many replicas as every other, and more than one; there are several."""
+    parallel, key = config.parallel, "parallel.ranks_per_node"
+    per_node, tp = parallel.ranks_per_node, parallel.tp
+    if parallel.shard != "node":
+        for name in set_keys(config, origins, key):
+            yield Problem(
+                name, f"{per_node} has no effect: parallel.shard is {parallel.shard or 'null'}", hint="leave it out"
+            )
+        return
+    if tp is None or min(per_node, tp) < 1:
+        return
+    if leaves_rest(per_node, tp) or per_node == tp:
+        message = f"{per_node} ranks hold {per_node / tp:g} replicas, as parallel.tp is {tp}"
+        yield Problem(key, f"{message}: parallel.shard = node needs 2 or more", hint="change either, or the other key")
+        return
+    if parallel.dp is None:
+        return
+    replicas, inside = parallel.dp * parallel.cp, per_node // tp
+    if leaves_rest(replicas, inside) or replicas <= inside:
+        message = f"node needs two nodes or more of {inside} replicas each ({key} {per_node} / parallel.tp {tp})"
+        message += f", and parallel.dp * parallel.cp is {replicas}"
+        yield Problem("parallel.shard", message, hint="set parallel.shard=all, or another number of ranks")
 
 
 def tensor_parallel_ranks_share_evenly(config: RunConfig, origins: Origins) -> Iterator[Problem]:
@@ -75,4 +107,4 @@ def stages(config: RunConfig, origins: Origins) -> Iterator[Problem]:
         yield Problem("train.global_batch_tokens", message, hint="change the batch, or set parallel.virtual_stages=1")
 
 
-CHECKS: tuple[Check, ...] = (degrees, tensor_parallel_ranks_share_evenly, stages)
+CHECKS: tuple[Check, ...] = (degrees, nodes_share_evenly, tensor_parallel_ranks_share_evenly, stages)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from hopescale.common.errors import ConfigError, Problem
 from hopescale.config.schema import RunConfig
@@ -23,6 +23,7 @@ class Layout:
         virtual_stages: Slices of the model per pipeline rank.
         sequence_parallel: Whether activations between layers are split over the `tp` ranks along the tokens.
         cp: Ranks that share the tokens of a sequence.
+        node_replicas: Those of the `replicas` on a node, which sum gradients before nodes do; 0 if nodes play no part.
     """
 
     dp: int = 1
@@ -31,6 +32,22 @@ class Layout:
     virtual_stages: int = 1
     sequence_parallel: bool = False
     cp: int = 1
+    node_replicas: int = 0
+
+    @property
+    def degrees(self) -> dict[str, int | bool]:
+        """What is chosen, by the name of its key in `parallel`."""
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.name != "node_replicas"}
+
+    @property
+    def nodes(self) -> int:
+        """Nodes over which the `replicas` of a stage lie; 1 if nodes play no part."""
+        return self.replicas // self.node_replicas if self.node_replicas else 1
+
+    @property
+    def flushes(self) -> bool:
+        """Whether gradients of AdamW are summed inside nodes in each backward pass, not once in a step."""
+        return self.node_replicas > 0 and self.pp == self.cp == 1
 
     @property
     def num_ranks(self) -> int:
@@ -65,7 +82,7 @@ def make_layout(config: RunConfig, num_ranks: int) -> Layout:
             keys = " or ".join(f"parallel.{axis}" for axis, degree in fixed.items() if degree > 1)
             hint = f"start {product} ranks or a multiple, as with --nproc {product}, or change {keys}"
             raise ConfigError([Problem("parallel", message, hint=hint)])
-        return replace(smallest_layout(config), **{unset[0]: num_ranks // product})
+        return _with_nodes(config, replace(smallest_layout(config), **{unset[0]: num_ranks // product}))
     if product != num_ranks:
         model_ranks = product // fixed["dp"]
         hint = f"start {product} ranks, or change a degree"
@@ -79,4 +96,10 @@ def smallest_layout(config: RunConfig) -> Layout:
     """Return the layout with the fewest ranks that a config allows: 1 for a degree that is null."""
     parallel = config.parallel
     degrees = (parallel.dp or 1, parallel.tp or 1, parallel.pp or 1)
-    return Layout(*degrees, parallel.virtual_stages, parallel.sequence_parallel, parallel.cp)
+    return _with_nodes(config, Layout(*degrees, parallel.virtual_stages, parallel.sequence_parallel, parallel.cp))
+
+
+def _with_nodes(config: RunConfig, layout: Layout) -> Layout:
+    """Return a layout in which nodes play a part in sums, if the config asks for it."""
+    per_node = config.parallel.ranks_per_node if config.parallel.shard == "node" else 0
+    return replace(layout, node_replicas=per_node // layout.tp)

@@ -45,9 +45,10 @@ def describe(path: Path) -> dict[str, str]:
     config = from_dict(manifest.config, str(folder))
     axes = ("dp", "tp", "pp", *["cp"] * (config.parallel.cp > 1))
     degrees = ", ".join(f"{axis} {getattr(config.parallel, axis) or 'open'}" for axis in axes)
+    degrees += f", zero {config.parallel.stage}"
     rows = {
         "kind": f"checkpoint {folder}",
-        "layout": f"saved by {ranks} rank{'s' if ranks > 1 else ''} ({degrees}, zero {config.parallel.zero}); fits any",
+        "layout": f"saved by {ranks} rank{'s' if ranks > 1 else ''} ({degrees}); fits any",
     }
     return rows | _of_manifest(manifest, folder) | {"optimizer": _optimizer(manifest, config)}
 

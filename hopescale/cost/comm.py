@@ -20,9 +20,9 @@ from hopescale.config.schema.ttt import TttConfig
 from hopescale.cost.carried import handed_on
 from hopescale.cost.holdings import Holdings, gathers
 from hopescale.cost.parameter import FP32, LevelPart, ParameterShape, itemsize
-from hopescale.cost.updates import BUCKET_ELEMENTS, EVEN_UNIT, assign_owners, buckets, wire_bytes
+from hopescale.cost.updates import BUCKET_ELEMENTS, EVEN_UNIT, NODE_ELEMENTS, assign_owners, buckets, wire_bytes
 
-AXES = ("tp", "dp", "cp", "pp", "embedding", "world")
+AXES = ("tp", "node", "dp", "cp", "pp", "embedding", "world")
 """Axes as the metrics name them."""
 SHARD_UNIT = 2
 """Entries of which a shard of DeepSpeed's is a multiple at `zero` 2."""
@@ -109,6 +109,8 @@ class SentBytes:
             sent["dp"] += self._matrices(matrices)
             for part in {p.due for p in self.matrices if p.due is None or p.due in gone}:
                 sent["dp"] += self._gradients([p for p in self.matrices if p.due == part])
+        if layout.node_replicas:
+            sent["node"] = self._within_node(due, matrices)
         if matrices and gathers(self.config, layout):
             sent["tp"] += self._matrix_slices(matrices)
         if layout.num_ranks > 1:
@@ -121,7 +123,7 @@ class SentBytes:
         """Return the bytes by which the gradients of what is due of a level are summed over replicas at `zero` 0, 1."""
         total = 0
         for part in {part for part in due if part[0] == level}:
-            if self.config.parallel.zero:
+            if self.config.parallel.stage:
                 total += sum(self._rows(part, count) for (of, _), count in self._even_shards().items() if of == part)
             else:
                 total += self._whole(part)[0]
@@ -129,9 +131,9 @@ class SentBytes:
         return total
 
     def _rows(self, part: LevelPart | None, entries: int) -> int:
-        """Return the bytes of the rows that go to each replica of a sum, of so many entries each."""
+        """Return the bytes of the rows of a sum that a rank sends on the axis `dp`, of so many entries each."""
         wire = "fp32" if part is None else self.config.model.cms.levels[part[0]].wire
-        return self.layout.replicas * wire_bytes(entries, wire)
+        return self._summed_parts * wire_bytes(entries, wire)
 
     def _whole(self, part: LevelPart | None) -> tuple[int, int]:
         """Return the bytes of AdamW's sums at `zero=0` that replicas send, and of the totals that come back apart."""
@@ -218,7 +220,7 @@ class SentBytes:
 
     def _elementwise(self, due: Collection[LevelPart], gone: Collection[LevelPart]) -> float:
         """Count gradients and weights of AdamW's parameters between replicas."""
-        zero, dp = self.config.parallel.zero, self.layout.replicas
+        zero, dp = self.config.parallel.stage, self.layout.replicas
         if zero == 1:
             shards = self._even_shards().items()
             weights = sum(width * count for (part, width), count in shards if part is None or part in due)
@@ -239,13 +241,45 @@ class SentBytes:
         )
         return gradients + self.micro_batches * (2 * whole - last) / dp
 
+    def _within_node(self, due: Collection[LevelPart], matrices: list[ParameterShape]) -> float:
+        """Count what replicas of a node exchange: all gradients of a step, and weights and `matrices` that are due."""
+        dp, nodes, sent = self.layout.replicas, self.layout.nodes, 0.0
+        passes = self.micro_batches * self.config.train.segments if self.layout.flushes else 1
+        for (part, width), count in self._even_shards().items():
+            sent += (FP32 * dp * passes + width * nodes * (part is None or part in due)) * count
+        for part in {p.due for p in self.matrices}:
+            sent += FP32 * dp * self._even_part(self._summed([p for p in self.matrices if p.due == part]))
+        for alike in self._gathered_together(matrices):
+            sent += nodes * alike[0].itemsize(self.precision) * self._even_part(sum(p.size for p in alike))
+        return sent
+
+    @property
+    def _summed_parts(self) -> int:
+        """Parts of a flat tensor that a rank contributes to a sum on the axis `dp`: with nodes those of its share."""
+        return self.layout.nodes if self.layout.node_replicas else self.layout.replicas
+
+    def _gathered_together(self, matrices: list[ParameterShape]) -> list[list[ParameterShape]]:
+        """Return matrices in groups whose weights replicas gather together."""
+        together: dict[tuple, list[ParameterShape]] = {}
+        for p in matrices:
+            together.setdefault((p.due, p.itemsize(self.precision)), []).append(p)
+        return list(together.values())
+
     def _even_shards(self) -> dict[tuple[LevelPart | None, int], int]:
         """Count a replica's entries of what `zero=1` updates together, by part of a level and bytes of a weight."""
-        sizes: Counter[tuple[LevelPart | None, int]] = Counter()
+        together: dict[tuple[LevelPart | None, int], list[ParameterShape]] = {}
         for p in self.parameters:
             if self.holdings.rule_of(p) == "adamw":
-                sizes[p.due, p.itemsize(self.precision)] += p.size
-        return {key: self._even_part(size) for key, size in sizes.items()}
+                together.setdefault((p.due, p.itemsize(self.precision)), []).append(p)
+        return {key: sum(map(self._even_part, self._flat_sizes(members))) for key, members in together.items()}
+
+    def _flat_sizes(self, members: list[ParameterShape]) -> list[int]:
+        """Return the entries of the flat tensors of what is updated together."""
+        sizes = {p.name: p.size for p in members}
+        if not self.layout.flushes:
+            return [sum(sizes.values())]
+        parts = buckets(sizes, dict.fromkeys(sizes, 0), sizes, NODE_ELEMENTS)
+        return [sum(sizes[name] for name in part) for part in parts]
 
     def _shards(self, due: Collection[LevelPart]) -> int:
         """Count a replica's shards of due weights: what is updated together is filled up to equal shards."""
@@ -260,12 +294,10 @@ class SentBytes:
         """Count what goes to owners of matrices from equal parts, and weights back: owners send what they updated."""
         count = 0
         for part in {p.due for p in matrices}:
-            together = [p for p in matrices if p.due == part]
-            count += self._to_owners(together)
-            for width in {p.itemsize(self.precision) for p in together}:
-                alike = [p for p in together if p.itemsize(self.precision) == width]
-                own = sum(p.size for p in alike if self.owners[p.name] == 0)
-                count += width * (own + self._even_part(sum(p.size for p in alike)))
+            count += self._to_owners([p for p in matrices if p.due == part])
+        for alike in self._gathered_together(matrices):
+            own = sum(p.size for p in alike if self.owners[p.name] == 0)
+            count += alike[0].itemsize(self.precision) * (own + self._even_part(sum(p.size for p in alike)))
         return count
 
     def _gradients(self, matrices: list[ParameterShape]) -> int:

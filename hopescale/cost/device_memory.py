@@ -20,7 +20,7 @@ from hopescale.cost.micro_batch import Activations, MicroBatch
 from hopescale.cost.mixers import COSTS
 from hopescale.cost.parameter import FP32, itemsize
 from hopescale.cost.params import count_params
-from hopescale.cost.updates import UPDATE_ELEMENTS
+from hopescale.cost.updates import NODE_ELEMENTS, UPDATE_ELEMENTS
 from hopescale.ops.limits import LOGITS_AT_A_TIME
 
 LASTING = ("weights", "gradients", "accumulators", "masters", "optimizer")
@@ -144,7 +144,7 @@ def least_memory(config: RunConfig, layout: Layout) -> float:
     """
     if config.model.num_layers > MOST_BLOCKS:
         weights = itemsize(config.train.precision) * count_params(config.model)["total"]
-        return weights / (layout.tp * layout.pp * (layout.replicas if config.parallel.zero == 3 else 1))
+        return weights / (layout.tp * layout.pp * (layout.replicas if config.parallel.stage == 3 else 1))
     holdings, totals = Holdings(config), []
     for stage in range(layout.pp):
         holding, owned = holdings.of_stage(layout, stage), holdings.owned_share(layout, stage)
@@ -160,7 +160,8 @@ def _is_fast(config: RunConfig, kind: Kind) -> bool:
 
 def _lasting(config: RunConfig, layout: Layout, holding: Holding, owned: float) -> dict[str, float]:
     """Count what a rank holds all the time, after what replicas divide among themselves."""
-    zero, dp, joined = config.parallel.zero, layout.replicas, gathers(config, layout)
+    zero, dp, joined = config.parallel.stage, layout.replicas, gathers(config, layout)
+    wait_on = layout.node_replicas or (dp if zero > 1 else 1)
     result = dict.fromkeys(LASTING, 0.0)
     for kind, entries in holding.entries.items():
         matrix, bytes_ = kind.rule != "adamw", FP32 * entries
@@ -169,18 +170,34 @@ def _lasting(config: RunConfig, layout: Layout, holding: Holding, owned: float) 
         result["optimizer"] += FP32 * holding.state[kind] * share
         own_master = kind.itemsize < FP32 or (not matrix and zero == 2) or (matrix and joined)
         result["masters"] += bytes_ * share * own_master
-        if not _is_fast(config, kind):
-            copies = 1 + (config.model.cms.levels[kind.level].lag > 0)
-            result["accumulators"] += copies * bytes_ / (dp if zero > 1 else 1) + FP32 * holding.grams[kind]
-        elif matrix:
-            result["gradients"] += bytes_ + FP32 * holding.grams[kind]
+        summed = bytes_ + FP32 * holding.grams[kind]
+        if not _is_fast(config, kind) or (layout.flushes and not matrix):
+            late = kind.level is not None and config.model.cms.levels[kind.level].lag > 0
+            result["accumulators"] += (summed + late * bytes_) / wait_on
+        if matrix and _keeps_sums(config, layout, kind):
+            result["gradients"] += summed
     return result
 
 
+def _keeps_sums(config: RunConfig, layout: Layout, kind: Kind) -> bool:
+    """Tell whether whole gradient sums of matrices last, beside what waits: with nodes, where Gram matrices grow."""
+    return kind.rule == "dgd" if layout.node_replicas else _is_fast(config, kind)
+
+
 def _fast_gradients(config: RunConfig, layout: Layout, holding: Holding) -> float:
-    """Count the gradient sums that are made anew at each step: those of AdamW's parameters of period 1."""
-    fast = (kind for kind in holding.entries if kind.rule == "adamw" and _is_fast(config, kind))
-    return FP32 * sum(holding.entries[kind] for kind in fast) / (layout.replicas if config.parallel.zero > 1 else 1)
+    """Count the gradient sums that are made anew at each step: those of AdamW's parameters of period 1.
+
+    With nodes all are, but for those of matrices whose sums last; of AdamW's parameters a flat tensor of each set.
+    """
+    if layout.flushes:
+        room = max(NODE_ELEMENTS, holding.largest)
+        made = {kind: count for kind, count in holding.entries.items() if not _keeps_sums(config, layout, kind)}
+        return FP32 * sum(min(count, room) if kind.rule == "adamw" else count for kind, count in made.items())
+    if layout.node_replicas:
+        made = (kind for kind in holding.entries if not _keeps_sums(config, layout, kind))
+    else:
+        made = (kind for kind in holding.entries if kind.rule == "adamw" and _is_fast(config, kind))
+    return FP32 * sum(holding.entries[kind] for kind in made) / (layout.replicas if config.parallel.stage > 1 else 1)
 
 
 def _update_workspace(config: RunConfig, layout: Layout, holding: Holding) -> float:
@@ -191,8 +208,8 @@ def _update_workspace(config: RunConfig, layout: Layout, holding: Holding) -> fl
     dp = layout.replicas
     elementwise = sum(count for kind, count in holding.entries.items() if kind.rule == "adamw")
     in_levels = sum(count for kind, count in holding.entries.items() if kind.level)
-    if config.parallel.zero:
-        workspace = ((1 + (config.parallel.zero > 1)) * elementwise + in_levels) / dp
+    if config.parallel.stage:
+        workspace = ((1 + (config.parallel.stage > 1)) * elementwise + in_levels) / dp
     else:
         workspace = min(elementwise, max(UPDATE_ELEMENTS, holding.largest)) + in_levels
     workspace += MATRIX_WORKSPACE * min(holding.largest, holding.total() - elementwise)
@@ -245,6 +262,6 @@ def _block(config: RunConfig, micro: MicroBatch, mixer: MixerConfig) -> Activati
 
 def _gathered(config: RunConfig, holding: Holding, vocabulary: float) -> float:
     """Count what ZeRO 2 sends gradients in, and the weights that ZeRO 3 makes whole: two blocks, and the others."""
-    zero = config.parallel.zero
+    zero = config.parallel.stage
     bucket = min(PACK_BYTES, FP32 * holding.total()) if zero > 1 else 0.0
     return bucket + (2 * holding.weight_bytes() / config.model.num_layers + vocabulary if zero == 3 else 0.0)

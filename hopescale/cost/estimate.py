@@ -262,7 +262,7 @@ class Estimator:
 
         Sums with a lag travel beside the steps after them.
         """
-        dp, zero, holding = layout.replicas, config.parallel.zero, self.holdings.of_stage(layout, 0)
+        dp, zero, holding = layout.replicas, config.parallel.stage, self.holdings.of_stage(layout, 0)
         due = {kind: count * self._updates_per_step(kind.level) for kind, count in holding.entries.items()}
         gradients = weights = FP32 * holding.total() * micro_batches
         if zero < 2:
@@ -272,6 +272,13 @@ class Estimator:
             weights = 2 * micro_batches * holding.weight_bytes()
         elif zero or any(kind.rule != "adamw" for kind in due):
             weights = sum(kind.itemsize * count for kind, count in due.items())
+        if inside := layout.node_replicas:
+            between = (gradients + weights) / inside * (1 - 1 / layout.nodes)
+            passes = micro_batches * config.train.segments if layout.flushes else 1
+            summed = sum(n * (passes if kind.rule == "adamw" else 1) for kind, n in holding.entries.items())
+            within = (FP32 * summed + weights) * (1 - 1 / inside)
+            rings = layout.tp * inside
+            return within / self._bandwidth(rings) + between / self._bandwidth(layout.tp * dp, rings=rings)
         return (gradients + weights) * (dp - 1) / dp / self._bandwidth(layout.tp * dp, rings=layout.tp)
 
     def _sum_bytes(self, kind: Kind) -> float:
@@ -295,7 +302,7 @@ class Estimator:
         holding, divided = self.holdings.of_stage(layout, 0), 0.0
         for kind, count in holding.entries.items():
             each = FP32 * (UPDATE_PASSES * count + 2 * holding.state[kind])
-            replicas = layout.replicas if config.parallel.zero or kind.rule != "adamw" else 1
+            replicas = layout.replicas if config.parallel.stage or kind.rule != "adamw" else 1
             divided += each / replicas * self._updates_per_step(kind.level)
         products = self._rule_flops(Layout(tp=layout.tp, pp=layout.pp))
         return divided / self.device.bandwidth + products / layout.replicas / self.rate

@@ -63,7 +63,8 @@ def _layout(config: RunConfig, layout: Layout) -> dict[str, Any]:
     return {
         "ranks": layout.num_ranks,
         **asdict(layout),
-        "zero": config.parallel.zero,
+        "zero": config.parallel.stage,
+        "shard": config.parallel.shard,
         "micro_batch_size": config.train.micro_batch_size,
         "micro_batches": plan.grad_accumulation,
         "recompute": config.train.recompute,

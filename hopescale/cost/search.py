@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import product
 
 from hopescale.config.execution import reverse_saves
@@ -32,8 +32,9 @@ class LayoutChoice:
     def settings(self) -> dict[str, object]:
         """Return what is chosen, by dotted key."""
         return {
-            **{f"parallel.{name}": value for name, value in asdict(self.layout).items()},
+            **{f"parallel.{name}": value for name, value in self.layout.degrees.items()},
             "parallel.zero": self.config.parallel.zero,
+            "parallel.shard": self.config.parallel.shard,
             "train.micro_batch_size": self.config.train.micro_batch_size,
             "train.recompute": self.config.train.recompute,
         }
@@ -142,13 +143,13 @@ def _layouts(config: RunConfig, ranks: int, per_node: int) -> Iterator[tuple[Run
             for zero, together in product(_zeros(config, dp * cp, pp), _sequences(config, tp)):
                 layout = Layout(dp=dp, tp=tp, pp=pp, sequence_parallel=together, cp=cp)
                 degrees = {"dp": dp, "tp": tp, "pp": pp, "virtual_stages": 1}
-                parallel = replace(config.parallel, **degrees, sequence_parallel=together, zero=zero)
+                parallel = replace(config.parallel, **degrees, sequence_parallel=together, zero=zero, shard=None)
                 yield replace(config, parallel=parallel), layout
 
 
 def _zeros(config: RunConfig, replicas: int, pp: int) -> set[int]:
     """Return the ZeRO stages to look at: 1 where there are replicas, and that of the config."""
-    own, rules = config.parallel.zero, {group.rule for group in config.optim.groups.values()}
+    own, rules = config.parallel.stage, {group.rule for group in config.optim.groups.values()}
     if replicas == 1 or "adamw" not in rules:
         return {0}
     return {1} | ({own} if own < 2 or (pp == 1 and rules == {"adamw"}) else set())

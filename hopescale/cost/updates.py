@@ -25,6 +25,9 @@ BUCKET_ELEMENTS = 1 << 24
 """Most entries of gradients that replicas exchange at once."""
 EVEN_UNIT = 8
 """Entries of which a replica's part of a flat tensor is a multiple: 16 bytes of bfloat16."""
+NODE_ELEMENTS = 1 << 26
+"""Most entries of a flat tensor whose gradients replicas of a node sum as soon as they are there, if no parameter has
+more."""
 UPDATE_ELEMENTS = 1 << 26
 """Most entries that AdamW updates at once, if no tensor has more: it computes with a copy of each."""
 ENTRY_COST = 64

@@ -85,6 +85,7 @@ class Engine:
         due, of_levels = self.optimizer.due(step), self._due_of_levels(step)
         self._reduce(due, of_levels)
         waiting = sorted(self.optimizer.parameters.keys() - due)
+        self.optimizer.hold(waiting)
         sets = {"due": due, "waiting": waiting}
         sets |= {f"level {level}": names for level, names in of_levels.items()}
         asked = torch.full((), float(ask()), device=self.device)

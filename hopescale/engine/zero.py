@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from hopescale.cost.updates import NODE_ELEMENTS, buckets
 from hopescale.engine.zero_deepspeed import FlatShards, start_deepspeed
 from hopescale.engine.zero_even import EvenShards
 from hopescale.engine.zero_partitioned import PartitionedModel, PartitionedShards
@@ -27,7 +28,8 @@ class ZeroAdamW(Updater):
 
     Parameters of one level and one type are one set of shards: a set that is not due is not touched. At stage 1
     gradients accumulate whole on every replica and are sent when they are due, so that a slow level sends nothing in
-    between. From stage 2 on they are sent in every backward pass, and each replica accumulates its shard of the sum.
+    between; with nodes they are summed inside a node, and held there in shares. From stage 2 on they are sent in every
+    backward pass, and each replica accumulates its shard of the sum.
     Stage 3 shards weights as well, which are whole only while a module runs.
 
     Args:
@@ -54,7 +56,9 @@ class ZeroAdamW(Updater):
         whole: Collection[type[nn.Module]] = (Block,),
     ):
         super().__init__(parameters, cadences, mesh, accumulates=False)
-        self.stage = stage
+        self.stage, self._tiers = stage, mesh.tiers
+        # Stages, and ranks that share sequences, are not at the same place of a backward pass.
+        self._flushes = mesh.pp_group.size() == mesh.cp_group.size() == 1
         self._device = next(iter(self.parameters.values())).device
         self._shapes = {name: parameter.shape for name, parameter in self.parameters.items()}
         self._reduced: set[str] = set()
@@ -63,11 +67,19 @@ class ZeroAdamW(Updater):
         make = self._maker(model, whole)
         self._sets = [
             make({name: self.parameters[name] for name in names}, _within(groups, names), eps=eps)
-            for names in _updated_together(self.parameters, self.cadences, levels)
+            for names in self._together(levels)
         ]
         self._set_of = {name: shards for shards in self._sets for name in shards.parameters}
         if stage == 1:
             self._accumulate_flat()
+
+    def _together(self, levels: Collection[Collection[str]]) -> list[list[str]]:
+        """Put together what is updated together; with nodes, in sets that are small enough to be summed in between."""
+        sets = _updated_together(self.parameters, self.cadences, levels)
+        if not (self._tiers.has_nodes and self._flushes):
+            return sets
+        sizes = {name: parameter.numel() for name, parameter in self.parameters.items()}
+        return [part for names in sets for part in buckets(names, dict.fromkeys(names, 0), sizes, NODE_ELEMENTS)]
 
     def _maker(self, model: nn.Module | None, whole: Collection[type[nn.Module]]) -> Callable[..., Shards]:
         """Return what makes a set of shards of the stage."""
@@ -80,7 +92,7 @@ class ZeroAdamW(Updater):
 
     def _even_shards(self, parameters: Mapping[str, nn.Parameter], groups: Sequence[RuleGroup], eps: float) -> Shards:
         cadence = self.cadences[next(iter(parameters))]
-        return EvenShards(parameters, groups, eps=eps, cadence=cadence, dp_group=self.dp_group)
+        return EvenShards(parameters, groups, eps=eps, cadence=cadence, tiers=self._tiers, flushes=self._flushes)
 
     def _accumulate_flat(self) -> None:
         for shards in self._sets:
@@ -117,6 +129,12 @@ class ZeroAdamW(Updater):
         for shards in self._sets:
             shards.send_again({name: totals[name] for name in shards.parameters if name in totals})
 
+    def hold(self, names: Sequence[str]) -> None:
+        """Sum what waits for a later step inside the node, if there are nodes."""
+        if self._tiers.has_nodes:
+            for shards in self._due(names):
+                shards.hold()
+
     def _due(self, names: Sequence[str]) -> list[Shards]:
         due = set(names)
         sets = [shards for shards in self._sets if not due.isdisjoint(shards.parameters)]
@@ -126,7 +144,8 @@ class ZeroAdamW(Updater):
     def _gradient(self, name: str) -> Tensor:
         """Return the part of an accumulated gradient that is here: the whole of what stage 1 has not sent yet."""
         if self.stage == 1 and name not in self._reduced:
-            return self.accumulated_grad(name)
+            waits = self._set_of[name].waits_here
+            return self._set_of[name].held_part(name)[1] if waits else self.accumulated_grad(name)
         return self._set_of[name].part(name, "gradient")
 
     @torch.no_grad()
@@ -201,11 +220,26 @@ class ZeroAdamW(Updater):
 
     def sums(self) -> dict[str, Tensor]:
         """Return what adds up, over replicas, to the running sums of slow parameters."""
+        if self._tiers.has_nodes:
+            return {name: self._held_sum(name) for name in self._slow()}
         return super().sums() if self.stage == 1 else self._wholes(self._slow(), "gradient")
+
+    def _held_sum(self, name: str) -> Tensor:
+        """Return a sum so far, with zeros where other replicas of the node hold it."""
+        shards = self._set_of[name]
+        whole = torch.zeros(self._shapes[name], device=self._device)
+        if not shards.waits_here:
+            whole += self.accumulated_grad(name)
+        start, part = shards.held_part(name)
+        whole.view(-1)[start : start + part.numel()] += part
+        return whole
 
     @torch.no_grad()
     def load_sums(self, sums: Mapping[str, Tensor], on_their_way: Collection[str] = ()) -> None:
         """Take over running sums, in parts that add up over replicas; a missing sum is zero."""
+        if self._tiers.has_nodes:
+            self._hold_sums(sums)
+            return
         if self.stage == 1:
             super().load_sums(sums, on_their_way)
             return
@@ -216,6 +250,13 @@ class ZeroAdamW(Updater):
             dist.all_reduce(whole, group=self.dp_group)
             part, start = self._set_of[name].part(name, "gradient"), self._set_of[name].start_of(name)
             part.copy_(whole[start : start + part.numel()])
+
+    def _hold_sums(self, sums: Mapping[str, Tensor]) -> None:
+        for shards in self._due(self._slow()):
+            shards.discard()
+            for name in sums.keys() & shards.parameters:
+                self.accumulated_grad(name).copy_(sums[name])
+            shards.hold()
 
     def _slow(self) -> list[str]:
         return [name for name in self._set_of if self.cadences[name].period > 1]

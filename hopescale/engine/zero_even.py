@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from hopescale.cost.updates import EVEN_UNIT
@@ -13,6 +13,7 @@ from hopescale.optim import Cadence, RuleGroup
 from hopescale.optim.adamw import AdamW
 from hopescale.optim.cadence import Accumulator
 from hopescale.optim.wire import SentSum
+from hopescale.parallel.tiers import Tiers
 
 
 class FlatAccumulator(Accumulator):
@@ -21,17 +22,19 @@ class FlatAccumulator(Accumulator):
     Args:
         parameter, cadence: Arguments of `Accumulator`.
         make: Function that returns this part, after it has made all of the sums if there are none.
+        arrived: Function to call when a gradient has been added.
     """
 
-    def __init__(self, parameter: Tensor, cadence: Cadence, make: Callable[[], Tensor]):
+    def __init__(self, parameter: Tensor, cadence: Cadence, make: Callable[[], Tensor], arrived: Callable[[], None]):
         super().__init__(parameter, cadence, make() if cadence.period > 1 else None)
-        self._make = make
+        self._make, self._arrived = make, arrived
 
     def take(self, _: Tensor | None = None) -> None:
         """Add the parameter's gradient to the sum and clear it."""
         if self.parameter.grad is not None:
             self.accumulated_grad()
-        super().take()
+            super().take()
+            self._arrived()
 
     def accumulated_grad(self) -> Tensor:
         """Return the sum so far: zeros if there was no gradient."""
@@ -49,12 +52,16 @@ class EvenShards:
     the number of exchanges nor that of updates depends on how many replicas or parameters there are. A float32 weight
     is its own master.
 
+    With nodes no whole sum outlives a step: what waits is held in shares of the replicas of a node (`Tiers`). If it
+    `flushes`, none outlives a backward pass either: it is summed inside the node as soon as all of it is there.
+
     Args:
         parameters: Parameters by name, on one device; their storage becomes part of the flat tensor.
         groups: Groups that share settings, every parameter in one.
         eps: Term of AdamW.
         cadence: Cadence of all of them.
-        dp_group: Replicas.
+        tiers: Replicas.
+        flushes: Whether gradients are summed inside the node in each backward pass, where there are nodes.
 
     Attributes:
         accumulators: Sums of gradients by parameter.
@@ -67,12 +74,15 @@ class EvenShards:
         *,
         eps: float,
         cadence: Cadence,
-        dp_group: dist.ProcessGroup,
+        tiers: Tiers,
+        flushes: bool = False,
     ):
-        self.parameters, self._dp_group, self._cadence = dict(parameters), dp_group, cadence
+        self.parameters, self._tiers, replicas = dict(parameters), tiers, tiers.group.size()
+        self._cadence = cadence
         self._sent: SentSum | None = None
         first = next(iter(self.parameters.values()))
-        self.is_low_precision, self._persists = first.dtype != torch.float32, cadence.period > 1
+        self.is_low_precision = first.dtype != torch.float32
+        self._persists = cadence.period > 1 and not tiers.has_nodes
         self._spans, end = {}, 0
         of_groups: list[tuple[RuleGroup, int, int]] = []
         for group in groups:
@@ -80,19 +90,25 @@ class EvenShards:
             for name in group.members:
                 self._spans[name] = end, (end := end + self.parameters[name].numel())
             of_groups.append((group, begin, end))
-        self._size = -(-end // (EVEN_UNIT * dp_group.size())) * EVEN_UNIT
-        self._first = dp_group.rank() * self._size
-        self._weights = first.new_zeros(self._size * dp_group.size(), requires_grad=False)
+        self._size = -(-end // (EVEN_UNIT * replicas)) * EVEN_UNIT
+        self._first = tiers.part * self._size
+        self._weights = first.new_zeros(self._size * replicas, requires_grad=False)
         for name, parameter in self.parameters.items():
             view = self._weights[slice(*self._spans[name])].view_as(parameter)
             view.copy_(parameter.detach())
             parameter.data = view
-        self._own = self._weights.narrow(0, self._first, self._size)
+        self._own = tiers.own(self._weights)
         self._master = self._own.float()
         self._step, self._sums, self._gradient, self._work = torch.tensor(0.0), None, None, None
         self._makes_rule(of_groups, eps)
+        self._held = None
+        self._flushes, self._missing = flushes and tiers.has_nodes, set(self.parameters)
+        if self._flushes or (tiers.has_nodes and cadence.period > 1):
+            self._held = torch.zeros_like(tiers.share(self._weights), dtype=torch.float32)
+        lasting = cadence if self._persists else Cadence()
         self.accumulators = {
-            name: FlatAccumulator(parameter, cadence, self._maker(name)) for name, parameter in self.parameters.items()
+            name: FlatAccumulator(parameter, lasting, self._maker(name), partial(self._arrive, name))
+            for name, parameter in self.parameters.items()
         }
 
     def _makes_rule(self, of_groups: Sequence[tuple[RuleGroup, int, int]], eps: float) -> None:
@@ -121,6 +137,11 @@ class EvenShards:
 
         return make
 
+    def _arrive(self, name: str) -> None:
+        self._missing.discard(name)
+        if self._flushes and not self._missing:
+            self.hold()
+
     def _all_sums(self) -> Tensor:
         if self._sums is None:
             self._sums = torch.zeros_like(self._weights, dtype=torch.float32)
@@ -128,17 +149,29 @@ class EvenShards:
 
     def reduce(self) -> None:
         """Begin to sum the accumulated gradients over replicas, in place, each part where its master is."""
+        if self._flushes:
+            self.hold()
+            self._gradient, self._work = (
+                self._tiers.own_of_share(self._held),
+                self._tiers.begin_sum_of_shares(self._held),
+            )
+            return
         if self._cadence.moves:
             if not self._cadence.lag:
                 self.send()
             return
         sums = self._all_sums()
-        self._gradient = sums.narrow(0, self._first, self._size)
-        self._work = dist.reduce_scatter_tensor(self._gradient, sums, group=self._dp_group, async_op=True)
+        self._gradient, self._work = self._tiers.own(sums), self._tiers.begin_sum(sums, self._held)
+
+    def hold(self) -> None:
+        """Sum inside the node what is not summed there yet, and hold it, if there are nodes."""
+        if self._held is not None and self._sums is not None:
+            self._tiers.hold(self._all_sums(), self._held)
+            self._drop_sums()
 
     def send(self) -> None:
         """Take the sums out, but for what the wire rounds away, and begin to add them up over replicas."""
-        self._sent = SentSum(self._all_sums(), self._dp_group, self._cadence.wire)
+        self._sent = SentSum(self._all_sums(), self._tiers.group, self._cadence.wire)
 
     def sent_sums(self) -> dict[str, Tensor]:
         """Return what adds up over replicas to the totals that wait for their updates. All replicas call."""
@@ -154,7 +187,7 @@ class EvenShards:
             whole = torch.zeros_like(self._weights, dtype=torch.float32)
             for name, span in self._spans.items():
                 whole[slice(*span)].copy_(totals[name].flatten())
-            self._sent = SentSum(whole, self._dp_group)
+            self._sent = SentSum(whole, self._tiers.group)
 
     def _drop_sent(self) -> None:
         if self._sent is not None:
@@ -168,10 +201,15 @@ class EvenShards:
             self._work = None
 
     def _clear(self) -> None:
+        if self._held is not None:
+            self._held.zero_()
         if self._persists:
             self._all_sums().zero_()
             return
-        self._sums = None
+        self._drop_sums()
+
+    def _drop_sums(self) -> None:
+        self._sums, self._missing = None, set(self.parameters)
         for accumulator in self.accumulators.values():
             accumulator.total = None
 
@@ -197,13 +235,24 @@ class EvenShards:
         self._step += 1
         if self.is_low_precision:
             self._own.copy_(self._master)
-        self._work = dist.all_gather_into_tensor(self._weights, self._own, group=self._dp_group, async_op=True)
+        self._work = self._tiers.begin_to_gather(self._weights)
 
     def discard(self) -> None:
         """Drop all gradients, and begin a new period."""
         self.finish()
         self._drop_sent()
         self._clear()
+
+    @property
+    def waits_here(self) -> bool:
+        """Whether nothing but what is held for a later step is here."""
+        return self._held is not None and self._sums is None
+
+    def held_part(self, name: str) -> tuple[int, Tensor]:
+        """Return what this replica holds of the node's sum of a parameter, and where it begins in the flattened one."""
+        share, (begin, end) = self._tiers.share_range(len(self._weights)), self._spans[name]
+        start, stop = (min(max(place, share.start), share.stop) for place in (begin, end))
+        return min(max(share.start - begin, 0), end - begin), self._held[start - share.start : stop - share.start]
 
     def start_of(self, name: str) -> int:
         """Return where this replica's part of a parameter begins, in entries of the flattened parameter."""

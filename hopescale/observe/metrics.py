@@ -51,7 +51,9 @@ METRICS: dict[str, Metric] = {
         "bytes", "Tensors that rank 0 sent, per training step since the last record; planned."
     ),
     "comm/<axis>/bytes_per_step": Metric(
-        "bytes", "The part of one axis (tp, dp, cp, pp, embedding, world); `dp` is all that gradients are summed over."
+        "bytes",
+        "The part of one axis (tp, node, dp, cp, pp, embedding, world); `dp` is all that gradients are summed over, "
+        "but for what `parallel.shard: node` sends inside `node`.",
     ),
     "memory/<layer>/eta_mean": Metric("1", "Mean inner learning rate of a layer's memories over the last batch."),
     "memory/<layer>/alpha_mean": Metric("1", "Mean retention per token of a layer's memories over the last batch."),

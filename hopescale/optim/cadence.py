@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -69,10 +70,17 @@ class Accumulator:
         parameter: Parameter that has the gradient.
         cadence: Cadence at which the sum is used.
         buffer: Float32 zeros in which to accumulate; None makes room, for a fast parameter in each step anew.
+        wake: Function to call before the buffer is used, if its memory may be free in between.
     """
 
-    def __init__(self, parameter: Tensor, cadence: Cadence, buffer: Tensor | None = None):
-        self.parameter, self.cadence = parameter, cadence
+    def __init__(
+        self,
+        parameter: Tensor,
+        cadence: Cadence,
+        buffer: Tensor | None = None,
+        wake: Callable[[], None] = lambda: None,
+    ):
+        self.parameter, self.cadence, self._wake = parameter, cadence, wake
         self.persists = cadence.period > 1
         if self.persists and buffer is None:
             buffer = torch.zeros_like(parameter, dtype=torch.float32)
@@ -84,6 +92,7 @@ class Accumulator:
         if gradient is None:
             return
         self.parameter.grad = None
+        self._wake()
         if self.total is None:
             self.total = gradient.float()
         else:
@@ -91,6 +100,7 @@ class Accumulator:
 
     def accumulated_grad(self) -> Tensor:
         """Return the sum so far: zeros if there was no gradient."""
+        self._wake()
         if self.total is None:
             self.total = torch.zeros_like(self.parameter, dtype=torch.float32)
         return self.total

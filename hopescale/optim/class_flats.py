@@ -6,11 +6,11 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from hopescale.optim.owned_flat import OwnedFlat
 from hopescale.optim.ownership import Ownership
+from hopescale.parallel.tiers import Tiers
 
 
 @dataclass(frozen=True)
@@ -22,12 +22,14 @@ class Alike:
         due: Key of what is due and reduced together.
         split: Dimension along which they are gathered over tensor-parallel ranks for an update; None if they are not.
         gram: Shape of the Gram matrix, or of the columns of it, that each gathers of its inputs; None if none.
+        waits: Whether gradients wait for a later step.
     """
 
     names: list[str]
     due: Hashable
     split: int | None
     gram: tuple[int, int] | None
+    waits: bool
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class ClassFlats:
         parameters: Parameters by name; their storage is moved, and those with a Gram matrix have it as `gram`.
         alike: Groups of what is alike, in the same order on all ranks.
         ownership: Owners.
-        dp_group: Replicas.
+        tiers: Replicas.
 
     Attributes:
         sums: Gradients and Gram matrices, float32, a flat tensor for all that is due together.
@@ -60,9 +62,9 @@ class ClassFlats:
         parameters: Mapping[str, nn.Parameter],
         alike: Sequence[Alike],
         ownership: Ownership,
-        dp_group: dist.ProcessGroup,
+        tiers: Tiers,
     ):
-        self.alike, self._parameters, self._replica, self._group = list(alike), parameters, ownership.replica, dp_group
+        self.alike, self._parameters, self._replica, self._tiers = list(alike), parameters, ownership.replica, tiers
         self.gradients: dict[str, Tensor] = {}
         self.grams: dict[str, Tensor] = {}
         own: dict[tuple[int, str], Tensor] = {}
@@ -71,7 +73,10 @@ class ClassFlats:
             members = [number for number, each in enumerate(alike) if each.due == due]
             kinds = [(number, "gradients") for number in members]
             kinds += [(number, "grams") for number in members if alike[number].gram is not None]
-            self.sums.append(self._lay_out(kinds, torch.float32, own))
+            # Gram matrices grow in backward passes of layers, which wake nothing.
+            sleeps = all(alike[number].gram is None for number in members)
+            waits = alike[members[0]].waits
+            self.sums.append(self._lay_out(kinds, torch.float32, own, waits=waits, sleeps=sleeps))
             for dtype in dict.fromkeys(self._first(number).dtype for number in members):
                 chosen = [(number, "weights") for number in members if self._first(number).dtype == dtype]
                 self.weights.append(self._lay_out(chosen, dtype, own))
@@ -82,10 +87,10 @@ class ClassFlats:
         return self._parameters[self.alike[number].names[0]]
 
     def _lay_out(
-        self, kinds: Sequence[tuple[int, str]], dtype: torch.dtype, own: dict[tuple[int, str], Tensor]
+        self, kinds: Sequence[tuple[int, str]], dtype: torch.dtype, own: dict[tuple[int, str], Tensor], **times: bool
     ) -> Together:
         """Make a flat tensor with a stack of each kind for every owner, and note the stacks that are here."""
-        held: list[list[list[str]]] = [[[] for _ in kinds] for _ in range(self._group.size())]
+        held: list[list[list[str]]] = [[[] for _ in kinds] for _ in range(self._tiers.group.size())]
         for place, (number, _) in enumerate(kinds):
             for name in self.alike[number].names:
                 held[self._replica[name]][place].append(name)
@@ -96,11 +101,11 @@ class ClassFlats:
             [len(names) * torch.Size(shape).numel() for names, shape in zip(of_owner, shapes, strict=True)]
             for of_owner in held
         ]
-        flat = OwnedFlat(sizes, self._first(kinds[0][0]).detach().to(dtype), self._group)
+        flat = OwnedFlat(sizes, self._first(kinds[0][0]).detach().to(dtype), self._tiers, **times)
         for owner, pieces in enumerate(flat.pieces(sizes)):
             for place, ((number, kind), piece) in enumerate(zip(kinds, pieces, strict=True)):
                 stack = piece.view(len(held[owner][place]), *shapes[place])
-                if owner == self._group.rank():
+                if owner == self._tiers.group.rank():
                     own[number, kind] = stack
                 for name, view in zip(held[owner][place], stack, strict=True):
                     self._place(name, kind, view)

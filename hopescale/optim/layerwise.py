@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hopescale.config.schema import OptimConfig
 from hopescale.optim.cadence import Cadence
 from hopescale.optim.class_flats import Alike, ClassFlats, Together
+from hopescale.optim.owned_flat import OwnedFlat
 from hopescale.optim.ownership import Ownership
 from hopescale.optim.rules import make_rule
 from hopescale.optim.shape_class import ShapeClass, Slices
@@ -51,16 +52,18 @@ class LayerwiseOptimizer(Updater):
         mesh: Mesh,
         levels: Collection[Collection[str]] = (),
     ):
-        self.tp_group, dp_group = mesh.tp_group, mesh.dp_group
+        self.tp_group, self._has_nodes = mesh.tp_group, mesh.tiers.has_nodes
         self._group_of = {name: group for group in groups for name in group.members}
         self._takes_mean = config.accumulate == "mean"
         rules = {name: self._group_of[name].rule for name in parameters}
         self.ownership = Ownership(parameters, rules, config, cadences, mesh)
-        flats = ClassFlats(parameters, self._alike(parameters, cadences, levels), self.ownership, dp_group)
+        flats = ClassFlats(parameters, self._alike(parameters, cadences, levels), self.ownership, mesh.tiers)
         self._sums, self._weights = flats.sums, flats.weights
         self.classes = self._make_classes(parameters, flats)
         self._class_of = {name: index for index, each in enumerate(self.classes) for name in each.names}
-        super().__init__(parameters, cadences, mesh, buffers=flats.gradients)
+        self._flat_of = {name: each.flat for each in self._sums for name in each.names}
+        wakes = {name: flat.wake for name, flat in self._flat_of.items()}
+        super().__init__(parameters, cadences, mesh, buffers=flats.gradients, wakes=wakes)
         self._grams = flats.grams
         self._masters = {
             name: master
@@ -69,6 +72,8 @@ class LayerwiseOptimizer(Updater):
         }
         self.rules = self._make_rules(groups, config)
         self._reduced: set[str] = set()
+        for each in self._sums:
+            each.flat.rest()
 
     def _alike(
         self,
@@ -89,7 +94,7 @@ class LayerwiseOptimizer(Updater):
             gram = None
             if self._group_of[names[0]].rule == "dgd":
                 gram = self.ownership.shape[names[0]][-1], parameters[names[0]].shape[-1]
-            result.append(Alike(names, due, split, gram))
+            result.append(Alike(names, due, split, gram, cadences[names[0]].period > 1))
         return result
 
     def _make_classes(self, parameters: Mapping[str, nn.Parameter], flats: ClassFlats) -> list[ShapeClass]:
@@ -151,6 +156,13 @@ class LayerwiseOptimizer(Updater):
         squares = [kept for each in self._sums if (kept := each.flat.kept_squares()) is not None]
         return torch.stack(squares).sum()
 
+    def hold(self, names: Sequence[str]) -> None:
+        """Sum what waits for a later step inside the node, if there are nodes."""
+        waiting = set(names)
+        for each in self._sums:
+            if not waiting.isdisjoint(each.names):
+                each.flat.hold()
+
     def _finish_sums(self) -> None:
         for each in self._sums:
             each.flat.finish()
@@ -169,6 +181,8 @@ class LayerwiseOptimizer(Updater):
         """Return an accumulated gradient, or nothing of one that was sent to its owner."""
         if name in self._reduced and not self.ownership.is_here(name):
             return torch.zeros(0, device=self.parameters[name].device)
+        if self._flat_of[name].is_asleep and self.accumulators[name].persists:
+            return self._flat_of[name].held_part(self.accumulators[name].total)[1]
         return self.accumulated_grad(name)
 
     @torch.no_grad()
@@ -191,7 +205,13 @@ class LayerwiseOptimizer(Updater):
             self._weights[flat].flat.finish()
         for each in self._sums:
             each.flat.put_back()
+        if self._has_nodes:
+            self._begin_periods(names)
         self._reduced = set()
+
+    def _begin_periods(self, names: Sequence[str]) -> None:
+        for flat in {id(flat): flat for flat in map(self._flat_of.get, names)}.values():
+            flat.discard()
 
     def _flats_of(self, index: int) -> list[int]:
         """Return the numbers of the flat tensors that hold weights of a class: there is one."""
@@ -201,10 +221,9 @@ class LayerwiseOptimizer(Updater):
     def discard(self) -> None:
         """Drop all gradients and Gram matrices, on every replica."""
         self._finish_sums()
-        super().discard()
         for each in self._sums:
             each.flat.drop_sent()
-            each.flat.flat.zero_()
+            each.flat.discard()
         self._reduced = set()
 
     def _due(self, names: Sequence[str]) -> list[int]:
@@ -247,8 +266,9 @@ class LayerwiseOptimizer(Updater):
 
         These are whole, or split over tensor-parallel ranks along their columns as the parameter is.
         """
-        result = super().sums()
+        result = {name: self._sum_here(name, total) for name, total in super().sums().items()}
         for name, gram in self._slow_grams().items():
+            gram = self._sum_here(name, gram)
             parameter = self.parameters[name]
             num_inputs = parameter.spec.whole_shape(parameter.shape, self.tp_group.size())[-1]
             columns = gram.new_zeros(num_inputs, gram.shape[-1])
@@ -278,10 +298,23 @@ class LayerwiseOptimizer(Updater):
     @torch.no_grad()
     def load_sums(self, sums: Mapping[str, Tensor], on_their_way: Collection[str] = ()) -> None:
         """Take over running sums, in parts that add up over replicas; a missing sum is zero."""
+        if self._has_nodes:
+            for flat in self._slow_flats():
+                flat.discard()
+                flat.wake()
         super().load_sums(sums, on_their_way)
         for name, gram in self._slow_grams().items():
             columns = sums.get(f"{name}.gram")
             gram.zero_() if columns is None else gram.copy_(self._own_rows(columns, gram))
+        for flat in self._slow_flats():
+            flat.hold()
+
+    def _slow_flats(self) -> list[OwnedFlat]:
+        return [each.flat for each in self._sums if self.accumulators[min(each.names)].persists]
+
+    def _sum_here(self, name: str, total: Tensor) -> Tensor:
+        """Return a sum that outlives a step; with nodes what this replica holds of it, and zeros."""
+        return self._flat_of[name].held_sum(total) if self._has_nodes else total
 
     def _slow_grams(self) -> dict[str, Tensor]:
         """Return the Gram matrices that outlive a step."""

@@ -150,6 +150,12 @@ class OuterOptimizer:
         for updater, part in self._by_updater(names):
             updater.reduce(part)
 
+    @torch.no_grad()
+    def hold(self, names: Sequence[str]) -> None:
+        """Let the gradients of parameters that are not due wait: with nodes they are summed inside each."""
+        for updater, part in self._by_updater(names):
+            updater.hold(part)
+
     def accumulated_grad(self, name: str) -> Tensor:
         """Return the sum of this rank's gradients of a parameter since its last update, to be changed in place."""
         return self._updater_of[name].accumulated_grad(name)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hopescale.cost.updates import EVEN_UNIT, Wire
 from hopescale.optim.wire import SentSum
+from hopescale.parallel.tiers import Tiers
 
 WINDOW_ELEMENTS = 1 << 24
 """Most entries of an equal part that go to or come from owners at once."""
@@ -23,24 +24,42 @@ WINDOW_ELEMENTS = 1 << 24
 class OwnedFlat:
     """Pieces of all owners in one tensor, owner by owner, filled up to equal parts for the replicas.
 
+    With nodes, sums that wait for a later step are held in shares of the replicas of a node (`Tiers`), and `flat` can
+    be free in between.
+
     Args:
         sizes: Entries of each owner's pieces.
         like: Tensor whose type and device it has.
-        group: Replicas, which are the owners.
+        tiers: Replicas, which are the owners.
+        waits: Whether it takes sums that wait, where there are nodes.
+        sleeps: Whether its memory is free from `rest` until `wake`, where there are nodes; it is zeros then.
 
     Attributes:
         flat: All pieces, zeros at first.
         own: Pieces of this replica, a view.
     """
 
-    def __init__(self, sizes: Sequence[Sequence[int]], like: Tensor, group: dist.ProcessGroup):
-        self._group, self._rank, owners = group, group.rank(), group.size()
+    def __init__(
+        self,
+        sizes: Sequence[Sequence[int]],
+        like: Tensor,
+        tiers: Tiers,
+        *,
+        waits: bool = False,
+        sleeps: bool = False,
+    ):
+        self._tiers, self._group = tiers, tiers.group
+        self._rank, owners = self._group.rank(), self._group.size()
         ends = [0, *accumulate(sum(of_owner) for of_owner in sizes)]
         self._ranges = [range(begin, end) for begin, end in zip(ends, ends[1:], strict=False)]
         self._total, self._part = ends[-1], -(-ends[-1] // (EVEN_UNIT * owners)) * EVEN_UNIT
         self.flat = torch.zeros(self._part * owners, dtype=like.dtype, device=like.device)
         mine = self._ranges[self._rank]
         self.own = self.flat[mine.start : mine.stop]
+        self._held = None
+        if waits and tiers.has_nodes:
+            self._held = torch.zeros_like(tiers.share(self.flat))
+        self._sleeps, self._bytes = sleeps and tiers.has_nodes, self.flat.untyped_storage().nbytes()
         self._work: dist.Work | None = None
         self._is_summing = False
         self._sent: SentSum | None = None
@@ -57,7 +76,8 @@ class OwnedFlat:
     def begin_sum(self) -> None:
         """Begin to sum over replicas. `finish` leaves the sum of each piece at its owner alone, zeros elsewhere."""
         if self._group.size() > 1:
-            self._work = dist.reduce_scatter_tensor(self._mine, self.flat, group=self._group, async_op=True)
+            self.wake()
+            self._work = self._tiers.begin_sum(self.flat, self._held)
             self._is_summing = True
 
     def send(self, wire: Wire) -> None:
@@ -98,6 +118,54 @@ class OwnedFlat:
         """Return the view of another flat tensor that lies as `view` does in this one."""
         return flat.as_strided(view.shape, view.stride(), view.storage_offset() - self.flat.storage_offset())
 
+    @property
+    def is_asleep(self) -> bool:
+        """Whether `flat` has no memory, and stands for zeros."""
+        return self._sleeps and self.flat.untyped_storage().nbytes() == 0
+
+    def wake(self) -> None:
+        """Make `flat` zeros if its memory is free."""
+        if self.is_asleep:
+            self.flat.untyped_storage().resize_(self._bytes)
+            self.flat.zero_()
+
+    def rest(self) -> None:
+        """Make `flat` zeros, and free its memory if it sleeps; views of it stay."""
+        if self._sleeps:
+            self.flat.untyped_storage().resize_(0)
+        else:
+            self.flat.zero_()
+
+    def hold(self) -> None:
+        """Sum what waits for a later step inside the node, if there are nodes."""
+        if self._held is not None:
+            self.wake()
+            self._tiers.hold(self.flat, self._held)
+            self.rest()
+
+    def discard(self) -> None:
+        """Drop all that adds up, here and in what is held."""
+        self.rest()
+        self.drop_held()
+
+    def drop_held(self) -> None:
+        """Begin a new period of what waits."""
+        if self._held is not None:
+            self._held.zero_()
+
+    def held_part(self, piece: Tensor) -> tuple[int, Tensor]:
+        """Return what this replica holds of a piece of `flat`, and where it begins in the flattened piece."""
+        begin, share = piece.storage_offset(), self._tiers.share_range(self.flat.numel())
+        part = _overlap(range(begin, begin + piece.numel()), share)
+        return max(part.start - begin, 0), self._held[part.start - share.start : part.stop - share.start]
+
+    def held_sum(self, piece: Tensor) -> Tensor:
+        """Return the sum so far of a piece, with zeros where other replicas of the node hold it."""
+        whole = torch.zeros_like(piece) if self.is_asleep else piece.clone()
+        start, part = self.held_part(piece)
+        whole.view(-1)[start : start + part.numel()] += part
+        return whole
+
     def begin_to_hand_out(self) -> None:
         """Begin to copy what owners hold to all replicas, complete after `finish`."""
         if self._group.size() > 1:
@@ -106,14 +174,14 @@ class OwnedFlat:
                 wanted = self._overlaps(window)
                 received = self.flat[window.start : window.stop]
                 self._exchange(torch.cat(held), [each.numel() for each in held], received, wanted)
-            self._work = dist.all_gather_into_tensor(self.flat, self._mine, group=self._group, async_op=True)
+            self._work = self._tiers.begin_to_gather(self.flat)
 
     def finish(self) -> None:
         """Wait for what has begun."""
         if self._fetches:
             self._fetches = False
             self._kept = self.flat.clone()
-            self._mine.copy_(self._sent.finish())
+            self._tiers.own(self.flat).copy_(self._sent.finish())
             self._sent = None
             self._hand_to_owners()
         if self._work is None:
@@ -139,19 +207,13 @@ class OwnedFlat:
         self.flat[: mine.start].zero_()
         self.flat[mine.stop :].zero_()
 
-    @property
-    def _mine(self) -> Tensor:
-        return self.flat.narrow(0, self._rank * self._part, self._part)
-
     def _windows(self) -> Iterator[tuple[range, list[range]]]:
         """Yield a piece of this replica's part, and what this owner has of every replica's piece: the same on all."""
         mine = self._ranges[self._rank]
         for begin in range(0, self._part, WINDOW_ELEMENTS):
             end = min(begin + WINDOW_ELEMENTS, self._part)
-            of_replicas = [
-                self._filled(range(replica * self._part + begin, replica * self._part + end))
-                for replica in range(self._group.size())
-            ]
+            firsts = [self._tiers.part_of(replica) * self._part for replica in range(self._group.size())]
+            of_replicas = [self._filled(range(first + begin, first + end)) for first in firsts]
             yield of_replicas[self._rank], [_overlap(each, mine) for each in of_replicas]
 
     def _filled(self, entries: range) -> range:

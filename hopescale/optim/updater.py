@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +63,7 @@ class Updater(ABC):
         mesh: Ranks of this process.
         accumulates: Whether gradients are accumulated here; not if something else takes them.
         buffers: Float32 zeros in which some of them accumulate, by name.
+        wakes: Functions to call before a buffer is used, by name.
     """
 
     def __init__(
@@ -73,11 +74,13 @@ class Updater(ABC):
         *,
         accumulates: bool = True,
         buffers: Mapping[str, Tensor] | None = None,
+        wakes: Mapping[str, Callable[[], None]] | None = None,
     ):
         self.parameters, self.dp_group, self.cadences = dict(parameters), mesh.dp_group, dict(cadences)
         self.accumulators: dict[str, Accumulator] = {}
         for name, parameter in self.parameters.items() if accumulates else ():
-            self.accumulators[name] = Accumulator(parameter, cadences[name], (buffers or {}).get(name))
+            given = {"wake": wakes[name]} if wakes and name in wakes else {}
+            self.accumulators[name] = Accumulator(parameter, cadences[name], (buffers or {}).get(name), **given)
             parameter.register_post_accumulate_grad_hook(self.accumulators[name].take)
 
     def norm_weight(self, name: str) -> float:
@@ -106,6 +109,10 @@ class Updater(ABC):
     def running_squares(self, names: Sequence[str]) -> Tensor:
         """Return the squared norm of what parameters that are due gather already for the period after: a scalar."""
         return torch.stack(torch._foreach_norm([self.accumulators[name].total for name in names])).square().sum()
+
+    def hold(self, names: Sequence[str]) -> None:
+        """Sum what waits for a later step inside the node, if it is summed there: none of it stays whole."""
+        return
 
     def square_norms(self, names: Sequence[str]) -> Tensor:
         """Return the squared norm of the part of each accumulated gradient that is here, `[len(names)]` float32."""

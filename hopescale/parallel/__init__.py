@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest.mock import patch
 
-
 NOT_FOR_MEGATRON = ("wandb", "torch.utils.tensorboard")
 """Packages that Megatron imports where they are installed, 400 modules with what they import in turn, and we never hand
 to it. A run's trackers import them where they are asked for."""

@@ -38,6 +38,8 @@ class OwnGroups:
         tp, cp, pp: Groups along the axes.
         dp: Ranks over which gradients are summed: replicas, and of each the ranks that share its sequences.
         cp_back: The ranks of `cp` once more.
+        node: Ranks of `dp` on this rank's node; None if the layout has no nodes.
+        nodes: Ranks of `dp` that have this rank's place on their nodes; None likewise.
         ends: First and last stage of this rank's pipeline; this rank alone in between, and without a pipeline.
     """
 
@@ -50,7 +52,13 @@ class OwnGroups:
         # What is handed on along a sequence stays apart from sums over the same ranks.
         shared = self._block(replica, tp)
         self.cp, self.cp_back = [self._new(shared), self._new(shared)] if cp > 1 else [self._group(shared)] * 2
-        self.dp = self._group(self._block(stage, tp))
+        summed = self._block(stage, tp)
+        self.dp = self._group(summed)
+        self.node = self.nodes = None
+        if size := layout.node_replicas:
+            node, place = divmod(summed.index(self._rank), size)
+            self.node = self._new(summed[node * size : (node + 1) * size])
+            self.nodes = self._new(summed[place::size])
         self.pp = self._group(stages)
         ends = [stages[0], stages[-1]] if layout.pp > 1 and self._rank in (stages[0], stages[-1]) else [self._rank]
         self.ends = self._new(ends)

@@ -15,6 +15,7 @@ from hopescale.parallel.control import Control
 from hopescale.parallel.cpu import let_megatron_use_the_cpu
 from hopescale.parallel.groups import OwnGroups, open_rings
 from hopescale.parallel.process import start_alone
+from hopescale.parallel.tiers import Tiers
 
 CPU = torch.device("cpu")
 
@@ -39,6 +40,8 @@ class Mesh:
         checkpoint_group: All ranks, on the CPU, for saves in the background alone.
         sequence_parallel: Whether activations between layers are split over `tp_group` along the tokens.
         virtual_stages: Slices of the model each rank of `pp_group` holds (interleaved pipeline).
+        node_group: Ranks of `dp_group` on this node; None where nodes play no part in sums.
+        nodes_group: Ranks of `dp_group` that have this rank's place on their nodes; None likewise.
     """
 
     tp_group: dist.ProcessGroup
@@ -52,6 +55,8 @@ class Mesh:
     checkpoint_group: dist.ProcessGroup
     sequence_parallel: bool = False
     virtual_stages: int = 1
+    node_group: dist.ProcessGroup | None = None
+    nodes_group: dist.ProcessGroup | None = None
 
     @classmethod
     def over_all(cls, layout: Layout, *, device: torch.device = CPU, timeout: timedelta | None = None) -> Mesh:
@@ -87,6 +92,8 @@ class Mesh:
             checkpoint_group=dist.new_group(backend="gloo", timeout=CHECKPOINT_TIMEOUT),
             sequence_parallel=layout.sequence_parallel,
             virtual_stages=layout.virtual_stages,
+            node_group=groups.node,
+            nodes_group=groups.nodes,
         )
         if timeout is not None:
             mesh.set_timeout(timeout)
@@ -125,15 +132,22 @@ class Mesh:
         return self.pp_group.rank() == self.pp_group.size() - 1
 
     @cached_property
+    def tiers(self) -> Tiers:
+        """The ranks of `dp_group` as they sum flat tensors."""
+        return Tiers(self.dp_group, self.node_group, self.nodes_group)
+
+    @cached_property
     def control(self) -> Control:
         """The agreement of all ranks."""
         return Control(self.control_group)
 
     def axes(self) -> dict[str, dist.ProcessGroup]:
         """Return the groups that move tensors of the model, by the name of their axis."""
+        nodes = {} if self.node_group is None else {"node": self.node_group, "nodes": self.nodes_group}
         return {
             "tp": self.tp_group,
             "dp": self.dp_group,
+            **nodes,
             "cp": self.cp_group,
             "cp back": self.cp_back_group,
             "pp": self.pp_group,

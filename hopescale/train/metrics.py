@@ -120,7 +120,7 @@ class PlannedCommunication:
 
     def of_level(self, level: str, step: int) -> dict[str, float]:
         """Return the bytes by which replicas sum what is due of a level; empty where every step sums all gradients."""
-        if self._layout.replicas == 1 or self._config.parallel.zero > 1:
+        if self._layout.replicas == 1 or self._config.parallel.stage > 1:
             return {}
         return {f"level/{level}/bytes": self._of_due_level(level, due_parts(self._config, step))}
 

@@ -99,7 +99,7 @@ def build_state(
         groups=groups,
         mesh=mesh,
         tied=tied,
-        updater=_updater(config.parallel.zero, slices, names_of_levels),
+        updater=_updater(config.parallel.stage, slices, names_of_levels),
         levels=names_of_levels,
     )
     gather_grams(

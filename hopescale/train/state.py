@@ -136,7 +136,7 @@ class TrainState:
         `.gram` before it, and of totals that wait for their updates, which have `.sent`."""
         group, sums = self.mesh.dp_group, self.optimizer.sums()
         replica = group.rank()
-        if group.size() > MAX_SUMS and self.config.parallel.zero < 2:
+        if group.size() > MAX_SUMS and self.config.parallel.stage < 2:
             for total in sums.values():
                 dist.all_reduce(total, group=group)
                 if replica:

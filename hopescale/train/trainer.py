@@ -294,7 +294,7 @@ class Trainer:
 
     def _check_replicas_if_due(self) -> None:
         every = self.config.train.replica_check_every
-        are_copies = self.mesh.dp_group.size() > 1 and self.config.parallel.zero < 3
+        are_copies = self.mesh.dp_group.size() > 1 and self.config.parallel.stage < 3
         if every is not None and self.state.step % every == 0 and are_copies:
             check_replicas(self.state.parameters, self.mesh, self.state.step)
 

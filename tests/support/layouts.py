@@ -84,7 +84,7 @@ def check_bytes_of_record(folder: Path, config: RunConfig, layout: Layout, sent:
         step = record["step"]
         if step not in sent:
             continue
-        levels = sent[step].levels if layout.replicas > 1 and config.parallel.zero < 2 else {}
+        levels = sent[step].levels if layout.replicas > 1 and config.parallel.stage < 2 else {}
         recorded = {name: value for name, value in record.items() if name.startswith("level/") and "/bytes" in name}
         if step % config.log.every == 0 or step == config.train.steps or recorded:
             expected = {f"level/{level}/bytes": count for level, count in levels.items()}

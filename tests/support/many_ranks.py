@@ -121,17 +121,20 @@ class Calls(TorchDispatchMode):
         return function(*arguments, **(options or {}))
 
 
-def mesh_of(replicas: Group) -> Mesh:
-    """Return the mesh of a rank whose model is whole on each of some replicas."""
+def mesh_of(replicas: Group, per_node: int = 1) -> Mesh:
+    """Return the mesh of a rank whose model is whole on each of some replicas, of which nodes have some."""
     names = [each.name for each in fields(Mesh) if each.name.endswith("_group")]
-    return Mesh(**dict.fromkeys(names, Group(1)) | {"dp_group": replicas, "world_group": replicas})
+    groups = {"dp_group": replicas, "world_group": replicas}
+    if per_node > 1:
+        groups |= {"node_group": Group(per_node), "nodes_group": Group(replicas.size() // per_node)}
+    return Mesh(**dict.fromkeys(names, Group(1)) | groups)
 
 
 class Rank:
     """Rank 0 of replicas, with all parameters of a recipe, that takes steps without a model.
 
     Args:
-        config: Config of the run; `parallel.zero` is 0 or 1.
+        config: Config of the run; `parallel.zero` is 0 or 1, or `parallel.shard` takes its place.
         replicas: Number of ranks.
     """
 
@@ -148,7 +151,7 @@ class Rank:
         levels = {name: [p.name for p in shapes if p.level == name] for name in config.model.cms.levels}
         of_level = config.model.cms.levels
         cadences = {p.name: Cadence(of_level[p.level].update_every_steps, p.phase) for p in shapes if p.level}
-        mesh = mesh_of(Group(replicas))
+        mesh = mesh_of(Group(replicas), config.parallel.ranks_per_node if config.parallel.shard == "node" else 1)
 
         def zero(*arguments: Any, **settings: Any) -> ZeroAdamW:
             return ZeroAdamW(*arguments, stage=1, levels=list(levels.values()), **settings)
@@ -159,7 +162,7 @@ class Rank:
             config.train.steps,
             cadences,
             mesh=mesh,
-            updater=zero if config.parallel.zero else ReplicatedAdamW,
+            updater=zero if config.parallel.stage else ReplicatedAdamW,
             levels=list(levels.values()),
         )
         self.engine = Engine(self, self.optimizer, levels, META)

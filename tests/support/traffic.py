@@ -42,7 +42,7 @@ class Traffic:
 
     def __init__(self, mesh: Mesh):
         self.bytes: Counter[str] = Counter()
-        axes = {"cp back": "cp"}
+        axes = {"cp back": "cp", "nodes": "dp"}
         self._axes = {group.group_name: axes.get(axis, axis) for axis, group in mesh.axes().items() if group.size() > 1}
         self._originals: dict[str, Any] = {}
 

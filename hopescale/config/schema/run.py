@@ -218,10 +218,21 @@ class ParallelConfig:
     zero: Annotated[int, NumberRange("[0, 3]")] = 0
     """What data-parallel ranks share out, by DeepSpeed from 2 on: 0 nothing, 1 optimizer state and fp32 masters, 2
     gradients too, 3 weights too. 1 and above need `dp * cp` of 2 or more; 2 and 3 need `pp` and `cp` of 1."""
+    shard: Literal["none", "all", "node"] | None = None
+    """The same by tiers of the network; null goes by `zero`. `none` and `all` are `zero` of 0 and 1. `node`: as `all`,
+    but gradients are summed inside a node at every step, and between nodes when they are due; sums that wait are shared
+    out over the ranks of a node. Not with `zero` of 2 or 3, whose place it takes."""
+    ranks_per_node: Count = 8
+    """Ranks of a node. Only with `shard: node`, which needs two nodes or more, each with two replicas or more."""
     timeout_s: Count = 300
     """Seconds a rank waits for the others in one exchange before the run ends as hung."""
     first_step_timeout_s: Count = 1800
     """The same until the end of the first step, which compiles and warms up; not below `timeout_s`."""
+
+    @property
+    def stage(self) -> int:
+        """The ZeRO stage that `zero` or `shard` asks for."""
+        return self.zero if self.shard is None else int(self.shard != "none")
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,32 @@ BROKEN = [
     ),
     (["parallel.zero=2", "parallel.dp=2", "parallel.pp=2"], 4, "parallel.zero", "2 needs parallel.pp of 1, it is 2"),
     (["parallel.zero=1", "parallel.dp=1"], 1, "parallel.zero", "1 has no effect: parallel.dp is 1"),
+    (["parallel.shard=all", "parallel.dp=1"], 1, "parallel.shard", "all has no effect: parallel.dp is 1"),
+    (
+        ["parallel.shard=all", "parallel.zero=2", "parallel.dp=2"],
+        2,
+        "parallel.shard",
+        "all, but parallel.zero is 2: both say what replicas share out",
+    ),
+    (
+        ["parallel.ranks_per_node=2", "parallel.dp=4"],
+        4,
+        "parallel.ranks_per_node",
+        "2 has no effect: parallel.shard is null",
+    ),
+    (
+        ["parallel.shard=node", "parallel.ranks_per_node=2", "parallel.tp=2"],
+        4,
+        "parallel.ranks_per_node",
+        "2 ranks hold 1 replicas, as parallel.tp is 2: parallel.shard = node needs 2 or more",
+    ),
+    (
+        ["parallel.shard=node", "parallel.dp=8"],
+        8,
+        "parallel.shard",
+        "node needs two nodes or more of 8 replicas each (parallel.ranks_per_node 8 / parallel.tp 1), and parallel.dp "
+        "* parallel.cp is 8",
+    ),
 ]
 
 
@@ -118,6 +144,7 @@ def test_nothing_is_said_of_a_degree_that_is_open(load, overrides):
         ([], Layout(dp=8)),
         (["parallel.zero=3", "parallel.tp=2", "train.recompute=block"], Layout(dp=2, tp=2)),
         (["parallel.pp=2", "parallel.zero=1"], Layout(dp=4, pp=2)),
+        (["parallel.shard=node", "parallel.ranks_per_node=4", "parallel.tp=2"], Layout(dp=4, tp=2, node_replicas=2)),
         (["parallel.pp=2", "parallel.virtual_stages=2"], Layout(dp=4, pp=2, virtual_stages=2)),
         (["parallel.tp=4", "parallel.sequence_parallel=true"], Layout(dp=2, tp=4, sequence_parallel=True)),
         (["parallel.pp=3"], Layout(pp=3)),

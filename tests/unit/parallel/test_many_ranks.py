@@ -38,6 +38,21 @@ def test_a_step_of_one_rank_of_many(replicas: int, rule: str, layers: int):
     assert fast.sent["reduce_scatter_tensor"] < 0.7 * found.sent["reduce_scatter_tensor"] and fast.host_reads == 1
 
 
+def test_of_slow_levels_a_node_alone_hears_until_they_are_due():
+    """Inside a node all gradients are summed at every step; what a rank keeps of them are shares of a node."""
+    rank = Rank(load_recipe("hope_1.3b", ["parallel.shard=node", "model.num_layers=2"]).config, 64)
+    (updater,) = rank.optimizer.updaters
+    total, sent = sum(p.numel() for p in rank.parameters.values()), {}
+    for step in (1, 16):
+        found, _ = rank.step(step)
+        sent[step] = found.sent["reduce_scatter_tensor"] / 4, rank.due(step)
+        assert not any(name for name, each in updater.accumulators.items() if each.total is not None)
+    for step, (entries, due) in sent.items():
+        assert entries == pytest.approx(total + due / 8, rel=0.01), f"step {step}"
+    held = sum(shards._held.numel() for shards in updater._sets)
+    assert held == pytest.approx(total / 8, rel=0.01)
+
+
 def start(layout: Layout, rank: int) -> list[tuple[int, ...]]:
     """Return the groups that a rank makes at its start, by their members."""
     made: list[tuple[int, ...]] = []
