@@ -57,8 +57,12 @@ def test_ranks_end_where_one_process_does(recovery: tuple[str, ...], layout: str
 @pytest.mark.parametrize("rule", ["muon", "dgd"])
 def test_matrices_with_owners_skip_too(rule: str, tmp_path: Path):
     """Gradients and Gram matrices that were sent to their owners are dropped there."""
-    own = {"muon": "optim.muon.ns_steps=3", "dgd": "optim.groups.matrices.lr_scale=20"}[rule]  # rounding stays small
-    settings = (f"optim.groups.matrices={{rule: {rule}, match: ['*.gate.weight','*.up.weight','*.down.weight']}}", own)
+    small = {  # rounding stays small
+        "muon": ("optim.muon.ns_steps=3", "optim.muon.ns_dtype=fp32"),
+        "dgd": ("optim.groups.matrices.lr_scale=20",),
+    }
+    match = "['*.gate.weight','*.up.weight','*.down.weight']"
+    settings = (f"optim.groups.matrices={{rule: {rule}, match: {match}}}", *small[rule])
     poisoned(0, tmp_path / "one", 1, settings)
     run_ranks(poisoned, 2, tmp_path, tmp_path / "two", 2, settings)
     error, parameter = worst(weights(tmp_path / "two"), weights(tmp_path / "one"))
