@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hopescale.cli.eval import load
 from hopescale.cli.options import Levels, require_packages
 from hopescale.common.errors import LaunchError
+
+if TYPE_CHECKING:
+    from uvicorn import Server as WebServer
 
 
 def serve(
@@ -32,7 +38,10 @@ def serve(
     max_prompt_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a prompt or context.")] = 131_072,
     max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 4096,
 ) -> None:
-    """Answer OpenAI's completions over HTTP; a context is read once and asked any number of times."""
+    """Answer OpenAI's completions over HTTP; a context is read once and asked any number of times.
+
+    Ctrl-C and SIGTERM end it with exit code 0, after the answers that are being written; a second Ctrl-C cuts them off.
+    """
     require_packages("a server needs", "serve", "fastapi", "uvicorn")
     # Threads that spin while they wait for one another lose to any other process of the machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -52,5 +61,20 @@ def serve(
             socket = settings.bind_socket()
         except SystemExit:  # it has logged why
             raise LaunchError(f"cannot listen at {host}:{port}", "choose another --port") from None
-        typer.echo(f"{server.name} at http://{host}:{socket.getsockname()[1]}/v1, named contexts at /contexts/NAME")
-        uvicorn.Server(settings).run(sockets=[socket])
+        socket.listen(settings.backlog)  # whoever reads the line may connect
+        web = uvicorn.Server(settings)
+        with _ended_by_signals(web):
+            typer.echo(f"{server.name} at http://{host}:{socket.getsockname()[1]}/v1, named contexts at /contexts/NAME")
+            web.run(sockets=[socket])
+        typer.echo(f"{server.name} is served no more")
+
+
+@contextmanager
+def _ended_by_signals(web: WebServer) -> Iterator[None]:
+    """Let SIGINT and SIGTERM end a server and no more: after its end uvicorn raises the one that ended it anew."""
+    before = {number: signal.signal(number, web.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -74,6 +74,10 @@ def plan(sweep: SweepFile) -> None:
     for note, names in told.items():
         others = f" and {len(names) - 1} more" if len(names) > 1 else ""
         typer.echo(f"note: {names[0]}{others}: {note}")
+    paths = {source.path: None for trial in trials for source in trial.config.data.sources.values() if source.path}
+    for path in paths:
+        if "://" not in path and not Path(path).expanduser().exists():
+            typer.echo(f"note: data {path} does not exist here; `sweep run` needs it")
     if branches:
         spent, apart = saving(trials)
         share = f"{spent / apart:.3f} of the {apart:.3g} of separate runs"

@@ -68,12 +68,18 @@ def find_files(name: str, patterns: tuple[str, ...], exclude: tuple[str, ...]) -
 def _files_below(
     filesystem: fsspec.AbstractFileSystem, folder: str, within: frozenset[str] = frozenset()
 ) -> Iterator[tuple[str, int]]:
-    """List the files of a folder and of folders that it links to, with their sizes, without going in circles."""
+    """List the files of a folder, and the files and folders that it links to, without going in circles.
+
+    Yields:
+        The path and the size in bytes of each; a linked file has its own size, not that of the link.
+    """
     within |= {os.path.realpath(folder)}
     for path, info in filesystem.find(folder, detail=True).items():
         if info.get("islink") and filesystem.isdir(path):
             if os.path.realpath(path) not in within:
                 yield from _files_below(filesystem, path, within)
+        elif info.get("islink") and filesystem.isfile(path):
+            yield path, filesystem.size(path) or 0
         elif info.get("type") == "other" and filesystem.exists(path):
             raise DataError(f"{path} is neither a file nor a folder", hint="leave it out of the folder")
         else:

@@ -88,11 +88,12 @@ class ClusterProfile:
         return self.gpus_per_node if self.ranks_per_node is None else self.ranks_per_node
 
 
-def load_profile(cluster: str) -> ClusterProfile:
+def load_profile(cluster: str, *, example: bool = False) -> ClusterProfile:
     """Read and check a profile.
 
     Args:
         cluster: A path, or the name of a shipped profile.
+        example: Whether it may hold the values that a shipped profile leaves to whoever copies it.
 
     Raises:
         ConfigError: With everything that is wrong with it, or the names of shipped profiles if there is none.
@@ -104,18 +105,10 @@ def load_profile(cluster: str) -> ClusterProfile:
         problems = [replace(problem, hint=_QUOTED.get(problem.key, problem.hint)) for problem in error.problems]
         raise ConfigError(problems) from None
     origin = display_path(path)
-    if problems := [Problem(key, message, origin, hint) for key, message, hint in _problems(profile)]:
+    problems = [Problem(key, message, origin, hint) for key, message, hint in _problems(profile)]
+    if problems := problems + ([] if example else list(_placeholders(profile, path))):
         raise ConfigError(problems)
     return profile if profile.name else replace(profile, name=path.stem)
-
-
-def placeholders(profile: ClusterProfile) -> Iterator[Problem]:
-    """Yield a problem per setting that a shipped profile leaves to whoever copies it."""
-    hint = "copy the profile, and write what your cluster has"
-    for name, value in vars(profile).items():
-        for held in [value] if isinstance(value, str) else value if isinstance(value, tuple) else []:
-            if _PLACEHOLDER in held:
-                yield Problem(name, f"{held} stands for a value of yours", f"profile {profile.name}", hint)
 
 
 def seconds_of(time: str) -> int | None:
@@ -140,6 +133,18 @@ def _find(cluster: str) -> Path:
     close = difflib.get_close_matches(Path(cluster).name.removesuffix(".yaml"), names, n=1)
     hint = f"did you mean {close[0]}?" if close else f"write one, as the shipped ones: {', '.join(names)}"
     raise ConfigError([Problem(cluster, "no such profile of a cluster, neither a file nor a shipped one", hint=hint)])
+
+
+def _placeholders(profile: ClusterProfile, path: Path) -> Iterator[Problem]:
+    """Yield a problem per setting that a shipped profile leaves to whoever copies it, with its line in the file."""
+    file, lines = display_path(path), path.read_text().splitlines()
+    is_shipped = path.parent == shipped_folder("slurm") / "clusters"
+    hint = f"copy {file}, write what your cluster has, and name the copy" if is_shipped else "write your own there"
+    for name, value in vars(profile).items():
+        for held in [value] if isinstance(value, str) else value if isinstance(value, tuple) else []:
+            if _PLACEHOLDER in held:
+                line = next((f", line {n}" for n, line in enumerate(lines, 1) if held in line), "")
+                yield Problem(name, f"{held} stands for a value of yours", f"{file}{line}", hint)
 
 
 def _problems(profile: ClusterProfile) -> Iterator[tuple[str, str, str | None]]:

@@ -23,7 +23,7 @@ from hopescale.cost.holdings import Holdings
 from hopescale.cost.search import fullest
 from hopescale.data.sources import open_sources
 from hopescale.launch.ledger import LedgerEntry, entries, forget_outcome, note, now
-from hopescale.launch.profile import placeholders, seconds_of
+from hopescale.launch.profile import seconds_of
 from hopescale.launch.sbatch import BatchJob, render
 from hopescale.launch.scheduler import Slurm
 from hopescale.launch.snapshot import take_snapshot
@@ -59,10 +59,9 @@ def check_cluster(job: BatchJob, slurm: Slurm) -> None:
     """Refuse a job that the cluster would refuse, or let wait for ever.
 
     Raises:
-        ConfigError: If the profile leaves values to whoever copies it, the cluster has no such partition, nodes or
-            GPUs, or the time is too short or too long.
+        ConfigError: If the cluster has no such partition, nodes or GPUs, or the time is too short or too long.
     """
-    if problems := [*placeholders(job.profile), *_time_problems(job), *_cluster_problems(job, slurm)]:
+    if problems := [*_time_problems(job), *_cluster_problems(job, slurm)]:
         raise ConfigError(problems)
 
 

@@ -20,7 +20,7 @@ CHAINED = "modules"
 def script(profile: str) -> str:
     job = BatchJob(
         "hope_170m",
-        load_profile(profile),
+        load_profile(profile, example=True),
         nodes=2,
         run_dir=Path("/data/me/runs/hope 170m"),
         work_dir=Path("/data/me"),

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
+import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -248,6 +252,27 @@ def test_an_error_ends_its_request_alone(loaded: LoadedModel, monkeypatch: pytes
             with pytest.raises(openai.InternalServerError):
                 served.ask()
         assert served.ask().choices[0].finish_reason in ("length", "stop") and served.batcher.num_open == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_command_listens_when_it_says_so_and_a_signal_ends_it(number, hopescale, trained: Path, monkeypatch):
+    lines, answered = [], []
+
+    def ask_and_end(url: str) -> None:
+        answered.append(httpx.get(f"{url}/health").status_code)
+        os.kill(os.getpid(), number)
+
+    def echo(line: str) -> None:
+        lines.append(line)
+        if len(lines) == 1:
+            url, port = re.search(r"(http://127.0.0.1:(\d+))/v1", line).groups()
+            socket.create_connection(("127.0.0.1", int(port))).close()
+            threading.Thread(target=ask_and_end, args=(url,), daemon=True).start()
+
+    monkeypatch.setattr("typer.echo", echo)
+    assert hopescale("serve", trained, "--port", 0, "--name", "tiny").code == 0
+    assert answered == [200]
+    assert lines[1:] == ["tiny is served no more"]
 
 
 def waited_for(condition: Callable[[], bool], seconds: float = 60) -> bool:

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from hopescale.cli.app import main
 from hopescale.common.paths import shipped_folder
 from hopescale.cost.device_memory import KINDS
 
+ROOT = Path(__file__).parents[3]
 RECIPES = sorted(path.stem for path in shipped_folder("recipes").glob("*.yaml"))
 
 
@@ -28,6 +30,15 @@ def numbers(capsys: pytest.CaptureFixture[str], *args: str):
     fits = bool(found) if isinstance(found, list) else found.get("memory", {"fits": True})["fits"]
     assert (code, err) == (0 if fits else 2, "")
     return found
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/parallelism.md"])
+def test_pages_print_what_plan_says(capsys, page: str):
+    block = re.search(r"^ +\$ hopescale plan .+\n(?:(?: {4}.*)?\n)+", (ROOT / page).read_text(), re.M)[0]
+    command, *printed = textwrap.dedent(block).splitlines()
+    said = iter(run(capsys, *command.split()[3:])[1].splitlines())
+    lines = [line for line in printed if line not in ("...", "")]
+    assert lines and all(line in said for line in lines)  # `in` goes on from the line before
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

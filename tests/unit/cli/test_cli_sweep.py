@@ -87,6 +87,15 @@ def test_a_pipe_gets_every_label_whole(sweep, tmp_path: Path):
     assert code == 0 and "[k, v]" in out and f" {size} " in out
 
 
+def test_plan_names_data_that_does_not_exist(tmp_path: Path, sweep):
+    data = f"{{data.sources.markov: null, data.sources.main.path: {tmp_path}/PLACE}}"
+    for place, told in (("nowhere", True), ("", False)):
+        text = f"recipe: debug\nsizes: {{a: {{}}}}\nset: {data.replace('PLACE', place)}\n"
+        (tmp_path / "toy.yaml").write_text(text)
+        code, out = sweep("plan")
+        assert code == 0 and (f"note: data {tmp_path}/nowhere does not exist here" in out) == told
+
+
 def test_a_folder_without_points_is_told_how_to_get_them(tmp_path: Path, capsys):
     with pytest.raises(SystemExit):
         main(["sweep", "fit", str(tmp_path)])

@@ -11,6 +11,7 @@ import fsspec
 import pytest
 
 from hopescale.common.errors import DataError
+from hopescale.data.inputs import find_files
 from hopescale.data.records import Document
 from hopescale.data.text import TextSource
 
@@ -90,7 +91,7 @@ def test_a_separator_of_line_ends_cuts_files_of_windows_too(tmp_path: Path) -> N
     assert [d.text for d in read(tmp_path / "a.txt", separator="\r\n\r\n")] == expected[:2]
 
 
-def test_folders_that_are_linked_to_are_read_once_around(tmp_path: Path) -> None:
+def test_linked_files_and_folders_are_read_once_around(tmp_path: Path) -> None:
     elsewhere, folder = tmp_path / "elsewhere", tmp_path / "folder"
     (elsewhere / "deep").mkdir(parents=True)
     folder.mkdir()
@@ -98,16 +99,22 @@ def test_folders_that_are_linked_to_are_read_once_around(tmp_path: Path) -> None
     (folder / "a.txt").write_text("own")
     (folder / "link").symlink_to(elsewhere)
     (elsewhere / "back").symlink_to(folder)
+    (folder / "z.txt").symlink_to(elsewhere / "deep" / "b.txt")
     assert read(folder) == [
         Document("own", str(folder / "a.txt")),
         Document("linked", str(folder / "link" / "deep" / "b.txt")),
+        Document("linked", str(folder / "z.txt")),
     ]
+    assert [file.size for file in find_files(str(folder), (), ())] == [3, 6, 6]
 
 
 def test_a_pipe_in_a_folder_is_named(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(DataError, match="pipe is neither a file nor a folder"):
-        read(tmp_path)
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "link").symlink_to(tmp_path / "pipe")
+    for folder, name in ((tmp_path, "pipe"), (tmp_path / "text", "link")):
+        with pytest.raises(DataError, match=f"{name} is neither a file nor a folder"):
+            read(folder)
 
 
 def test_compressed_files_are_read(tmp_path: Path) -> None:

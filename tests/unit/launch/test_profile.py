@@ -116,4 +116,4 @@ def test_every_setting_is_documented_and_used():
 def test_shipped_profiles_say_what_they_are_for():
     for path in (shipped_folder("slurm") / "clusters").glob("*.yaml"):
         assert path.read_text().startswith("# "), path
-        load_profile(str(path))
+        load_profile(str(path), example=True)

@@ -168,7 +168,11 @@ main(["submit", "debug", "--cluster", "test", "--dry-run"])
         (PROFILE, ["--time", "3"], "3 is 180 s, but the run is told to stop signal_lead_s=180 s before its end"),
         (PROFILE, ["--time", "soon"], "'soon' is no time limit"),
         (PROFILE, ["--time", "1:00:01"], "1:00:01, but the most that partition cpu allows is 1:00:00"),
-        (PROFILE + "account: YOUR_ACCOUNT\n", [], "account: YOUR_ACCOUNT stands for a value of yours"),
+        (
+            PROFILE + "account: YOUR_ACCOUNT\n",
+            [],
+            f"account: YOUR_ACCOUNT stands for a value of yours   [other.yaml, line {PROFILE.count(chr(10)) + 1}]",
+        ),
     ],
 )
 def test_what_the_cluster_cannot_run_is_refused(slurm: FakeSlurm, submit, text, args, message):
