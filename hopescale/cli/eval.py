@@ -22,6 +22,7 @@ from hopescale.config.layout import Layout
 from hopescale.evals.request import EvalRequest
 from hopescale.evals.suite_request import EXAMPLES, SuiteRequest, read_counts
 from hopescale.infer.adaptation import RATE, Adaptation, read_adaptation
+from hopescale.sweep.finished import expand
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +35,9 @@ TIMEOUT = timedelta(hours=2)
 
 def evaluate(
     context: typer.Context,
-    models: Annotated[list[Path], typer.Argument(metavar="MODEL...", help="Run folders, checkpoints, or exports.")],
+    models: Annotated[
+        list[Path], typer.Argument(metavar="MODEL...", help="Run folders, sweep folders, checkpoints, or exports.")
+    ],
     tasks: Annotated[
         str, typer.Option(metavar="NAME[=SHOTS],...", help="Tasks of lm-eval, and `perplexity`: the held-out loss.")
     ] = "",
@@ -97,6 +100,7 @@ def evaluate(
             require_packages("tasks need", "eval", "lm-eval")
         if out is not None and out.exists():
             raise CheckpointError(f"output {out} already exists", "choose another file, or delete the old one first")
+        models = expand(models)
         if len(models) > 1 and out is not None:
             raise ConfigError(f"--out {out} is one file, but there are {len(models)} models", "use --report FOLDER")
     except HopescaleError as error:

@@ -11,11 +11,13 @@ import typer
 
 from hopescale.evals.comparison import compare, read_evaluations
 from hopescale.evals.comparison_report import write_comparison
+from hopescale.sweep.finished import expand
 
 
 def report(
     evaluations: Annotated[
-        list[Path], typer.Argument(metavar="EVALUATION...", help="JSON files of eval, or run folders with evaluations.")
+        list[Path],
+        typer.Argument(metavar="EVALUATION...", help="JSON files of eval, or run and sweep folders with evaluations."),
     ],
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder to write to.")] = Path("report"),
 ) -> None:
@@ -25,7 +27,7 @@ def report(
 
     Exit codes: 0 done, 3 evaluations.
     """
-    compare_and_write(read_evaluations(evaluations), out)
+    compare_and_write(read_evaluations(expand(evaluations, evaluated=True)), out)
 
 
 def compare_and_write(bodies: Sequence[Mapping[str, Any]], folder: Path) -> None:

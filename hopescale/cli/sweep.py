@@ -30,10 +30,20 @@ from hopescale.launch.profile import load_profile
 from hopescale.observe.run_folder import SWEEP_MARKS, require_own
 from hopescale.observe.run_status import DIVERGED, DONE, FAILED, RUNNING
 from hopescale.sweep.branches import saving
+from hopescale.sweep.choice import LEFT_OUT, spent_on
 from hopescale.sweep.collect import collect as write_points
 from hopescale.sweep.grid import Sweep, columns, load_sweep, make_trials
 from hopescale.sweep.pool import locked, run_trials, train_words
-from hopescale.sweep.progress import TrialStatus, as_trained, require_same, status_in_sweep, trial_folder, trial_status
+from hopescale.sweep.progress import (
+    TrialStatus,
+    as_trained,
+    is_chosen,
+    require_same,
+    status_in_sweep,
+    trial_folder,
+    trial_status,
+)
+from hopescale.sweep.score import score
 from hopescale.sweep.stages import make_stages
 from hopescale.sweep.trial import Trial
 
@@ -48,7 +58,7 @@ _STYLES = {DONE: "green", RUNNING: "bold", FAILED: "red", DIVERGED: "magenta"}
 @app.command()
 def plan(sweep: SweepFile) -> None:
     """Check every trial and show them all: parameters, tokens, steps, FLOPs. Trains nothing, writes nothing."""
-    _, trials, _ = _read(sweep)
+    loaded, trials, _ = _read(sweep)
     labels = columns(trials)
     branches = ["from step"] if any(trial.branch for trial in trials) else []
     table = _table("trial", *labels, right=("parameters", "tokens", "steps", *branches, "batch", "lr", "FLOPs"))
@@ -82,7 +92,13 @@ def plan(sweep: SweepFile) -> None:
         spent, apart = saving(trials)
         share = f"{spent / apart:.3f} of the {apart:.3g} of separate runs"
         typer.echo(f"horizons of a size share one run: {spent:.3g} FLOPs are spent, {share}")
-    if len(by_series) > 1:
+    if trials[0].choice is not None:
+        choosing, following, number = spent_on(trials)
+        candidates = sum(trial.is_candidate for trial in trials)
+        text = f"{candidates} trials choose {loaded.config.choose}, in {choosing:.3g} FLOPs"
+        left = f"{len(trials) - candidates - number} are left out"
+        typer.echo(f"{text}; {number} follow with the best value, in {following:.3g}; {left}")
+    elif len(by_series) > 1:
         typer.echo(f"in all: {len(trials)} trials, {sum(trial.flops for trial in trials):.3g} FLOPs")
 
 
@@ -159,6 +175,11 @@ def submit(
             ids = submit_stages(_stages(trials, folder), profile, folder, **how)
         else:
             ids = submit_array(_elements(trials[:first], folder), profile, folder, only=only, **how)
+    undecided = [trial for trial in trials if not trial.is_candidate and is_chosen(trial, folder) is None]
+    if undecided:
+        typer.echo(
+            f"{len(undecided)} trials wait for the choice of {loaded.config.choose}: submit again when it is made"
+        )
     for id in ids:
         typer.echo(f"job {id}, trials in {display_path(folder / 'trials')}")
     if not ids:
@@ -170,7 +191,7 @@ def _elements(trials: Sequence[Trial], folder: Path) -> list[Element]:
     return [
         Element(trial.name, run_dir, tuple(train_words(trial, run_dir)))
         for trial, run_dir in chosen
-        if trial_status(run_dir).state not in (DONE, DIVERGED)
+        if trial_status(run_dir).state not in (DONE, DIVERGED) and (trial.is_candidate or is_chosen(trial, folder))
     ]
 
 
@@ -198,7 +219,7 @@ def status(
         _summary(trials, folder)
         return
     with Live(_states(trials, folder), auto_refresh=False) as live:
-        while any(current.state not in (DONE, DIVERGED, FAILED) for current in _statuses(trials, folder)):
+        while any(current.state not in (DONE, DIVERGED, FAILED, LEFT_OUT) for current in _statuses(trials, folder)):
             if context.obj["console"].is_unread:
                 return
             sleep(watch)
@@ -245,14 +266,17 @@ def _statuses(trials: Sequence[Trial], folder: Path) -> list[TrialStatus]:
 
 
 def _states(trials: Sequence[Trial], folder: Path) -> Table:
-    table = _table("trial", "state", right=("step", "of", "loss", "tokens/s", "starts"))
-    for trial, current in zip(trials, _statuses(trials, folder), strict=True):
+    scores = [score(trial_folder(folder, trial)) for trial in trials]
+    has_scores = any(value is not None for value in scores)
+    table = _table("trial", "state", right=("step", "of", "loss", *["score"] * has_scores, "tokens/s", "starts"))
+    for trial, current, value in zip(trials, _statuses(trials, folder), scores, strict=True):
         style = _STYLES.get(current.state, "")
         state = f"[{style}]{current.state}[/]" if style else current.state
         loss = "" if current.loss is None else f"{current.loss:.4f}"
         tps = "" if current.tps is None else f"{current.tps:,.0f}"
         starts = str(current.starts or "")
-        table.add_row(trial.name, state, f"{current.step or 0:,}", f"{trial.steps:,}", loss, tps, starts)
+        answers = ["" if value is None else f"{value:.3f}"] * has_scores
+        table.add_row(trial.name, state, f"{current.step or 0:,}", f"{trial.steps:,}", loss, *answers, tps, starts)
     return table
 
 

@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -182,9 +183,10 @@ def _systems(bodies: Sequence[Mapping[str, Any]]) -> tuple[list[System], dict[tu
     for body in first.values():
         groups.setdefault((_identity(body["config"]), body["step"], _levels(body)), []).append(body)
     labels: dict[str, str] = {}
-    for (identity, *_), (one, *_) in groups.items():
+    for identity, *_ in groups:
         if identity not in labels:
-            name = one["config"].get("name", "run")
+            same = [body for (other, *_), group in groups.items() if other == identity for body in group]
+            name = _common_name([body["config"].get("name", "run") for body in same])
             number = 1 + sum(label.partition(" #")[0] == name for label in labels.values())
             labels[identity] = name if number == 1 else f"{name} #{number}"
     systems = []
@@ -192,6 +194,13 @@ def _systems(bodies: Sequence[Mapping[str, Any]]) -> tuple[list[System], dict[tu
         models, length = tuple(names[_key(one)] for one in group), group[0]["config"]["train"]["seq_len"]
         systems.append(System(labels[identity] + levels, step, models, length))
     return systems, names
+
+
+def _common_name(names: Sequence[str]) -> str:
+    """Return what names begin with alike, in whole parts: `a-lr1` of `a-lr1-seed0` and `a-lr1-seed1`."""
+    parts = zip(*(name.split("-") for name in names), strict=False)
+    alike = [part[0] for part in takewhile(lambda part: len(set(part)) == 1, parts)]
+    return "-".join(alike) or names[0]
 
 
 def _identity(config: Mapping[str, Any]) -> str:

@@ -11,10 +11,15 @@ from hopescale.common.disk import replace_text
 from hopescale.common.errors import LaunchError
 from hopescale.observe.run_status import DONE
 from hopescale.sweep.grid import columns
-from hopescale.sweep.progress import as_trained, status_in_sweep
+from hopescale.sweep.progress import as_trained, is_chosen, status_in_sweep, trial_folder
+from hopescale.sweep.score import score
 from hopescale.sweep.trial import Trial
 
 POINTS = "points.csv"
+CHOSEN, NOT_CHOSEN = "yes", "no"
+"""Values of the column `chosen`."""
+
+_YES_NO = {True: CHOSEN, False: NOT_CHOSEN, None: ""}
 
 
 def collect(trials: Sequence[Trial], folder: Path) -> Path:
@@ -23,7 +28,9 @@ def collect(trials: Sequence[Trial], folder: Path) -> Path:
     N counts all parameters, D the tokens trained on, FLOP the training's FLOPs, by the config in the run folder. The
     loss is the held-out one of the last step; of runs without held-out text the mean of the last ten recorded training
     losses. `loss_from` says which. A trial that is not done has no loss. In a sweep with branches two more columns name
-    the trunk of a branch and the last step that it shares; D and FLOP are those of a run of its own.
+    the trunk of a branch and the last step that it shares; D and FLOP are those of a run of its own. In a sweep with
+    a choice a column `chosen` says whether a trial has the chosen value, and is empty as long as that is open. Once
+    trials have been asked a suite, a column `score` has their mean accuracy.
 
     Raises:
         LaunchError: If it cannot be written.
@@ -31,16 +38,25 @@ def collect(trials: Sequence[Trial], folder: Path) -> Path:
     labels, text, path = columns(trials), io.StringIO(), folder / POINTS
     writer = csv.writer(text, lineterminator="\n")
     places = ["trunk", "branch_step"] if any(trial.branch for trial in trials) else []
+    trials = as_trained(trials, folder)
+    scores = {trial.name: score(trial_folder(folder, trial)) for trial in trials}
+    places += ["chosen"] * any(trial.choice for trial in trials)
+    places += ["score"] * any(value is not None for value in scores.values())
     columns_of_runs = ["N", "D", "FLOP", "loss", "loss_from", "state", "batch", "lr"]
     writer.writerow(["trial", "series", *labels, *columns_of_runs, *places])
-    for trial in as_trained(trials, folder):
+    for trial in trials:
         status = status_in_sweep(trial, folder)
         done = status.state == DONE and status.loss is not None
         head = (trial.name, trial.series, *(trial.labels.get(label, "") for label in labels))
         loss = (f"{status.loss:.6f}", status.source) if done else ("", "")
         rates = trial.config.train.global_batch_tokens, f"{trial.config.optim.lr:g}"
-        begin = ((trial.branch.trunk, trial.branch.step) if trial.branch else ("", "")) if places else ()
-        writer.writerow([*head, trial.params, trial.tokens, trial.flops, *loss, status.state, *rates, *begin])
+        further = {"chosen": _YES_NO[is_chosen(trial, folder)]}
+        if trial.branch:
+            further |= {"trunk": trial.branch.trunk, "branch_step": trial.branch.step}
+        if scores[trial.name] is not None:
+            further["score"] = f"{scores[trial.name]:.4f}"
+        own = (further.get(place, "") for place in places)
+        writer.writerow([*head, trial.params, trial.tokens, trial.flops, *loss, status.state, *rates, *own])
     try:
         replace_text(path, text.getvalue())
     except OSError as error:

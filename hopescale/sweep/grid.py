@@ -20,6 +20,7 @@ from hopescale.config.schema import RunConfig
 from hopescale.config.values import format_value
 from hopescale.cost.flops import flops_per_token
 from hopescale.cost.params import count_params
+from hopescale.sweep import choice
 from hopescale.sweep.branches import branch_off
 from hopescale.sweep.expression import evaluate
 from hopescale.sweep.schema import SeriesConfig, SweepConfig
@@ -93,6 +94,8 @@ def make_trials(sweep: Sweep) -> list[Trial]:
     if twice := sorted({name for name in names if names.count(name) > 1}):
         hint = "an axis lists a value twice, or values that differ in other characters than letters and digits"
         raise ConfigError(f"{display_path(sweep.path)} makes more than one trial of the name {twice[0]}", hint)
+    if sweep.config.choose:
+        return choice.choose_axis(trials, sweep.config)
     return branch_off(trials, display_path(sweep.path)) if sweep.config.branch else trials
 
 
@@ -119,6 +122,7 @@ def _problems(sweep: SweepConfig) -> Iterator[Problem]:
     for key, values in sweep.axes.items():
         if not values:
             yield Problem(f"axes.{key}", "holds no value")
+    yield from choice.problems(sweep)
     yield from _set_twice(sweep)
 
 
@@ -197,6 +201,8 @@ def _make_trial(point: _Point) -> tuple[Trial | None, list[Problem]]:
         The trial, or None, and what is wrong with it.
     """
     settings = dict(point.settings)
+    if not point.rules and point.flops is None and point.tokens is None:
+        settings["name"] = point.name  # nothing follows, so that the recipe is read once
     try:
         of_size = {key: text for key, text in point.rules.items() if _is_of_size(key)}
         config = _load(point.recipe, settings).config

@@ -23,6 +23,7 @@ from hopescale.sweep.progress import (
     Note,
     branch_checkpoint,
     can_start,
+    is_chosen,
     lost_with_trunk,
     read_note,
     status_in_sweep,
@@ -157,6 +158,9 @@ class _Pool:
             if places < 1:
                 return
             run_dir = trial_folder(self.folder, trial)
+            if not trial.is_candidate and not is_chosen(trial, self.folder):
+                self._wait_for_choice(trial)
+                continue
             if not can_start(run_dir, trial):
                 self._give_up_without_trunk(trial, run_dir)
                 continue
@@ -168,6 +172,14 @@ class _Pool:
             self.queue.remove(trial)
             self._start(trial, run_dir)
             places -= 1
+
+    def _wait_for_choice(self, trial: Trial) -> None:
+        """Take a trial from the queue that is left out, or whose choice cannot be made now."""
+        if is_chosen(trial, self.folder) is False:
+            self.queue.remove(trial)
+        elif not any(other.name in trial.choice.among for other in [*self.running.values(), *self.queue]):
+            self.queue.remove(trial)
+            self.failed[trial.name] = f"waits for a choice among {', '.join(trial.choice.among)}, which failed in part"
 
     def _give_up_without_trunk(self, trial: Trial, run_dir: Path) -> None:
         """End a branch whose trunk will not come to its step; a run of its own would have diverged likewise."""

@@ -32,6 +32,7 @@ from hopescale.observe.run_status import (
     Word,
     read_status,
 )
+from hopescale.sweep.choice import LEFT_OUT, best_of
 from hopescale.sweep.grid import Sweep
 from hopescale.sweep.trial import Branch, Trial
 
@@ -125,6 +126,15 @@ def lost_with_trunk(
     return Word(FAILED, f"its trunk {trunk} is {state}, and holds no {folder_name(step)}")
 
 
+def is_chosen(trial: Trial, folder: Path) -> bool | None:
+    """Tell whether the choice that a trial takes part in fell on its value; None as long as it is open."""
+    if trial.choice is None:
+        return True
+    ended = {name: trial_status(folder / "trials" / name) for name in trial.choice.among}
+    best = best_of(trial.choice, {name: (status.state, status.loss) for name, status in ended.items()})
+    return None if best is None else best == trial.choice.twin
+
+
 def read_note(run_dir: Path) -> Note:
     """Read the note of a trial; one that was never started waits."""
     try:
@@ -155,7 +165,8 @@ def write_note(run_dir: Path, note: Note) -> None:
 def status_in_sweep(trial: Trial, folder: Path) -> TrialStatus:
     """Find out how a trial of a sweep stands, with what a branch shares with its trunk.
 
-    A branch that waits for a trunk which has ended before its step has ended too. Without held-out text the records of
+    A branch that waits for a trunk which has ended before its step has ended too. A trial that has not begun when the
+    choice falls on another value is left out. Without held-out text the records of
     the shared steps count in the loss of a branch that has too few of its own, as they do in a run of its own.
 
     Args:
@@ -166,6 +177,8 @@ def status_in_sweep(trial: Trial, folder: Path) -> TrialStatus:
     status = trial_status(run_dir)
     if status.state in (WAITING, STOPPED) and (word := lost_with_trunk(trial, folder)) is not None:
         return replace(status, state=word.state, reason=word.reason)
+    if status.state == WAITING and not trial.is_candidate and is_chosen(trial, folder) is False:
+        return replace(status, state=LEFT_OUT)
     own = sum(record.get("loss") is not None for record in status.records)
     if status.state == DONE and trial.branch and own < _IN_MEAN and not status.source.startswith("val/"):
         path = run_dir.parent / trial.branch.trunk / "metrics.jsonl"

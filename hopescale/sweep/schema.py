@@ -42,5 +42,8 @@ class SweepConfig:
     where its decay begins. Needs `flops` or `tokens`, and `optim.schedule.name: wsd`."""
     axes: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     """Other keys to vary: values by dotted key, as in `optim.lr: [1e-3, 3e-3]`."""
+    choose: str | None = None
+    """Axis whose best value is chosen for each series, size and horizon, by the loss of the trials with the first value
+    of every other axis; trials with its other values are left out from there on. Null trains all combinations."""
     rules: dict[str, Any] = field(default_factory=dict)
     """Values by dotted key as expressions, as in `optim.lr: 0.02 * d_model ** -0.5`."""

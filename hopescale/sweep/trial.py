@@ -22,6 +22,16 @@ class Branch:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """What decides whether a trial is trained: a candidate is, and the others if their candidate is the best."""
+
+    among: tuple[str, ...]
+    """Names of the candidates, one for each value of the axis."""
+    twin: str
+    """Candidate with the same value as this trial, or itself."""
+
+
+@dataclass(frozen=True)
 class Trial:
     """One run of a sweep."""
 
@@ -37,11 +47,18 @@ class Trial:
     """Config of both, resolved and checked."""
     branch: Branch | None = None
     """Place where it branches off another trial; None begins at step 0."""
+    choice: Choice | None = None
+    """Choice that it takes part in; None is trained always."""
 
     @cached_property
     def params(self) -> int:
         """Parameters, embeddings included."""
         return count_params(self.config.model)["total"]
+
+    @property
+    def is_candidate(self) -> bool:
+        """Whether it is trained without waiting for a choice."""
+        return self.choice is None or self.choice.twin == self.name
 
     @property
     def steps(self) -> int:

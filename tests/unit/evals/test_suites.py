@@ -214,6 +214,14 @@ def test_models_are_known_by_their_weights():
     assert (accuracy.mean, accuracy.seeds) == (pytest.approx(0.8), 2), "the export's 0.9 replaces 0.5"
 
 
+def test_a_system_is_called_by_what_its_runs_are_called_alike():
+    names = ["a-lr0.1-seed0", "a-lr0.1-seed1", "b-seed0"]
+    bodies = [body(name, seed, 0.5, lr=lr) for name, seed, lr in zip(names, (0, 1, 0), (0.1, 0.1, 0.2), strict=True)]
+    for one, name in zip(bodies, names, strict=True):
+        one["config"]["name"] = name
+    assert [system.label for system in compare(bodies).systems] == ["a-lr0.1", "b-seed0"]
+
+
 def test_levels_that_follow_a_text_are_systems_of_their_own():
     """The same checkpoint, with the digest of its weights as each evaluation had it."""
     adapt = {"levels": {"fast": {"period": 8, "rate": 0.5}}, "nested": False}

@@ -228,6 +228,26 @@ def test_branches_end_with_a_trunk_that_does_not_come_to_their_step(run_branches
     assert [trial_status(tmp_path / f"out/trials/d{n}Ki").state for n in (20, 40, 60)] == [state] * 3
 
 
+CHOICE = "recipe: debug\naxes: {train.steps: [3, 4], train.seed: [0, 1]}\nchoose: train.steps\n"
+
+
+def test_a_choice_lets_the_best_value_go_on_alone(run, tmp_path: Path):
+    """The program that stands for training ends with a loss of 2.75 after 3 steps, and of 2.5 after 4."""
+    (tmp_path / "sweep.yaml").write_text(CHOICE)
+    trials, folder = make_trials(load_sweep(tmp_path / "sweep.yaml")), tmp_path / "out"
+    quiet = {"report": lambda line: None, "show": lambda: None}
+    plan = tmp_path / "out/trials/plan.json"
+    plan.write_text(json.dumps({"steps3-seed0": ["1", "done"]}))
+    with pytest.raises(LaunchError, match="steps3-seed1/train.log: waits for a choice among"):
+        run_trials(trials, folder, jobs=1, retries=0, environ=os.environ, **quiet)
+    assert calls(tmp_path) == ["steps3-seed0", "steps4-seed0"]
+    run_trials(trials, folder, jobs=1, retries=0, environ=os.environ, **quiet)
+    assert calls(tmp_path)[2:] == ["steps3-seed0", "steps4-seed1"]
+    rows = list(csv.DictReader(collect(trials, folder).read_text().splitlines()))
+    assert [row["state"] for row in rows] == ["done", "left out", "done", "done"]
+    assert [row["chosen"] for row in rows] == ["no", "no", "yes", "yes"] and "score" not in rows[0]
+
+
 RATES = ["batch", "lr"]
 
 

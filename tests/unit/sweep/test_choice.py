@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hopescale.common.errors import ConfigError, DataError
+from hopescale.observe.run_status import DIVERGED, DONE, FAILED, WAITING
+from hopescale.sweep.choice import best_of, spent_on
+from hopescale.sweep.finished import expand
+from hopescale.sweep.grid import load_sweep, make_trials
+from hopescale.sweep.score import score
+from hopescale.sweep.trial import Choice
+
+SWEEP = """
+series: {a: {recipe: debug}, b: {recipe: debug, set: {train.steps: 50}}}
+axes: {optim.lr: [1e-3, 3e-3, 1e-2], train.seed: [0, 1, 2]}
+choose: optim.lr
+"""
+
+
+@pytest.fixture
+def make(tmp_path: Path):
+    """Make the trials of a sweep from its text."""
+
+    def of(text: str):
+        (tmp_path / "sweep.yaml").write_text(text)
+        return make_trials(load_sweep(tmp_path / "sweep.yaml"))
+
+    return of
+
+
+def test_each_series_chooses_with_the_first_value_of_the_other_axes(make):
+    trials = {trial.name: trial for trial in make(SWEEP)}
+    assert len(trials) == 18
+    candidates = [name for name, trial in trials.items() if trial.is_candidate]
+    assert candidates == [f"{series}-lr{rate}-seed0" for series in "ab" for rate in ("0.001", "0.003", "0.01")]
+    assert trials["b-lr0.003-seed2"].choice == Choice(tuple(candidates[3:]), "b-lr0.003-seed0")
+    choosing, following, number = spent_on(list(trials.values()))
+    assert number == 4 and following == choosing * 2 / 3
+
+
+@pytest.mark.parametrize(
+    ("ends", "best"),
+    [
+        ([(DONE, 2.0), (DONE, 1.0), (DONE, 3.0)], "y"),
+        ([(DONE, 2.0), (DIVERGED, 0.5), (DONE, None)], "x"),
+        ([(DIVERGED, None)] * 3, "x"),
+        ([(DONE, 2.0), (DONE, 1.0), (WAITING, None)], None),
+        ([(DONE, 2.0), (FAILED, 1.0), (DONE, 3.0)], None),
+    ],
+)
+def test_the_best_of_those_that_are_done_is_chosen_once_none_goes_on(ends, best: str | None):
+    assert best_of(Choice(("x", "y", "z"), "x"), dict(zip("xyz", ends, strict=True))) == best
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("choose: optim.lr", "choose: train.steps"), "train.steps is no axis"),
+        (("[1e-3, 3e-3, 1e-2]", "[1e-3]"), "optim.lr has one value"),
+        ((", train.seed: [0, 1, 2]", ""), "no other axis has more than one value"),
+    ],
+)
+def test_a_choice_without_effect_is_refused(make, change, message: str):
+    with pytest.raises(ConfigError) as caught:
+        make(SWEEP.replace(*change))
+    assert {problem.key for problem in caught.value.problems} == {"choose"} and message in str(caught.value)
+
+
+def test_a_sweep_s_folder_stands_for_its_chosen_trials(tmp_path: Path):
+    table = "trial,state,chosen\na,done,no\nb,done,yes\nc,left out,no\nd,done,\ne,diverged,yes\n"
+    (tmp_path / "points.csv").write_text(table)
+    other = tmp_path / "run"
+    trials = tmp_path / "trials"
+    assert expand([other, tmp_path]) == [other, trials / "b", trials / "d"]
+    with pytest.raises(DataError, match="no trial of .* was asked"):
+        expand([tmp_path], evaluated=True)
+    (trials / "d/evals").mkdir(parents=True)
+    (trials / "d/evals/step-00000001.1.json").write_text('{"suites": [{"accuracy": 0.5}, {"accuracy": 0.75}]}')
+    assert expand([tmp_path], evaluated=True) == [trials / "d"]
+    assert score(trials / "d") == 0.625 and score(trials / "b") is None
+    (tmp_path / "points.csv").write_text("name\na\n")
+    with pytest.raises(DataError, match="is no table of a sweep"):
+        expand([tmp_path])
