@@ -9,7 +9,7 @@ from dataclasses import replace
 from hopescale.common.errors import Problem
 from hopescale.observe.run_status import DIVERGED, DONE
 from hopescale.sweep.schema import SweepConfig
-from hopescale.sweep.trial import Choice, Trial
+from hopescale.sweep.trial import Trial, TrialChoice
 
 LEFT_OUT = "left out"
 """State of a trial whose value of the chosen axis was not the best, so that it is not trained."""
@@ -29,7 +29,7 @@ def choose_axis(trials: Sequence[Trial], sweep: SweepConfig) -> list[Trial]:
         sweep: Config of the sweep, with `choose`.
 
     Returns:
-        The trials in the same order, each with its `Choice`.
+        The trials in the same order, each with its choice.
     """
     first = {f"{key}={trials[0].labels[key]}" for key in sweep.axes if key != sweep.choose}
     groups: dict[tuple[str, ...], dict[str, str]] = {}
@@ -40,11 +40,11 @@ def choose_axis(trials: Sequence[Trial], sweep: SweepConfig) -> list[Trial]:
     for trial in trials:
         candidates = groups[_group(trial, sweep)]
         twin = candidates[trial.labels[sweep.choose]]
-        found.append(replace(trial, choice=Choice(tuple(candidates.values()), twin)))
+        found.append(replace(trial, choice=TrialChoice(tuple(candidates.values()), twin)))
     return found
 
 
-def best_of(choice: Choice, ended: Ended) -> str | None:
+def best_of(choice: TrialChoice, ended: Ended) -> str | None:
     """Return the candidate with the least loss, None as long as one of them may go on.
 
     A candidate that diverged is not chosen. If all did, the first one is, so that its other seeds are tried.

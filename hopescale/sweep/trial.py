@@ -22,7 +22,7 @@ class Branch:
 
 
 @dataclass(frozen=True)
-class Choice:
+class TrialChoice:
     """What decides whether a trial is trained: a candidate is, and the others if their candidate is the best."""
 
     among: tuple[str, ...]
@@ -47,7 +47,7 @@ class Trial:
     """Config of both, resolved and checked."""
     branch: Branch | None = None
     """Place where it branches off another trial; None begins at step 0."""
-    choice: Choice | None = None
+    choice: TrialChoice | None = None
     """Choice that it takes part in; None is trained always."""
 
     @cached_property

@@ -10,7 +10,7 @@ from hopescale.sweep.choice import best_of, spent_on
 from hopescale.sweep.finished import expand
 from hopescale.sweep.grid import load_sweep, make_trials
 from hopescale.sweep.score import score
-from hopescale.sweep.trial import Choice
+from hopescale.sweep.trial import TrialChoice
 
 SWEEP = """
 series: {a: {recipe: debug}, b: {recipe: debug, set: {train.steps: 50}}}
@@ -35,7 +35,7 @@ def test_each_series_chooses_with_the_first_value_of_the_other_axes(make):
     assert len(trials) == 18
     candidates = [name for name, trial in trials.items() if trial.is_candidate]
     assert candidates == [f"{series}-lr{rate}-seed0" for series in "ab" for rate in ("0.001", "0.003", "0.01")]
-    assert trials["b-lr0.003-seed2"].choice == Choice(tuple(candidates[3:]), "b-lr0.003-seed0")
+    assert trials["b-lr0.003-seed2"].choice == TrialChoice(tuple(candidates[3:]), "b-lr0.003-seed0")
     choosing, following, number = spent_on(list(trials.values()))
     assert number == 4 and following == choosing * 2 / 3
 
@@ -51,7 +51,7 @@ def test_each_series_chooses_with_the_first_value_of_the_other_axes(make):
     ],
 )
 def test_the_best_of_those_that_are_done_is_chosen_once_none_goes_on(ends, best: str | None):
-    assert best_of(Choice(("x", "y", "z"), "x"), dict(zip("xyz", ends, strict=True))) == best
+    assert best_of(TrialChoice(("x", "y", "z"), "x"), dict(zip("xyz", ends, strict=True))) == best
 
 
 @pytest.mark.parametrize(
