@@ -34,7 +34,7 @@ class LayoutChoice:
         return {
             **{f"parallel.{name}": value for name, value in self.layout.degrees.items()},
             "parallel.zero": self.config.parallel.zero,
-            "parallel.shard": self.config.parallel.shard,
+            "parallel.shard": self.config.parallel.shard or "null",
             "train.micro_batch_size": self.config.train.micro_batch_size,
             "train.recompute": self.config.train.recompute,
         }
