@@ -41,6 +41,14 @@ def sums_wait(config: RunConfig, origins: Origins) -> Iterator[Problem]:
                     f"{value}, but parallel.zero = {parallel.zero} sums the gradients of every backward pass at once"
                 )
                 yield Problem(where, message, hint="use parallel.zero of 0 or 1")
+            if key == "lag" and config.checkpoint.memory.every is not None:
+                message = f"{value}, but checkpoint.memory keeps no sum that is on its way"
+                yield Problem(where, message, hint="use one of the two: set checkpoint.memory.every=null")
+            if level.wire in ("int8", "int4") and key == "wire" and (parallel.tp or 1) > 1:
+                message = (
+                    f"{value} rounds a norm's sum with its neighbours, which differ between {parallel.tp} ranks of tp"
+                )
+                yield Problem(where, message, hint="use wire of bf16 or fp32, or parallel.tp of 1")
             if parallel.shard == "node":
                 message = f"{value}, but with parallel.shard = node the accumulators are shared out inside nodes"
                 yield Problem(where, message, hint="use parallel.shard of all or none")

@@ -244,7 +244,7 @@ class SentBytes:
     def _within_node(self, due: Collection[LevelPart], matrices: list[ParameterShape]) -> float:
         """Count what replicas of a node exchange: all gradients of a step, and weights and `matrices` that are due."""
         dp, nodes, sent = self.layout.replicas, self.layout.nodes, 0.0
-        passes = self.micro_batches * self.config.train.segments if self.layout.flushes else 1
+        passes = self.micro_batches if self.layout.flushes else 1
         for (part, width), count in self._even_shards().items():
             sent += (FP32 * dp * passes + width * nodes * (part is None or part in due)) * count
         for part in {p.due for p in self.matrices}:

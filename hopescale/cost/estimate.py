@@ -274,7 +274,7 @@ class Estimator:
             weights = sum(kind.itemsize * count for kind, count in due.items())
         if inside := layout.node_replicas:
             between = (gradients + weights) / inside * (1 - 1 / layout.nodes)
-            passes = micro_batches * config.train.segments if layout.flushes else 1
+            passes = micro_batches if layout.flushes else 1
             summed = sum(n * (passes if kind.rule == "adamw" else 1) for kind, n in holding.entries.items())
             within = (FP32 * summed + weights) * (1 - 1 / inside)
             rings = layout.tp * inside

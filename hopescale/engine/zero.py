@@ -254,8 +254,10 @@ class ZeroAdamW(Updater):
     def _hold_sums(self, sums: Mapping[str, Tensor]) -> None:
         for shards in self._due(self._slow()):
             shards.discard()
-            for name in sums.keys() & shards.parameters:
-                self.accumulated_grad(name).copy_(sums[name])
+            for name in shards.parameters:
+                total = self.accumulated_grad(name)  # made on every rank, as all of a node sum it
+                if name in sums:
+                    total.copy_(sums[name])
             shards.hold()
 
     def _slow(self) -> list[str]:
