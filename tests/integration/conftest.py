@@ -134,9 +134,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
 
     def of(precision: str = "fp32") -> Run:
         if precision not in done:
-            done[precision] = Run(tmp_path_factory.mktemp("whole") / precision)
-            args = (f"train.precision={precision}", "--run-dir", done[precision].path)
-            assert _hopescale("train", "debug", *RUN, *args).code == 0
+            run = Run(tmp_path_factory.mktemp("whole") / precision)
+            outcome = _hopescale("train", "debug", *RUN, f"train.precision={precision}", "--run-dir", run.path)
+            assert outcome.code == 0, outcome.err
+            done[precision] = run
         return done[precision]
 
     return of
