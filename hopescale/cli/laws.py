@@ -38,6 +38,10 @@ Reference = Annotated[
 Asymptote = Annotated[
     float | None, typer.Option(metavar="E", help="Hold E of the laws at this value.", show_default="fitted")
 ]
+ScoreColumn = Annotated[
+    str | None,
+    typer.Option("--score", metavar="COLUMN", help="Column of the scores, 0 to 1.", show_default="score, if there"),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print all results as JSON.")]
 Resamples = Annotated[int, typer.Option(metavar="N", min=0, help="Repeated fits for the intervals; 0 for none.")]
 
@@ -51,6 +55,7 @@ def fit(
     reference: Reference = None,
     resamples: Resamples = 200,
     asymptote: Asymptote = None,
+    score: ScoreColumn = None,
     weigh: Annotated[
         bool, typer.Option("--weigh-undertuned", help="Let runs count less whose rates cost them loss.")
     ] = False,
@@ -61,7 +66,7 @@ def fit(
     from hopescale.scaling.summary import describe, to_json
 
     table, folder = find_table(sweep, points)
-    analysis = _analyse(table, series, loss, drop_highest, reference, resamples, asymptote, weigh=weigh)
+    analysis = _analyse(table, series, loss, drop_highest, reference, resamples, asymptote, score, weigh=weigh)
     content = json.dumps(to_json(analysis), indent=2)
     typer.echo(content if as_json else "\n".join(describe(analysis)))
     if out or folder:
@@ -79,6 +84,7 @@ def plot(
     reference: Reference = None,
     resamples: Resamples = 200,
     asymptote: Asymptote = None,
+    score: ScoreColumn = None,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder to write to.", show_default="SWEEP/report")
     ] = None,
@@ -91,7 +97,7 @@ def plot(
     from hopescale.scaling.curves import read_curves
     from hopescale.scaling.report import write_report
 
-    analysis = _analyse(table, series, loss, drop_highest, reference, resamples, asymptote, need_laws=False)
+    analysis = _analyse(table, series, loss, drop_highest, reference, resamples, asymptote, score, need_laws=False)
     for name, one in analysis.series.items():
         if one.fit is None:
             typer.echo(f"note: series {name} has no law: {one.doubt}")
@@ -125,6 +131,7 @@ def _analyse(
     reference: str | None,
     resamples: int,
     asymptote: float | None,
+    score: str | None,
     *,
     need_laws: bool = True,
     weigh: bool = False,
@@ -140,7 +147,7 @@ def _analyse(
         for name, rows in undertuned.items():
             text = ", ".join(f"row {row} ({100 * part:.2g} %)" for row, part in rows.items())
             typer.echo(f"note: {name}: undertuned, and counted less: {text or 'none'}", err=True)
-    return analyse(points, reference, resamples, need_laws=need_laws, asymptote=asymptote)
+    return analyse(points, reference, resamples, need_laws=need_laws, asymptote=asymptote, score_column=score)
 
 
 def _write(path: Path, content: str) -> None:

@@ -13,8 +13,9 @@ from hopescale.scaling.bootstrap import Forecast, Interval, forecast_largest, re
 from hopescale.scaling.fit import Fit, fit_law
 from hopescale.scaling.law import Cost
 from hopescale.scaling.multiplier import Frontier, Multiplier, multiplier
-from hopescale.scaling.points import Points, Table
+from hopescale.scaling.points import SCORE, Points, Table
 from hopescale.scaling.prediction import prediction_interval
+from hopescale.scaling.scores import ScoreAnalysis, fit_scores
 from hopescale.scaling.views import Envelope, IsoFlop, fit_isoflop, lower_envelope
 
 USUAL_REFERENCE = "transformer"
@@ -87,6 +88,8 @@ class Analysis:
     not determined."""
     of_runs: dict[str, list[RunMultiplier]]
     """Multipliers of every other series over the reference by their best runs."""
+    scores: ScoreAnalysis | str | None
+    """Scores by loss, or the reason why they have no curve; None in a table without scores."""
 
 
 def analyse(
@@ -96,6 +99,7 @@ def analyse(
     *,
     need_laws: bool = True,
     asymptote: float | None = None,
+    score_column: str | None = None,
 ) -> Analysis:
     """Fit and compare the series of a table.
 
@@ -105,10 +109,11 @@ def analyse(
         resamples: Number of reweighted fits for the intervals; 0 leaves intervals out.
         need_laws: Whether a series that is too small for a law is an error.
         asymptote: Value that `E` of every law is held at, nats per token; None fits it.
+        score_column: Column of the runs' scores; None takes `score` if the table has it.
 
     Raises:
         DataError: If a series has too few runs for a law or FLOPs that do not rise with size, or there is no series of
-            the reference's name.
+            the reference's name, or no column of scores of the name that was given.
     """
     if reference is not None and reference not in table.series:
         raise DataError(f"{table.source} has no series {reference}, only {', '.join(table.series)}")
@@ -116,8 +121,9 @@ def analyse(
         name: _analyse_series(name, points, resamples, seed, need_laws, asymptote)
         for seed, (name, points) in enumerate(table.series.items())
     }
+    scores = _scores(table, resamples, score_column)
     if len(series) == 1:
-        return Analysis(table, series, None, {}, {})
+        return Analysis(table, series, None, {}, {}, scores)
     reference = reference or (USUAL_REFERENCE if USUAL_REFERENCE in series else next(iter(series)))
     multipliers = {
         name: [
@@ -132,7 +138,7 @@ def analyse(
         for name, one in series.items()
         if name != reference
     }
-    return Analysis(table, series, reference, multipliers, of_runs)
+    return Analysis(table, series, reference, multipliers, of_runs, scores)
 
 
 def common_budgets(series: Points, reference: Points, count: int = 5) -> list[float]:
@@ -142,6 +148,16 @@ def common_budgets(series: Points, reference: Points, count: int = 5) -> list[fl
     if low >= high:
         low, high = series.flops.min(), series.flops.max()
     return np.geomspace(low, high, count).tolist()
+
+
+def _scores(table: Table, resamples: int, column: str | None) -> ScoreAnalysis | str | None:
+    """Fit the scores. A column that nobody named keeps no law from being fitted: what is wrong with it is returned."""
+    if column is not None:
+        return fit_scores(table, table.series, resamples, column)
+    try:
+        return fit_scores(table, table.series, resamples, None) if SCORE in table.header else None
+    except DataError as error:
+        return error.message
 
 
 def _analyse_series(

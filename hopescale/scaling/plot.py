@@ -19,6 +19,7 @@ from hopescale.scaling.analysis import Analysis, SeriesAnalysis
 from hopescale.scaling.bootstrap import Interval
 from hopescale.scaling.curves import Curve
 from hopescale.scaling.multiplier import multiplier
+from hopescale.scaling.scores import ScoreAnalysis
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6d00", "#56b4e9")
 """One for each series (Okabe and Ito's, which most people can tell apart)."""
@@ -46,12 +47,15 @@ def draw(analysis: Analysis, curves: Sequence[Curve] = ()) -> dict[str, tuple[st
         "seen, the law misses it. Line: the best size, with its interval.",
         "residuals": "What the law leaves over, in per cent of the loss: above 0 a run is worse.",
         "curves": "Training loss of every run over the compute spent, by size.",
+        "scores": "What runs scored over their loss, and the curve of all series, with its interval.",
     }
     figures = {"frontier": _frontier(analysis), "isoflop": _isoflop(analysis)}
     if fitted := {name: series for name, series in analysis.series.items() if series.fit is not None}:
         figures |= {"surface": _surface(fitted), "residuals": _residuals(fitted)}
     if curves:
         figures["curves"] = _curves(analysis, curves)
+    if isinstance(analysis.scores, ScoreAnalysis):
+        figures["scores"] = _scores(analysis.scores)
     return {name: (captions[name], figure) for name, figure in figures.items()}
 
 
@@ -233,6 +237,25 @@ def _curves(analysis: Analysis, curves: Sequence[Curve]) -> Figure:
         _log_axis(axis, "training FLOPs spent", "loss (nats per token)", f"loss of the runs: {name}")
         axis.legend(title="parameters", fontsize=8, title_fontsize=8, frameon=False, loc="lower left")
     _share_y(axes)
+    return figure
+
+
+def _scores(scores: ScoreAnalysis) -> Figure:
+    """Draw scores over losses, by series, and the curve of all with the interval of reweighted fits."""
+    figure, (axis,) = _panels(1, width=1.3)
+    losses = np.linspace(scores.loss.min(), scores.loss.max(), 200)
+    for color, name in zip(COLORS, dict.fromkeys(scores.series.tolist()), strict=False):
+        own = scores.series == name
+        axis.plot(scores.loss[own], scores.score[own], "o", ms=4.5, color=color, label=name)
+    axis.plot(losses, scores.curve(losses), color=_GREY, lw=1.8)
+    if scores.samples:
+        drawn = np.array([curve(losses) for curve in scores.samples])
+        _band(axis, losses, [Interval.of(column) for column in drawn.T], _GREY)
+    axis.set(xlabel="loss (nats per token)", ylabel="score")
+    axis.set_title("scores by loss", fontsize=11, loc="left")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(alpha=0.25, lw=0.6)
+    axis.legend(fontsize=8, framealpha=0.8, loc="best")
     return figure
 
 

@@ -41,6 +41,9 @@ COLUMNS: dict[str, tuple[str, ...]] = {
 """Names a column may have, the first that is there is taken; case, spaces and punctuation do not count. A held-out
 loss comes before one of training."""
 
+SCORE = "score"
+"""Column of the scores, where no other is named."""
+
 FINISHED = ("", "done", "finished", "completed")
 """States of a run that has finished, as sweeps and trackers (Weights & Biases) call them; case does not count."""
 
@@ -134,14 +137,35 @@ class Table:
         if place is None:
             message = f"{self.source} has no column for {meaning}, only {', '.join(self.header)}"
             raise DataError(message, f"names that are known: {', '.join(COLUMNS[meaning])}")
-        found = {}
-        for number, row in self.rows:
-            if _holds(row[place]):
-                found[number] = _number(row[place], self.header[place], f"{self.source}, row {number}")
-                if not 0 < found[number] < math.inf:
-                    where = f"{self.source}, row {number}, column {self.header[place]}"
-                    raise DataError(f"{where}: {row[place].strip()}, but must be above 0 and finite")
+        found = self._numbers(place)
+        for number, value in found.items():
+            if not 0 < value < math.inf:
+                raise DataError(f"{self._cell(number, place)}: {value:g}, but must be above 0 and finite")
         return found
+
+    def scores(self, column: str | None = None) -> dict[int, float]:
+        """Return the numbers of a column of scores by row, for the rows that hold one; None names `score`.
+
+        Raises:
+            DataError: If there is no such column, or a cell of it is not a number from 0 to 1.
+        """
+        name = SCORE if column is None else column
+        if name not in self.header:
+            raise DataError(f"{self.source} has no column {name!r}, only {', '.join(self.header)}")
+        place = self.header.index(name)
+        found = self._numbers(place)
+        for number, value in found.items():
+            if not 0 <= value <= 1:
+                hint = "divide by 100 what is in per cent"
+                raise DataError(f"{self._cell(number, place)}: {value:g}, but a score is from 0 to 1", hint)
+        return found
+
+    def _numbers(self, place: int) -> dict[int, float]:
+        held = ((number, row[place]) for number, row in self.rows if _holds(row[place]))
+        return {number: _number(cell, self.header[place], f"{self.source}, row {number}") for number, cell in held}
+
+    def _cell(self, number: int, place: int) -> str:
+        return f"{self.source}, row {number}, column {self.header[place]}"
 
 
 def read_points(

@@ -23,6 +23,7 @@ from hopescale.scaling.summary import (
     describe_doubts,
     describe_forecast,
     describe_growth,
+    describe_scores,
     law_text,
     times,
     times_of_runs,
@@ -99,6 +100,9 @@ def _tables(analysis: Analysis) -> Iterator[str]:
         yield _rows("L = E + A / N^alpha + B / D^beta, in nats per token", ["", "runs", *numbers], rows)
     for name, series in analysis.series.items():
         yield from _series(name, series)
+    if analysis.scores is not None:
+        lines = (f"<li>{escape(line.strip())}</li>" for line in describe_scores(analysis, analysis.scores))
+        yield f"<h2>Scores</h2><ul>{''.join(lines)}</ul>"
     if table.left_out:
         yield f"<h2>Left out</h2><ul>{''.join(f'<li>{escape(line)}</li>' for line in table.left_out)}</ul>"
     if table.rows:

@@ -13,6 +13,7 @@ from hopescale.scaling.analysis import Analysis, SeriesAnalysis
 from hopescale.scaling.best_runs import RunMultiplier
 from hopescale.scaling.bootstrap import Interval
 from hopescale.scaling.multiplier import Multiplier
+from hopescale.scaling.scores import ScoreAnalysis
 from hopescale.scaling.views import PowerLaw
 
 AHEAD = (1, 10, 100)
@@ -29,7 +30,42 @@ def to_json(analysis: Analysis) -> dict[str, Any]:
         "reference": analysis.reference,
         "multipliers": _tidy(analysis.multipliers),
         "multipliers_of_runs": _tidy(analysis.of_runs),
+        "scores": _scores_json(analysis),
     }
+
+
+def _scores_json(analysis: Analysis) -> Any:
+    scores = analysis.scores
+    if not isinstance(scores, ScoreAnalysis):
+        return scores
+    return _tidy(
+        {
+            "num_runs": len(scores.loss),
+            "curve": scores.curve,
+            "correlation": scores.correlation,
+            "correlation_interval": scores.correlation_interval,
+            "apart": {name: {"mean": mean, "interval": of} for name, (mean, of) in scores.apart.items()},
+            "optimal": {
+                name: [
+                    {"flops": flops, "loss": loss, "score": score, "interval": interval}
+                    for flops, loss, score, interval in scores_ahead(series, scores)
+                ]
+                for name, series in analysis.series.items()
+            },
+        }
+    )
+
+
+def scores_ahead(series: SeriesAnalysis, scores: ScoreAnalysis) -> list[tuple[float, float, float, Interval | None]]:
+    """Return FLOPs, loss, score and the score's interval of one run of the best size, for each of `budgets_ahead`."""
+    if series.doubt is not None:
+        return []
+    found = []
+    for flops in budgets_ahead(series):
+        best, cost = series.optimum(flops), series.frontier.cost
+        likely = [law.loss(*law.optimal(flops, cost)) for law in series.frontier.samples]
+        found.append((flops, best.loss, *scores.of_run(best.loss, likely)))
+    return found
 
 
 def _series_json(series: SeriesAnalysis) -> dict[str, Any]:
@@ -101,6 +137,29 @@ def describe(analysis: Analysis) -> list[str]:
         lines += [f"  {value.flops:.2e} FLOPs, loss {value.loss:.4f}: {times_of_runs(value)}" for value in values]
         if name not in analysis.multipliers:
             lines.append("  by the laws: not determined, as a best size is not")
+    return lines + ([] if analysis.scores is None else ["", *describe_scores(analysis, analysis.scores)])
+
+
+def describe_scores(analysis: Analysis, scores: ScoreAnalysis | str) -> list[str]:
+    """Return what the runs scored, by their losses."""
+    if isinstance(scores, str):
+        return [f"scores: {scores}"]
+    curve = scores.curve
+    lines = [
+        f"scores: {len(scores.loss)} runs; rank correlation with the loss {scores.correlation:.3f}"
+        f"{between(scores.correlation_interval)}",
+        f"  score = {curve.floor:.4g} + {curve.gain:.4g} exp(-{curve.rate:.4g} L), off by "
+        f"{np.mean(np.abs(scores.score - curve(scores.loss))):.2g} on average",
+    ]
+    lines += [
+        f"  {name}: {mean:+.3g}{between(interval)} from the curve of all, at equal loss"
+        for name, (mean, interval) in scores.apart.items()
+    ]
+    for name, series in analysis.series.items():
+        lines += [
+            f"  {name} at {flops:.2e} FLOPs: loss {loss:.4f}, score of one run {score:.3f}{between(interval)}"
+            for flops, loss, score, interval in scores_ahead(series, scores)
+        ]
     return lines
 
 
