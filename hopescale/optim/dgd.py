@@ -10,7 +10,9 @@ from torch import Tensor
 from hopescale.optim.stacked import StackedOptimizer
 
 
-def dgd_update(weight: Tensor, grad: Tensor, gram: Tensor, *, lr: float, weight_decay: float = 0.0) -> None:
+def dgd_update(
+    weight: Tensor, grad: Tensor, gram: Tensor, *, lr: float, weight_decay: float = 0.0, target: str = "surprise"
+) -> None:
     """Take one step of delta gradient descent (Nested Learning, Eq. 56 and 57) with matrices `[..., R, C]`, in place.
 
         W <- (W - lr g) (I + lr S)^-1,   after  W <- (1 - lr wd) W
@@ -22,19 +24,32 @@ def dgd_update(weight: Tensor, grad: Tensor, gram: Tensor, *, lr: float, weight_
 
     and for any batch it is stable at every learning rate: an eigenvalue `s` of `S` divides the weight by `1 + lr s`.
 
+    With `target="residual"` the target of a token is `W_t x + u` instead: what the layer says, moved along `u`. That
+    minimum keeps what the weights hold along the inputs, and is as stable:
+
+        W <- W - lr g (I + lr S)^-1
+
     Args:
         weight: Changed.
         grad: `g`.
         gram: `S` `[..., C, C]`, symmetric and positive semidefinite.
         lr: Learning rate.
         weight_decay: Decoupled, per unit of learning rate.
+        target: `surprise` as printed, or `residual`.
     """
     weight.mul_(1 - lr * weight_decay)
     wide = torch.promote_types(weight.dtype, torch.float32)
     system = torch.eye(gram.shape[-1], dtype=wide, device=gram.device).add(gram.to(wide), alpha=lr)
-    # The system is symmetric, so its transposed solution is wanted: X A = B as A X^T = B^T.
-    right = (weight - lr * grad).to(wide)
-    weight.copy_(torch.cholesky_solve(right.mT, torch.linalg.cholesky(system)).mT)
+    factor = torch.linalg.cholesky(system)
+
+    def over_system(matrix: Tensor) -> Tensor:
+        # The system is symmetric, so its transposed solution is wanted: X A = B as A X^T = B^T.
+        return torch.cholesky_solve(matrix.to(wide).mT, factor).mT
+
+    if target == "residual":
+        weight.sub_(over_system(lr * grad))
+    else:
+        weight.copy_(over_system(weight - lr * grad))
 
 
 class DGD(StackedOptimizer):

@@ -13,6 +13,7 @@ from hopescale.config.schema.model import ModelConfig as ModelConfig
 from hopescale.config.schema.model import TransferConfig as TransferConfig
 from hopescale.config.schema.optim import DeepMomentumConfig as DeepMomentumConfig
 from hopescale.config.schema.optim import DeltaMomentumConfig as DeltaMomentumConfig
+from hopescale.config.schema.optim import DgdConfig as DgdConfig
 from hopescale.config.schema.optim import GroupConfig as GroupConfig
 from hopescale.config.schema.optim import M3Config as M3Config
 from hopescale.config.schema.optim import MuonConfig as MuonConfig

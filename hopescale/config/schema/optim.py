@@ -160,6 +160,15 @@ class DeepMomentumConfig:
 
 
 @dataclass(frozen=True)
+class DgdConfig:
+    """Delta gradient descent. No state."""
+
+    target: Literal["surprise", "residual"] = "surprise"
+    """What a layer is to answer its input with: minus the gradient of its output (`surprise`, as printed), or its
+    present answer moved along that (`residual`), which does not decay what the weights hold."""
+
+
+@dataclass(frozen=True)
 class OptimConfig:
     """The outer optimizer."""
 
@@ -203,6 +212,8 @@ class OptimConfig:
     """Settings of groups with `rule: delta_momentum`."""
     deep_momentum: DeepMomentumConfig = field(default_factory=DeepMomentumConfig)
     """Settings of groups with `rule: deep_momentum`."""
+    dgd: DgdConfig = field(default_factory=DgdConfig)
+    """Settings of groups with `rule: dgd`."""
     tp_mode: Literal["shard", "gather"] = "shard"
     """What a rule for matrices takes for a matrix under tensor parallelism: `shard` each rank's slice, `gather` the
     whole, which is updated on one of the ranks as it would be without them. Needs `parallel.tp` of 2 or more."""

@@ -26,14 +26,25 @@ def test_a_single_token_gives_the_printed_update(lr: float):
     torch.testing.assert_close(w, torch.tensor(expected, dtype=torch.float64), rtol=1e-10, atol=1e-12)
 
 
-def test_a_batch_gives_the_minimum_of_the_objective():
+@pytest.mark.parametrize("target", ["surprise", "residual"])
+def test_a_batch_gives_the_minimum_of_the_objective(target: str):
     start, x, slopes, lr = randn(3, 4, seed=0), randn(10, 4, seed=1), randn(10, 3, seed=2), 0.3
     w = start.clone()
-    dgd_update(w, slopes.T @ x / 10, x.T @ x / 10, lr=lr)
+    dgd_update(w, slopes.T @ x / 10, x.T @ x / 10, lr=lr, target=target)
     w.requires_grad_()
-    fit = sum(0.5 * (w @ x_t + slope_t).square().sum() for x_t, slope_t in zip(x, slopes, strict=True)) / 10
+    said = x @ start.T if target == "residual" else torch.zeros(10, 3, dtype=torch.float64)
+    targets = said - slopes
+    fit = sum(0.5 * (w @ x_t - to).square().sum() for x_t, to in zip(x, targets, strict=True)) / 10
     (fit + (w - start).square().sum() / (2 * lr)).backward()
     torch.testing.assert_close(w.grad, torch.zeros_like(w), rtol=0, atol=1e-12)
+
+
+def test_a_gradient_of_zero_keeps_the_weights_of_the_residual_target_alone():
+    w, x = randn(3, 4, seed=0), randn(10, 4, seed=1)
+    kept, decayed = w.clone(), w.clone()
+    dgd_update(kept, torch.zeros_like(w), x.T @ x, lr=0.3, target="residual")
+    dgd_update(decayed, torch.zeros_like(w), x.T @ x, lr=0.3)
+    assert torch.equal(kept, w) and decayed.norm() < 0.5 * w.norm()
 
 
 def test_batches_of_matrices_and_low_precision():
