@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from uuid import uuid4
 
 import fsspec
 import pytest
@@ -22,8 +23,9 @@ def serve_bucket() -> Iterator[str]:
         try:
             host, port = server.get_host_and_port()
             patch.setitem(fsspec.config.conf, "s3", {"endpoint_url": f"http://{host}:{port}"})
-            fsspec.filesystem("s3").mkdir("bucket")
-            yield "s3://bucket"
+            bucket = f"bucket-{uuid4().hex}"  # moto keeps the buckets of a process when its server stops
+            fsspec.filesystem("s3").mkdir(bucket)
+            yield f"s3://{bucket}"
         finally:
             fsspec.get_filesystem_class("s3").clear_instance_cache()
             server.stop()
