@@ -11,7 +11,7 @@ test: .venv/.all
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(TESTS)
 
 test-ranks: .venv/.all
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --timeout 900 tests/dist
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/dist
 
 check: lint
 	$(BIN)/lint-imports --no-cache

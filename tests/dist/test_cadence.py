@@ -67,7 +67,6 @@ def train(rank: int, folder: Path) -> None:
         train_run(folder / name / "parts", 2, *LATE, *settings, planned=False)
 
 
-@pytest.mark.timeout(500)
 def test_two_ranks_equal_one_and_a_run_goes_on_in_mid_lag(tmp_path: Path):
     """Bytes are the plan's, of all runs; rounded sums are held to a loop that rounds each replica's."""
     run_ranks(train, 2, tmp_path, tmp_path, limit_s=400)

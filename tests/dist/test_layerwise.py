@@ -328,7 +328,6 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
 }
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layouts_train_the_same_model_and_resume_in_mid_period(single: Callable[..., Path], name: str, tmp_path: Path):
     num_ranks, layout = LAYOUTS[name]

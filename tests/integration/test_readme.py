@@ -9,14 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[2]
 PAGES = (ROOT / "README.md", ROOT / "docs" / "getting_started.md")
 BLOCK = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.timeout(600)
 def test_commands_of_the_first_pages_run_as_printed(tmp_path: Path):
     for name in ("README.md", "docs"):
         source, target = ROOT / name, tmp_path / name

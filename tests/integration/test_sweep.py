@@ -43,7 +43,6 @@ def wait_for(condition, process: subprocess.Popen) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.timeout(600)
 def test_a_killed_sweep_goes_on_without_repeating_a_finished_trial(hopescale, folder: Path, monkeypatch):
     monkeypatch.chdir(folder)
     trials = folder / "sweeps/toy/trials"

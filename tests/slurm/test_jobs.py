@@ -37,7 +37,6 @@ TINY = (
 BAD = "node2"
 
 
-@pytest.mark.timeout(600)
 def test_arrays_and_bad_nodes(slurm: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("os.environ", slurm.environ)
     with ThreadPoolExecutor() as pool:

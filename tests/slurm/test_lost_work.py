@@ -5,13 +5,10 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 
-import pytest
-
 from tests.slurm.test_survival import Scene
 from tests.support.cluster import TOOLS, Cluster
 
 
-@pytest.mark.timeout(600)
 def test_a_node_that_is_declared_failed_ends_no_run(slurm: Cluster, tmp_path: Path, profile):
     """The node works on: srun prints `Node failure` and may end with 0, which is not the word of the run."""
     scene = Scene(slurm, tmp_path, profile("declared", "ranks_per_node: 1"), "--nodes", 2, "parallel.tp=1")
@@ -25,7 +22,6 @@ def test_a_node_that_is_declared_failed_ends_no_run(slurm: Cluster, tmp_path: Pa
     assert scene.log().count("srun: error: Node failure on ") == 2, scene.log()
 
 
-@pytest.mark.timeout(600)
 def test_a_job_waits_for_a_controller_that_is_away(slurm: Cluster, tmp_path: Path, profile):
     """Options of the setup would end the script at the failure that it has to report."""
     scene = Scene(

@@ -9,8 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
-import pytest
-
 from tests.support.cluster import Cluster, steps
 from tests.support.tiny import TINY
 
@@ -62,7 +60,6 @@ class Scene:
         assert (self.run / "outcome").read_text() == f"done at step {STEPS} of {STEPS}\n"
 
 
-@pytest.mark.timeout(900)
 def test_runs_survive(slurm: Cluster, tmp_path: Path, profile):
     def uninterrupted() -> Path:
         slurm.hopescale("train", *RUN, "--nproc", "4", "--run-dir", tmp_path / "whole", cwd=tmp_path)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
-import pytest
-
 from hopescale.observe.metrics import read_metrics
 from tests.support.cluster import Cluster
 from tests.support.sweeps import toy_sweep
@@ -15,7 +13,6 @@ SWEEP = toy_sweep([6, 7, 8])
 PROFILE = 'gpus_per_node: 0\nranks_per_node: 1\ncpus_per_node: 1\ntime: "10"\nsignal_lead_s: 60\n'
 
 
-@pytest.mark.timeout(600)
 def test_a_sweep_runs_as_arrays_that_leave_out_what_is_done(slurm: Cluster, tmp_path: Path):
     (tmp_path / "sweep.yaml").write_text(SWEEP)
     (tmp_path / "cpus.yaml").write_text(PROFILE)

@@ -24,7 +24,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("tests", ["variant", "static", "not variant and not static"])
 def test_kernels_equal_the_loop_in_the_interpreter(tests: str):
     """In a process of its own, as Triton looks for `TRITON_INTERPRET` when it is imported."""
