@@ -178,10 +178,14 @@ class LayerwiseOptimizer(Updater):
         return super().square_norms(names)
 
     def _gradient(self, name: str) -> Tensor:
-        """Return an accumulated gradient, or nothing of one that was sent to its owner."""
-        if name in self._reduced and not self.ownership.is_here(name):
-            return torch.zeros(0, device=self.parameters[name].device)
-        if self._flat_of[name].is_asleep and self.accumulators[name].persists:
+        """Return an accumulated gradient: nothing of one that was sent to its owner, what is held of one that waits.
+
+        What waits has been held: its norm would miss what has not.
+        """
+        if name in self._reduced:
+            here = self.ownership.is_here(name)
+            return self.accumulated_grad(name) if here else torch.zeros(0, device=self.parameters[name].device)
+        if self._flat_of[name].holds:
             return self._flat_of[name].held_part(self.accumulators[name].total)[1]
         return self.accumulated_grad(name)
 

@@ -218,7 +218,7 @@ class OuterOptimizer:
                 self.send(ended)
 
     @torch.no_grad()
-    def discard(self, step: int = 0) -> None:
+    def discard(self, step: int) -> None:
         """Drop all gradients of step `step` and before, what slow parameters have gathered and what was sent too."""
         self.dropped_at = step
         for updater in self.updaters:
@@ -295,11 +295,15 @@ class OuterOptimizer:
         """Return the running sums of slow parameters, in parts that add up over replicas."""
         return {name: tensor for updater in self.updaters for name, tensor in updater.sums().items()}
 
+    def on_their_way(self, step: int, dropped_at: int) -> list[str]:
+        """Return the parameters whose sum waits for its update after step `step`, if all up to a step were dropped."""
+        return [name for name, each in self.cadences.items() if each.is_on_its_way(step, dropped_at)]
+
     def load_sums(self, sums: Mapping[str, Tensor], step: int = 0) -> None:
         """Take over the running sums after step `step`, in parts that add up over replicas in any way.
 
         A missing sum is zero; `dropped_at` has been set. All replicas call.
         """
-        late = [name for name, each in self.cadences.items() if each.is_on_its_way(step, self.dropped_at)]
+        late = self.on_their_way(step, self.dropped_at)
         for updater in self.updaters:
             updater.load_sums(sums, late)

@@ -119,6 +119,11 @@ class OwnedFlat:
         return flat.as_strided(view.shape, view.stride(), view.storage_offset() - self.flat.storage_offset())
 
     @property
+    def holds(self) -> bool:
+        """Whether `hold` leaves what waits for a later step in shares of the replicas of a node."""
+        return self._held is not None
+
+    @property
     def is_asleep(self) -> bool:
         """Whether `flat` has no memory, and stands for zeros."""
         return self._sleeps and self.flat.untyped_storage().nbytes() == 0

@@ -213,10 +213,11 @@ class Updater(ABC):
         """
         for name, total in self._running_sums().items():
             total.zero_() if name not in sums else total.copy_(sums[name])
-        sent = {
-            name: sums.get(f"{name}.sent", torch.zeros_like(p, dtype=torch.float32))
-            for name, p in self._among(on_their_way).items()
-        }
+        sent = {}
+        for name, p in self._among(on_their_way).items():
+            total = sums.get(f"{name}.sent")
+            # Other replicas have the parts that make it up.
+            sent[name] = torch.zeros_like(p, dtype=torch.float32) if total is None else total.to(p.device)
         self._send_again(sent)
 
     def _among(self, names: Collection[str]) -> dict[str, nn.Parameter]:

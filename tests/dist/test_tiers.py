@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch.distributed as dist
 
 from hopescale.config.layout import Layout
 from hopescale.parallel.mesh import Mesh
+from hopescale.train import state
 from tests.dist.test_layerwise import RULES, STEPS, Run, assert_equal, make_config, settings_of, sharded_adamw
 from tests.support.layouts import fork, saved, train_run, values, weights, worst
 from tests.support.ranks import run_ranks
@@ -56,6 +58,25 @@ def test_every_rule_equals_one_process(tmp_path: Path):
     run_ranks(check_rules, 4, tmp_path)
 
 
+def check_waiting(rank: int) -> None:
+    """What is not finite is seen when it is held, not when it is due, whatever lies beside it in the flat tensor."""
+    mesh = Mesh.over_all(Layout(dp=4, node_replicas=2))
+    for rule in ("muon", "dgd"):
+        run = Run(mesh, make_config(rule), updater=sharded_adamw)
+        run.step(1)
+        waiting = [name for name in run.optimizer.parameters if name not in run.optimizer.due(1)]
+        run.optimizer.hold(waiting)
+        assert run.optimizer.grad_norms({"waiting": waiting})["waiting"].isfinite(), rule
+        if rank == 3:
+            run.optimizer.accumulated_grad("slow.0.up")[-1, -1] = float("nan")
+        run.optimizer.hold(waiting)
+        assert run.optimizer.grad_norms({"waiting": waiting})["waiting"].isnan(), rule
+
+
+def test_a_bad_gradient_that_waits_is_seen_when_it_is_held(tmp_path: Path):
+    run_ranks(check_waiting, 4, tmp_path)
+
+
 def train_twice(rank: int, folder: Path) -> None:
     """Train on two nodes of two ranks, then from the checkpoint in mid-period."""
     settings = (*NODES, *SETTINGS)
@@ -83,3 +104,30 @@ def test_two_nodes_of_two_train_the_same_model_and_resume_in_mid_period(tmp_path
     inside, between = (values(run, f"comm/{axis}/bytes_per_step") for axis in ("node", "dp"))
     # At step 4 the middle level is due, at step 3 the slow one, at step 1 neither.
     assert inside[1] > between[1] and min(between[3], between[4]) > 1.2 * between[1]
+
+
+SMALL = ("model.num_layers=1", "model.d_model=16", "train.validation.every=null", "parallel.timeout_s=100")
+"""Of step 3, where runs are saved, the sums of the middle level wait for step 4."""
+
+
+def train_summed(rank: int, folder: Path) -> None:
+    """Train as nodes of two do that are more replicas than have sums of their own in a checkpoint."""
+    with patch.object(state, "MAX_SUMS", 2):
+        train_run(folder / "run", 4, *NODES, *SETTINGS, *SMALL, last_step=4)
+        if rank == 0:
+            fork(folder / "run", folder / "again", step=3)
+        dist.barrier()
+        train_run(folder / "again", 4, *NODES, *SETTINGS, *SMALL, last_step=4)
+
+
+def test_sums_that_are_saved_as_one_go_on_in_any_layout(tmp_path: Path):
+    run_ranks(train_summed, 4, tmp_path, tmp_path)
+    run, again, one, single = (tmp_path / name for name in ("run", "again", "one", "single"))
+    assert {key.rpartition(".")[2] for key in saved(run, 3) if ".accumulator." in key} == {"0"}
+    assert values(run) == values(again), "resumed in mid-period"
+    fork(run, one, step=3)
+    for folder in (one, single):
+        train_run(folder, 1, *SETTINGS, *SMALL, last_step=4)
+        assert values(run) == pytest.approx(values(folder), rel=1e-5)
+        error, parameter = worst(weights(run, 4), weights(folder, 4))
+        assert error <= 1e-5, f"{folder.name}: {parameter} is off by {error:.1e}"

@@ -67,6 +67,12 @@ BROKEN = [
         "2 is not a multiple of parallel.tp = 4",
     ),
     (["parallel.zero=2", "parallel.dp=2", "parallel.pp=2"], 4, "parallel.zero", "2 needs parallel.pp of 1, it is 2"),
+    (
+        ["parallel.tp=2", "model.cms.levels.slow.wire=int8"],
+        2,
+        "model.cms.levels.slow.wire",
+        "int8 rounds a norm's sum with its neighbours, which differ between 2 ranks of tp",
+    ),
     (["parallel.zero=1", "parallel.dp=1"], 1, "parallel.zero", "1 has no effect: parallel.dp is 1"),
     (["parallel.shard=all", "parallel.dp=1"], 1, "parallel.shard", "all has no effect: parallel.dp is 1"),
     (
