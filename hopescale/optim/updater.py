@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hopescale.optim.cadence import Accumulator, Cadence
 from hopescale.parallel.mesh import Mesh
+from hopescale.parallel.node_flat import NodeFlat
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,10 @@ class Updater(ABC):
     def holds_whole(self, name: str) -> bool:
         """Tell whether state of a parameter is of the whole parameter, not of this rank's tensor-parallel slice."""
         return False
+
+    def node_flats(self) -> list[tuple[str, NodeFlat]]:
+        """Return the weights that replicas of a node share out, each with the name of a parameter in it."""
+        return []
 
     def weights(self) -> dict[str, Tensor]:
         """Return the weights that a checkpoint takes from this rank, by parameter name."""
