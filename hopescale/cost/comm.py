@@ -248,8 +248,7 @@ class SentBytes:
         """
         dp, nodes, sent = self.layout.replicas, self.layout.nodes, 0.0
         passes = self.micro_batches if self.layout.flushes else 1
-        for (part, width), count in self._even_shards().items():
-            sent += FP32 * dp * passes * count
+        sent += FP32 * dp * passes * sum(self._even_shards().values())
         for (part, width), count in self._even_shards(self._always_whole(self.parameters)).items():
             sent += width * nodes * (part is None or part in due) * count
         for part in {p.due for p in self.matrices}:
@@ -293,9 +292,7 @@ class SentBytes:
             together.setdefault((p.due, p.itemsize(self.precision), self._block_of(p)), []).append(p)
         return list(together.values())
 
-    def _even_shards(
-        self, parameters: list[ParameterShape] | None = None
-    ) -> dict[tuple[LevelPart | None, int], int]:
+    def _even_shards(self, parameters: list[ParameterShape] | None = None) -> dict[tuple[LevelPart | None, int], int]:
         """Count a replica's entries of what `zero=1` updates together, by part of a level and bytes of a weight.
 
         Counted are some of the parameters; None is all.

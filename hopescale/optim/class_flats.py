@@ -100,7 +100,10 @@ class ClassFlats:
         self, chosen: Sequence[int], dtype: torch.dtype, own: dict[tuple[int, str], Tensor]
     ) -> list[Together]:
         """Make a flat tensor of weights; where some are shared out one for each block, and stacks that last beside."""
-        kinds, names = [(number, "weights") for number in chosen], {n for each in chosen for n in self.alike[each].names}
+        kinds, names = (
+            [(number, "weights") for number in chosen],
+            {n for each in chosen for n in self.alike[each].names},
+        )
         blocks = sorted({self._block_of[name] for name in names if name in self._block_of})
         if not blocks:
             return [self._lay_out(kinds, dtype, own)]

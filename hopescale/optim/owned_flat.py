@@ -6,7 +6,7 @@ they would grow with the number of replicas. Equal parts do not; between a part 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 
 import torch
