@@ -33,6 +33,8 @@ class Watched(NodeWeights):
         super()._gather(number, following)
         Watched.most = max(Watched.most, self.num_whole())
         assert all(flat.has_memory for flat in self._flats[number])
+        if 0 <= following <= self._last:
+            assert all(flat._work is not None for flat in self._flats[following]), "on its way under this block"
 
     def num_whole(self) -> int:
         return sum(any(flat.has_memory for flat in flats) for flats in self._flats)

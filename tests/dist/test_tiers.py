@@ -3,6 +3,8 @@ due."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
@@ -14,7 +16,7 @@ import torch.distributed as dist
 from hopescale.config.layout import Layout
 from hopescale.parallel.mesh import Mesh
 from hopescale.train import state
-from tests.dist.test_layerwise import RULES, STEPS, Run, assert_equal, make_config, settings_of, sharded_adamw
+from tests.dist.test_layerwise import RULES, SHAPES, STEPS, Run, assert_equal, make_config, settings_of, sharded_adamw
 from tests.support.layouts import fork, saved, train_run, values, weights, worst
 from tests.support.ranks import run_ranks
 
@@ -23,23 +25,47 @@ SETTINGS = settings_of("m3", ("train.global_batch_tokens=128",))
 """Of two micro batches for each of four replicas."""
 
 
+PARTS = tuple([name for name in SHAPES if name.split(".")[1:2] == [part]] for part in ("0", "1"))
+"""Names as of two blocks; others lie outside, some of which are alike."""
+
+
+@contextmanager
+def whole_weights(run: Run) -> Iterator[None]:
+    """Let weights that are shared out be whole for a while."""
+    flats = [flat for _, flat in run.optimizer.node_flats()]
+    assert not any(flat.has_memory for flat in flats)
+    for flat in flats:
+        flat.begin_to_gather()
+        flat.wait()
+    yield
+    for flat in flats:
+        flat.free()
+
+
 def check_rules(rank: int) -> None:
     """Each rule beside AdamW, with levels of three periods; half of the steps hold what waits, the others do not.
 
-    Every second rule runs as if the ranks of a node shared sequences: sums then wait for the end of a step.
+    Weights are whole, or those of blocks are shared out inside a node. Every second rule runs as if the ranks of a node
+    shared sequences: sums then wait for the end of a step.
     """
     mesh, alone = Mesh.over_all(Layout(dp=4, node_replicas=2)), Mesh.alone()
     assert mesh.tiers.has_nodes and mesh.node_group.size() == mesh.nodes_group.size() == 2
     pieces = replace(mesh, cp_group=mesh.node_group)
     for rule in RULES:
         on = pieces if rule in RULES[::2] else mesh
-        for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 2e-2)):
+        for dtype, tolerance, shared in (
+            (torch.float32, 1e-6, ()),
+            (torch.bfloat16, 2e-2, ()),
+            (torch.float32, 1e-6, PARTS),
+        ):
             config = make_config(rule)
-            reference, run = Run(alone, config, dtype), Run(on, config, dtype, updater=sharded_adamw)
+            reference = Run(alone, config, dtype)
+            run = Run(on, config, dtype, updater=sharded_adamw, shared=shared)
             for step in range(1, STEPS + 1):
-                what = f"{rule}, {dtype}, step {step}"
+                what = f"{rule}, {dtype}, step {step}{', weights shared out' if shared else ''}"
                 assert run.step(step) == pytest.approx(reference.step(step), rel=max(1e-5, tolerance)), what
-                assert_equal(run.whole(), reference.whole(), tolerance, what)
+                with whole_weights(run):
+                    assert_equal(run.whole(), reference.whole(), tolerance, what)
                 waiting = [name for name in run.optimizer.parameters if name not in run.optimizer.due(step)]
                 if step % 2 or step == STEPS:
                     run.optimizer.hold(waiting)
