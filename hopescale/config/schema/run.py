@@ -183,7 +183,7 @@ class TrainConfig:
     bf16`, else `tf32x3`."""
     replica_check_every: Count | None = 100
     """Steps between two comparisons of the weights over data-parallel ranks, which must be bit-equal; null is never.
-    With `parallel.zero` of 3 there is nothing to compare."""
+    With `parallel.zero` of 3 there is nothing to compare, with `parallel.shard_weights` the shares of all nodes."""
     seed: Seed = 0
     """Seed of the initial weights and of every generator."""
     loss_spike: Positive | None = 3.0
