@@ -13,9 +13,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from hopescale.common.errors import DivergedError
 from hopescale.config.layout import Layout
 from hopescale.parallel.mesh import Mesh
 from hopescale.train import state
+from hopescale.train.replicas import check_replicas
 from tests.dist.test_layerwise import RULES, SHAPES, STEPS, Run, assert_equal, make_config, settings_of, sharded_adamw
 from tests.support.layouts import fork, saved, train_run, values, weights, worst
 from tests.support.ranks import run_ranks
@@ -78,6 +80,18 @@ def check_rules(rank: int) -> None:
             for total in whole.values():
                 dist.all_reduce(total)
             assert_equal(whole, reference.optimizer.sums(), tolerance, f"{rule}, {dtype}: sums")
+    check_comparison(run, rank)
+
+
+def check_comparison(run: Run, rank: int) -> None:
+    """What the ranks of one place keep of shared weights is compared between nodes."""
+    whole, shares = run.optimizer.copies()
+    check_replicas(whole, run.mesh, STEPS, shares)
+    name = sorted(shares)[0]
+    if rank == 2:
+        shares[name][0] += 1
+    with pytest.raises(DivergedError, match=f"after step {STEPS} the replicas hold different weights: {name}"):
+        check_replicas(whole, run.mesh, STEPS, shares)
 
 
 def test_every_rule_equals_one_process(tmp_path: Path):
