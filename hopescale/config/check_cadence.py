@@ -41,9 +41,6 @@ def sums_wait(config: RunConfig, origins: Origins) -> Iterator[Problem]:
                     f"{value}, but parallel.zero = {parallel.zero} sums the gradients of every backward pass at once"
                 )
                 yield Problem(where, message, hint="use parallel.zero of 0 or 1")
-            if key == "lag" and config.checkpoint.memory.every is not None:
-                message = f"{value}, but checkpoint.memory keeps no sum that is on its way"
-                yield Problem(where, message, hint="use one of the two: set checkpoint.memory.every=null")
             if level.wire in ("int8", "int4") and key == "wire" and (parallel.tp or 1) > 1:
                 message = (
                     f"{value} rounds a norm's sum with its neighbours, which differ between {parallel.tp} ranks of tp"

@@ -62,6 +62,25 @@ def nodes_share_evenly(config: RunConfig, origins: Origins) -> Iterator[Problem]
         yield Problem("parallel.shard", message, hint="set parallel.shard=all, or another number of ranks")
 
 
+def weights_are_shared_by_replicas(config: RunConfig, origins: Origins) -> Iterator[Problem]:
+    """Weights are gathered for whole blocks, each of which runs once in a pass of a replica that is one rank."""
+    parallel, train, key = config.parallel, config.train, "parallel.shard_weights"
+    if not parallel.shard_weights:
+        return
+    if parallel.shard != "node":
+        message = f"true has no effect: parallel.shard is {parallel.shard or 'null'}"
+        yield Problem(key, message, hint="set parallel.shard=node, or leave it out")
+    degrees = {f"parallel.{axis}": getattr(parallel, axis) for axis in ("tp", "pp", "cp")}
+    for name, degree in (degrees | {"train.segments": train.segments}).items():
+        if degree is not None and degree > 1:
+            yield Problem(key, f"true needs {name} of 1, it is {degree}", hint="change either")
+    if train.compile:
+        yield Problem(key, "true, but compiled chunks may hold weights that are freed", hint="set train.compile=false")
+    if config.log.samples:
+        message = "needs a rank that holds the whole model, but parallel.shard_weights is true"
+        yield Problem("log.samples", message, hint="leave it empty")
+
+
 def tensor_parallel_ranks_share_evenly(config: RunConfig, origins: Origins) -> Iterator[Problem]:
     """Heads, level widths, rows of the embedding and tokens between layers are distributed evenly."""
     tp, model, seq_len = config.parallel.tp or 1, config.model, config.train.seq_len
@@ -107,4 +126,10 @@ def stages(config: RunConfig, origins: Origins) -> Iterator[Problem]:
         yield Problem("train.global_batch_tokens", message, hint="change the batch, or set parallel.virtual_stages=1")
 
 
-CHECKS: tuple[Check, ...] = (degrees, nodes_share_evenly, tensor_parallel_ranks_share_evenly, stages)
+CHECKS: tuple[Check, ...] = (
+    degrees,
+    nodes_share_evenly,
+    weights_are_shared_by_replicas,
+    tensor_parallel_ranks_share_evenly,
+    stages,
+)

@@ -242,16 +242,43 @@ class SentBytes:
         return gradients + self.micro_batches * (2 * whole - last) / dp
 
     def _within_node(self, due: Collection[LevelPart], matrices: list[ParameterShape]) -> float:
-        """Count what replicas of a node exchange: all gradients of a step, and weights and `matrices` that are due."""
+        """Count what replicas of a node exchange: all gradients of a step, and weights and `matrices` that are due.
+
+        Weights that are shared out count whenever they are gathered, due or not.
+        """
         dp, nodes, sent = self.layout.replicas, self.layout.nodes, 0.0
         passes = self.micro_batches if self.layout.flushes else 1
-        for (part, width), count in self._even_shards().items():
-            sent += (FP32 * dp * passes + width * nodes * (part is None or part in due)) * count
+        sent += FP32 * dp * passes * sum(self._even_shards().values())
+        for (part, width), count in self._even_shards(self._always_whole(self.parameters)).items():
+            sent += width * nodes * (part is None or part in due) * count
         for part in {p.due for p in self.matrices}:
             sent += FP32 * dp * self._even_part(self._summed([p for p in self.matrices if p.due == part]))
-        for alike in self._gathered_together(matrices):
+        for alike in self._gathered_together(self._always_whole(matrices)):
             sent += nodes * alike[0].itemsize(self.precision) * self._even_part(sum(p.size for p in alike))
-        return sent
+        return sent + nodes * self._gathered_around_passes()
+
+    def _gathered_around_passes(self) -> int:
+        """Count a replica's parts of the weights that are gathered around forward and backward passes, in a step.
+
+        The last block's weights stay from one to the other.
+        """
+        if not self.config.parallel.shares_weights:
+            return 0
+        last, total = self.config.model.num_layers - 1, 0
+        for number in range(last + 1):
+            inside = [p for p in self.parameters if p.block == number]
+            parts = sum(width * count for (_, width), count in self._even_shards(inside).items())
+            for alike in self._gathered_together([p for p in inside if self.holdings.rule_of(p) != "adamw"]):
+                parts += alike[0].itemsize(self.precision) * self._even_part(sum(p.size for p in alike))
+            total += parts * (1 if number == last else 2)
+        return total * self.micro_batches
+
+    def _block_of(self, parameter: ParameterShape) -> int | None:
+        """Return the number of the block whose weights a parameter is gathered with; None where it is whole always."""
+        return parameter.block if self.config.parallel.shares_weights else None
+
+    def _always_whole(self, parameters: list[ParameterShape]) -> list[ParameterShape]:
+        return [p for p in parameters if self._block_of(p) is None]
 
     @property
     def _summed_parts(self) -> int:
@@ -262,21 +289,27 @@ class SentBytes:
         """Return matrices in groups whose weights replicas gather together."""
         together: dict[tuple, list[ParameterShape]] = {}
         for p in matrices:
-            together.setdefault((p.due, p.itemsize(self.precision)), []).append(p)
+            together.setdefault((p.due, p.itemsize(self.precision), self._block_of(p)), []).append(p)
         return list(together.values())
 
-    def _even_shards(self) -> dict[tuple[LevelPart | None, int], int]:
-        """Count a replica's entries of what `zero=1` updates together, by part of a level and bytes of a weight."""
-        together: dict[tuple[LevelPart | None, int], list[ParameterShape]] = {}
-        for p in self.parameters:
-            if self.holdings.rule_of(p) == "adamw":
-                together.setdefault((p.due, p.itemsize(self.precision)), []).append(p)
-        return {key: sum(map(self._even_part, self._flat_sizes(members))) for key, members in together.items()}
+    def _even_shards(self, parameters: list[ParameterShape] | None = None) -> dict[tuple[LevelPart | None, int], int]:
+        """Count a replica's entries of what `zero=1` updates together, by part of a level and bytes of a weight.
 
-    def _flat_sizes(self, members: list[ParameterShape]) -> list[int]:
-        """Return the entries of the flat tensors of what is updated together."""
+        Counted are some of the parameters; None is all.
+        """
+        together: dict[tuple, list[ParameterShape]] = {}
+        for p in self.parameters if parameters is None else parameters:
+            if self.holdings.rule_of(p) == "adamw":
+                together.setdefault((p.due, p.itemsize(self.precision), self._block_of(p)), []).append(p)
+        result: Counter[tuple[LevelPart | None, int]] = Counter()
+        for (part, width, block), members in together.items():
+            result[part, width] += sum(map(self._even_part, self._flat_sizes(members, is_one=block is not None)))
+        return result
+
+    def _flat_sizes(self, members: list[ParameterShape], *, is_one: bool) -> list[int]:
+        """Return the entries of the flat tensors of what is updated together, or of the one."""
         sizes = {p.name: p.size for p in members}
-        if not self.layout.flushes:
+        if is_one or not self.layout.flushes:
             return [sum(sizes.values())]
         parts = buckets(sizes, dict.fromkeys(sizes, 0), sizes, NODE_ELEMENTS)
         return [sum(sizes[name] for name in part) for part in parts]

@@ -166,7 +166,7 @@ def _lasting(config: RunConfig, layout: Layout, holding: Holding, owned: float) 
     for kind, entries in holding.entries.items():
         matrix, bytes_ = kind.rule != "adamw", FP32 * entries
         share = owned if matrix else 1 / dp if zero else 1.0
-        result["weights"] += kind.itemsize * entries / (dp if zero == 3 else 1)
+        result["weights"] += kind.itemsize * _kept_weights(config, layout, holding, kind, owned)
         result["optimizer"] += FP32 * holding.state[kind] * share
         own_master = kind.itemsize < FP32 or (not matrix and zero == 2) or (matrix and joined)
         result["masters"] += bytes_ * share * own_master
@@ -179,6 +179,18 @@ def _lasting(config: RunConfig, layout: Layout, holding: Holding, owned: float) 
     return result
 
 
+def _kept_weights(config: RunConfig, layout: Layout, holding: Holding, kind: Kind, owned: float) -> float:
+    """Count the weights of a kind that a rank keeps: its part at ZeRO 3, and where a node shares out those of blocks.
+
+    There an owner of matrices keeps its own beside.
+    """
+    entries = holding.entries[kind]
+    if not (config.parallel.shares_weights and layout.node_replicas):
+        return entries / (layout.replicas if config.parallel.stage == 3 else 1)
+    shared = entries - holding.outside[kind]
+    return holding.outside[kind] + shared / layout.node_replicas + (kind.rule != "adamw") * shared * owned
+
+
 def _keeps_sums(config: RunConfig, layout: Layout, kind: Kind) -> bool:
     """Tell whether whole gradient sums of matrices last, beside what waits: with nodes, where Gram matrices grow."""
     return kind.rule == "dgd" if layout.node_replicas else _is_fast(config, kind)
@@ -187,11 +199,19 @@ def _keeps_sums(config: RunConfig, layout: Layout, kind: Kind) -> bool:
 def _fast_gradients(config: RunConfig, layout: Layout, holding: Holding) -> float:
     """Count the gradient sums that are made anew at each step: those of AdamW's parameters of period 1.
 
-    With nodes all are, but for those of matrices whose sums last; of AdamW's parameters a flat tensor of each set.
+    With nodes all are, but for those of matrices whose sums last; of AdamW's parameters a flat tensor of each set, or
+    those of a block at a time if its weights are shared out.
     """
     if layout.flushes:
         room = max(NODE_ELEMENTS, holding.largest)
         made = {kind: count for kind, count in holding.entries.items() if not _keeps_sums(config, layout, kind)}
+        if config.parallel.shares_weights:
+            blocks = config.model.num_layers
+            for kind, count in made.items():
+                if kind.rule == "adamw":
+                    apart = holding.outside[kind]
+                    made[kind] = min(apart, room) + (count - apart) / blocks
+            return FP32 * sum(made.values())
         return FP32 * sum(min(count, room) if kind.rule == "adamw" else count for kind, count in made.items())
     if layout.node_replicas:
         made = (kind for kind in holding.entries if not _keeps_sums(config, layout, kind))
@@ -261,7 +281,13 @@ def _block(config: RunConfig, micro: MicroBatch, mixer: MixerConfig) -> Activati
 
 
 def _gathered(config: RunConfig, holding: Holding, vocabulary: float) -> float:
-    """Count what ZeRO 2 sends gradients in, and the weights that ZeRO 3 makes whole: two blocks, and the others."""
+    """Count what ZeRO 2 sends gradients in, and the weights that ZeRO 3 makes whole: two blocks, and the others.
+
+    A node that shares weights out makes those of two blocks whole.
+    """
     zero = config.parallel.stage
+    if config.parallel.shares_weights:
+        outside = sum(kind.itemsize * count for kind, count in holding.outside.items())
+        return 2 * (holding.weight_bytes() - outside) / config.model.num_layers
     bucket = min(PACK_BYTES, FP32 * holding.total()) if zero > 1 else 0.0
     return bucket + (2 * holding.weight_bytes() / config.model.num_layers + vocabulary if zero == 3 else 0.0)

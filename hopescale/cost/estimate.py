@@ -276,7 +276,10 @@ class Estimator:
             between = (gradients + weights) / inside * (1 - 1 / layout.nodes)
             passes = micro_batches if layout.flushes else 1
             summed = sum(n * (passes if kind.rule == "adamw" else 1) for kind, n in holding.entries.items())
-            within = (FP32 * summed + weights) * (1 - 1 / inside)
+            gathered = weights
+            if config.parallel.shares_weights:
+                gathered = 2 * micro_batches * holding.weight_bytes()
+            within = (FP32 * summed + gathered) * (1 - 1 / inside)
             rings = layout.tp * inside
             return within / self._bandwidth(rings) + between / self._bandwidth(layout.tp * dp, rings=rings)
         return (gradients + weights) * (dp - 1) / dp / self._bandwidth(layout.tp * dp, rings=layout.tp)

@@ -100,13 +100,14 @@ class Kind(NamedTuple):
 class Holding:
     """Entries on one rank by kind, before anything is divided over replicas, and entries of the largest tensor.
 
-    Gram matrices are those that are gathered beside gradients.
+    Gram matrices are those that are gathered beside gradients, `outside` the entries that are in no block.
     """
 
     entries: Mapping[Kind, int]
     state: Mapping[Kind, int]
     grams: Mapping[Kind, int]
     largest: int
+    outside: Mapping[Kind, int]
 
     def weight_bytes(self) -> int:
         """Return the bytes of all weights."""
@@ -152,15 +153,16 @@ class Holdings:
         return self._holding(_one_replica(layout), stage)
 
     def _sum(self, layout: Layout, stage: int) -> Holding:
-        entries, state, grams, largest = Counter(), Counter(), Counter(), 0
+        entries, state, grams, outside, largest = Counter(), Counter(), Counter(), Counter(), 0
         for parameter in self.parameters(layout, stage):
             rule = self.rule_of(parameter)
             kind = Kind(rule, parameter.level, parameter.itemsize(self.config.train.precision), parameter.phase)
             entries[kind] += parameter.size
             state[kind] += state_entries(rule, parameter.shape, self.config.optim)
+            outside[kind] += parameter.size if parameter.block is None else 0
             grams[kind] += self.gram(parameter, layout.tp)
             largest = max(largest, parameter.size)
-        return Holding(entries, state, grams, largest)
+        return Holding(entries, state, grams, largest, outside)
 
     def is_cut(self, parameter: ParameterShape) -> bool:
         """Tell whether a tensor-parallel rank holds parts of what a parameter's rule looks at: matrices, or rows."""

@@ -36,6 +36,11 @@ class ParameterShape:
         return None if self.level is None else (self.level, self.phase)
 
     @property
+    def block(self) -> int | None:
+        """Number of the block that it is in, from 0; None outside of blocks."""
+        return int(self.name.split(".")[1]) if self.name.startswith("blocks.") else None
+
+    @property
     def size(self) -> int:
         """Entries."""
         return math.prod(self.shape)

@@ -31,10 +31,13 @@ class LayoutChoice:
 
     def settings(self) -> dict[str, object]:
         """Return what is chosen, by dotted key."""
+        parallel = self.config.parallel
         return {
             **{f"parallel.{name}": value for name, value in self.layout.degrees.items()},
-            "parallel.zero": self.config.parallel.zero,
-            "parallel.shard": self.config.parallel.shard or "null",
+            "parallel.zero": parallel.zero,
+            "parallel.shard": parallel.shard or "null",
+            **({"parallel.ranks_per_node": parallel.ranks_per_node} if parallel.shard == "node" else {}),
+            "parallel.shard_weights": parallel.shard_weights,
             "train.micro_batch_size": self.config.train.micro_batch_size,
             "train.recompute": self.config.train.recompute,
         }
@@ -42,7 +45,8 @@ class LayoutChoice:
     def changes(self, config: RunConfig, layout: Layout) -> dict[str, object]:
         """Return the settings that differ from those of another config and layout; replicas follow from the rest."""
         before = LayoutChoice(config, layout, 0, self.estimate).settings()
-        return {key: value for key, value in self.settings().items() if value != before[key] and key != "parallel.dp"}
+        found = self.settings()
+        return {key: value for key, value in found.items() if value != before.get(key) and key != "parallel.dp"}
 
     def numbers(self) -> dict[str, object]:
         """Return the choice as numbers."""
@@ -142,9 +146,27 @@ def _layouts(config: RunConfig, ranks: int, per_node: int) -> Iterator[tuple[Run
             dp = ranks // cp // tp // pp
             for zero, together in product(_zeros(config, dp * cp, pp), _sequences(config, tp)):
                 layout = Layout(dp=dp, tp=tp, pp=pp, sequence_parallel=together, cp=cp)
-                degrees = {"dp": dp, "tp": tp, "pp": pp, "virtual_stages": 1}
-                parallel = replace(config.parallel, **degrees, sequence_parallel=together, zero=zero, shard=None)
-                yield replace(config, parallel=parallel), layout
+                degrees = {"dp": dp, "tp": tp, "pp": pp, "virtual_stages": 1, "sequence_parallel": together}
+                whole = replace(config.parallel, **degrees, zero=zero, shard=None, shard_weights=False)
+                yield replace(config, parallel=whole), layout
+                if zero == 1 and can_sum_in_nodes(config, layout, per_node):
+                    for shares in {False, can_share_weights(config, layout)}:
+                        tiers = {"zero": 0, "shard": "node", "ranks_per_node": per_node, "shard_weights": shares}
+                        found = replace(config, parallel=replace(whole, **tiers))
+                        yield found, replace(layout, node_replicas=per_node // tp)
+
+
+def can_sum_in_nodes(config: RunConfig, layout: Layout, per_node: int) -> bool:
+    """Tell whether a layout can go with `parallel.shard` of `node` on nodes of so many ranks."""
+    inside, levels = per_node // layout.tp, config.model.cms.levels.values()
+    moves = any(level.lag or level.wire != "fp32" for level in levels)
+    return 1 < inside < layout.replicas and layout.replicas % inside == 0 and not (per_node % layout.tp or moves)
+
+
+def can_share_weights(config: RunConfig, layout: Layout) -> bool:
+    """Tell whether a layout can go with `parallel.shard_weights`."""
+    whole = layout.tp == layout.pp == layout.cp == config.train.segments == 1
+    return whole and not (config.train.compile or config.log.samples)
 
 
 def _zeros(config: RunConfig, replicas: int, pp: int) -> set[int]:

@@ -18,6 +18,7 @@ from hopescale.models.block import Block
 from hopescale.optim import Cadence, RuleGroup, Updater
 from hopescale.optim.updater import even_shares
 from hopescale.parallel.mesh import Mesh
+from hopescale.parallel.node_flat import NodeFlat
 
 Shards = EvenShards | FlatShards | PartitionedShards
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -40,6 +41,7 @@ class ZeroAdamW(Updater):
         model: Model with exactly these parameters; stage 3 partitions it.
         levels: Names of parameters that are reduced together and apart from the others.
         whole: Kinds of modules whose parameters stage 3 gathers at once.
+        shared: Names of parameters by block whose weights replicas of a node share out, at stage 1 with nodes.
     """
 
     def __init__(
@@ -54,9 +56,11 @@ class ZeroAdamW(Updater):
         model: nn.Module | None = None,
         levels: Collection[Collection[str]] = (),
         whole: Collection[type[nn.Module]] = (Block,),
+        shared: Sequence[Collection[str]] = (),
     ):
         super().__init__(parameters, cadences, mesh, accumulates=False)
         self.stage, self._tiers = stage, mesh.tiers
+        self._block_of = {name: number for number, names in enumerate(shared) for name in names}
         # Stages, and ranks that share sequences, are not at the same place of a backward pass.
         self._flushes = mesh.pp_group.size() == mesh.cp_group.size() == 1
         self._device = next(iter(self.parameters.values())).device
@@ -75,11 +79,26 @@ class ZeroAdamW(Updater):
 
     def _together(self, levels: Collection[Collection[str]]) -> list[list[str]]:
         """Put together what is updated together; with nodes, in sets that are small enough to be summed in between."""
-        sets = _updated_together(self.parameters, self.cadences, levels)
+        sets = _updated_together(self.parameters, self.cadences, levels, self._block_of)
         if not (self._tiers.has_nodes and self._flushes):
             return sets
         sizes = {name: parameter.numel() for name, parameter in self.parameters.items()}
-        return [part for names in sets for part in buckets(names, dict.fromkeys(names, 0), sizes, NODE_ELEMENTS)]
+        # A block's are gathered at once.
+        rooms = [sum(map(sizes.get, names)) if self._is_shared(names) else NODE_ELEMENTS for names in sets]
+        return [
+            part
+            for names, room in zip(sets, rooms, strict=True)
+            for part in buckets(names, dict.fromkeys(names, 0), sizes, room)
+        ]
+
+    def _is_shared(self, names: Iterable[str]) -> bool:
+        """Tell whether replicas of a node share out the weights of a set."""
+        return not self._block_of.keys().isdisjoint(names)
+
+    def node_flats(self) -> list[tuple[str, NodeFlat]]:
+        """Return the weights that replicas of a node share out, each with the name of a parameter in it."""
+        shared = [each for each in self._sets if self._is_shared(each.parameters)]
+        return [(next(iter(each.parameters)), each.node_flat) for each in shared]
 
     def _maker(self, model: nn.Module | None, whole: Collection[type[nn.Module]]) -> Callable[..., Shards]:
         """Return what makes a set of shards of the stage."""
@@ -92,7 +111,8 @@ class ZeroAdamW(Updater):
 
     def _even_shards(self, parameters: Mapping[str, nn.Parameter], groups: Sequence[RuleGroup], eps: float) -> Shards:
         cadence = self.cadences[next(iter(parameters))]
-        return EvenShards(parameters, groups, eps=eps, cadence=cadence, tiers=self._tiers, flushes=self._flushes)
+        how = {"flushes": self._flushes, "shares": self._is_shared(parameters)}
+        return EvenShards(parameters, groups, eps=eps, cadence=cadence, tiers=self._tiers, **how)
 
     def _accumulate_flat(self) -> None:
         for shards in self._sets:
@@ -199,8 +219,11 @@ class ZeroAdamW(Updater):
             shards.step_of(name).fill_(step)
 
     def weights(self) -> dict[str, Tensor]:
-        """Return the weights, to be read or written in place; at stage 3 of the parameters this rank owns, copied."""
-        if self.stage < 3:
+        """Return the weights, to be read or written in place; of weights that are shared out those this rank owns.
+
+        These are copies, at stage 3 or where nodes share weights out. All replicas call then.
+        """
+        if self.stage < 3 and not self._block_of:
             return super().weights()
         return self._wholes(self._set_of, "weight")
 
@@ -208,11 +231,14 @@ class ZeroAdamW(Updater):
         return [name for name in self.parameters if self._owns(name)]
 
     def _load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        if self.stage < 3:
+        if self.stage < 3 and not self._block_of:
             super()._load_weights(weights)
             return
         for name, shards in self._set_of.items():
             self._scatter(name, weights.get(name), shards.part(name, "weight"))
+        for shards in self._sets if self._block_of else ():
+            shards.begin_to_hand_out()
+            shards.finish()
 
     def _set_masters(self, names: Iterable[str]) -> None:
         for name in names:
@@ -293,12 +319,15 @@ class ZeroAdamW(Updater):
 
 
 def _updated_together(
-    parameters: Mapping[str, nn.Parameter], cadences: Mapping[str, Cadence], levels: Collection[Collection[str]]
+    parameters: Mapping[str, nn.Parameter],
+    cadences: Mapping[str, Cadence],
+    levels: Collection[Collection[str]],
+    block_of: Mapping[str, int],
 ) -> list[list[str]]:
     level_of = {name: index for index, names in enumerate(levels) for name in names}
     sets: dict[tuple, list[str]] = {}
     for name, parameter in parameters.items():
-        sets.setdefault((level_of.get(name), cadences[name], parameter.dtype), []).append(name)
+        sets.setdefault((level_of.get(name), cadences[name], parameter.dtype, block_of.get(name)), []).append(name)
     return list(sets.values())
 
 

@@ -13,6 +13,7 @@ from hopescale.optim import Cadence, RuleGroup
 from hopescale.optim.adamw import AdamW
 from hopescale.optim.cadence import Accumulator
 from hopescale.optim.wire import SentSum
+from hopescale.parallel.node_flat import NodeFlat
 from hopescale.parallel.tiers import Tiers
 
 
@@ -62,9 +63,11 @@ class EvenShards:
         cadence: Cadence of all of them.
         tiers: Replicas.
         flushes: Whether gradients are summed inside the node in each backward pass, where there are nodes.
+        shares: Whether replicas of a node share the weights out too.
 
     Attributes:
         accumulators: Sums of gradients by parameter.
+        node_flat: Weights that are whole only while they are used; None if they are always.
     """
 
     def __init__(
@@ -76,6 +79,7 @@ class EvenShards:
         cadence: Cadence,
         tiers: Tiers,
         flushes: bool = False,
+        shares: bool = False,
     ):
         self.parameters, self._tiers, replicas = dict(parameters), tiers, tiers.group.size()
         self._cadence = cadence
@@ -97,7 +101,8 @@ class EvenShards:
             view = self._weights[slice(*self._spans[name])].view_as(parameter)
             view.copy_(parameter.detach())
             parameter.data = view
-        self._own = tiers.own(self._weights)
+        self.node_flat = NodeFlat(self._weights, tiers) if shares else None
+        self._own = self.node_flat.own if shares else tiers.own(self._weights)
         self._master = self._own.float()
         self._step, self._sums, self._gradient, self._work = torch.tensor(0.0), None, None, None
         self._makes_rule(of_groups, eps)
@@ -110,6 +115,8 @@ class EvenShards:
             name: FlatAccumulator(parameter, lasting, self._maker(name), partial(self._arrive, name))
             for name, parameter in self.parameters.items()
         }
+        if shares:
+            self.node_flat.free()
 
     def _makes_rule(self, of_groups: Sequence[tuple[RuleGroup, int, int]], eps: float) -> None:
         self._moments = {key: torch.zeros_like(self._master) for key in ("exp_avg", "exp_avg_sq")}
@@ -235,7 +242,12 @@ class EvenShards:
         self._step += 1
         if self.is_low_precision:
             self._own.copy_(self._master)
-        self._work = self._tiers.begin_to_gather(self._weights)
+        self.begin_to_hand_out()
+
+    def begin_to_hand_out(self) -> None:
+        """Begin to gather the weights from the parts of all replicas; of weights that are shared out, the share."""
+        shared = self.node_flat
+        self._work = self._tiers.begin_to_gather(self._weights) if shared is None else shared.begin_to_hand_out()
 
     def discard(self) -> None:
         """Drop all gradients, and begin a new period."""

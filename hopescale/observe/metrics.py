@@ -39,7 +39,9 @@ METRICS: dict[str, Metric] = {
     "val/<set>/loss": Metric("nats", "Mean cross-entropy per token of the held-out text of a data set."),
     "val/<set>/bits_per_byte": Metric("bits", "The same per byte of text: comparable between tokenizers."),
     "level/<name>/updates": Metric(
-        "1", "Updates of a level since the start of the run; the mean of its blocks, if it is rolling."
+        "1",
+        "Updates of a level since the start of the run by its cadence, bad steps that were skipped counted; the mean "
+        "of its blocks, if it is rolling.",
     ),
     "level/<name>/grad_norm": Metric("1", "Norm of the gradient of a level at its last update."),
     "level/<name>/update_rms": Metric("1", "Root mean square of the change of a level's weights at its last update."),

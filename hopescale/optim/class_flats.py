@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -34,10 +34,17 @@ class Alike:
 
 @dataclass(frozen=True)
 class Together:
-    """A flat tensor and the parameters that have a piece of it."""
+    """A flat tensor and the parameters that have a piece of it.
+
+    Attributes:
+        names: Names of the parameters.
+        flat: The flat tensor.
+        kept: Weights that this replica owns and keeps, by name, where `flat` is whole only while it is used.
+    """
 
     names: frozenset[str]
     flat: OwnedFlat
+    kept: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class ClassFlats:
@@ -48,10 +55,11 @@ class ClassFlats:
         alike: Groups of what is alike, in the same order on all ranks.
         ownership: Owners.
         tiers: Replicas.
+        block_of: Number of the block of each parameter whose weights replicas of a node share out.
 
     Attributes:
         sums: Gradients and Gram matrices, float32, a flat tensor for all that is due together.
-        weights: Weights, likewise for each type.
+        weights: Weights, likewise for each type, and for each block whose weights are shared out.
         gradients, grams: Views of each parameter.
         own: Stacks of weights, gradients and Gram matrices `[k, ...]` that belong to this replica, of each that is
             alike; None in place of Gram matrices if there are none.
@@ -63,7 +71,9 @@ class ClassFlats:
         alike: Sequence[Alike],
         ownership: Ownership,
         tiers: Tiers,
+        block_of: Mapping[str, int],
     ):
+        self._block_of = block_of
         self.alike, self._parameters, self._replica, self._tiers = list(alike), parameters, ownership.replica, tiers
         self.gradients: dict[str, Tensor] = {}
         self.grams: dict[str, Tensor] = {}
@@ -78,22 +88,57 @@ class ClassFlats:
             waits = alike[members[0]].waits
             self.sums.append(self._lay_out(kinds, torch.float32, own, waits=waits, sleeps=sleeps))
             for dtype in dict.fromkeys(self._first(number).dtype for number in members):
-                chosen = [(number, "weights") for number in members if self._first(number).dtype == dtype]
-                self.weights.append(self._lay_out(chosen, dtype, own))
+                chosen = [number for number in members if self._first(number).dtype == dtype]
+                self.weights += self._lay_out_weights(chosen, dtype, own)
         kinds = ("weights", "gradients", "grams")
         self.own = [tuple(own.get((number, kind)) for kind in kinds) for number in range(len(alike))]
 
     def _first(self, number: int) -> nn.Parameter:
         return self._parameters[self.alike[number].names[0]]
 
+    def _lay_out_weights(
+        self, chosen: Sequence[int], dtype: torch.dtype, own: dict[tuple[int, str], Tensor]
+    ) -> list[Together]:
+        """Make a flat tensor of weights; where some are shared out one for each block, and stacks that last beside."""
+        kinds, names = (
+            [(number, "weights") for number in chosen],
+            {n for each in chosen for n in self.alike[each].names},
+        )
+        blocks = sorted({self._block_of[name] for name in names if name in self._block_of})
+        if not blocks:
+            return [self._lay_out(kinds, dtype, own)]
+        kept: dict[str, Tensor] = {}
+        for number in chosen:
+            here = [name for name in self.alike[number].names if self._replica[name] == self._tiers.group.rank()]
+            own[number, "weights"] = self._first(number).detach().new_empty(len(here), *self._first(number).shape)
+            for name, place in zip(here, own[number, "weights"], strict=True):
+                kept[name] = place.copy_(self._parameters[name].detach())
+        result = []
+        for block in (None, *blocks):
+            inside = {name for name in names if self._block_of.get(name) == block}
+            each = self._lay_out(kinds, dtype, {}, inside)
+            if block is not None:
+                each.flat.share_out()
+            result.append(replace(each, kept={name: kept[name] for name in kept if name in inside}))
+        return [each for each in result if each.names]
+
     def _lay_out(
-        self, kinds: Sequence[tuple[int, str]], dtype: torch.dtype, own: dict[tuple[int, str], Tensor], **times: bool
+        self,
+        kinds: Sequence[tuple[int, str]],
+        dtype: torch.dtype,
+        own: dict[tuple[int, str], Tensor],
+        among: Collection[str] | None = None,
+        **times: bool,
     ) -> Together:
-        """Make a flat tensor with a stack of each kind for every owner, and note the stacks that are here."""
+        """Make a flat tensor with a stack of each kind for every owner, and note the stacks that are here.
+
+        `among` are the names to lay out; None is all of these kinds.
+        """
         held: list[list[list[str]]] = [[[] for _ in kinds] for _ in range(self._tiers.group.size())]
         for place, (number, _) in enumerate(kinds):
             for name in self.alike[number].names:
-                held[self._replica[name]][place].append(name)
+                if among is None or name in among:
+                    held[self._replica[name]][place].append(name)
         shapes = [
             self.alike[number].gram if kind == "grams" else tuple(self._first(number).shape) for number, kind in kinds
         ]
@@ -109,7 +154,7 @@ class ClassFlats:
                     own[number, kind] = stack
                 for name, view in zip(held[owner][place], stack, strict=True):
                     self._place(name, kind, view)
-        return Together(frozenset(name for number, _ in kinds for name in self.alike[number].names), flat)
+        return Together(frozenset(name for of_owner in held for names in of_owner for name in names), flat)
 
     def _place(self, name: str, kind: str, view: Tensor) -> None:
         parameter = self._parameters[name]

@@ -17,6 +17,7 @@ from hopescale.optim.rules import make_rule
 from hopescale.optim.shape_class import ShapeClass, Slices
 from hopescale.optim.updater import RuleGroup, Updater
 from hopescale.parallel.mesh import Mesh
+from hopescale.parallel.node_flat import NodeFlat
 
 
 class LayerwiseOptimizer(Updater):
@@ -39,6 +40,7 @@ class LayerwiseOptimizer(Updater):
         groups: Groups that share settings and rule, every parameter in one.
         config: Settings of the rules, and `tp_mode`.
         levels: Names of parameters that are reduced together and apart from the others.
+        shared: Names of parameters by block whose weights replicas of a node share out.
         parameters, cadences, mesh: Arguments of `Updater`; the storage of parameters becomes part of larger tensors.
     """
 
@@ -51,14 +53,18 @@ class LayerwiseOptimizer(Updater):
         cadences: Mapping[str, Cadence],
         mesh: Mesh,
         levels: Collection[Collection[str]] = (),
+        shared: Sequence[Collection[str]] = (),
     ):
         self.tp_group, self._has_nodes = mesh.tp_group, mesh.tiers.has_nodes
         self._group_of = {name: group for group in groups for name in group.members}
         self._takes_mean = config.accumulate == "mean"
         rules = {name: self._group_of[name].rule for name in parameters}
         self.ownership = Ownership(parameters, rules, config, cadences, mesh)
-        flats = ClassFlats(parameters, self._alike(parameters, cadences, levels), self.ownership, mesh.tiers)
+        block_of = {name: number for number, names in enumerate(shared) for name in names}
+        alike = self._alike(parameters, cadences, levels)
+        flats = ClassFlats(parameters, alike, self.ownership, mesh.tiers, block_of)
         self._sums, self._weights = flats.sums, flats.weights
+        self._shared = [each for each in flats.weights if each.flat.shared is not None]
         self.classes = self._make_classes(parameters, flats)
         self._class_of = {name: index for index, each in enumerate(self.classes) for name in each.names}
         self._flat_of = {name: each.flat for each in self._sums for name in each.names}
@@ -178,10 +184,14 @@ class LayerwiseOptimizer(Updater):
         return super().square_norms(names)
 
     def _gradient(self, name: str) -> Tensor:
-        """Return an accumulated gradient, or nothing of one that was sent to its owner."""
-        if name in self._reduced and not self.ownership.is_here(name):
-            return torch.zeros(0, device=self.parameters[name].device)
-        if self._flat_of[name].is_asleep and self.accumulators[name].persists:
+        """Return an accumulated gradient: nothing of one that was sent to its owner, what is held of one that waits.
+
+        What waits has been held: its norm would miss what has not.
+        """
+        if name in self._reduced:
+            here = self.ownership.is_here(name)
+            return self.accumulated_grad(name) if here else torch.zeros(0, device=self.parameters[name].device)
+        if self._flat_of[name].holds:
             return self._flat_of[name].held_part(self.accumulators[name].total)[1]
         return self.accumulated_grad(name)
 
@@ -200,7 +210,7 @@ class LayerwiseOptimizer(Updater):
                 left[flat] -= 1
                 if not left[flat]:
                     # On their way while the next classes are updated.
-                    self._weights[flat].flat.begin_to_hand_out()
+                    self._begin_to_hand_out(self._weights[flat])
         for flat in left:
             self._weights[flat].flat.finish()
         for each in self._sums:
@@ -213,10 +223,38 @@ class LayerwiseOptimizer(Updater):
         for flat in {id(flat): flat for flat in map(self._flat_of.get, names)}.values():
             flat.discard()
 
+    def _begin_to_hand_out(self, each: Together) -> None:
+        each.flat.begin_to_hand_out([(self.parameters[name].detach(), kept) for name, kept in each.kept.items()])
+
     def _flats_of(self, index: int) -> list[int]:
-        """Return the numbers of the flat tensors that hold weights of a class: there is one."""
-        name = self.classes[index].names[0]
-        return [number for number, each in enumerate(self._weights) if name in each.names]
+        """Return the numbers of the flat tensors that hold weights of a class: one, or one for each block."""
+        names = self.classes[index].names
+        return [number for number, each in enumerate(self._weights) if not each.names.isdisjoint(names)]
+
+    def node_flats(self) -> list[tuple[str, NodeFlat]]:
+        """Return the weights that replicas of a node share out, each with the name of a parameter in it."""
+        return [(min(each.names), each.flat.shared) for each in self._shared]
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return the weights, to be read or written in place; of weights that are shared out those that belong here."""
+        shared = {name for each in self._shared for name in each.names}
+        kept = {name: tensor for each in self._shared for name, tensor in each.kept.items()}
+        return {name: weight for name, weight in super().weights().items() if name not in shared} | kept
+
+    def _saved_here(self) -> list[str]:
+        whole = [name for name in super()._saved_here() if not any(name in each.names for each in self._shared)]
+        return [*whole, *(name for each in self._shared for name in each.kept)]
+
+    def _load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        for name, own in self.weights().items():
+            own.copy_(weights[name])
+        for each in self._weights:
+            if each.flat.shared is not None:
+                self._begin_to_hand_out(each)
+                each.flat.finish()
+                continue
+            for name, kept in each.kept.items():
+                kept.copy_(self.parameters[name])
 
     def discard(self) -> None:
         """Drop all gradients and Gram matrices, on every replica."""

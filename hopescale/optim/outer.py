@@ -17,6 +17,7 @@ from hopescale.optim.replicated import ReplicatedAdamW
 from hopescale.optim.schedule import learning_rate
 from hopescale.optim.updater import RuleGroup, Updater
 from hopescale.parallel.mesh import Mesh
+from hopescale.parallel.node_flat import NodeFlat
 
 
 class OuterOptimizer:
@@ -41,6 +42,7 @@ class OuterOptimizer:
         tied: Parameters that the first and the last pipeline stage both hold.
         updater: Constructor of the updater for the groups with AdamW; the others have a `LayerwiseOptimizer`.
         levels: Names of parameters that are reduced together and apart from the others.
+        shared: Names of parameters by block whose weights replicas of a node share out; `updater` is told of them.
 
     Attributes:
         rate_factor: Factor on all learning rates of the schedule.
@@ -62,6 +64,7 @@ class OuterOptimizer:
         tied: Collection[str] = (),
         updater: Callable[..., Updater] = ReplicatedAdamW,
         levels: Collection[Collection[str]] = (),
+        shared: Sequence[Collection[str]] = (),
     ):
         self.config, self.total_steps, self.mesh = config, total_steps, mesh or Mesh.alone()
         self.rate_factor, self.dropped_at = 1.0, 0
@@ -70,7 +73,8 @@ class OuterOptimizer:
         self.groups = dict(groups or assign_groups(shapes, config.groups))
         self.cadences = {name: cadences.get(name, Cadence()) for name in self.parameters}
         self._sent_together = self._alike(levels)
-        self.updaters = self._make_updaters(updater, levels)
+        self._shared = shared
+        self.updaters = self._make_updaters(updater, levels, shared)
         self._updater_of = {name: each for each in self.updaters for name in each.parameters}
         self._weights = {
             name: self._updater_of[name].norm_weight(name) * self._is_counted(name) for name in self.parameters
@@ -83,9 +87,16 @@ class OuterOptimizer:
         parts = [*map(set, levels), set(late) - inside]
         return [[name for name in late if name in part] for part in parts]
 
-    def _make_updaters(self, elementwise: Callable[..., Updater], levels: Collection[Collection[str]]) -> list[Updater]:
+    def _make_updaters(
+        self,
+        elementwise: Callable[..., Updater],
+        levels: Collection[Collection[str]],
+        shared: Sequence[Collection[str]],
+    ) -> list[Updater]:
         groups, result = self._rule_groups(), []
-        by_matrix = partial(LayerwiseOptimizer, config=self.config, levels=levels)
+        by_matrix = partial(LayerwiseOptimizer, config=self.config, levels=levels, shared=shared)
+        if shared:
+            elementwise = partial(elementwise, shared=shared)
         for make, chosen in (
             (partial(elementwise, eps=self.config.eps), [group for group in groups if group.rule == "adamw"]),
             (by_matrix, [group for group in groups if group.rule != "adamw"]),
@@ -218,7 +229,7 @@ class OuterOptimizer:
                 self.send(ended)
 
     @torch.no_grad()
-    def discard(self, step: int = 0) -> None:
+    def discard(self, step: int) -> None:
         """Drop all gradients of step `step` and before, what slow parameters have gathered and what was sent too."""
         self.dropped_at = step
         for updater in self.updaters:
@@ -270,6 +281,16 @@ class OuterOptimizer:
         """Return masters and the rules' state, by name; a rank returns what it alone has, or what all have."""
         return {name: tensor for updater in self.updaters for name, tensor in updater.state_dict().items()}
 
+    def node_flats(self) -> list[tuple[str, NodeFlat]]:
+        """Return the weights that replicas of a node share out, each with the name of a parameter in it."""
+        return [flat for updater in self.updaters for flat in updater.node_flats()]
+
+    def copies(self) -> tuple[dict[str, nn.Parameter], dict[str, Tensor]]:
+        """Return the weights that are whole on every replica, and what this rank keeps of those that are not."""
+        shared = {name for names in self._shared for name in names}
+        whole = {name: parameter for name, parameter in self.parameters.items() if name not in shared}
+        return whole, {name: flat.share for name, flat in self.node_flats()}
+
     def weights(self) -> dict[str, Tensor]:
         """Return the weights that a checkpoint takes from this rank, by parameter name."""
         return {name: tensor for updater in self.updaters for name, tensor in updater.weights().items()}
@@ -295,11 +316,15 @@ class OuterOptimizer:
         """Return the running sums of slow parameters, in parts that add up over replicas."""
         return {name: tensor for updater in self.updaters for name, tensor in updater.sums().items()}
 
+    def on_their_way(self, step: int, dropped_at: int) -> list[str]:
+        """Return the parameters whose sum waits for its update after step `step`, if all up to a step were dropped."""
+        return [name for name, each in self.cadences.items() if each.is_on_its_way(step, dropped_at)]
+
     def load_sums(self, sums: Mapping[str, Tensor], step: int = 0) -> None:
         """Take over the running sums after step `step`, in parts that add up over replicas in any way.
 
         A missing sum is zero; `dropped_at` has been set. All replicas call.
         """
-        late = [name for name, each in self.cadences.items() if each.is_on_its_way(step, self.dropped_at)]
+        late = self.on_their_way(step, self.dropped_at)
         for updater in self.updaters:
             updater.load_sums(sums, late)

@@ -6,7 +6,7 @@ they would grow with the number of replicas. Equal parts do not; between a part 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hopescale.cost.updates import EVEN_UNIT, Wire
 from hopescale.optim.wire import SentSum
+from hopescale.parallel.node_flat import NodeFlat
 from hopescale.parallel.tiers import Tiers
 
 WINDOW_ELEMENTS = 1 << 24
@@ -37,6 +38,7 @@ class OwnedFlat:
     Attributes:
         flat: All pieces, zeros at first.
         own: Pieces of this replica, a view.
+        shared: What is kept of it, once it is shared out inside nodes.
     """
 
     def __init__(
@@ -65,6 +67,12 @@ class OwnedFlat:
         self._sent: SentSum | None = None
         self._kept: Tensor | None = None
         self._fetches = False
+        self.shared: NodeFlat | None = None
+
+    def share_out(self) -> None:
+        """Let it be whole only while it is used from here on; what it holds is equal on all replicas."""
+        self.shared = NodeFlat(self.flat, self._tiers)
+        self.shared.free()
 
     def pieces(self, sizes: Sequence[Sequence[int]]) -> list[list[Tensor]]:
         """Return the pieces of every owner, which the constructor was given the sizes of."""
@@ -119,6 +127,11 @@ class OwnedFlat:
         return flat.as_strided(view.shape, view.stride(), view.storage_offset() - self.flat.storage_offset())
 
     @property
+    def holds(self) -> bool:
+        """Whether `hold` leaves what waits for a later step in shares of the replicas of a node."""
+        return self._held is not None
+
+    @property
     def is_asleep(self) -> bool:
         """Whether `flat` has no memory, and stands for zeros."""
         return self._sleeps and self.flat.untyped_storage().nbytes() == 0
@@ -166,15 +179,27 @@ class OwnedFlat:
         whole.view(-1)[start : start + part.numel()] += part
         return whole
 
-    def begin_to_hand_out(self) -> None:
-        """Begin to copy what owners hold to all replicas, complete after `finish`."""
+    def begin_to_hand_out(self, kept: Iterable[tuple[Tensor, Tensor]] = ()) -> None:
+        """Begin to copy what owners hold to all replicas, or to the shares of all nodes, complete after `finish`.
+
+        `kept` are pieces of this replica, each with a tensor that is to take its place.
+        """
+        if self.shared is not None:
+            self.shared.make_room()
+        for piece, tensor in kept:
+            piece.copy_(tensor)
         if self._group.size() > 1:
             for window, parts in self._windows():
                 held = [self.flat[each.start : each.stop] for each in parts]
                 wanted = self._overlaps(window)
                 received = self.flat[window.start : window.stop]
                 self._exchange(torch.cat(held), [each.numel() for each in held], received, wanted)
-            self._work = self._tiers.begin_to_gather(self.flat)
+            self._work = self._tiers.begin_to_gather(self.flat) if self.shared is None else self._begin_to_share()
+
+    def _begin_to_share(self) -> dist.Work:
+        self.shared.own.copy_(self._tiers.own(self.flat))
+        self.shared.free()
+        return self.shared.begin_to_hand_out()
 
     def finish(self) -> None:
         """Wait for what has begun."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hopescale.optim.cadence import Accumulator, Cadence
 from hopescale.parallel.mesh import Mesh
+from hopescale.parallel.node_flat import NodeFlat
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,10 @@ class Updater(ABC):
         """Tell whether state of a parameter is of the whole parameter, not of this rank's tensor-parallel slice."""
         return False
 
+    def node_flats(self) -> list[tuple[str, NodeFlat]]:
+        """Return the weights that replicas of a node share out, each with the name of a parameter in it."""
+        return []
+
     def weights(self) -> dict[str, Tensor]:
         """Return the weights that a checkpoint takes from this rank, by parameter name."""
         return {name: parameter.detach() for name, parameter in self.parameters.items()}
@@ -213,10 +218,11 @@ class Updater(ABC):
         """
         for name, total in self._running_sums().items():
             total.zero_() if name not in sums else total.copy_(sums[name])
-        sent = {
-            name: sums.get(f"{name}.sent", torch.zeros_like(p, dtype=torch.float32))
-            for name, p in self._among(on_their_way).items()
-        }
+        sent = {}
+        for name, p in self._among(on_their_way).items():
+            total = sums.get(f"{name}.sent")
+            # Other replicas have the parts that make it up.
+            sent[name] = torch.zeros_like(p, dtype=torch.float32) if total is None else total.to(p.device)
         self._send_again(sent)
 
     def _among(self, names: Collection[str]) -> dict[str, nn.Parameter]:

@@ -81,3 +81,11 @@ class Tiers:
         share = self.share(flat)
         dist.all_gather_into_tensor(share, self.own(flat), group=self._nodes)
         return dist.all_gather_into_tensor(flat, share, group=self._node, async_op=True)
+
+    def begin_to_gather_parts(self, share: Tensor) -> dist.Work:
+        """Begin to fill the node's share of this replica from the parts in it of the replicas of its place."""
+        return dist.all_gather_into_tensor(share, self.own_of_share(share), group=self._nodes, async_op=True)
+
+    def begin_to_gather_shares(self, flat: Tensor, share: Tensor) -> dist.Work:
+        """Begin to fill a flat tensor from what each replica of the node keeps of it."""
+        return dist.all_gather_into_tensor(flat, share, group=self._node, async_op=True)

@@ -29,11 +29,14 @@ def continue_from_memory(
     What does not fit is not used: parts of another config or layout, and what some rank does not have whole.
     """
     own, shapes = _fingerprint(state.manifest()), _shapes(state.own_tensors())
+    now = state.on_their_way(state.manifest())
+    lasting = {name: shape for name, shape in shapes.items() if name not in now}
 
     def misfit(tensors: Mapping[str, Tensor], manifest: Manifest) -> str | None:
         if _fingerprint(manifest) != own:
             return "the config or the data has changed since"
-        return None if _shapes(tensors) == shapes else "it is of another layout"
+        late = {name: ("float32", shape) for name, shape in state.on_their_way(manifest).items()}
+        return None if _shapes(tensors) == lasting | late else "it is of another layout"
 
     part = memory.load(misfit, after=-1 if on_disk is None else step_of(on_disk))
     if part is None:

@@ -14,13 +14,17 @@ from hopescale.parallel.mesh import Mesh
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def check_replicas(parameters: Mapping[str, Tensor], mesh: Mesh, step: int) -> None:
+def check_replicas(parameters: Mapping[str, Tensor], mesh: Mesh, step: int, shares: Mapping[str, Tensor]) -> None:
     """Compare the weights of all replicas after a step. Called by all ranks.
+
+    `parameters` are whole on each; of `shares` ranks that have one place on their nodes hold the same.
 
     Raises:
         DivergedError: If any weights differ, on all ranks.
     """
     different = differing(parameters, mesh.dp_group)
+    if mesh.nodes_group is not None:
+        different += differing(shares, mesh.nodes_group)
     names = sorted({name for of_rank in mesh.control.gather(different) for name in of_rank})
     if names:
         shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -31,6 +31,7 @@ from hopescale.config.show import (
 from hopescale.config.values import format_value
 from hopescale.cost.holdings import cut_blocks
 from hopescale.data.loader import Data, open_data
+from hopescale.engine.node_weights import gather_blocks
 from hopescale.models import Model
 from hopescale.observe.health import LossWatch
 from hopescale.ops.device import DTYPES
@@ -101,7 +102,10 @@ def build_state(
         tied=tied,
         updater=_updater(config.parallel.stage, slices, names_of_levels),
         levels=names_of_levels,
+        shared=_shared_blocks(slices, parameters) if config.parallel.shares_weights else (),
     )
+    blocks = {f"blocks.{number}.": block for model in slices for number, block in model.blocks.items()}
+    gather_blocks(blocks, optimizer.node_flats())
     gather_grams(
         layers,
         [name for name, group in optimizer.groups.items() if optim.groups[group].rule == "dgd"],
@@ -156,6 +160,12 @@ def _updater(zero: int, slices: Sequence[Model], levels: Sequence[Sequence[str]]
     from hopescale.engine.zero import ZeroAdamW
 
     return partial(ZeroAdamW, stage=zero, model=slices[0], levels=levels)
+
+
+def _shared_blocks(slices: Sequence[Model], parameters: Iterable[str]) -> list[list[str]]:
+    """Return the names of the parameters of each block."""
+    prefixes = [f"blocks.{number}." for model in slices for number in model.blocks]
+    return [[name for name in parameters if name.startswith(prefix)] for prefix in prefixes]
 
 
 def _of_all_stages(names: Iterable[str], mesh: Mesh) -> list[str]:

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, Shard
 from hopescale.checkpoint.load import load_into
 from hopescale.checkpoint.manifest import Manifest, TensorEntry, fingerprint, read_manifest
 from hopescale.checkpoint.save import flatten
+from hopescale.common.errors import CheckpointError
 from hopescale.config.load import to_dict
 from hopescale.config.schema import RunConfig
 from hopescale.data.loader import Data
@@ -190,6 +191,14 @@ class TrainState:
         }
         return flatten(kinds)
 
+    def on_their_way(self, manifest: Manifest) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the totals that `own_tensors` has at a manifest's step, and perhaps not at the present.
+
+        They wait there for their updates.
+        """
+        names = self.optimizer.on_their_way(manifest.step, manifest.progress.get("dropped_at", 0))
+        return {f"sums.{name}.sent": tuple(self.parameters[name].shape) for name in names}
+
     def continue_from(self, tensors: Mapping[str, Tensor], manifest: Manifest) -> None:
         """Take over what `own_tensors` returned on this rank, and the numbers beside it. Called by all ranks."""
         kinds: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "sums": {}, "generators": {}}
@@ -217,9 +226,10 @@ class TrainState:
 
         With `reset_optimizer` moments, masters and running sums stay as they begin, from the saved weights.
         """
-        saved, weights = read_manifest(folder).tensors, self.optimizer.weights()
-        state, sums = {}, {}
+        found, weights = read_manifest(folder), self.optimizer.weights()
+        saved, state, sums = found.tensors, {}, {}
         if not reset_optimizer:
+            self._require_sums(found, folder)
             state, sums = self.optimizer.state_dict(), self._room_for_sums(saved)
         # The other kind of device has another set of generators; a run may move between them.
         generators = {
@@ -247,6 +257,14 @@ class TrainState:
         self.optimizer.dropped_at = manifest.step if reset_optimizer else manifest.progress.get("dropped_at", 0)
         self.optimizer.load_sums(totals, manifest.step)
         self._continue(manifest, generators)
+
+    def _require_sums(self, manifest: Manifest, folder: Path) -> None:
+        """Refuse a checkpoint without a sum that waits for its update after its step."""
+        kept = {name.rpartition(".accumulator.")[0].replace("optimizer.", "sums.", 1) for name in manifest.tensors}
+        if missing := sorted(self.on_their_way(manifest).keys() - kept):
+            name = missing[0].removeprefix("sums.").removesuffix(".sent")
+            message = f"{folder} lacks the sum of {name} that waits for its update after step {manifest.step}"
+            raise CheckpointError(message, "continue with the weights alone: --reset-optimizer, once")
 
     def _continue(self, manifest: Manifest, generators: Mapping[str, Tensor]) -> None:
         if "cpu" in generators:

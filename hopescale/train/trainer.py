@@ -296,7 +296,8 @@ class Trainer:
         every = self.config.train.replica_check_every
         are_copies = self.mesh.dp_group.size() > 1 and self.config.parallel.stage < 3
         if every is not None and self.state.step % every == 0 and are_copies:
-            check_replicas(self.state.parameters, self.mesh, self.state.step)
+            whole, shares = self.state.optimizer.copies()
+            check_replicas(whole, self.mesh, self.state.step, shares)
 
     def _shorten_timeout(self) -> None:
         """After the first step, which may compile, wait for other ranks no longer than `parallel.timeout_s`."""

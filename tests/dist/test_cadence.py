@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from hopescale.checkpoint.manifest import Manifest
+from hopescale.common.errors import CheckpointError
 from hopescale.config.layout import Layout
 from hopescale.engine.zero import ZeroAdamW
 from hopescale.optim.replicated import ReplicatedAdamW
 from hopescale.parallel.mesh import Mesh
+from hopescale.train import state
 from tests.support.late_sums import CADENCES, STEPS, Twin, make, take
 from tests.support.layouts import fork, saved, train_run, values, weights, worst
 from tests.support.ranks import run_ranks
@@ -84,3 +89,19 @@ def test_two_ranks_equal_one_and_a_run_goes_on_in_mid_lag(tmp_path: Path):
     for run in (*(tmp_path / name / "whole" for name in EXACT), moved):
         assert values(run) == pytest.approx(values(single), rel=1e-5), run
         assert worst(weights(run), weights(single))[0] <= 1e-5, run
+
+
+def test_a_checkpoint_that_lacks_a_sum_on_its_way_is_refused(tmp_path: Path):
+    run, read = tmp_path / "run", state.read_manifest
+    train_run(run, 1, *LATE, last_step=3)
+
+    def without(folder: Path) -> Manifest:
+        found = read(folder)
+        return replace(found, tensors={name: each for name, each in found.tensors.items() if ".sent." not in name})
+
+    with (
+        patch.object(state, "read_manifest", without),
+        pytest.raises(CheckpointError, match=r"lacks the sum of blocks\.0\.cms\.levels\.mid\.\S+ that waits") as caught,
+    ):
+        train_run(run, 1, *LATE)
+    assert "after step 3" in caught.value.message and "--reset-optimizer" in caught.value.hint

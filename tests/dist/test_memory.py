@@ -15,12 +15,20 @@ from tests.support.layouts import train_run, weights
 from tests.support.ranks import run_ranks
 
 LAYOUTS = {
-    2: ("parallel.zero=1", "checkpoint.every=3", "checkpoint.async_save=false"),
+    2: (
+        "parallel.zero=1",
+        "checkpoint.every=3",
+        "checkpoint.async_save=false",
+        "model.cms.levels.mid={update_every_steps: 4, lag: 2}",
+    ),
     4: ("parallel.tp=2", "checkpoint.every=100"),
 }
 """Settings by number of ranks: the first have an older checkpoint on disk when they start again, the others none."""
 KILLED = 6
-"""Step at whose start ranks are killed; step 4 is the newest in memory, and a slow level has gathered since step 3."""
+"""Step at whose start ranks are killed; step 4 is the newest in memory, and a slow level has gathered since step 3.
+
+What the level with a lag has sent at step 4 is for step 6.
+"""
 
 
 def overrides_of(num_ranks: int, folder: Path) -> tuple[str, ...]:

@@ -156,6 +156,7 @@ class Rank:
         def zero(*arguments: Any, **settings: Any) -> ZeroAdamW:
             return ZeroAdamW(*arguments, stage=1, levels=list(levels.values()), **settings)
 
+        numbers = range(config.model.num_layers) if config.parallel.shares_weights else ()
         self.optimizer = OuterOptimizer(
             self.parameters,
             config.optim,
@@ -164,6 +165,7 @@ class Rank:
             mesh=mesh,
             updater=zero if config.parallel.stage else ReplicatedAdamW,
             levels=list(levels.values()),
+            shared=[[p.name for p in shapes if p.block == number] for number in numbers],
         )
         self.engine = Engine(self, self.optimizer, levels, META)
 

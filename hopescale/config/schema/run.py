@@ -183,7 +183,7 @@ class TrainConfig:
     bf16`, else `tf32x3`."""
     replica_check_every: Count | None = 100
     """Steps between two comparisons of the weights over data-parallel ranks, which must be bit-equal; null is never.
-    With `parallel.zero` of 3 there is nothing to compare."""
+    With `parallel.zero` of 3 there is nothing to compare, with `parallel.shard_weights` the shares of all nodes."""
     seed: Seed = 0
     """Seed of the initial weights and of every generator."""
     loss_spike: Positive | None = 3.0
@@ -224,10 +224,18 @@ class ParallelConfig:
     out over the ranks of a node. Not with `zero` of 2 or 3, whose place it takes."""
     ranks_per_node: Count = 8
     """Ranks of a node. Only with `shard: node`, which needs two nodes or more, each with two replicas or more."""
+    shard_weights: bool = False
+    """Whether replicas of a node share out the weights of blocks too: a block's are gathered inside the node before it
+    runs, forward and backward, and freed after. Only with `shard: node`, and `tp`, `pp` and `cp` of 1."""
     timeout_s: Count = 300
     """Seconds a rank waits for the others in one exchange before the run ends as hung."""
     first_step_timeout_s: Count = 1800
     """The same until the end of the first step, which compiles and warms up; not below `timeout_s`."""
+
+    @property
+    def shares_weights(self) -> bool:
+        """Whether replicas of a node share out the weights of blocks."""
+        return self.shard_weights and self.shard == "node"
 
     @property
     def stage(self) -> int:

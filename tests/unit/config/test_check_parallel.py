@@ -18,6 +18,8 @@ data: {sources: {main: {path: data/main}}}
 train: {seq_len: 32, micro_batch_size: 2, global_batch_tokens: 512}
 """
 
+WEIGHTS = ("parallel.shard=node", "parallel.ranks_per_node=2", "parallel.shard_weights=true")
+
 # overrides, number of ranks -> key, whole message
 BROKEN = [
     (
@@ -67,6 +69,39 @@ BROKEN = [
         "2 is not a multiple of parallel.tp = 4",
     ),
     (["parallel.zero=2", "parallel.dp=2", "parallel.pp=2"], 4, "parallel.zero", "2 needs parallel.pp of 1, it is 2"),
+    (
+        ["parallel.shard_weights=true", "parallel.dp=4"],
+        4,
+        "parallel.shard_weights",
+        "true has no effect: parallel.shard is null",
+    ),
+    *(
+        (
+            [*WEIGHTS, f"{key}=2"],
+            8,
+            "parallel.shard_weights",
+            f"true needs {key} of 1, it is 2",
+        )
+        for key in ("parallel.tp", "parallel.pp", "parallel.cp", "train.segments")
+    ),
+    (
+        [*WEIGHTS, "train.compile=true"],
+        4,
+        "parallel.shard_weights",
+        "true, but compiled chunks may hold weights that are freed",
+    ),
+    (
+        [*WEIGHTS, "log.samples=['1']"],
+        4,
+        "log.samples",
+        "needs a rank that holds the whole model, but parallel.shard_weights is true",
+    ),
+    (
+        ["parallel.tp=2", "model.cms.levels.slow.wire=int8"],
+        2,
+        "model.cms.levels.slow.wire",
+        "int8 rounds a norm's sum with its neighbours, which differ between 2 ranks of tp",
+    ),
     (["parallel.zero=1", "parallel.dp=1"], 1, "parallel.zero", "1 has no effect: parallel.dp is 1"),
     (["parallel.shard=all", "parallel.dp=1"], 1, "parallel.shard", "all has no effect: parallel.dp is 1"),
     (

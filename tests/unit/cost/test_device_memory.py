@@ -69,3 +69,14 @@ def test_slow_levels_send_less():
         sent[period] = SentBytes(Holdings(config), Layout(dp=2), 0).per_step()["dp"]
     level = 4 * 2 * (3 * 64 * 128 + 64)
     assert sent[1] - sent[4] == pytest.approx(level * 3 / 4)
+
+
+def test_hope_7b_on_64_keeps_seven_gib_at_most_where_nodes_share_weights_out():
+    nodes, found = ["parallel.shard=node", "train.recompute=block"], {}
+    for shares in ("false", "true"):
+        config = load_recipe("hope_7b", [*nodes, f"parallel.shard_weights={shares}"]).config
+        memory = device_memory_of_stage(Holdings(config), config, Layout(dp=64, node_replicas=8), 0)
+        found[shares] = {kind: memory.bytes[kind] / 2**30 for kind in LASTING if kind != "gradients"}
+    assert 17 < sum(found["false"].values()) < 18
+    assert sum(found["true"].values()) < 7
+    assert found["true"]["weights"] == pytest.approx(0.25 + (found["false"]["weights"] - 0.25) / 8, rel=0.01)

@@ -53,6 +53,25 @@ def test_of_slow_levels_a_node_alone_hears_until_they_are_due():
     assert held == pytest.approx(total / 8, rel=0.01)
 
 
+@pytest.mark.parametrize("rule", ["adamw", "m3"])
+def test_of_the_weights_of_blocks_a_rank_keeps_its_share_of_a_node(rule: str):
+    """A step hands parts on to the shares of all nodes; inside a node it gathers what lies outside of blocks."""
+    nodes = ["parallel.shard=node", "parallel.shard_weights=true", "model.num_layers=2"]
+    rank = Rank(load_recipe("hope_1.3b", [*nodes, *([MATRICES] if rule == "m3" else [])]).config, 64)
+    whole, shares = rank.optimizer.copies()
+    outside, total = (sum(p.numel() for p in each.values()) for each in (whole, rank.parameters))
+    assert sum(share.numel() for share in shares.values()) == pytest.approx((total - outside) / 8, rel=0.01)
+    assert all(name.startswith("blocks.") == (name not in whole) for name in rank.parameters)
+    assert not any(flat.has_memory for _, flat in rank.optimizer.node_flats())
+    found, _ = rank.step(16)
+    assert rank.due(16) == total
+    # In bfloat16; what lies outside is gathered in both tiers.
+    assert found.sent["all_gather_into_tensor"] == pytest.approx(2 * (total / 64 + outside / 8), rel=0.01)
+    assert not any(flat.has_memory for _, flat in rank.optimizer.node_flats())
+    # Of each block a sum for every level and type, and the weights back; loss and norms once.
+    assert sum(found.calls.values()) <= 40 * 2
+
+
 def start(layout: Layout, rank: int) -> list[tuple[int, ...]]:
     """Return the groups that a rank makes at its start, by their members."""
     made: list[tuple[int, ...]] = []
