@@ -71,7 +71,7 @@ class ValidationConfig:
     every: Count | None = 100
     """Steps between two validations; null is never. The last step always validates unless this is null."""
     tokens: Count = 65_536
-    """Tokens read per source and validation, from the start of its held-out split; at least one batch."""
+    """Tokens read per source and validation, from the start of its held-out split; at least one sequence."""
 
 
 @dataclass(frozen=True)
