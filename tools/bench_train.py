@@ -23,12 +23,14 @@ from hopescale.config.layout import make_layout
 from hopescale.config.load import load_recipe
 from hopescale.config.plan import make_plan
 from hopescale.config.schema import RunConfig
+from hopescale.cost.auto_batch import choose_micro_batch, with_micro_batch
 from hopescale.cost.params import count_params
 from hopescale.data.loader import prefetched
 from hopescale.engine import Engine, make_passes
 from hopescale.observe.throughput import peak_memory_gib
 from hopescale.parallel.device import choose_device
 from hopescale.parallel.mesh import Mesh
+from hopescale.train.device_memory import memory_of, run_here
 from hopescale.train.setup import build_state
 
 
@@ -102,9 +104,12 @@ def steps_of(recipe: str, overrides: tuple[str, ...]) -> Iterator[Step]:
 
 
 def train(config: RunConfig) -> Iterator[Step]:
-    """Take the steps of a run."""
-    device, mesh = choose_device(config.train.device, "train.device"), Mesh.alone()
-    state = build_state(config, make_layout(config, 1), mesh, device)
+    """Take the steps of a run; a micro batch that is `auto` is the largest that fits."""
+    device, mesh, layout = choose_device(config.train.device, "train.device"), Mesh.alone(), make_layout(config, 1)
+    if config.train.micro_batch_size == "auto":
+        chosen = choose_micro_batch(run_here(config, device), layout, device.type, memory_of(device).bytes)
+        config = with_micro_batch(config, chosen.size)
+    state = build_state(config, layout, mesh, device)
     passes = make_passes(
         state.slices, state.optimizer.backward, config.train.seq_len, device, segments=config.train.segments
     )

@@ -72,32 +72,48 @@ class Mirror:
     def _steps(self) -> list[int]:
         return sorted(step_of(Path(name)) for name in self._store.names() if _NAME.fullmatch(name))
 
-    def begin(self, root: Path, *, keep_last: int, keep_every: int | None, keep_at: Collection[int] = ()) -> None:
+    def begin(
+        self,
+        root: Path,
+        *,
+        keep_last: int,
+        keep_every: int | None,
+        keep_at: Collection[int] = (),
+        branch: str | None = None,
+    ) -> None:
         """Make the address this run's own, fetch what its `checkpoints/` folder lacks, send what the store lacks.
+
+        `branch` is the id of a run that branches off another, as of `claim`.
 
         Raises:
             CheckpointError: If the copies are another run's, the store does not answer, or what it holds is damaged.
         """
-        self.claim(root, adopts=True)
+        self.claim(root, adopts=True, branch=branch)
         if self.fetch(root) is None and (latest := self._torn(root)) is not None:
             logger.warning("%s is not whole at %s: it is sent again", latest.name, self.address)
             self.send(latest, keep_last=keep_last, keep_every=keep_every, keep_at=keep_at)
 
-    def claim(self, root: Path, *, adopts: bool = False) -> None:
+    def claim(self, root: Path, *, adopts: bool = False, branch: str | None = None) -> None:
         """Make the address this run's own.
 
         Args:
             root: Folder `checkpoints/` of the run, which is made if it is missing.
             adopts: Whether a folder without checkpoints becomes that of the run whose copies are there.
+            branch: Id of a run that branches off another, which adopts nothing but its own copies; None for others,
+                whose id is drawn.
 
         Raises:
             CheckpointError: If the copies are another run's, or the store does not answer.
         """
         with self._reached():
             own, found = self._ids(root)
-            if found is not None and found != own and (own is not None or not adopts or _has_complete(root)):
-                raise self._foreign()
-            id = found or own or uuid.uuid4().hex
+            known = own or branch
+            is_branch = own is None and branch is not None
+            if found is None and is_branch and POINTER in self._store.names():
+                raise self._foreign(is_branch=True)
+            if found is not None and found != known and (known is not None or not adopts or _has_complete(root)):
+                raise self._foreign(is_branch=is_branch)
+            id = found or known or uuid.uuid4().hex
             if own is None:
                 root.mkdir(parents=True, exist_ok=True)
                 replace_text(root / RUN_ID, f"{id}\n")
@@ -124,8 +140,9 @@ class Mirror:
         own = kept.read_text(encoding="utf-8").strip() if kept.exists() else None
         return own, self._store.read(RUN_ID).decode().strip() if RUN_ID in self._store.names() else None
 
-    def _foreign(self) -> CheckpointError:
-        hint = "name an address of its own, or checkpoint.mirror=null; --resume must continues that run in a new folder"
+    def _foreign(self, *, is_branch: bool = False) -> CheckpointError:
+        again = "--resume must without --branch-from" if is_branch else "--resume must"
+        hint = f"name an address of its own, or checkpoint.mirror=null; {again} continues that run in a new folder"
         return CheckpointError(f"checkpoint.mirror {self.address} holds the checkpoints of another run", hint)
 
     @contextmanager

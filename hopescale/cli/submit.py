@@ -23,7 +23,6 @@ from hopescale.launch.submit import (
     check_job,
     expected_start,
     log_of,
-    with_micro_batch_for,
     write_run,
 )
 from hopescale.launch.submit import submit as submit_script
@@ -69,8 +68,8 @@ def submit(
         staged=loaded.config.data.staged is not None,
     )
     check_job(job, loaded, slurm)
-    loaded = with_micro_batch_for(job, loaded, layout)
-    check_inputs(job, loaded, layout, open_data=not skip_data_check)
+    if expected := check_inputs(job, loaded, layout, open_data=not skip_data_check):
+        typer.echo(expected, err=True)
     if dry_run:
         typer.echo(render(job), nl=False)
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,6 +22,9 @@ from hopescale.cost.params import count_params
 from hopescale.observe.run_folder import require_own
 from hopescale.train.request import RunRequest
 from hopescale.train.stop import StopRequest
+
+if TYPE_CHECKING:
+    from hopescale.train.device_memory import RankMemory
 
 LOST_LINES = "console.log"
 """File in a run folder with the lines that could not be shown, as the console was lost."""
@@ -94,7 +97,7 @@ def train(
             typer.echo(f"cost: {shlex.join(command)}")
             from hopescale.train.setup import check_start
 
-            check_start(request)
+            check_start(request, _memory(request))
         return
     if rank_info is None and layout.num_ranks > 1:
         run_on_ranks(context, layout.num_ranks)
@@ -129,13 +132,20 @@ def _settled(request: RunRequest) -> RunRequest:
     """Choose the micro batch if the recipe leaves it to the device, and say so."""
     if request.loaded.config.train.micro_batch_size != "auto":
         return request
+    from hopescale.train.micro_batch import settle_alone
+
+    request, chosen = settle_alone(request, _memory(request))
+    typer.echo(chosen)
+    return request
+
+
+def _memory(request: RunRequest) -> RankMemory:
+    """Return what each rank can have of its device, as if all ranks ran on this machine."""
     from hopescale.parallel.device import choose_device
-    from hopescale.train.micro_batch import settle_micro_batch, with_size
+    from hopescale.train.device_memory import memory_of
 
     device = choose_device(request.loaded.config.train.device, "train.device")
-    size, chosen = settle_micro_batch(request, device)
-    typer.echo(chosen)
-    return with_size(request, size)
+    return memory_of(device, request.layout.num_ranks)
 
 
 def _show_plan(loaded: LoadedConfig, layout: Layout, folder: Path) -> None:

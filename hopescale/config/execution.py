@@ -11,8 +11,11 @@ from hopescale.config.model_shape import (
     projection_chunk_size,
 )
 from hopescale.config.schema import MixerConfig, ModelConfig, RunConfig, SelfModifyingConfig, TrainConfig
-from hopescale.ops.backends import Choice, MemoryShape, Products, choose_products, select
+from hopescale.ops.backends import Backend, Choice, MemoryShape, Products, choose_products, select
 from hopescale.ops.limits import is_trace_smaller
+
+_USUAL: dict[str, Backend] = {"cuda": "triton", "cpu": "cpp"}
+"""Code that runs all chunks in one operation, by device."""
 
 
 def memory_shape(model: ModelConfig, mixer: SelfModifyingConfig) -> MemoryShape:
@@ -35,8 +38,14 @@ def kernel_products(train: TrainConfig) -> Products:
 
 
 def is_fused(config: RunConfig, mixer: MixerConfig) -> bool:
-    """Tell whether one operation runs the chunks of memories that wait for one another, where a machine has it."""
-    return has_chunk_loop(mixer) and memory_backend(config, mixer).backend in ("cpp", "triton")
+    """Tell whether one operation runs the chunks of memories that wait for one another, where a machine has it.
+
+    The machine's device is that of `train.device`; for `auto` it is any.
+    """
+    train = config.train
+    wanted = _USUAL.get(train.device, "auto") if train.backend == "auto" else train.backend
+    how = {"compiled": train.compile, "recompute": train.recompute}
+    return has_chunk_loop(mixer) and select(wanted, memory_shape(config.model, mixer), **how).backend in _USUAL.values()
 
 
 def effective_recompute(config: RunConfig, mixer: MixerConfig) -> str:

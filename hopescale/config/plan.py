@@ -26,8 +26,10 @@ class RunPlan:
     cp: int
     global_batch_size: int
     """Sequences per optimizer step."""
+    micro_batch_size: int | None
+    """Sequences of a micro batch; None while `train.micro_batch_size` is `auto`."""
     grad_accumulation: int | None
-    """Micro batches per optimizer step on each replica; None while `train.micro_batch_size` is `auto`."""
+    """Micro batches per optimizer step on each replica; None likewise."""
     total_tokens: int
     """Tokens of the whole run."""
     total_sequences: int
@@ -55,6 +57,7 @@ def make_plan(config: RunConfig, layout: Layout | None = None) -> RunPlan:
         pp=layout.pp,
         cp=layout.cp,
         global_batch_size=global_batch_size,
+        micro_batch_size=None if size == "auto" else size,
         grad_accumulation=None if size == "auto" else global_batch_size // (size * layout.dp),
         total_tokens=train.steps * train.global_batch_tokens,
         total_sequences=train.steps * global_batch_size,

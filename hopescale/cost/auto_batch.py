@@ -16,22 +16,32 @@ from hopescale.cost.search import USABLE, fullest
 
 @dataclass(frozen=True)
 class AutoBatch:
-    """A micro batch that was chosen, with the bytes of the fullest rank and those that a step may take."""
+    """A micro batch that was chosen, with the bytes of the fullest rank and those that a step may take.
+
+    Attributes:
+        at_once: Micro batches of a step that ranks work on at the same time, at least.
+    """
 
     size: int
     peak: float
     room: float
+    at_once: int = 1
 
     def describe(self, device: str) -> str:
         """Say what was chosen and why."""
         need, room = format_bytes(int(self.peak)), format_bytes(int(self.room))
+        several = f", with {self.at_once} or more in a step" if self.at_once > 1 else ""
         return (
-            f"train.micro_batch_size: {self.size}, the most of which a step fits {device}: {need} of {room} by its plan"
+            f"train.micro_batch_size: {self.size}, the most of which a step fits {device}{several}: "
+            f"{need} of {room} by its plan"
         )
 
 
 def choose_micro_batch(config: RunConfig, layout: Layout, device: str, memory: float) -> AutoBatch:
     """Choose the largest micro batch that divides a replica's part of the batch and fits.
+
+    Ranks that wait for one another, stages or those that share sequences, work on several micro batches of a step at
+    the same time: sizes that leave them as many are looked at, or one sequence if the part has no more.
 
     Args:
         config: Config that has passed its checks on the layout; its own micro batch does not matter.
@@ -42,19 +52,17 @@ def choose_micro_batch(config: RunConfig, layout: Layout, device: str, memory: f
     Raises:
         ConfigError: If a step does not fit with one sequence at a time either.
     """
-    train, room = config.train, USABLE * memory
+    room = USABLE * memory
     if config.model.num_layers > MOST_BLOCKS:
         raise ConfigError(
             [Problem("train.micro_batch_size", "auto cannot be planned for so many blocks", hint="set a number")]
         )
-    share = train.global_batch_tokens // train.seq_len // layout.dp
-    together = layout.pp if layout.virtual_stages > 1 else 1  # micro batches interleave in groups
-    config = trained_on(config, device)
-    holdings, least = Holdings(with_micro_batch(config, 1)), 0.0
-    for size in (size for size in range(share, 0, -1) if share % size == 0 and share // size % together == 0):
-        least = fullest(holdings, with_micro_batch(config, size), layout, exact=True)
+    share, at_once = _share(config, layout), layout.pp if layout.pp > 1 else min(2, layout.cp)
+    at_once, least = min(at_once, share), 0.0
+    for size in (size for size in range(share // at_once, 0, -1) if _divides(size, config, layout)):
+        least = planned_bytes(with_micro_batch(config, size), layout, device)
         if least <= room:
-            return AutoBatch(size, least, room)
+            return AutoBatch(size, least, room, at_once)
     message = (
         f"auto, but none fits: a step of one sequence takes {format_bytes(int(least))} by its plan, and "
         f"{format_bytes(int(room))} of {device}'s {format_bytes(int(memory))} can be filled"
@@ -63,11 +71,31 @@ def choose_micro_batch(config: RunConfig, layout: Layout, device: str, memory: f
     raise ConfigError([Problem("train.micro_batch_size", message, hint=hint)])
 
 
-def kept_size(before: RunConfig, config: RunConfig, layout: Layout) -> int | None:
-    """Return the micro batch of a run that goes on with another config, if it divides the batch of a replica there."""
-    size, train = before.train.micro_batch_size, config.train
-    share = train.global_batch_tokens // train.seq_len // layout.dp
-    return None if size == "auto" or share % size else size
+def _share(config: RunConfig, layout: Layout) -> int:
+    """Count the sequences of a step that each replica reads."""
+    return config.train.global_batch_tokens // config.train.seq_len // layout.dp
+
+
+def _divides(size: int, config: RunConfig, layout: Layout) -> bool:
+    """Tell whether micro batches of a size make up a replica's part of the batch, in groups where stages interleave."""
+    share, together = _share(config, layout), layout.pp if layout.virtual_stages > 1 else 1
+    return share % size == 0 and share // size % together == 0
+
+
+def keeps(size: int, config: RunConfig, layout: Layout, device: str, memory: float) -> bool:
+    """Tell whether a run that goes on keeps the micro batch that it had: where it divides its part and fits at all.
+
+    The arguments are those of `choose_micro_batch`.
+    """
+    if not _divides(size, config, layout):
+        return False
+    return planned_bytes(with_micro_batch(config, size), layout, device) <= memory
+
+
+def planned_bytes(config: RunConfig, layout: Layout, device: str) -> float:
+    """Return the bytes of the fullest rank by its plan."""
+    config = trained_on(config, device)
+    return fullest(Holdings(config), config, layout, exact=True)
 
 
 def with_micro_batch(config: RunConfig, size: int) -> RunConfig:

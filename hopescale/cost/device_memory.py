@@ -7,6 +7,7 @@ in `mixers`.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from hopescale.config.execution import effective_recompute
@@ -37,11 +38,17 @@ MOST_BLOCKS = 10_000
 """Blocks of the largest model whose parameters are listed before a run starts."""
 
 
-def block_activations(model: ModelConfig, mixer: MixerConfig, micro: MicroBatch, recompute: str) -> Activations:
-    """Count one block with a mixer."""
+def block_activations(
+    model: ModelConfig,
+    mixer: MixerConfig,
+    micro: MicroBatch,
+    recompute: str,
+    watched: Collection[tuple[str, str]] = (),
+) -> Activations:
+    """Count one block with a mixer; `watched` are maps of levels, as of `Holdings`."""
     norm, inner = _norm(model, micro), _stream(model, micro) * micro.stream_share
     mixing = COSTS[mixer.kind].activations(model, mixer, micro, recompute)
-    levels, level_workspace = _levels(model, micro, norm)
+    levels, level_workspace = _levels(model, micro, norm, watched)
     outside, workspace = norm + inner + levels, max(level_workspace, mixing.workspace - levels)
     if recompute == "block":
         return Activations(inner, 0, outside + mixing.kept + mixing.states + workspace)
@@ -64,16 +71,25 @@ def _norm(model: ModelConfig, micro: MicroBatch) -> float:
     return micro.tokens * micro.stream_share * (2 * model.d_model + 1) * FP32
 
 
-def _levels(model: ModelConfig, micro: MicroBatch, norm: float) -> tuple[float, float]:
-    """Count what a block's levels keep, and what the backward of the widest needs."""
-    stream = _stream(model, micro)
-    widths = [level.d_ff / micro.tp * micro.tokens * micro.itemsize for level in levels_of_block(model, 0).values()]
-    kept = (3 if micro.fused else 4) * sum(widths)  # gate, its activation but in a kernel, up, their product
+def _levels(
+    model: ModelConfig, micro: MicroBatch, norm: float, watched: Collection[tuple[str, str]]
+) -> tuple[float, float]:
+    """Count what a block's levels keep, and what the backward of the widest needs.
+
+    No kernel joins first maps whose inputs are looked at; those of the last one are looked at in float32.
+    """
+    stream, kept, workspace, levels = _stream(model, micro), 0.0, 0.0, levels_of_block(model, 0)
+    for name, level in levels.items():
+        width = level.d_ff / micro.tp * micro.tokens * micro.itemsize
+        fused = micro.fused and not {(name, "gate"), (name, "up")} & set(watched)
+        kept += (3 if fused else 4) * width  # gate, its activation but in a kernel, up, their product
+        looks = (name, "down") in watched and micro.itemsize < FP32
+        workspace = max(workspace, (1 + FP32 / micro.itemsize if looks else 2) * width)
     if model.cms.variant == "sequential":
-        kept += len(widths) * (norm + stream)
+        kept += len(levels) * (norm + stream)
     else:
-        kept += norm + stream + len(widths) * stream
-    return kept, 2 * max(widths) + stream
+        kept += norm + stream + len(levels) * stream
+    return kept, workspace + stream
 
 
 def _logits(model: ModelConfig, micro: MicroBatch) -> float:
@@ -131,7 +147,7 @@ def device_memory_of_stage(
     if layout.pp == 1 and layout.cp > 1:
         waiting = 2  # two are begun before the first turns back
     in_flight = min(waiting, make_plan(config, layout).grad_accumulation * layout.virtual_stages)
-    moments = _moments(config, layout, holding, slices, in_flight)
+    moments = _moments(config, layout, holding, slices, in_flight, holdings.watched)
     name = max(moments, key=lambda name: sum(moments[name].values()))
     at_peak = {kind: lasting.get(kind, 0) + moments[name].get(kind, 0) for kind in KINDS}
     return DeviceMemory(at_peak, name, in_flight, holding.total())
@@ -238,14 +254,23 @@ def _update_workspace(config: RunConfig, layout: Layout, holding: Holding) -> fl
 
 
 def _moments(
-    config: RunConfig, layout: Layout, holding: Holding, slices: list[range], in_flight: int
+    config: RunConfig,
+    layout: Layout,
+    holding: Holding,
+    slices: list[range],
+    in_flight: int,
+    watched: Collection[tuple[str, str]],
 ) -> dict[str, dict[str, float]]:
     """Count what a rank holds by moment and kind, beside what lasts."""
     model, micro = config.model, MicroBatch.of(config.train, layout)
     several, is_last = make_plan(config, layout).grad_accumulation > 1, slices[-1].stop == model.num_layers
     pattern = block_pattern(model)
     names = [pattern[number] for each in slices for number in each]
-    with_mixer = {name: _block(config, micro, model.mixers[name]) for name in set(names)}
+    with_mixer = {
+        name: block_activations(model, mixer, micro, effective_recompute(config, mixer), watched)
+        for name, mixer in model.mixers.items()
+        if name in names
+    }
     blocks = [with_mixer[name] for name in names]
     states, one = (sum(getattr(each, part) for each in blocks) / len(slices) for part in ("states", "kept"))
     states += kept_between_pieces(config, layout, [number for each in slices for number in each]) / len(slices)
@@ -274,10 +299,6 @@ def _moments(
         },
         "update": {"gradients": gradients, "workspace": _update_workspace(config, layout, holding)},
     }
-
-
-def _block(config: RunConfig, micro: MicroBatch, mixer: MixerConfig) -> Activations:
-    return block_activations(config.model, mixer, micro, effective_recompute(config, mixer))
 
 
 def _gathered(config: RunConfig, holding: Holding, vocabulary: float) -> float:

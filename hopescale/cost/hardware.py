@@ -6,6 +6,7 @@ import os
 import re
 from dataclasses import dataclass, replace
 
+from hopescale.common.machine import machine_memory
 from hopescale.config.schema import RunConfig
 
 TERA = 10**12
@@ -100,5 +101,5 @@ def planned_device(name: str, ranks: int) -> Device:
     if name != "cpu":
         return DEVICES[name]
     cores = max(1, (os.cpu_count() or 1) // ranks)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / ranks
+    memory = machine_memory() / ranks
     return replace(CPU_CORE, peak_flops=cores * CPU_CORE.peak_flops, memory=memory, per_node=ranks)

@@ -119,18 +119,29 @@ class Holding:
 
 
 class Holdings:
-    """Finds what ranks hold, quickly for many layouts of a config that has passed its checks."""
+    """Finds what ranks hold, quickly for many layouts of a config that has passed its checks.
+
+    Attributes:
+        groups: Group of each parameter, by name.
+        watched: Maps of levels, `(level, "gate")`, whose inputs are looked at in the backward pass, as by `dgd`.
+    """
 
     def __init__(self, config: RunConfig):
         self.config = config
         self.groups = assign_groups({p.name: p.shape for p in model_parameters(config.model)}, config.optim.groups)
+        names = (name.split(".") for name in self.groups if self.rule_of_name(name) == "dgd")
+        self.watched = frozenset((parts[-3], parts[-2]) for parts in names if parts[-4:-3] == ["levels"])
         self._cut = cache(partial(cut_blocks, config.model, config.train.seq_len))
         self._slices_of_parameters = cache(self._cut_parameters)
         self._holding = cache(self._sum)
 
     def rule_of(self, parameter: ParameterShape) -> str:
         """Return the name of the rule that updates a parameter."""
-        return self.config.optim.groups[self.groups[parameter.name]].rule
+        return self.rule_of_name(parameter.name)
+
+    def rule_of_name(self, name: str) -> str:
+        """Return the name of the rule that updates the parameter of a name."""
+        return self.config.optim.groups[self.groups[name]].rule
 
     def slices(self, layout: Layout, stage: int) -> list[range]:
         """Return the blocks of each slice that a pipeline rank holds."""

@@ -31,6 +31,8 @@ class MicroBatch:
     """Whether kernels run memories there that have widths they know."""
     kept_itemsize: int = 4
     """Bytes of an entry of the states that these kernels keep."""
+    carried: bool = False
+    """Whether tokens begin with a state that the backward pass goes on from, as those of a sequence in pieces do."""
 
     @classmethod
     def of(cls, train: TrainConfig, layout: Layout) -> MicroBatch:
@@ -41,7 +43,8 @@ class MicroBatch:
         on_gpu = train.device == "cuda"
         fused = on_gpu and train.backend in ("auto", "triton")
         code = (on_gpu, fused, fused and not train.compile, 2 if kernel_products(train) == "bf16" else 4)
-        return cls(tokens * batch, batch, tokens, size, layout.tp, share, *code)
+        carried = layout.cp * train.segments > 1
+        return cls(tokens * batch, batch, tokens, size, layout.tp, share, *code, carried)
 
 
 @dataclass(frozen=True)

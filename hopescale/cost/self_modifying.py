@@ -126,19 +126,24 @@ def _remembered(model: ModelConfig, mixer: SelfModifyingConfig, micro: MicroBatc
 
 
 def _streams(mixer: SelfModifyingConfig, micro: MicroBatch, heads: float, dim: int) -> float:
-    """Count what enters the memories and leaves them, in bytes."""
-    numbers = micro.tokens * heads * FP32
-    if micro.fused and dim in KERNEL_DIMS:
+    """Count what enters the memories and leaves them, in bytes.
+
+    Kernels of streams begin with no convolution's inputs that have gradients.
+    """
+    numbers, wide = micro.tokens * heads * FP32, micro.tokens * heads * dim * micro.itemsize
+    fused = micro.fused and dim in KERNEL_DIMS
+    if fused and not (micro.carried and mixer.conv_width):
         # The map in, with the gate, and what enters the map out; streams, logits of gates, and answers in float32.
-        kept = (3 + mixer.gate + 1) * micro.tokens * heads * dim * micro.itemsize
-        return kept + (4 * dim + 1 + mixer.retention + mixer.momentum) * numbers
+        return (3 + mixer.gate + 1) * wide + (4 * dim + 1 + mixer.retention + mixer.momentum) * numbers
     # Streams: into the convolution, out of it in float32, and as unit vectors by head.
     conv = (micro.tokens + (mixer.conv_width - 1) * micro.batch) * heads * dim if mixer.conv_width else 0
     kept = 3 * (conv * micro.itemsize + (2 * dim + 1) * numbers)
     kept += (1 + mixer.momentum + mixer.retention - len({"eta", "alpha"} & set(mixer.adaptive))) * numbers
+    if fused:
+        # The answers in float32, what enters the map out, and the gate, beside which the map in stays.
+        return kept + dim * numbers + (1 + (3 + 1) * mixer.gate) * wide
     # The answers and their norm per head in float32, what goes into the out-projection, and the output gate.
-    kept += (2 * dim + 1) * numbers
-    return kept + (1 + 6 * mixer.gate) * micro.tokens * heads * dim * micro.itemsize
+    return kept + (2 * dim + 1) * numbers + (1 + 6 * mixer.gate) * wide
 
 
 @dataclass(frozen=True)

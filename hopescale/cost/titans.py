@@ -99,7 +99,9 @@ def titans_activations(model: ModelConfig, mixer: TitansConfig, micro: MicroBatc
     count, stream, attention = mixer.persistent_tokens, model.d_model * micro.itemsize, titans_attention(mixer)
     longer = replace(micro, tokens=micro.tokens + count * micro.batch, seq_len=micro.seq_len + count)
     if mixer.composition == "mac":
-        memory, read = self_modifying_activations(model, mixer, micro, recompute), micro
+        # Each segment but the first goes on from the one before.
+        by_segment = replace(micro, carried=micro.carried or micro.seq_len > mixer.chunk_size)
+        memory, read = self_modifying_activations(model, mixer, by_segment, recompute), micro
         kept = _segment_bytes(model, mixer, micro)
     elif mixer.composition == "mag":
         memory, read = self_modifying_activations(model, mixer, longer, recompute), micro

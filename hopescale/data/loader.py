@@ -136,14 +136,14 @@ class Data:
     def validation(self, name: str, tokens: int, batch_size: int) -> Iterator[Batch]:
         """Read a held-out set, always the same samples from the start of the split.
 
-        As many whole sequences are read as fit in `tokens`, at least `batch_size`, at most the split. The last batch
-        may have fewer.
+        As many whole sequences are read as fit in `tokens`, at least one, at most the split, whatever the size of a
+        batch. The last batch may have fewer.
 
         Raises:
             DataError: If a shard is damaged.
         """
         samples = self._sources[name].validation
-        count = min(samples.num_samples, max(batch_size, tokens // self._seq_len))
+        count = min(samples.num_samples, max(1, tokens // self._seq_len))
         for start in range(0, count, batch_size):
             yield _to_batch(samples.read(range(start, min(start + batch_size, count))))
 

@@ -9,18 +9,18 @@ from math import inf
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from hopescale.checkpoint.manifest import incomplete_because, read_manifest, read_pointer
 from hopescale.common.disk import replace_text
 from hopescale.common.errors import ConfigError, LaunchError, Problem
 from hopescale.common.software import describe_software
 from hopescale.common.units import format_bytes
+from hopescale.config.check import check_layout
 from hopescale.config.layout import Layout
-from hopescale.config.load import LoadedConfig, load_resolved
+from hopescale.config.load import LoadedConfig, from_dict, load_resolved
 from hopescale.config.record import CONFIG, write_record
 from hopescale.config.show import identity_problems
-from hopescale.cost.auto_batch import choose_micro_batch, kept_size, with_micro_batch
-from hopescale.cost.hardware import DEVICES, trained_on
-from hopescale.cost.holdings import Holdings
-from hopescale.cost.search import fullest
+from hopescale.cost.auto_batch import choose_micro_batch, keeps, planned_bytes, with_micro_batch
+from hopescale.cost.hardware import DEVICES
 from hopescale.data.sources import open_sources
 from hopescale.launch.ledger import LedgerEntry, entries, forget_outcome, note, now
 from hopescale.launch.profile import seconds_of
@@ -65,7 +65,7 @@ def check_cluster(job: BatchJob, slurm: Slurm) -> None:
         raise ConfigError(problems)
 
 
-def check_inputs(job: BatchJob, loaded: LoadedConfig, layout: Layout, *, open_data: bool = True) -> None:
+def check_inputs(job: BatchJob, loaded: LoadedConfig, layout: Layout, *, open_data: bool = True) -> str | None:
     """Refuse a run whose data is not there, or that by its plan exceeds the memory of the profile's GPUs.
 
     Args:
@@ -73,6 +73,9 @@ def check_inputs(job: BatchJob, loaded: LoadedConfig, layout: Layout, *, open_da
         loaded: Recipe.
         layout: Degrees of parallelism.
         open_data: Whether data is opened, which only nodes may see.
+
+    Returns:
+        A sentence about a micro batch that the start on the nodes chooses, where it is `auto`.
 
     Raises:
         ConfigError: If the data does not fit the model, or a step does not fit a GPU of the profile's `gpu_type`.
@@ -82,31 +85,42 @@ def check_inputs(job: BatchJob, loaded: LoadedConfig, layout: Layout, *, open_da
     if open_data:
         data = replace(config.data, staged=None, cache=None)  # both are folders of the node
         open_sources(data, seq_len=config.train.seq_len, vocab_size=config.model.vocab_size)
-    if kind not in DEVICES or config.train.micro_batch_size == "auto":
-        return
-    config = trained_on(config, kind)
-    need, have = fullest(Holdings(config), config, layout, exact=True), DEVICES[kind].memory
-    if need > have:
+    if config.train.micro_batch_size == "auto":
+        return _expected_micro_batch(job, loaded, layout, kind)
+    if kind in DEVICES and (need := planned_bytes(config, layout, kind)) > (have := DEVICES[kind].memory):
         message = f"a step takes {format_bytes(need)} by its plan, but one {kind} has {format_bytes(have)}"
         hint = f"see `hopescale plan {config.name} --gpus {layout.num_ranks} --device {kind}` for a change that fits"
         raise ConfigError([Problem("gpu_type", message, f"profile {job.profile.name}", hint)])
+    return None
 
 
-def with_micro_batch_for(job: BatchJob, loaded: LoadedConfig, layout: Layout) -> LoadedConfig:
-    """Return a recipe whose micro batch, if it is `auto`, is chosen for the profile's GPUs, where the plan knows them.
-
-    A run that has begun keeps its own. A start on the node chooses it otherwise.
+def _expected_micro_batch(job: BatchJob, loaded: LoadedConfig, layout: Layout, kind: str) -> str:
+    """Say which micro batch a start on the profile's GPUs will choose, or keep; it is checked on the layout.
 
     Raises:
         ConfigError: If a step fits such a GPU with no micro batch.
     """
-    config, kind, before = loaded.config, (job.profile.gpu_type or "").upper(), job.run_dir / CONFIG
-    if config.train.micro_batch_size != "auto":
-        return loaded
-    size = kept_size(load_resolved(before), config, layout) if before.exists() else None
-    if size is None and kind in DEVICES:
-        size = choose_micro_batch(config, layout, kind, DEVICES[kind].memory).size
-    return loaded if size is None else replace(loaded, config=with_micro_batch(config, size))
+    config = loaded.config
+    if kind not in DEVICES:
+        what = f"no memory is known of gpu_type {job.profile.gpu_type}" if kind else "the profile names no gpu_type"
+        return (
+            f"train.micro_batch_size: auto is chosen on the nodes; {what}, so that it is not checked that a step fits"
+        )
+    memory, was = DEVICES[kind].memory, _micro_batch_before(job.run_dir / "checkpoints")
+    if was is not None and keeps(was, config, layout, kind, memory):
+        return f"train.micro_batch_size: {was} is expected on {kind}, as before; the start decides"
+    size = choose_micro_batch(config, layout, kind, memory).size
+    check_layout(with_micro_batch(config, size), layout, loaded.origins)
+    return f"train.micro_batch_size: {size} is expected on {kind}; the start decides"
+
+
+def _micro_batch_before(checkpoints: Path) -> int | None:
+    """Return the micro batch of a run that has a checkpoint; None for others."""
+    pointed = read_pointer(checkpoints)
+    if pointed is None or incomplete_because(pointed) is not None:
+        return None
+    size = from_dict(read_manifest(pointed).config, str(pointed)).train.micro_batch_size
+    return None if size == "auto" else size
 
 
 def write_run(job: BatchJob, loaded: LoadedConfig, layout: Layout, overrides: Sequence[str]) -> Path:

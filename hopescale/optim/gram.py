@@ -46,8 +46,9 @@ def accumulate_gram(
 
     def add(x: Tensor) -> None:
         x = x if all_tokens is None else all_tokens(x)
-        whole = x if all_columns is None else all_columns(x)
-        x, whole = (each.flatten(0, -2).float() for each in (x, whole))
+        whole = None if all_columns is None else all_columns(x).flatten(0, -2).float()
+        x = x.flatten(0, -2).float()
+        whole = x if whole is None else whole
         if getattr(layer.weight, "gram", None) is None:
             layer.weight.gram = x.new_zeros(whole.shape[-1], x.shape[-1])
         layer.weight.gram.addmm_(whole.mT, x, alpha=1 / count)

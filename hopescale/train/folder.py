@@ -15,6 +15,7 @@ from hopescale.common.disk import replace_text
 from hopescale.common.errors import LaunchError
 from hopescale.common.software import describe_software
 from hopescale.config.fields import leaves
+from hopescale.config.load import LoadedConfig
 from hopescale.config.record import write_record
 from hopescale.config.schema import RunConfig
 from hopescale.data.tokenizer import Tokenizer
@@ -73,13 +74,18 @@ class RunFolder:
         with self._writing():
             return [] if tokenizer is None else tokenizer.copy_to(self.path)
 
-    def describe(self, request: RunRequest, groups: str) -> None:
+    def describe(self, request: RunRequest, asked: LoadedConfig, groups: str) -> None:
         """Write what the run is: resolved config, overrides, origins, plan, table of parameter groups, environment.
 
         The outcome of the start before is removed.
+
+        Args:
+            request: Start whose config the plan is of.
+            asked: Config as it was asked for, in which the micro batch may be `auto`, so that a later start may choose.
+            groups: Table of parameter groups.
         """
         with self._writing():
-            write_record(self.path, request.loaded, request.layout, request.overrides)
+            write_record(self.path, asked, request.layout, request.overrides, settled=request.loaded.config)
             replace_text(self.path / "groups.txt", groups)
             replace_text(self.path / "env.txt", describe_software())
             (self.path / OUTCOME).unlink(missing_ok=True)

@@ -5,48 +5,63 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
-from hopescale.checkpoint.manager import find_checkpoint
 from hopescale.checkpoint.manifest import read_manifest
-from hopescale.config.load import from_dict, load_resolved
-from hopescale.config.record import CONFIG
-from hopescale.config.schema import RunConfig
-from hopescale.cost.auto_batch import choose_micro_batch, kept_size, with_micro_batch
-from hopescale.train.device_memory import check_device_memory, memory_of
+from hopescale.config.check import check_layout
+from hopescale.config.load import from_dict
+from hopescale.cost.auto_batch import choose_micro_batch, keeps, with_micro_batch
+from hopescale.train.device_memory import RankMemory, check_device_memory, run_here
+from hopescale.train.folder import RunFolder
 from hopescale.train.request import RunRequest
+from hopescale.train.setup import choose_checkpoint
 
 
-def settle_micro_batch(request: RunRequest, device: torch.device) -> tuple[int, str | None]:
-    """Return the sequences of a micro batch, and a sentence about them if the config says `auto`.
+def settle_micro_batch(
+    request: RunRequest, checkpoint: Path | None, memory: RankMemory
+) -> tuple[RunRequest, str | None]:
+    """Return the request with a number of sequences, and a sentence about it if the config says `auto`.
 
-    A run that has begun keeps its own where that divides the batch.
+    A run that goes on keeps its own number where that divides the batch and fits.
+
+    Args:
+        request: Start of the run.
+        checkpoint: Checkpoint that it goes on from; None begins anew.
+        memory: Bytes of the device of the rank that has least.
 
     Raises:
         ConfigError: If a step fits the device with no micro batch.
-        CheckpointError: If the checkpoint to continue from cannot be read.
+        CheckpointError: If the checkpoint cannot be read.
     """
-    config = request.loaded.config
-    size = config.train.micro_batch_size
-    if size != "auto":
-        return size, None
-    check_device_memory(with_micro_batch(config, 1), request.layout, device)  # what cannot fit anyhow is said as ever
-    before = _before(request)
-    if before is not None and (kept := kept_size(before, config, request.layout)) is not None:
-        return kept, f"train.micro_batch_size: {kept}, as before"
-    chosen = choose_micro_batch(config, request.layout, device.type, memory_of(device))
-    return chosen.size, chosen.describe(str(device))
+    config, layout = request.loaded.config, request.layout
+    if config.train.micro_batch_size != "auto":
+        return request, None
+    check_device_memory(config, layout, memory)  # what cannot fit anyhow is said as ever
+    was = None if checkpoint is None else _size_in(checkpoint)
+    where = (run_here(config, memory.device), layout, memory.device.type, memory.bytes)
+    if was is not None and keeps(was, *where):
+        return _with_size(request, was), f"train.micro_batch_size: {was}, as before"
+    chosen = choose_micro_batch(*where)
+    before = "" if was in (None, chosen.size) else f"; it was {was}"
+    return _with_size(request, chosen.size), chosen.describe(str(memory.device)) + before
 
 
-def with_size(request: RunRequest, size: int) -> RunRequest:
-    """Return a request for the same run with a micro batch that was settled."""
-    return replace(request, loaded=replace(request.loaded, config=with_micro_batch(request.loaded.config, size)))
+def settle_alone(request: RunRequest, memory: RankMemory) -> tuple[RunRequest, str | None]:
+    """Settle the micro batch as a start would, on one process that looks for the checkpoint itself.
+
+    Raises:
+        ConfigError: If a step fits the device with no micro batch.
+        CheckpointError: If the checkpoint to continue from is missing, or cannot be read.
+    """
+    return settle_micro_batch(request, choose_checkpoint(RunFolder(request.folder), request), memory)
 
 
-def _before(request: RunRequest) -> RunConfig | None:
-    """Return the config of the run that a start continues; None for a new one."""
-    if isinstance(request.resume, Path):
-        checkpoint = find_checkpoint(request.resume)
-        return from_dict(read_manifest(checkpoint).config, str(checkpoint))
-    path = request.folder / CONFIG
-    return load_resolved(path) if path.exists() else None
+def _size_in(checkpoint: Path) -> int | None:
+    """Return the sequences of a micro batch in the run that saved a checkpoint."""
+    size = from_dict(read_manifest(checkpoint).config, str(checkpoint)).train.micro_batch_size
+    return None if size == "auto" else size
+
+
+def _with_size(request: RunRequest, size: int) -> RunRequest:
+    """Return a request for the same run with a micro batch, whose config is checked on the layout again."""
+    loaded = replace(request.loaded, config=with_micro_batch(request.loaded.config, size))
+    check_layout(loaded.config, request.layout, loaded.origins)
+    return replace(request, loaded=loaded)

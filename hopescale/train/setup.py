@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from hopescale.checkpoint.manager import CheckpointManager, find_checkpoint, latest_checkpoint
-from hopescale.checkpoint.manifest import Manifest, checkpoint_folders, read_manifest, read_pointer
+from hopescale.checkpoint.manifest import Manifest, checkpoint_folders, fingerprint, read_manifest, read_pointer
 from hopescale.checkpoint.mirror import Mirror
 from hopescale.common.errors import CheckpointError, ConfigError, Problem
 from hopescale.config.fields import leaves
 from hopescale.config.groups import assign_groups
 from hopescale.config.layout import Layout
-from hopescale.config.load import from_dict
+from hopescale.config.load import from_dict, to_dict
 from hopescale.config.plan import make_plan
 from hopescale.config.schema import OptimConfig, RunConfig
 from hopescale.config.show import (
@@ -42,10 +42,9 @@ from hopescale.optim.rules import changed_state, refuse_idle_blocks
 from hopescale.optim.schedule import learning_rate
 from hopescale.optim.transfer import ParameterSizes, transfer_groups
 from hopescale.parallel.control import Control
-from hopescale.parallel.device import choose_device
 from hopescale.parallel.mesh import Mesh
 from hopescale.train.compiler import check_compiler, choose_backends
-from hopescale.train.device_memory import check_device_memory
+from hopescale.train.device_memory import RankMemory, check_device_memory, memory_of, ranks_here
 from hopescale.train.folder import RunFolder
 from hopescale.train.recovery import check_budget
 from hopescale.train.request import RunRequest
@@ -67,7 +66,8 @@ def build_state(
         DataError: If files are missing or damaged.
     """
     torch.manual_seed(config.train.seed)
-    data = mesh.control.all_ranks_or_raise(lambda: _open_data(config, layout, device))
+    memory = memory_of(device, ranks_here(mesh.control))
+    data = mesh.control.all_ranks_or_raise(lambda: _open_data(config, layout, memory))
     slices = _build_slices(config, mesh, device, config.train.seed if draw else None)
     parameters = {name: p for model in slices for name, p in model.named_parameters()}
     whole = _whole_parameters(parameters, mesh)
@@ -117,23 +117,23 @@ def build_state(
     return TrainState(config, slices, optimizer, data, watch, shapes)
 
 
-def check_start(request: RunRequest) -> None:
-    """Check on one process what a start finds out before it builds anything: device, memory, data, checkpoint.
+def check_start(request: RunRequest, memory: RankMemory) -> None:
+    """Check on one process what a start finds out before it builds anything: memory, data, checkpoint.
 
     Raises:
-        ConfigError: If the device is not there, or its memory too small, or the data does not fit the config.
+        ConfigError: If the device's memory is too small, or the data does not fit the config.
         DataError: If data is missing or damaged.
         CheckpointError: If the checkpoint to continue from, or to begin with, is missing.
     """
     config, folder = request.loaded.config, RunFolder(request.folder)
-    _open_data(config, request.layout, choose_device(config.train.device, "train.device"))
+    _open_data(config, request.layout, memory)
     if choose_checkpoint(folder, request) is None and request.init is not None:
         _same_weights(config, find_checkpoint(request.init))
 
 
-def _open_data(config: RunConfig, layout: Layout, device: torch.device) -> Data:
+def _open_data(config: RunConfig, layout: Layout, memory: RankMemory) -> Data:
     """Open the data, after a look at the device's memory: all that can be wrong before anything is built."""
-    check_device_memory(config, layout, device)
+    check_device_memory(config, layout, memory)
     data = open_data(config.data, seq_len=config.train.seq_len, vocab_size=config.model.vocab_size)
     data.check_budget(make_plan(config).total_sequences)
     return data
@@ -226,10 +226,21 @@ def _begin_mirror(folder: RunFolder, request: RunRequest) -> None:
     if isinstance(request.resume, Path):
         mirror.claim(root)
         return
-    branches = request.branch_from is not None and latest_checkpoint(root) is None
-    if request.resume == "never" or branches:  # a branch goes on from what it is told, not from another run's copies
+    if request.resume == "never":
         mirror.check_unused(root)
-    mirror.begin(root, keep_last=settings.keep_last, keep_every=settings.keep_every, keep_at=settings.keep_at)
+    keeps = {name: getattr(settings, name) for name in ("keep_last", "keep_every", "keep_at")}
+    mirror.begin(root, **keeps, branch=_branch_id(request))
+
+
+def _branch_id(request: RunRequest) -> str | None:
+    """Return the id of a run that branches off another, the same for the same start; None for other runs.
+
+    A branch goes on from what it is told, not from the copies of whatever run is at its mirror; by this it knows its
+    own, when its folder is lost.
+    """
+    if request.branch_from is None:
+        return None
+    return fingerprint([str(request.branch_from), to_dict(request.loaded.config)])[:32]
 
 
 def restore(state: TrainState, checkpoint: Path, request: RunRequest, report: Report) -> None:

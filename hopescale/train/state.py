@@ -56,10 +56,14 @@ class TrainState:
         watch: LossWatch,
         shapes: Mapping[str, Sequence[int]],
     ):
-        self.config, self.slices, self.optimizer = config, list(slices), optimizer
+        self.slices, self.optimizer = list(slices), optimizer
         self.data, self.watch, self.shapes = data, watch, dict(shapes)
         self.step = self.passed_steps = self.returns = 0
-        self._config_tree = to_dict(config)
+        self.settle(config)
+
+    def settle(self, config: RunConfig) -> None:
+        """Take over the config with a number in place of a micro batch that was `auto`: nothing was built by that."""
+        self.config, self._config_tree = config, to_dict(config)
 
     @property
     def mesh(self) -> Mesh:

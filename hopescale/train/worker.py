@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -22,10 +23,17 @@ from hopescale.parallel.control import Control
 from hopescale.parallel.init_distributed import init_distributed
 from hopescale.parallel.mesh import Mesh
 from hopescale.train.compiler import choose_backends
-from hopescale.train.device_memory import memory_errors_explained, tight_memory
+from hopescale.train.device_memory import (
+    RankMemory,
+    least_of_all,
+    memory_errors_explained,
+    memory_of,
+    ranks_here,
+    tight_memory,
+)
 from hopescale.train.folder import Record, RunFolder
 from hopescale.train.in_memory import continue_from_memory, open_memory
-from hopescale.train.micro_batch import settle_micro_batch, with_size
+from hopescale.train.micro_batch import settle_micro_batch
 from hopescale.train.profile import StepProfiler
 from hopescale.train.request import RunRequest
 from hopescale.train.setup import (
@@ -82,16 +90,18 @@ def train_on(
     Returns:
         The last step done, and the name of the signal that ended the run before its time or None.
     """
-    control = mesh.control
-    size, chosen = control.broadcast_from_rank0(lambda: settle_micro_batch(request, device))
-    request, folder = with_size(request, size), RunFolder(request.folder)
-    config = request.loaded.config
+    control, asked, folder = mesh.control, request.loaded, RunFolder(request.folder)
     is_new = not control.broadcast_from_rank0(lambda: finds_weights(folder, request))
-    with memory_errors_explained(config):
-        state = build_state(config, request.layout, mesh, device, draw=is_new)
-    with ExitStack() as stack, memory_errors_explained(config), _reported_once(control):
+    with memory_errors_explained(asked.config):
+        state = build_state(asked.config, request.layout, mesh, device, draw=is_new)
+    with ExitStack() as stack, _reported_once(control):
         _open_on_first(control, stack, lambda: folder)
         checkpoint = control.broadcast_from_rank0(lambda: choose_checkpoint(folder, request))
+        room = least_of_all(control, memory_of(device, ranks_here(control)))
+        request, chosen = control.broadcast_from_rank0(partial(settle_micro_batch, request, checkpoint, room))
+        config = request.loaded.config
+        state.settle(config)
+        stack.enter_context(memory_errors_explained(config))
         memory = open_memory(state, folder.checkpoints)
         is_latest = request.resume in ("auto", "must") and not request.reset_optimizer
         from_memory = is_latest and memory is not None and continue_from_memory(state, memory, checkpoint, report)
@@ -102,11 +112,11 @@ def train_on(
         elif not is_new and not from_memory:
             raise CheckpointError(f"the checkpoints of {folder.path} have gone while the run started", "start it again")
         table = group_table(state.optimizer.groups, state.sizes, state.optimizer.peak_rates())
-        control.broadcast_from_rank0(lambda: folder.describe(request, table))
+        control.broadcast_from_rank0(lambda: folder.describe(request, asked, table))
         if memory is not None and not from_memory:
             memory.renew()  # not earlier: a start that is refused leaves nothing in a folder that is not ours yet
         checkpoints = open_checkpoints(folder, state)
-        for line in [*_introduction(state, request, device), *([chosen] if chosen else [])]:
+        for line in [*_introduction(state, request, room), *([chosen] if chosen else [])]:
             report(line)
         resume_step = None if checkpoint is None and not from_memory else state.step
         record = _open_on_first(control, stack, lambda: Record(folder, config, resume_step=resume_step))
@@ -139,9 +149,9 @@ def _reported_once(control: Control) -> Iterator[None]:
         raise
 
 
-def _introduction(state: TrainState, request: RunRequest, device: torch.device) -> Iterator[str]:
+def _introduction(state: TrainState, request: RunRequest, room: RankMemory) -> Iterator[str]:
     """Say what is trained, and what of the config it will not come to."""
-    config, layout = state.config, request.layout
+    config, layout, device = state.config, request.layout, room.device
     shared = f", cp {layout.cp}" if layout.cp > 1 else ""
     ranks = f", {layout.num_ranks} ranks (dp {layout.dp}, tp {layout.tp}, pp {layout.pp}{shared})"
     where = f"{device.type}{ranks if layout.num_ranks > 1 else ''}"
@@ -152,7 +162,7 @@ def _introduction(state: TrainState, request: RunRequest, device: torch.device) 
         whose = f" of {name}" if len(chosen) > 1 else ""
         shape = memory_shape(config.model, config.model.mixers[name])
         yield f"memories{whose}: {backend.describe(shape, kernel_products(config.train))}"
-    tight = tight_memory(config, layout, device)
+    tight = tight_memory(config, layout, room)
     for note in [*notes(config), *([tight] if tight else [])]:
         yield f"note: {note}"
 

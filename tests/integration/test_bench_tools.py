@@ -79,7 +79,7 @@ def test_a_mixer_that_does_not_exist_is_one_message(mixer: str, said: str, monke
 
 def test_training_steps_are_split_into_parts(tmp_path: Path):
     out = tmp_path / "rows.jsonl"
-    sizes = ("model.d_model=16", "train.seq_len=32", "train.global_batch_tokens=256")
+    sizes = ("model.d_model=16", "train.seq_len=32", "train.global_batch_tokens=256", "train.micro_batch_size=auto")
     done = run_tool("bench_train.py", "debug", *sizes, "--against", "debug", "--steps", "2", "--out", out)
     assert done.returncode == 0, done.stderr
     first, second = rows_in(out)

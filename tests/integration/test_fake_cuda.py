@@ -139,6 +139,7 @@ WIDE = (
 )
 HELD = {
     "bf16, many logits": ("train.precision=bf16", "model.vocab_size=32000"),
+    "pieces": ("train.precision=bf16", "train.segments=2"),
     "linear, blocks again": ("model.mixers.hope.memory=linear", "train.recompute=block", "model.num_heads=4"),
 }
 ALWAYS = "bf16, many logits"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import fsspec
 import pytest
@@ -146,11 +146,59 @@ def test_a_store_that_does_not_answer_costs_a_warning_and_no_checkpoint(
 
 
 def test_a_branch_in_a_new_folder_does_not_take_up_the_copies_of_another_run(mirrored, tmp_path: Path):
-    root, mirror, _ = mirrored
-    settings = SimpleNamespace(mirror=mirror.address, keep_last=1, keep_every=None, keep_at=())
-    loaded = SimpleNamespace(config=SimpleNamespace(checkpoint=settings))
-    request = SimpleNamespace(resume="auto", loaded=loaded, reset_optimizer=False, branch_from=root)
-    folder = SimpleNamespace(path=tmp_path / "branch", checkpoints=tmp_path / "branch" / "checkpoints")
-    with pytest.raises(CheckpointError, match="holds the checkpoints of another run"):
-        choose_checkpoint(folder, request)
-    assert not folder.checkpoints.exists()
+    root, mirror, store = mirrored
+    loaded = load_recipe("debug", [f"checkpoint.mirror={mirror.address}"])
+    request = RunRequest(loaded, Layout(), tmp_path / "branch", branch_from=root)
+    for named in (True, False):  # another run, and copies of one that has left no name
+        with pytest.raises(CheckpointError, match="holds the checkpoints of another run") as caught:
+            choose_checkpoint(RunFolder(request.folder), request)
+        assert "--resume must without --branch-from continues that run" in caught.value.hint
+        assert not request.folder.exists()
+        if named:
+            fsspec.filesystem("memory").rm("/bucket/run/run")
+    assert store.names() == ["latest", "step-00000002"]
+
+
+def test_a_branch_that_loses_its_folder_goes_on_from_its_own_copies(hopescale, tiny, tmp_path: Path):
+    def train(run: str, *args: object) -> str:
+        sizes = ("train.steps=6", "train.validation.every=null", "checkpoint.every=2")
+        done = hopescale("train", "debug", *tiny, *sizes, *args, "--run-dir", tmp_path / run)
+        assert done.code == 0, done.err
+        return done.out
+
+    train("trunk", "--stop-at", "2")
+    branch = ("--branch-from", tmp_path / "trunk", "optim.lr=2e-3")
+    train("whole", *branch)
+    mirrored = (*branch, "checkpoint.mirror=memory://branch/run")
+    try:
+        train("lost", *mirrored, "--stop-at", "4")
+        shutil.rmtree(tmp_path / "lost" / "checkpoints" / "step-00000004")
+        shutil.rmtree(tmp_path / "lost" / "checkpoints" / "step-00000002", ignore_errors=True)
+        (tmp_path / "lost" / "checkpoints" / "latest").unlink()
+        assert "at step 4" in train("lost", *mirrored, "--stop-at", "5")
+        shutil.rmtree(tmp_path / "lost")
+        assert "at step 5" in train("lost", *mirrored)
+        whole, found = Run(tmp_path / "whole").tensors(6), Run(tmp_path / "lost").tensors(6)
+        assert whole.keys() == found.keys() and all(whole[name].equal(found[name]) for name in whole)
+        other = hopescale("train", "debug", *tiny, *mirrored, "optim.lr=1e-3", "--run-dir", tmp_path / "other")
+        assert other.code == 4 and "holds the checkpoints of another run" in other.err
+    finally:
+        fsspec.filesystem("memory").rm("/branch", recursive=True)
+
+
+def test_a_micro_batch_by_itself_stays_when_its_run_is_fetched(hopescale, tiny, tmp_path: Path):
+    def train(size: object, *args: object) -> str:
+        how = ("train.steps=3", "checkpoint.mirror=memory://auto/run", f"train.micro_batch_size={size}")
+        done = hopescale("train", "debug", *tiny, *how, *args, "--run-dir", tmp_path / "run")
+        assert done.code == 0, done.err
+        return done.out
+
+    try:
+        train(1, "--stop-at", "1")
+        shutil.rmtree(tmp_path / "run")
+        assert "train.micro_batch_size: 1, as before" in train("auto", "--resume", "must")
+        assert load_recipe(str(tmp_path / "run" / "config.yaml")).config.train.micro_batch_size == "auto"
+        assert json.loads((tmp_path / "run" / "plan.json").read_text())["micro_batch_size"] == 1
+        assert Run(tmp_path / "run").manifest(3).config["train"]["micro_batch_size"] == 1
+    finally:
+        fsspec.filesystem("memory").rm("/auto", recursive=True)

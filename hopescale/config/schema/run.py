@@ -71,7 +71,7 @@ class ValidationConfig:
     every: Count | None = 100
     """Steps between two validations; null is never. The last step always validates unless this is null."""
     tokens: Count = 65_536
-    """Tokens read per source and validation, from the start of its held-out split; at least one batch."""
+    """Tokens read per source and validation, from the start of its held-out split; at least one sequence."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ class TrainConfig:
     """Tokens per sequence."""
     micro_batch_size: CountOrAuto = 1
     """Sequences per forward pass. `auto`: the most with which a step fits the device by its plan (`hopescale plan`),
-    of those that divide the batch; it is chosen when a run starts, written into its config, and kept."""
+    of those that divide the batch; it is chosen when a run starts, and kept from its checkpoints while it fits."""
     global_batch_tokens: Count = 16_384
     """Tokens per optimizer step; a multiple of `seq_len * micro_batch_size`. Gradient accumulation is derived."""
     precision: Literal["bf16", "fp32"] = "bf16"

@@ -79,7 +79,8 @@ def most_held(recipe: str, overrides: list[str]) -> dict[str, Any]:
     size, held = config.train.micro_batch_size, Held()
     with FakeTensorMode(allow_non_fake_inputs=True), held:
         state = build_state(config, Layout(), Mesh.alone(), DEVICE)
-        passes = make_passes(state.slices, state.optimizer.backward, config.train.seq_len, DEVICE)
+        segments = config.train.segments
+        passes = make_passes(state.slices, state.optimizer.backward, config.train.seq_len, DEVICE, segments=segments)
         engine = Engine(passes, state.optimizer, state.levels, DEVICE)
         count = make_plan(config).grad_accumulation
         batches = [state.data.batch(range(number * size, (number + 1) * size)) for number in range(count)]

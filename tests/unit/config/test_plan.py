@@ -27,6 +27,7 @@ def test_plan_of_a_self_modifying_run():
         "pp": 1,
         "cp": 1,
         "global_batch_size": 8,
+        "micro_batch_size": 2,
         "grad_accumulation": 4,
         "total_tokens": 2560,
         "total_sequences": 80,

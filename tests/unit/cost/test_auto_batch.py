@@ -8,10 +8,8 @@ from hopescale.common.errors import ConfigError
 from hopescale.config.layout import Layout
 from hopescale.config.load import load_recipe
 from hopescale.config.schema import RunConfig
-from hopescale.cost.auto_batch import choose_micro_batch, kept_size, with_micro_batch
-from hopescale.cost.hardware import trained_on
-from hopescale.cost.holdings import Holdings
-from hopescale.cost.search import USABLE, fullest
+from hopescale.cost.auto_batch import choose_micro_batch, keeps, planned_bytes, with_micro_batch
+from hopescale.cost.search import USABLE
 
 # 24 sequences a step.
 OVERRIDES = ("train.micro_batch_size=auto", "train.seq_len=128", "train.global_batch_tokens=3072")
@@ -23,8 +21,7 @@ def config() -> RunConfig:
 
 
 def peak(config: RunConfig, layout: Layout, size: int, device: str) -> float:
-    config = trained_on(with_micro_batch(config, size), device)
-    return fullest(Holdings(config), config, layout, exact=True)
+    return planned_bytes(with_micro_batch(config, size), layout, device)
 
 
 @pytest.mark.parametrize("device", ["cpu", "H100"])
@@ -45,14 +42,22 @@ def test_all_of_a_step_at_once_where_there_is_room_and_none_where_there_is_not(c
         choose_micro_batch(config, Layout(), "H100", 2**20)
 
 
-def test_micro_batches_interleave_in_groups(config: RunConfig):
-    layout = Layout(pp=2, virtual_stages=1)
-    assert choose_micro_batch(config, layout, "H100", 1e15).size == 24
+def test_stages_have_a_micro_batch_each_in_groups_where_they_interleave(config: RunConfig):
+    chosen = choose_micro_batch(config, Layout(pp=2), "H100", 1e15)
+    assert (chosen.size, chosen.at_once) == (12, 2)
+    assert "fits H100, with 2 or more in a step: " in chosen.describe("H100")
     config = load_recipe("debug", [*OVERRIDES, "model.num_layers=4"]).config
+    assert choose_micro_batch(config, Layout(pp=3), "H100", 1e15).size == 8
+    assert choose_micro_batch(config, Layout(dp=8, pp=4), "H100", 1e15).size == 1, "three sequences for four stages"
     assert choose_micro_batch(config, Layout(pp=2, virtual_stages=2), "H100", 1e15).size == 12
+    assert choose_micro_batch(config, Layout(cp=2), "H100", 1e15).size == 12, "two are on their way at a time"
 
 
-def test_a_run_keeps_its_own_where_it_divides(config: RunConfig):
-    assert kept_size(with_micro_batch(config, 6), config, Layout(dp=2)) == 6
-    assert kept_size(with_micro_batch(config, 8), config, Layout(dp=2)) is None
-    assert kept_size(config, config, Layout()) is None
+def test_a_run_keeps_its_own_where_it_divides_and_fits(config: RunConfig):
+    def kept(size: int, layout: Layout, memory: float = 1e15) -> bool:
+        return keeps(size, config, layout, "H100", memory)
+
+    assert kept(6, Layout(dp=2)) and kept(24, Layout(pp=2))
+    assert not kept(8, Layout(dp=2)) and not kept(24, Layout(pp=2, virtual_stages=2))
+    need = peak(config, Layout(dp=2), 6, "H100")
+    assert kept(6, Layout(dp=2), need) and not kept(6, Layout(dp=2), need - 1)

@@ -10,9 +10,10 @@ from shutil import copytree
 import fsspec
 import pytest
 
+from hopescale.checkpoint.manifest import Manifest, to_json
 from hopescale.cli.app import main
 from hopescale.common.object_store import ObjectStore
-from hopescale.config.load import load_recipe
+from hopescale.config.load import load_recipe, to_dict
 from hopescale.launch.ledger import copied_from, entries, submitting
 from hopescale.train.folder import RunFolder
 from tests.support.fake_slurm import FakeSlurm, record
@@ -287,9 +288,27 @@ def test_what_sbatch_refuses_is_told(slurm: FakeSlurm, submit):
     assert not Path("runs/debug/jobs.jsonl").exists()
 
 
-def test_a_micro_batch_by_itself_is_that_of_the_profiles_gpus_and_stays(slurm: FakeSlurm, submit, tmp_path: Path):
+def test_a_micro_batch_by_itself_is_left_to_the_start_and_said_for_the_profiles_gpus(slurm: FakeSlurm, submit):
     gpus = profile('gpus_per_node: 2\ngpu_type: h100\npartition: gpu\ntime: "10"\n')
-    for size, more in ((4, ()), (4, ("train.global_batch_tokens=2Ki",)), (1, ("train.global_batch_tokens=256",))):
+    for size, more in ((4, ()), (8, ("train.global_batch_tokens=2Ki",)), (1, ("train.global_batch_tokens=256",))):
         code, _, err = submit("train.micro_batch_size=auto", *more, "--nodes", "1", profile=gpus)
-        assert (code, err) == (0, "")
-        assert load_recipe("runs/debug/config.yaml").config.train.micro_batch_size == size
+        assert (code, err) == (0, f"train.micro_batch_size: {size} is expected on H100; the start decides\n")
+        assert load_recipe("runs/debug/config.yaml").config.train.micro_batch_size == "auto"
+        assert json.loads(Path("runs/debug/plan.json").read_text())["micro_batch_size"] is None
+    code, _, err = submit(
+        "train.micro_batch_size=auto", "train.seq_len=64Mi", "train.global_batch_tokens=128Mi", profile=gpus
+    )
+    assert code == 2 and "auto, but none fits: a step of one sequence takes" in err
+    code, _, err = submit("train.micro_batch_size=auto")
+    assert code == 0 and "auto is chosen on the nodes; the profile names no gpu_type, so that it is not" in err
+
+
+def test_a_run_that_has_a_checkpoint_is_expected_to_keep_its_micro_batch(slurm: FakeSlurm, submit):
+    gpus = profile('gpus_per_node: 2\ngpu_type: h100\npartition: gpu\ntime: "10"\n')
+    config = load_recipe("debug", ["train.micro_batch_size=2"]).config
+    folder = Path("runs/debug/checkpoints/step-00000001")
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text(to_json(Manifest({"step": 1}, to_dict(config), {})))
+    (folder.parent / "latest").write_text(f"{folder.name}\n")
+    code, _, err = submit("train.micro_batch_size=auto", profile=gpus)
+    assert (code, err) == (0, "train.micro_batch_size: 2 is expected on H100, as before; the start decides\n")
