@@ -21,7 +21,7 @@ from hopescale.parallel import process
 from hopescale.parallel.control import Control
 from hopescale.parallel.init_distributed import init_distributed
 from hopescale.parallel.mesh import Mesh
-from hopescale.train.compiler import choose_backends
+from hopescale.train.compiler import choose_backends, kernel_notes
 from hopescale.train.device_memory import memory_errors_explained, tight_memory
 from hopescale.train.folder import Record, RunFolder
 from hopescale.train.in_memory import continue_from_memory, open_memory
@@ -87,6 +87,8 @@ def train_on(
     request, folder = with_size(request, size), RunFolder(request.folder)
     config = request.loaded.config
     is_new = not control.broadcast_from_rank0(lambda: finds_weights(folder, request))
+    for note in kernel_notes(config, device):
+        report(f"note: {note}")
     with memory_errors_explained(config):
         state = build_state(config, request.layout, mesh, device, draw=is_new)
     with ExitStack() as stack, memory_errors_explained(config), _reported_once(control):
