@@ -105,7 +105,8 @@ def between_products_bytes(model: ModelConfig, mixer: MixerConfig, precision: st
     """
     size, stream = itemsize(precision), model.d_model
     levels = [level.d_ff / tp for level in levels_of_block(model, 0).values()]
-    norms = 8 * size * stream * (1 + len(levels)) + 3 * size * stream
+    # Nothing is added before a block's first norm; after its last level something is.
+    norms = size * stream * (8 * (1 + len(levels)) - 2 + 3)
     gates = 8 * size * sum(levels)
     if not isinstance(mixer, SelfModifyingConfig):
         return norms + gates + PASSES * size * stream / tp

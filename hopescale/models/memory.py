@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
-from hopescale.ops.self_modifying import MemorySpec, MemoryState, Weights
+from hopescale.ops.self_modifying import MemorySpec, MemoryState, Start
 from hopescale.parallel.layers import ParameterSpec, new_parameter
 
 INITIAL_OUTPUT_STD = 0.1
@@ -44,20 +43,17 @@ class MemoryBank(nn.Module):
             for name in names:
                 self.add_module(name, InitialMemory(num_heads, head_dim, size_out, spec.hidden))
 
+    def start(self, momentum: bool) -> Start:
+        """Return the learned initial weights, with momentum or without."""
+        (vectors, gates), linear = (self.spec.vector_memories, self.spec.gate_memories), self.spec.hidden is None
+
+        def layers(names: tuple[str, ...], layer: str) -> tuple[Tensor, ...]:
+            return tuple(getattr(getattr(self, name), layer) for name in names)
+
+        if linear:
+            return Start(layers(vectors + gates, "w"), (), (), momentum)
+        return Start(layers(vectors + gates, "w2"), layers(vectors, "w1"), layers(gates, "w1"), momentum)
+
     def initial_state(self, batch: int, momentum: bool) -> MemoryState:
         """Expand the learned initial weights to `batch` sequences."""
-        vectors, gates, linear = self.spec.vector_memories, self.spec.gate_memories, self.spec.hidden is None
-
-        def second(names: tuple[str, ...]) -> Tensor | None:
-            if linear or not names:
-                return None
-            return _expand(torch.stack([getattr(self, name).w1 for name in names], dim=1), batch)
-
-        w_in = torch.cat([getattr(getattr(self, name), "w" if linear else "w2") for name in vectors + gates], dim=1)
-        weights = Weights(_expand(w_in, batch), second(vectors), second(gates))
-        return MemoryState(weights, weights.zeros_like() if momentum else None, weights)
-
-
-def _expand(x: Tensor, batch: int) -> Tensor:
-    kind = torch.promote_types(x.dtype, torch.float32)
-    return x.mT.to(kind).expand(batch, *x.shape[:-2], *x.mT.shape[-2:]).contiguous()
+        return self.start(momentum).expand(batch)

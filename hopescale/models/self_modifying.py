@@ -28,6 +28,7 @@ from hopescale.ops.self_modifying import (
     MemorySpec,
     MemoryState,
     SelfModifyingOutput,
+    Start,
     Streams,
     can_mix,
     mix_heads,
@@ -174,11 +175,20 @@ class SelfModifying(nn.Module):
 
     def initial_state(self, batch: int) -> LayerState:
         """Return the learned initial state for `batch` sequences."""
-        tail = None
-        if self.conv is not None:
-            weight = self.conv["weight"]
-            tail = weight.new_zeros(weight.shape[1] - 1, batch, weight.shape[0]).transpose(0, 1)
+        tail = self._initial_tail(batch)
         return LayerState(0, MixerState(*self._initial_memories(batch), self._initial_far(batch), tail))
+
+    def _initial_tail(self, batch: int) -> Tensor | None:
+        if self.conv is None:
+            return None
+        weight = self.conv["weight"]
+        return weight.new_zeros(weight.shape[1] - 1, batch, weight.shape[0]).transpose(0, 1)
+
+    def _start(self, batch: int) -> Memories | Start:
+        """Return the learned initial weights, laid out for `batch` sequences where memories lie in two banks."""
+        if "projection" in self.banks:
+            return self._initial_memories(batch)
+        return self.banks["memory"].start(self.config.momentum)
 
     def _initial_memories(self, batch: int) -> Memories:
         states = (
@@ -229,16 +239,21 @@ class SelfModifying(nn.Module):
     ) -> tuple[Tensor, LayerState]:
         """Mix tokens as `forward` does, without the map out: what each head of this rank answers `[T, B, H, D]`."""
         batch = x.shape[1]
-        position, (*memories, far, tail) = self.initial_state(batch) if state is None else state
+        position, memories, far, tail = 0, None, None, None
+        if state is not None:
+            position, (*memories, far, tail) = state
+            memories = Memories(*memories)
+        elif self.far_spec is not None:
+            far = self._initial_far(batch)
         mixed = self.in_proj(x).unflatten(-1, (self.heads, -1, self.head_dim))  # [T, B, H, S, D]
         plain = documents is None and probe is None and far is None
         if plain and can_mix(mixed, self.spec, self.computed["backend"]):
-            begun = self._begun(Memories(*memories), position, len(mixed))
+            begun = self._begun(memories, position, len(mixed), batch)
             if begun is not None:
-                y, state = self._mix(mixed, tail, *begun)
+                y, state = self._mix(mixed, self._initial_tail(batch) if state is None else tail, *begun)
                 return y, LayerState(position + len(y), state)
         streams, gate, tail = self._project(mixed, tail, documents, position)
-        y, stats, memories = self._remember(streams, Memories(*memories), position, documents)
+        y, stats, memories = self._remember(streams, memories, position, documents)
         if far is not None:
             answers, _, (far, _) = self._remember_far(streams, far, position, documents)
             y = y + answers
@@ -257,14 +272,14 @@ class SelfModifying(nn.Module):
         y = self.norm(y.permute(2, 0, 1, 3)).to(dtype)
         return y if gate is None else y * F.silu(gate)
 
-    def _begun(self, memories: Memories, position: int, tokens: int) -> tuple[Memories, int] | None:
+    def _begun(self, memories: Memories | None, position: int, tokens: int, batch: int) -> tuple[Memories, int] | None:
         """Return the memories before tokens of one piece, and its tokens before them; None for tokens of several."""
         every = self.config.reset_every
         place = position if every is None else position % every
         if every is not None and place + tokens > every:
             return None
-        batch = memories.memory.running.w_in.shape[0]
-        return (self._initial_memories(batch) if every and place == 0 else memories), place
+        fresh = memories is None or (every and place == 0)
+        return (self._initial_memories(batch) if fresh else memories), place
 
     def _mix(self, mixed: Tensor, tail: Tensor | None, memories: Memories, position: int) -> tuple[Tensor, MixerState]:
         """Do in one operation what follows the in-projection: what heads answer `[T, B, H, D]`, state after tokens."""
@@ -288,17 +303,18 @@ class SelfModifying(nn.Module):
         return self.computed | {"products": products}
 
     def _remember(
-        self, streams: Streams, memories: Memories, position: int, documents: Documents | None
+        self, streams: Streams, memories: Memories | None, position: int, documents: Documents | None
     ) -> SelfModifyingOutput:
-        """Run the memories, from their initial state where a document begins or they start anew."""
+        """Run the memories, from their initial state where there is none, a document begins, or they start anew."""
         run, every = partial(self_modifying, spec=self.spec, **self._how()), self.config.reset_every
         if documents is not None:
             documents = documents if every is None else documents.cut(every)
-            return run(streams, self._initial_memories(1), documents=documents)
+            return run(streams, self._start(1), documents=documents)
+        batch = len(streams.k)
         if every is not None:
-            fresh = self._initial_memories(1)
+            memories, fresh = memories or self._initial_memories(batch), self._initial_memories(1)
             return run_with_resets(run, streams, memories, fresh, every=every, position=position)
-        return run(streams, memories, position=position)
+        return run(streams, memories or self._start(batch), position=position)
 
     def _remember_far(
         self, streams: Streams, memory: MemoryState, position: int, documents: Documents | None
@@ -322,7 +338,7 @@ class SelfModifying(nn.Module):
         first = None if documents is None else documents.first_of(mixed.shape[1], mixed.shape[0], position)
         weight = None
         if self.conv is not None:
-            weight, tail = self.conv["weight"], tail.transpose(0, 1)
+            weight, tail = self.conv["weight"], None if tail is None else tail.transpose(0, 1)
         unit = [name != "v" or self.config.targets != "value" for name in STREAMS]
         carries = tail is not None and tail.requires_grad
         if not carries and is_fused(self.computed["backend"], mixed, self.head_dim):
@@ -330,6 +346,8 @@ class SelfModifying(nn.Module):
         code = select_streams(
             self.computed["backend"], self.head_dim, device_type(mixed.device), dtype_name(mixed.dtype)
         )
+        if weight is not None and tail is None:
+            tail = self._initial_tail(mixed.shape[1]).transpose(0, 1)
         (k, v, q), tail = head_streams(mixed[..., : len(STREAMS), :], weight, tail, unit, first=first, backend=code)
         gates = (self.gates[name](k) if name in self.gates else None for name in ("eta", "alpha", "mu"))
         return Streams(k, v, q, *gates), gate, None if tail is None else tail.transpose(0, 1)
@@ -340,10 +358,8 @@ class SelfModifying(nn.Module):
         from hopescale.ops.fused.streams import head_streams_and_gates
 
         gates = {name: self.gates[name] for name in ("eta", "alpha", "mu") if name in self.gates}
-        biases = torch.stack([gate.bias for gate in gates.values()])
-        nothing = biases.new_zeros(self.heads, self.head_dim)
-        weights = torch.stack([nothing if gate.weight is None else gate.weight for gate in gates.values()])
-        streams, logits, rest, tail = head_streams_and_gates(mixed, weight, tail, unit, weights, biases, first=first)
+        numbers = [(gate.weight, gate.bias) for gate in gates.values()]
+        streams, logits, rest, tail = head_streams_and_gates(mixed, weight, tail, unit, numbers, first=first)
         found = dict(zip(gates, logits, strict=True))
         given = Streams(*streams, *(found.get(name) for name in ("eta", "alpha", "mu")))
         gate = rest[..., 0, :] if self.config.gate else None

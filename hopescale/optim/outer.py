@@ -248,7 +248,8 @@ class OuterOptimizer:
     def change(self, names: Mapping[str, Sequence[str]], before: Mapping[str, Sequence[Tensor]]) -> dict[str, float]:
         """Return the root mean square of the change of each set's masters since `masters` returned `before`.
 
-        It is taken over all ranks; `names` are the parameters of each set that are here.
+        It is taken over all ranks; `names` are the parameters of each set that are here. The copies `before` become the
+        differences: a third set of weights would be the most that an update needs.
         """
         sums = []
         for key, members in names.items():
@@ -256,8 +257,9 @@ class OuterOptimizer:
                 sums += [self._zero(), self._zero()]
                 continue
             weights = torch.tensor([self._weights[name] for name in members], device=self._zero().device)
-            after = self._masters(members)
-            squares = torch.stack(torch._foreach_norm(torch._foreach_sub(after, before[key]))).square()
+            after, differences = self._masters(members), list(before[key])
+            torch._foreach_sub_(differences, after)
+            squares = torch.stack(torch._foreach_norm(differences)).square()
             count = sum(new.numel() * self._weights[name] for name, new in zip(members, after, strict=True))
             sums += [(squares * weights).sum(), torch.full_like(self._zero(), count)]
         if not sums:

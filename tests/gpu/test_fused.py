@@ -52,11 +52,12 @@ def test_norm_of_a_sum(kind: torch.dtype):
     tolerance = 1e-5 if kind == torch.float32 else 1e-2
     sums = lambda x, added, weight: (x + added, rms_norm(x + added, weight, EPS))  # noqa: E731
     compare(lambda *given: add_rms_norm(*given, EPS), sums, x, added, weight, tolerance=tolerance)
-    alone = lambda x, weight: [rms_norm(x, weight, EPS)]  # noqa: E731
-    compare(lambda x, weight: [add_rms_norm(x, None, weight, EPS)[1]], alone, x, weight, tolerance=tolerance)
-    # The sum's own gradient may be missing.
+    alone = lambda x, weight: (x, rms_norm(x, weight, EPS))  # noqa: E731
+    compare(lambda x, weight: add_rms_norm(x, None, weight, EPS), alone, x, weight, tolerance=tolerance)
+    # The gradient of the sum may be missing, and that of the norm.
     compare(lambda *given: [add_rms_norm(*given, EPS)[1]], lambda *given: [sums(*given)[1]], x, added, weight,
             tolerance=tolerance)  # fmt: skip
+    compare(lambda x: [add_rms_norm(x, None, weight, EPS)[0]], lambda x: [x], x, tolerance=tolerance)
 
 
 def test_swiglu():
@@ -87,40 +88,46 @@ def test_answers_are_scaled_and_gated(tokens: int, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(
-    ("tokens", "heads", "width", "unit", "slices", "cut"),
+    ("tokens", "heads", "width", "unit", "slices", "cut", "carried"),
     [
-        (1, 2, 4, (True, True, True), 4, False),
-        (3, 1, 4, (True, False, True), 3, False),
-        (70, 1, 3, (True, True, True), 4, True),
-        (70, 1, 0, (True, True, True), 3, False),
+        (1, 2, 4, (True, True, True), 4, False, True),
+        (3, 1, 4, (True, False, True), 3, False, False),
+        (2, 1, 4, (True, False, True), 4, False, False),
+        (70, 1, 3, (True, True, True), 4, True, False),
+        (70, 1, 0, (True, True, True), 3, False, False),
     ],
 )
-def test_streams_and_gates(tokens: int, heads: int, width: int, unit: tuple[bool, ...], slices: int, cut: bool):
+def test_streams_and_gates(
+    tokens: int, heads: int, width: int, unit: tuple[bool, ...], slices: int, cut: bool, carried: bool
+):
     from hopescale.ops.fused.streams import head_streams_and_gates
 
     x = randn(tokens, BATCH, heads, slices, DIM, seed=0)
-    weights, biases = randn(3, heads, DIM, seed=1), randn(3, heads, seed=2)
+    # The second gate has no weights.
+    weights, biases = [randn(heads, DIM, seed=n) for n in (1, 5)], [randn(heads, seed=n) for n in (2, 6, 7)]
     channels = heads * 3 * DIM
     filters = [randn(channels, width, seed=3)] if width else []
-    tail = randn(width - 1, BATCH, channels, seed=4) if width else None
+    tail = randn(width - 1, BATCH, channels, seed=4) if carried else None
     first = None
     if cut:
         ids = (torch.arange(tokens) // torch.tensor([[50], [23]])).int().to(DEVICE)
         first = Documents.of(ids).first
 
-    def fused(x: Tensor, weights: Tensor, biases: Tensor, *filters: Tensor) -> list[Tensor]:
-        own = filters[0] if filters else None
-        streams, *found = head_streams_and_gates(x, own, tail, unit, weights, biases, first=first)
-        return [part for part in (*streams, *found) if part is not None and part.numel()]
+    def fused(x: Tensor, w: Tensor, w_last: Tensor, *rest: Tensor) -> list[Tensor]:
+        own, gates = rest[3] if width else None, list(zip((w, None, w_last), rest[:3], strict=True))
+        streams, logits, left, after = head_streams_and_gates(x, own, tail, unit, gates, first=first)
+        return [part for part in (*streams, *logits, left, after) if part is not None and part.numel()]
 
-    def plain(x: Tensor, weights: Tensor, biases: Tensor, *filters: Tensor) -> list[Tensor]:
-        own = filters[0] if filters else None
-        before = None if tail is None else tail.double()
+    def plain(x: Tensor, w: Tensor, w_last: Tensor, *rest: Tensor) -> list[Tensor]:
+        own, before = rest[3] if width else None, None
+        if width:
+            before = x.new_zeros(width - 1, BATCH, channels) if tail is None else tail.double()
         streams, after = head_streams(x[..., :3, :], own, before, unit, first=first)
-        logits = (streams[0] * weights[:, None, :, None]).sum(-1) + biases[:, None, :, None]
-        return [part for part in (*streams, logits, x[..., 3:, :], after) if part is not None and part.numel()]
+        pairs = zip((w, torch.zeros_like(w), w_last), rest[:3], strict=True)
+        logits = [(streams[0] * weight[:, None]).sum(-1) + bias[:, None] for weight, bias in pairs]
+        return [part for part in (*streams, *logits, x[..., 3:, :], after) if part is not None and part.numel()]
 
-    compare(fused, plain, x, weights, biases, *filters, tolerance=3e-5)
+    compare(fused, plain, x, *weights, *biases, *filters, tolerance=3e-5)
 
 
 def test_a_mixer_and_levels_are_the_same_with_kernels():
@@ -138,7 +145,7 @@ def test_a_mixer_and_levels_are_the_same_with_kernels():
         initialize(block, 0, Mesh.alone())
         mixer, x = block.mixer, randn(21, BATCH, 32, seed=0).requires_grad_()
         mixed = mixer.in_proj(block.norm(x)[1]).unflatten(-1, (mixer.heads, -1, mixer.head_dim))
-        streams, gate, tail = mixer._project(mixed, mixer.initial_state(BATCH).tensors.conv_tail, None, 0)
+        streams, gate, tail = mixer._project(mixed, None, None, 0)
         answer = streams.k * streams.eta[..., None] + streams.v * streams.alpha[..., None] + streams.q
         y = mixer.out_proj(mixer._out(answer * streams.mu[..., None], gate, x.dtype).flatten(2))
         out = block.cms(x, y)

@@ -26,6 +26,7 @@ from hopescale.ops.self_modifying import (
     self_modifying,
     self_modifying_naive,
 )
+from hopescale.ops.self_modifying.packed import pack
 from hopescale.parallel.mesh import Mesh
 from tests.support.interpreter import teach_bfloat16
 
@@ -260,6 +261,46 @@ def test_packed_documents_equal_the_token_loop_over_each(name: str):
     inputs = {name: part[:1] if "/" in name else part for name, part in inputs.items()}
     there = documents._replace(first=documents.first.to(DEVICE), offsets=documents.offsets.to(DEVICE))
     compare(mixer, inputs, partial(token_by_token, documents=documents), run=partial(fused, documents=there))
+
+
+@pytest.mark.parametrize("name", ["all memories", "linear", "linear boundary"])
+def test_learned_weights_are_packed_as_if_they_were_laid_out(name: str):
+    from hopescale.ops.self_modifying.triton.kernel_config import KernelConfig
+    from hopescale.ops.self_modifying.triton.start import pack_start, unpack_start
+
+    mixer = make_mixer(replace(SelfModifyingConfig(), **SWITCHES[name]), 2, 16).to(DEVICE)
+    momentum, bank, g = mixer.config.momentum, mixer.banks["memory"], torch.Generator().manual_seed(0)
+    for each in bank.parameters():
+        torch.nn.init.normal_(each, generator=g)
+    start, x = bank.start(momentum), torch.zeros(1, 2, 1, 16)
+    config = KernelConfig.of(Streams(x, x, x, x[..., 0], None, x[..., 0] if momentum else None), mixer.spec, "tf32x3")
+    expected = pack(start.expand(1).running, mixer.spec, share=False)
+    packed, zeros = pack_start(config, start.tensors)
+    assert torch.equal(packed, expected) and (not zeros.any() if momentum else zeros is None)
+    gradient = torch.randn(3, *packed.shape[1:], generator=g).to(DEVICE)  # of three documents
+    mine = unpack_start(config, start.tensors, gradient)
+    right = torch.autograd.grad(expected, start.tensors, gradient.sum(0, keepdim=True))
+    for found, wanted in zip(mine, right, strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("rows", [None, [[1, 2], [3]]], ids=["whole", "documents"])
+def test_sequences_that_begin_with_learned_weights_equal_the_loop(rows: list[list[int]] | None):
+    mixer = make_mixer(SelfModifyingConfig(chunk_size=2, **STATIC), 1, 16).to(DEVICE)
+    bank = mixer.banks["memory"]
+    torch.nn.init.normal_(bank.mem.w, std=0.3, generator=torch.Generator().manual_seed(1))
+    ids = [[n for n, size in enumerate(row) for _ in range(size)] for row in rows or []]
+    documents = Documents.of(torch.tensor(ids, device=DEVICE)) if rows else None
+    inputs = {name: x.to(DEVICE).requires_grad_() for name, x in make_inputs(mixer, 3, 2).items() if "/" not in name}
+    found = []
+    for backend in ("triton", "torch"):
+        streams = Streams(*(inputs.get(name) for name in Streams._fields))
+        output = self_modifying(streams, bank.start(True), mixer.spec, documents=documents, backend=backend)
+        last = output.state.memory.running.w_in
+        wanted = [*inputs.values(), *bank.parameters()]
+        found.append([output.y, last, *torch.autograd.grad(output.y.sin().sum() + last.sin().sum(), wanted)])
+    for kernels, loop in zip(*found, strict=True):
+        torch.testing.assert_close(kernels, loop, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="flash-linear-attention needs a GPU")

@@ -126,11 +126,11 @@ def problems(exchanges: Sequence[list[list[Any]]]) -> list[str]:
 def test_a_block_of_hope_moves_few_bytes_in_few_launches(library: Path):
     # At d_model 2048, heads of 64, 8 sequences of 4,096 tokens, without products of matrices and the memories' kernels.
     (found,) = run("counts", library, [["hope_1.3b", ["model.num_heads=32"], 8, 4096]])
-    assert found["bytes"] <= 13.2e9 and found["launches"] <= 114
+    assert found["bytes"] <= 11.7e9 and found["launches"] <= 30
     assert found["by_operation"]["_forward"][0] == found["by_operation"]["_backward"][0] == 9
     model = load_recipe("hope_1.3b", ["model.num_heads=32"]).config.model
     planned = between_products_bytes(model, model.mixers["hope"], "bf16") * 8 * 4096
-    assert planned == pytest.approx(found["bytes"], rel=0.15)  # without weights laid out, and sums of their gradients
+    assert planned == pytest.approx(found["bytes"], rel=0.05)  # without weights laid out, and sums of their gradients
 
 
 WIDE = (

@@ -34,7 +34,7 @@ def _forward(x, added, weight, total, y, roots, width, eps, ADDS: tl.constexpr, 
 
 @triton.jit
 def _backward(
-    total, weight, roots, d_y, d_total, d_x, d_weight, rows, width, programs, ADDS: tl.constexpr, BLOCK: tl.constexpr
+    total, weight, roots, d_y, d_total, d_x, d_weight, rows, width, programs, GIVEN: tl.constexpr, BLOCK: tl.constexpr
 ):
     first = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
@@ -49,7 +49,7 @@ def _backward(
         d_scale += given * unit
         given = given * scale
         change = root * (given - unit * (tl.sum(given * unit) / width))
-        if ADDS:
+        if GIVEN:
             change += tl.load(d_total + row * width + at, mask=inside, other=0.0).to(tl.float32)
         tl.store(d_x + row * width + at, change.to(d_x.dtype.element_ty), mask=inside)
     tl.store(d_weight + first * width + at, d_scale, mask=inside)
@@ -71,30 +71,33 @@ class _AddRmsNorm(torch.autograd.Function):
         _forward[rows,](x, added, weight, total, y, roots, width, eps, **how)
         ctx.save_for_backward(total, weight, roots)
         ctx.adds = adds
-        return total if adds else None, y
+        ctx.set_materialize_grads(False)
+        return total, y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_total: Tensor | None, d_y: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_total: Tensor | None, d_y: Tensor | None) -> tuple[Tensor | None, ...]:
+        if d_y is None:
+            return d_total, d_total if ctx.adds else None, None, None
         total, weight, roots = ctx.saved_tensors
         width, rows = total.shape[-1], len(roots)
         programs, block = min(rows, PROGRAMS), triton.next_power_of_2(width)
-        d_y, adds = d_y.contiguous(), ctx.adds and d_total is not None
-        d_total = d_total.contiguous() if adds else d_y
+        d_y, given = d_y.contiguous(), d_total is not None
+        d_total = d_total.contiguous() if given else d_y
         d_x, d_weight = torch.empty_like(total), weight.new_empty(programs, width)
-        how = {"ADDS": adds, "BLOCK": block, "num_warps": _warps(block)}
-        given = (total, weight, roots, d_y, d_total, d_x, d_weight, rows, width, programs)
-        _backward[programs,](*given, **how)
+        how = {"GIVEN": given, "BLOCK": block, "num_warps": _warps(block)}
+        _backward[programs,](total, weight, roots, d_y, d_total, d_x, d_weight, rows, width, programs, **how)
         return d_x, d_x if ctx.adds else None, d_weight.sum(0), None
 
 
 def add_rms_norm(x: Tensor, added: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return `x + added`, or `x` itself where nothing is added, and `ops.norm.rms_norm` of it, by one kernel.
+    """Return `x + added`, or `x` where nothing is added, and `ops.norm.rms_norm` of it, by one kernel.
+
+    What follows goes on from the stream that is returned, so that the backward kernel adds up its gradients.
 
     Args:
         x, added: Vectors `[..., N]` of one type, at least one.
         weight: Factor on each entry `[N]`, float32.
         eps: Term added under the root.
     """
-    total, y = _AddRmsNorm.apply(x, added, weight, eps)
-    return x if added is None else total, y
+    return _AddRmsNorm.apply(x, added, weight, eps)

@@ -52,7 +52,7 @@ class _Swiglu(torch.autograd.Function):
         _backward[triton.cdiv(count, BLOCK),](gate, up, d_y.contiguous(), d_gate, d_up, count, SIZE=BLOCK)
         rows, d_gate, d_up = x.flatten(0, -2), d_gate.flatten(0, -2), d_up.flatten(0, -2)
         # The second product adds to the first as it is made.
-        d_x = torch.addmm(d_gate @ gate_weight, d_up, up_weight)
+        d_x = (d_gate @ gate_weight).addmm_(d_up, up_weight)
         return d_x.view(x.shape), d_gate.mT @ rows, d_up.mT @ rows
 
 

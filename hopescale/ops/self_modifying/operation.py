@@ -16,6 +16,7 @@ from hopescale.ops.self_modifying.cpp import self_modifying_cpp
 from hopescale.ops.self_modifying.infer import self_modifying_infer
 from hopescale.ops.self_modifying.memories import make_inputs
 from hopescale.ops.self_modifying.side_by_side import run_side_by_side
+from hopescale.ops.self_modifying.start import Start
 from hopescale.ops.self_modifying.types import (
     Memories,
     MemorySpec,
@@ -28,7 +29,7 @@ from hopescale.ops.self_modifying.types import (
 
 def self_modifying(
     streams: Streams,
-    state: Memories,
+    state: Memories | Start,
     spec: MemorySpec,
     *,
     position: int = 0,
@@ -44,7 +45,8 @@ def self_modifying(
 
     Args:
         streams: Inputs of keys, values and queries and logits of gates, float32 (float64 in tests).
-        state: Memories before the first token. With documents: those that each of them begins with, for a batch of one.
+        state: Memories before the first token, or learned weights that all sequences begin with. With documents:
+            memories that each of them begins with, for a batch of one, or those weights.
         spec: Memories, and how they read and learn.
         position: Tokens that came before; chunks begin at multiples of their size.
         documents: Documents in the sequences, each with memories and chunks of its own. The state returned is that
@@ -65,7 +67,7 @@ def self_modifying(
     if documents is not None:
         _check(documents, state, batch, tokens, position)
     if tokens == 0:
-        state = state if documents is None else state.expand(batch)
+        state = _laid_out(state, batch) if isinstance(state, Start) or documents is None else state.expand(batch)
         return SelfModifyingOutput(streams.q, streams.q.new_zeros(*streams.q.shape[:3], 3), state)
     choice = select(
         backend,
@@ -80,14 +82,15 @@ def self_modifying(
     )
     if choice.backend is None:
         raise ValueError(f"backend is {backend!r}, but {choice.reason}")
-    if choice.backend == "cpp" and not torch.is_grad_enabled():
-        return self_modifying_infer(streams, state, spec, position=position, documents=documents)
-    if choice.backend == "cpp":
-        return self_modifying_cpp(streams, state, spec, documents)
     if choice.backend == "triton":
         from hopescale.ops.self_modifying.triton.function import self_modifying_triton
 
         return self_modifying_triton(streams, state, spec, documents, products=products)
+    state = _laid_out(state, batch if documents is None else 1)
+    if choice.backend == "cpp" and not torch.is_grad_enabled():
+        return self_modifying_infer(streams, state, spec, position=position, documents=documents)
+    if choice.backend == "cpp":
+        return self_modifying_cpp(streams, state, spec, documents)
     if spec.is_sequential:
         how = {"recompute": recompute, "compiled": compiled}
         run = partial(self_modifying_chunked, spec=spec, position=position, **how)
@@ -98,12 +101,16 @@ def self_modifying(
     return run_side_by_side(run, streams, state, documents, spec.projection_chunk_size or spec.chunk_size)
 
 
-def _check(documents: Documents, state: Memories, batch: int, tokens: int, position: int) -> None:
+def _laid_out(state: Memories | Start, batch: int) -> Memories:
+    return Memories(state.expand(batch), None) if isinstance(state, Start) else state
+
+
+def _check(documents: Documents, state: Memories | Start, batch: int, tokens: int, position: int) -> None:
     if position:
         raise ValueError(f"documents are given, but those of the {position} tokens before are unknown")
     if documents.first.shape != (batch, tokens):
         raise ValueError(f"documents are of tokens {list(documents.first.shape)}, but there are {[batch, tokens]}")
-    if (found := state.memory.running.w_in.shape[0]) != 1:
+    if not isinstance(state, Start) and (found := state.memory.running.w_in.shape[0]) != 1:
         raise ValueError(f"documents begin with one state, but the state is for a batch of {found}")
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hopescale.ops.documents import Documents
 from hopescale.ops.limits import BLOCK
+from hopescale.ops.self_modifying.start import Start
 from hopescale.ops.self_modifying.types import (
     Memories,
     MemorySpec,
@@ -39,8 +40,8 @@ def pack(weights: Weights, spec: MemorySpec, *, share: bool) -> Tensor:
     return torch.cat([part.flatten(2) for part in (w_in, w_out_vector, w_out_gate) if part is not None], dim=2)
 
 
-def unpack(packed: Tensor, spec: MemorySpec, dim: int, *, share: bool) -> Weights:
-    """Undo `pack`, for heads of width `dim`."""
+def unpack(packed: Tensor, spec: MemorySpec, dim: int, *, share: bool, copy: bool) -> Weights:
+    """Undo `pack`, for heads of width `dim`; without `copy`, layers of MLP memories are views."""
     vectors, gates, hidden = len(spec.vector_memories), len(spec.gate_memories), spec.hidden
     if hidden is None:
         w_in = packed.unflatten(2, (dim, -1))
@@ -49,36 +50,44 @@ def unpack(packed: Tensor, spec: MemorySpec, dim: int, *, share: bool) -> Weight
         return Weights(torch.cat([w_in[..., : vectors * dim], narrow], dim=-1), None, None)
     sizes = [dim * hidden * (vectors + gates), hidden * dim * vectors, hidden * BLOCK * gates]
     w_in, w_out_vector, w_out_gate = packed.split(sizes, dim=2)
-    return Weights(
-        w_in.unflatten(2, (dim, -1)).contiguous(),
-        w_out_vector.unflatten(2, (vectors, hidden, -1)).contiguous() if vectors else None,
-        w_out_gate.unflatten(2, (gates, hidden, -1))[..., :1].contiguous() if gates else None,
+    parts = (
+        w_in.unflatten(2, (dim, -1)),
+        w_out_vector.unflatten(2, (vectors, hidden, -1)) if vectors else None,
+        w_out_gate.unflatten(2, (gates, hidden, -1))[..., :1] if gates else None,
     )
+    return Weights(*(part.contiguous() if copy and part is not None else part for part in parts))
 
 
 def run_packed(
     operation: Callable[..., tuple[Tensor | None, ...]],
     streams: Streams,
-    state: Memories,
+    state: Memories | Start,
     spec: MemorySpec,
     documents: Documents | None,
     *,
     share: bool,
+    copy: bool = True,
 ) -> SelfModifyingOutput:
     """Run memories over sequences that begin with a chunk by one operation. As `self_modifying`.
 
     Args:
-        operation: Function of a spec, documents, the streams, packed weights and their packed momentum. It returns
-            outputs, statistics, and packed weights, momentum and weights at the last boundary.
+        operation: Function of a spec, documents, the streams, packed weights and their packed momentum, or the learned
+            weights of a `Start`. It returns outputs, statistics, and packed weights, momentum and weights at the last
+            boundary.
         streams: Streams that are cut nowhere.
-        state: Memories before the first token; with documents those that each begins with, for a batch of one.
+        state: Memories before the first token, or what all sequences begin with where the operation takes it; with
+            documents those that each begins with, for a batch of one.
         spec: Memories, all in one bank.
         documents: Documents in the sequences; None takes each sequence for one.
         share: Whether gates share a block, as in `pack`.
+        copy: Whether the state returned has memory of its own.
     """
-    running, momentum, _ = state.memory
     inputs = (None if x is None else x.contiguous() for x in streams)
-    first = (None if x is None else pack(x, spec, share=share) for x in (running, momentum))
+    if isinstance(state, Start):
+        first = (each.contiguous() for each in state.tensors)
+    else:
+        first = (None if x is None else pack(x, spec, share=share) for x in state.memory[:2])
     y, stats, *last = operation(spec, documents, *inputs, *first)
-    after = MemoryState(*(None if x is None else unpack(x, spec, streams.k.shape[-1], share=share) for x in last))
+    how = {"share": share, "copy": copy}
+    after = MemoryState(*(None if x is None else unpack(x, spec, streams.k.shape[-1], **how) for x in last))
     return SelfModifyingOutput(y, stats, Memories(after, None))

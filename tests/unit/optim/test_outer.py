@@ -241,6 +241,19 @@ def test_float32_weights_are_their_own_masters():
     assert not any(name.endswith(".master") for name in optimizer.state_dict())
 
 
+def test_a_change_is_measured_in_the_copies_that_were_taken_before():
+    parameters = make_parameters(torch.bfloat16)
+    optimizer = make_optimizer(parameters, make_config())
+    names, before = list(parameters), optimizer.masters(list(parameters))
+    kept = [copy.clone() for copy in before]
+    feed(optimizer, {name: gradient(name, 1).bfloat16() for name in names})
+    optimizer.step(1, norm_of(optimizer, names))
+    differences = [old - new for old, new in zip(kept, optimizer.masters(names), strict=True)]
+    found = optimizer.change({"all": names}, {"all": before})["all"]
+    assert found == pytest.approx(torch.cat([each.flatten() for each in differences]).square().mean().sqrt().item())
+    assert found > 0 and all(map(torch.equal, before, differences))  # no third set of weights was made
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_state_restored_in_mid_period_continues_bit_for_bit(dtype: torch.dtype):
     config, cadences = make_config(), {"a": Cadence(4), "b": Cadence(2, 1)}

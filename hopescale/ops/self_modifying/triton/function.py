@@ -14,11 +14,13 @@ from hopescale.ops.backends import Products
 from hopescale.ops.documents import Documents
 from hopescale.ops.limits import KERNEL_KEEPS, KERNEL_PROGRAMS
 from hopescale.ops.self_modifying.packed import run_packed
+from hopescale.ops.self_modifying.start import Start
 from hopescale.ops.self_modifying.triton import scratch
 from hopescale.ops.self_modifying.triton.backward import self_modify_back_kernel
 from hopescale.ops.self_modifying.triton.forward import self_modify_kernel
 from hopescale.ops.self_modifying.triton.kernel_config import KernelConfig
 from hopescale.ops.self_modifying.triton.replay import replay_kernel
+from hopescale.ops.self_modifying.triton.start import pack_start, unpack_start
 from hopescale.ops.self_modifying.types import Memories, MemorySpec, SelfModifyingOutput, Streams
 
 
@@ -46,12 +48,16 @@ class _Places(NamedTuple):
     slots: int
 
     @classmethod
-    def of(cls, k: Tensor, documents: Documents | None, chunk_size: int) -> _Places:
+    def of(cls, k: Tensor, documents: Documents | None, chunk_size: int, learned: bool) -> _Places:
         batch, _, tokens, _ = k.shape
-        shared, documents = documents is not None, documents or Documents.whole(batch, tokens, k.device)
-        chunks, total = -(-max(documents.lengths) // chunk_size), batch * tokens
-        kept, slots = max(1, total // (KERNEL_KEEPS * chunk_size)), total // chunk_size + len(documents.lengths)
-        return cls(documents.offsets, shared, documents.last, tokens, chunk_size, chunks, kept, slots)
+        total = batch * tokens
+        if documents is None:
+            offsets, last, longest = torch.arange(0, total + 1, tokens, device=k.device), list(range(batch)), tokens
+        else:
+            offsets, last, longest = documents.offsets, documents.last, max(documents.lengths)
+        chunks, kept = -(-longest // chunk_size), max(1, total // (KERNEL_KEEPS * chunk_size))
+        slots, shared = total // chunk_size + len(offsets) - 1, learned or documents is not None
+        return cls(offsets, shared, last, tokens, chunk_size, chunks, kept, slots)
 
     @property
     def documents(self) -> int:
@@ -61,14 +67,19 @@ class _Places(NamedTuple):
         """Return the distance from a row's first state to the next row's."""
         return 0 if self.shared else heads
 
-    def place(self, x: Tensor | None) -> Tensor | None:
-        """Return what is given for each row `[B, ...]` at its last document, and zeros at all others `[N, ...]`."""
-        if x is None:
-            return None
-        placed = x.new_zeros(self.documents, *x.shape[1:])
-        for row, number in enumerate(self.last):
-            placed[number] = x[row]
-        return placed
+    def place(self, like: Tensor, *given: Tensor | None) -> list[Tensor]:
+        """Return what is given for each row, `[B, *like]`, at its last document, and zeros at all others `[N, *like]`.
+
+        None stands for zeros.
+        """
+        placed = like.new_zeros(len(given), self.documents, *like.shape)
+        for place, x in zip(placed, given, strict=True):
+            if x is not None and len(x) == self.documents:
+                place.copy_(x)
+            elif x is not None:
+                for row, number in enumerate(self.last):
+                    place[number] = x[row]
+        return list(placed)
 
 
 class _Space(NamedTuple):
@@ -144,25 +155,34 @@ def _replay(config: KernelConfig, places: _Places, streams: Streams, given: tupl
 class _SelfModify(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx, products: Products, spec: MemorySpec, documents: Documents | None, *tensors: Tensor | None
+        ctx: FunctionCtx,
+        products: Products,
+        learned: bool,
+        spec: MemorySpec,
+        documents: Documents | None,
+        *tensors: Tensor | None,
     ):
-        *streams, running, momentum = tensors
-        streams = Streams(*streams)
-        config, places = KernelConfig.of(streams, spec, products), _Places.of(streams.k, documents, spec.chunk_size)
-        results, kept = _forward(config, places, streams, running, momentum, True)
-        ctx.config, ctx.places = config, places._replace(offsets=None)
-        ctx.save_for_backward(places.offsets, *tensors, *kept)
+        config, places, streams, given = _opened(products, learned, spec, documents, tensors)
+        results, kept = _forward(config, places, streams, *given, True)
+        ctx.config, ctx.places, ctx.learned = config, places._replace(offsets=None), learned
+        ctx.save_for_backward(places.offsets, *given, *kept, *tensors)
         ctx.mark_non_differentiable(results[1])
+        ctx.set_materialize_grads(False)
         return results
 
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: FunctionCtx, d_y: Tensor, _: None, d_last: Tensor, d_last_momentum: Tensor | None, d_start: Tensor
+        ctx: FunctionCtx,
+        d_y: Tensor | None,
+        _: None,
+        d_last: Tensor | None,
+        d_last_momentum: Tensor | None,
+        d_start: Tensor | None,
     ):
         config: KernelConfig = ctx.config
-        offsets, *streams, running, momentum, kept, kept_momenta = ctx.saved_tensors
-        streams, places = Streams(*streams), ctx.places._replace(offsets=offsets)
+        offsets, running, momentum, kept, kept_momenta, *tensors = ctx.saved_tensors
+        streams, places = Streams(*tensors[: len(Streams._fields)]), ctx.places._replace(offsets=offsets)
         heads = streams.k.shape[1]
         programs = places.documents * heads
         states = _replay(config, places, streams, (running, momentum), (kept, kept_momenta))
@@ -170,23 +190,31 @@ class _SelfModify(torch.autograd.Function):
         again = kept.new_empty(programs if config.cut else 1, max(1, pieces - 1), config.size)
         space = _Space.of(config, min(programs, KERNEL_PROGRAMS), scratch.BACKWARD_MATRICES.value, running).scratch
         # The kernel changes these in place.
-        weights = [places.place(x) for x in (d_last, d_last_momentum, d_start)]
+        d_running, d_boundary, *d_momentum = places.place(
+            running[0], d_last, d_start, *([d_last_momentum] if config.momentum else [])
+        )
+        d_momentum = d_momentum[0] if config.momentum else None
         gradients = [None if x is None else torch.empty_like(x) for x in streams]
-        tensors = (*streams, *states, again, None if momentum is None else torch.empty_like(again), d_y.contiguous())
+        d_y = torch.zeros_like(streams.q) if d_y is None else d_y.contiguous()
+        given = (*streams, *states, again, None if momentum is None else torch.empty_like(again), d_y)
+        given += (d_running, d_momentum, d_boundary, *gradients)
         sizes = (heads, places.tokens, places.chunk_size, places.slots, config.size, space.shape[1])
 
         def call(run, begin: int) -> None:
-            run(*tensors, *weights, *gradients, space, places.offsets, begin, *sizes)
+            run(*given, space, places.offsets, begin, *sizes)
 
         _launch(self_modify_back_kernel, config, running, programs, 1, call)
+        nothing = (None,) * 4
+        if ctx.learned:
+            return *nothing, *gradients, *unpack_start(config, tensors[len(streams) :], d_running)
         if places.shared:
-            weights = [None if x is None else x.sum(0, keepdim=True) for x in weights]
-        return None, None, None, *gradients, *weights[:2]
+            d_running, d_momentum = (None if x is None else x.sum(0, keepdim=True) for x in (d_running, d_momentum))
+        return *nothing, *gradients, d_running, d_momentum
 
 
 def self_modifying_triton(
     streams: Streams,
-    state: Memories,
+    state: Memories | Start,
     spec: MemorySpec,
     documents: Documents | None = None,
     *,
@@ -196,14 +224,28 @@ def self_modifying_triton(
 
     Differentiable once in all tensors, through all outputs but the statistics. Without gradients nothing is kept.
     """
-    run = _SelfModify.apply if torch.is_grad_enabled() else _without_gradients
-    return run_packed(partial(run, products), streams, state, spec, documents, share=False)
+    grad = torch.is_grad_enabled()
+    run = partial(_SelfModify.apply if grad else _without_gradients, products, isinstance(state, Start))
+    # A state that is dropped after the pass, as in training, needs no memory of its own.
+    return run_packed(run, streams, state, spec, documents, share=False, copy=not grad)
+
+
+def _opened(
+    products: Products,
+    learned: bool,
+    spec: MemorySpec,
+    documents: Documents | None,
+    tensors: tuple[Tensor | None, ...],
+) -> tuple[KernelConfig, _Places, Streams, tuple[Tensor, Tensor | None]]:
+    """Plan a call; return the streams too, and packed weights and momentum, packed here if the rest are `learned`."""
+    streams, rest = Streams(*tensors[: len(Streams._fields)]), tensors[len(Streams._fields) :]
+    config = KernelConfig.of(streams, spec, products)
+    places = _Places.of(streams.k, documents, spec.chunk_size, learned)
+    return config, places, streams, pack_start(config, rest) if learned else rest
 
 
 def _without_gradients(
-    products: Products, spec: MemorySpec, documents: Documents | None, *tensors: Tensor | None
+    products: Products, learned: bool, spec: MemorySpec, documents: Documents | None, *tensors: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    *streams, running, momentum = tensors
-    streams = Streams(*streams)
-    config, places = KernelConfig.of(streams, spec, products), _Places.of(streams.k, documents, spec.chunk_size)
-    return _forward(config, places, streams, running, momentum, False)[0]
+    config, places, streams, given = _opened(products, learned, spec, documents, tensors)
+    return _forward(config, places, streams, *given, False)[0]
