@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -98,5 +99,7 @@ def progress_bar(verb: str, total: int | None = None, *, unit: str | None = None
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    # Lines of a standard output that goes elsewhere would be shown above the bar, and be lost there.
+    options = {"redirect_stdout": sys.stdout.isatty(), "disable": not console.is_terminal}
+    with Progress(*columns, console=console, transient=True, **options) as progress:
         yield Bar(progress, progress.add_task(verb, total=total), verb)
