@@ -67,6 +67,12 @@ class Bar:
             self._progress.reset(self._task, total=total)
         self._progress.update(self._task, completed=done)
 
+    def show_part(self, verb: str, done: int, total: int) -> None:
+        """Show how much of a part is done; another verb is the next part."""
+        if verb != self._verb:
+            self.begin(verb, total)
+        self.show(done, total)
+
     def note(self, text: str) -> None:
         """Write a text behind the verb."""
         self._progress.update(self._task, description=f"{self._verb} {text}")
