@@ -149,7 +149,7 @@ def _compare_greedy(
         context = torch.cat([prompt, torch.tensor([tokens[:place]], dtype=prompt.dtype)], dim=1)
         # Without a mask, transformers takes end-of-text tokens of the prompt for padding.
         mask = torch.ones_like(context)
-        counted = _Counted(progress, GREEDY + place)
+        counted = _TokenListener(progress, GREEDY + place)
         output = theirs.generate(
             context, attention_mask=mask, max_new_tokens=GREEDY - place, streamer=counted, **options
         )
@@ -172,7 +172,7 @@ def _compare_greedy(
     return f"{GREEDY - ties} of {GREEDY} tokens equal, {ties} where two are equally likely but for rounding"
 
 
-class _Counted(BaseStreamer):
+class _TokenListener(BaseStreamer):
     """Tells of tokens as transformers generates them, the first of which is the prompt."""
 
     def __init__(self, progress: Progress, done: int):
