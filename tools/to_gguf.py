@@ -18,35 +18,59 @@ from typing import Any
 
 _TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _WORDS, _SHORT = r"[^\r\n\p{L}\p{N}]?\p{L}+", r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|"
+LLAMA3 = "llama-bpe"
+"""The name under which llama.cpp looks a whole word up before it merges; under the others it merges at once."""
 PATTERNS = {
     rf"{_WORDS}|\p{{N}}{_TAIL}": "ufakzeka",
     rf"{_SHORT}{_WORDS}|\p{{N}}{_TAIL}": "qwen2",
-    rf"{_SHORT}{_WORDS}|\p{{N}}{{1,3}}{_TAIL}": "llama-bpe",
+    rf"{_SHORT}{_WORDS}|\p{{N}}{{1,3}}{_TAIL}": LLAMA3,
 }
 """Patterns of words, and llama.cpp's names for them; the first is that of `data tokenizer --kind byte-bpe`."""
 GPT2 = "gpt-2"
 """The name of the pattern that the step `ByteLevel` brings along."""
+OTHER_PATTERN = "it cuts text into words in another way"
 
 
 def name_of_pattern(tokenizer: dict[str, Any]) -> str | None:
     """Return llama.cpp's name for how a `tokenizer.json` cuts text into words; None if it is another pattern."""
-    first = tokenizer.get("pre_tokenizer") or {}
-    steps = first.get("pretokenizers", [first])
+    steps = _steps(tokenizer.get("pre_tokenizer"), "pretokenizers")
     match [step.get("type") for step in steps]:
-        case ["ByteLevel"] if steps[0].get("use_regex", True) and not steps[0].get("add_prefix_space"):
+        case ["ByteLevel"] if steps[0].get("use_regex", True):
             return GPT2
         case ["Split", "ByteLevel"] if not steps[1].get("use_regex", True) and steps[0].get("behavior") == "Isolated":
-            return PATTERNS.get(steps[0]["pattern"].get("Regex"))
+            return None if steps[0].get("invert") else PATTERNS.get(steps[0].get("pattern", {}).get("Regex"))
         case _:
             return None
 
 
-def known_name(known: Callable[[Any, Any], str], model: Any, tokenizer: Any) -> str:
+def reason_against(tokenizer: dict[str, Any], name: str) -> str | None:
+    """Say what llama.cpp would do otherwise than a `tokenizer.json` under the name of its pattern; None if nothing."""
+    model = tokenizer.get("model") or {}
+    forms = [step.get("type") for step in _steps(tokenizer.get("normalizer"), "normalizers")]
+    spaces = [step.get("add_prefix_space", True) for step in _steps(tokenizer.get("pre_tokenizer"), "pretokenizers")]
+    if (kind := model.get("type", "BPE")) != "BPE":
+        return f"its model is {kind}, not BPE"
+    if forms not in ([], ["NFC"]):
+        return f"its normalizer is {' and '.join(map(str, forms))}, not NFC or none"
+    if spaces[-1]:
+        return "it puts a space before a text (add_prefix_space)"
+    if model.get("ignore_merges", False) != (name == LLAMA3):
+        other = "looks a whole word up before it merges" if name == LLAMA3 else "merges at once"
+        return f"its ignore_merges is {model.get('ignore_merges', False)}, where llama.cpp's {name} {other}"
+    return None
+
+
+def _steps(part: dict[str, Any] | None, inner: str) -> list[dict[str, Any]]:
+    """Return the steps of a part of a `tokenizer.json`, which is null, a step, or a sequence of them."""
+    return [] if part is None else part.get(inner, [part])
+
+
+def known_name(known: Callable[[Any, Any], str], reason: str, model: Any, tokenizer: Any) -> str:
     """Ask the converter for the name, by ids without the end of text that our exports put before a text."""
     try:
         return known(model, SimpleNamespace(encode=partial(tokenizer.encode, add_special_tokens=False)))
     except NotImplementedError:
-        sys.exit("llama.cpp has no name for how this tokenizer.json cuts text into words, so no GGUF gives its ids")
+        sys.exit(f"llama.cpp has no name for this tokenizer.json, so no GGUF gives its ids: {reason}")
 
 
 def main() -> None:
@@ -63,9 +87,13 @@ def main() -> None:
     text_model = getattr(converter, "TextModel", None) or import_module("conversion.base").TextModel
     file = folder / "tokenizer.json"
     if file.exists():
-        name = name_of_pattern(json.loads(file.read_text(encoding="utf-8")))
-        known = text_model.get_vocab_base_pre
-        text_model.get_vocab_base_pre = lambda self, tokenizer: name or known_name(known, self, tokenizer)
+        tree = json.loads(file.read_text(encoding="utf-8"))
+        name = name_of_pattern(tree)
+        if reason := OTHER_PATTERN if name is None else reason_against(tree, name):
+            asked = partial(known_name, text_model.get_vocab_base_pre, reason)
+            text_model.get_vocab_base_pre = lambda self, tokenizer: asked(self, tokenizer)
+        else:
+            text_model.get_vocab_base_pre = lambda self, tokenizer: name
     sys.argv = ["convert_hf_to_gguf.py", *sys.argv[2:]]
     converter.main()
 

@@ -23,6 +23,7 @@ from hopescale.checkpoint.manifest import (
     MANIFEST,
     POINTER,
     FileEntry,
+    Listener,
     Manifest,
     TensorEntry,
     checkpoint_folders,
@@ -174,7 +175,15 @@ class CheckpointManager:
         """Say whether the state after `step` steps is to be saved whatever it is, as `keep_at` names the step."""
         return step in self.config.keep_at
 
-    def save(self, step: int, state: Mapping[str, Any], manifest: Manifest, *, blocking: bool = False) -> None:
+    def save(
+        self,
+        step: int,
+        state: Mapping[str, Any],
+        manifest: Manifest,
+        *,
+        blocking: bool = False,
+        on_written: Listener = lambda num_bytes: None,
+    ) -> None:
         """Save a state, waiting first for the save in flight.
 
         Args:
@@ -182,6 +191,7 @@ class CheckpointManager:
             state: Tensors, flat or nested in dicts. For a save in the background they are copied before this returns.
             manifest: Manifest whose `progress` (with the same `step`), `config` and `identity` are kept.
             blocking: Whether to return only when the checkpoint is complete, whatever the config says.
+            on_written: Listener for the bytes that this rank writes.
 
         Raises:
             CheckpointError: If this save (or the one before it, when that ran in the background) failed.
@@ -191,7 +201,7 @@ class CheckpointManager:
         blocking = blocking or not self.config.async_save
         tensors = flatten(state)
         folder = self.folder / folder_name(step)
-        writer = Writer(self.folder / f"{TEMPORARY}{folder.name}", partial(self._commit, folder, manifest))
+        writer = Writer(self.folder / f"{TEMPORARY}{folder.name}", partial(self._commit, folder, manifest), on_written)
         num_bytes = sum(tensor.nbytes for tensor in tensors.values())
         self._flight = _Flight(folder, num_bytes, self._start(writer, tensors, blocking))
         if blocking:

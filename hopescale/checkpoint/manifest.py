@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,11 @@ MANIFEST = "manifest.json"
 EXPORT = "hopescale.json"
 """The manifest of an export: where it comes from, and size and SHA-256 of each file."""
 POINTER = "latest"
+Listener = Callable[[int], None]
+"""Who hears of bytes that were read or written since its last call."""
 _NAME = re.compile(r"step-(\d{8,})")
+_PART = 2**20
+"""Bytes of a file that are read at a time."""
 
 
 @dataclass(frozen=True)
@@ -97,11 +101,14 @@ def read_pointer(root: Path) -> Path | None:
     return root / name if _NAME.fullmatch(name) else None
 
 
-def describe_file(path: Path) -> FileEntry:
-    """Read a file once and return its size and SHA-256."""
+def describe_file(path: Path, on_read: Listener = lambda num_bytes: None) -> FileEntry:
+    """Read a file once and return its size and SHA-256; a listener hears of the bytes of each part."""
+    digest = hashlib.sha256()
     with path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        return FileEntry(os.fstat(stream.fileno()).st_size, digest)
+        while part := stream.read(_PART):
+            digest.update(part)
+            on_read(len(part))
+        return FileEntry(os.fstat(stream.fileno()).st_size, digest.hexdigest())
 
 
 def to_json(manifest: Manifest) -> str:
@@ -145,21 +152,24 @@ def _from_json(body: Any, path: Path) -> Manifest:
     return Manifest(**body, tensors=tensors, files=files)
 
 
-def file_problems(folder: Path, files: Mapping[str, FileEntry], *, digests: bool) -> list[str]:
+def file_problems(
+    folder: Path, files: Mapping[str, FileEntry], *, digests: bool, on_read: Listener = lambda num_bytes: None
+) -> list[str]:
     """Compare files with what the manifest says about them: sizes, and with `digests` also every byte.
 
     Returns:
         One line per missing, truncated or changed file; empty when all is well.
     """
-    return [text for name, entry in files.items() if (text := _file_problem(folder / name, entry, digests))]
+    found = (_file_problem(folder / name, entry, digests, on_read) for name, entry in files.items())
+    return [problem for problem in found if problem]
 
 
-def _file_problem(path: Path, entry: FileEntry, digests: bool) -> str | None:
+def _file_problem(path: Path, entry: FileEntry, digests: bool, on_read: Listener) -> str | None:
     try:
         size = path.stat().st_size
         if size != entry.bytes:
             return f"{path.name} has {size} bytes, the manifest says {entry.bytes}"
-        if digests and describe_file(path).sha256 != entry.sha256:
+        if digests and describe_file(path, on_read).sha256 != entry.sha256:
             return f"{path.name} has other content than the manifest's SHA-256 says"
     except FileNotFoundError:
         return f"{path.name} is missing"

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from hopescale.checkpoint.manifest import FileEntry, TensorEntry, describe_file
+from hopescale.checkpoint.manifest import FileEntry, Listener, TensorEntry, describe_file
 
 
 def flatten(state: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]:
@@ -53,15 +53,17 @@ def ignore_single_process_warning() -> None:
 
 
 class _DigestingStream:
-    """A file open for writing that digests what passes through."""
+    """A file open for writing that digests what passes through, and tells a listener of it."""
 
-    def __init__(self, stream: BinaryIO):
-        self._stream = stream
+    def __init__(self, stream: BinaryIO, on_written: Listener):
+        self._stream, self._on_written = stream, on_written
         self.sha256 = hashlib.sha256()
 
     def write(self, data: bytes | memoryview) -> int:
         self.sha256.update(data)
-        return self._stream.write(data)
+        written = self._stream.write(data)
+        self._on_written(written)
+        return written
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -70,13 +72,14 @@ class _DigestingStream:
 class _DigestingFileSystem(FileSystem):
     """DCP's file system, remembering size and SHA-256 of each file it wrote."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_written: Listener) -> None:
+        self._on_written = on_written
         self.written: dict[str, FileEntry] = {}
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[_DigestingStream]:
         with super().create_stream(path, mode) as raw:
-            stream = _DigestingStream(raw)
+            stream = _DigestingStream(raw, self._on_written)
             yield stream
         size = os.stat(path).st_size
         self.written[Path(path).name] = FileEntry(size, stream.sha256.hexdigest())
@@ -95,9 +98,14 @@ class Writer(dcp.FileSystemWriter):
     DCP reports an exception raised on any rank, in writing or in the commit, on every rank.
     """
 
-    def __init__(self, folder: Path, commit: Callable[[dict[str, TensorEntry], dict[str, FileEntry]], None]):
+    def __init__(
+        self,
+        folder: Path,
+        commit: Callable[[dict[str, TensorEntry], dict[str, FileEntry]], None],
+        on_written: Listener = lambda num_bytes: None,
+    ):
         super().__init__(folder, single_file_per_rank=True, sync_files=True)
-        self.fs = _DigestingFileSystem()
+        self.fs = _DigestingFileSystem(on_written)
         self._commit = commit
 
     def stage(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

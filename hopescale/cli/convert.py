@@ -70,14 +70,14 @@ def from_hf(
     if as_ is None:
         from hopescale.convert.hf import restore_export
 
-        with progress_bar("reading and writing"):
-            made = restore_export(folder, out)
+        with progress_bar("reading") as bar:
+            made = restore_export(folder, out, bar.show_part)
         typer.echo(f"{made}: weights alone; train on with --reset-optimizer")
     else:
         from hopescale.convert.stacking import stack
 
-        with progress_bar("reading and writing"):
-            made = stack(folder, out, periods, stacking or "copy", precision, typer.echo)
+        with progress_bar("reading") as bar:
+            made = stack(folder, out, periods, stacking or "copy", precision, typer.echo, bar.show_part)
         typer.echo(f"{made}: begin a run with it: hopescale train {out / 'config.yaml'} --init {out} ...")
     if verify:
         verify_(folder, out)
@@ -124,8 +124,8 @@ def verify_(folder: HfFolder, checkpoint: Checkpoint, levels: Levels = None) -> 
     _require_extra()
     from hopescale.convert.verify import verify_folder
 
-    with progress_bar("comparing"):
-        compared = verify_folder(folder, checkpoint, levels)
+    with progress_bar("loading", unit="tokens") as bar:
+        compared = verify_folder(folder, checkpoint, levels, bar.show_part)
     for line in compared.lines():
         typer.echo(line)
 

@@ -13,7 +13,7 @@ import typer
 
 from hopescale.cli.options import Levels
 from hopescale.common.disk import staged_folder
-from hopescale.common.errors import CheckpointError, ConfigError
+from hopescale.common.errors import CheckpointError, ConfigError, DataError
 
 
 def generate(
@@ -60,7 +60,7 @@ def generate(
             put_levels(levels, loaded)
         model, tokenizer = loaded.model, loaded.tokenizer
         reading = load_state and read_state(load_state, loaded)
-        text = sys.stdin.read() if prompt == "-" else prompt
+        text = _standard_input() if prompt == "-" else prompt
         ids = encode_prompt(text, tokenizer, loaded.config.model.vocab_size, goes_on=reading is not None)
         if ids:
             reading = prefill(model, torch.tensor([ids], device=place), reading and reading.state)
@@ -85,3 +85,17 @@ def generate(
             if steps:
                 reading = prefill(model, steps[-1].token[:, None], steps[-1].state)
             write_state(reading, loaded, folder)
+
+
+def _standard_input() -> str:
+    """Read all of standard input as it is, line ends included.
+
+    Raises:
+        DataError: If it is not UTF-8.
+    """
+    content = sys.stdin.buffer.read()
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        message = f"standard input is not UTF-8 text (byte {content[error.start]:#x} at offset {error.start})"
+        raise DataError(message, "convert it first, as with iconv") from None

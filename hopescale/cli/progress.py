@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -66,6 +67,12 @@ class Bar:
             self._progress.reset(self._task, total=total)
         self._progress.update(self._task, completed=done)
 
+    def show_part(self, verb: str, done: int, total: int) -> None:
+        """Show how much of a part is done; another verb is the next part."""
+        if verb != self._verb:
+            self.begin(verb, total)
+        self.show(done, total)
+
     def note(self, text: str) -> None:
         """Write a text behind the verb."""
         self._progress.update(self._task, description=f"{self._verb} {text}")
@@ -98,5 +105,7 @@ def progress_bar(verb: str, total: int | None = None, *, unit: str | None = None
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    # Lines of a standard output that goes elsewhere would be shown above the bar, and be lost there.
+    options = {"redirect_stdout": sys.stdout.isatty(), "disable": not console.is_terminal}
+    with Progress(*columns, console=console, transient=True, **options) as progress:
         yield Bar(progress, progress.add_task(verb, total=total), verb)

@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import os
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from hopescale.cli.eval import load
 from hopescale.cli.options import Levels, require_packages
-from hopescale.common.errors import LaunchError
-
-if TYPE_CHECKING:
-    from uvicorn import Server as WebServer
 
 
 def serve(
@@ -37,44 +30,30 @@ def serve(
     max_contexts: Annotated[int, typer.Option(min=1, help="Most named contexts in memory.")] = 64,
     max_prompt_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a prompt or context.")] = 131_072,
     max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 4096,
+    grace: Annotated[
+        int, typer.Option(min=0, metavar="SECONDS", help="Time for answers that are being written, after a signal.")
+    ] = 60,
 ) -> None:
     """Answer OpenAI's completions over HTTP; a context is read once and asked any number of times.
 
-    Ctrl-C and SIGTERM end it with exit code 0, after the answers that are being written; a second Ctrl-C cuts them off.
+    Ctrl-C, SIGTERM and SIGHUP end it with exit code 0, after the answers that are being written, for which there are
+    --grace seconds; a second signal cuts them off.
     """
     require_packages("a server needs", "serve", "fastapi", "uvicorn")
     # Threads that spin while they wait for one another lose to any other process of the machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    import uvicorn
-
     from hopescale.parallel.device import choose_device
     from hopescale.serve.app import Limits, Server, make_app
     from hopescale.serve.batcher import Batcher
     from hopescale.serve.contexts import Contexts
+    from hopescale.serve.web import WebServer
 
     loaded = load(checkpoint, choose_device(device, "--device"), levels)
     kept = Contexts(loaded, contexts, most=max_contexts)
     with Batcher(loaded.model, most=max_requests) as batcher:
         server = Server(loaded, name or loaded.config.name, batcher, kept, Limits(max_prompt_tokens, max_tokens))
-        settings = uvicorn.Config(make_app(server), host=host, port=port, log_level="warning", access_log=False)
-        try:
-            socket = settings.bind_socket()
-        except SystemExit:  # it has logged why
-            raise LaunchError(f"cannot listen at {host}:{port}", "choose another --port") from None
-        socket.listen(settings.backlog)  # whoever reads the line may connect
-        web = uvicorn.Server(settings)
-        with _ended_by_signals(web):
-            typer.echo(f"{server.name} at http://{host}:{socket.getsockname()[1]}/v1, named contexts at /contexts/NAME")
-            web.run(sockets=[socket])
+        web = WebServer(make_app(server), host, port, grace)
+        address = f"[{host}]" if ":" in host else host
+        typer.echo(f"{server.name} at http://{address}:{web.port}/v1, named contexts at /contexts/NAME")
+        web.answer()
         typer.echo(f"{server.name} is served no more")
-
-
-@contextmanager
-def _ended_by_signals(web: WebServer) -> Iterator[None]:
-    """Let SIGINT and SIGTERM end a server and no more: after its end uvicorn raises the one that ended it anew."""
-    before = {number: signal.signal(number, web.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -53,6 +53,8 @@ _TYPES |= {"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8"}
 CODE = Path(__file__).with_name("hf_model")
 
 Report = Callable[[str], None]
+Progress = Callable[[str, int, int], None]
+"""Who hears what is done now, how many bytes of it are done, and how many there are."""
 
 
 def export(
@@ -203,17 +205,33 @@ def _write_json(path: Path, body: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")
 
 
-def restore_export(folder: Path, out: Path) -> Path:
+def unheard(verb: str, done: int, total: int) -> None:
+    """Take progress that nobody wants to hear of."""
+
+
+class _Told:
+    """A listener for bytes that tells of their sum."""
+
+    def __init__(self, told: Progress, verb: str, total: int):
+        self._told, self._verb, self._done, self._total = told, verb, 0, total
+
+    def __call__(self, num_bytes: int) -> None:
+        self._done += num_bytes
+        self._told(self._verb, min(self._done, self._total), self._total)
+
+
+def restore_export(folder: Path, out: Path, progress: Progress = unheard) -> Path:
     """Undo `export`: write the weights of a folder it has made as the one checkpoint of a run folder, and return it.
 
     Raises:
         CheckpointError: If a file is missing or changed, or `out` exists or cannot be written.
     """
-    manifest = read_export(folder)
-    return write_checkpoint(out, dict(SafetensorsFolder(folder)), manifest, tokenizer=Tokenizer.find(folder))
+    manifest = read_export(folder, progress)
+    weights, tokenizer = dict(SafetensorsFolder(folder)), Tokenizer.find(folder)
+    return write_checkpoint(out, weights, manifest, tokenizer=tokenizer, progress=progress)
 
 
-def read_export(folder: Path) -> Manifest:
+def read_export(folder: Path, progress: Progress = unheard) -> Manifest:
     """Read the manifest of an export, after comparing every byte of it.
 
     Raises:
@@ -223,18 +241,19 @@ def read_export(folder: Path) -> Manifest:
         hint = "to begin from a trained model, say what it becomes: convert from-hf --as hope-attention --levels ..."
         raise CheckpointError(f"{folder} was not written by `convert to-hf`: it holds no {EXPORT}", hint)
     manifest = read_manifest(folder, EXPORT)
-    check_files(folder, manifest)
+    check_files(folder, manifest, progress=progress)
     return manifest
 
 
-def check_files(folder: Path, manifest: Manifest, suffix: str = "") -> None:
+def check_files(folder: Path, manifest: Manifest, suffix: str = "", *, progress: Progress = unheard) -> None:
     """Compare every byte of the files of an export, or of those with a suffix, with its manifest.
 
     Raises:
         CheckpointError: If a file is missing, truncated or changed; all of them are named.
     """
     chosen = {name: entry for name, entry in manifest.files.items() if name.endswith(suffix)}
-    if problems := file_problems(folder, chosen, digests=True):
+    told = _Told(progress, "checking", sum(entry.bytes for entry in chosen.values()))
+    if problems := file_problems(folder, chosen, digests=True, on_read=told):
         raise damaged(folder, problems)
 
 
@@ -254,7 +273,12 @@ def load_export(folder: Path, device: torch.device) -> LoadedModel:
 
 
 def write_checkpoint(
-    out: Path, weights: Mapping[str, Tensor], manifest: Manifest, *, tokenizer: Tokenizer | None
+    out: Path,
+    weights: Mapping[str, Tensor],
+    manifest: Manifest,
+    *,
+    tokenizer: Tokenizer | None,
+    progress: Progress = unheard,
 ) -> Path:
     """Write the weights of a whole model as the one checkpoint of a new run folder, with its tokenizer.
 
@@ -268,7 +292,8 @@ def write_checkpoint(
     with staged_folder(out, CheckpointError) as folder:
         files = [] if tokenizer is None else tokenizer.copy_to(folder)
         checkpoints = CheckpointManager(folder / "checkpoints", config.checkpoint, tokenizer=files)
-        checkpoints.save(manifest.step, {"model": dict(weights)}, manifest, blocking=True)
+        told = _Told(progress, "writing", sum(weight.nbytes for weight in weights.values()))
+        checkpoints.save(manifest.step, {"model": dict(weights)}, manifest, blocking=True, on_written=told)
         (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     return find_checkpoint(out)
 

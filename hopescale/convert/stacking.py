@@ -21,7 +21,7 @@ from hopescale.config.check import check
 from hopescale.config.load import from_dict, to_dict
 from hopescale.config.model_shape import by_period, levels_of_block
 from hopescale.config.schema import ModelConfig, RunConfig
-from hopescale.convert.hf import SafetensorsFolder, weight_entries, write_checkpoint
+from hopescale.convert.hf import Progress, SafetensorsFolder, num_bytes, unheard, weight_entries, write_checkpoint
 from hopescale.convert.mapping import join, pairs, read_settings
 from hopescale.data.tokenizer import Tokenizer
 
@@ -39,6 +39,7 @@ def stack(
     stacking: Stacking,
     precision: str | None,
     report: Callable[[str], None] = lambda line: None,
+    progress: Progress = unheard,
 ) -> Path:
     """Write the checkpoint, at step 0, of a model whose levels are made of a pre-trained model's MLPs.
 
@@ -49,6 +50,7 @@ def stack(
         stacking: Key of `PLACEMENTS`.
         precision: Precision as in `train.precision`; None is bf16 for a source in bfloat16, else fp32.
         report: Listener for a line about the tokenizer.
+        progress: Listener for what is done of it.
 
     Raises:
         ConfigError: If the levels do not make a model.
@@ -64,10 +66,11 @@ def stack(
         "levels": {n: {"d_ff": theirs["intermediate_size"], "update_every_steps": p} for n, p in levels.items()},
     }
     config = _config(folder, settings, precision)
-    weights = _stacked(source, config, folder)
+    weights = _stacked(source, config, folder, progress)
     tree = to_dict(config)
     manifest = Manifest({"step": 0, "tokens_seen": 0}, tree, {"model": fingerprint(tree["model"])})
-    return write_checkpoint(out, weights, manifest, tokenizer=_tokenizer(folder, config.model, report))
+    tokenizer = _tokenizer(folder, config.model, report)
+    return write_checkpoint(out, weights, manifest, tokenizer=tokenizer, progress=progress)
 
 
 def read_source(folder: Path) -> dict[str, Any]:
@@ -105,10 +108,13 @@ def _config(folder: Path, model: Mapping[str, Any], precision: str) -> RunConfig
     return config
 
 
-def _stacked(source: SafetensorsFolder, config: RunConfig, folder: Path) -> dict[str, Tensor]:
+def _stacked(source: SafetensorsFolder, config: RunConfig, folder: Path, progress: Progress) -> dict[str, Tensor]:
     """Return all weights: each of the source's in its place, and in the levels beside it copies that add nothing."""
-    model, types = config.model, {name: getattr(torch, entry.dtype) for name, entry in weight_entries(config).items()}
-    used, weights = set(), {}
+    model, entries, used, weights, done = config.model, weight_entries(config), set(), {}, 0
+    types, total = (
+        {n: getattr(torch, entry.dtype) for n, entry in entries.items()},
+        sum(map(num_bytes, entries.values())),
+    )
     for pair in pairs(model, lambda block: [*levels_of_block(model, block)][-1]):
         if missing := [name for name in pair.theirs if name not in source]:
             raise CheckpointError(f"{folder} does not hold {missing[0]}, which its config asks for")
@@ -117,6 +123,7 @@ def _stacked(source: SafetensorsFolder, config: RunConfig, folder: Path) -> dict
             raise CheckpointError(message, "take the model's unquantised weights")
         used |= {*pair.theirs}
         weights[pair.ours] = join(pair, [source[name] for name in pair.theirs], model).to(types[pair.ours])
+        progress("reading", done := done + weights[pair.ours].nbytes, total)
     ignored = {name for name in source if name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq")}
     if surplus := sorted(source.keys() - used - ignored):
         raise CheckpointError(f"{folder} holds {surplus[0]}, which hopescale's model has no place for")
@@ -129,6 +136,7 @@ def _stacked(source: SafetensorsFolder, config: RunConfig, folder: Path) -> dict
         level = next(level for level in faster if f".levels.{level}." in name)
         original = weights[name.replace(f".levels.{level}.", f".levels.{slowest}.")]
         weights[name] = torch.zeros_like(original) if name.endswith("down.weight") else original.clone()
+        progress("reading", done := done + original.nbytes, total)
     return {name: weights[name] for name in types}
 
 

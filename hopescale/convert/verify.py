@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
+from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
 from hopescale.checkpoint.load import first_line
 from hopescale.checkpoint.manifest import EXPORT, read_manifest
 from hopescale.common.errors import CheckpointError, HopescaleError
 from hopescale.config.schema import RunConfig
-from hopescale.convert.hf import check_files
+from hopescale.convert.hf import Progress, check_files, unheard
 from hopescale.convert.mapping import layer_names
 from hopescale.convert.stacking import read_source, require_config
 from hopescale.data.loader import open_data
@@ -54,11 +55,12 @@ class Verified:
         ]
 
 
-def verify_folder(folder: Path, checkpoint: Path, levels: Path | None = None) -> Verified:
+def verify_folder(folder: Path, checkpoint: Path, levels: Path | None = None, progress: Progress = unheard) -> Verified:
     """Compare a folder of transformers, an export or the source of a stacked model, with a checkpoint.
 
     Both models are held in memory; an export in the checkpoint's precision, any other folder in float32. The weights of
     an export are compared with their SHA-256 first. `levels` are put in the place of the checkpoint's.
+    `progress` hears of the tokens that both models generate.
 
     Raises:
         CheckpointError: If the folder is damaged or cannot be loaded, or its answers differ; names the first layer that
@@ -73,11 +75,11 @@ def verify_folder(folder: Path, checkpoint: Path, levels: Path | None = None) ->
     if (folder / EXPORT).exists():
         dtype = DTYPES[precision]
         theirs = load_transformers(folder, dtype, trust_remote_code=True)
-        return compare(loaded, theirs, LIMITS[precision], str(folder))
+        return compare(loaded, theirs, LIMITS[precision], str(folder), progress)
     # Families round in other places than we do: what is compared is the function, on the weights that both hold.
     theirs, _ = load_transformers(folder, torch.float32, trust_remote_code=False), loaded.model.float()
     rounded = precision == "bf16" and read_source(folder).get("dtype") != "bfloat16"
-    return compare(loaded, theirs, LIMITS["bf16" if rounded else "fp32"], str(folder))
+    return compare(loaded, theirs, LIMITS["bf16" if rounded else "fp32"], str(folder), progress)
 
 
 def load_transformers(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool) -> nn.Module:
@@ -104,7 +106,9 @@ def load_transformers(folder: Path, dtype: torch.dtype, *, trust_remote_code: bo
 
 
 @torch.no_grad()
-def compare(loaded: LoadedModel, theirs: nn.Module, limit: float, origin: str) -> Verified:
+def compare(
+    loaded: LoadedModel, theirs: nn.Module, limit: float, origin: str, progress: Progress = unheard
+) -> Verified:
     """Compare a model of transformers with a checkpoint's; messages call its folder `origin`.
 
     Raises:
@@ -122,11 +126,13 @@ def compare(loaded: LoadedModel, theirs: nn.Module, limit: float, origin: str) -
         layer = _first_difference(ours, theirs, tokens, limit)
         message = f"{origin} does not answer as {loaded.folder} does: logits differ by {difference:.2e}, "
         raise CheckpointError(f"{message}the limit is {limit:g}; the first layer to differ is {layer}")
-    greedy = _compare_greedy(loaded, theirs, tokens[:1, :PROMPT], limit, origin)
+    greedy = _compare_greedy(loaded, theirs, tokens[:1, :PROMPT], limit, origin, progress)
     return Verified(text, tokens.numel(), difference, limit, greedy)
 
 
-def _compare_greedy(loaded: LoadedModel, theirs: nn.Module, prompt: Tensor, limit: float, origin: str) -> str:
+def _compare_greedy(
+    loaded: LoadedModel, theirs: nn.Module, prompt: Tensor, limit: float, origin: str, progress: Progress
+) -> str:
     """Generate from a prompt with both, and compare the logits of every token and the token that each takes.
 
     Logits that differ by `d` can order two tokens otherwise if these are less than `2 d` apart: there both go on with
@@ -135,7 +141,7 @@ def _compare_greedy(loaded: LoadedModel, theirs: nn.Module, prompt: Tensor, limi
     Raises:
         CheckpointError: If logits differ, or tokens that are further apart.
     """
-    tokens, expected = _greedy(loaded, prompt)
+    tokens, expected = _greedy(loaded, prompt, progress)
     theirs.generation_config.eos_token_id = None
     options = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     place, ties = 0, 0
@@ -143,7 +149,10 @@ def _compare_greedy(loaded: LoadedModel, theirs: nn.Module, prompt: Tensor, limi
         context = torch.cat([prompt, torch.tensor([tokens[:place]], dtype=prompt.dtype)], dim=1)
         # Without a mask, transformers takes end-of-text tokens of the prompt for padding.
         mask = torch.ones_like(context)
-        output = theirs.generate(context, attention_mask=mask, max_new_tokens=GREEDY - place, **options)
+        counted = _TokenListener(progress, GREEDY + place)
+        output = theirs.generate(
+            context, attention_mask=mask, max_new_tokens=GREEDY - place, streamer=counted, **options
+        )
         for token, found in zip(output.sequences[0, context.shape[1] :].tolist(), output.logits, strict=True):
             own, wanted = tokens[place], expected[place]
             message = f"{origin} does not generate what {loaded.folder} does: "
@@ -163,13 +172,28 @@ def _compare_greedy(loaded: LoadedModel, theirs: nn.Module, prompt: Tensor, limi
     return f"{GREEDY - ties} of {GREEDY} tokens equal, {ties} where two are equally likely but for rounding"
 
 
-def _greedy(loaded: LoadedModel, prompt: Tensor) -> tuple[list[int], list[Tensor]]:
+class _TokenListener(BaseStreamer):
+    """Tells of tokens as transformers generates them, the first of which is the prompt."""
+
+    def __init__(self, progress: Progress, done: int):
+        self._progress, self._done = progress, done - 1
+
+    def put(self, value: Tensor) -> None:
+        self._done += 1
+        self._progress("comparing", self._done, 2 * GREEDY)
+
+    def end(self) -> None:
+        """Take the end, after which nothing is to be told."""
+
+
+def _greedy(loaded: LoadedModel, prompt: Tensor, progress: Progress) -> tuple[list[int], list[Tensor]]:
     """Return the likeliest tokens after a prompt `[1, T]`, one after the other, and the logits `[V]` of each."""
     reading, tokens, logits = prefill(loaded.model, prompt), [], []
     for _ in range(GREEDY):
         logits.append(reading.logits[0, : loaded.config.model.vocab_size].double())
         tokens.append(int(logits[-1].argmax()))
         reading = prefill(loaded.model, torch.tensor([tokens[-1:]]), reading.state)
+        progress("comparing", len(tokens), 2 * GREEDY)
     return tokens, logits
 
 

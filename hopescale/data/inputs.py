@@ -20,6 +20,7 @@ from hopescale.common.errors import ConfigError, DataError
 HUB = "hub:"
 """What begins the name of a data set of the Hugging Face hub: `hub:OWNER/NAME[/CONFIG][:SPLIT]`."""
 _EXTRAS = {"s3": "s3", "hub": "datasets"}
+_MOST_NAMED = 5
 
 
 class TextFile(NamedTuple):
@@ -43,7 +44,7 @@ def find_files(name: str, patterns: tuple[str, ...], exclude: tuple[str, ...]) -
         exclude: Shell patterns that no file of a folder may match.
 
     Raises:
-        DataError: If it is missing, or has no such file.
+        DataError: If it is missing, has no such file, or holds a link to a file that does not exist.
     """
     if name.startswith(HUB):
         return [TextFile(None, name.removeprefix(HUB), name, 0)]
@@ -53,8 +54,8 @@ def find_files(name: str, patterns: tuple[str, ...], exclude: tuple[str, ...]) -
             return [TextFile(filesystem, path, name, filesystem.size(path) or 0)]
         if not filesystem.exists(path):
             raise DataError(f"input {name} does not exist", hint="check the path; relative paths start where you are")
-        sizes = dict(_files_below(filesystem, path))
-        below = [(file, file[len(path) :].lstrip("/")) for file in _without_notes(filesystem, sorted(sizes))]
+        found = {file.path: file for file in _files_below(filesystem, path)}
+        below = [(file, file[len(path) :].lstrip("/")) for file in _without_notes(filesystem, sorted(found))]
     visible = [(file, rest) for file, rest in below if not is_hidden(rest)]
     chosen = [(file, rest) for file, rest in visible if not patterns or matches(rest, patterns)]
     matching = [(file, rest) for file, rest in chosen if not matches(rest, exclude)]
@@ -62,28 +63,56 @@ def find_files(name: str, patterns: tuple[str, ...], exclude: tuple[str, ...]) -
         looked = f"{len(visible)} files, none matches {' or '.join(patterns)}" if patterns else "no files"
         looked = f"all {len(chosen)} files are left out by --exclude" if chosen else looked
         raise DataError(f"nothing to read in folder {name}: {looked}", hint="check the folder and the patterns")
-    return [TextFile(filesystem, file, f"{name.rstrip('/')}/{rest}", sizes[file]) for file, rest in matching]
+    if broken := [rest for file, rest in matching if found[file].size is None]:
+        more = f" and {len(broken) - _MOST_NAMED} more" if len(broken) > _MOST_NAMED else ""
+        message = f"folder {name} holds links to files that do not exist: {', '.join(broken[:_MOST_NAMED])}{more}"
+        raise DataError(message, "mend or remove them, or leave them out: --exclude PATTERN")
+    once = _once([found[file] for file, _ in matching])
+    return [
+        TextFile(filesystem, f, f"{name.rstrip('/')}/{rest}", found[f].size or 0) for f, rest in matching if f in once
+    ]
+
+
+class _Found(NamedTuple):
+    """A file below a folder: its path, its size in bytes (None if it is a broken link), whether a link leads to it."""
+
+    path: str
+    size: int | None
+    is_linked: bool
+
+
+def _once(files: list[_Found]) -> set[str]:
+    """Choose one path of each file that links give several, its own before others."""
+    if not any(file.is_linked for file in files):
+        return {file.path for file in files}
+    chosen: dict[str, str] = {}
+    for file in sorted(files, key=lambda file: (file.is_linked, file.path)):
+        chosen.setdefault(os.path.realpath(file.path), file.path)
+    return set(chosen.values())
 
 
 def _files_below(
     filesystem: fsspec.AbstractFileSystem, folder: str, within: frozenset[str] = frozenset()
-) -> Iterator[tuple[str, int]]:
+) -> Iterator[_Found]:
     """List the files of a folder, and the files and folders that it links to, without going in circles.
 
     Yields:
-        The path and the size in bytes of each; a linked file has its own size, not that of the link.
+        Each, with its own size rather than that of a link.
     """
+    is_linked = bool(within)
     within |= {os.path.realpath(folder)}
     for path, info in filesystem.find(folder, detail=True).items():
         if info.get("islink") and filesystem.isdir(path):
             if os.path.realpath(path) not in within:
                 yield from _files_below(filesystem, path, within)
+        elif info.get("islink") and not filesystem.exists(path):
+            yield _Found(path, None, True)
         elif info.get("islink") and filesystem.isfile(path):
-            yield path, filesystem.size(path) or 0
+            yield _Found(path, filesystem.size(path) or 0, True)
         elif info.get("type") == "other" and filesystem.exists(path):
             raise DataError(f"{path} is neither a file nor a folder", hint="leave it out of the folder")
         else:
-            yield path, info.get("size") or 0
+            yield _Found(path, info.get("size") or 0, is_linked)
 
 
 def _without_notes(filesystem: fsspec.AbstractFileSystem, paths: list[str]) -> list[str]:

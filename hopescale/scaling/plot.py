@@ -81,10 +81,15 @@ def _isoflop(analysis: Analysis) -> Figure:
     axes[0].set_ylim(low, high + 0.18 * (high - low))
     for color, (name, series) in zip(COLORS, analysis.series.items(), strict=False):
         _growth(axes[-1], name, series, color)
+    if not axes[-1].has_data():
+        axes[-1].set_title("compute-optimal size", fontsize=11, loc="left")
+        place = {"transform": axes[-1].transAxes, "ha": "center", "va": "center"}
+        axes[-1].text(0.5, 0.5, "not determined by these runs", color=_GREY, **place)
+        axes[-1].set_axis_off()
+        return figure
     _log_axis(axes[-1], "training FLOPs C", "best size N(C)", "compute-optimal size", log_y=True)
     _counts(axes[-1].yaxis)
-    if axes[-1].get_legend_handles_labels()[0]:
-        axes[-1].legend(fontsize=8, framealpha=0.8, loc="best")
+    axes[-1].legend(fontsize=8, framealpha=0.8, loc="best")
     return figure
 
 

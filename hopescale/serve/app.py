@@ -20,6 +20,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.requests import ClientDisconnect
 
 from hopescale.common.errors import CheckpointError, HopescaleError
 from hopescale.infer.load import LoadedModel
@@ -350,6 +351,10 @@ def make_app(server: Server) -> FastAPI:
             chat = "; models here continue text, and have no chat form" if "chat" in request.url.path else ""
             message = f"there is no {request.method} {request.url.path} here, but {ROUTES}{chat}"
         return JSONResponse(_error(message, "invalid_request_error"), error.status_code)
+
+    @app.exception_handler(ClientDisconnect)
+    def left(_: Request, error: ClientDisconnect) -> JSONResponse:
+        return JSONResponse(_error("the client has left before its request ended", "invalid_request_error"), 400)
 
     @app.exception_handler(RequestValidationError)
     def invalid(_: Request, error: RequestValidationError) -> JSONResponse:

@@ -67,8 +67,14 @@ def test_an_empty_prompt_begins_a_text(generate):
 
 
 def test_a_prompt_from_standard_input(generate, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("sys.stdin", io.StringIO("the level"))
-    assert generate("--prompt", "-").out == generate("--prompt", "the level").out
+    def piped(content: bytes) -> None:
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8"))
+
+    piped(b"the level\r\nkeeps\r\n")
+    assert generate("--prompt", "-").out == generate("--prompt", "the level\r\nkeeps\r\n").out
+    piped(b"caf\xe9")
+    done = generate("--prompt", "-")
+    assert done.code == 3 and "standard input is not UTF-8 text (byte 0xe9 at offset 3)" in done.err
 
 
 def test_a_seed_repeats_a_text(generate):

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +25,7 @@ import torch  # noqa: E402
 
 from hopescale.infer.load import LoadedModel, load_model  # noqa: E402
 from hopescale.serve.app import Limits, Server, make_app  # noqa: E402
-from hopescale.serve.batcher import Batcher  # noqa: E402
+from hopescale.serve.batcher import Batcher, Request  # noqa: E402
 from hopescale.serve.contexts import Contexts  # noqa: E402
 
 SIZES = (
@@ -254,25 +255,113 @@ def test_an_error_ends_its_request_alone(loaded: LoadedModel, monkeypatch: pytes
         assert served.ask().choices[0].finish_reason in ("length", "stop") and served.batcher.num_open == 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_command_listens_when_it_says_so_and_a_signal_ends_it(number, hopescale, trained: Path, monkeypatch):
-    lines, answered = [], []
+Serve = Callable[..., tuple[int, list[str]]]
 
-    def ask_and_end(url: str) -> None:
+
+@pytest.fixture
+def serve(hopescale, trained: Path, monkeypatch) -> Serve:
+    """Run the command, and beside it something with its address and port; return its exit code and lines."""
+
+    def run(beside: Callable[[str, int], None], *options: object) -> tuple[int, list[str]]:
+        lines, failed = [], []
+
+        def guarded(url: str, port: int) -> None:
+            try:
+                beside(url, port)
+            except BaseException as error:
+                failed.append(error)
+                os.kill(os.getpid(), signal.SIGINT)
+
+        def echo(line: str) -> None:
+            lines.append(line)
+            if len(lines) == 1:
+                url, port = re.search(r"(http://127.0.0.1:(\d+))/v1", line).groups()
+                threading.Thread(target=guarded, args=(url, int(port)), daemon=True).start()
+
+        monkeypatch.setattr("typer.echo", echo)
+        done = hopescale("serve", trained, "--port", 0, "--name", "tiny", *options)
+        assert not failed, failed
+        return done.code, lines
+
+    return run
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_the_command_listens_when_it_says_so_and_a_signal_ends_it(number, serve):
+    answered = []
+
+    def ask_and_end(url: str, port: int) -> None:
+        socket.create_connection(("127.0.0.1", port)).close()
         answered.append(httpx.get(f"{url}/health").status_code)
         os.kill(os.getpid(), number)
 
-    def echo(line: str) -> None:
-        lines.append(line)
-        if len(lines) == 1:
-            url, port = re.search(r"(http://127.0.0.1:(\d+))/v1", line).groups()
-            socket.create_connection(("127.0.0.1", int(port))).close()
-            threading.Thread(target=ask_and_end, args=(url,), daemon=True).start()
-
-    monkeypatch.setattr("typer.echo", echo)
-    assert hopescale("serve", trained, "--port", 0, "--name", "tiny").code == 0
-    assert answered == [200]
+    code, lines = serve(ask_and_end)
+    assert code == 0 and answered == [200]
     assert lines[1:] == ["tiny is served no more"]
+
+
+UNFINISHED = b"PUT /contexts/a HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\nbegun"
+"""A request that its client never ends."""
+
+
+@pytest.mark.parametrize(("grace", "kills"), [(600, 2), (1, 1)], ids=["second signal", "grace"])
+def test_a_client_that_hangs_does_not_keep_the_server(grace, kills, serve, capfd):
+    def hang(url: str, port: int) -> None:
+        client = socket.create_connection(("127.0.0.1", port))
+        client.sendall(UNFINISHED)
+        httpx.get(f"{url}/health")
+        for _ in range(kills):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+
+    code, lines = serve(hang, "--grace", grace)
+    assert code == 0 and lines[1:] == ["tiny is served no more"]
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_second_signal_cuts_off_an_answer_that_is_being_written(stream, serve, monkeypatch, capfd):
+    submit = Batcher.submit
+
+    def write_for_ever(self: Batcher, request: Request) -> Request:
+        request.end, request.max_tokens = None, 10**9
+        return submit(self, request)
+
+    monkeypatch.setattr(Batcher, "submit", write_for_ever)
+
+    def cut_off(url: str) -> None:
+        with suppress(httpx.TransportError):
+            httpx.post(f"{url}/v1/completions", json={"prompt": TEXT, "stream": stream}, timeout=60)
+
+    def ask(url: str, port: int) -> None:
+        threading.Thread(target=cut_off, args=(url,), daemon=True).start()
+        assert waited_for(lambda: httpx.get(f"{url}/health").json()["requests"] == 1)
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+
+    assert serve(ask)[0] == 0
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_port_that_is_taken_is_one_message(hopescale, trained: Path, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        done = hopescale("serve", trained, "--port", listening.getsockname()[1])
+    assert done.code == 5 and "cannot listen at 127.0.0.1:" in done.err and "Address already in use" in done.err
+    done = hopescale("serve", trained, "--host", "192.0.2.1", "--port", 0)
+    assert done.code == 5 and "cannot listen at 192.0.2.1:0" in done.err
+    bind = socket.socket.bind
+    with socket.socket() as first:
+
+        def bind_second(self: socket.socket, address: tuple[str, int]) -> None:
+            bind(self, address)
+            first.listen()
+
+        first.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        first.bind(("127.0.0.1", 0))
+        monkeypatch.setattr("socket.socket.bind", bind_second)
+        done = hopescale("serve", trained, "--port", first.getsockname()[1])
+    assert done.code == 5 and "cannot listen at 127.0.0.1:" in done.err
 
 
 def waited_for(condition: Callable[[], bool], seconds: float = 60) -> bool:

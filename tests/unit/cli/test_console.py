@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 
 from hopescale.cli.progress import progress_bar
 
@@ -104,3 +105,14 @@ def test_a_bar_of_counts_shows_rate_and_begins_again_with_what_is_asked_next(mon
         bar.show(8, 8)
         bar.show(1, 40)
     assert "1/40" in out.getvalue() and "left" in out.getvalue()
+
+
+def test_lines_for_a_pipe_are_not_drawn_above_a_bar(monkeypatch):
+    monkeypatch.setattr("sys.stderr", shown := io.StringIO())
+    monkeypatch.setattr("sys.stdout", piped := io.StringIO())
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    with progress_bar("asking", 8):
+        typer.echo("a result")
+    assert piped.getvalue() == "a result\n"
+    assert "asking" in shown.getvalue() and "a result" not in shown.getvalue()

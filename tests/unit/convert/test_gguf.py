@@ -44,6 +44,7 @@ def test_the_pattern_of_a_byte_level_tokenizer_has_a_name_in_llama_cpp(kind: str
     write_tokenizer(Tokenizer.load(tmp_path / "in"), tmp_path / "out", own_code=False)
     tree = json.loads((tmp_path / "out" / "tokenizer.json").read_text())
     assert TOOL["name_of_pattern"](tree) == name
+    assert name is None or TOOL["reason_against"](tree, name) is None
     # llama.cpp's converter takes from here that the end of text stands before a text
     assert "SpecialToken" in tree["post_processor"]["single"][0]
 
@@ -54,6 +55,30 @@ def test_a_sentencepiece_model_that_puts_no_space_says_so(tmp_path: Path):
     write_tokenizer(Tokenizer.load(tmp_path / "in"), tmp_path / "out", own_code=False)
     assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["add_prefix_space"] is False
     assert (tmp_path / "out" / "tokenizer.model").exists()
+
+
+def test_a_pattern_is_not_all_that_llama_cpp_takes_for_granted(tmp_path: Path, monkeypatch):
+    make_tokenizer("gpt2", TEXT.splitlines(), tmp_path / "hf")
+    file = tmp_path / "hf" / "tokenizer.json"
+    gpt2, reason = json.loads(file.read_text()), TOOL["reason_against"]
+    assert reason(gpt2, "gpt-2") is None
+    assert reason(gpt2 | {"normalizer": {"type": "NFC"}}, "gpt-2") is None
+    lower = {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Lowercase"}]}
+    assert reason(gpt2 | {"normalizer": lower}, "gpt-2") == "its normalizer is NFC and Lowercase, not NFC or none"
+    assert reason(gpt2 | {"model": {"type": "Unigram"}}, "gpt-2") == "its model is Unigram, not BPE"
+    spaced = gpt2["pre_tokenizer"] | {"add_prefix_space": True}
+    assert reason(gpt2 | {"pre_tokenizer": spaced}, "gpt-2") == "it puts a space before a text (add_prefix_space)"
+    whole = gpt2["model"] | {"ignore_merges": True}
+    assert reason(gpt2 | {"model": whole}, "llama-bpe") is None
+    assert "llama.cpp's gpt-2 merges at once" in reason(gpt2 | {"model": whole}, "gpt-2")
+    assert "its ignore_merges is False" in reason(gpt2, "llama-bpe")
+    (tmp_path / "convert_hf_to_gguf.py").write_text(CONVERTER)
+    file.write_text(json.dumps(gpt2 | {"normalizer": lower}))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "convert_hf_to_gguf", raising=False)
+    monkeypatch.setattr("sys.argv", ["to_gguf.py", str(tmp_path), str(tmp_path / "hf")])
+    with pytest.raises(SystemExit, match="so no GGUF gives its ids: its normalizer is NFC and Lowercase"):
+        TOOL["main"]()
 
 
 def test_the_tool_hands_its_arguments_to_the_converter(tmp_path: Path, monkeypatch, capsys):
@@ -68,7 +93,7 @@ def test_the_tool_hands_its_arguments_to_the_converter(tmp_path: Path, monkeypat
     (tmp_path / "hf" / "tokenizer.json").write_text(json.dumps(tree))
     monkeypatch.delitem(sys.modules, "convert_hf_to_gguf")
     monkeypatch.setattr("sys.argv", ["to_gguf.py", str(tmp_path), str(tmp_path / "hf")])
-    with pytest.raises(SystemExit, match="no name for how this tokenizer.json cuts"):
+    with pytest.raises(SystemExit, match="no name for this tokenizer.json, .* it cuts text into words in another way"):
         TOOL["main"]()
     (tmp_path / "hf" / "hopescale.json").write_text("{}")
     monkeypatch.setattr("sys.argv", ["to_gguf.py", str(tmp_path), str(tmp_path / "hf")])

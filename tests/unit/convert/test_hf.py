@@ -40,7 +40,10 @@ def test_a_round_trip_keeps_every_bit(save, tmp_path: Path, overrides: tuple[str
     checkpoint = save(*overrides)
     exported = export(checkpoint, tmp_path / "out", shard_bytes=SHARD)
     assert sum(name.endswith(".safetensors") for name in exported.files) > 2
-    again = restore_export(tmp_path / "out", tmp_path / "back")
+    told: list[tuple[str, int, int]] = []
+    again = restore_export(tmp_path / "out", tmp_path / "back", lambda *one: told.append(one))
+    last = {verb: (done, total) for verb, done, total in told}
+    assert list(last) == ["checking", "writing"] and all(done == total > 0 for done, total in last.values())
     before, after = contents(checkpoint), contents(again)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name].view(torch.uint8), after[name].view(torch.uint8)) for name in before)

@@ -73,8 +73,12 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.mark.parametrize("stacking", ["copy", "depth"])
 @pytest.mark.parametrize("family", SOURCES)
 def test_a_stacked_model_computes_what_its_source_does(sources, tmp_path: Path, family: str, stacking: str):
-    checkpoint = stack(sources[family], tmp_path / "out", LEVELS, stacking, None)
-    verified = verify_folder(sources[family], checkpoint)
+    told: list[tuple[str, int, int]] = []
+    listen = {"progress": lambda *one: told.append(one)}
+    checkpoint = stack(sources[family], tmp_path / "out", LEVELS, stacking, None, **listen)
+    verified = verify_folder(sources[family], checkpoint, **listen)
+    last = {verb: (done, total) for verb, done, total in told}
+    assert list(last) == ["reading", "writing", "comparing"] and all(done == total for done, total in last.values())
     assert verified.difference < 1e-5 and " of 64 tokens equal" in verified.greedy
     config = load_resolved(tmp_path / "out" / "config.yaml")
     assert {name: level.update_every_steps for name, level in config.model.cms.levels.items()} == LEVELS

@@ -91,21 +91,34 @@ def test_a_separator_of_line_ends_cuts_files_of_windows_too(tmp_path: Path) -> N
     assert [d.text for d in read(tmp_path / "a.txt", separator="\r\n\r\n")] == expected[:2]
 
 
-def test_linked_files_and_folders_are_read_once_around(tmp_path: Path) -> None:
+def test_linked_files_and_folders_are_read_once(tmp_path: Path) -> None:
     elsewhere, folder = tmp_path / "elsewhere", tmp_path / "folder"
     (elsewhere / "deep").mkdir(parents=True)
     folder.mkdir()
     (elsewhere / "deep" / "b.txt").write_text("linked")
-    (folder / "a.txt").write_text("own")
+    (folder / "m.txt").write_text("own")
+    (folder / "a.txt").symlink_to(folder / "m.txt")
     (folder / "link").symlink_to(elsewhere)
+    (folder / "same").symlink_to(elsewhere)
     (elsewhere / "back").symlink_to(folder)
     (folder / "z.txt").symlink_to(elsewhere / "deep" / "b.txt")
     assert read(folder) == [
-        Document("own", str(folder / "a.txt")),
         Document("linked", str(folder / "link" / "deep" / "b.txt")),
-        Document("linked", str(folder / "z.txt")),
+        Document("own", str(folder / "m.txt")),
     ]
-    assert [file.size for file in find_files(str(folder), (), ())] == [3, 6, 6]
+    assert [file.size for file in find_files(str(folder), (), ())] == [6, 3]
+    # a name that is left out keeps no other from being read, as in the caches of the hub
+    assert [d.text for d in read(folder, patterns=("[az].txt",))] == ["own", "linked"]
+
+
+def test_links_to_nothing_are_named_before_anything_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("own")
+    for name in ("b.txt", "c.txt"):
+        (tmp_path / name).symlink_to(tmp_path / "gone")
+    with pytest.raises(DataError, match=r"holds links to files that do not exist: b.txt, c.txt") as caught:
+        find_files(str(tmp_path), (), ())
+    assert "--exclude" in caught.value.hint
+    assert [d.text for d in read(tmp_path, exclude=("[bc].txt",))] == ["own"]
 
 
 def test_a_pipe_in_a_folder_is_named(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from hopescale.cli.app import app
 from hopescale.scaling.analysis import analyse
 from hopescale.scaling.best_runs import multipliers_of_runs
 from hopescale.scaling.law import Law
+from hopescale.scaling.plot import draw
 from hopescale.scaling.points import Points, Table, read_points
 from hopescale.scaling.report import write_report
 from hopescale.scaling.summary import describe, to_json
@@ -48,6 +49,8 @@ def test_a_best_size_outside_the_sizes_that_were_run_is_not_determined(isoflop_r
     assert content["series"]["small"]["optimal"] == [] and len(content["series"]["transformer"]["optimal"]) == 3
     page = write_report(analysis, [], tmp_path).read_text()
     assert "by the best runs alone" in page and "by the laws</caption>" not in page
+    _, figure = draw(analyse(Table({"small": small}, [], Path("t.csv")), resamples=0))["isoflop"]
+    assert [text.get_text() for text in figure.axes[-1].texts] == ["not determined by these runs"]
 
 
 def test_too_few_runs_are_drawn_without_a_law(tmp_path: Path):
