@@ -38,7 +38,7 @@ class OwnedFlat:
     Attributes:
         flat: All pieces, zeros at first.
         own: Pieces of this replica, a view.
-        shared: What is kept of it, once it is shared out inside nodes.
+        shared: Share that is kept of it, once it is shared out inside nodes; None before.
     """
 
     def __init__(

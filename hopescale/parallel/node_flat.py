@@ -18,7 +18,7 @@ class NodeFlat:
         tiers: Replicas, with nodes.
 
     Attributes:
-        share: What is kept, `[nodes * k]`.
+        share: Entries that are kept, `[nodes * k]`.
         own: Part of this replica, a view of it.
     """
 
