@@ -9,6 +9,7 @@ import typer
 
 from hopescale.cli.eval import load
 from hopescale.cli.options import read_count
+from hopescale.cli.progress import progress_bar
 from hopescale.common.errors import CheckpointError
 from hopescale.infer.adaptation import RATE, adaptation_of, read_adaptation
 
@@ -54,7 +55,8 @@ def adapt(
     if goes_on:
         following.go_on(out)
         typer.echo(f"goes on after {following.position:,} of {following.size:,} tokens", err=True)
-    following.run(out, every, lambda line: typer.echo(line, err=True))
+    with progress_bar("following", unit="tokens") as bar:
+        following.run(out, every, lambda line: typer.echo(line, err=True), bar.show)
     for line in following.table():
         typer.echo(line)
     write_report(out / REPORT, following.report())

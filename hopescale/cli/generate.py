@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from hopescale.cli.options import Levels
+from hopescale.cli.progress import progress_bar
 from hopescale.common.disk import staged_folder
 from hopescale.common.errors import CheckpointError, ConfigError, DataError
 
@@ -63,7 +64,9 @@ def generate(
         text = _standard_input() if prompt == "-" else prompt
         ids = encode_prompt(text, tokenizer, loaded.config.model.vocab_size, goes_on=reading is not None)
         if ids:
-            reading = prefill(model, torch.tensor([ids], device=place), reading and reading.state)
+            with progress_bar("reading", len(ids), unit="tokens") as bar:
+                tokens_read = torch.tensor([ids], device=place)
+                reading = prefill(model, tokens_read, reading and reading.state, bar.advance)
         typer.echo(text, nl=False)
         if tokenizer is None and text:
             typer.echo(" ", nl=False)

@@ -103,8 +103,16 @@ class StreamPass:
         spans = zip(self._sums, self.edges, self.edges[1:], strict=False)
         return [total / (min(high, self.position) - low) for total, low, high in spans if low < self.position]
 
-    def run(self, folder: Path | None = None, save_every: int = 1 << 16, report: Callable = lambda line: None) -> None:
+    def run(
+        self,
+        folder: Path | None = None,
+        save_every: int = 1 << 16,
+        report: Callable[[str], None] = lambda line: None,
+        on_read: Callable[[int, int], None] = lambda done, total: None,
+    ) -> None:
         """Read what is left of the stream, and write its state into `folder`, every so many tokens and at the end.
+
+        `report` hears a line after each part, `on_read` how many tokens are read, and how many there are.
 
         Raises:
             CheckpointError: If the state cannot be written.
@@ -117,6 +125,7 @@ class StreamPass:
                 size = logits.shape[1]
                 self._note(logits, rest[:, place : place + size])
                 place += size
+                on_read(self.position, self.size)
                 self._probe(report)
                 if folder is not None and self.position - self._saved >= save_every and place < rest.shape[1]:
                     self._save(folder)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -39,11 +39,17 @@ class GeneratedToken:
 
 
 @torch.no_grad()
-def prefill(model: Model, tokens: Tensor, state: ModelState | None = None) -> Reading:
-    """Read a context `[B, T]`, `T >= 1`, after what `state` has read."""
+def prefill(
+    model: Model,
+    tokens: Tensor,
+    state: ModelState | None = None,
+    on_read: Callable[[int], None] = lambda num_tokens: None,
+) -> Reading:
+    """Read a context `[B, T]`, `T >= 1`, after what `state` has read; a listener hears of the tokens of each part."""
     for part in tokens.split(PREFILL_TOKENS, dim=1):
         with _threads_for(model, part):
             logits, state = model(part, state, last_only=True)
+        on_read(part.shape[1])
     return Reading(logits[:, -1], state)
 
 

@@ -55,7 +55,9 @@ def loss_of(logits: torch.Tensor, targets: np.ndarray) -> float:
 def test_parts_are_measured_as_they_are_read_and_again_later():
     loaded, (text,) = make_loaded(), make_documents(41)
     followed = StreamPass(loaded, CADENCES, [text[:7], text[7:]], parts=2, probe_tokens=9)
-    followed.run()
+    told: list[tuple[int, int]] = []
+    followed.run(on_read=lambda *done: told.append(done))
+    assert told[-1] == (followed.size, followed.size) and told == sorted(set(told))
     reader, tokens = InContextReader(make_loaded().model, CADENCES, 1), torch.from_numpy(text)[None]
     logits = torch.cat(list(reader.read(tokens[:, :-1], tokens[:, 1:])), 1)[0]
     assert followed.read == pytest.approx([loss_of(logits[:20], text[1:21]), loss_of(logits[20:], text[21:])])

@@ -91,8 +91,9 @@ def test_a_long_prompt_is_read_in_parts(models, name: str, monkeypatch: pytest.M
     prompt = make_prompt(37)
     whole, state = prefill(models[name], prompt)
     monkeypatch.setattr(module, "PREFILL_TOKENS", 11)
-    parts, again = prefill(models[name], prompt)
-    assert state.position == again.position == 37
+    told: list[int] = []
+    parts, again = prefill(models[name], prompt, on_read=told.append)
+    assert state.position == again.position == 37 and told == [11, 11, 11, 4]
     torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-5)
     more, _ = prefill(models[name], make_prompt(5), again)
     expected, _ = models[name](torch.cat([prompt, make_prompt(5)], dim=1))
