@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hopescale.cost.updates import NODE_ELEMENTS, buckets
+from hopescale.cost.updates import NODE_ELEMENTS, buckets, even_sets
+from hopescale.engine.even_adamw import EvenAdamW
 from hopescale.engine.zero_deepspeed import FlatShards, start_deepspeed
 from hopescale.engine.zero_even import EvenShards
 from hopescale.engine.zero_partitioned import PartitionedModel, PartitionedShards
@@ -28,7 +29,8 @@ class ZeroAdamW(Updater):
 
     Parameters of one level and one type are one set of shards: a set that is not due is not touched. At stage 1
     gradients accumulate whole on every replica and are sent when they are due, so that a slow level sends nothing in
-    between; with nodes they are summed inside a node, and held there in shares. From stage 2 on they are sent in every
+    between; with nodes they are summed inside a node, and held there in shares. Sets are cut so that those of the last
+    blocks are on their way while the backward pass goes on to the first. From stage 2 on gradients are sent in every
     backward pass, and each replica accumulates its shard of the sum.
     Stage 3 shards weights as well, which are whole only while a module runs.
 
@@ -59,6 +61,7 @@ class ZeroAdamW(Updater):
         self.stage, self._tiers = stage, mesh.tiers
         # Stages, and ranks that share sequences, are not at the same place of a backward pass.
         self._flushes = mesh.pp_group.size() == mesh.cp_group.size() == 1
+        self._groups, self._eps = groups, eps
         self._device = next(iter(self.parameters.values())).device
         self._shapes = {name: parameter.shape for name, parameter in self.parameters.items()}
         self._reduced: set[str] = set()
@@ -66,20 +69,24 @@ class ZeroAdamW(Updater):
         self._owners = even_shares(sizes, self.dp_group.size())
         make = self._maker(model, whole)
         self._sets = [
-            make({name: self.parameters[name] for name in names}, _within(groups, names), eps=eps)
+            make({name: self.parameters[name] for name in names}, _within(groups, names))
             for names in self._together(levels)
         ]
         self._set_of = {name: shards for shards in self._sets for name in shards.parameters}
         if stage == 1:
+            self._rule = EvenAdamW(self._sets, groups, eps)
             self._accumulate_flat()
 
     def _together(self, levels: Collection[Collection[str]]) -> list[list[str]]:
-        """Put together what is updated together; with nodes, in sets that are small enough to be summed in between."""
+        """Put together what is updated together; at stage 1 in sets that are small enough to be summed in between."""
         sets = _updated_together(self.parameters, self.cadences, levels)
-        if not (self._tiers.has_nodes and self._flushes):
-            return sets
         sizes = {name: parameter.numel() for name, parameter in self.parameters.items()}
-        return [part for names in sets for part in buckets(names, dict.fromkeys(names, 0), sizes, NODE_ELEMENTS)]
+        if self.stage > 1 or (self._tiers.has_nodes and not self._flushes):
+            return sets
+        if self._tiers.has_nodes:
+            return [part for names in sets for part in buckets(names, dict.fromkeys(names, 0), sizes, NODE_ELEMENTS)]
+        whole = sum(sizes.values())
+        return [part for names in sets for part in even_sets({name: sizes[name] for name in names}, whole)]
 
     def _maker(self, model: nn.Module | None, whole: Collection[type[nn.Module]]) -> Callable[..., Shards]:
         """Return what makes a set of shards of the stage."""
@@ -87,12 +94,13 @@ class ZeroAdamW(Updater):
             return self._even_shards
         start_deepspeed(self._device)
         if self.stage == 2:
-            return partial(FlatShards, dp_group=self.dp_group)
-        return partial(PartitionedShards, PartitionedModel(model, self.parameters, whole, self.dp_group))
+            return partial(FlatShards, dp_group=self.dp_group, eps=self._eps)
+        partitioned = PartitionedModel(model, self.parameters, whole, self.dp_group)
+        return partial(PartitionedShards, partitioned, eps=self._eps)
 
-    def _even_shards(self, parameters: Mapping[str, nn.Parameter], groups: Sequence[RuleGroup], eps: float) -> Shards:
+    def _even_shards(self, parameters: Mapping[str, nn.Parameter], groups: Sequence[RuleGroup]) -> Shards:
         cadence = self.cadences[next(iter(parameters))]
-        return EvenShards(parameters, groups, eps=eps, cadence=cadence, tiers=self._tiers, flushes=self._flushes)
+        return EvenShards(parameters, groups, cadence=cadence, tiers=self._tiers, flushes=self._flushes)
 
     def _accumulate_flat(self) -> None:
         for shards in self._sets:
@@ -106,6 +114,17 @@ class ZeroAdamW(Updater):
         if self.stage > 1:
             for shards in self._sets:
                 shards.end_backward()
+
+    def sums_of(self, names: Sequence[str]) -> list[list[str]]:
+        """Return the sets that are due, at stage 1."""
+        # Ranks that share sequences wait for each other in a backward pass, and with nodes a sum begins with a wait.
+        if self.stage > 1 or (self._tiers.has_nodes and not self._flushes):
+            return []
+        return [list(shards.parameters) for shards in self._due(names)]
+
+    def begin(self, names: Sequence[str]) -> None:
+        """Begin to sum a set."""
+        self._set_of[names[0]].reduce()
 
     def reduce(self, names: Sequence[str]) -> None:
         """Sum accumulated gradients over replicas, each part to the replica that has its master."""
@@ -152,7 +171,9 @@ class ZeroAdamW(Updater):
     def update(self, names: Sequence[str], scales: Mapping[str, Tensor | float], rates: Mapping[str, float]) -> None:
         """Take one step of AdamW with the parts that are due, and gather their weights."""
         due = self._due(names)
-        for shards in due:
+        if self.stage == 1:
+            self._rule.step(due, scales, rates)
+        for shards in due if self.stage > 1 else ():
             shards.scale(scales)
             shards.step(rates)
         for shards in due:

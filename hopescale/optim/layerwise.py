@@ -72,6 +72,8 @@ class LayerwiseOptimizer(Updater):
         }
         self.rules = self._make_rules(groups, config)
         self._reduced: set[str] = set()
+        # With nodes a sum begins with a wait, and ranks that share sequences wait for each other in a backward pass.
+        self._begins_early = not (self._has_nodes and mesh.cp_group.size() > 1)
         for each in self._sums:
             each.flat.rest()
 
@@ -125,6 +127,18 @@ class LayerwiseOptimizer(Updater):
     def holds_whole(self, name: str) -> bool:
         """Tell whether a parameter's state is of the whole, not of this rank's tensor-parallel slice."""
         return self.ownership.is_gathered(name)
+
+    def sums_of(self, names: Sequence[str]) -> list[list[str]]:
+        """Return what is due together, but for what has Gram matrices, which grow beside gradients."""
+        if not self._begins_early:
+            return []
+        due = set(names)
+        ready = [each for each in self._sums if due >= each.names and self._grams.keys().isdisjoint(each.names)]
+        return [sorted(each.names) for each in ready if not self._cadence_of(each).moves]
+
+    def begin(self, names: Sequence[str]) -> None:
+        """Begin to sum what is due together."""
+        self.reduce(names)
 
     def reduce(self, names: Sequence[str]) -> None:
         """Begin to sum accumulated gradients over replicas, each at the replica that owns it."""

@@ -52,6 +52,7 @@ class Updater(ABC):
     """Accumulates the gradients of its parameters, keeps their float32 masters and rule state, whole or sharded.
 
     A step is: backward passes, `reduce(due)`, `square_norms(...)`, `update(due, ...)`. What is not due accumulates on.
+    In the last backward pass sums may `begin` as soon as their gradients are there.
     Calls that communicate are made by all data-parallel ranks with the same names in the same order.
 
     A checkpoint sees `weights`, `state_dict` and `sums`, whose tensors `load` and `load_sums` take when they have been
@@ -98,9 +99,20 @@ class Updater(ABC):
         """Return the sum of this rank's gradients of a parameter since its last update, to be changed in place."""
         return self.accumulators[name].accumulated_grad()
 
+    def sums_of(self, names: Sequence[str]) -> list[list[str]]:
+        """Return what `begin` takes of parameters that are due and reduced in one call; none if nothing can."""
+        return []
+
+    def begin(self, names: Sequence[str]) -> None:
+        """Begin to sum the gradients of an entry of `sums_of`, before `reduce`: all of them are there."""
+        raise NotImplementedError(f"{type(self).__name__} begins nothing before it reduces")
+
     @abstractmethod
     def reduce(self, names: Sequence[str]) -> None:
-        """Sum the accumulated gradients of parameters that are due over the data-parallel ranks."""
+        """Sum the accumulated gradients of parameters that are due over the data-parallel ranks.
+
+        What has begun is not begun again.
+        """
 
     def send(self, names: Sequence[str]) -> None:
         """Take the sums of a period that has ended out, and begin to add them up over replicas, for a later update."""
