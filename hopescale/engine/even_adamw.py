@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -12,6 +11,7 @@ from hopescale.cost.updates import UPDATE_ELEMENTS
 from hopescale.engine.zero_even import EvenShards
 from hopescale.optim import RuleGroup
 from hopescale.optim.adamw import AdamW
+from hopescale.optim.updater import scale_together
 
 
 class EvenAdamW:
@@ -41,7 +41,8 @@ class EvenAdamW:
                 group["lr"] = rates[group["name"]]
         for sets in _with_room(due):
             gradients = [shards.take_gradient() for shards in sets]
-            _scale(sets, gradients, scales)
+            # All of a set have one cadence, and so one factor.
+            scale_together(gradients, [scales[next(iter(shards.parameters))] for shards in sets])
             self._update(sets, gradients)
             del gradients
             low = [shards for shards in sets if shards.is_low_precision]
@@ -74,13 +75,3 @@ def _with_room(due: Sequence[EvenShards]) -> Iterator[list[EvenShards]]:
         entries += shards.entries
     if together:
         yield together
-
-
-def _scale(sets: Sequence[EvenShards], gradients: Sequence[Tensor], scales: Mapping[str, Tensor | float]) -> None:
-    """Multiply gradients by the factor of their parameters: those of a set have one cadence, and so one factor."""
-    alike = defaultdict(list)
-    factors = [scales[next(iter(shards.parameters))] for shards in sets]
-    for factor, gradient in zip(factors, gradients, strict=True):
-        alike[id(factor)].append((factor, gradient))
-    for pairs in alike.values():
-        torch._foreach_mul_([gradient for _, gradient in pairs], pairs[0][0])

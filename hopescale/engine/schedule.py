@@ -44,6 +44,11 @@ class Backward(Protocol):
         """Run it; `is_last` tells that the step has no other after it."""
 
 
+def plain_backward(loss: Tensor, *, is_last: bool) -> None:
+    """Run the backward pass of a loss that no optimizer waits for."""
+    loss.backward()
+
+
 class Loop:
     """All of the model in this process: one micro batch after the other.
 

@@ -65,6 +65,8 @@ class ZeroAdamW(Updater):
         self._device = next(iter(self.parameters.values())).device
         self._shapes = {name: parameter.shape for name, parameter in self.parameters.items()}
         self._reduced: set[str] = set()
+        self._deferred: set[str] = set()
+        self._on_their_way: list[EvenShards] = []
         sizes = {name: parameter.numel() for name, parameter in self.parameters.items()}
         self._owners = even_shares(sizes, self.dp_group.size())
         make = self._maker(model, whole)
@@ -85,8 +87,10 @@ class ZeroAdamW(Updater):
             return sets
         if self._tiers.has_nodes:
             return [part for names in sets for part in buckets(names, dict.fromkeys(names, 0), sizes, NODE_ELEMENTS)]
-        whole = sum(sizes.values())
-        return [part for names in sets for part in even_sets({name: sizes[name] for name in names}, whole)]
+        whole, place = sum(sizes.values()), {name: number for number, name in enumerate(self.parameters)}
+        parts = [part for names in sets for part in even_sets({name: sizes[name] for name in names}, whole)]
+        # Weights are handed out in the order in which a forward pass wants them.
+        return sorted(parts, key=lambda names: min(place[name] for name in names))
 
     def _maker(self, model: nn.Module | None, whole: Collection[type[nn.Module]]) -> Callable[..., Shards]:
         """Return what makes a set of shards of the stage."""
@@ -171,14 +175,31 @@ class ZeroAdamW(Updater):
     def update(self, names: Sequence[str], scales: Mapping[str, Tensor | float], rates: Mapping[str, float]) -> None:
         """Take one step of AdamW with the parts that are due, and gather their weights."""
         due = self._due(names)
+        self._reduced = set()
         if self.stage == 1:
             self._rule.step(due, scales, rates)
-        for shards in due if self.stage > 1 else ():
+            self._on_their_way += due
+            self.settle([name for name in names if name not in self._deferred])
+            return
+        for shards in due:
             shards.scale(scales)
             shards.step(rates)
         for shards in due:
             shards.finish()
-        self._reduced = set()
+
+    def defer(self, names: Sequence[str]) -> None:
+        """Let weights of parameters come after `update` has returned, at stage 1."""
+        self._deferred.update(names)
+
+    def settle(self, names: Sequence[str] | None = None) -> None:
+        """Wait for weights of parameters that are on their way, of all if none are named."""
+        left = []
+        for shards in self._on_their_way:
+            if names is None or not shards.parameters.keys().isdisjoint(names):
+                shards.settle()
+            else:
+                left.append(shards)
+        self._on_their_way = left
 
     @torch.no_grad()
     def discard(self) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from hopescale.cost.updates import EVEN_UNIT
@@ -118,7 +119,9 @@ class EvenShards:
             parameter.data = view
         self.own = tiers.own(self._weights)
         self.master = self.own.float()
-        self.updates, self._sums, self._gradient, self._work = torch.tensor(0.0), None, None, None
+        self.updates, self._sums, self._gradient = torch.tensor(0.0), None, None
+        self._work: dist.Work | None = None
+        self._gathering: dist.Work | None = None
         self._moments = {key: torch.zeros_like(self.master) for key in ("exp_avg", "exp_avg_sq")}
         self.parts = [part for group, *span in of_groups if (part := self._part_of(group, *span)) is not None]
         self._is_reduced = False
@@ -171,6 +174,7 @@ class EvenShards:
         if self._is_reduced:
             return
         self._is_reduced = True
+        self.settle()  # of what no forward pass has run
         if self._flushes:
             self.hold()
             self._gradient, self._work = (
@@ -217,10 +221,16 @@ class EvenShards:
         self._sent = self._gradient = None
 
     def finish(self) -> None:
-        """Wait for what has begun."""
+        """Wait for a sum that has begun."""
         if self._work is not None:
             self._work.wait()
             self._work = None
+
+    def settle(self) -> None:
+        """Wait for weights that are on their way."""
+        if self._gathering is not None:
+            self._gathering.wait()
+            self._gathering = None
 
     def _clear(self) -> None:
         if self._held is not None:
@@ -246,7 +256,7 @@ class EvenShards:
             self._clear()
         self._is_reduced = False
         self.updates += 1
-        self._work = self._tiers.begin_to_gather(self._weights)
+        self._gathering = self._tiers.begin_to_gather(self._weights)
 
     def discard(self) -> None:
         """Drop all gradients, and begin a new period."""

@@ -249,6 +249,19 @@ class OuterOptimizer:
             if ended := [name for name in level if self.cadences[name].lag and self.cadences[name].ends(step)]:
                 self.send(ended)
 
+    def defer(self, names: Sequence[str]) -> None:
+        """Let weights of parameters come from other replicas after `step` has returned.
+
+        Whoever reads these parameters calls `settle` before. `weights`, `to_save` and `load` do.
+        """
+        for updater, part in self._by_updater(names):
+            updater.defer(part)
+
+    def settle(self, names: Sequence[str] | None = None) -> None:
+        """Wait for weights of parameters that are on their way, of all if none are named."""
+        for updater in self.updaters:
+            updater.settle(names)
+
     @torch.no_grad()
     def discard(self, step: int = 0) -> None:
         """Drop all gradients of step `step` and before, what slow parameters have gathered and what was sent too."""
@@ -304,10 +317,12 @@ class OuterOptimizer:
 
     def weights(self) -> dict[str, Tensor]:
         """Return the weights that a checkpoint takes from this rank, by parameter name."""
+        self.settle()
         return {name: tensor for updater in self.updaters for name, tensor in updater.weights().items()}
 
     def to_save(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return of `weights` and `state_dict` what this rank writes to a checkpoint. All replicas call."""
+        self.settle()
         weights, state = {}, {}
         for updater in self.updaters:
             own_weights, own_state = updater.to_save()
@@ -320,6 +335,7 @@ class OuterOptimizer:
 
         Each updater picks its own. Without `state` masters become the weights, as in a new run.
         """
+        self.settle()
         for updater in self.updaters:
             updater.load(weights, state)
 

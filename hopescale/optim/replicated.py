@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hopescale.cost.updates import BUCKET_ELEMENTS, EVEN_UNIT, UPDATE_ELEMENTS, Wire, buckets
 from hopescale.optim.adamw import AdamW
 from hopescale.optim.cadence import Cadence
-from hopescale.optim.updater import RuleGroup, Updater
+from hopescale.optim.updater import RuleGroup, Updater, scale_together
 from hopescale.optim.wire import SentSum
 from hopescale.parallel.mesh import Mesh
 
@@ -130,19 +130,21 @@ class ReplicatedAdamW(Updater):
             self._update(bucket, scales)
 
     def _update(self, names: Sequence[str], scales: Mapping[str, Tensor | float]) -> None:
-        for name in names:
-            self._masters[name].grad = self._gradient(name).mul_(scales[name])
+        gradients = [self._gradient(name) for name in names]
+        scale_together(gradients, [scales[name] for name in names])
+        for name, gradient in zip(names, gradients, strict=True):
+            self._masters[name].grad = gradient
         self.rule.step()
         for name in names:
-            master, parameter = self._masters[name], self.parameters[name]
-            master.grad = None
+            self._masters[name].grad = None
             if name in self._arriving:
                 self._arriving.remove(name)
                 del self._totals[name]
             else:
                 self.accumulators[name].clear()
-            if master is not parameter:
-                parameter.copy_(master)
+        low = [name for name in names if self._masters[name] is not self.parameters[name]]
+        if low:
+            torch._foreach_copy_([self.parameters[name] for name in low], [self._masters[name] for name in low])
 
     def discard(self) -> None:
         """Drop all gradients, also those that were sent."""

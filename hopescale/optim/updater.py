@@ -48,6 +48,15 @@ def even_shares(sizes: Mapping[str, int], replicas: int) -> dict[str, int]:
     return result
 
 
+def scale_together(tensors: Sequence[Tensor], factors: Sequence[Tensor | float]) -> None:
+    """Multiply tensors in place by their factors, all that share one at once."""
+    alike: dict[int, list[int]] = {}
+    for place, factor in enumerate(factors):
+        alike.setdefault(id(factor), []).append(place)
+    for places in alike.values():
+        torch._foreach_mul_([tensors[place] for place in places], factors[places[0]])
+
+
 class Updater(ABC):
     """Accumulates the gradients of its parameters, keeps their float32 masters and rule state, whole or sharded.
 
@@ -145,6 +154,14 @@ class Updater(ABC):
             scales: Factor on the gradient of each parameter.
             rates: Learning rate of each group.
         """
+
+    def defer(self, names: Sequence[str]) -> None:
+        """Let weights of parameters come from other replicas after `update` has returned, until `settle` names them."""
+        return
+
+    def settle(self, names: Sequence[str] | None = None) -> None:
+        """Wait for weights of parameters that are on their way, of all if none are named."""
+        return
 
     def discard(self) -> None:
         """Drop all gradients, also those of parameters that are not due yet, and begin a new period."""
