@@ -20,7 +20,15 @@ from hopescale.config.schema.ttt import TttConfig
 from hopescale.cost.carried import handed_on
 from hopescale.cost.holdings import Holdings, gathers
 from hopescale.cost.parameter import FP32, LevelPart, ParameterShape, itemsize
-from hopescale.cost.updates import BUCKET_ELEMENTS, EVEN_UNIT, NODE_ELEMENTS, assign_owners, buckets, wire_bytes
+from hopescale.cost.updates import (
+    BUCKET_ELEMENTS,
+    EVEN_UNIT,
+    NODE_ELEMENTS,
+    assign_owners,
+    buckets,
+    even_sets,
+    wire_bytes,
+)
 
 AXES = ("tp", "node", "dp", "cp", "pp", "embedding", "world")
 """Axes as the metrics name them."""
@@ -309,9 +317,15 @@ class SentBytes:
     def _flat_sizes(self, members: list[ParameterShape], *, is_one: bool) -> list[int]:
         """Return the entries of the flat tensors of what is updated together, or of the one."""
         sizes = {p.name: p.size for p in members}
-        if is_one or not self.layout.flushes:
+        if is_one:
             return [sum(sizes.values())]
-        parts = buckets(sizes, dict.fromkeys(sizes, 0), sizes, NODE_ELEMENTS)
+        if self.layout.flushes:
+            parts = buckets(sizes, dict.fromkeys(sizes, 0), sizes, NODE_ELEMENTS)
+        elif self.layout.node_replicas:
+            return [sum(sizes.values())]
+        else:
+            whole = sum(p.size for p in self.parameters if self.holdings.rule_of(p) == "adamw")
+            parts = even_sets(sizes, whole)
         return [sum(sizes[name] for name in part) for part in parts]
 
     def _shards(self, due: Collection[LevelPart]) -> int:

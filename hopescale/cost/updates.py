@@ -25,6 +25,8 @@ BUCKET_ELEMENTS = 1 << 24
 """Most entries of gradients that replicas exchange at once."""
 EVEN_UNIT = 8
 """Entries of which a replica's part of a flat tensor is a multiple: 16 bytes of bfloat16."""
+EVEN_PIECES, EVEN_ELEMENTS = 10, 1 << 20
+"""Pieces of a model into which flat tensors of ZeRO 1 are cut, and the entries below which none is."""
 NODE_ELEMENTS = 1 << 26
 """Most entries of a flat tensor whose gradients replicas of a node sum as soon as they are there, if no parameter has
 more."""
@@ -169,6 +171,24 @@ def assign_owners(work: Sequence[Work], owners: int) -> dict[str, int]:
                     total[owner] += each.cost
                 alike = alike[count:]
     return result
+
+
+def even_sets(sizes: Mapping[str, int], whole: int) -> list[list[str]]:
+    """Cut what is updated together into sets of parameters that a backward pass completes one after the other.
+
+    A large parameter that it completes last is alone, so that all others are on their way by then.
+
+    Args:
+        sizes: Entries of the parameters, in the order of the model.
+        whole: Entries of all parameters of the model.
+    """
+    room = max(EVEN_ELEMENTS, math.ceil(whole / EVEN_PIECES))
+    first = next(iter(sizes))
+    alone = [first] if sizes[first] > room / 4 and len(sizes) > 1 else []
+    others = [name for name in reversed(sizes) if name not in alone]
+    sets = buckets(others, dict.fromkeys(others, 0), sizes, room)
+    # Within a set the order is that of the model.
+    return [names[::-1] for names in sets] + ([alone] if alone else [])
 
 
 def buckets(names: Iterable[str], owners: Mapping[str, int], sizes: Mapping[str, int], room: int) -> list[list[str]]:

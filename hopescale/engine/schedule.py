@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -37,6 +37,18 @@ class Passes(Protocol):
         """Return the summed cross-entropy in nats of micro batches of one size, on the last stage; 0 on others."""
 
 
+class Backward(Protocol):
+    """Runs the backward pass of a loss."""
+
+    def __call__(self, loss: Tensor, *, is_last: bool) -> None:
+        """Run it; `is_last` tells that the step has no other after it."""
+
+
+def plain_backward(loss: Tensor, *, is_last: bool) -> None:
+    """Run the backward pass of a loss that no optimizer waits for."""
+    loss.backward()
+
+
 class Loop:
     """All of the model in this process: one micro batch after the other.
 
@@ -47,7 +59,7 @@ class Loop:
         device: Device to which batches are moved.
     """
 
-    def __init__(self, model: Model, backward: Callable[[Tensor], None], segments: Segments, device: torch.device):
+    def __init__(self, model: Model, backward: Backward, segments: Segments, device: torch.device):
         self.model, self.backward, self.segments, self.device = model, backward, segments, device
         self.in_flight = IN_FLIGHT if segments.relay is not None else 1
 
@@ -59,8 +71,8 @@ class Loop:
                 self._loss(batch, None if first or place else probe) / count
                 for place, batch in enumerate(batches[first : first + self.in_flight])
             ]
-            for loss in losses:
-                self.backward(loss)
+            for place, loss in enumerate(losses, first + 1):
+                self.backward(loss, is_last=place == len(batches))
                 total += loss.detach()
             self.segments.settle()
         return total
@@ -80,7 +92,7 @@ class Loop:
 
 def make_passes(
     slices: Sequence[Model],
-    backward: Callable[[Tensor], None],
+    backward: Backward,
     seq_len: int,
     device: torch.device,
     *,

@@ -81,9 +81,13 @@ class Engine:
         """
         stats: dict[str, Tensor] = {}
         count = _all_reduce(torch.full((), num_targets(batches), device=self.device), self.mesh.dp_group)
-        loss = self.passes.train(batches, count.clamp_min(1), stats if probe else None)
         due, of_levels = self.optimizer.due(step), self._due_of_levels(step)
-        self._reduce(due, of_levels)
+        in_levels = {name for names in of_levels.values() for name in names}
+        apart = [[name for name in due if name not in in_levels], *of_levels.values()]
+        self.optimizer.expect(apart)
+        loss = self.passes.train(batches, count.clamp_min(1), stats if probe else None)
+        for names in apart:
+            self.optimizer.reduce(names)
         waiting = sorted(self.optimizer.parameters.keys() - due)
         self.optimizer.hold(waiting)
         sets = {"due": due, "waiting": waiting}
@@ -107,13 +111,6 @@ class Engine:
             if any(self.optimizer.is_due(cadence, step) for cadence in self.cadences[level])
         ]
         return {level: [name for name in self.levels[level] if name in due] for level in levels}
-
-    def _reduce(self, due: Sequence[str], of_levels: Mapping[str, Sequence[str]]) -> None:
-        """Sum gradients over replicas, level by level."""
-        in_levels = {name for names in of_levels.values() for name in names}
-        self.optimizer.reduce([name for name in due if name not in in_levels])
-        for names in of_levels.values():
-            self.optimizer.reduce(names)
 
     def _of_last_stage(self, value: Tensor) -> Tensor:
         """Return this rank's part of a sum of a value of the last stage: tensor-parallel ranks hold the same."""

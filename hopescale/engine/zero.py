@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hopescale.cost.updates import NODE_ELEMENTS, buckets
+from hopescale.cost.updates import NODE_ELEMENTS, buckets, even_sets
+from hopescale.engine.even_adamw import EvenAdamW
 from hopescale.engine.zero_deepspeed import FlatShards, start_deepspeed
 from hopescale.engine.zero_even import EvenShards
 from hopescale.engine.zero_partitioned import PartitionedModel, PartitionedShards
@@ -29,7 +30,8 @@ class ZeroAdamW(Updater):
 
     Parameters of one level and one type are one set of shards: a set that is not due is not touched. At stage 1
     gradients accumulate whole on every replica and are sent when they are due, so that a slow level sends nothing in
-    between; with nodes they are summed inside a node, and held there in shares. From stage 2 on they are sent in every
+    between; with nodes they are summed inside a node, and held there in shares. Sets are cut so that those of the last
+    blocks are on their way while the backward pass goes on to the first. From stage 2 on gradients are sent in every
     backward pass, and each replica accumulates its shard of the sum.
     Stage 3 shards weights as well, which are whole only while a module runs.
 
@@ -63,33 +65,42 @@ class ZeroAdamW(Updater):
         self._block_of = {name: number for number, names in enumerate(shared) for name in names}
         # Stages, and ranks that share sequences, are not at the same place of a backward pass.
         self._flushes = mesh.pp_group.size() == mesh.cp_group.size() == 1
+        self._groups, self._eps = groups, eps
         self._device = next(iter(self.parameters.values())).device
         self._shapes = {name: parameter.shape for name, parameter in self.parameters.items()}
         self._reduced: set[str] = set()
+        self._deferred: set[str] = set()
+        self._on_their_way: list[EvenShards] = []
         sizes = {name: parameter.numel() for name, parameter in self.parameters.items()}
         self._owners = even_shares(sizes, self.dp_group.size())
         make = self._maker(model, whole)
         self._sets = [
-            make({name: self.parameters[name] for name in names}, _within(groups, names), eps=eps)
+            make({name: self.parameters[name] for name in names}, _within(groups, names))
             for names in self._together(levels)
         ]
         self._set_of = {name: shards for shards in self._sets for name in shards.parameters}
         if stage == 1:
+            self._rule = EvenAdamW(self._sets, groups, eps)
             self._accumulate_flat()
 
     def _together(self, levels: Collection[Collection[str]]) -> list[list[str]]:
-        """Put together what is updated together; with nodes, in sets that are small enough to be summed in between."""
+        """Put together what is updated together; at stage 1 in sets that are small enough to be summed in between."""
         sets = _updated_together(self.parameters, self.cadences, levels, self._block_of)
-        if not (self._tiers.has_nodes and self._flushes):
-            return sets
         sizes = {name: parameter.numel() for name, parameter in self.parameters.items()}
-        # A block's are gathered at once.
-        rooms = [sum(map(sizes.get, names)) if self._is_shared(names) else NODE_ELEMENTS for names in sets]
-        return [
-            part
-            for names, room in zip(sets, rooms, strict=True)
-            for part in buckets(names, dict.fromkeys(names, 0), sizes, room)
-        ]
+        if self.stage > 1 or (self._tiers.has_nodes and not self._flushes):
+            return sets
+        if self._tiers.has_nodes:
+            # A block's are gathered at once.
+            rooms = [sum(map(sizes.get, names)) if self._is_shared(names) else NODE_ELEMENTS for names in sets]
+            return [
+                part
+                for names, room in zip(sets, rooms, strict=True)
+                for part in buckets(names, dict.fromkeys(names, 0), sizes, room)
+            ]
+        whole, place = sum(sizes.values()), {name: number for number, name in enumerate(self.parameters)}
+        parts = [part for names in sets for part in even_sets({name: sizes[name] for name in names}, whole)]
+        # Weights are handed out in the order in which a forward pass wants them.
+        return sorted(parts, key=lambda names: min(place[name] for name in names))
 
     def _is_shared(self, names: Iterable[str]) -> bool:
         """Tell whether replicas of a node share out the weights of a set."""
@@ -106,13 +117,14 @@ class ZeroAdamW(Updater):
             return self._even_shards
         start_deepspeed(self._device)
         if self.stage == 2:
-            return partial(FlatShards, dp_group=self.dp_group)
-        return partial(PartitionedShards, PartitionedModel(model, self.parameters, whole, self.dp_group))
+            return partial(FlatShards, dp_group=self.dp_group, eps=self._eps)
+        partitioned = PartitionedModel(model, self.parameters, whole, self.dp_group)
+        return partial(PartitionedShards, partitioned, eps=self._eps)
 
-    def _even_shards(self, parameters: Mapping[str, nn.Parameter], groups: Sequence[RuleGroup], eps: float) -> Shards:
+    def _even_shards(self, parameters: Mapping[str, nn.Parameter], groups: Sequence[RuleGroup]) -> Shards:
         cadence = self.cadences[next(iter(parameters))]
         how = {"flushes": self._flushes, "shares": self._is_shared(parameters)}
-        return EvenShards(parameters, groups, eps=eps, cadence=cadence, tiers=self._tiers, **how)
+        return EvenShards(parameters, groups, cadence=cadence, tiers=self._tiers, **how)
 
     def _accumulate_flat(self) -> None:
         for shards in self._sets:
@@ -126,6 +138,17 @@ class ZeroAdamW(Updater):
         if self.stage > 1:
             for shards in self._sets:
                 shards.end_backward()
+
+    def sums_of(self, names: Sequence[str]) -> list[list[str]]:
+        """Return the sets that are due, at stage 1."""
+        # Ranks that share sequences wait for each other in a backward pass, and with nodes a sum begins with a wait.
+        if self.stage > 1 or (self._tiers.has_nodes and not self._flushes):
+            return []
+        return [list(shards.parameters) for shards in self._due(names)]
+
+    def begin(self, names: Sequence[str]) -> None:
+        """Begin to sum a set."""
+        self._set_of[names[0]].reduce()
 
     def reduce(self, names: Sequence[str]) -> None:
         """Sum accumulated gradients over replicas, each part to the replica that has its master."""
@@ -172,12 +195,31 @@ class ZeroAdamW(Updater):
     def update(self, names: Sequence[str], scales: Mapping[str, Tensor | float], rates: Mapping[str, float]) -> None:
         """Take one step of AdamW with the parts that are due, and gather their weights."""
         due = self._due(names)
+        self._reduced = set()
+        if self.stage == 1:
+            self._rule.step(due, scales, rates)
+            self._on_their_way += due
+            self.settle([name for name in names if name not in self._deferred])
+            return
         for shards in due:
             shards.scale(scales)
             shards.step(rates)
         for shards in due:
             shards.finish()
-        self._reduced = set()
+
+    def defer(self, names: Sequence[str]) -> None:
+        """Let weights of parameters come after `update` has returned, at stage 1; not those that nodes share out."""
+        self._deferred.update(name for name in names if name not in self._block_of)
+
+    def settle(self, names: Sequence[str] | None = None) -> None:
+        """Wait for weights of parameters that are on their way, of all if none are named."""
+        left = []
+        for shards in self._on_their_way:
+            if names is None or not shards.parameters.keys().isdisjoint(names):
+                shards.settle()
+            else:
+                left.append(shards)
+        self._on_their_way = left
 
     @torch.no_grad()
     def discard(self) -> None:
@@ -238,7 +280,7 @@ class ZeroAdamW(Updater):
             self._scatter(name, weights.get(name), shards.part(name, "weight"))
         for shards in self._sets if self._block_of else ():
             shards.begin_to_hand_out()
-            shards.finish()
+            shards.settle()
 
     def _set_masters(self, names: Iterable[str]) -> None:
         for name in names:

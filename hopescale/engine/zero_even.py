@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from hopescale.cost.updates import EVEN_UNIT
 from hopescale.optim import Cadence, RuleGroup
-from hopescale.optim.adamw import AdamW
 from hopescale.optim.cadence import Accumulator
 from hopescale.optim.wire import SentSum
 from hopescale.parallel.node_flat import NodeFlat
@@ -44,14 +45,32 @@ class FlatAccumulator(Accumulator):
         return self.total
 
 
+@dataclass(frozen=True)
+class Part:
+    """What a replica's shard has of a group.
+
+    Attributes:
+        group: Name of the group.
+        master: Masters.
+        moments: Moments of AdamW.
+        start, stop: Its place in the shard.
+    """
+
+    group: str
+    master: nn.Parameter
+    moments: dict[str, Tensor]
+    start: int
+    stop: int
+
+
 class EvenShards:
     """Parameters of one type that are updated together, their masters and moments in equal shards over replicas.
 
     All of them are one flat tensor, the members of a group side by side, filled up so that every replica has an equal
     part, cut wherever it falls. Gradients add up in a flat tensor too. One reduce-scatter sums it to the shards, AdamW
-    steps on what each group has of a shard, and one all-gather hands out the weights: nothing is packed, and neither
-    the number of exchanges nor that of updates depends on how many replicas or parameters there are. A float32 weight
-    is its own master.
+    (`EvenAdamW`) steps on what each group has of a shard, and one all-gather hands out the weights: nothing is packed,
+    and neither the number of exchanges nor that of updates depends on how many replicas or parameters there are. A
+    float32 weight is its own master.
 
     With nodes no whole sum outlives a step: what waits is held in shares of the replicas of a node (`Tiers`). If it
     `flushes`, none outlives a backward pass either: it is summed inside the node as soon as all of it is there.
@@ -59,7 +78,6 @@ class EvenShards:
     Args:
         parameters: Parameters by name, on one device; their storage becomes part of the flat tensor.
         groups: Groups that share settings, every parameter in one.
-        eps: Term of AdamW.
         cadence: Cadence of all of them.
         tiers: Replicas.
         flushes: Whether gradients are summed inside the node in each backward pass, where there are nodes.
@@ -68,6 +86,9 @@ class EvenShards:
     Attributes:
         accumulators: Sums of gradients by parameter.
         node_flat: Weights that are whole only while they are used; None if they are always.
+        own, master: This replica's shard of the weights and of their float32 masters.
+        parts: What each group has of the shard.
+        updates: Number of updates.
     """
 
     def __init__(
@@ -75,7 +96,6 @@ class EvenShards:
         parameters: Mapping[str, nn.Parameter],
         groups: Sequence[RuleGroup],
         *,
-        eps: float,
         cadence: Cadence,
         tiers: Tiers,
         flushes: bool = False,
@@ -102,10 +122,14 @@ class EvenShards:
             view.copy_(parameter.detach())
             parameter.data = view
         self.node_flat = NodeFlat(self._weights, tiers) if shares else None
-        self._own = self.node_flat.own if shares else tiers.own(self._weights)
-        self._master = self._own.float()
-        self._step, self._sums, self._gradient, self._work = torch.tensor(0.0), None, None, None
-        self._makes_rule(of_groups, eps)
+        self.own = self.node_flat.own if shares else tiers.own(self._weights)
+        self.master = self.own.float()
+        self.updates, self._sums, self._gradient = torch.tensor(0.0), None, None
+        self._work: dist.Work | None = None
+        self._gathering: dist.Work | None = None
+        self._moments = {key: torch.zeros_like(self.master) for key in ("exp_avg", "exp_avg_sq")}
+        self.parts = [part for group, *span in of_groups if (part := self._part_of(group, *span)) is not None]
+        self._is_reduced = False
         self._held = None
         self._flushes, self._missing = flushes and tiers.has_nodes, set(self.parameters)
         if self._flushes or (tiers.has_nodes and cadence.period > 1):
@@ -118,20 +142,17 @@ class EvenShards:
         if shares:
             self.node_flat.free()
 
-    def _makes_rule(self, of_groups: Sequence[tuple[RuleGroup, int, int]], eps: float) -> None:
-        self._moments = {key: torch.zeros_like(self._master) for key in ("exp_avg", "exp_avg_sq")}
-        self._updated: list[tuple[nn.Parameter, int, int]] = []
-        settings = []
-        for group, *span in of_groups:
-            start, stop = self._here(*span)
-            if start < stop:
-                part = nn.Parameter(self._master[start:stop])
-                self._updated.append((part, start, stop))
-                settings.append(group.of(dict.fromkeys(group.members[:1], part)))
-        # A replica may have nothing but what fills up its shard.
-        self._rule = AdamW(settings, eps=eps, foreach=True) if settings else None
-        for part, start, stop in self._updated:
-            self._rule.state[part] |= {key: moment[start:stop] for key, moment in self._moments.items()}
+    def _part_of(self, group: RuleGroup, begin: int, end: int) -> Part | None:
+        start, stop = self._here(begin, end)
+        if start == stop:
+            return None
+        moments = {key: moment[start:stop] for key, moment in self._moments.items()}
+        return Part(group.name, nn.Parameter(self.master[start:stop]), moments, start, stop)
+
+    @property
+    def entries(self) -> int:
+        """Entries of the shard."""
+        return self._size
 
     def _here(self, begin: int, end: int) -> tuple[int, int]:
         """Return what this replica has of a span of the flat tensor, in entries of its shard."""
@@ -145,6 +166,7 @@ class EvenShards:
         return make
 
     def _arrive(self, name: str) -> None:
+        assert not self._is_reduced, f"a gradient of {name} came after its sum had begun"
         self._missing.discard(name)
         if self._flushes and not self._missing:
             self.hold()
@@ -155,7 +177,11 @@ class EvenShards:
         return self._sums
 
     def reduce(self) -> None:
-        """Begin to sum the accumulated gradients over replicas, in place, each part where its master is."""
+        """Begin to sum the accumulated gradients over replicas, in place, each part where its master is; once."""
+        if self._is_reduced:
+            return
+        self._is_reduced = True
+        self.settle()  # of what no forward pass has run
         if self._flushes:
             self.hold()
             self._gradient, self._work = (
@@ -202,10 +228,16 @@ class EvenShards:
         self._sent = self._gradient = None
 
     def finish(self) -> None:
-        """Wait for what has begun."""
+        """Wait for a sum that has begun."""
         if self._work is not None:
             self._work.wait()
             self._work = None
+
+    def settle(self) -> None:
+        """Wait for weights that are on their way."""
+        if self._gathering is not None:
+            self._gathering.wait()
+            self._gathering = None
 
     def _clear(self) -> None:
         if self._held is not None:
@@ -220,40 +252,30 @@ class EvenShards:
         for accumulator in self.accumulators.values():
             accumulator.total = None
 
-    def scale(self, scales: Mapping[str, Tensor | float]) -> None:
-        """Multiply the gradients here by the factor of the parameters, which is one: all have one cadence."""
-        self._own_gradient().mul_(scales[next(iter(self.parameters))])
-
-    def step(self, rates: Mapping[str, float]) -> None:
-        """Update with the gradients here at each group's rate, and begin to gather the weights."""
+    def take_gradient(self) -> Tensor:
+        """Return the gradients here, to be changed: the update uses them up."""
         gradient, self._gradient = self._own_gradient(), None
-        for part, start, stop in self._updated:
-            part.grad = gradient[start:stop]
-            self._rule.state[part]["step"].copy_(self._step)
-        if self._rule is not None:
-            for group in self._rule.param_groups:
-                group["lr"] = rates[group["name"]]
-            self._rule.step()
-        for part, *_ in self._updated:
-            part.grad = None
-        del gradient
+        return gradient
+
+    def end_update(self) -> None:
+        """Begin a new period after an update of the shard, and to gather the weights."""
         if not self._cadence.moves:
             self._clear()
-        self._step += 1
-        if self.is_low_precision:
-            self._own.copy_(self._master)
+        self._is_reduced = False
+        self.updates += 1
         self.begin_to_hand_out()
 
     def begin_to_hand_out(self) -> None:
         """Begin to gather the weights from the parts of all replicas; of weights that are shared out, the share."""
         shared = self.node_flat
-        self._work = self._tiers.begin_to_gather(self._weights) if shared is None else shared.begin_to_hand_out()
+        self._gathering = self._tiers.begin_to_gather(self._weights) if shared is None else shared.begin_to_hand_out()
 
     def discard(self) -> None:
         """Drop all gradients, and begin a new period."""
         self.finish()
         self._drop_sent()
         self._clear()
+        self._is_reduced = False
 
     @property
     def waits_here(self) -> bool:
@@ -279,17 +301,17 @@ class EvenShards:
         start, stop = self._here(*self._spans[name])
         if key == "gradient":
             return self._own_gradient()[start:stop]
-        whole = {"weight": self._own, "master": self._master}
+        whole = {"weight": self.own, "master": self.master}
         return (whole[key] if key in whole else self._moments[key])[start:stop]
 
     def step_of(self, name: str) -> Tensor:
         """Return the number of updates of a parameter, a view shared by all of its set."""
-        return self._step
+        return self.updates
 
     def _own_gradient(self) -> Tensor:
         self.finish()
         if self._sent is not None:
             self._gradient, self._sent = self._sent.finish(), None
         if self._gradient is None:
-            self._gradient = torch.zeros_like(self._master)
+            self._gradient = torch.zeros_like(self.master)
         return self._gradient

@@ -15,7 +15,7 @@ from hopescale.common.errors import ConfigError, DataError, HopescaleError
 from hopescale.config.model_shape import sees_all
 from hopescale.config.schema import DataConfig, SourceConfig, SuiteConfig
 from hopescale.data.loader import Data, open_data
-from hopescale.engine.schedule import Loop
+from hopescale.engine.schedule import Loop, plain_backward
 from hopescale.engine.segments import Segments
 from hopescale.engine.step import num_targets
 from hopescale.evals.distribute import Tell, distribute, silent
@@ -160,7 +160,7 @@ def _held_out_loss(
     on one process logs, whatever the number of ranks here.
     """
     train, device = loaded.config.train, next(loaded.model.parameters()).device
-    passes = Loop(loaded.model, Tensor.backward, Segments(loaded.model.mesh, train.segments), device)
+    passes = Loop(loaded.model, plain_backward, Segments(loaded.model.mesh, train.segments), device)
     follows = adaptation is not None and bool(adaptation.moving())
     results = []
     for name in data.validation_sets:

@@ -78,6 +78,10 @@ class LayerwiseOptimizer(Updater):
         }
         self.rules = self._make_rules(groups, config)
         self._reduced: set[str] = set()
+        self._deferred: set[str] = set()
+        self._on_their_way: list[Together] = []
+        # With nodes a sum begins with a wait, and ranks that share sequences wait for each other in a backward pass.
+        self._begins_early = not (self._has_nodes and mesh.cp_group.size() > 1)
         for each in self._sums:
             each.flat.rest()
 
@@ -131,6 +135,18 @@ class LayerwiseOptimizer(Updater):
     def holds_whole(self, name: str) -> bool:
         """Tell whether a parameter's state is of the whole, not of this rank's tensor-parallel slice."""
         return self.ownership.is_gathered(name)
+
+    def sums_of(self, names: Sequence[str]) -> list[list[str]]:
+        """Return what is due together, but for what has Gram matrices, which grow beside gradients."""
+        if not self._begins_early:
+            return []
+        due = set(names)
+        ready = [each for each in self._sums if due >= each.names and self._grams.keys().isdisjoint(each.names)]
+        return [sorted(each.names) for each in ready if not self._cadence_of(each).moves]
+
+    def begin(self, names: Sequence[str]) -> None:
+        """Begin to sum what is due together."""
+        self.reduce(names)
 
     def reduce(self, names: Sequence[str]) -> None:
         """Begin to sum accumulated gradients over replicas, each at the replica that owns it."""
@@ -202,6 +218,7 @@ class LayerwiseOptimizer(Updater):
             for group in rule.param_groups:
                 group["lr"] = rates[group["name"]]
         self._finish_sums()
+        self.settle()
         due, left = self._due(names), Counter(flat for index in self._due(names) for flat in self._flats_of(index))
         for index in due:
             each = self.classes[index]
@@ -211,13 +228,27 @@ class LayerwiseOptimizer(Updater):
                 if not left[flat]:
                     # On their way while the next classes are updated.
                     self._begin_to_hand_out(self._weights[flat])
-        for flat in left:
-            self._weights[flat].flat.finish()
+        self._on_their_way = [self._weights[flat] for flat in left]
+        self.settle([name for name in names if name not in self._deferred])
         for each in self._sums:
             each.flat.put_back()
         if self._has_nodes:
             self._begin_periods(names)
         self._reduced = set()
+
+    def defer(self, names: Sequence[str]) -> None:
+        """Let weights of parameters come after `update` has returned, but for those that nodes share out."""
+        self._deferred.update(set(names) - {name for each in self._shared for name in each.names})
+
+    def settle(self, names: Sequence[str] | None = None) -> None:
+        """Wait for weights of parameters that are on their way, of all if none are named."""
+        left = []
+        for each in self._on_their_way:
+            if names is None or not each.names.isdisjoint(names):
+                each.flat.finish()
+            else:
+                left.append(each)
+        self._on_their_way = left
 
     def _begin_periods(self, names: Sequence[str]) -> None:
         for flat in {id(flat): flat for flat in map(self._flat_of.get, names)}.values():

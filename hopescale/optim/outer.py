@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from hopescale.config.groups import assign_groups
 from hopescale.config.schema import OptimConfig
 from hopescale.optim.cadence import Cadence
+from hopescale.optim.early import EarlySums
 from hopescale.optim.layerwise import LayerwiseOptimizer
 from hopescale.optim.replicated import ReplicatedAdamW
 from hopescale.optim.schedule import learning_rate
@@ -27,7 +28,8 @@ class OuterOptimizer:
     such groups. Hooks accumulate all gradients in a single backward pass, which the first updater runs: ZeRO 2 and 3,
     which must see the end of their own backward passes, therefore allow no second updater.
 
-    A step is: backward passes, `reduce(due(step))`, `grad_norms(...)`, and `step(step, norm)` or `discard()`. A
+    A step is: backward passes, `reduce(due(step))`, `grad_norms(...)`, and `step(step, norm)` or `discard()`. What is
+    named to `expect` before the last backward pass, and this pass is said to be the last, begins to be summed in it. A
     parameter that is not due keeps accumulating and sends nothing. Low-precision parameters have a float32 master that
     alone is updated.
 
@@ -79,6 +81,12 @@ class OuterOptimizer:
         self._weights = {
             name: self._updater_of[name].norm_weight(name) * self._is_counted(name) for name in self.parameters
         }
+        self._expected: list[Sequence[str]] = []
+        self._early = EarlySums()
+        if self.mesh.dp_group.size() > 1:
+            for name, parameter in self.parameters.items():
+                # After the hook that adds the gradient to a sum.
+                parameter.register_post_accumulate_grad_hook(lambda _, name=name: self._early.arrive(name))
 
     def _alike(self, levels: Collection[Collection[str]]) -> list[list[str]]:
         """Return the parameters with a lag that are here, level by level, and those of no level."""
@@ -148,9 +156,33 @@ class OuterOptimizer:
         """Tell whether step `step` updates parameters of a cadence: not if the sum that it waits for was dropped."""
         return cadence.is_due(step) and (not cadence.lag or step - cadence.lag > self.dropped_at)
 
-    def backward(self, loss: Tensor) -> None:
-        """Run the backward pass of a micro batch; gradients are accumulated as they become complete."""
+    def expect(self, due: Sequence[Sequence[str]]) -> None:
+        """Name the parameters that are due, in the parts in which `reduce` will be called, before backward passes."""
+        self._expected = list(due)
+
+    def backward(self, loss: Tensor, *, is_last: bool = False) -> None:
+        """Run the backward pass of a micro batch; gradients are accumulated as they become complete.
+
+        In the `is_last` of a step, what is expected begins to be summed over replicas.
+        """
+        if is_last:
+            self._early.expect(self._expected_sums(), self.begin)
         self.updaters[0].backward(loss)
+        if is_last:
+            self._early.begin_rest()
+            self._expected = []
+
+    def _expected_sums(self) -> list[list[str]]:
+        """Return the sums of what is expected, in about the order in which a backward pass completes them."""
+        sums = [names for part in self._expected for each, own in self._by_updater(part) for names in each.sums_of(own)]
+        place = {name: number for number, name in enumerate(self.parameters)}
+        # What comes first in the model has its gradient last.
+        return sorted(sums, key=lambda names: -min(place[name] for name in names))
+
+    @torch.no_grad()
+    def begin(self, names: Sequence[str]) -> None:
+        """Begin a sum over replicas whose gradients are there."""
+        self._updater_of[names[0]].begin(names)
 
     @torch.no_grad()
     def reduce(self, names: Sequence[str]) -> None:
@@ -228,6 +260,19 @@ class OuterOptimizer:
             if ended := [name for name in level if self.cadences[name].lag and self.cadences[name].ends(step)]:
                 self.send(ended)
 
+    def defer(self, names: Sequence[str]) -> None:
+        """Let weights of parameters come from other replicas after `step` has returned.
+
+        Whoever reads these parameters calls `settle` before. `weights`, `to_save` and `load` do.
+        """
+        for updater, part in self._by_updater(names):
+            updater.defer(part)
+
+    def settle(self, names: Sequence[str] | None = None) -> None:
+        """Wait for weights of parameters that are on their way, of all if none are named."""
+        for updater in self.updaters:
+            updater.settle(names)
+
     @torch.no_grad()
     def discard(self, step: int) -> None:
         """Drop all gradients of step `step` and before, what slow parameters have gathered and what was sent too."""
@@ -295,10 +340,12 @@ class OuterOptimizer:
 
     def weights(self) -> dict[str, Tensor]:
         """Return the weights that a checkpoint takes from this rank, by parameter name."""
+        self.settle()
         return {name: tensor for updater in self.updaters for name, tensor in updater.weights().items()}
 
     def to_save(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return of `weights` and `state_dict` what this rank writes to a checkpoint. All replicas call."""
+        self.settle()
         weights, state = {}, {}
         for updater in self.updaters:
             own_weights, own_state = updater.to_save()
@@ -311,6 +358,7 @@ class OuterOptimizer:
 
         Each updater picks its own. Without `state` masters become the weights, as in a new run.
         """
+        self.settle()
         for updater in self.updaters:
             updater.load(weights, state)
 

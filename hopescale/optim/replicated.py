@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -11,9 +12,12 @@ from torch import Tensor, nn
 from hopescale.cost.updates import BUCKET_ELEMENTS, EVEN_UNIT, UPDATE_ELEMENTS, Wire, buckets
 from hopescale.optim.adamw import AdamW
 from hopescale.optim.cadence import Cadence
-from hopescale.optim.updater import RuleGroup, Updater
+from hopescale.optim.updater import RuleGroup, Updater, scale_together
 from hopescale.optim.wire import SentSum
 from hopescale.parallel.mesh import Mesh
+
+IN_FLIGHT = 4
+"""Buckets of gradients that are summed at once: each is a copy."""
 
 
 class ReplicatedAdamW(Updater):
@@ -42,6 +46,8 @@ class ReplicatedAdamW(Updater):
         self._sent: list[tuple[list[str], SentSum]] = []
         self._totals: dict[str, Tensor] = {}
         self._arriving: set[str] = set()
+        self._under_way: deque[tuple[list[Tensor], Tensor, dist.Work]] = deque()
+        self._begun: set[str] = set()
         self.rule = AdamW([group.of(self._masters) for group in groups], eps=eps, foreach=True)
 
     def norm_weight(self, name: str) -> float:
@@ -52,14 +58,32 @@ class ReplicatedAdamW(Updater):
         """Sum accumulated gradients over replicas, several tensors at a time."""
         self._arriving.update(name for name in names if self.cadences[name].moves)
         self.send([name for name in names if name in self._arriving and not self.cadences[name].lag])
-        names = [name for name in names if name not in self._arriving]
+        for bucket in self.sums_of(names):
+            if bucket[0] not in self._begun:
+                self.begin(bucket)
+        self._finish(0)
+        self._begun.difference_update(names)
+
+    def sums_of(self, names: Sequence[str]) -> list[list[str]]:
+        """Return the buckets in which parameters that are due are summed, but for what leaves its accumulator."""
         if self.dp_group.size() == 1:
-            return
-        sizes = {name: self.parameters[name].numel() for name in names}
-        for bucket in buckets(names, dict.fromkeys(names, 0), sizes, BUCKET_ELEMENTS):
-            gradients = [self.accumulated_grad(name) for name in bucket]
-            flat = torch.cat([gradient.flatten() for gradient in gradients])
-            dist.all_reduce(flat, group=self.dp_group)
+            return []
+        sizes = {name: self.parameters[name].numel() for name in names if not self.cadences[name].moves}
+        return buckets(sizes, dict.fromkeys(sizes, 0), sizes, BUCKET_ELEMENTS)
+
+    def begin(self, names: Sequence[str]) -> None:
+        """Begin to sum a bucket, after the oldest of several under way."""
+        self._finish(IN_FLIGHT - 1)
+        gradients = [self.accumulated_grad(name) for name in names]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        self._under_way.append((gradients, flat, dist.all_reduce(flat, group=self.dp_group, async_op=True)))
+        self._begun.update(names)
+
+    def _finish(self, most: int) -> None:
+        """Wait until at most so many buckets are under way."""
+        while len(self._under_way) > most:
+            gradients, flat, work = self._under_way.popleft()
+            work.wait()
             torch._foreach_copy_(gradients, unpacked(flat, gradients))
 
     @torch.no_grad()
@@ -106,19 +130,21 @@ class ReplicatedAdamW(Updater):
             self._update(bucket, scales)
 
     def _update(self, names: Sequence[str], scales: Mapping[str, Tensor | float]) -> None:
-        for name in names:
-            self._masters[name].grad = self._gradient(name).mul_(scales[name])
+        gradients = [self._gradient(name) for name in names]
+        scale_together(gradients, [scales[name] for name in names])
+        for name, gradient in zip(names, gradients, strict=True):
+            self._masters[name].grad = gradient
         self.rule.step()
         for name in names:
-            master, parameter = self._masters[name], self.parameters[name]
-            master.grad = None
+            self._masters[name].grad = None
             if name in self._arriving:
                 self._arriving.remove(name)
                 del self._totals[name]
             else:
                 self.accumulators[name].clear()
-            if master is not parameter:
-                parameter.copy_(master)
+        low = [name for name in names if self._masters[name] is not self.parameters[name]]
+        if low:
+            torch._foreach_copy_([self.parameters[name] for name in low], [self._masters[name] for name in low])
 
     def discard(self) -> None:
         """Drop all gradients, also those that were sent."""

@@ -49,10 +49,20 @@ def even_shares(sizes: Mapping[str, int], replicas: int) -> dict[str, int]:
     return result
 
 
+def scale_together(tensors: Sequence[Tensor], factors: Sequence[Tensor | float]) -> None:
+    """Multiply tensors in place by their factors, all that share one at once."""
+    alike: dict[int, list[int]] = {}
+    for place, factor in enumerate(factors):
+        alike.setdefault(id(factor), []).append(place)
+    for places in alike.values():
+        torch._foreach_mul_([tensors[place] for place in places], factors[places[0]])
+
+
 class Updater(ABC):
     """Accumulates the gradients of its parameters, keeps their float32 masters and rule state, whole or sharded.
 
     A step is: backward passes, `reduce(due)`, `square_norms(...)`, `update(due, ...)`. What is not due accumulates on.
+    In the last backward pass sums may `begin` as soon as their gradients are there.
     Calls that communicate are made by all data-parallel ranks with the same names in the same order.
 
     A checkpoint sees `weights`, `state_dict` and `sums`, whose tensors `load` and `load_sums` take when they have been
@@ -99,9 +109,20 @@ class Updater(ABC):
         """Return the sum of this rank's gradients of a parameter since its last update, to be changed in place."""
         return self.accumulators[name].accumulated_grad()
 
+    def sums_of(self, names: Sequence[str]) -> list[list[str]]:
+        """Return what `begin` takes of parameters that are due and reduced in one call; none if nothing can."""
+        return []
+
+    def begin(self, names: Sequence[str]) -> None:
+        """Begin to sum the gradients of an entry of `sums_of`, before `reduce`: all of them are there."""
+        raise NotImplementedError(f"{type(self).__name__} begins nothing before it reduces")
+
     @abstractmethod
     def reduce(self, names: Sequence[str]) -> None:
-        """Sum the accumulated gradients of parameters that are due over the data-parallel ranks."""
+        """Sum the accumulated gradients of parameters that are due over the data-parallel ranks.
+
+        What has begun is not begun again.
+        """
 
     def send(self, names: Sequence[str]) -> None:
         """Take the sums of a period that has ended out, and begin to add them up over replicas, for a later update."""
@@ -134,6 +155,14 @@ class Updater(ABC):
             scales: Factor on the gradient of each parameter.
             rates: Learning rate of each group.
         """
+
+    def defer(self, names: Sequence[str]) -> None:
+        """Let weights of parameters come from other replicas after `update` has returned, until `settle` names them."""
+        return
+
+    def settle(self, names: Sequence[str] | None = None) -> None:
+        """Wait for weights of parameters that are on their way, of all if none are named."""
+        return
 
     def discard(self) -> None:
         """Drop all gradients, also those of parameters that are not due yet, and begin a new period."""

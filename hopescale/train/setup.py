@@ -31,6 +31,7 @@ from hopescale.config.show import (
 from hopescale.config.values import format_value
 from hopescale.cost.holdings import cut_blocks
 from hopescale.data.loader import Data, open_data
+from hopescale.engine.late_weights import wait_in_forward
 from hopescale.engine.node_weights import gather_blocks
 from hopescale.models import Model
 from hopescale.observe.health import LossWatch
@@ -113,6 +114,8 @@ def build_state(
         whole_matrices=config.optim.tp_mode == "gather",
         mesh=mesh,
     )
+    if layout.pp == 1 and layout.replicas > 1 and config.parallel.stage == 1:
+        wait_in_forward(slices[0], optimizer)
     watch = LossWatch(config.train.loss_spike, config.train.norm_spike)
     return TrainState(config, slices, optimizer, data, watch, shapes)
 

@@ -203,6 +203,7 @@ class Trainer:
         return metrics
 
     def _write_samples(self, record: Record) -> None:
+        self.state.optimizer.settle()
         texts = self.samples.write(self.state.slices[0])
         for name, text in texts.items():
             self.report(format_sample(self.state.step, self.config.train.steps, name, text))
@@ -296,6 +297,7 @@ class Trainer:
         every = self.config.train.replica_check_every
         are_copies = self.mesh.dp_group.size() > 1 and self.config.parallel.stage < 3
         if every is not None and self.state.step % every == 0 and are_copies:
+            self.state.optimizer.settle()
             whole, shares = self.state.optimizer.copies()
             check_replicas(whole, self.mesh, self.state.step, shares)
 

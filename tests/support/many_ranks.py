@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -63,12 +63,19 @@ class Exchanges:
         sent: Bytes by name: the whole input of a reduction, this rank's part of a gather.
         largest: Most bytes of a collective that lie in tensors made for it.
         host_reads: Reads of values on the device by the host.
+        early: Bytes of gradients that were handed over before the last gradient of the backward pass was there.
     """
 
     calls: Counter[str] = field(default_factory=Counter)
     sent: Counter[str] = field(default_factory=Counter)
     largest: int = 0
     host_reads: int = 0
+    early: int = 0
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Bytes of gradients that were handed over until now, and of some numbers."""
+        return sum(self.sent[name] for name in ("all_reduce", "reduce_scatter_tensor"))
 
 
 @contextmanager
@@ -130,6 +137,19 @@ def mesh_of(replicas: Group, per_node: int = 1) -> Mesh:
     return Mesh(**dict.fromkeys(names, Group(1)) | groups)
 
 
+class Loss:
+    """Stands for the loss of a model: every parameter gets a gradient in its backward pass, those of the last first."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter], at_last: Callable[[], None]):
+        self._parameters, self._at_last = parameters, at_last
+
+    def backward(self) -> None:
+        for parameter in reversed(self._parameters):
+            if parameter is self._parameters[0]:
+                self._at_last()
+            parameter.backward(torch.empty_like(parameter))
+
+
 class Rank:
     """Rank 0 of replicas, with all parameters of a recipe, that takes steps without a model.
 
@@ -168,11 +188,11 @@ class Rank:
             shared=[[p.name for p in shapes if p.block == number] for number in numbers],
         )
         self.engine = Engine(self, self.optimizer, levels, META)
+        self._at_last: Callable[[], None] = lambda: None
 
     def train(self, *_: Any) -> Tensor:
-        """Stand for the passes of the model: every parameter gets a gradient."""
-        for parameter in self.parameters.values():
-            parameter.backward(torch.empty_like(parameter))
+        """Stand for the passes of the model over one micro batch."""
+        self.optimizer.backward(Loss([*self.parameters.values()], lambda: self._at_last()), is_last=True)
         return torch.zeros((), device=META)
 
     def due(self, step: int) -> int:
@@ -184,6 +204,11 @@ class Rank:
         accumulators = {n: a for each in self.optimizer.updaters for n, a in each.accumulators.items()}
         flats = [accumulators[name].accumulated_grad() for name in self.parameters]
         with noted([*self.parameters.values(), *flats]) as found:
+
+            def note_early() -> None:
+                found.early = found.gradient_bytes
+
+            self._at_last = note_early
             gradients, update, calls = self.engine.gradients(step, []), self.optimizer.step, Calls()
 
             def counted(*arguments: Any) -> None:
@@ -200,11 +225,12 @@ def main(recipe: str, replicas: str, *overrides: str) -> None:
     rank = Rank(load_recipe(recipe, list(overrides)).config, int(replicas))
     step = max(cadence.period for cadence in rank.optimizer.cadences.values())
     found, calls = rank.step(step)
-    reduced = sum(found.sent[name] for name in ("all_reduce", "reduce_scatter_tensor"))
+    reduced = found.gradient_bytes
     sys.stdout.write(
         f"{replicas} ranks: {sum(found.calls.values())} collectives {dict(found.calls)}, largest buffer "
         f"{found.largest / 2**20:.1f} MiB, gradients {reduced / (4 * rank.due(step)):.4f} of 4 bytes per due entry, "
-        f"{found.host_reads} host reads, {calls} operations in the update\n"
+        f"{found.early / reduced:.3f} of them begun before the last is there, {found.host_reads} host reads, "
+        f"{calls} operations in the update\n"
     )
 
 

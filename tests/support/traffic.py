@@ -94,20 +94,31 @@ class StepBytes:
 def counted_steps(mesh: Mesh) -> Iterator[dict[int, StepBytes]]:
     """Count what this rank sends in each training step, by its number; all else, such as validation, is left out."""
     gradients, update, reduce, send = Engine.gradients, Engine.update, OuterOptimizer.reduce, OuterOptimizer.send
+    begin = OuterOptimizer.begin
     late: Counter[tuple[str, ...]] = Counter()
     steps: dict[int, StepBytes] = {}
 
     def counted_gradients(engine: Engine, step: int, *arguments: Any, **options: Any) -> Any:
+        early: Counter[str] = Counter()
+
+        def counted_begin(optimizer: OuterOptimizer, names: list[str]) -> None:
+            """Count what begins in the backward pass."""
+            before = traffic.bytes["dp"]
+            begin(optimizer, names)
+            for level, members in engine.levels.items():
+                if set(names) <= set(members):
+                    early[level] += traffic.bytes["dp"] - before
+
         def counted_reduce(optimizer: OuterOptimizer, names: list[str]) -> None:
             before = traffic.bytes["dp"]
             reduce(optimizer, names)
             for level, members in engine.levels.items():
                 if names and set(names) <= set(members):
-                    steps[step].levels[level] = traffic.bytes["dp"] - before + late[tuple(names)]
+                    steps[step].levels[level] = early[level] + traffic.bytes["dp"] - before + late[tuple(names)]
 
         traffic.bytes.clear()
         steps[step] = StepBytes()
-        with patch.object(OuterOptimizer, "reduce", counted_reduce):
+        with patch.multiple(OuterOptimizer, reduce=counted_reduce, begin=counted_begin):
             result = gradients(engine, step, *arguments, **options)
         steps[step].axes = dict(traffic.bytes)
         return result

@@ -10,7 +10,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from hopescale.config.schema import DeepMomentumConfig, M3Config, MuonConfig, OptimConfig
-from hopescale.cost.updates import Work, assign_owners, buckets, orthogonal_flops, update_cost
+from hopescale.cost import updates
+from hopescale.cost.updates import Work, assign_owners, buckets, even_sets, orthogonal_flops, update_cost
 from hopescale.ops.device import DTYPES
 from hopescale.optim.muon import orthogonal
 from hopescale.optim.rules import RULES
@@ -61,6 +62,21 @@ def test_buckets_hold_all_in_order_and_no_part_exceeds_the_room():
             assert len(part) == 1 or sum(sizes[name] for name in part) <= 7
     assert buckets("abcdefghij", owners, sizes, 1000) == [list("abcdefghij")]
     assert buckets([], owners, sizes, 7) == []
+
+
+def test_sets_are_cut_in_the_order_of_a_backward_pass_and_a_large_first_parameter_is_alone(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    sizes = {"embedding": 40, **{f"block{number}": 30 for number in range(5)}, "norm": 1}
+    assert even_sets(sizes, 191) == [[*sizes]], "a small model is not cut"
+    monkeypatch.setattr(updates, "EVEN_ELEMENTS", 1)
+    # A tenth of all is 70.
+    assert even_sets(sizes, 700) == [["block3", "block4", "norm"], ["block1", "block2"], ["block0"], ["embedding"]]
+    few = {"embedding": 10, "block0": 30, "norm": 1}
+    assert even_sets(few, 700) == [[*few]], "a small one is not"
+    assert even_sets({"embedding": 900}, 900) == [["embedding"]]
+    large = {f"block{number}": 1000 for number in range(100)}
+    assert len(even_sets(large, 100_000)) <= 11, "their number does not grow with the model"
 
 
 def test_costs_follow_shape_and_settings():

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hopescale.config.schema import CmsConfig, LevelConfig, LinearAttentionConfig, ModelConfig
 from hopescale.data.loader import Batch
-from hopescale.engine.schedule import IN_FLIGHT, Loop
+from hopescale.engine.schedule import IN_FLIGHT, Loop, plain_backward
 from hopescale.engine.segments import Segments
 from hopescale.models import Model
 from hopescale.parallel.mesh import Mesh
@@ -57,7 +57,7 @@ def program_of(rank: int, cp: int, segments: int, layers: int, sequences: int, m
         block.register_forward_hook(begun)
     ring = SimpleNamespace(rank=lambda: rank, size=lambda: cp)
     own = Segments(replace(Mesh.alone(), cp_group=ring, cp_back_group=ring), segments)
-    loop = Loop(model, Tensor.backward, own, torch.device("cpu"))
+    loop = Loop(model, plain_backward, own, torch.device("cpu"))
     tokens = torch.zeros(1, segments * PIECE, dtype=torch.int64)
     loop.train([Batch(tokens, tokens, tokens)] * sequences, 1, None)
     return program

@@ -1,0 +1,77 @@
+"""AdamW on the parts that a replica has of many flat tensors, as many at once as there is room for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from hopescale.cost.updates import UPDATE_ELEMENTS
+from hopescale.engine.zero_even import EvenShards
+from hopescale.optim import RuleGroup
+from hopescale.optim.adamw import AdamW
+from hopescale.optim.updater import scale_together
+
+
+class EvenAdamW:
+    """One rule for all sets: the number of its operations depends on groups and entries, not on sets or parameters.
+
+    Args:
+        sets: Sets of shards.
+        groups: Groups that share settings.
+        eps: Term of AdamW.
+    """
+
+    def __init__(self, sets: Sequence[EvenShards], groups: Sequence[RuleGroup], eps: float):
+        settings = []
+        for group in groups:
+            parts = [part.master for shards in sets for part in shards.parts if part.group == group.name]
+            if parts:
+                settings.append(group.of({}) | {"params": parts})
+        # A replica may have nothing but what fills up its shards.
+        self._rule = AdamW(settings, eps=eps, foreach=True) if settings else None
+        for part in (part for shards in sets for part in shards.parts):
+            self._rule.state[part.master] |= part.moments
+
+    def step(self, due: Sequence[EvenShards], scales: Mapping[str, Tensor | float], rates: Mapping[str, float]) -> None:
+        """Update sets with their gradients, multiplied by the scale of their parameters, and hand out the weights."""
+        if self._rule is not None:
+            for group in self._rule.param_groups:
+                group["lr"] = rates[group["name"]]
+        for sets in _with_room(due):
+            gradients = [shards.take_gradient() for shards in sets]
+            # All of a set have one cadence, and so one factor.
+            scale_together(gradients, [scales[next(iter(shards.parameters))] for shards in sets])
+            self._update(sets, gradients)
+            del gradients
+            low = [shards for shards in sets if shards.is_low_precision]
+            if low:
+                torch._foreach_copy_([shards.own for shards in low], [shards.master for shards in low])
+            for shards in sets:
+                shards.end_update()
+
+    def _update(self, sets: Sequence[EvenShards], gradients: Sequence[Tensor]) -> None:
+        parts = [part for shards in sets for part in shards.parts]
+        for shards, gradient in zip(sets, gradients, strict=True):
+            for part in shards.parts:
+                part.master.grad = gradient[part.start : part.stop]
+                self._rule.state[part.master]["step"].copy_(shards.updates)
+        if parts:
+            self._rule.step()
+        for part in parts:
+            part.master.grad = None
+
+
+def _with_room(due: Sequence[EvenShards]) -> Iterator[list[EvenShards]]:
+    """Put sets together whose parts here are few enough to be copied: AdamW computes with a copy."""
+    together: list[EvenShards] = []
+    entries = 0
+    for shards in due:
+        if together and entries + shards.entries > UPDATE_ELEMENTS:
+            yield together
+            together, entries = [], 0
+        together.append(shards)
+        entries += shards.entries
+    if together:
+        yield together
