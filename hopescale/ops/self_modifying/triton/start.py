@@ -17,15 +17,17 @@ ROWS = 32
 
 @triton.jit
 def _move_layer(
-    learned, packed, momentum, head, memory, begin, documents, distance,
-    LAYER: tl.constexpr, OUTPUTS: tl.constexpr, MOMENTUM: tl.constexpr, SIZE: tl.constexpr, BACK: tl.constexpr,
+    learned, packed, momentum, head, begin, documents, distance,
+    MEMORY: tl.constexpr, LAYER: tl.constexpr, OUTPUTS: tl.constexpr, MOMENTUM: tl.constexpr, SIZE: tl.constexpr,
+    BACK: tl.constexpr,
 ):  # fmt: skip
     """Move rows of a head's layer, learned as `[OUTPUTS, K]`, which is 0 beyond those outputs where it is packed."""
-    k, n = begin + tl.arange(0, SIZE)[:, None], tl.arange(0, LAYER.outputs)[None, :]
-    inside, there = (n < OUTPUTS) & (k < LAYER.inputs), LAYER.begin + memory * LAYER.step + k * LAYER.row + n
+    N: tl.constexpr = LAYER.outputs
+    k, n = begin + tl.arange(0, SIZE)[:, None], tl.arange(0, N)[None, :]
+    inside, there = (n < OUTPUTS) & (k < LAYER.inputs), LAYER.begin + MEMORY * LAYER.step + k * LAYER.row + n
     here = learned + head * OUTPUTS * LAYER.inputs + n * LAYER.inputs + k
     if BACK:
-        total = tl.zeros([SIZE, LAYER.outputs], tl.float32)
+        total = tl.zeros((SIZE, N), tl.float32)
         for document in range(documents):
             total += tl.load(packed + tl.cast(document, tl.int64) * distance + there, mask=inside, other=0.0)
         tl.store(here, total.to(learned.dtype.element_ty), mask=inside)
@@ -46,25 +48,29 @@ def move_start_kernel(
     """
     VECTORS: tl.constexpr = CONFIG.vectors
     GATES: tl.constexpr = CONFIG.gates
+    FIRST: tl.constexpr = VECTORS.first
+    SECOND: tl.constexpr = VECTORS.second
+    GATE: tl.constexpr = GATES.first
+    LAST: tl.constexpr = GATES.second
     WIDE: tl.constexpr = CONFIG.vector_memories
-    MOVED: tl.constexpr = CONFIG.momentum
-    NARROW: tl.constexpr = VECTORS.first.outputs if CONFIG.mlp else 1
-    head, begin = tl.program_id(0).to(tl.int64), tl.program_id(2) * SIZE
+    MEMORIES: tl.constexpr = CONFIG.vector_memories + CONFIG.gate_memories
+    D: tl.constexpr = CONFIG.dim
+    E: tl.constexpr = CONFIG.hidden
+    G: tl.constexpr = CONFIG.hidden if CONFIG.mlp else 1
+    M: tl.constexpr = CONFIG.momentum
+    head, begin, step = tl.program_id(0).to(tl.int64), tl.program_id(2) * SIZE, heads * CONFIG.size
     packed += head * CONFIG.size
     momentum += head * CONFIG.size
-    step = heads * CONFIG.size
-    for m in tl.static_range(CONFIG.vector_memories):
+    for m in tl.static_range(WIDE):
         if tl.program_id(1) == m:
-            place = (head, m, begin, documents, step)
-            _move_layer(first[m], packed, momentum, *place, VECTORS.first, VECTORS.first.outputs, MOVED, SIZE, BACK)
+            _move_layer(first[m], packed, momentum, head, begin, documents, step, m, FIRST, E, M, SIZE, BACK)
             if CONFIG.mlp:
-                _move_layer(second[m], packed, momentum, *place, VECTORS.second, CONFIG.dim, MOVED, SIZE, BACK)
-    for m in tl.static_range(CONFIG.gate_memories):
-        if tl.program_id(1) == WIDE + m:
-            place = (head, m, begin, documents, step)
-            _move_layer(first[WIDE + m], packed, momentum, *place, GATES.first, NARROW, MOVED, SIZE, BACK)
+                _move_layer(second[m], packed, momentum, head, begin, documents, step, m, SECOND, D, M, SIZE, BACK)
+    for m in tl.static_range(WIDE, MEMORIES):
+        if tl.program_id(1) == m:
+            _move_layer(first[m], packed, momentum, head, begin, documents, step, m - WIDE, GATE, G, M, SIZE, BACK)
             if CONFIG.mlp:
-                _move_layer(second[WIDE + m], packed, momentum, *place, GATES.second, 1, MOVED, SIZE, BACK)
+                _move_layer(second[m], packed, momentum, head, begin, documents, step, m - WIDE, LAST, 1, M, SIZE, BACK)
 
 
 def _move(
