@@ -45,7 +45,7 @@ class FlatAccumulator(Accumulator):
 
 
 @dataclass(frozen=True)
-class Part:
+class GroupPart:
     """What a replica's shard has of a group.
 
     Attributes:
@@ -84,7 +84,7 @@ class EvenShards:
     Attributes:
         accumulators: Sums of gradients by parameter.
         own, master: This replica's shard of the weights and of their float32 masters.
-        parts: What each group has of the shard.
+        parts: Parts of the shard that belong to groups.
         updates: Number of updates.
     """
 
@@ -135,12 +135,12 @@ class EvenShards:
             for name, parameter in self.parameters.items()
         }
 
-    def _part_of(self, group: RuleGroup, begin: int, end: int) -> Part | None:
+    def _part_of(self, group: RuleGroup, begin: int, end: int) -> GroupPart | None:
         start, stop = self._here(begin, end)
         if start == stop:
             return None
         moments = {key: moment[start:stop] for key, moment in self._moments.items()}
-        return Part(group.name, nn.Parameter(self.master[start:stop]), moments, start, stop)
+        return GroupPart(group.name, nn.Parameter(self.master[start:stop]), moments, start, stop)
 
     @property
     def entries(self) -> int:
