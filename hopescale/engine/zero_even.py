@@ -46,7 +46,7 @@ class FlatAccumulator(Accumulator):
 
 
 @dataclass(frozen=True)
-class Part:
+class GroupPart:
     """What a replica's shard has of a group.
 
     Attributes:
@@ -87,7 +87,7 @@ class EvenShards:
         accumulators: Sums of gradients by parameter.
         node_flat: Weights that are whole only while they are used; None if they are always.
         own, master: This replica's shard of the weights and of their float32 masters.
-        parts: What each group has of the shard.
+        parts: Parts of the shard that belong to groups.
         updates: Number of updates.
     """
 
@@ -142,12 +142,12 @@ class EvenShards:
         if shares:
             self.node_flat.free()
 
-    def _part_of(self, group: RuleGroup, begin: int, end: int) -> Part | None:
+    def _part_of(self, group: RuleGroup, begin: int, end: int) -> GroupPart | None:
         start, stop = self._here(begin, end)
         if start == stop:
             return None
         moments = {key: moment[start:stop] for key, moment in self._moments.items()}
-        return Part(group.name, nn.Parameter(self.master[start:stop]), moments, start, stop)
+        return GroupPart(group.name, nn.Parameter(self.master[start:stop]), moments, start, stop)
 
     @property
     def entries(self) -> int:
