@@ -24,11 +24,11 @@ from hopescale.ops.head_streams import head_streams
 from hopescale.ops.self_modifying import (
     KEY_EPS,
     GateWeights,
+    InitialWeights,
     Memories,
     MemorySpec,
     MemoryState,
     SelfModifyingOutput,
-    Start,
     Streams,
     can_mix,
     mix_heads,
@@ -184,7 +184,7 @@ class SelfModifying(nn.Module):
         weight = self.conv["weight"]
         return weight.new_zeros(weight.shape[1] - 1, batch, weight.shape[0]).transpose(0, 1)
 
-    def _start(self, batch: int) -> Memories | Start:
+    def _start(self, batch: int) -> Memories | InitialWeights:
         """Return the learned initial weights, laid out for `batch` sequences where memories lie in two banks."""
         if "projection" in self.banks:
             return self._initial_memories(batch)
@@ -245,7 +245,7 @@ class SelfModifying(nn.Module):
             memories = Memories(*memories)
         elif self.far_spec is not None:
             far = self._initial_far(batch)
-        mixed = self.in_proj(x).unflatten(-1, (self.heads, -1, self.head_dim))  # [T, B, H, S, D]
+        mixed = self.in_proj(x).unflatten(-1, (self.heads, -1, self.head_dim))  # [T, B, H, P, D]
         plain = documents is None and probe is None and far is None
         if plain and can_mix(mixed, self.spec, self.computed["backend"]):
             begun = self._begun(memories, position, len(mixed), batch)

@@ -28,16 +28,16 @@ def head_streams(
     """Cut projected inputs into streams of heads.
 
     Args:
-        x: Projected inputs `[T, B, H, S, D]`.
-        weight: Filters of a causal depthwise convolution with SiLU, oldest token first: `[H * S * D, W]`; None for
+        x: Projected inputs `[T, B, H, P, D]`.
+        weight: Filters of a causal depthwise convolution with SiLU, oldest token first: `[H * P * D, W]`; None for
             neither.
-        tail: Inputs before `x`, `W - 1` of them: `[W - 1, B, H * S * D]`; None without a filter.
+        tail: Inputs before `x`, `W - 1` of them: `[W - 1, B, H * P * D]`; None without a filter.
         unit: Flag of each slice: whether its vectors are scaled to unit length.
         first: Place of the first token of each token's document, as in `short_conv`; the filter reads nothing before.
         backend: Code that computes; `backends.select_streams` chooses it.
 
     Returns:
-        Streams `[S, B, H, T, D]`, at least float32, and the tail for the next call.
+        Streams `[P, B, H, T, D]`, at least float32, and the tail for the next call.
     """
     if backend == "cpp":
         return _head_streams_cpp(x, weight, tail, unit, first)

@@ -395,7 +395,6 @@ class LayerwiseOptimizer(Updater):
 
     def _set_masters(self, names: Iterable[str]) -> None:
         """Set masters to weights. All tensor-parallel ranks call."""
-        names = set(names)
-        for each in self.classes:
-            if not names.isdisjoint(each.names):
-                each.set_master()
+        chosen = set(names)
+        for each in (each for each in self.classes if not chosen.isdisjoint(each.names)):
+            each.set_master()

@@ -291,7 +291,7 @@ class HopeSelfModifying(nn.Module):
 
         Of more than one token, all rows stand at the same place of a chunk.
         """
-        mixed = self.in_proj(x).unflatten(-1, (self.heads, -1, self.dim))  # [B, T, H, S, D]
+        mixed = self.in_proj(x).unflatten(-1, (self.heads, -1, self.dim))  # [B, T, H, P, D]
         gate, mixed = mixed[..., 3:, :], mixed[..., :3, :].flatten(2)
         state = dict(state)
         if self.conv is not None:
@@ -302,7 +302,7 @@ class HopeSelfModifying(nn.Module):
                 mixed = F.silu((padded.float() * weight.mT.float()).sum(1, keepdim=True).to(x.dtype))
             else:
                 mixed = F.silu(F.conv1d(padded.mT, weight[:, None], groups=weight.shape[0])).mT
-        streams = mixed.float().unflatten(-1, (self.heads, 3, self.dim)).permute(3, 0, 2, 1, 4)  # [S, B, H, T, D]
+        streams = mixed.float().unflatten(-1, (self.heads, 3, self.dim)).permute(3, 0, 2, 1, 4)  # [P, B, H, T, D]
         outputs, read, size = [], 0, self.config.chunk_size
         while read < x.shape[1]:
             stop = min(x.shape[1], read + size - int(position[0] + read) % size)

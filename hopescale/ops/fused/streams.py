@@ -278,13 +278,13 @@ def head_streams_and_gates(
     Sums are in float32, whatever the type of the inputs. No gradient goes to the given tail.
 
     Args:
-        x: Projected inputs `[T, B, H, S, D]`, whose last dimension lies dense; `D` is a power of 2 and `T` at least 1.
+        x: Projected inputs `[T, B, H, P, D]`, whose last dimension lies dense; `D` is a power of 2 and `T` at least 1.
         filters, unit, first: Arguments of `head_streams`, for the first three slices; at most one more is left.
         tail: Inputs before `x`, as in `head_streams`; None for zeros.
         gates: Weights `[H, D]`, or None, and bias `[H]` of each gate, float32.
 
     Returns:
-        Three streams `[B, H, T, D]` in float32, logits `[B, H, T]` of each gate, the slices left `[T, B, H, S - 3, D]`,
+        Three streams `[B, H, T, D]` in float32, logits `[B, H, T]` of each gate, the slices left `[T, B, H, P - 3, D]`,
         and the tail for the next call.
     """
     after = None
