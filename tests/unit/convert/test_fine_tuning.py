@@ -135,7 +135,8 @@ def test_modes_that_would_crop_a_state_are_refused(model):
 
 
 def test_low_rank_adapters_learn_and_the_rest_stays(model):
-    peft = pytest.importorskip("peft")
+    import peft
+
     layers = ["in_proj", "out_proj", "gate", "up", "down"]
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=layers, task_type="CAUSAL_LM"))
     before = {name: parameter.detach().clone() for name, parameter in adapted.named_parameters()}
