@@ -78,6 +78,8 @@ def run() -> None:
     parser.add_argument("recipe", help="name or path of a recipe")
     parser.add_argument("overrides", nargs="*", help="settings, as of hopescale train")
     options = parser.parse_args()
+    if options.steps < 2 * BLOCK:
+        parser.error(f"--steps is {options.steps}, but blocks of {BLOCK} steps are compared: name {2 * BLOCK} or more")
     delay, begins, gradients = Delay(options.milliseconds / 1000), [], Engine.gradients
 
     def timed(engine: Engine, step: int, *arguments: Any, **how: Any) -> Any:
@@ -101,7 +103,7 @@ def run() -> None:
     for number, (begin, end) in enumerate(zip(begins, begins[1:], strict=False)):
         if number % BLOCK:  # what a block hands on to the next is not counted
             took[number // BLOCK % 2 == 1].append(end - begin)
-    if os.environ.get("RANK") != "0":
+    if os.environ.get("RANK", "0") != "0":
         return
     without, late = (1000 * median(took[is_late]) for is_late in (False, True))
     exchanges = sum(delay.count.values()) / (len(begins) / 2)

@@ -43,8 +43,13 @@ def name_of_pattern(tokenizer: dict[str, Any]) -> str | None:
             return None
 
 
-def reason_against(tokenizer: dict[str, Any], name: str) -> str | None:
-    """Say what llama.cpp would do otherwise than a `tokenizer.json` under the name of its pattern; None if nothing."""
+def reason_against(tokenizer: dict[str, Any], name: str | None) -> str | None:
+    """Say what llama.cpp would do otherwise than a `tokenizer.json`; None if nothing.
+
+    Args:
+        tokenizer: Content of the file.
+        name: Name of its pattern of words; None if llama.cpp has none.
+    """
     model = tokenizer.get("model") or {}
     forms = [step.get("type") for step in _steps(tokenizer.get("normalizer"), "normalizers")]
     spaces = [step.get("add_prefix_space", True) for step in _steps(tokenizer.get("pre_tokenizer"), "pretokenizers")]
@@ -52,6 +57,8 @@ def reason_against(tokenizer: dict[str, Any], name: str) -> str | None:
         return f"its model is {kind}, not BPE"
     if forms not in ([], ["NFC"]):
         return f"its normalizer is {' and '.join(map(str, forms))}, not NFC or none"
+    if name is None:
+        return OTHER_PATTERN
     if spaces[-1]:
         return "it puts a space before a text (add_prefix_space)"
     if model.get("ignore_merges", False) != (name == LLAMA3):
@@ -89,7 +96,7 @@ def main() -> None:
     if file.exists():
         tree = json.loads(file.read_text(encoding="utf-8"))
         name = name_of_pattern(tree)
-        if reason := OTHER_PATTERN if name is None else reason_against(tree, name):
+        if reason := reason_against(tree, name):
             asked = partial(known_name, text_model.get_vocab_base_pre, reason)
             text_model.get_vocab_base_pre = lambda self, tokenizer: asked(self, tokenizer)
         else:

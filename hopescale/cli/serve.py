@@ -36,8 +36,8 @@ def serve(
 ) -> None:
     """Answer OpenAI's completions over HTTP; a context is read once and asked any number of times.
 
-    Ctrl-C, SIGTERM and SIGHUP end it with exit code 0, after the answers that are being written, for which there are
-    --grace seconds; a second signal cuts them off.
+    Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP end it with exit code 0, after the answers that are being written, for which
+    there are --grace seconds; a second signal cuts them off.
     """
     require_packages("a server needs", "serve", "fastapi", "uvicorn")
     # Threads that spin while they wait for one another lose to any other process of the machine.

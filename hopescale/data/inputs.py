@@ -55,7 +55,9 @@ def find_files(name: str, patterns: tuple[str, ...], exclude: tuple[str, ...]) -
         if not filesystem.exists(path):
             raise DataError(f"input {name} does not exist", hint="check the path; relative paths start where you are")
         found = {file.path: file for file in _files_below(filesystem, path)}
-        below = [(file, file[len(path) :].lstrip("/")) for file in _without_notes(filesystem, sorted(found))]
+        whole = {place for place, file in found.items() if file.size is not None}
+        kept = _without_notes(filesystem, sorted(whole))
+        below = [(file, file[len(path) :].lstrip("/")) for file in sorted([*kept, *(found.keys() - whole)])]
     visible = [(file, rest) for file, rest in below if not is_hidden(rest)]
     chosen = [(file, rest) for file, rest in visible if not patterns or matches(rest, patterns)]
     matching = [(file, rest) for file, rest in chosen if not matches(rest, exclude)]

@@ -6,6 +6,7 @@ This file and `report` alone need matplotlib. Nothing is shown on a screen.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import cycle
 
 import numpy as np
 from matplotlib import colormaps
@@ -22,7 +23,7 @@ from hopescale.scaling.multiplier import multiplier
 from hopescale.scaling.scores import ScoreAnalysis
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6d00", "#56b4e9")
-"""One for each series (Okabe and Ito's, which most people can tell apart)."""
+"""One for each series (Okabe and Ito's, which most people can tell apart); more series begin anew."""
 
 _PANEL = (5.2, 4.3)
 _AHEAD = 10.0
@@ -79,7 +80,7 @@ def _isoflop(analysis: Analysis) -> Figure:
             axis.plot(series.points.params, series.points.loss, "o", ms=4, color=_GREY)
     low, high = _share_y(axes[:-1])
     axes[0].set_ylim(low, high + 0.18 * (high - low))
-    for color, (name, series) in zip(COLORS, analysis.series.items(), strict=False):
+    for color, (name, series) in zip(cycle(COLORS), analysis.series.items(), strict=False):
         _growth(axes[-1], name, series, color)
     if not axes[-1].has_data():
         axes[-1].set_title("compute-optimal size", fontsize=11, loc="left")
@@ -146,7 +147,7 @@ def _surface(fitted: Mapping[str, SeriesAnalysis]) -> Figure:
 def _residuals(fitted: Mapping[str, SeriesAnalysis]) -> Figure:
     """Draw observed against predicted loss, and what is left over by size, tokens and budget."""
     figure, axes = _panels(3)
-    for number, (color, (name, series)) in enumerate(zip(COLORS, fitted.items(), strict=False)):
+    for number, (color, (name, series)) in enumerate(zip(cycle(COLORS), fitted.items(), strict=False)):
         percent, points = 100 * series.fit.residuals, series.points
         said = f"{name}: {np.mean(np.abs(percent)):.2g} % on average"
         for axis, values in zip(axes, (points.params, points.tokens, points.flops), strict=True):
@@ -167,7 +168,7 @@ def _residuals(fitted: Mapping[str, SeriesAnalysis]) -> Figure:
 def _frontier(analysis: Analysis) -> Figure:
     """Draw the least loss over budgets of every series, and the multipliers over the reference."""
     figure, axes = _panels(2 if analysis.of_runs else 1, width=1.25)
-    for color, (name, series) in zip(COLORS, analysis.series.items(), strict=False):
+    for color, (name, series) in zip(cycle(COLORS), analysis.series.items(), strict=False):
         points, budgets, best = series.points, _budgets(series), series.envelope.points
         axes[0].plot(points.flops, points.loss, "o", ms=3.5, color=color, alpha=0.4, mew=0)
         if series.doubt is not None:
@@ -189,7 +190,7 @@ def _frontier(analysis: Analysis) -> Figure:
 def _multipliers(axis: Axes, analysis: Analysis) -> None:
     """Draw each series' multiplier over the reference, over the budgets that both were run with."""
     reference = analysis.series[analysis.reference]
-    colors = dict(zip(analysis.series, COLORS, strict=False))
+    colors = dict(zip(analysis.series, cycle(COLORS), strict=False))
     axis.axhline(1, color=colors[analysis.reference], lw=2, label=analysis.reference)
     ends = []
     for name, values in analysis.multipliers.items():
@@ -249,7 +250,7 @@ def _scores(scores: ScoreAnalysis) -> Figure:
     """Draw scores over losses, by series, and the curve of all with the interval of reweighted fits."""
     figure, (axis,) = _panels(1, width=1.3)
     losses = np.linspace(scores.loss.min(), scores.loss.max(), 200)
-    for color, name in zip(COLORS, dict.fromkeys(scores.series.tolist()), strict=False):
+    for color, name in zip(cycle(COLORS), dict.fromkeys(scores.series.tolist()), strict=False):
         own = scores.series == name
         axis.plot(scores.loss[own], scores.score[own], "o", ms=4.5, color=color, label=name)
     axis.plot(losses, scores.curve(losses), color=_GREY, lw=1.8)

@@ -52,8 +52,11 @@ class WebServer(uvicorn.Server):
         """Wait for the answers that are being written, while there is time."""
         self._ending = asyncio.get_running_loop()
         timer = self._ending.call_later(self._grace, self._hang_up)
-        await super().shutdown(sockets)
-        timer.cancel()
+        try:
+            await super().shutdown(sockets)
+        finally:
+            timer.cancel()
+            self._ending = None
 
     def _hang_up(self) -> None:
         """Leave all clients, as if they had hung up themselves: their requests end at the next token."""

@@ -286,7 +286,7 @@ def serve(hopescale, trained: Path, monkeypatch) -> Serve:
     return run
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_the_command_listens_when_it_says_so_and_a_signal_ends_it(number, serve):
     answered = []
 
@@ -312,7 +312,7 @@ def test_a_client_that_hangs_does_not_keep_the_server(grace, kills, serve, capfd
         httpx.get(f"{url}/health")
         for _ in range(kills):
             os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(1)
+            assert waited_for(lambda: refuses(port)), "the first signal closes the port"
 
     code, lines = serve(hang, "--grace", grace)
     assert code == 0 and lines[1:] == ["tiny is served no more"]
@@ -338,7 +338,7 @@ def test_a_second_signal_cuts_off_an_answer_that_is_being_written(stream, serve,
         assert waited_for(lambda: httpx.get(f"{url}/health").json()["requests"] == 1)
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(1)
+            assert waited_for(lambda: refuses(port)), "the first signal closes the port"
 
     assert serve(ask)[0] == 0
     assert "Traceback" not in capfd.readouterr().err
@@ -362,6 +362,12 @@ def test_a_port_that_is_taken_is_one_message(hopescale, trained: Path, monkeypat
         monkeypatch.setattr("socket.socket.bind", bind_second)
         done = hopescale("serve", trained, "--port", first.getsockname()[1])
     assert done.code == 5 and "cannot listen at 127.0.0.1:" in done.err
+
+
+def refuses(port: int) -> bool:
+    with suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
+        return False
+    return True
 
 
 def waited_for(condition: Callable[[], bool], seconds: float = 60) -> bool:

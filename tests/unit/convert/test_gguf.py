@@ -65,7 +65,11 @@ def test_a_pattern_is_not_all_that_llama_cpp_takes_for_granted(tmp_path: Path, m
     assert reason(gpt2 | {"normalizer": {"type": "NFC"}}, "gpt-2") is None
     lower = {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Lowercase"}]}
     assert reason(gpt2 | {"normalizer": lower}, "gpt-2") == "its normalizer is NFC and Lowercase, not NFC or none"
-    assert reason(gpt2 | {"model": {"type": "Unigram"}}, "gpt-2") == "its model is Unigram, not BPE"
+    unigram = {"model": {"type": "Unigram"}, "pre_tokenizer": {"type": "Metaspace", "prepend_scheme": "always"}}
+    assert reason(unigram, TOOL["name_of_pattern"](unigram)) == "its model is Unigram, not BPE"
+    pieces = {"model": {"type": "WordPiece"}, "pre_tokenizer": {"type": "BertPreTokenizer"}}
+    assert reason(pieces, TOOL["name_of_pattern"](pieces)) == "its model is WordPiece, not BPE"
+    assert reason(gpt2 | {"pre_tokenizer": None}, None) == "it cuts text into words in another way"
     spaced = gpt2["pre_tokenizer"] | {"add_prefix_space": True}
     assert reason(gpt2 | {"pre_tokenizer": spaced}, "gpt-2") == "it puts a space before a text (add_prefix_space)"
     whole = gpt2["model"] | {"ignore_merges": True}

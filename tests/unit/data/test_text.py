@@ -118,6 +118,12 @@ def test_links_to_nothing_are_named_before_anything_is_read(tmp_path: Path) -> N
     with pytest.raises(DataError, match=r"holds links to files that do not exist: b.txt, c.txt") as caught:
         find_files(str(tmp_path), (), ())
     assert "--exclude" in caught.value.hint
+    for name in ("dataset_info.json", "state.json"):  # as of a folder that datasets has saved
+        (tmp_path / name).symlink_to(tmp_path / "gone")
+    with pytest.raises(DataError, match=r"b.txt, c.txt, dataset_info.json, state.json"):
+        find_files(str(tmp_path), (), ())
+    for name in ("dataset_info.json", "state.json"):
+        (tmp_path / name).unlink()
     assert [d.text for d in read(tmp_path, exclude=("[bc].txt",))] == ["own"]
 
 

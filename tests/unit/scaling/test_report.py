@@ -7,6 +7,7 @@ import json
 import re
 import struct
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from hopescale.observe.metrics import MetricsLog
 from hopescale.scaling.analysis import Analysis, analyse
 from hopescale.scaling.curves import read_curves
 from hopescale.scaling.law import Law, read_law
+from hopescale.scaling.plot import draw
 from hopescale.scaling.points import Points, Table, read_points
 from hopescale.scaling.report import write_report
 from hopescale.scaling.summary import describe, to_json
@@ -94,6 +96,15 @@ def test_a_best_size_that_was_not_run_is_said(isoflop_runs):
     assert not any(
         "is the best" in line for line in describe(analyse(Table({"all": points}, [], Path("t.csv")), None, 0))
     )
+
+
+def test_every_one_of_many_series_is_drawn(isoflop_runs):
+    names = [f"series{number}" for number in range(8)] + ["transformer"]
+    points = isoflop_runs(budgets=2, sizes=2)
+    numbered = {name: replace(points, loss=points.loss * (1 + 0.01 * place)) for place, name in enumerate(names)}
+    figures = draw(analyse(Table(numbered, [], Path("t.csv")), resamples=0, need_laws=False))
+    legend = figures["frontier"][1].axes[0].get_legend()
+    assert sum("series" in text.get_text() for text in legend.get_texts()) == 8
 
 
 def test_json_is_a_file_of_laws(analysis, tmp_path):
