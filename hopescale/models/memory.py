@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from hopescale.ops.self_modifying import MemorySpec, MemoryState, Start
+from hopescale.ops.self_modifying import MemorySpec, MemoryStart, MemoryState
 from hopescale.parallel.layers import ParameterSpec, new_parameter
 
 INITIAL_OUTPUT_STD = 0.1
@@ -43,7 +43,7 @@ class MemoryBank(nn.Module):
             for name in names:
                 self.add_module(name, InitialMemory(num_heads, head_dim, size_out, spec.hidden))
 
-    def start(self, momentum: bool) -> Start:
+    def start(self, momentum: bool) -> MemoryStart:
         """Return the learned initial weights, with momentum or without."""
         (vectors, gates), linear = (self.spec.vector_memories, self.spec.gate_memories), self.spec.hidden is None
 
@@ -51,8 +51,8 @@ class MemoryBank(nn.Module):
             return tuple(getattr(getattr(self, name), layer) for name in names)
 
         if linear:
-            return Start(layers(vectors + gates, "w"), (), (), momentum)
-        return Start(layers(vectors + gates, "w2"), layers(vectors, "w1"), layers(gates, "w1"), momentum)
+            return MemoryStart(layers(vectors + gates, "w"), (), (), momentum)
+        return MemoryStart(layers(vectors + gates, "w2"), layers(vectors, "w1"), layers(gates, "w1"), momentum)
 
     def initial_state(self, batch: int, momentum: bool) -> MemoryState:
         """Expand the learned initial weights to `batch` sequences."""

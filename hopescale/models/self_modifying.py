@@ -26,9 +26,9 @@ from hopescale.ops.self_modifying import (
     GateWeights,
     Memories,
     MemorySpec,
+    MemoryStart,
     MemoryState,
     SelfModifyingOutput,
-    Start,
     Streams,
     can_mix,
     mix_heads,
@@ -184,7 +184,7 @@ class SelfModifying(nn.Module):
         weight = self.conv["weight"]
         return weight.new_zeros(weight.shape[1] - 1, batch, weight.shape[0]).transpose(0, 1)
 
-    def _start(self, batch: int) -> Memories | Start:
+    def _start(self, batch: int) -> Memories | MemoryStart:
         """Return the learned initial weights, laid out for `batch` sequences where memories lie in two banks."""
         if "projection" in self.banks:
             return self._initial_memories(batch)

@@ -4,7 +4,7 @@ from hopescale.ops.self_modifying.mix import GateWeights, can_mix, mix_heads
 from hopescale.ops.self_modifying.naive import self_modifying_naive
 from hopescale.ops.self_modifying.operation import self_modifying
 from hopescale.ops.self_modifying.resets import run_with_resets
-from hopescale.ops.self_modifying.start import Start
+from hopescale.ops.self_modifying.start import MemoryStart
 from hopescale.ops.self_modifying.types import (
     KEY_EPS,
     Memories,
@@ -22,7 +22,7 @@ __all__ = [
     "MemorySpec",
     "MemoryState",
     "SelfModifyingOutput",
-    "Start",
+    "MemoryStart",
     "Streams",
     "Weights",
     "can_mix",

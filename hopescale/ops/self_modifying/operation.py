@@ -16,7 +16,7 @@ from hopescale.ops.self_modifying.cpp import self_modifying_cpp
 from hopescale.ops.self_modifying.infer import self_modifying_infer
 from hopescale.ops.self_modifying.memories import make_inputs
 from hopescale.ops.self_modifying.side_by_side import run_side_by_side
-from hopescale.ops.self_modifying.start import Start
+from hopescale.ops.self_modifying.start import MemoryStart
 from hopescale.ops.self_modifying.types import (
     Memories,
     MemorySpec,
@@ -29,7 +29,7 @@ from hopescale.ops.self_modifying.types import (
 
 def self_modifying(
     streams: Streams,
-    state: Memories | Start,
+    state: Memories | MemoryStart,
     spec: MemorySpec,
     *,
     position: int = 0,
@@ -67,7 +67,7 @@ def self_modifying(
     if documents is not None:
         _check(documents, state, batch, tokens, position)
     if tokens == 0:
-        state = _laid_out(state, batch) if isinstance(state, Start) or documents is None else state.expand(batch)
+        state = _laid_out(state, batch) if isinstance(state, MemoryStart) or documents is None else state.expand(batch)
         return SelfModifyingOutput(streams.q, streams.q.new_zeros(*streams.q.shape[:3], 3), state)
     choice = select(
         backend,
@@ -101,16 +101,16 @@ def self_modifying(
     return run_side_by_side(run, streams, state, documents, spec.projection_chunk_size or spec.chunk_size)
 
 
-def _laid_out(state: Memories | Start, batch: int) -> Memories:
-    return Memories(state.expand(batch), None) if isinstance(state, Start) else state
+def _laid_out(state: Memories | MemoryStart, batch: int) -> Memories:
+    return Memories(state.expand(batch), None) if isinstance(state, MemoryStart) else state
 
 
-def _check(documents: Documents, state: Memories | Start, batch: int, tokens: int, position: int) -> None:
+def _check(documents: Documents, state: Memories | MemoryStart, batch: int, tokens: int, position: int) -> None:
     if position:
         raise ValueError(f"documents are given, but those of the {position} tokens before are unknown")
     if documents.first.shape != (batch, tokens):
         raise ValueError(f"documents are of tokens {list(documents.first.shape)}, but there are {[batch, tokens]}")
-    if not isinstance(state, Start) and (found := state.memory.running.w_in.shape[0]) != 1:
+    if not isinstance(state, MemoryStart) and (found := state.memory.running.w_in.shape[0]) != 1:
         raise ValueError(f"documents begin with one state, but the state is for a batch of {found}")
 
 

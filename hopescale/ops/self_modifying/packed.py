@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hopescale.ops.documents import Documents
 from hopescale.ops.limits import BLOCK
-from hopescale.ops.self_modifying.start import Start
+from hopescale.ops.self_modifying.start import MemoryStart
 from hopescale.ops.self_modifying.types import (
     Memories,
     MemorySpec,
@@ -61,7 +61,7 @@ def unpack(packed: Tensor, spec: MemorySpec, dim: int, *, share: bool, copy: boo
 def run_packed(
     operation: Callable[..., tuple[Tensor | None, ...]],
     streams: Streams,
-    state: Memories | Start,
+    state: Memories | MemoryStart,
     spec: MemorySpec,
     documents: Documents | None,
     *,
@@ -72,8 +72,8 @@ def run_packed(
 
     Args:
         operation: Function of a spec, documents, the streams, packed weights and their packed momentum, or the learned
-            weights of a `Start`. It returns outputs, statistics, and packed weights, momentum and weights at the last
-            boundary.
+            weights of a `MemoryStart`. It returns outputs, statistics, and packed weights, momentum and weights at the
+            last boundary.
         streams: Streams that are cut nowhere.
         state: Memories before the first token, or what all sequences begin with where the operation takes it; with
             documents those that each begins with, for a batch of one.
@@ -83,7 +83,7 @@ def run_packed(
         copy: Whether the state returned has memory of its own.
     """
     inputs = (None if x is None else x.contiguous() for x in streams)
-    if isinstance(state, Start):
+    if isinstance(state, MemoryStart):
         first = (each.contiguous() for each in state.tensors)
     else:
         first = (None if x is None else pack(x, spec, share=share) for x in state.memory[:2])

@@ -10,7 +10,7 @@ from torch import Tensor
 from hopescale.ops.self_modifying.types import MemoryState, Weights
 
 
-class Start(NamedTuple):
+class MemoryStart(NamedTuple):
     """Weights of the memories of a bank as they are learned, by memory: vector memories, then gate memories.
 
     They act from the left, `w @ x`, unlike `Weights`, and momentum begins with 0.

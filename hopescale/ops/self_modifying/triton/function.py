@@ -14,7 +14,7 @@ from hopescale.ops.backends import Products
 from hopescale.ops.documents import Documents
 from hopescale.ops.limits import KERNEL_KEEPS, KERNEL_PROGRAMS
 from hopescale.ops.self_modifying.packed import run_packed
-from hopescale.ops.self_modifying.start import Start
+from hopescale.ops.self_modifying.start import MemoryStart
 from hopescale.ops.self_modifying.triton import scratch
 from hopescale.ops.self_modifying.triton.backward import self_modify_back_kernel
 from hopescale.ops.self_modifying.triton.forward import self_modify_kernel
@@ -214,7 +214,7 @@ class _SelfModify(torch.autograd.Function):
 
 def self_modifying_triton(
     streams: Streams,
-    state: Memories | Start,
+    state: Memories | MemoryStart,
     spec: MemorySpec,
     documents: Documents | None = None,
     *,
@@ -225,7 +225,7 @@ def self_modifying_triton(
     Differentiable once in all tensors, through all outputs but the statistics. Without gradients nothing is kept.
     """
     grad = torch.is_grad_enabled()
-    run = partial(_SelfModify.apply if grad else _without_gradients, products, isinstance(state, Start))
+    run = partial(_SelfModify.apply if grad else _without_gradients, products, isinstance(state, MemoryStart))
     # A state that is dropped after the pass, as in training, needs no memory of its own.
     return run_packed(run, streams, state, spec, documents, share=False, copy=not grad)
 
