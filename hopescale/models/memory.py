@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from hopescale.ops.self_modifying import MemoryStart, MemorySpec, MemoryState
+from hopescale.ops.self_modifying import MemorySpec, MemoryStart, MemoryState
 from hopescale.parallel.layers import ParameterSpec, new_parameter
 
 INITIAL_OUTPUT_STD = 0.1

@@ -27,6 +27,7 @@ from hopescale.ops.self_modifying import (
     MemoryStart,
     Memories,
     MemorySpec,
+    MemoryStart,
     MemoryState,
     SelfModifyingOutput,
     Streams,

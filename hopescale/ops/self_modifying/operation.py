@@ -67,9 +67,7 @@ def self_modifying(
     if documents is not None:
         _check(documents, state, batch, tokens, position)
     if tokens == 0:
-        state = (
-            _laid_out(state, batch) if isinstance(state, MemoryStart) or documents is None else state.expand(batch)
-        )
+        state = _laid_out(state, batch) if isinstance(state, MemoryStart) or documents is None else state.expand(batch)
         return SelfModifyingOutput(streams.q, streams.q.new_zeros(*streams.q.shape[:3], 3), state)
     choice = select(
         backend,

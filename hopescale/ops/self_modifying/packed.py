@@ -72,7 +72,7 @@ def run_packed(
 
     Args:
         operation: Function of a spec, documents, the streams, packed weights and their packed momentum, or the learned
-            weights of `MemoryStart`. It returns outputs, statistics, and packed weights, momentum and weights at the
+            weights of a `MemoryStart`. It returns outputs, statistics, and packed weights, momentum and weights at the
             last boundary.
         streams: Streams that are cut nowhere.
         state: Memories before the first token, or what all sequences begin with where the operation takes it; with

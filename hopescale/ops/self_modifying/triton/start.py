@@ -86,7 +86,7 @@ def _move(
 
 
 def pack_start(config: KernelConfig, learned: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-    """Pack the learned weights of `MemoryStart`, `[1, H, size]`, with their momentum."""
+    """Pack the learned weights of a `MemoryStart`, `[1, H, size]`, with their momentum."""
     packed = learned[0].new_empty(1, learned[0].shape[0], config.size, dtype=torch.float32)
     momentum = torch.empty_like(packed) if config.momentum else None
     _move(config, learned, packed, momentum, 1, False)
