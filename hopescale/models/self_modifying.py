@@ -24,7 +24,6 @@ from hopescale.ops.head_streams import head_streams
 from hopescale.ops.self_modifying import (
     KEY_EPS,
     GateWeights,
-    MemoryStart,
     Memories,
     MemorySpec,
     MemoryStart,
