@@ -109,8 +109,10 @@ class Mirror:
             own, found = self._ids(root)
             known = own or branch
             is_branch = own is None and branch is not None
-            if found is None and is_branch and POINTER in self._store.names():
-                raise self._foreign(is_branch=True)
+            if is_branch and found != branch:
+                if POINTER in self._store.names():
+                    raise self._foreign(is_branch=True)
+                found = None  # of a start that came to nothing
             if found is not None and found != known and (known is not None or not adopts or _has_complete(root)):
                 raise self._foreign(is_branch=is_branch)
             id = found or known or uuid.uuid4().hex

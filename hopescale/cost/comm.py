@@ -132,7 +132,8 @@ class SentBytes:
         total = 0
         for part in {part for part in due if part[0] == level}:
             if self.config.parallel.stage:
-                total += sum(self._rows(part, count) for (of, _), count in self._even_shards().items() if of == part)
+                sets = [counts for (of, _), counts in self._even_shards().items() if of == part]
+                total += sum(self._rows(part, count) for counts in sets for count in counts)
             else:
                 total += self._whole(part)[0]
             total += self._gradients([p for p in self.matrices if p.due == part])
@@ -231,8 +232,9 @@ class SentBytes:
         zero, dp = self.config.parallel.stage, self.layout.replicas
         if zero == 1:
             shards = self._even_shards().items()
-            weights = sum(width * count for (part, width), count in shards if part is None or part in due)
-            return weights + sum(self._rows(part, n) for (part, _), n in shards if part is None or part in gone)
+            weights = sum(width * sum(counts) for (part, width), counts in shards if part is None or part in due)
+            leaving = [(part, n) for (part, _), counts in shards if part is None or part in gone for n in counts]
+            return weights + sum(self._rows(part, n) for part, n in leaving)
         chosen = {kind: count for kind, count in self.entries.items() if kind.rule == "adamw"}
         if zero == 0:
             return sum(self._whole(part)[0] for part in {None, *gone}) + sum(self._whole(part)[1] for part in due)
@@ -256,9 +258,9 @@ class SentBytes:
         """
         dp, nodes, sent = self.layout.replicas, self.layout.nodes, 0.0
         passes = self.micro_batches if self.layout.flushes else 1
-        sent += FP32 * dp * passes * sum(self._even_shards().values())
-        for (part, width), count in self._even_shards(self._always_whole(self.parameters)).items():
-            sent += width * nodes * (part is None or part in due) * count
+        sent += FP32 * dp * passes * sum(map(sum, self._even_shards().values()))
+        for (part, width), counts in self._even_shards(self._always_whole(self.parameters)).items():
+            sent += width * nodes * (part is None or part in due) * sum(counts)
         for part in {p.due for p in self.matrices}:
             sent += FP32 * dp * self._even_part(self._summed([p for p in self.matrices if p.due == part]))
         for alike in self._gathered_together(self._always_whole(matrices)):
@@ -275,7 +277,7 @@ class SentBytes:
         last, total = self.config.model.num_layers - 1, 0
         for number in range(last + 1):
             inside = [p for p in self.parameters if p.block == number]
-            parts = sum(width * count for (_, width), count in self._even_shards(inside).items())
+            parts = sum(width * sum(counts) for (_, width), counts in self._even_shards(inside).items())
             for alike in self._gathered_together([p for p in inside if self.holdings.rule_of(p) != "adamw"]):
                 parts += alike[0].itemsize(self.precision) * self._even_part(sum(p.size for p in alike))
             total += parts * (1 if number == last else 2)
@@ -300,8 +302,10 @@ class SentBytes:
             together.setdefault((p.due, p.itemsize(self.precision), self._block_of(p)), []).append(p)
         return list(together.values())
 
-    def _even_shards(self, parameters: list[ParameterShape] | None = None) -> dict[tuple[LevelPart | None, int], int]:
-        """Count a replica's entries of what `zero=1` updates together, by part of a level and bytes of a weight.
+    def _even_shards(
+        self, parameters: list[ParameterShape] | None = None
+    ) -> dict[tuple[LevelPart | None, int], list[int]]:
+        """Count a replica's entries of each set that `zero=1` updates, by part of a level and bytes of a weight.
 
         Counted are some of the parameters; None is all.
         """
@@ -309,9 +313,10 @@ class SentBytes:
         for p in self.parameters if parameters is None else parameters:
             if self.holdings.rule_of(p) == "adamw":
                 together.setdefault((p.due, p.itemsize(self.precision), self._block_of(p)), []).append(p)
-        result: Counter[tuple[LevelPart | None, int]] = Counter()
+        result: dict[tuple[LevelPart | None, int], list[int]] = {}
         for (part, width, block), members in together.items():
-            result[part, width] += sum(map(self._even_part, self._flat_sizes(members, is_one=block is not None)))
+            sizes = self._flat_sizes(members, is_one=block is not None)
+            result.setdefault((part, width), []).extend(map(self._even_part, sizes))
         return result
 
     def _flat_sizes(self, members: list[ParameterShape], *, is_one: bool) -> list[int]:

@@ -20,6 +20,7 @@ with quiet_imports():
     from megatron.core.transformer.transformer_config import TransformerConfig
 
 Probe = dict[str, Tensor]
+Mean = Callable[[Tensor], Tensor]
 
 
 class _Stage(nn.Module):
@@ -86,18 +87,16 @@ class Pipeline:
             use_cpu_initialization=True,
         )
 
-    def train(self, batches: Sequence[Batch], count: Tensor | int, probe: Probe | None) -> Tensor:
+    def train(self, batches: Sequence[Batch], mean: Mean, probe: Probe | None) -> Tensor:
         """Run forward and backward, micro batches overlapping over the stages."""
-        return self._passes(batches, count, probe, forward_only=False)
+        return self._passes(batches, mean, probe, forward_only=False)
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> Tensor:
         """Run forward."""
-        return self._passes(batches, 1, None, forward_only=True)
+        return self._passes(batches, lambda total: total, None, forward_only=True)
 
-    def _passes(
-        self, batches: Sequence[Batch], count: Tensor | int, probe: Probe | None, *, forward_only: bool
-    ) -> Tensor:
+    def _passes(self, batches: Sequence[Batch], mean: Mean, probe: Probe | None, *, forward_only: bool) -> Tensor:
         one_token = torch.ones((), dtype=torch.int, device=self.device)
 
         def step(iterator: Iterator[tuple[int, Batch]], stage: _Stage) -> tuple[Tensor, Callable]:
@@ -105,7 +104,7 @@ class Pipeline:
             batch = batch.to(self.device)
 
             def loss(total: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-                value = total / count
+                value = mean(total)
                 return value, one_token, value.detach()
 
             return stage(batch, probe if index == 0 else None), loss

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -13,6 +13,7 @@ from hopescale.engine.segments import Segments
 from hopescale.models import Model
 
 Probe = dict[str, Tensor]
+Mean = Callable[[Tensor], Tensor]
 IN_FLIGHT = 2
 """Micro batches that ranks which share sequences begin before they turn back: they wait for one another once for all of
 them, and keep the activations of all."""
@@ -21,12 +22,12 @@ them, and keep the activations of all."""
 class Passes(Protocol):
     """Runs a replica's model over micro batches."""
 
-    def train(self, batches: Sequence[Batch], count: Tensor | int, probe: Probe | None) -> Tensor:
-        """Run forward and backward with the sum of the cross-entropy in nats over `count`.
+    def train(self, batches: Sequence[Batch], mean: Mean, probe: Probe | None) -> Tensor:
+        """Run forward and backward with the mean of the cross-entropy in nats.
 
         Args:
             batches: Micro batches of one size.
-            count: Number of targets that the loss is a mean over; a tensor on the device, so that nobody waits for it.
+            mean: Function that divides a sum over targets by the targets of the step.
             probe: Dictionary to fill with statistics of the memories from the first micro batch.
 
         Returns:
@@ -63,12 +64,12 @@ class Loop:
         self.model, self.backward, self.segments, self.device = model, backward, segments, device
         self.in_flight = IN_FLIGHT if segments.relay is not None else 1
 
-    def train(self, batches: Sequence[Batch], count: Tensor | int, probe: Probe | None) -> Tensor:
+    def train(self, batches: Sequence[Batch], mean: Mean, probe: Probe | None) -> Tensor:
         """Run forward and backward."""
         total = torch.zeros((), device=self.device)
         for first in range(0, len(batches), self.in_flight):
             losses = [
-                self._loss(batch, None if first or place else probe) / count
+                mean(self._loss(batch, None if first or place else probe))
                 for place, batch in enumerate(batches[first : first + self.in_flight])
             ]
             for place, loss in enumerate(losses, first + 1):

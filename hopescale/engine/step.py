@@ -80,12 +80,13 @@ class Engine:
                 travel with loss and norms.
         """
         stats: dict[str, Tensor] = {}
-        count = _all_reduce(torch.full((), num_targets(batches), device=self.device), self.mesh.dp_group)
+        mean = _MeanOverTargets(num_targets(batches), self.device, self.mesh.dp_group)
         due, of_levels = self.optimizer.due(step), self._due_of_levels(step)
         in_levels = {name for names in of_levels.values() for name in names}
         apart = [[name for name in due if name not in in_levels], *of_levels.values()]
         self.optimizer.expect(apart)
-        loss = self.passes.train(batches, count.clamp_min(1), stats if probe else None)
+        loss = self.passes.train(batches, mean, stats if probe else None)
+        mean.wait()  # where no loss was computed
         for names in apart:
             self.optimizer.reduce(names)
         waiting = sorted(self.optimizer.parameters.keys() - due)
@@ -159,6 +160,33 @@ class Engine:
         empty = batches[0]._replace(targets=torch.full_like(batches[0].targets, IGNORED_TARGET))
         full = [_filled(batch, empty) for batch in batches] + [empty] * (-len(batches) % unit)
         return [batch.share(self.share) for batch in full[self.mesh.replica :: replicas]]
+
+
+class _MeanOverTargets:
+    """Divides a sum over targets by all targets of a step, whose number comes while the first forward pass runs.
+
+    Weights that are on their way come before it in the same group: nobody waits for it earlier than for the head's.
+
+    Args:
+        count: Number of targets of this replica.
+        device: Device of the losses.
+        group: Replicas.
+    """
+
+    def __init__(self, count: int, device: torch.device, group: dist.ProcessGroup):
+        self._count = torch.full((), count, device=device)
+        self._work = dist.all_reduce(self._count, group=group, async_op=True) if group.size() > 1 else None
+
+    def wait(self) -> None:
+        """Wait for the number."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+
+    def __call__(self, total: Tensor) -> Tensor:
+        """Return the mean."""
+        self.wait()
+        return total / self._count.clamp_min(1)
 
 
 def _all_reduce(value: Tensor, group: dist.ProcessGroup) -> Tensor:

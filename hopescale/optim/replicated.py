@@ -48,6 +48,7 @@ class ReplicatedAdamW(Updater):
         self._arriving: set[str] = set()
         self._under_way: deque[tuple[list[Tensor], Tensor, dist.Work]] = deque()
         self._begun: set[str] = set()
+        self._shares_sequences = mesh.cp_group.size() > 1
         self.rule = AdamW([group.of(self._masters) for group in groups], eps=eps, foreach=True)
 
     def norm_weight(self, name: str) -> float:
@@ -58,7 +59,7 @@ class ReplicatedAdamW(Updater):
         """Sum accumulated gradients over replicas, several tensors at a time."""
         self._arriving.update(name for name in names if self.cadences[name].moves)
         self.send([name for name in names if name in self._arriving and not self.cadences[name].lag])
-        for bucket in self.sums_of(names):
+        for bucket in self._buckets(names):
             if bucket[0] not in self._begun:
                 self.begin(bucket)
         self._finish(0)
@@ -66,6 +67,10 @@ class ReplicatedAdamW(Updater):
 
     def sums_of(self, names: Sequence[str]) -> list[list[str]]:
         """Return the buckets in which parameters that are due are summed, but for what leaves its accumulator."""
+        # A bucket may wait for older ones, and ranks that share sequences wait for each other in a backward pass.
+        return [] if self._shares_sequences else self._buckets(names)
+
+    def _buckets(self, names: Sequence[str]) -> list[list[str]]:
         if self.dp_group.size() == 1:
             return []
         sizes = {name: self.parameters[name].numel() for name in names if not self.cadences[name].moves}

@@ -233,7 +233,7 @@ class TrainState:
         found, weights = read_manifest(folder), self.optimizer.weights()
         saved, state, sums = found.tensors, {}, {}
         if not reset_optimizer:
-            self._require_sums(found, folder)
+            self.mesh.control.all_ranks_or_raise(lambda: self._require_sums(found, folder))
             state, sums = self.optimizer.state_dict(), self._room_for_sums(saved)
         # The other kind of device has another set of generators; a run may move between them.
         generators = {

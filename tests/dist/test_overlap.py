@@ -15,6 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hopescale.cost import updates
+from hopescale.engine import step
+from hopescale.models import Model
 from hopescale.optim import OuterOptimizer, replicated
 from tests.support.layouts import saved, train_run, values
 from tests.support.ranks import run_ranks
@@ -79,8 +81,21 @@ def seen_when_waited_for() -> Iterator[None]:
 
 @contextmanager
 def in_order() -> Iterator[list[tuple[str, int]]]:
-    """Write down, in order: bytes of sums that begin, backward passes, their ends, and weights that come later."""
+    """Write down, in order: bytes of sums that begin, forward passes, when the number of targets is waited for,
+    backward passes, their ends, and weights that come later.
+    """
     found: list[tuple[str, int]] = []
+    forward, wait = Model.forward, step._MeanOverTargets.wait
+
+    def noted_forward(model: Model, *arguments: Any, **options: Any) -> Any:
+        found.append(("forward", 0))
+        return forward(model, *arguments, **options)
+
+    def noted_wait(mean: step._MeanOverTargets) -> None:
+        if mean._work is not None:
+            found.append(("count", 0))
+        wait(mean)
+
     backward, run, update = OuterOptimizer.backward, Tensor.backward, OuterOptimizer.step
 
     def noting(name: str, position: int) -> Any:
@@ -110,6 +125,8 @@ def in_order() -> Iterator[list[tuple[str, int]]]:
         patch.multiple(dist, **{name: noting(name, position) for name, position in collectives.items()}),
         patch.multiple(OuterOptimizer, backward=noted_backward, step=noted_update),
         patch.object(Tensor, "backward", noted_pass),
+        patch.object(Model, "forward", noted_forward),
+        patch.object(step._MeanOverTargets, "wait", noted_wait),
     ):
         yield found
 
@@ -122,16 +139,18 @@ def train_both(rank: int, folder: Path, way: str) -> None:
         with all_at_the_end():
             train_run(folder / "late", 2, *settings, last_step=STEPS)
     names = [name for name, _ in found]
+    counts = [place for place, name in enumerate(names) if name == "count"]
+    assert len(counts) == STEPS and all(names[place - 1] == "forward" for place in counts), "weights come before it"
     lasts = [place for place, name in enumerate(names) if name == "last"]
     assert len(lasts) == STEPS and names.count("pass") == STEPS, "two micro batches a step"
     for first, end in zip(lasts, [*lasts[1:], len(names)], strict=True):
-        step = found[first:end]
+        own = found[first:end]
         returned = names[first:end].index("returned")
-        early = sum(count for name, count in step[:returned] if name == "begin")
-        late = sum(count for name, count in step[returned:] if name == "begin")
+        early = sum(count for name, count in own[:returned] if name == "begin")
+        late = sum(count for name, count in own[returned:] if name == "begin")
         assert early > 0 and early >= 0.9 * (early + late), f"{early} bytes begin early, {late} late"
         # One after the other, and not all at the end.
-        assert [name for name, _ in step[:returned]].count("begin") >= 4
+        assert [name for name, _ in own[:returned]].count("begin") >= 4
     weights = [count for name, count in found if name == "late"]
     assert len(weights) == STEPS
     assert (min(weights) >= 4) == (way != "zero 0"), "weights are on their way when an update returns"
@@ -146,3 +165,15 @@ def test_exchanges_run_beside_passes_and_change_no_bit(way: str, tmp_path: Path)
     assert values(early, "grad_norm") == values(late, "grad_norm")
     ended = saved(late, STEPS)
     assert all(torch.equal(tensor, ended[key]) for key, tensor in saved(early, STEPS).items())
+
+
+def train_in_parts(rank: int, folder: Path) -> None:
+    with patch.object(replicated, "BUCKET_ELEMENTS", 64):
+        train_run(folder, 2, "parallel.cp=2", "parallel.zero=0", last_step=1)
+
+
+def test_no_bucket_waits_for_another_rank_in_the_backward_pass_of_a_shared_sequence(tmp_path: Path):
+    """More buckets of a block than may be under way at once: the rank before would wait for this one's block."""
+    run_ranks(train_in_parts, 2, tmp_path, tmp_path / "run")
+    train_run(tmp_path / "single", 1, last_step=1)
+    assert values(tmp_path / "run") == pytest.approx(values(tmp_path / "single"), rel=1e-5)

@@ -159,6 +159,20 @@ def test_a_branch_in_a_new_folder_does_not_take_up_the_copies_of_another_run(mir
     assert store.names() == ["latest", "step-00000002"]
 
 
+def test_a_branch_takes_an_address_at_which_nothing_was_saved(mirrored, tmp_path: Path):
+    """Another start has left its name there, and no checkpoint."""
+    root, _, _ = mirrored
+    store = object_store.ObjectStore("memory://unused/run")
+    store.write("run", b"another\n")
+    loaded = load_recipe("debug", ["checkpoint.mirror=memory://unused/run"])
+    request = RunRequest(loaded, Layout(), tmp_path / "branch", branch_from=root)
+    try:
+        choose_checkpoint(RunFolder(request.folder), request)
+        assert store.read("run") == (request.folder / "checkpoints" / "run").read_bytes() != b"another\n"
+    finally:
+        fsspec.filesystem("memory").rm("/unused", recursive=True)
+
+
 def test_a_branch_that_loses_its_folder_goes_on_from_its_own_copies(hopescale, tiny, tmp_path: Path):
     def train(run: str, *args: object) -> str:
         sizes = ("train.steps=6", "train.validation.every=null", "checkpoint.every=2")

@@ -174,8 +174,8 @@ def test_a_gradient_that_is_not_finite_is_seen_at_once_even_of_a_level_that_wait
 def test_low_precision_gathers_micro_batches_in_float32():
     """Fifteen times a bfloat16 number is seldom one."""
     once, often, batch = make_engine(torch.bfloat16), make_engine(torch.bfloat16), make_batch()
-    once.passes.train([batch], 1000, None)
-    often.passes.train([batch] * 15, 1000, None)
+    once.passes.train([batch], lambda total: total / 1000, None)
+    often.passes.train([batch] * 15, lambda total: total / 1000, None)
     single = gathered(once)
     for name, gradient in gathered(often).items():
         assert gradient.dtype == torch.float32
