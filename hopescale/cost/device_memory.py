@@ -21,7 +21,7 @@ from hopescale.cost.micro_batch import Activations, MicroBatch
 from hopescale.cost.mixers import COSTS
 from hopescale.cost.parameter import FP32, itemsize
 from hopescale.cost.params import count_params
-from hopescale.cost.updates import NODE_ELEMENTS, UPDATE_ELEMENTS
+from hopescale.cost.updates import BUCKETS_UNDER_WAY, NODE_ELEMENTS, UPDATE_ELEMENTS
 from hopescale.ops.limits import LOGITS_AT_A_TIME
 
 LASTING = ("weights", "gradients", "accumulators", "masters", "optimizer")
@@ -249,8 +249,14 @@ def _update_workspace(config: RunConfig, layout: Layout, holding: Holding) -> fl
     else:
         workspace = min(elementwise, max(UPDATE_ELEMENTS, holding.largest)) + in_levels
     workspace += MATRIX_WORKSPACE * min(holding.largest, holding.total() - elementwise)
-    pack = min(max(PACK_BYTES, FP32 * holding.largest), FP32 * holding.total()) if dp > 1 else 0
-    return max(FP32 * workspace, pack)
+    return max(FP32 * workspace, _sums_under_way(config, layout, holding))
+
+
+def _sums_under_way(config: RunConfig, layout: Layout, holding: Holding) -> float:
+    """Count the copies of gradients that are summed over replicas at once."""
+    count = 1 if config.parallel.stage else BUCKETS_UNDER_WAY
+    copies = min(count * max(PACK_BYTES, FP32 * holding.largest), FP32 * holding.total())
+    return copies if layout.replicas > 1 else 0.0
 
 
 def _moments(
@@ -288,13 +294,16 @@ def _moments(
     widest = max(model.d_model, *(level.d_ff for level in model.cms.levels.values()))
     fresh = micro.itemsize * widest * model.d_model / layout.tp * several
     gradients = _fast_gradients(config, layout, holding)
+    early = (
+        _sums_under_way(config, layout, holding) if config.parallel.stage == 0 and layout.pp == layout.cp == 1 else 0
+    )
     return {
         "loss": kept | (head if is_last else {}) | {"gradients": gradients * several},
         "backward": kept | {"workspace": workspace + fresh, "gradients": gradients * several},
         "last block": {
             "activations": block.kept,
             "memory states": block.states,
-            "workspace": workspace,
+            "workspace": workspace + early,
             "gradients": gradients,
         },
         "update": {"gradients": gradients, "workspace": _update_workspace(config, layout, holding)},

@@ -23,6 +23,8 @@ Parts = tuple[tuple[int, int], ...]
 
 BUCKET_ELEMENTS = 1 << 24
 """Most entries of gradients that replicas exchange at once."""
+BUCKETS_UNDER_WAY = 4
+"""Buckets of gradients that are summed at once at `zero` 0: each is a copy."""
 EVEN_UNIT = 8
 """Entries of which a replica's part of a flat tensor is a multiple: 16 bytes of bfloat16."""
 EVEN_PIECES, EVEN_ELEMENTS = 10, 1 << 20

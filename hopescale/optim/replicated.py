@@ -9,15 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hopescale.cost.updates import BUCKET_ELEMENTS, EVEN_UNIT, UPDATE_ELEMENTS, Wire, buckets
+from hopescale.cost.updates import BUCKET_ELEMENTS, BUCKETS_UNDER_WAY, EVEN_UNIT, UPDATE_ELEMENTS, Wire, buckets
 from hopescale.optim.adamw import AdamW
 from hopescale.optim.cadence import Cadence
 from hopescale.optim.updater import RuleGroup, Updater, scale_together
 from hopescale.optim.wire import SentSum
 from hopescale.parallel.mesh import Mesh
-
-IN_FLIGHT = 4
-"""Buckets of gradients that are summed at once: each is a copy."""
 
 
 class ReplicatedAdamW(Updater):
@@ -78,7 +75,7 @@ class ReplicatedAdamW(Updater):
 
     def begin(self, names: Sequence[str]) -> None:
         """Begin to sum a bucket, after the oldest of several under way."""
-        self._finish(IN_FLIGHT - 1)
+        self._finish(BUCKETS_UNDER_WAY - 1)
         gradients = [self.accumulated_grad(name) for name in names]
         flat = torch.cat([gradient.flatten() for gradient in gradients])
         self._under_way.append((gradients, flat, dist.all_reduce(flat, group=self.dp_group, async_op=True)))

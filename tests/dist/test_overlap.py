@@ -102,7 +102,7 @@ def in_order() -> Iterator[list[tuple[str, int]]]:
         original = getattr(dist, name)
 
         def noted(*tensors: Any, async_op: bool = False, **options: Any) -> Any:
-            if async_op:
+            if async_op and tensors[position].ndim:  # a number is that of the targets
                 found.append(("begin", tensors[position].nbytes))
             return original(*tensors, async_op=async_op, **options)
 
