@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import get_args
 
 import torch
@@ -24,7 +24,11 @@ BASELINE = "transformer"
 
 @dataclass(frozen=True)
 class Shape:
-    """Recipes whose mixers are taken, sizes of a stack and of its input, what is computed again, and what with."""
+    """Recipes whose mixers are taken, sizes of a stack and of its input, what is computed again, and what with.
+
+    Attributes:
+        documents: Mean tokens of the documents that a sequence holds and that are kept apart; None is no documents.
+    """
 
     size: str
     d_model: int | None
@@ -34,6 +38,7 @@ class Shape:
     recompute: str
     compile: bool = False
     backend: str = "auto"
+    documents: int | None = None
 
 
 def add_shape(parser: argparse.ArgumentParser) -> None:
@@ -46,6 +51,7 @@ def add_shape(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recompute", default=TrainConfig().recompute, choices=get_args(Recompute))
     parser.add_argument("--compile", action="store_true", help="compile chunk loops: minutes before the first pass")
     parser.add_argument("--backend", default=TrainConfig().backend, choices=get_args(Backend), help="of memories")
+    parser.add_argument("--documents", type=int, metavar="N", help="pack documents of N tokens on average, kept apart")
 
 
 def shape_of(arguments: argparse.Namespace) -> Shape:
@@ -109,7 +115,8 @@ def make_pass(mixer: str, shape: Shape, seq_len: int, device: torch.device) -> C
     """
     blocks = range(1, shape.layers + 1)
     computed = {"recompute": shape.recompute, "compiled": shape.compile, "backend": shape.backend}
-    config = configure(mixer, shape)
+    config = replace(configure(mixer, shape), within_documents=shape.documents is not None)
+    ids = None if shape.documents is None else _document_ids(shape, seq_len).to(device)
     stack = Model(config, blocks=blocks, **computed).to(device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     stack.to_precision(dtype)
@@ -119,7 +126,16 @@ def make_pass(mixer: str, shape: Shape, seq_len: int, device: torch.device) -> C
         leaf.grad = torch.zeros_like(leaf)
 
     def forward_and_backward() -> None:
-        y, _ = stack(None, hidden=x)
+        y, _ = stack(None, hidden=x, document_ids=ids)
         y.backward(weights)
 
     return forward_and_backward
+
+
+def _document_ids(shape: Shape, seq_len: int) -> torch.Tensor:
+    """Draw where documents begin, the same for every mixer: `[B, T]`."""
+    generator = torch.Generator().manual_seed(seq_len)
+    begins = torch.zeros(shape.batch, seq_len, dtype=torch.int64)
+    for row in begins:
+        row[1 + torch.randperm(seq_len - 1, generator=generator)[: max(0, round(seq_len / shape.documents) - 1)]] = 1
+    return begins.cumsum(1)

@@ -18,6 +18,9 @@ from hopescale.ops.rope import rope_frequencies, rope_tables, rotate, slow_down
 from hopescale.parallel.layers import ColumnLinear, RowLinear
 from hopescale.parallel.mesh import Mesh
 
+LEAST_APART = 64
+"""Mean tokens of a document from which on documents are read one by one, rather than all under a mask."""
+
 
 class AttentionCache(NamedTuple):
     """Keys and values of the tokens read so far, or of the last `window` of them, `[B, G, T, D]`."""
@@ -103,7 +106,10 @@ class Attention(nn.Module):
         q, k, v, first = self._project(x, before, state.position, documents)
         if state.position:
             k, v = torch.cat([state.tensors.k, k], dim=2), torch.cat([state.tensors.v, v], dim=2)
-        y = self._attend(q, k, v, first, ahead)
+        if ahead is None and documents is not None and self._reads_apart(documents):
+            y = self._attend_apart(q, k, v, documents)
+        else:
+            y = self._attend(q, k, v, first, ahead)
         return y.permute(2, 0, 1, 3), LayerState(
             state.position + q.shape[2], AttentionCache(self._last(k), self._last(v))
         )
@@ -139,6 +145,21 @@ class Attention(nn.Module):
             return frequencies / scaling.factor
         ramp = (scaling.low_freq_factor, scaling.high_freq_factor)
         return slow_down(frequencies, scaling.factor, *ramp, scaling.first_context)
+
+    def _reads_apart(self, documents: Documents) -> bool:
+        """Tell whether documents are read one by one, which costs least where they are long and see all of their own.
+
+        A mask lets every query look at all keys of its sequence first.
+        """
+        lengths, window = documents.lengths, self.config.window
+        fits = window is None or max(lengths) <= window
+        return fits and len(lengths) * LEAST_APART <= documents.first.numel()
+
+    def _attend_apart(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
+        """Let queries `[B, H, T, D]` read keys and values `[B, G, T, D]`, one document after the other."""
+        in_a_row = (x.transpose(0, 1).flatten(1, 2).split(documents.lengths, dim=1) for x in (q, k, v))
+        answers = [self.read(*(part[None] for part in parts), None)[0] for parts in zip(*in_a_row, strict=True)]
+        return torch.cat(answers, dim=1).unflatten(1, (q.shape[0], q.shape[2])).transpose(0, 1)
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, document_ids: Tensor | None, ahead: AttentionCache | None

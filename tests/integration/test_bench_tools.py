@@ -45,13 +45,13 @@ NAMES = (
 def test_every_mixer_is_compared_with_the_transformer(tmp_path: Path):
     out, image = tmp_path / "rows.jsonl", tmp_path / "mixers.png"
     options = ("--mixers", ",".join(NAMES[1:]), "--seq-lens", "70", "--rounds", "1", "--out", out, "--plot", image)
-    done = run_tool("bench_mixers.py", *SMALL, *options)
+    done = run_tool("bench_mixers.py", *SMALL, *options, "--documents", "30")
     assert done.returncode == 0, done.stderr
     rows = rows_in(out)
     assert tuple(row["mixer"] for row in rows) == NAMES
     assert rows[0]["tps_ratio"] == rows[0]["memory_ratio"] == 1
     for row in rows:
-        assert (row["seq_len"], row["threads"], row["batch"]) == (70, 1, 2)
+        assert (row["seq_len"], row["threads"], row["batch"], row["documents"]) == (70, 1, 2, 30)
         assert row["tps_ratio"] == pytest.approx(row["tps"] / rows[0]["tps"])
         assert row["memory_ratio"] == pytest.approx(row["extra_mib"] / rows[0]["extra_mib"])
     memory = {row["mixer"]: row["extra_mib"] for row in rows}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hopescale.config.schema import AttentionConfig, ModelConfig, RopeScalingConfig
+from hopescale.models import attention as attention_module
 from hopescale.models.attention import Attention
 from hopescale.models.init import initialize
 from hopescale.ops.documents import Documents
@@ -97,9 +98,12 @@ SWITCHES = (
 
 @pytest.mark.parametrize("switches", SWITCHES)
 @pytest.mark.parametrize("tokens", [1, 13])
-@pytest.mark.parametrize("within_documents", [False, True])
-def test_attention_equals_its_equation(switches: dict, tokens: int, within_documents: bool):
+@pytest.mark.parametrize("within_documents", [False, "under a mask", "one by one"])
+def test_attention_equals_its_equation(
+    switches: dict, tokens: int, within_documents: str | bool, monkeypatch: pytest.MonkeyPatch
+):
     attention, x = make_attention(**switches), make_input(tokens)
+    monkeypatch.setattr(attention_module, "LEAST_APART", 1 if within_documents == "one by one" else 100)
     documents = torch.tensor([[0] * 5 + [1] * 8, [0] * 12 + [1]])[:, :tokens]
     expected = naive_attention(attention, x, documents if within_documents else None)
     result = attention(x, documents=Documents.of(documents) if within_documents else None)[0]
