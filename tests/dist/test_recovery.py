@@ -57,8 +57,8 @@ def test_ranks_end_where_one_process_does(recovery: tuple[str, ...], layout: str
 @pytest.mark.parametrize("rule", ["muon", "dgd"])
 def test_matrices_with_owners_skip_too(rule: str, tmp_path: Path):
     """Gradients and Gram matrices that were sent to their owners are dropped there."""
-    small = {  # rounding stays small
-        "muon": ("optim.muon.ns_steps=3", "optim.muon.ns_dtype=fp32"),
+    small = {  # rounding stays small; AdamW divides it by no gradient that is nearly 0
+        "muon": ("optim.muon.ns_steps=3", "optim.muon.ns_dtype=fp32", "optim.eps=1e-4"),
         "dgd": ("optim.groups.matrices.lr_scale=20",),
     }
     match = "['*.gate.weight','*.up.weight','*.down.weight']"
