@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from hopescale.cost.updates import UPDATE_ELEMENTS
+from hopescale.cost.updates import UPDATE_ELEMENTS, buckets
 from hopescale.engine.zero_even import EvenShards
 from hopescale.optim import RuleGroup
 from hopescale.optim.adamw import AdamW
@@ -39,10 +39,14 @@ class EvenAdamW:
         if self._rule is not None:
             for group in self._rule.param_groups:
                 group["lr"] = rates[group["name"]]
-        for sets in _with_room(due):
+        first = {next(iter(shards.parameters)): shards for shards in due}
+        sizes = {name: shards.entries for name, shards in first.items()}
+        # AdamW computes with a copy of what it updates.
+        for names in buckets(first, dict.fromkeys(first, 0), sizes, UPDATE_ELEMENTS):
+            sets = [first[name] for name in names]
             gradients = [shards.take_gradient() for shards in sets]
             # All of a set have one cadence, and so one factor.
-            scale_together(gradients, [scales[next(iter(shards.parameters))] for shards in sets])
+            scale_together(gradients, [scales[name] for name in names])
             self._update(sets, gradients)
             del gradients
             low = [shards for shards in sets if shards.is_low_precision]
@@ -61,17 +65,3 @@ class EvenAdamW:
             self._rule.step()
         for part in parts:
             part.master.grad = None
-
-
-def _with_room(due: Sequence[EvenShards]) -> Iterator[list[EvenShards]]:
-    """Put sets together whose parts here are few enough to be copied: AdamW computes with a copy."""
-    together: list[EvenShards] = []
-    entries = 0
-    for shards in due:
-        if together and entries + shards.entries > UPDATE_ELEMENTS:
-            yield together
-            together, entries = [], 0
-        together.append(shards)
-        entries += shards.entries
-    if together:
-        yield together

@@ -91,14 +91,13 @@ class NodeWeights:
             flat.free()
 
 
-def gather_blocks(blocks: dict[str, nn.Module], flats: Sequence[tuple[str, NodeFlat]]) -> NodeWeights | None:
-    """Let blocks find their weights whole when they run; None if no weights are shared out.
+def gather_blocks(blocks: dict[str, nn.Module], flats: Sequence[tuple[str, NodeFlat]]) -> None:
+    """Let blocks find their weights whole when they run, if any are shared out.
 
     Args:
         blocks: Blocks by the prefix of the names of their parameters, in the order in which they run.
         flats: Weights that replicas of a node share out, each with the name of a parameter in it.
     """
-    if not flats:
-        return None
-    of_blocks = [[flat for name, flat in flats if name.startswith(prefix)] for prefix in blocks]
-    return NodeWeights(list(blocks.values()), of_blocks)
+    if flats:
+        of_blocks = [[flat for name, flat in flats if name.startswith(prefix)] for prefix in blocks]
+        NodeWeights(list(blocks.values()), of_blocks)  # hooks of the blocks hold it

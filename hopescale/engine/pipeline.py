@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hopescale.config.schema import ModelConfig
 from hopescale.data.loader import Batch
-from hopescale.engine.segments import Segments
+from hopescale.engine.segments import Mean, Probe, Segments
 from hopescale.models import Model
 from hopescale.parallel import quiet_imports
 
@@ -18,9 +18,6 @@ with quiet_imports():
     from megatron.core.enums import ModelType
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.transformer.transformer_config import TransformerConfig
-
-Probe = dict[str, Tensor]
-Mean = Callable[[Tensor], Tensor]
 
 
 class _Stage(nn.Module):

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from hopescale.data.loader import Batch
-from hopescale.engine.segments import Segments
+from hopescale.engine.segments import Mean, Probe, Segments
 from hopescale.models import Model
 
-Probe = dict[str, Tensor]
-Mean = Callable[[Tensor], Tensor]
 IN_FLIGHT = 2
 """Micro batches that ranks which share sequences begin before they turn back: they wait for one another once for all of
 them, and keep the activations of all."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -15,6 +16,7 @@ from hopescale.parallel.mesh import Mesh
 from hopescale.parallel.relay import Relay
 
 Probe = dict[str, Tensor]
+Mean = Callable[[Tensor], Tensor]
 
 
 class Segments:

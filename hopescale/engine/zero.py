@@ -69,8 +69,6 @@ class ZeroAdamW(Updater):
         self._device = next(iter(self.parameters.values())).device
         self._shapes = {name: parameter.shape for name, parameter in self.parameters.items()}
         self._reduced: set[str] = set()
-        self._deferred: set[str] = set()
-        self._on_their_way: list[EvenShards] = []
         sizes = {name: parameter.numel() for name, parameter in self.parameters.items()}
         self._owners = even_shares(sizes, self.dp_group.size())
         make = self._maker(model, whole)
@@ -198,8 +196,8 @@ class ZeroAdamW(Updater):
         self._reduced = set()
         if self.stage == 1:
             self._rule.step(due, scales, rates)
-            self._on_their_way += due
-            self.settle([name for name in names if name not in self._deferred])
+            self._on_their_way += [(shards.parameters, shards.settle) for shards in due]
+            self._settle_others(names)
             return
         for shards in due:
             shards.scale(scales)
@@ -209,17 +207,7 @@ class ZeroAdamW(Updater):
 
     def defer(self, names: Sequence[str]) -> None:
         """Let weights of parameters come after `update` has returned, at stage 1; not those that nodes share out."""
-        self._deferred.update(name for name in names if name not in self._block_of)
-
-    def settle(self, names: Sequence[str] | None = None) -> None:
-        """Wait for weights of parameters that are on their way, of all if none are named."""
-        left = []
-        for shards in self._on_their_way:
-            if names is None or not shards.parameters.keys().isdisjoint(names):
-                shards.settle()
-            else:
-                left.append(shards)
-        self._on_their_way = left
+        super().defer([name for name in names if name not in self._block_of])
 
     @torch.no_grad()
     def discard(self) -> None:

@@ -107,7 +107,7 @@ def put_levels(folder: Path, loaded: LoadedModel) -> None:
     From then on the model is one of other weights: what it has read, as states hold it, belongs to them.
 
     Raises:
-        CheckpointError: As `read_levels` does.
+        CheckpointError: Failures that `read_levels` names.
     """
     own = dict(loaded.model.named_parameters())
     for name, weight in read_levels(folder, loaded).items():

@@ -114,7 +114,7 @@ def submit_stages(
 
     Raises:
         ConfigError: If the cluster would refuse them, or let them wait for ever.
-        LaunchError: As `submit_array`. Arrays that were taken before stay in the queue.
+        LaunchError: Failures that `submit_array` names. Arrays that were taken before stay in the queue.
     """
     slurm = slurm or Slurm()
     with submitting(folder):

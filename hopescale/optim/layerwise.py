@@ -78,8 +78,6 @@ class LayerwiseOptimizer(Updater):
         }
         self.rules = self._make_rules(groups, config)
         self._reduced: set[str] = set()
-        self._deferred: set[str] = set()
-        self._on_their_way: list[Together] = []
         # With nodes a sum begins with a wait, and ranks that share sequences wait for each other in a backward pass.
         self._begins_early = not (self._has_nodes and mesh.cp_group.size() > 1)
         for each in self._sums:
@@ -228,8 +226,8 @@ class LayerwiseOptimizer(Updater):
                 if not left[flat]:
                     # On their way while the next classes are updated.
                     self._begin_to_hand_out(self._weights[flat])
-        self._on_their_way = [self._weights[flat] for flat in left]
-        self.settle([name for name in names if name not in self._deferred])
+        self._on_their_way = [(self._weights[flat].names, self._weights[flat].flat.finish) for flat in left]
+        self._settle_others(names)
         for each in self._sums:
             each.flat.put_back()
         if self._has_nodes:
@@ -238,17 +236,8 @@ class LayerwiseOptimizer(Updater):
 
     def defer(self, names: Sequence[str]) -> None:
         """Let weights of parameters come after `update` has returned, but for those that nodes share out."""
-        self._deferred.update(set(names) - {name for each in self._shared for name in each.names})
-
-    def settle(self, names: Sequence[str] | None = None) -> None:
-        """Wait for weights of parameters that are on their way, of all if none are named."""
-        left = []
-        for each in self._on_their_way:
-            if names is None or not each.names.isdisjoint(names):
-                each.flat.finish()
-            else:
-                left.append(each)
-        self._on_their_way = left
+        shared = {name for each in self._shared for name in each.names}
+        super().defer([name for name in names if name not in shared])
 
     def _begin_periods(self, names: Sequence[str]) -> None:
         for flat in {id(flat): flat for flat in map(self._flat_of.get, names)}.values():

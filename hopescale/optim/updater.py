@@ -88,6 +88,8 @@ class Updater(ABC):
         wakes: Mapping[str, Callable[[], None]] | None = None,
     ):
         self.parameters, self.dp_group, self.cadences = dict(parameters), mesh.dp_group, dict(cadences)
+        self._deferred: set[str] = set()
+        self._on_their_way: list[tuple[Collection[str], Callable[[], None]]] = []
         self.accumulators: dict[str, Accumulator] = {}
         for name, parameter in self.parameters.items() if accumulates else ():
             given = {"wake": wakes[name]} if wakes and name in wakes else {}
@@ -158,11 +160,21 @@ class Updater(ABC):
 
     def defer(self, names: Sequence[str]) -> None:
         """Let weights of parameters come from other replicas after `update` has returned, until `settle` names them."""
-        return
+        self._deferred.update(names)
 
     def settle(self, names: Sequence[str] | None = None) -> None:
         """Wait for weights of parameters that are on their way, of all if none are named."""
-        return
+        left = []
+        for own, wait in self._on_their_way:
+            if names is None or not set(own).isdisjoint(names):
+                wait()
+            else:
+                left.append((own, wait))
+        self._on_their_way = left
+
+    def _settle_others(self, names: Sequence[str]) -> None:
+        """Wait for weights that were not deferred."""
+        self.settle([name for name in names if name not in self._deferred])
 
     def discard(self) -> None:
         """Drop all gradients, also those of parameters that are not due yet, and begin a new period."""

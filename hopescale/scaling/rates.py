@@ -130,7 +130,7 @@ def rates_of(table: Table, *, transfer: bool = False) -> dict[str, tuple[TunedRu
     """Fit the best rate of every series of a table.
 
     Raises:
-        DataError: As of `fit_rates`, with the name of the series.
+        DataError: Failures of `fit_rates`, with the name of the series.
     """
     return {name: (runs, _named(name, runs, transfer=transfer)) for name, runs in read_tuned(table).items()}
 

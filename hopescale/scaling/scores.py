@@ -96,10 +96,9 @@ def fit_scores(table: Table, series: Mapping[str, Points], resamples: int, colum
     weights = np.vstack([np.ones(len(loss)), drawn])
     curve, *samples = fit_curves(loss, score, weights)
     correlation, *correlations = _rank_correlations(loss, score, weights).tolist()
-    apart = {}
+    apart, distances = {}, np.array([score - each(loss) for each in (curve, *samples)])
     for name in dict.fromkeys(names.tolist()) if len(set(names)) > 1 else ():
         own = weights * (names == name)
-        distances = np.array([score - each(loss) for each in (curve, *samples)])
         mean, *means = ((own * distances).sum(1) / own.sum(1)).tolist()
         apart[name] = mean, Interval.of(means) if means else None
     interval = Interval.of(correlations) if correlations else None

@@ -58,7 +58,7 @@ def kernel_notes(config: RunConfig, device: torch.device) -> Iterator[str]:
     """Say of which mixers the start compiles kernels that nobody has seen compiled.
 
     Raises:
-        ConfigError: As `choose_backends`.
+        ConfigError: Failures that `choose_backends` names.
     """
     for name, choice in choose_backends(config, device).items():
         memories = memory_shape(config.model, config.model.mixers[name])
