@@ -80,18 +80,23 @@ class Mirror:
         keep_every: int | None,
         keep_at: Collection[int] = (),
         branch: str | None = None,
-    ) -> None:
+    ) -> Path | None:
         """Make the address this run's own, fetch what its `checkpoints/` folder lacks, send what the store lacks.
 
         `branch` is the id of a run that branches off another, as of `claim`.
+
+        Returns:
+            The folder that was fetched; None if there was no need to.
 
         Raises:
             CheckpointError: If the copies are another run's, the store does not answer, or what it holds is damaged.
         """
         self.claim(root, adopts=True, branch=branch)
-        if self.fetch(root) is None and (latest := self._torn(root)) is not None:
+        fetched = self.fetch(root)
+        if fetched is None and (latest := self._torn(root)) is not None:
             logger.warning("%s is not whole at %s: it is sent again", latest.name, self.address)
             self.send(latest, keep_last=keep_last, keep_every=keep_every, keep_at=keep_at)
+        return fetched
 
     def claim(self, root: Path, *, adopts: bool = False, branch: str | None = None) -> None:
         """Make the address this run's own.
@@ -106,21 +111,44 @@ class Mirror:
             CheckpointError: If the copies are another run's, or the store does not answer.
         """
         with self._reached():
-            own, found = self._ids(root)
-            known = own or branch
-            is_branch = own is None and branch is not None
-            if is_branch and found != branch:
-                if POINTER in self._store.names():
-                    raise self._foreign(is_branch=True)
-                found = None  # of a start that came to nothing
-            if found is not None and found != known and (known is not None or not adopts or _has_complete(root)):
-                raise self._foreign(is_branch=is_branch)
-            id = found or known or uuid.uuid4().hex
+            own, found = self._owners(root, adopts=adopts, branch=branch)
+            id = found or own or branch or uuid.uuid4().hex
             if own is None:
                 root.mkdir(parents=True, exist_ok=True)
                 replace_text(root / RUN_ID, f"{id}\n")
             if found is None:
                 self._store.write(RUN_ID, f"{id}\n".encode())
+
+    def check(self, root: Path, *, adopts: bool = False, branch: str | None = None) -> Path | None:
+        """Refuse what `claim` refuses, with its arguments. Writes nothing.
+
+        Returns:
+            The folder that `begin` would fetch; None if it would fetch none.
+
+        Raises:
+            CheckpointError: If the copies are another run's, or the store does not answer.
+        """
+        with self._reached():
+            self._owners(root, adopts=adopts, branch=branch)
+            name = self._missing(root) if adopts else None
+            return None if name is None else root / name
+
+    def _owners(self, root: Path, *, adopts: bool, branch: str | None) -> tuple[str | None, str | None]:
+        """Return what `_ids` does, without an address's id that a start left which came to nothing.
+
+        Raises:
+            CheckpointError: If the copies are another run's.
+        """
+        own, found = self._ids(root)
+        known = own or branch
+        is_branch = own is None and branch is not None
+        if is_branch and found != branch:
+            if POINTER in self._store.names():
+                raise self._foreign(is_branch=True)
+            found = None
+        if found is not None and found != known and (known is not None or not adopts or _has_complete(root)):
+            raise self._foreign(is_branch=is_branch)
+        return own, found
 
     def check_unused(self, root: Path) -> None:
         """Refuse an address that cannot be a new run's. Writes nothing.
@@ -179,10 +207,8 @@ class Mirror:
             CheckpointError: If the store does not answer, or what it holds is damaged.
         """
         try:
-            if POINTER not in self._store.names():
-                return None
-            name = self._store.read(POINTER).decode().strip()
-            if _has_complete(root) or not _NAME.fullmatch(name):
+            name = self._missing(root)
+            if name is None:
                 return None
             folder, partial = root / name, root / f".tmp-{name}"
             shutil.rmtree(partial, ignore_errors=True)
@@ -198,6 +224,13 @@ class Mirror:
             message = f"cannot fetch a checkpoint from {self.address}: {error.strerror or error}"
             raise CheckpointError(message, "set checkpoint.mirror=null to go on without it") from error
         return folder
+
+    def _missing(self, root: Path) -> str | None:
+        """Return the name of the latest copy if a `checkpoints/` folder has no complete checkpoint."""
+        if POINTER not in self._store.names():
+            return None
+        name = self._store.read(POINTER).decode().strip()
+        return None if _has_complete(root) or not _NAME.fullmatch(name) else name
 
 
 def _has_complete(root: Path) -> bool:

@@ -5,19 +5,15 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-from collections.abc import Iterator
 
 import torch
 
 from hopescale.common.errors import ConfigError
-from hopescale.config.execution import memory_backend, memory_shape
+from hopescale.config.execution import memory_backend
 from hopescale.config.model_shape import self_modifying_mixers
 from hopescale.config.schema import RunConfig
 from hopescale.ops.backends import Choice
 from hopescale.ops.device import device_type
-
-WIDEST_COMPILED = 64
-"""Widest MLP memories whose backward kernel has been compiled to its end (docs/performance.md, Kernels, by count)."""
 
 
 def check_compiler(device: torch.device) -> None:
@@ -52,21 +48,3 @@ def choose_backends(config: RunConfig, device: torch.device) -> dict[str, Choice
             problem = f"train.backend is {config.train.backend}, but {choice.reason}"
             raise ConfigError(problem, "set train.backend=auto, which runs without it")
     return chosen
-
-
-def kernel_notes(config: RunConfig, device: torch.device) -> Iterator[str]:
-    """Say of which mixers the start compiles kernels that nobody has seen compiled.
-
-    Raises:
-        ConfigError: Failures that `choose_backends` names.
-    """
-    for name, choice in choose_backends(config, device).items():
-        memories = memory_shape(config.model, config.model.mixers[name])
-        if choice.backend == "triton" and memories.hidden is not None:
-            width = max(memories.head_dim, memories.hidden)
-            if width > WIDEST_COMPILED:
-                yield (
-                    f"the kernels of {name} are compiled now; the way back of MLP memories {width} wide has never been "
-                    f"compiled to its end, {WIDEST_COMPILED} wide it takes minutes: if no step follows, take narrower "
-                    "heads (model.num_heads), linear memories or train.backend=torch"
-                )

@@ -121,7 +121,7 @@ def build_state(
 
 
 def check_start(request: RunRequest, memory: RankMemory) -> None:
-    """Check on one process what a start finds out before it builds anything: memory, data, checkpoint.
+    """Check on one process what a start finds out before it builds anything: memory, data, checkpoint. Writes nothing.
 
     Raises:
         ConfigError: If the device's memory is too small, or the data does not fit the config.
@@ -130,7 +130,7 @@ def check_start(request: RunRequest, memory: RankMemory) -> None:
     """
     config, folder = request.loaded.config, RunFolder(request.folder)
     _open_data(config, request.layout, memory)
-    if choose_checkpoint(folder, request) is None and request.init is not None:
+    if choose_checkpoint(folder, request, writes=False) is None and request.init is not None:
         _same_weights(config, find_checkpoint(request.init))
 
 
@@ -184,10 +184,11 @@ def _whole_parameters(parameters: Mapping[str, nn.Parameter], mesh: Mesh) -> dic
     return {name: sizes for of_stage in Control(mesh.pp_group).gather(own) for name, sizes in of_stage.items()}
 
 
-def choose_checkpoint(folder: RunFolder, request: RunRequest) -> Path | None:
+def choose_checkpoint(folder: RunFolder, request: RunRequest, *, writes: bool = True) -> Path | None:
     """Return the checkpoint to continue from, or None for a new run.
 
-    A run that branches off another begins at the other's checkpoint, and continues from its own.
+    A run that branches off another begins at the other's checkpoint, and continues from its own. Without `writes`
+    nothing is fetched from `checkpoint.mirror`, and what would be is returned.
 
     Raises:
         CheckpointError: If the folder does not hold what `resume` asks for, or no checkpoint for a new optimizer, or
@@ -196,13 +197,13 @@ def choose_checkpoint(folder: RunFolder, request: RunRequest) -> Path | None:
     resume = request.resume
     if isinstance(resume, Path):
         checkpoint = find_checkpoint(resume)
-        _begin_mirror(folder, request)
+        _begin_mirror(folder, request, writes=writes)
         return checkpoint
     if resume == "never" and (latest := latest_checkpoint(folder.checkpoints)) is not None:
         hint = "choose another --run-dir, or leave --resume out to continue it"
         raise CheckpointError(f"--resume never, but {folder.path} already holds {latest.name}", hint)
-    _begin_mirror(folder, request)
-    latest = latest_checkpoint(folder.checkpoints)
+    fetched = _begin_mirror(folder, request, writes=writes)
+    latest = latest_checkpoint(folder.checkpoints) or fetched
     if resume == "must" and latest is None:
         raise CheckpointError(f"--resume must, but {folder.checkpoints} holds no checkpoint", "check --run-dir")
     if request.reset_optimizer and latest is None:
@@ -220,19 +221,28 @@ def finds_weights(folder: RunFolder, request: RunRequest) -> bool:
     return read_pointer(folder.checkpoints) is not None or bool(checkpoint_folders(folder.checkpoints))
 
 
-def _begin_mirror(folder: RunFolder, request: RunRequest) -> None:
-    """Make `checkpoint.mirror` the run's own, and fetch from it if the run may go on from what is there."""
+def _begin_mirror(folder: RunFolder, request: RunRequest, *, writes: bool) -> Path | None:
+    """Make `checkpoint.mirror` the run's own, and fetch from it if the run may go on from what is there.
+
+    Without `writes` it refuses what it would refuse, and changes nothing.
+
+    Returns:
+        The checkpoint that was fetched, or would be; None if there was no need to.
+    """
     settings, root = request.loaded.config.checkpoint, folder.checkpoints
     if settings.mirror is None:
-        return
-    mirror = Mirror(settings.mirror)
-    if isinstance(request.resume, Path):
-        mirror.claim(root)
-        return
+        return None
+    mirror, goes_on = Mirror(settings.mirror), not isinstance(request.resume, Path)
     if request.resume == "never":
         mirror.check_unused(root)
+    branch = _branch_id(request) if goes_on else None
+    if not writes:
+        return mirror.check(root, adopts=goes_on, branch=branch)
+    if not goes_on:
+        mirror.claim(root)
+        return None
     keeps = {name: getattr(settings, name) for name in ("keep_last", "keep_every", "keep_at")}
-    mirror.begin(root, **keeps, branch=_branch_id(request))
+    return mirror.begin(root, **keeps, branch=branch)
 
 
 def _branch_id(request: RunRequest) -> str | None:

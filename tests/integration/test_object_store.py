@@ -104,6 +104,22 @@ def test_an_address_belongs_to_one_run(mirrored, tmp_path: Path):
     assert (tmp_path / "lost" / "step-00000002" / "weights").read_bytes() == b"abc"
 
 
+def test_a_look_ahead_finds_what_a_start_would_and_writes_nothing(mirrored, tmp_path: Path):
+    root, _, store = mirrored
+    loaded = load_recipe("debug", ["checkpoint.mirror=memory://bucket/run"])
+    lost, foreign = RunFolder(tmp_path / "lost"), RunFolder(tmp_path / "foreign")
+    names = store.names()
+    found = choose_checkpoint(lost, RunRequest(loaded, Layout(), lost.path, resume="must"), writes=False)
+    assert found == lost.checkpoints / "step-00000002" and not lost.path.exists() and store.names() == names
+    assert choose_checkpoint(lost, RunRequest(loaded, Layout(), lost.path, resume="must")) == found
+    shutil.copytree(root, foreign.checkpoints)
+    (foreign.checkpoints / "run").unlink()
+    for writes in (False, True):
+        with pytest.raises(CheckpointError, match="holds the checkpoints of another run"):
+            choose_checkpoint(foreign, RunRequest(loaded, Layout(), foreign.path), writes=writes)
+    assert not (foreign.checkpoints / "run").exists() and store.names() == names
+
+
 @pytest.mark.parametrize("resume", ["never", "path", "path of old"])
 def test_a_start_that_takes_nothing_from_a_mirror_leaves_it_alone(mirrored, tmp_path: Path, resume: str):
     root, _, store = mirrored

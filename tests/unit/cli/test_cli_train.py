@@ -105,6 +105,20 @@ def test_a_dry_run_finds_what_a_start_would(capsys, monkeypatch, tmp_path, args,
     assert not list(tmp_path.iterdir())
 
 
+def test_a_dry_run_leaves_a_mirror_alone(capsys, tmp_path):
+    mirror, run_dir = tmp_path / "mirror", tmp_path / "run"
+    settings = (f"checkpoint.mirror={mirror}", "--run-dir", str(run_dir), "--dry-run")
+    assert run(capsys, "train", "debug", *settings)[0] == 0
+    assert not run_dir.exists() and not [file for file in tmp_path.rglob("*") if file.is_file()]
+
+
+def test_a_dry_run_says_which_kernels_were_never_compiled(capsys, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    wide = ("model.num_heads=1", "model.head_dim=128", "train.backend=triton", "train.micro_batch_size=1")
+    code, out, err = run(capsys, "train", "debug", *wide, "--dry-run")
+    assert code == 0 and "MLP memories 128 wide has never been compiled" in out
+
+
 @pytest.mark.parametrize("dry", [["--dry-run"], []])
 @pytest.mark.parametrize(
     ("args", "message"),

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 
 import pytest
@@ -8,7 +7,7 @@ import torch
 
 from hopescale.common.errors import ConfigError
 from hopescale.config.schema import AttentionConfig, ModelConfig, RunConfig, SelfModifyingConfig, TrainConfig
-from hopescale.train.compiler import check_compiler, choose_backends, kernel_notes
+from hopescale.train.compiler import check_compiler, choose_backends
 
 
 def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch):
@@ -55,27 +54,3 @@ def test_kernels_need_memories_they_know(monkeypatch: pytest.MonkeyPatch):
 
 def test_attention_has_no_memories_to_run():
     assert choose_backends(make_config(model={"mixers": {"attention": AttentionConfig()}}), torch.device("cpu")) == {}
-
-
-@pytest.mark.parametrize(
-    ("dim", "changes", "found"),
-    [
-        (128, {"backend": "triton"}, ["the kernels of hope are compiled now; .* 128 wide has never been compiled"]),
-        (64, {"backend": "triton"}, []),
-        (128, {"backend": "torch"}, []),
-    ],
-)
-def test_a_start_says_which_kernels_were_never_compiled(
-    dim: int, changes: dict, found: list[str], monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    config = make_config(model={"head_dim": dim}, hidden=64, **changes)
-    notes = list(kernel_notes(config, torch.device("cpu")))
-    assert len(notes) == len(found) and all(map(re.search, found, notes))
-
-
-def test_linear_memories_were_compiled(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    linear = {"hope": SelfModifyingConfig(memory="linear")}
-    config = make_config(model={"head_dim": 128, "mixers": linear}, backend="triton")
-    assert not list(kernel_notes(config, torch.device("cpu")))
