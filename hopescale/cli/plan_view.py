@@ -37,10 +37,7 @@ def report(found: Mapping[str, Any]) -> str:
     parts = [head, _parameters(found), _flops(found), _memory(found), _recompute(found)]
     if ranks > 1:
         parts.append(_bytes(found))
-    parts.append(_time(found))
-    if notes := found["notes"]:
-        parts.append(Group(*(f"note: {note}" for note in notes)))
-    return _text(parts)
+    return _text([*parts, _time(found)])
 
 
 def _degrees(layout: Mapping[str, Any]) -> str:

@@ -16,7 +16,7 @@ from hopescale.config.check import check_layout, require_valid
 from hopescale.config.fields import leaves
 from hopescale.config.layout import Layout, make_layout
 from hopescale.config.load import LoadedConfig, load_recipe
-from hopescale.config.notes import kernel_notes, notes
+from hopescale.config.notes import notes
 from hopescale.config.plan import make_plan
 from hopescale.cost.params import count_params
 from hopescale.observe.run_folder import require_own
@@ -91,8 +91,13 @@ def train(
     )
     if dry_run:
         if speaks:
+            request = _settled(request)
+            _show_plan(request.loaded, layout, folder)
             command = ["hopescale", "plan", recipe, *(overrides or ()), "--gpus", str(layout.num_ranks)]
-            _look_ahead(request, f"cost: {shlex.join(command)}")
+            typer.echo(f"cost: {shlex.join(command)}")
+            from hopescale.train.setup import check_start
+
+            check_start(request, _memory(request))
         return
     if rank_info is None and layout.num_ranks > 1:
         run_on_ranks(context, layout.num_ranks)
@@ -121,21 +126,6 @@ def _checked(recipe: str, overrides: Sequence[str], num_ranks: int, stop_at: int
     if stop_at is not None and not 0 < stop_at <= steps:
         raise ConfigError(f"--stop-at is {stop_at}, but the run has steps 1 to {steps} (train.steps)")
     return loaded, layout
-
-
-def _look_ahead(request: RunRequest, cost: str) -> None:
-    """Show what a start would do, and check what it would find out. Writes nothing."""
-    from hopescale.ops.device import device_type
-    from hopescale.parallel.device import choose_device
-    from hopescale.train.setup import check_start
-
-    request = _settled(request)
-    config = request.loaded.config
-    _show_plan(request.loaded, request.layout, request.folder)
-    typer.echo(cost)
-    check_start(request, _memory(request))
-    for note in kernel_notes(config, device_type(choose_device(config.train.device, "train.device"))):
-        typer.echo(f"note: {note}")
 
 
 def _settled(request: RunRequest) -> RunRequest:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from hopescale.config.execution import memory_backend, memory_shape
-from hopescale.config.model_shape import phases, self_modifying_mixers
+from hopescale.config.model_shape import phases
 from hopescale.config.schema import RunConfig
-from hopescale.ops.limits import WIDEST_COMPILED
 
 
 def notes(config: RunConfig) -> list[str]:
@@ -40,22 +38,3 @@ def _levels(config: RunConfig) -> Iterator[str]:
         elif max(counts) == 1 and period > 1:
             when = ", ".join(str(period - phase + level.lag) for phase in sorted(set(of_blocks), reverse=True))
             yield f"level {name} is due once up to train.steps={steps}, at step {when}"
-
-
-def kernel_notes(config: RunConfig, device: str | None) -> Iterator[str]:
-    """Say of which mixers a start compiles kernels that nobody has seen compiled.
-
-    Args:
-        config: Config that has passed its checks.
-        device: Type of the device, as `ops.device.device_type` has it; None is any that has what the kernels take.
-    """
-    for name, mixer in self_modifying_mixers(config.model).items():
-        memories = memory_shape(config.model, mixer)
-        if memories.hidden is not None and memory_backend(config, mixer, device).backend == "triton":
-            width = max(memories.head_dim, memories.hidden)
-            if width > WIDEST_COMPILED:
-                yield (
-                    f"a start compiles the kernels of {name}; the way back of MLP memories {width} wide has never been "
-                    f"compiled to its end, {WIDEST_COMPILED} wide it takes minutes: if no step follows, take narrower "
-                    "heads (model.num_heads), linear memories or train.backend=torch"
-                )

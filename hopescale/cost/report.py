@@ -8,7 +8,6 @@ from typing import Any
 
 from hopescale.config.execution import effective_recompute, run_again
 from hopescale.config.layout import Layout
-from hopescale.config.notes import kernel_notes
 from hopescale.config.plan import make_plan
 from hopescale.config.schema import RunConfig
 from hopescale.cost.comm import SentBytes
@@ -52,7 +51,6 @@ def make_report(estimator: Estimator, layout: Layout) -> dict[str, Any]:
         "estimate": estimator.step(config, layout).numbers(),
         "beside_transformer": estimator.beside_transformer(config, layout),
         "assumptions": estimator.assumptions(),
-        "notes": list(kernel_notes(config, "cpu" if device.name == "cpu" else None)),
     }
 
 

@@ -8,9 +8,6 @@ BLOCK = 16
 KERNEL_DIMS = (16, 32, 64, 128)
 """Widths of heads and memories that the Triton kernels know."""
 
-WIDEST_COMPILED = 64
-"""Widest MLP memories whose backward kernel has been compiled to its end (docs/performance.md, Kernels, by count)."""
-
 KERNEL_KEEPS = 4
 """Of so many chunks in a row the Triton kernels keep the state with which the first one starts."""
 

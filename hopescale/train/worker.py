@@ -15,10 +15,9 @@ from hopescale.common.errors import CheckpointError, StoppedEarly
 from hopescale.common.rank_info import RankInfo
 from hopescale.config.execution import kernel_products, memory_shape
 from hopescale.config.groups import group_summary, group_table
-from hopescale.config.notes import kernel_notes, notes
+from hopescale.config.notes import notes
 from hopescale.config.schema import RunConfig
 from hopescale.config.show import config_facts
-from hopescale.ops.device import device_type
 from hopescale.parallel import process
 from hopescale.parallel.control import Control
 from hopescale.parallel.init_distributed import init_distributed
@@ -93,8 +92,6 @@ def train_on(
     """
     control, asked, folder = mesh.control, request.loaded, RunFolder(request.folder)
     is_new = not control.broadcast_from_rank0(lambda: finds_weights(folder, request))
-    for note in kernel_notes(asked.config, device_type(device)):
-        report(f"note: {note}")
     with memory_errors_explained(asked.config):
         state = build_state(asked.config, request.layout, mesh, device, draw=is_new)
     with ExitStack() as stack, _reported_once(control):

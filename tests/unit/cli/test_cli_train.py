@@ -112,13 +112,6 @@ def test_a_dry_run_leaves_a_mirror_alone(capsys, tmp_path):
     assert not run_dir.exists() and not [file for file in tmp_path.rglob("*") if file.is_file()]
 
 
-def test_a_dry_run_says_which_kernels_were_never_compiled(capsys, monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    wide = ("model.num_heads=1", "model.head_dim=128", "train.backend=triton", "train.micro_batch_size=1")
-    code, out, err = run(capsys, "train", "debug", *wide, "--dry-run")
-    assert code == 0 and "MLP memories 128 wide has never been compiled" in out
-
-
 @pytest.mark.parametrize("dry", [["--dry-run"], []])
 @pytest.mark.parametrize(
     ("args", "message"),

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from hopescale.config.load import load_recipe
-from hopescale.config.notes import kernel_notes, notes
+from hopescale.config.notes import notes
 
 
 @pytest.mark.parametrize(
@@ -31,20 +31,3 @@ from hopescale.config.notes import kernel_notes, notes
 def test_what_a_run_will_not_come_to_is_told(overrides, expected):
     mid = "model.cms.levels.mid.update_every_steps=1"
     assert notes(load_recipe("debug", [mid, *overrides]).config) == expected
-
-
-@pytest.mark.parametrize(
-    ("recipe", "overrides", "device", "width"),
-    [
-        ("hope_1.3b", (), None, 128),
-        ("hope_1.3b", (), "cpu", None),
-        ("hope_1.3b", ("train.backend=torch",), None, None),
-        ("hope_1.3b", ("model.mixers.hope.memory=linear",), None, None),
-        ("hope_170m", ("model.num_heads=12",), None, None),
-        ("transformer_1.3b", (), None, None),
-    ],
-)
-def test_kernels_that_were_never_compiled_are_told(recipe, overrides, device, width):
-    found = list(kernel_notes(load_recipe(recipe, list(overrides)).config, device))
-    assert len(found) == (width is not None)
-    assert width is None or f"MLP memories {width} wide has never been compiled" in found[0]

@@ -37,9 +37,11 @@ BUDGETS = {
     ("forward", "normalised mlp", 64): Budget(35_000, 1_130, 490),
     ("backward", "linear", 64): Budget(41_000, 2_300, 1_000),
     ("backward", "mlp", 64): Budget(106_000, 4_700, 2_100),
+    ("backward", "normalised mlp", 64): Budget(106_000, 4_700, 2_100),
     ("forward", "linear", 128): Budget(21_500, 760, 200),
     ("forward", "normalised mlp", 128): Budget(67_000, 1_850, 720),
     ("backward", "linear", 128): Budget(72_000, 2_900, 1_900),
+    ("backward", "normalised mlp", 128): Budget(200_000, 6_500, 2_900),
 }
 ALWAYS = ("forward", "linear", 64)
 
