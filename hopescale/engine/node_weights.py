@@ -8,6 +8,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from hopescale.models import Model
+from hopescale.models.init import initial_values
+from hopescale.parallel.deferred import defer
 from hopescale.parallel.node_flat import NodeFlat
 
 
@@ -89,6 +92,21 @@ class NodeWeights:
     def _free(self, number: int) -> None:
         for flat in self._flats[number]:
             flat.free()
+
+
+def defer_blocks(model: Model, dtype: torch.dtype, device: torch.device, seed: int | None) -> None:
+    """Let the weights of blocks wait for the flat tensors that share them out, so that no rank ever holds all of them.
+
+    Args:
+        model: Model that has not been initialised.
+        dtype: Type of weights that do not stay float32.
+        device: Device of this rank.
+        seed: Seed of their initial values; None if a checkpoint will set them.
+    """
+    for number, block in model.blocks.items():
+        for name, parameter in block.named_parameters(prefix=f"blocks.{number}"):
+            draw = None if seed is None else partial(initial_values, name, parameter, seed, model.mesh)
+            defer(parameter, torch.float32 if parameter.spec.keep_fp32 else dtype, device, draw)
 
 
 def gather_blocks(blocks: dict[str, nn.Module], flats: Sequence[tuple[str, NodeFlat]]) -> None:

@@ -14,6 +14,7 @@ from hopescale.cost.updates import EVEN_UNIT
 from hopescale.optim import Cadence, RuleGroup
 from hopescale.optim.cadence import Accumulator
 from hopescale.optim.wire import SentSum
+from hopescale.parallel.deferred import move_into
 from hopescale.parallel.node_flat import NodeFlat
 from hopescale.parallel.tiers import Tiers
 
@@ -118,9 +119,7 @@ class EvenShards:
         self._first = tiers.part * self._size
         self._weights = first.new_zeros(self._size * replicas, requires_grad=False)
         for name, parameter in self.parameters.items():
-            view = self._weights[slice(*self._spans[name])].view_as(parameter)
-            view.copy_(parameter.detach())
-            parameter.data = view
+            move_into(parameter, self._weights[slice(*self._spans[name])].view_as(parameter))
         self.node_flat = NodeFlat(self._weights, tiers) if shares else None
         self.own = self.node_flat.own if shares else tiers.own(self._weights)
         self.master = self.own.float()

@@ -7,6 +7,7 @@ import hashlib
 import torch
 from torch import Tensor, nn
 
+from hopescale.parallel.deferred import is_deferred
 from hopescale.parallel.layers import ParameterSpec
 from hopescale.parallel.mesh import Mesh
 
@@ -14,15 +15,16 @@ from hopescale.parallel.mesh import Mesh
 def initialize(model: nn.Module, seed: int, mesh: Mesh) -> None:
     """Fill every parameter as its `ParameterSpec` says; a rank takes its slice of the whole tensor.
 
-    Parameters on the device `meta` have shapes and no values, and stay so.
+    Parameters on the device `meta` have shapes and no values, and stay so, as do those without memory.
     """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if not parameter.is_meta:
-                parameter.copy_(_initial_values(name, parameter, seed, mesh))
+            if not (parameter.is_meta or is_deferred(parameter)):
+                parameter.copy_(initial_values(name, parameter, seed, mesh))
 
 
-def _initial_values(name: str, parameter: nn.Parameter, seed: int, mesh: Mesh) -> Tensor:
+def initial_values(name: str, parameter: nn.Parameter, seed: int, mesh: Mesh) -> Tensor:
+    """Return the initial values of a parameter, or of this rank's slice of it, float32 on the CPU."""
     spec: ParameterSpec = parameter.spec
     shape = spec.whole_shape(parameter.shape, mesh.tp_group.size())
     values = torch.full(shape, spec.mean)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hopescale.optim.owned_flat import OwnedFlat
 from hopescale.optim.ownership import Ownership
+from hopescale.parallel.deferred import copy_values, move_into
 from hopescale.parallel.tiers import Tiers
 
 
@@ -112,7 +113,8 @@ class ClassFlats:
             here = [name for name in self.alike[number].names if self._replica[name] == self._tiers.group.rank()]
             own[number, "weights"] = self._first(number).detach().new_empty(len(here), *self._first(number).shape)
             for name, place in zip(here, own[number, "weights"], strict=True):
-                kept[name] = place.copy_(self._parameters[name].detach())
+                copy_values(self._parameters[name], place)
+                kept[name] = place
         result = []
         for block in (None, *blocks):
             inside = {name for name in names if self._block_of.get(name) == block}
@@ -146,7 +148,7 @@ class ClassFlats:
             [len(names) * torch.Size(shape).numel() for names, shape in zip(of_owner, shapes, strict=True)]
             for of_owner in held
         ]
-        flat = OwnedFlat(sizes, self._first(kinds[0][0]).detach().to(dtype), self._tiers, **times)
+        flat = OwnedFlat(sizes, self._first(kinds[0][0]).detach().new_empty(0, dtype=dtype), self._tiers, **times)
         for owner, pieces in enumerate(flat.pieces(sizes)):
             for place, ((number, kind), piece) in enumerate(zip(kinds, pieces, strict=True)):
                 stack = piece.view(len(held[owner][place]), *shapes[place])
@@ -159,8 +161,7 @@ class ClassFlats:
     def _place(self, name: str, kind: str, view: Tensor) -> None:
         parameter = self._parameters[name]
         if kind == "weights":
-            view.copy_(parameter.detach())
-            parameter.data = view
+            move_into(parameter, view)
         elif kind == "gradients":
             self.gradients[name] = view
         else:

@@ -32,8 +32,9 @@ from hopescale.config.values import format_value
 from hopescale.cost.holdings import cut_blocks
 from hopescale.data.loader import Data, open_data
 from hopescale.engine.late_weights import wait_in_forward
-from hopescale.engine.node_weights import gather_blocks
+from hopescale.engine.node_weights import defer_blocks, gather_blocks
 from hopescale.models import Model
+from hopescale.models.init import initialize
 from hopescale.observe.health import LossWatch
 from hopescale.ops.device import DTYPES
 from hopescale.optim import OuterOptimizer, Updater, cadences_of_level
@@ -151,8 +152,12 @@ def _build_slices(config: RunConfig, mesh: Mesh, device: torch.device, seed: int
         check_compiler(device)
     chosen = choose_backends(config, device)
     for blocks in cut_blocks(config.model, train.seq_len, pp * mesh.virtual_stages)[mesh.pp_group.rank() :: pp]:
-        model = Model(config.model, seed=seed, mesh=mesh, blocks=blocks, **computed)
-        slices.append(model.to(device).to_precision(DTYPES[train.precision]))
+        model = Model(config.model, seed=None, mesh=mesh, blocks=blocks, **computed)
+        if config.parallel.shares_weights:
+            defer_blocks(model, DTYPES[train.precision], device, seed)
+        if seed is not None:
+            initialize(model, seed, mesh)
+        slices.append(model.to_precision(DTYPES[train.precision]).to(device))
     compile_kernels(slices, [name for name, choice in chosen.items() if choice.backend == "triton"], train.seq_len)
     return slices
 

@@ -9,6 +9,7 @@ import torch
 from hopescale.config.model_shape import block_pattern
 from hopescale.models import Model
 from hopescale.ops.documents import Documents
+from hopescale.parallel.deferred import zeros_lent
 
 
 def compile_kernels(slices: Sequence[Model], mixers: Iterable[str], seq_len: int) -> None:
@@ -34,7 +35,8 @@ def compile_kernels(slices: Sequence[Model], mixers: Iterable[str], seq_len: int
                 x = weight.new_zeros(tokens, 1, model.config.d_model).requires_grad_()
                 ids = torch.zeros(1, seq_len, dtype=torch.int32, device=weight.device)
                 documents = Documents.of(ids) if model.config.within_documents else None
-                y, _ = block.mixer(x, None, documents)
-                torch.autograd.grad(y.sum(), x)
-                with torch.no_grad():
-                    block.mixer(x, None, documents)
+                with zeros_lent(block.mixer):
+                    y, _ = block.mixer(x, None, documents)
+                    torch.autograd.grad(y.sum(), x)
+                    with torch.no_grad():
+                        block.mixer(x, None, documents)

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 
 from hopescale.engine.node_weights import NodeWeights
+from hopescale.models.init import initial_values
+from hopescale.parallel.node_flat import NodeFlat
 from tests.dist.test_layerwise import settings_of
 from tests.support.layouts import fork, saved, train_run, values, weights, worst
 from tests.support.ranks import run_ranks
@@ -44,11 +46,34 @@ class Watched(NodeWeights):
         super()._end_backward()
 
 
+class Listed(NodeFlat):
+    """Notes how many flat tensors lie around whole while weights are drawn for another one."""
+
+    made: list[NodeFlat] = []
+    most = draws = 0
+
+    def __init__(self, *args: object):
+        super().__init__(*args)
+        Listed.made.append(self)
+
+
+def draw(*args: object) -> torch.Tensor:
+    Listed.draws += 1
+    Listed.most = max(Listed.most, sum(flat.has_memory for flat in Listed.made))
+    return initial_values(*args)
+
+
 def train(rank: int, folder: Path, *settings: str) -> None:
     """Train on two nodes of two, go on from the checkpoint in mid-period, and from one that one process has saved."""
-    with patch("hopescale.engine.node_weights.NodeWeights", Watched):
+    with (
+        patch("hopescale.engine.node_weights.NodeWeights", Watched),
+        patch("hopescale.engine.node_weights.initial_values", draw),
+        patch("hopescale.engine.zero_even.NodeFlat", Listed),
+        patch("hopescale.optim.owned_flat.NodeFlat", Listed),
+    ):
         train_run(folder / "run", 4, *NODES, *SMALL, *settings, last_step=LAST)
         assert Watched.most == 2
+        assert Listed.draws > 0 and Listed.most == 0, "a start holds the weights of no other block"
         if rank == 0:
             fork(folder / "run", folder / "again", step=3)
             fork(folder / "single", folder / "moved", step=3)
