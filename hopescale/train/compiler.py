@@ -48,3 +48,8 @@ def choose_backends(config: RunConfig, device: torch.device) -> dict[str, Choice
             problem = f"train.backend is {config.train.backend}, but {choice.reason}"
             raise ConfigError(problem, "set train.backend=auto, which runs without it")
     return chosen
+
+
+def mixers_with_kernels(config: RunConfig, device: torch.device) -> list[str]:
+    """Return the names of mixers whose memories Triton kernels train; failures are those of `choose_backends`."""
+    return [name for name, choice in choose_backends(config, device).items() if choice.backend == "triton"]

@@ -45,7 +45,7 @@ from hopescale.optim.schedule import learning_rate
 from hopescale.optim.transfer import ParameterSizes, transfer_groups
 from hopescale.parallel.control import Control
 from hopescale.parallel.mesh import Mesh
-from hopescale.train.compiler import check_compiler, choose_backends
+from hopescale.train.compiler import check_compiler, mixers_with_kernels
 from hopescale.train.device_memory import RankMemory, check_device_memory, memory_of, ranks_here
 from hopescale.train.folder import RunFolder
 from hopescale.train.recovery import check_budget
@@ -150,7 +150,7 @@ def _build_slices(config: RunConfig, mesh: Mesh, device: torch.device, seed: int
     computed |= {"kernel_precision": train.kernel_precision}
     if train.compile:
         check_compiler(device)
-    chosen = choose_backends(config, device)
+    compiled = mixers_with_kernels(config, device)
     for blocks in cut_blocks(config.model, train.seq_len, pp * mesh.virtual_stages)[mesh.pp_group.rank() :: pp]:
         model = Model(config.model, seed=None, mesh=mesh, blocks=blocks, **computed)
         if config.parallel.shares_weights:
@@ -158,7 +158,7 @@ def _build_slices(config: RunConfig, mesh: Mesh, device: torch.device, seed: int
         if seed is not None:
             initialize(model, seed, mesh)
         slices.append(model.to_precision(DTYPES[train.precision]).to(device))
-    compile_kernels(slices, [name for name, choice in chosen.items() if choice.backend == "triton"], train.seq_len)
+    compile_kernels(slices, compiled, train.seq_len)
     return slices
 
 

@@ -22,7 +22,7 @@ from hopescale.parallel import process
 from hopescale.parallel.control import Control
 from hopescale.parallel.init_distributed import init_distributed
 from hopescale.parallel.mesh import Mesh
-from hopescale.train.compiler import choose_backends
+from hopescale.train.compiler import choose_backends, mixers_with_kernels
 from hopescale.train.device_memory import (
     RankMemory,
     least_of_all,
@@ -92,6 +92,8 @@ def train_on(
     """
     control, asked, folder = mesh.control, request.loaded, RunFolder(request.folder)
     is_new = not control.broadcast_from_rank0(lambda: finds_weights(folder, request))
+    if compiled := mixers_with_kernels(asked.config, device):
+        report(f"compiling the kernels of {' and '.join(compiled)}: minutes, unless they are in Triton's cache")
     with memory_errors_explained(asked.config):
         state = build_state(asked.config, request.layout, mesh, device, draw=is_new)
     with ExitStack() as stack, _reported_once(control):
