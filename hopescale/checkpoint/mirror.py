@@ -9,10 +9,12 @@ import uuid
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from hopescale.checkpoint.manifest import (
     MANIFEST,
     POINTER,
+    Manifest,
     checkpoint_folders,
     file_problems,
     folder_name,
@@ -134,7 +136,7 @@ class Mirror:
             return None if name is None else root / name
 
     def _owners(self, root: Path, *, adopts: bool, branch: str | None) -> tuple[str | None, str | None]:
-        """Return what `_ids` does, without an address's id that a start left which came to nothing.
+        """Return what `_ids` does, without the id of another start that saved nothing at the address.
 
         Raises:
             CheckpointError: If the copies are another run's.
@@ -163,6 +165,19 @@ class Mirror:
             if POINTER in self._store.names():
                 hint = "name another address, or leave --resume out to continue that run"
                 raise CheckpointError(f"checkpoint.mirror {self.address} already holds checkpoints", hint)
+
+    def manifest(self, name: str) -> Manifest:
+        """Return the manifest of a copy.
+
+        Raises:
+            CheckpointError: If there is none, it cannot be read, or the store does not answer.
+        """
+        with self._reached(), TemporaryDirectory() as folder:
+            self._store.download(f"{name}/{MANIFEST}", Path(folder) / MANIFEST)
+            try:
+                return read_manifest(Path(folder))
+            except CheckpointError as error:
+                raise CheckpointError(f"{self.address}/{name}/{MANIFEST} is damaged", "remove it there") from error
 
     def _ids(self, root: Path) -> tuple[str | None, str | None]:
         """Return the id of the run of a folder and that of the address, as far as there are any."""

@@ -107,14 +107,16 @@ class ObjectStore:
 
     def write(self, name: str, content: bytes) -> None:
         """Write a whole file; readers see the old content or the new."""
-        self._tried(lambda: self._filesystem.pipe_file(self._path(name), content))
+        self._put(name, lambda path: self._filesystem.pipe_file(path, content))
 
     def upload(self, file: Path, name: str) -> None:
         """Copy a file of this machine to the store."""
+        self._put(name, lambda path: self._filesystem.put_file(str(file), path))
 
+    def _put(self, name: str, send: Callable[[str], None]) -> None:
         def do() -> None:
             self._filesystem.makedirs(self._path(name).rpartition("/")[0], exist_ok=True)
-            self._filesystem.put_file(str(file), self._path(name))
+            send(self._path(name))
 
         self._tried(do)
 

@@ -46,13 +46,13 @@ def move_into(parameter: nn.Parameter, view: Tensor) -> None:
 
 @contextmanager
 def zeros_lent(module: nn.Module) -> Iterator[None]:
-    """Give parameters of a module that have no memory zeros for a while."""
-    storages = [(p, p.untyped_storage()) for p in module.parameters() if is_deferred(p)]
-    for parameter, storage in storages:
-        storage.resize_(parameter.numel() * parameter.element_size())
-        parameter.detach().zero_()
+    """Lend zeros to the parameters of a module that have no memory."""
+    deferred = [parameter for parameter in module.parameters() if is_deferred(parameter)]
     try:
+        for parameter in deferred:
+            parameter.untyped_storage().resize_(parameter.numel() * parameter.element_size())
+            parameter.detach().zero_()
         yield
     finally:
-        for _, storage in storages:
-            storage.resize_(0)
+        for parameter in deferred:
+            parameter.untyped_storage().resize_(0)

@@ -51,5 +51,9 @@ def choose_backends(config: RunConfig, device: torch.device) -> dict[str, Choice
 
 
 def mixers_with_kernels(config: RunConfig, device: torch.device) -> list[str]:
-    """Return the names of mixers whose memories Triton kernels train; failures are those of `choose_backends`."""
+    """Return the names of mixers whose memories Triton kernels train.
+
+    Raises:
+        ConfigError: Failures that `choose_backends` names.
+    """
     return [name for name, choice in choose_backends(config, device).items() if choice.backend == "triton"]

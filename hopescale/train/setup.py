@@ -9,14 +9,16 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from hopescale.checkpoint.manager import CheckpointManager, find_checkpoint, latest_checkpoint
-from hopescale.checkpoint.manifest import Manifest, checkpoint_folders, fingerprint, read_manifest, read_pointer
-from hopescale.checkpoint.mirror import Mirror
+from hopescale.checkpoint.manager import CheckpointManager, find_checkpoint
+from hopescale.checkpoint.manifest import (
+    Manifest,
+    read_manifest,
+)
 from hopescale.common.errors import CheckpointError, ConfigError, Problem
 from hopescale.config.fields import leaves
 from hopescale.config.groups import assign_groups
 from hopescale.config.layout import Layout
-from hopescale.config.load import from_dict, to_dict
+from hopescale.config.load import from_dict
 from hopescale.config.plan import make_plan
 from hopescale.config.schema import OptimConfig, RunConfig
 from hopescale.config.show import (
@@ -44,12 +46,14 @@ from hopescale.optim.rules import changed_state, refuse_idle_blocks
 from hopescale.optim.schedule import learning_rate
 from hopescale.optim.transfer import ParameterSizes, transfer_groups
 from hopescale.parallel.control import Control
+from hopescale.parallel.deferred import is_deferred
 from hopescale.parallel.mesh import Mesh
 from hopescale.train.compiler import check_compiler, mixers_with_kernels
 from hopescale.train.device_memory import RankMemory, check_device_memory, memory_of, ranks_here
 from hopescale.train.folder import RunFolder
 from hopescale.train.recovery import check_budget
 from hopescale.train.request import RunRequest
+from hopescale.train.starting_point import choose_checkpoint
 from hopescale.train.state import TrainState
 from hopescale.train.warm_up import compile_kernels
 
@@ -106,6 +110,7 @@ def build_state(
         levels=names_of_levels,
         shared=_shared_blocks(slices, parameters) if config.parallel.shares_weights else (),
     )
+    assert not any(map(is_deferred, parameters.values())), "a parameter is in no flat tensor"
     blocks = {f"blocks.{number}.": block for model in slices for number, block in model.blocks.items()}
     gather_blocks(blocks, optimizer.node_flats())
     gather_grams(
@@ -150,7 +155,6 @@ def _build_slices(config: RunConfig, mesh: Mesh, device: torch.device, seed: int
     computed |= {"kernel_precision": train.kernel_precision}
     if train.compile:
         check_compiler(device)
-    compiled = mixers_with_kernels(config, device)
     for blocks in cut_blocks(config.model, train.seq_len, pp * mesh.virtual_stages)[mesh.pp_group.rank() :: pp]:
         model = Model(config.model, seed=None, mesh=mesh, blocks=blocks, **computed)
         if config.parallel.shares_weights:
@@ -158,7 +162,7 @@ def _build_slices(config: RunConfig, mesh: Mesh, device: torch.device, seed: int
         if seed is not None:
             initialize(model, seed, mesh)
         slices.append(model.to_precision(DTYPES[train.precision]).to(device))
-    compile_kernels(slices, compiled, train.seq_len)
+    compile_kernels(slices, mixers_with_kernels(config, device), train.seq_len)
     return slices
 
 
@@ -187,78 +191,6 @@ def _whole_parameters(parameters: Mapping[str, nn.Parameter], mesh: Mesh) -> dic
     own = {name: ParameterSizes(p.spec.whole_shape(p.shape, tp), p.spec.sizes) for name, p in parameters.items()}
     # Other replicas and tensor-parallel ranks have the same to say.
     return {name: sizes for of_stage in Control(mesh.pp_group).gather(own) for name, sizes in of_stage.items()}
-
-
-def choose_checkpoint(folder: RunFolder, request: RunRequest, *, writes: bool = True) -> Path | None:
-    """Return the checkpoint to continue from, or None for a new run.
-
-    A run that branches off another begins at the other's checkpoint, and continues from its own. Without `writes`
-    nothing is fetched from `checkpoint.mirror`, and what would be is returned.
-
-    Raises:
-        CheckpointError: If the folder does not hold what `resume` asks for, or no checkpoint for a new optimizer, or
-            `checkpoint.mirror` cannot be reached.
-    """
-    resume = request.resume
-    if isinstance(resume, Path):
-        checkpoint = find_checkpoint(resume)
-        _begin_mirror(folder, request, writes=writes)
-        return checkpoint
-    if resume == "never" and (latest := latest_checkpoint(folder.checkpoints)) is not None:
-        hint = "choose another --run-dir, or leave --resume out to continue it"
-        raise CheckpointError(f"--resume never, but {folder.path} already holds {latest.name}", hint)
-    fetched = _begin_mirror(folder, request, writes=writes)
-    latest = latest_checkpoint(folder.checkpoints) or fetched
-    if resume == "must" and latest is None:
-        raise CheckpointError(f"--resume must, but {folder.checkpoints} holds no checkpoint", "check --run-dir")
-    if request.reset_optimizer and latest is None:
-        hint = "a new run has a new optimizer; leave the option out, or check --run-dir"
-        raise CheckpointError(f"--reset-optimizer, but {folder.checkpoints} holds no checkpoint", hint)
-    if latest is None and request.branch_from is not None:
-        return find_checkpoint(request.branch_from)
-    return latest
-
-
-def finds_weights(folder: RunFolder, request: RunRequest) -> bool:
-    """Tell whether a start takes weights from a checkpoint, so that none have to be drawn. Changes nothing."""
-    if request.init is not None or isinstance(request.resume, Path):
-        return True
-    return read_pointer(folder.checkpoints) is not None or bool(checkpoint_folders(folder.checkpoints))
-
-
-def _begin_mirror(folder: RunFolder, request: RunRequest, *, writes: bool) -> Path | None:
-    """Make `checkpoint.mirror` the run's own, and fetch from it if the run may go on from what is there.
-
-    Without `writes` it refuses what it would refuse, and changes nothing.
-
-    Returns:
-        The checkpoint that was fetched, or would be; None if there was no need to.
-    """
-    settings, root = request.loaded.config.checkpoint, folder.checkpoints
-    if settings.mirror is None:
-        return None
-    mirror, goes_on = Mirror(settings.mirror), not isinstance(request.resume, Path)
-    if request.resume == "never":
-        mirror.check_unused(root)
-    branch = _branch_id(request) if goes_on else None
-    if not writes:
-        return mirror.check(root, adopts=goes_on, branch=branch)
-    if not goes_on:
-        mirror.claim(root)
-        return None
-    keeps = {name: getattr(settings, name) for name in ("keep_last", "keep_every", "keep_at")}
-    return mirror.begin(root, **keeps, branch=branch)
-
-
-def _branch_id(request: RunRequest) -> str | None:
-    """Return the id of a run that branches off another, the same for the same start; None for other runs.
-
-    A branch goes on from what it is told, not from the copies of whatever run is at its mirror; by this it knows its
-    own, when its folder is lost.
-    """
-    if request.branch_from is None:
-        return None
-    return fingerprint([str(request.branch_from), to_dict(request.loaded.config)])[:32]
 
 
 def restore(state: TrainState, checkpoint: Path, request: RunRequest, report: Report) -> None:

@@ -40,11 +40,10 @@ from hopescale.train.setup import (
     Report,
     begin_from,
     build_state,
-    choose_checkpoint,
-    finds_weights,
     open_checkpoints,
     restore,
 )
+from hopescale.train.starting_point import choose_checkpoint, finds_weights
 from hopescale.train.state import TrainState
 from hopescale.train.stop import StopRequest
 from hopescale.train.trainer import Trainer
@@ -93,7 +92,7 @@ def train_on(
     control, asked, folder = mesh.control, request.loaded, RunFolder(request.folder)
     is_new = not control.broadcast_from_rank0(lambda: finds_weights(folder, request))
     if compiled := mixers_with_kernels(asked.config, device):
-        report(f"compiling the kernels of {' and '.join(compiled)}: minutes, unless they are in Triton's cache")
+        report(f"the start compiles the kernels of {' and '.join(compiled)}: minutes, if Triton's cache lacks them")
     with memory_errors_explained(asked.config):
         state = build_state(asked.config, request.layout, mesh, device, draw=is_new)
     with ExitStack() as stack, _reported_once(control):

@@ -18,7 +18,7 @@ from hopescale.config.load import load_recipe
 from hopescale.data.storage import publish
 from hopescale.train.folder import RunFolder
 from hopescale.train.request import RunRequest
-from hopescale.train.setup import choose_checkpoint
+from hopescale.train.starting_point import choose_checkpoint
 from tests.integration.conftest import Run
 from tests.support.s3 import serve_bucket
 
@@ -112,6 +112,10 @@ def test_a_look_ahead_finds_what_a_start_would_and_writes_nothing(mirrored, tmp_
     found = choose_checkpoint(lost, RunRequest(loaded, Layout(), lost.path, resume="must"), writes=False)
     assert found == lost.checkpoints / "step-00000002" and not lost.path.exists() and store.names() == names
     assert choose_checkpoint(lost, RunRequest(loaded, Layout(), lost.path, resume="must")) == found
+    (lost.checkpoints / "step-00000002" / "weights").unlink()
+    for writes in (False, True):
+        assert choose_checkpoint(lost, RunRequest(loaded, Layout(), lost.path), writes=writes) == found
+    assert (found / "weights").read_bytes() == b"abc"
     shutil.copytree(root, foreign.checkpoints)
     (foreign.checkpoints / "run").unlink()
     for writes in (False, True):
@@ -226,7 +230,9 @@ def test_a_micro_batch_by_itself_stays_when_its_run_is_fetched(hopescale, tiny, 
     try:
         train(1, "--stop-at", "1")
         shutil.rmtree(tmp_path / "run")
-        assert "train.micro_batch_size: 1, as before" in train("auto", "--resume", "must")
+        for dry in (["--dry-run"], []):
+            assert not (tmp_path / "run").exists()
+            assert "train.micro_batch_size: 1, as before" in train("auto", "--resume", "must", *dry)
         assert load_recipe(str(tmp_path / "run" / "config.yaml")).config.train.micro_batch_size == "auto"
         assert json.loads((tmp_path / "run" / "plan.json").read_text())["micro_batch_size"] == 1
         assert Run(tmp_path / "run").manifest(3).config["train"]["micro_batch_size"] == 1

@@ -105,11 +105,11 @@ def test_a_dry_run_finds_what_a_start_would(capsys, monkeypatch, tmp_path, args,
     assert not list(tmp_path.iterdir())
 
 
-def test_a_dry_run_leaves_a_mirror_alone(capsys, tmp_path):
-    mirror, run_dir = tmp_path / "mirror", tmp_path / "run"
-    settings = (f"checkpoint.mirror={mirror}", "--run-dir", str(run_dir), "--dry-run")
-    assert run(capsys, "train", "debug", *settings)[0] == 0
-    assert not run_dir.exists() and not [file for file in tmp_path.rglob("*") if file.is_file()]
+@pytest.mark.parametrize("size", ["2", "auto"])
+def test_a_dry_run_leaves_a_mirror_alone(capsys, tmp_path, size):
+    settings = (f"checkpoint.mirror={tmp_path / 'mirror'}", f"train.micro_batch_size={size}")
+    assert run(capsys, "train", "debug", *settings, "--run-dir", str(tmp_path / "run"), "--dry-run")[0] == 0
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("dry", [["--dry-run"], []])
