@@ -85,6 +85,12 @@ def test_validation_can_be_left_out(train, run: Run):
     assert not any(name.startswith("val/") for record in run.values() for name in record)
 
 
+def test_a_start_says_that_it_compiles_kernels(train, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("hopescale.train.worker.mixers_with_kernels", lambda config, device: ["hope"])
+    done = train("train.steps=1", "train.validation.every=null")
+    assert done.out.startswith("the start compiles the kernels of hope: minutes, if Triton's cache lacks them\n")
+
+
 def test_old_checkpoints_are_removed_but_those_to_be_kept(train, run: Run):
     assert train("checkpoint.every=1", "checkpoint.keep_last=2", "checkpoint.keep_every=4").code == 0
     assert run.steps() == [4, 8, 9, 10]
