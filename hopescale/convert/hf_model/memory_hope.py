@@ -48,9 +48,7 @@ class Norm(nn.Module):
         return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps) * weight).to(x.dtype)
 
 
-def mix_groups(
-    run: Mix, x: Tensor, state: State, columns: Columns, width: int | None = None
-) -> tuple[Tensor, State]:
+def mix_groups(run: Mix, x: Tensor, state: State, columns: Columns, width: int | None = None) -> tuple[Tensor, State]:
     """Run a recurrence over the tokens of each group of rows: `run(x, state, position)` knows of no padding.
 
     Padding in `x` `[B, T, N]` gives zeros, and moves no state. Answers are `[B, T, width]`; None is the width of `x`.
