@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,16 @@ from hopescale.config.load import to_yaml
 from hopescale.sweep.collect import collect
 from hopescale.sweep.grid import load_sweep, make_trials
 from hopescale.sweep.pool import locked, run_trials
-from hopescale.sweep.progress import NOTE, as_trained, read_note, require_same, trial_folder, trial_status
+from hopescale.sweep.progress import (
+    NOTE,
+    as_trained,
+    read_note,
+    require_same,
+    status_in_sweep,
+    trial_folder,
+    trial_status,
+)
+from hopescale.sweep.trial import Trial
 
 PYTHON = sys.executable
 
@@ -192,11 +202,15 @@ branch: true
 """
 
 
+def branches(tmp_path: Path) -> list[Trial]:
+    (tmp_path / "sweep.yaml").write_text(BRANCHES)
+    return make_trials(load_sweep(tmp_path / "sweep.yaml"))
+
+
 @pytest.fixture
 def run_branches(run, tmp_path: Path):
     """Run three horizons of one size, of which the two shorter ones branch off the longest, two at a time."""
-    (tmp_path / "sweep.yaml").write_text(BRANCHES)
-    trials, said = make_trials(load_sweep(tmp_path / "sweep.yaml")), []
+    trials, said = branches(tmp_path), []
 
     def start(plan: dict[str, list[str]]) -> list[str]:
         (tmp_path / "out/trials/plan.json").write_text(json.dumps(plan))
@@ -225,7 +239,15 @@ def test_branches_end_with_a_trunk_that_does_not_come_to_their_step(run_branches
     else:
         assert "d20Ki: diverged: its trunk d60Ki diverged before step 16" in run_branches({"d60Ki": [ends]})
     assert calls(tmp_path) == ["d60Ki"]
-    assert [trial_status(tmp_path / f"out/trials/d{n}Ki").state for n in (20, 40, 60)] == [state] * 3
+    assert [status_in_sweep(trial, tmp_path / "out").state for trial in branches(tmp_path)] == [state] * 3
+
+
+def test_branches_of_a_trunk_that_diverged_begin_when_it_is_tried_again(run_branches, tmp_path: Path):
+    run_branches({"d60Ki": ["6"]})
+    shutil.rmtree(tmp_path / "out/trials/d60Ki")
+    run_branches({})
+    assert sorted(calls(tmp_path)) == ["d20Ki", "d40Ki", "d60Ki", "d60Ki"]
+    assert {status_in_sweep(trial, tmp_path / "out").state for trial in branches(tmp_path)} == {"done"}
 
 
 CHOICE = "recipe: debug\naxes: {train.steps: [3, 4], train.seed: [0, 1]}\nchoose: train.steps\n"
