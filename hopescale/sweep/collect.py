@@ -30,7 +30,8 @@ def collect(trials: Sequence[Trial], folder: Path) -> Path:
     losses. `loss_from` says which. A trial that is not done has no loss. In a sweep with branches two more columns name
     the trunk of a branch and the last step that it shares; D and FLOP are those of a run of its own. In a sweep with
     a choice a column `chosen` says whether a trial has the chosen value, and is empty as long as that is open. Once
-    trials have been asked a suite, a column `score` has their mean accuracy.
+    trials have been asked a suite after their last step, a column `score` has their mean accuracy, and `score_from`
+    says what they were asked.
 
     Raises:
         LaunchError: If it cannot be written.
@@ -39,9 +40,9 @@ def collect(trials: Sequence[Trial], folder: Path) -> Path:
     writer = csv.writer(text, lineterminator="\n")
     places = ["trunk", "branch_step"] if any(trial.branch for trial in trials) else []
     trials = as_trained(trials, folder)
-    scores = {trial.name: score(trial_folder(folder, trial)) for trial in trials}
+    scores = {trial.name: score(trial_folder(folder, trial), trial.steps) for trial in trials}
     places += ["chosen"] * any(trial.choice for trial in trials)
-    places += ["score"] * any(value is not None for value in scores.values())
+    places += ["score", "score_from"] if any(scores.values()) else []
     columns_of_runs = ["N", "D", "FLOP", "loss", "loss_from", "state", "batch", "lr"]
     writer.writerow(["trial", "series", *labels, *columns_of_runs, *places])
     for trial in trials:
@@ -53,8 +54,8 @@ def collect(trials: Sequence[Trial], folder: Path) -> Path:
         further = {"chosen": _YES_NO[is_chosen(trial, folder)]}
         if trial.branch:
             further |= {"trunk": trial.branch.trunk, "branch_step": trial.branch.step}
-        if scores[trial.name] is not None:
-            further["score"] = f"{scores[trial.name]:.4f}"
+        if (scored := scores[trial.name]) is not None:
+            further |= {"score": f"{scored.value:.4f}", "score_from": scored.source}
         own = (further.get(place, "") for place in places)
         writer.writerow([*head, trial.params, trial.tokens, trial.flops, *loss, status.state, *rates, *own])
     try:
