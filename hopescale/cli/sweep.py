@@ -122,7 +122,7 @@ def run(
 ) -> None:
     """Train the trials that are not done on this machine, then collect. The same command continues what was stopped.
 
-    Exit codes: 0 all trials are done or diverged, 2 config, 5 trials failed, 75 stopped early and resumable.
+    Exit codes: 0 all trials are done or diverged, 2 config, 3 data, 5 trials failed, 75 stopped early and resumable.
     """
     loaded, trials, folder = _read(sweep, sweep_dir)
     with locked(folder):

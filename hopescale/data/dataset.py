@@ -5,7 +5,6 @@ Reads are plain `pread` calls of the bytes needed: no scan, no state, and a trun
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from hopescale.common.errors import DataError
+from hopescale.data.identity import of_index
 from hopescale.data.shards import SPLITS, VERIFY_HINT, Index, ShardEntry
 from hopescale.data.storage import INDEX_FILE, Storage, open_storage
 
@@ -44,7 +44,7 @@ class PreparedData:
         self.storage = open_storage(source, cache)
         self.index = Index.read(self.storage.small_files)
         self.tokenizer = self.index.check_tokenizer(self.storage.small_files)
-        self.identity = hashlib.sha256((self.storage.small_files / INDEX_FILE).read_bytes()).hexdigest()
+        self.identity = of_index((self.storage.small_files / INDEX_FILE).read_bytes())
         self._check_sizes()
         self.splits = {name: TokenStream(self.storage, self.index, name) for name in SPLITS}
 

@@ -5,8 +5,6 @@ Holds no position: the same index gives the same sample whenever and on whicheve
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,6 +17,7 @@ from torch import Tensor
 
 from hopescale.common.errors import ConfigError, Problem
 from hopescale.config.schema import DataConfig
+from hopescale.data.identity import fingerprint
 from hopescale.data.order import Mixture
 from hopescale.data.samples import Rows
 from hopescale.data.sources import Source, open_sources
@@ -85,8 +84,7 @@ class Data:
         Hexadecimal. Two runs with equal fingerprints read the same tokens at every index.
         """
         sources = {name: (source.weight, source.identity) for name, source in self._sources.items()}
-        identity = json.dumps([self._config.seed, self._seq_len, sources], sort_keys=True)
-        return hashlib.sha256(identity.encode()).hexdigest()
+        return fingerprint(self._config.seed, self._seq_len, sources)
 
     def check_budget(self, num_sequences: int) -> None:
         """Refuse a run of so many sequences that would read a source more often than `data.max_epochs`.

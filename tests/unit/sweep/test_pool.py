@@ -14,8 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from hopescale.common.errors import ConfigError, LaunchError, StoppedEarly
+from hopescale.checkpoint.manifest import Manifest, to_json
+from hopescale.common.errors import ConfigError, DataError, LaunchError, StoppedEarly
 from hopescale.config.load import to_yaml
+from hopescale.data.identity import fingerprint_here
 from hopescale.sweep.collect import collect
 from hopescale.sweep.grid import load_sweep, make_trials
 from hopescale.sweep.pool import locked, run_trials
@@ -376,3 +378,24 @@ def test_a_sweep_s_data_may_lie_elsewhere(tmp_path: Path):
     sweep = sweep_on(tmp_path / "other")
     with pytest.raises(ConfigError, match=r'data\.sources\.main\.path: .*/data" -> .*/other"'):
         require_same(sweep, make_trials(sweep), tmp_path / "out")
+
+
+def test_text_that_was_replaced_while_a_sweep_ran_is_refused(tmp_path: Path):
+    index, run_dir = tmp_path / "data" / "index.json", tmp_path / "out/trials/steps3"
+    data = f"set: {{data.sources.markov: null, data.sources.main.path: {index.parent}, train.seq_len: 64}}\n"
+    (tmp_path / "sweep.yaml").write_text(SWEEP + data)
+    sweep = load_sweep(tmp_path / "sweep.yaml")
+    trials = make_trials(sweep)
+    index.parent.mkdir()
+    index.write_text("old")
+    (run_dir / "checkpoints/step-00000003").mkdir(parents=True)
+    (run_dir / "checkpoints/latest").write_text("step-00000003\n")
+    identity = {"data": fingerprint_here(trials[0].config.data, 64)}
+    manifest = Manifest({"step": 3}, {}, identity)
+    (run_dir / "checkpoints/step-00000003/manifest.json").write_text(to_json(manifest))
+    require_same(sweep, trials, tmp_path / "out")
+    index.write_text("new")
+    with pytest.raises(DataError, match="data is not the one that trial steps3 has read"):
+        require_same(sweep, trials, tmp_path / "out")
+    index.unlink()
+    require_same(sweep, trials, tmp_path / "out")
