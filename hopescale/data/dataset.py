@@ -101,14 +101,16 @@ class TokenStream:
     def document_ids(self, start: int, stop: int) -> np.ndarray:
         """Number the documents of a range of tokens, from 0 at its first. Shape `[stop - start]`, int32.
 
+        A document begins with the end-of-text token before its text, as every text does that a model is asked.
+
         Raises:
             DataError: If a shard cannot be read or its document table does not fit its tokens.
         """
         parts, first = [], 0
         for number, low, high in self._pieces(start, stop):
-            ids = np.searchsorted(self._ends(number), np.arange(low, high), side="right")
+            ids = np.searchsorted(self._ends(number), np.arange(low, high) + 1, side="right")
             parts.append(ids - ids[0] + first)
-            first = parts[-1][-1] + 1
+            first = parts[-1][-1]  # a block ends with the token that begins the first document of the next
         return np.concatenate(parts).astype(np.int32)
 
     def documents(self) -> Iterator[np.ndarray]:
