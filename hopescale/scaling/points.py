@@ -38,6 +38,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "state": ("state",),
     "lr": ("lr", "learningrate", "peaklr", "maxlr", "optimlr"),
     "batch": ("batch", "batchtokens", "globalbatchtokens", "batchsize", "globalbatchsize"),
+    "rate_factor": ("ratefactor",),
 }
 """Names a column may have, the first that is there is taken; case, spaces and punctuation do not count. A held-out
 loss comes before one of training."""
@@ -145,6 +146,11 @@ class Table:
             if not 0 < value < math.inf:
                 raise DataError(f"{self._cell(number, place)}: {value:g}, but must be above 0 and finite")
         return found
+
+    def went_back(self) -> set[int]:
+        """Return the rows of runs that went back to a lower rate, so that they are not runs of the rate they name."""
+        has = self.has("rate_factor")
+        return {row for row, factor in self.column("rate_factor").items() if factor != 1} if has else set()
 
     def scores(self, column: str | None = None) -> dict[int, float]:
         """Return the numbers of a column of scores by row, for the rows that hold one; None names `score`.

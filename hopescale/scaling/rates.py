@@ -213,14 +213,17 @@ def rates_json(law: RateLaw) -> dict[str, Any]:
 def read_tuned(table: Table) -> dict[str, TunedRuns]:
     """Return all finished runs of a table by series, with their rates and, where there is such a column, batches.
 
+    Runs that went back to a lower rate are left out.
+
     Raises:
         DataError: If the table has no column of learning rates, or a cell of rates or batches is not a number above 0.
     """
     rates = table.column("lr")
     batches = table.column("batch") if table.has("batch") else dict.fromkeys(rates, 1.0)
     found: dict[str, list[tuple[float, ...]]] = {}
+    gone = table.went_back()
     for number, series, (params, tokens, _, loss) in table.finished:
-        if number in rates and number in batches:
+        if number in rates and number in batches and number not in gone:
             run = (number, params, tokens, batches[number], rates[number], loss)
             found.setdefault(series, []).append(run)
     return {name: TunedRuns(*np.array(rows).T) for name, rows in found.items()}

@@ -132,6 +132,14 @@ def test_runs_of_one_size_whose_steps_end_otherwise_are_one(tmp_path: Path):
     assert table.series["all"].loss.tolist() == [3.0, 2.9] and "row 2: loss 3.1, but row 3" in table.left_out[0]
 
 
+def test_runs_that_went_back_to_a_lower_rate_tell_nothing_of_theirs(tmp_path: Path):
+    (tmp_path / "runs.csv").write_text(
+        "N,D,loss,lr,rate_factor\n1e6,1e6,3.1,0.01,1\n1e6,1e6,3,0.1,0.25\n1e6,1e6,3,0.2,\n"
+    )
+    table = read_points(tmp_path / "runs.csv")
+    assert len(table.finished) == 3 and read_tuned(table)["all"].lr.tolist() == [0.01, 0.2]
+
+
 def test_a_table_without_rates_is_said(tmp_path: Path):
     (tmp_path / "runs.csv").write_text("N,D,loss\n1e6,1000000,3.1\n")
     with pytest.raises(DataError, match="has no column for lr, only N, D, loss"):

@@ -283,6 +283,13 @@ def test_points_hold_a_row_for_every_trial(run, trials, tmp_path: Path):
     assert [row["state"] for row in rows] == ["done", "diverged", "done"]
     assert [row["loss"] for row in rows] == ["2.750000", "", "2.500000"]
     assert rows[2]["loss_from"] == "val/main" and rows[1]["loss_from"] == ""
+    checkpoints = tmp_path / "out/trials/steps5/checkpoints"
+    (checkpoints / "step-00000005").mkdir(parents=True)
+    (checkpoints / "latest").write_text("step-00000005\n")
+    manifest = Manifest({"step": 5, "recovery": {"rate_factor": 0.25}}, {}, {})
+    (checkpoints / "step-00000005/manifest.json").write_text(to_json(manifest))
+    again = list(csv.DictReader(collect(trials, tmp_path / "out").read_text().splitlines()))
+    assert [row["rate_factor"] for row in again] == ["1", "1", "0.25"]
     assert [int(row["D"]) for row in rows] == [trial.tokens for trial in trials]
     assert int(rows[0]["FLOP"]) == trials[0].flops and int(rows[0]["N"]) == trials[0].params
 
