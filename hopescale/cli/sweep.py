@@ -122,7 +122,7 @@ def run(
 ) -> None:
     """Train the trials that are not done on this machine, then collect. The same command continues what was stopped.
 
-    Exit codes: 0 all trials are done or diverged, 2 config, 5 trials failed, 75 stopped early and resumable.
+    Exit codes: 0 all trials are done or diverged, 2 config, 3 data, 5 trials failed, 75 stopped early and resumable.
     """
     loaded, trials, folder = _read(sweep, sweep_dir)
     with locked(folder):
@@ -266,16 +266,16 @@ def _statuses(trials: Sequence[Trial], folder: Path) -> list[TrialStatus]:
 
 
 def _states(trials: Sequence[Trial], folder: Path) -> Table:
-    scores = [score(trial_folder(folder, trial)) for trial in trials]
-    has_scores = any(value is not None for value in scores)
+    scores = [score(trial_folder(folder, trial), trial.steps) for trial in trials]
+    has_scores = any(scores)
     table = _table("trial", "state", right=("step", "of", "loss", *["score"] * has_scores, "tokens/s", "starts"))
-    for trial, current, value in zip(trials, _statuses(trials, folder), scores, strict=True):
+    for trial, current, scored in zip(trials, _statuses(trials, folder), scores, strict=True):
         style = _STYLES.get(current.state, "")
         state = f"[{style}]{current.state}[/]" if style else current.state
         loss = "" if current.loss is None else f"{current.loss:.4f}"
         tps = "" if current.tps is None else f"{current.tps:,.0f}"
         starts = str(current.starts or "")
-        answers = ["" if value is None else f"{value:.3f}"] * has_scores
+        answers = ["" if scored is None else f"{scored.value:.3f}"] * has_scores
         table.add_row(trial.name, state, f"{current.step or 0:,}", f"{trial.steps:,}", loss, *answers, tps, starts)
     return table
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from hopescale.common.errors import Problem
 from hopescale.config.check_base import Check, Origins, set_keys
-from hopescale.config.schema import RunConfig
+from hopescale.config.schema import GroupConfig, RunConfig
 
 MATRIX_RULES = ("muon", "m3", "delta_momentum", "deep_momentum", "dgd")
 TRANSFERS = ("adamw", "muon", "m3", "delta_momentum")
@@ -47,6 +47,9 @@ def settings_act(config: RunConfig, origins: Origins) -> Iterator[Problem]:
     for rule in sorted({"adamw", *MATRIX_RULES} - used):
         for key in ("betas", "eps") if rule == "adamw" else (rule,):
             yield from idle(key, f"no group has rule: {rule}", f"leave it out, or set optim.groups.NAME.rule={rule}")
+    for key, users in (("weight_decay", optim.groups.values()), ("betas", _adamw(config))):
+        if users and all(getattr(group, key) is not None for group in users):
+            yield from idle(key, f"every group has {key} of its own")
     m3 = optim.m3
     unused = (
         ("m3", m3.alpha_slow == 0, "alpha_slow is 0", ("beta3", "frequency")),
@@ -112,6 +115,11 @@ def rates_follow_the_width(config: RunConfig, origins: Origins) -> Iterator[Prob
     if "delta_momentum" in used and delta.form == "paper" and delta.delta:
         message = "paper erases less of memories at each larger width, which model.transfer has no rate for"
         yield Problem("optim.delta_momentum.form", message, hint="use unit")
+
+
+def _adamw(config: RunConfig) -> list[GroupConfig]:
+    """Return the groups that AdamW updates."""
+    return [group for group in config.optim.groups.values() if group.rule == "adamw"]
 
 
 def _rules(config: RunConfig) -> set[str]:

@@ -123,6 +123,13 @@ def samples_are_written(config: RunConfig, origins: Origins) -> Iterator[Problem
             yield Problem("log.samples", message, hint="leave it empty")
 
 
+def copies_are_read(config: RunConfig, origins: Origins) -> Iterator[Problem]:
+    """Copies on the nodes are of prepared data sets."""
+    if config.data.staged is not None and all(source.path is None for source in config.data.sources.values()):
+        message = f"{config.data.staged} has no effect: no source is a folder or an address"
+        yield Problem("data.staged", message, hint="leave it null")
+
+
 def memory_is_used(config: RunConfig, origins: Origins) -> Iterator[Problem]:
     """Checkpoints in memory lie between those on disk."""
     memory, every = config.checkpoint.memory, config.checkpoint.every
@@ -137,6 +144,7 @@ def memory_is_used(config: RunConfig, origins: Origins) -> Iterator[Problem]:
 
 CHECKS: tuple[Check, ...] = (
     samples_are_written,
+    copies_are_read,
     recovery_has_an_effect,
     batch_is_whole_micro_batches,
     kept_checkpoints_are_written,

@@ -5,7 +5,6 @@ Reads are plain `pread` calls of the bytes needed: no scan, no state, and a trun
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from hopescale.common.errors import DataError
+from hopescale.data.identity import of_index
 from hopescale.data.shards import SPLITS, VERIFY_HINT, Index, ShardEntry
 from hopescale.data.storage import INDEX_FILE, Storage, open_storage
 
@@ -44,7 +44,7 @@ class PreparedData:
         self.storage = open_storage(source, cache)
         self.index = Index.read(self.storage.small_files)
         self.tokenizer = self.index.check_tokenizer(self.storage.small_files)
-        self.identity = hashlib.sha256((self.storage.small_files / INDEX_FILE).read_bytes()).hexdigest()
+        self.identity = of_index((self.storage.small_files / INDEX_FILE).read_bytes())
         self._check_sizes()
         self.splits = {name: TokenStream(self.storage, self.index, name) for name in SPLITS}
 
@@ -101,14 +101,16 @@ class TokenStream:
     def document_ids(self, start: int, stop: int) -> np.ndarray:
         """Number the documents of a range of tokens, from 0 at its first. Shape `[stop - start]`, int32.
 
+        A document begins with the end-of-text token before its text, as every text does that a model is asked.
+
         Raises:
             DataError: If a shard cannot be read or its document table does not fit its tokens.
         """
         parts, first = [], 0
         for number, low, high in self._pieces(start, stop):
-            ids = np.searchsorted(self._ends(number), np.arange(low, high), side="right")
+            ids = np.searchsorted(self._ends(number), np.arange(low, high) + 1, side="right")
             parts.append(ids - ids[0] + first)
-            first = parts[-1][-1] + 1
+            first = parts[-1][-1]  # a block ends with the token that begins the first document of the next
         return np.concatenate(parts).astype(np.int32)
 
     def documents(self) -> Iterator[np.ndarray]:

@@ -5,8 +5,6 @@ Holds no position: the same index gives the same sample whenever and on whicheve
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,7 +17,8 @@ from torch import Tensor
 
 from hopescale.common.errors import ConfigError, Problem
 from hopescale.config.schema import DataConfig
-from hopescale.data.order import Mixture
+from hopescale.data.identity import fingerprint
+from hopescale.data.order import Mixture, quotas
 from hopescale.data.samples import Rows
 from hopescale.data.sources import Source, open_sources
 from hopescale.data.tokenizer import Tokenizer
@@ -85,8 +84,17 @@ class Data:
         Hexadecimal. Two runs with equal fingerprints read the same tokens at every index.
         """
         sources = {name: (source.weight, source.identity) for name, source in self._sources.items()}
-        identity = json.dumps([self._config.seed, self._seq_len, sources], sort_keys=True)
-        return hashlib.sha256(identity.encode()).hexdigest()
+        return fingerprint(self._config.seed, self._seq_len, sources)
+
+    def other_order(self, saved: DataConfig) -> str | None:
+        """Say how the sources stand in another order than in a saved config, where that moves samples.
+
+        Sources of equal weight share the places of the mixture, of which the first ones may have one more.
+        """
+        before = {name: source.weight for name, source in saved.sources.items() if source is not None}
+        if quotas(before) == self._mixture.quotas:
+            return None
+        return f"the order of data.sources is {', '.join(self._mixture.quotas)}, but {', '.join(before)}"
 
     def check_budget(self, num_sequences: int) -> None:
         """Refuse a run of so many sequences that would read a source more often than `data.max_epochs`.

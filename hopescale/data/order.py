@@ -86,7 +86,7 @@ class Mixture:
         """Lay out the pattern for positive weights, which need not sum to 1."""
         self._seed = seed
         self._names = list(weights)
-        self.quotas = dict(zip(self._names, _quotas(list(weights.values())), strict=True))
+        self.quotas = quotas(weights)
         self._pattern = _spread(self.quotas, seed)
         one_hot = self._pattern[None, :] == np.arange(len(self._names))[:, None]
         self._before = np.concatenate([np.zeros((len(self._names), 1), np.int64), one_hot.cumsum(axis=1)], axis=1)
@@ -113,21 +113,23 @@ class Mixture:
         }
 
 
-def _quotas(weights: list[float]) -> list[int]:
-    shares = [weight / sum(weights) * PATTERN_LENGTH for weight in weights]
-    quotas = [int(share) for share in shares]
-    by_remainder = sorted(range(len(shares)), key=lambda i: (quotas[i] - shares[i], i))
-    for i in by_remainder[: PATTERN_LENGTH - sum(quotas)]:
-        quotas[i] += 1
-    return quotas
+def quotas(weights: Mapping[str, float]) -> dict[str, int]:
+    """Return the places of each source in the pattern; equal remainders are rounded up in the order of the sources."""
+    total = sum(weights.values())
+    shares = [weight / total * PATTERN_LENGTH for weight in weights.values()]
+    places = [int(share) for share in shares]
+    by_remainder = sorted(range(len(shares)), key=lambda i: (places[i] - shares[i], i))
+    for i in by_remainder[: PATTERN_LENGTH - sum(places)]:
+        places[i] += 1
+    return dict(zip(weights, places, strict=True))
 
 
-def _spread(quotas: Mapping[str, int], seed: int) -> np.ndarray:
+def _spread(places_of: Mapping[str, int], seed: int) -> np.ndarray:
     """Order the places: place `j` of `q` falls at random within the `j`-th of `q` equal parts. Shape `[P]`, int64."""
-    keys = {name: derive_key("mixture", seed, name) for name in quotas}
+    keys = {name: derive_key("mixture", seed, name) for name in places_of}
     places = [
         ((rank + mix64(keys[name] ^ rank) / 2**64) / quota, number)
-        for number, (name, quota) in enumerate(quotas.items())
+        for number, (name, quota) in enumerate(places_of.items())
         for rank in range(quota)
     ]
     return np.array([number for _, number in sorted(places)], np.int64)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from hopescale.common.errors import ConfigError, DataError, Problem
 from hopescale.common.object_store import is_address
 from hopescale.config.schema import DataConfig, SourceConfig
 from hopescale.data.dataset import PreparedData
+from hopescale.data.identity import of_generated
 from hopescale.data.order import PATTERN_LENGTH
 from hopescale.data.samples import PackedSamples, Samples
 from hopescale.data.staged import copy_of
@@ -98,7 +98,7 @@ def _weight_problems(sources: dict[str, SourceConfig]) -> Iterator[Problem]:
 def _generated(source: SourceConfig, seed: int, seq_len: int) -> Source:
     config, kind = (source.suite, SuiteSamples) if source.synthetic is None else (source.synthetic, SyntheticSamples)
     train, validation = (kind(config, seed=seed, split=split, seq_len=seq_len) for split in ("train", "validation"))
-    return Source(source.weight, train, validation, None, None, json.dumps(asdict(config), sort_keys=True))
+    return Source(source.weight, train, validation, None, None, of_generated(config))
 
 
 def _text(source: SourceConfig, data: PreparedData, seq_len: int) -> Source:

@@ -16,11 +16,11 @@ from typing import Protocol
 from hopescale.common.disk import write_synced
 from hopescale.common.errors import DataError
 from hopescale.common.object_store import ObjectStore, install_hint, is_address
+from hopescale.data.identity import INDEX_FILE
 from hopescale.data.tokenizer import JSON_FILE, SENTENCEPIECE_FILE, SETTINGS_FILE
 
 logger = logging.getLogger(__name__)
 
-INDEX_FILE = "index.json"
 PIECE = 1 << 20
 """Bytes that are read of an object store at a time."""
 

@@ -10,13 +10,14 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from hopescale.common.errors import DataError
 from hopescale.scaling.law import FLOPS_PER_PARAM_TOKEN, Cost
+from hopescale.scaling.origins import named, origins
 
 COLUMNS: dict[str, tuple[str, ...]] = {
     "N": ("n", "params", "parameters", "numparams", "numparameters", "modelsize", "size"),
@@ -37,6 +38,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "state": ("state",),
     "lr": ("lr", "learningrate", "peaklr", "maxlr", "optimlr"),
     "batch": ("batch", "batchtokens", "globalbatchtokens", "batchsize", "globalbatchsize"),
+    "rate_factor": ("ratefactor",),
 }
 """Names a column may have, the first that is there is taken; case, spaces and punctuation do not count. A held-out
 loss comes before one of training."""
@@ -122,6 +124,8 @@ class Table:
     """Rows of the file with their numbers, as they stand there."""
     finished: list[Run] = field(default_factory=list)
     """All runs that have finished, those that another of their size and tokens beats among them."""
+    losses_of: dict[str, str] = field(default_factory=dict)
+    """Text that the losses of a series are of (`val/main`), or `train`; nothing where the file does not say it."""
 
     def has(self, meaning: str) -> bool:
         """Tell whether there is a column of a meaning of `COLUMNS`."""
@@ -143,11 +147,17 @@ class Table:
                 raise DataError(f"{self._cell(number, place)}: {value:g}, but must be above 0 and finite")
         return found
 
+    def went_back(self) -> set[int]:
+        """Return the rows of runs that went back to a lower rate, so that they are not runs of the rate they name."""
+        has = self.has("rate_factor")
+        return {row for row, factor in self.column("rate_factor").items() if factor != 1} if has else set()
+
     def scores(self, column: str | None = None) -> dict[int, float]:
         """Return the numbers of a column of scores by row, for the rows that hold one; None names `score`.
 
         Raises:
-            DataError: If there is no such column, or a cell of it is not a number from 0 to 1.
+            DataError: If there is no such column, a cell of it is not a number from 0 to 1, or runs were asked other
+                questions than others.
         """
         name = SCORE if column is None else column
         if name not in self.header:
@@ -158,6 +168,9 @@ class Table:
             if not 0 <= value <= 1:
                 hint = "divide by 100 what is in per cent"
                 raise DataError(f"{self._cell(number, place)}: {value:g}, but a score is from 0 to 1", hint)
+        if len(asked := origins(name, self.header, self.rows, found)) > 1:
+            hint = "ask all runs the same: hopescale eval SWEEP-FOLDER --suite ..., then collect again"
+            raise DataError(f"{self.source}: column {name} holds {named(asked)}, which do not compare", hint)
         return found
 
     def _numbers(self, place: int) -> dict[int, float]:
@@ -184,7 +197,8 @@ def read_points(
         loss_column: Column of the loss, where it is not the first of `COLUMNS` that is there.
 
     Raises:
-        DataError: If the file cannot be read, lacks a column, or a cell is not what it must be: row and column named.
+        DataError: If the file cannot be read, lacks a column, a cell is not what it must be (row and column named), or
+            a series has losses of several texts.
     """
     rows, header = _read_rows(path)
     columns = _find_columns(header, {"series": series_column, "loss": loss_column}, path)
@@ -206,7 +220,22 @@ def read_points(
         raise DataError(f"{path} holds no finished run ({len(left_out)} left out)", left_out[0] if left_out else None)
     names = dict.fromkeys(name for _, name, _ in kept)
     series = {name: _points([item for item in kept if item[1] == name]) for name in names}
-    return Table(series, left_out, path, header, rows, finished)
+    table = Table(series, left_out, path, header, rows, finished)
+    return replace(table, losses_of=_losses_of(table, header[columns["loss"]]))
+
+
+def _losses_of(table: Table, column: str) -> dict[str, str]:
+    """Return of which text the losses of each series are, where the table says it; there is no law of several."""
+    found = {}
+    for name in dict.fromkeys(series for _, series, _ in table.finished):
+        own = {number for number, series, _ in table.finished if series == name}
+        texts = origins(column, table.header, table.rows, own)
+        if len(texts) > 1:
+            hint = "keep the rows of one, or tell them apart by a column: --series COLUMN"
+            raise DataError(f"{table.source}, series {name}: column {column} holds losses of {named(texts)}", hint)
+        if texts:
+            found[name] = next(iter(texts))
+    return found
 
 
 def _points(kept: list[Run]) -> Points:

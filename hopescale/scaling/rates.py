@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from hopescale.common.errors import DataError
+from hopescale.common.units import format_count
 from hopescale.scaling.bootstrap import Interval
 from hopescale.scaling.points import Points, Table, ranks
 
@@ -27,6 +28,9 @@ NEAR = 0.1
 
 UNDERTUNED = 0.01
 """Part of the loss that a rate may cost before its run is named as undertuned."""
+
+FARTHEST = 2.0
+"""Factor by which the best rates of all sizes may lie outside the rates that were run, as a parabola tells them."""
 
 _DRAWS = 1000
 _NAMES = {"n": "N", "d": "D", "b": "batch"}
@@ -80,6 +84,26 @@ class PowerRule:
 
 
 @dataclass(frozen=True)
+class Outside:
+    """A size and tokens whose best rate lies outside the rates that were run with them."""
+
+    params: float
+    tokens: float
+    best: float
+    """Best rate by the law, for the batch of the run that is nearest to it."""
+    low: float
+    high: float
+    """Least and greatest rate that were run."""
+
+    def line(self) -> str:
+        """Say it to a person."""
+        size = f"N {format_count(self.params)}, D {format_count(self.tokens)}"
+        return (
+            f"{size}: the best rate is {self.best:.3g}, outside those that were run, {self.low:.3g} to {self.high:.3g}"
+        )
+
+
+@dataclass(frozen=True)
 class RateLaw:
     """The best rate, and the best batch where the runs tell it."""
 
@@ -91,6 +115,8 @@ class RateLaw:
     """Standard deviation of the log of the loss about the parabolas."""
     num_runs: int
     """Runs near enough to the best to be fitted."""
+    outside: tuple[Outside, ...] = ()
+    """Sizes and tokens that have no run on one side of their best rate."""
 
     def excess(self, runs: TunedRuns) -> np.ndarray:
         """Return the part of the loss that each run's rate costs against the best for its batch, `[n]`."""
@@ -159,6 +185,7 @@ def describe_rates(name: str, runs: TunedRuns, law: RateLaw, points: Points) -> 
                 for exponent, interval in rule.intervals.items()
             ]
     lines.append(f"  twice or half the best rate costs {double:.2g} % of the loss; noise {100 * law.noise:.2g} %")
+    lines += [f"  {one.line()}" for one in law.outside]
     kept = runs.take(np.isin(runs.rows, points.rows))
     far, factors = undertuned(kept, law), kept.lr / law.lr(kept.params, kept.tokens, kept.batch)
     lines += [
@@ -179,11 +206,14 @@ def rates_json(law: RateLaw) -> dict[str, Any]:
         return {"scale": of.scale, "exponents": of.exponents, "intervals": intervals, "rule": of.expression()}
 
     numbers = {"curvature": law.curvature, "noise": law.noise, "num_runs": law.num_runs}
-    return {"lr": rule(law.lr), "batch": rule(law.batch), **numbers}
+    outside = [vars(one) for one in law.outside]
+    return {"lr": rule(law.lr), "batch": rule(law.batch), **numbers, "outside": outside}
 
 
 def read_tuned(table: Table) -> dict[str, TunedRuns]:
     """Return all finished runs of a table by series, with their rates and, where there is such a column, batches.
+
+    Runs that went back to a lower rate are left out.
 
     Raises:
         DataError: If the table has no column of learning rates, or a cell of rates or batches is not a number above 0.
@@ -191,8 +221,9 @@ def read_tuned(table: Table) -> dict[str, TunedRuns]:
     rates = table.column("lr")
     batches = table.column("batch") if table.has("batch") else dict.fromkeys(rates, 1.0)
     found: dict[str, list[tuple[float, ...]]] = {}
+    gone = table.went_back()
     for number, series, (params, tokens, _, loss) in table.finished:
-        if number in rates and number in batches:
+        if number in rates and number in batches and number not in gone:
             run = (number, params, tokens, batches[number], rates[number], loss)
             found.setdefault(series, []).append(run)
     return {name: TunedRuns(*np.array(rows).T) for name, rows in found.items()}
@@ -207,9 +238,11 @@ def fit_rates(runs: TunedRuns, *, transfer: bool = False, seed: int = 0) -> Rate
         seed: Seed of the draws of which intervals are made.
 
     Raises:
-        DataError: If no size has three rates near its best, the runs are too few, or the best rate is not among them.
+        DataError: If no size has three rates near its best, the runs are too few, or the best rates of all sizes are
+            far from those that were run.
     """
-    near = runs.take(_near(runs))
+    is_near = _near(runs)
+    near = runs.take(is_near)
     group = near.groups()
     if not len(group):
         raise DataError("no size has three learning rates at one number of tokens, the best inside", _DESIGN)
@@ -241,8 +274,8 @@ def fit_rates(runs: TunedRuns, *, transfer: bool = False, seed: int = 0) -> Rate
     if values["p"] <= 0:
         raise DataError("the loss has no lowest point over the learning rates that were run", _DESIGN)
     lr = _rule({"n": "qn", "d": "qd", "b": "s"}, values, drawn, centres)
-    batch = _batch_rule(values, drawn, centres)
-    return RateLaw(lr, batch, float(values["p"]), float(np.sqrt(rest / freedom)), len(x))
+    batch, outside = _batch_rule(values, drawn, centres), _outside(runs, is_near, lr)
+    return RateLaw(lr, batch, float(values["p"]), float(np.sqrt(rest / freedom)), len(x), outside)
 
 
 _COLUMNS = {"x": "lr", "b": "batch", "n": "params", "d": "tokens"}
@@ -258,6 +291,28 @@ def _near(runs: TunedRuns) -> np.ndarray:
         if len(np.unique(runs.lr[close])) >= 3:
             near |= close
     return near
+
+
+def _outside(runs: TunedRuns, is_near: np.ndarray, lr: PowerRule) -> tuple[Outside, ...]:
+    """Return the sizes and tokens on whose parabolas no run lies on one side of the best rate.
+
+    Raises:
+        DataError: If that is so of all, and the best rates are further than `FARTHEST` from those that were run.
+    """
+    group, found, is_far = runs.groups(), [], True
+    numbers = np.unique(group[is_near])
+    for number in numbers.tolist():
+        own = runs.take(group == number)
+        off = np.log(own.lr / lr(own.params, own.tokens, own.batch))
+        nearest = int(np.argmin(np.abs(off)))
+        is_far &= abs(float(off[nearest])) > np.log(FARTHEST)
+        if off.min() > 0 or off.max() < 0:
+            best = float(own.lr[nearest] * np.exp(-off[nearest]))
+            size = float(own.params[0]), float(own.tokens[0])
+            found.append(Outside(*size, best, float(own.lr.min()), float(own.lr.max())))
+    if is_far and len(found) == len(numbers):
+        raise DataError(f"no size has its best learning rate among those that were run: {found[0].line()}", _DESIGN)
+    return tuple(found)
 
 
 def _adds(columns: np.ndarray, column: np.ndarray) -> bool:

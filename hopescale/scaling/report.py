@@ -25,6 +25,7 @@ from hopescale.scaling.summary import (
     describe_growth,
     describe_scores,
     law_text,
+    other_losses,
     times,
     times_of_runs,
 )
@@ -87,6 +88,8 @@ def _tables(analysis: Analysis) -> Iterator[str]:
     )
     if analysis.reference:
         yield f"<h2>Against {escape(analysis.reference)}</h2>"
+        if note := other_losses(analysis):
+            yield f"<p>{escape(note)}</p>"
         yield from _multipliers(analysis)
     yield "<h2>The law of each series</h2>"
     numbers, rows = ("E", "A", "alpha", "B", "beta"), []

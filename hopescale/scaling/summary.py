@@ -25,7 +25,7 @@ def to_json(analysis: Analysis) -> dict[str, Any]:
     """Return all results as JSON has them; what is infinite becomes null."""
     table = analysis.table
     return {
-        "points": {"source": str(table.source), "left_out": table.left_out},
+        "points": {"source": str(table.source), "left_out": table.left_out, "losses_of": table.losses_of},
         "series": {name: _series_json(series) for name, series in analysis.series.items()},
         "reference": analysis.reference,
         "multipliers": _tidy(analysis.multipliers),
@@ -124,6 +124,8 @@ def describe(analysis: Analysis) -> list[str]:
     num_runs = sum(len(series.points) for series in analysis.series.values())
     lines = [f"{table.source}: {num_runs} runs, {len(table.left_out)} left out"]
     lines += [f"  {line}" for line in table.left_out]
+    if note := other_losses(analysis):
+        lines.append(f"note: {note}")
     for name, series in analysis.series.items():
         lines += ["", *_describe_series(name, series)]
     for name, multipliers in analysis.multipliers.items():
@@ -138,6 +140,16 @@ def describe(analysis: Analysis) -> list[str]:
         if name not in analysis.multipliers:
             lines.append("  by the laws: not determined, as a best size is not")
     return lines + ([] if analysis.scores is None else ["", *describe_scores(analysis, analysis.scores)])
+
+
+def other_losses(analysis: Analysis) -> str | None:
+    """Say which series have losses of another text than the reference, with which they do not compare."""
+    by_series = analysis.table.losses_of
+    wanted = by_series.get(analysis.reference)
+    others = [f"those of {name} of {text}" for name, text in by_series.items() if wanted and text != wanted]
+    if not others:
+        return None
+    return f"losses of {analysis.reference} are of {wanted}, {', '.join(others)}: they do not compare"
 
 
 def describe_scores(analysis: Analysis, scores: ScoreAnalysis | str) -> list[str]:

@@ -182,7 +182,10 @@ class _Pool:
             self.failed[trial.name] = f"waits for a choice among {', '.join(trial.choice.among)}, which failed in part"
 
     def _give_up_without_trunk(self, trial: Trial, run_dir: Path) -> None:
-        """End a branch whose trunk will not come to its step; a run of its own would have diverged likewise."""
+        """End a branch whose trunk will not come to its step; a run of its own would have diverged likewise.
+
+        That it has diverged stays its trunk's word alone, so that it begins when the trunk is tried again.
+        """
         if any(other.name == trial.branch.trunk for other in [*self.running.values(), *self.queue]):
             return
         word = lost_with_trunk(trial, self.folder, ended=None)
@@ -191,7 +194,7 @@ class _Pool:
         self.queue.remove(trial)
         if word.state == FAILED:
             self.failed[trial.name] = word.reason
-        write_note(run_dir, Note(word.state, failures=int(word.state == FAILED), message=word.reason))
+            write_note(run_dir, Note(FAILED, failures=1, message=word.reason))
         self.report(f"{trial.name}: {word.state}: {word.reason}")
 
     def _start(self, trial: Trial, run_dir: Path) -> None:

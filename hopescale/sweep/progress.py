@@ -7,17 +7,19 @@ import os
 import socket
 import time
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hopescale.checkpoint.manifest import MANIFEST, POINTER, folder_name
+from hopescale.checkpoint.manifest import MANIFEST, POINTER, folder_name, read_manifest, read_pointer
 from hopescale.common.disk import replace_text
-from hopescale.common.errors import ConfigError, LaunchError
+from hopescale.common.errors import CheckpointError, ConfigError, DataError, LaunchError
 from hopescale.common.paths import display_path
 from hopescale.config.load import load_resolved
 from hopescale.config.record import CONFIG
 from hopescale.config.show import Change, diff, format_diff, is_other_place
+from hopescale.data.identity import fingerprint_here
 from hopescale.observe.metrics import read_metrics
 from hopescale.observe.run_status import (
     DIVERGED,
@@ -239,10 +241,11 @@ def as_trained(trials: Sequence[Trial], folder: Path) -> list[Trial]:
 
 
 def require_same(sweep: Sweep, trials: Sequence[Trial], folder: Path) -> None:
-    """Check that the trials that have begun have the configs that the sweep's file gives now.
+    """Check that the trials that have begun have the configs, and the text, that the sweep's file gives now.
 
     Raises:
         ConfigError: Naming every trial whose config has changed since, with the difference.
+        DataError: If the data of trials that have begun has been replaced.
     """
     changed = []
     for trial in trials:
@@ -255,6 +258,25 @@ def require_same(sweep: Sweep, trials: Sequence[Trial], folder: Path) -> None:
         hint = "set them back, remove those trials' folders, or give the sweep another name"
         message = f"{display_path(sweep.path)} gives other configs to {len(changed)} trials that have begun\n    {text}"
         raise ConfigError(message, hint)
+    _require_same_text(trials, folder)
+
+
+def _require_same_text(trials: Sequence[Trial], folder: Path) -> None:
+    """Check that the data lies here as trials have read it, as far as they have saved anything and it can be seen."""
+    others = []
+    for trial in trials:
+        checkpoint = read_pointer(trial_folder(folder, trial) / "checkpoints")
+        if checkpoint is None or (here := fingerprint_here(trial.config.data, trial.config.train.seq_len)) is None:
+            continue
+        with suppress(CheckpointError):  # the trial itself says what is wrong with it
+            if read_manifest(checkpoint).identity.get("data", here) != here:
+                others.append(trial)
+    if others:
+        paths = dict.fromkeys(str(source.path) for source in others[0].config.data.sources.values() if source)
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        message = f"the text in {', '.join(paths)} is not the one that trial {others[0].name}{more} has read"
+        hint = "put the old text back, remove those trials' folders, or give the sweep another name"
+        raise DataError(message, hint)
 
 
 def _is_same_data(change: Change) -> bool:

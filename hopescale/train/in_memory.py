@@ -10,6 +10,7 @@ from torch import Tensor
 from hopescale.checkpoint.manifest import Manifest, fingerprint, step_of
 from hopescale.checkpoint.memory import MemoryCheckpoints
 from hopescale.checkpoint.save import dtype_name
+from hopescale.config.load import from_dict
 from hopescale.train.state import TrainState
 
 
@@ -33,8 +34,9 @@ def continue_from_memory(
     lasting = {name: shape for name, shape in shapes.items() if name not in now}
 
     def misfit(tensors: Mapping[str, Tensor], manifest: Manifest) -> str | None:
-        if _fingerprint(manifest) != own:
-            return "the config or the data has changed since"
+        moved = state.data.other_order(from_dict(manifest.config, "memory").data)
+        if _fingerprint(manifest) != own or moved:
+            return moved or "the config or the data has changed since"
         late = {name: ("float32", shape) for name, shape in state.on_their_way(manifest).items()}
         return None if _shapes(tensors) == lasting | late else "it is of another layout"
 

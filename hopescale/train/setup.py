@@ -275,6 +275,9 @@ def _compare(state: TrainState, checkpoint: Path, request: RunRequest) -> list[C
         now, then = state.data.fingerprint[:12], manifest.identity["data"][:12]
         message = f"the data is not what {checkpoint} was trained on: its fingerprint is {now}, not {then} ({how})"
         raise CheckpointError(message, hint)
+    if order := state.data.other_order(old.data):
+        hint = f"write them as in {checkpoint / 'manifest.json'}"
+        raise CheckpointError(f"{order} in {checkpoint}: samples would come at other steps", hint)
     if manifest.step > state.config.train.steps:
         hint = "set train.steps higher"
         steps = state.config.train.steps

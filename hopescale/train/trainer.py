@@ -231,12 +231,18 @@ class Trainer:
         self._defer_failure(self.checkpoints.poll)
 
     def _go_back(self) -> None:
-        """Continue from a checkpoint from before the last bad steps, and save there what the run has changed."""
+        """Continue from a checkpoint from before the last bad steps, and save there what the run has changed.
+
+        One that `keep_at` names stays as it is: other runs that branch off there have the rate and data of before.
+        """
         self.checkpoints.wait()
         self.recovery.go_back()
         if self.memory is not None:
             self.memory.renew()
-        self.save()
+        if self.checkpoints.must_keep(self.state.step):
+            self.saved_step = self.state.step
+        else:
+            self.save()
         self.metrics = StepMetrics(self.state, self.layout, self.device)
         if self.record is not None:
             self._defer_failure(lambda: self.record.go_back(self.state.step))

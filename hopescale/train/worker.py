@@ -164,8 +164,16 @@ def _introduction(state: TrainState, request: RunRequest, room: RankMemory) -> I
         shape = memory_shape(config.model, config.model.mixers[name])
         yield f"memories{whose}: {backend.describe(shape, kernel_products(config.train))}"
     tight = tight_memory(config, layout, room)
-    for note in [*notes(config), *([tight] if tight else [])]:
+    for note in [*notes(config), *_not_validated(state), *([tight] if tight else [])]:
         yield f"note: {note}"
+
+
+def _not_validated(state: TrainState) -> Iterator[str]:
+    """Name the sources of which nothing is held out, where the config asks for validations."""
+    sources = [name for name, source in state.config.data.sources.items() if source is not None]
+    missing = [name for name in sources if name not in state.data.validation_sets]
+    if state.config.train.validation.every is not None and missing:
+        yield f"nothing is held out of {', '.join(missing)}: there is no validation loss of it"
 
 
 def _open_on_first(control: Control, stack: ExitStack, make: Callable[[], AbstractContextManager[T]]) -> T | None:

@@ -115,6 +115,16 @@ def test_a_run_killed_after_it_went_back_stays_there(train, run: Run, monkeypatc
     assert run.manifest(10).progress["recovery"]["rate_factor"] == 0.25
 
 
+def test_a_checkpoint_of_other_runs_is_gone_back_to_and_stays_as_it_is(train, run: Run, monkeypatch):
+    """What branches off there has the rates of a run of its own, which never came to the bad steps."""
+    with monkeypatch.context() as patch:
+        spoil(patch, at_full_rate)
+        done = train(*BACK, "checkpoint.keep_at=[5]", "--stop-at", 7)
+        assert done.code == 0 and "went back to step-00000005" in done.out, done.err
+    assert run.manifest(5).progress["recovery"] == {"returns": 0, "passed_steps": 0, "rate_factor": 1.0}
+    assert run.manifest(7).progress["recovery"]["rate_factor"] == 0.25
+
+
 def test_a_run_goes_back_and_reads_other_data(train, run: Run, monkeypatch: pytest.MonkeyPatch):
     tried, samples = [], read(monkeypatch)
     tried = spoil(monkeypatch, lambda _, step: step == 6 and tried.count(6) == 1)

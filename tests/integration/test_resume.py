@@ -51,6 +51,19 @@ def test_every_sample_is_read_once_and_in_order(train, monkeypatch: pytest.Monke
     assert read == list(range(40))
 
 
+def test_sources_in_another_order_are_refused_where_samples_would_move(train, run: Run):
+    """Of three equal sources the first has a place more than the others in the pattern of 4,096."""
+
+    def sources(names: str) -> list[str]:
+        return ["data.sources.markov=null", *(f"data.sources.{name}.synthetic.task=markov" for name in names)]
+
+    assert train(*sources("abc"), "--stop-at", 1).code == 0
+    other = train(*sources("cab"), "--stop-at", 2)
+    assert other.code == 4, other.out
+    assert f"the order of data.sources is c, a, b, but a, b, c in {run.checkpoint(1)}: samples would" in other.err
+    assert train(*sources("acb"), "--stop-at", 2).code == 0
+
+
 def test_any_number_of_stops_gives_the_same_run(train, run: Run, whole):
     for stop in (1, 2, 7, 10):
         assert train("--stop-at", stop).code == 0

@@ -297,6 +297,14 @@ def test_a_relative_path_is_told_with_what_it_is_relative_to(on_text, tmp_path: 
     assert f"directory, {tmp_path / 'here'})" in done.err
 
 
+def test_a_source_of_which_nothing_is_held_out_is_named(on_text, hopescale, text_data: Path, tmp_path: Path):
+    shutil.rmtree(tmp_path / "data")
+    made = ("--out", tmp_path / "data", "--tokenizer", text_data / "tok", "--validation", 0)
+    assert hopescale("data", "prepare", text_data / "text", *made).code == 0
+    done = on_text("--stop-at", 1)
+    assert done.code == 0 and "note: nothing is held out of text: there is no validation loss of it" in done.out
+
+
 def test_missing_data_is_one_message(on_text, run: Run, tmp_path: Path):
     shutil.rmtree(tmp_path / "data")
     done = on_text()

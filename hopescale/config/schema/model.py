@@ -79,7 +79,8 @@ class ModelConfig:
     pattern: tuple[str, ...] = ()
     """Names of mixers for the blocks, from the first on, repeated to the last. Empty is the one mixer there is."""
     within_documents: bool = False
-    """Whether tokens mix with those of their own document only. Generation treats its context as one document."""
+    """Whether tokens mix with those of their own document only, which begins with the end of text before it. Generation
+    treats its context as one document."""
     cms: CmsConfig = field(default_factory=CmsConfig)
     """The levels that follow the mixer."""
     tie_embeddings: bool = True

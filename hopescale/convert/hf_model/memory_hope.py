@@ -48,24 +48,25 @@ class Norm(nn.Module):
         return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps) * weight).to(x.dtype)
 
 
-def mix_groups(run: Mix, x: Tensor, state: State, columns: Columns) -> tuple[Tensor, State]:
+def mix_groups(run: Mix, x: Tensor, state: State, columns: Columns, width: int | None = None) -> tuple[Tensor, State]:
     """Run a recurrence over the tokens of each group of rows: `run(x, state, position)` knows of no padding.
 
-    Padding in `x` `[B, T, N]` gives zeros, and moves no state.
+    Padding in `x` `[B, T, N]` gives zeros, and moves no state. Answers are `[B, T, width]`; None is the width of `x`.
     """
     if len(columns.groups) == 1 and columns.groups[0][0].numel() == x.shape[0]:
         rows, span = columns.groups[0]
         y, state = run(x[:, span], state, columns.position)
         return F.pad(y, (0, 0, span.start, x.shape[1] - span.stop)), state
     mixed, state = None, {name: tensor.clone() for name, tensor in state.items()}
+    shape = (*x.shape[:2], width or x.shape[2])
     for rows, span in columns.groups:
         part = {name: tensor[rows] for name, tensor in state.items()}
         y, part = run(x[rows, span], part, columns.position[rows])
-        mixed = y.new_zeros(x.shape) if mixed is None else mixed  # autocast decides the dtype of `y`
+        mixed = y.new_zeros(shape) if mixed is None else mixed  # autocast decides the dtype of `y`
         mixed[rows, span] = y
         for name, tensor in part.items():
             state[name][rows] = tensor.to(state[name].dtype)
-    return torch.zeros_like(x) if mixed is None else mixed, state
+    return x.new_zeros(shape) if mixed is None else mixed, state
 
 
 def as_written(x: Tensor) -> torch.autocast:

@@ -65,7 +65,8 @@ class HopeTitans(nn.Module):
         """Run the memory over tokens, which follow the persistent ones: its answers `[B, T, H * D]`, its state."""
         run = self.memory.answer
         before = len(self.persistent) if self.config.composition != "mac" else 0
-        return mix_groups(run, x, state, columns._replace(position=columns.position + before))
+        columns = columns._replace(position=columns.position + before)
+        return mix_groups(run, x, state, columns, self.heads * self.dim)
 
     def _begin(self, x: Tensor) -> tuple[Tensor, State]:
         """Let the memory read the persistent tokens: its answers `[1, P, H * D]`, and its state for each row of `x`."""
@@ -104,7 +105,7 @@ class HopeTitans(nn.Module):
             empty = x.new_zeros(len(x), self.heads, self.config.chunk_size, self.dim)
             cache = dict.fromkeys(("k", "v", "context_k", "context_v"), empty)
             state = _joined(self.memory.initial_state(len(x)), cache)
-        return mix_groups(self._segments, x, state, columns)
+        return mix_groups(self._segments, x, state, columns, self.heads * self.dim)
 
     def _segments(self, x: Tensor, state: State, position: Tensor) -> tuple[Tensor, State]:
         """Run segments of `chunk_size` tokens; of more than one token, all rows stand at the same place of one."""

@@ -96,6 +96,7 @@ BROKEN = [
         "projection_chunk_size = 16 tokens write",
     ),
     (["train.recompute=reverse", f"{MIXER}.chunk_size=4", "train.seq_len=4"], "train.recompute", "is one chunk"),
+    (["data.staged=/tmp", "data.sources.main=null", f"{SYNTHETIC}={{}}"], "data.staged", "no source is a folder"),
     (["checkpoint.keep_last=0"], "checkpoint.keep_last", "at least 1"),
     (["log.every=0"], "log.every", "at least 1"),
     (["name=a/b"], "name", "cannot name a folder"),

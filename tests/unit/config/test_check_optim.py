@@ -30,6 +30,16 @@ BROKEN = [
     ([using("m3"), "optim.deep_momentum.alpha=1"], "optim.deep_momentum.alpha", "no group has rule: deep_momentum"),
     ([*ALL, "optim.betas=[0.8, 0.9]"], "optim.betas", "no group has rule: adamw"),
     ([*ALL, "optim.eps=1e-4"], "optim.eps", "no group has rule: adamw"),
+    (
+        ["optim.weight_decay=0.2", "optim.groups.decay.weight_decay=0.1"],
+        "optim.weight_decay",
+        "every group has weight_decay of its own",
+    ),
+    (
+        [*ALL[:1], "optim.groups.decay.betas=[0.8, 0.9]", "optim.betas=[0.7, 0.9]"],
+        "optim.betas",
+        "every group has betas of its own",
+    ),
     ([using("muon"), "optim.groups.matrices.betas=[0.8, 0.9]"], "optim.groups.matrices.betas", "rule is muon"),
     ([using("dgd"), "optim.groups.matrices.betas=[0.8, 0.9]"], "optim.groups.matrices.betas", "rule is dgd"),
     ([using("m3"), "optim.m3.alpha_slow=0", "optim.m3.frequency=2"], "optim.m3.frequency", "alpha_slow is 0"),

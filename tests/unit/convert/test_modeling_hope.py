@@ -89,6 +89,14 @@ VARIANTS = {
         },
         "pattern": ("titans", "local"),
     },
+    "Titans with heads of a width of their own": {
+        "num_layers": 3,
+        "head_dim": 12,
+        "mixers": {
+            name: TitansConfig(composition=name, chunk_size=8, persistent_tokens=3) for name in ("mac", "mag", "mal")
+        },
+        "pattern": ("mac", "mag", "mal"),
+    },
     "attention": {"mixers": {"attention": AttentionConfig(qk_norm=True)}},
     "grouped-query attention": {
         "mixers": {

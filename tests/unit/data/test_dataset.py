@@ -34,14 +34,15 @@ def test_any_range_equals_the_slice_of_the_whole(folder: Path) -> None:
             np.testing.assert_array_equal(stream.read(int(start), int(stop)), whole[start:stop])
 
 
-def test_document_ids_change_exactly_after_an_end_of_text(folder: Path) -> None:
+def test_documents_begin_with_the_end_of_text_before_them(folder: Path) -> None:
+    """A prompt begins so too: of documents that are kept apart a model must have seen it there."""
     data = PreparedData(folder)
     stream = data.splits["train"]
     tokens = stream.read(0, stream.num_tokens)
     for start, stop in [(0, stream.num_tokens), (137, 2900), (5, 6)]:
         ids = stream.document_ids(start, stop)
         ended = np.cumsum(tokens[start:stop] == data.tokenizer.eos_id)
-        np.testing.assert_array_equal(ids, np.concatenate([[0], ended[:-1]]))
+        np.testing.assert_array_equal(ids, ended - ended[0])
         assert ids.dtype == np.int32
 
 

@@ -4,6 +4,7 @@ import math
 import os
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ import torch
 
 from hopescale.common.errors import ConfigError, DataError
 from hopescale.config.schema import DataConfig, SourceConfig, SyntheticConfig
+from hopescale.config.schema.suite import SuiteConfig
+from hopescale.data.identity import fingerprint_here
 from hopescale.data.loader import Batch, Data, Share, open_data, prefetched
 from hopescale.data.prepare import prepare
 from hopescale.data.tokenizer import Tokenizer
@@ -102,6 +105,14 @@ def test_the_fingerprint_tells_what_is_read(text: Path, make_data) -> None:
     }
     assert len(prints) == 6
     assert open_(text=text, max_epochs=3).fingerprint in prints
+
+
+def test_the_fingerprint_is_known_without_opening_the_data(text: Path) -> None:
+    suite = SourceConfig(suite=SuiteConfig(task="parity"))
+    data = open_(text=text, made=synthetic(weight=2.0), asked=suite, gone=None)
+    assert fingerprint_here(data._config, data._seq_len) == data.fingerprint
+    away = replace(data._config, sources={"text": SourceConfig(path="s3://bucket/data")})
+    assert fingerprint_here(away, data._seq_len) is None
 
 
 def test_an_index_is_located_in_words(mixed: Data, text: Path) -> None:

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from hopescale.common.errors import DataError
+from hopescale.scaling.analysis import analyse
 from hopescale.scaling.points import Table, read_points
+from hopescale.scaling.summary import other_losses
 
 
 def read(folder: Path, text: str, **options) -> Table:
@@ -122,3 +124,23 @@ def test_the_best_of_several_runs_of_a_size_is_taken(tmp_path):
         "row 2: loss 3.2, but row 3 is the best of its size and tokens",
         "row 4: loss 3, but row 3 is the best of its size and tokens",
     ]
+
+
+def test_losses_of_several_texts_make_no_law(tmp_path: Path):
+    """Means of training losses over fewer steps are of one kind; series of other texts are read, and told apart."""
+    path, head = tmp_path / "runs.csv", "series,N,D,loss,loss_from\n"
+    path.write_text(head + 'a,1e6,1e7,3.1,"train, mean of 10"\na,2e6,1e7,3.0,"train, mean of 7"\nb,1e6,1e7,3,val/c4\n')
+    table = read_points(path)
+    assert table.losses_of == {"a": "train", "b": "val/c4"}
+    note = other_losses(analyse(table, resamples=0, need_laws=False))
+    assert note == "losses of a are of train, those of b of val/c4: they do not compare"
+    path.write_text(head + 'a,1e6,1e7,3.1,"train, mean of 10"\na,1e6,1e7,3.2,val/c4\n')
+    with pytest.raises(DataError, match=r"series a: column loss holds losses of train \(row 2\) and val/c4 \(row 3\)"):
+        read_points(path)
+
+
+def test_scores_of_several_suites_do_not_compare(tmp_path: Path):
+    path = tmp_path / "runs.csv"
+    path.write_text("N,D,loss,score,score_from\n1e6,1e7,3.1,0.5,mqar\n2e6,1e7,3.0,0.4,parity\n3e6,1e7,2.9,,\n")
+    with pytest.raises(DataError, match=r"score holds mqar \(row 2\) and parity \(row 3\), which do not compare"):
+        read_points(path).scores()

@@ -9,7 +9,7 @@ import pytest
 from hopescale.common.errors import DataError
 from hopescale.scaling.fit import fit_law
 from hopescale.scaling.next_runs import best_settings
-from hopescale.scaling.points import read_points
+from hopescale.scaling.points import Points, read_points
 from hopescale.scaling.rates import TunedRuns, describe_rates, fit_rates, rates_of, read_tuned, weigh_undertuned
 
 CURVATURE = 0.02
@@ -72,11 +72,23 @@ def test_sizes_with_tokens_in_proportion_cannot_tell_them_apart():
     [
         (design(factors=(0.7, 1.4)), "no size has three learning rates"),
         (design(batches=(1024,), factors=(0.5, 0.7, 1.0)).take(slice(0, 3)), "too few for the 3 numbers"),
+        (design(batches=(1024,), factors=(0.2, 0.3, 0.4)), "no size has its best learning rate among .* to 0.012"),
     ],
 )
 def test_designs_that_do_not_tell_a_best_rate_are_refused(runs: TunedRuns, message: str):
     with pytest.raises(DataError, match=message):
         fit_rates(runs)
+
+
+def test_sizes_whose_best_rate_was_not_run_are_named():
+    runs = design(batches=(1024,), noise=0, factors=(0.2, 0.3, 0.45, 0.7, 1.4, 2.8))
+    runs = runs.take((runs.params < 2e5) | (runs.lr < 0.8 * best_rate(runs.params, runs.tokens, runs.batch)))
+    law = fit_rates(runs)
+    assert {one.params for one in law.outside} == {4e5} and all(one.best > one.high for one in law.outside)
+    points = Points(runs.params, runs.tokens, runs.params * runs.tokens, runs.loss, rows=runs.rows)
+    said = [line for line in describe_rates("hope", runs, law, points) if "outside those that were run" in line]
+    assert len(said) == len(law.outside) and said[0].startswith("  N 400k, D 4M: the best rate is 0.0287, outside")
+    assert not fit_rates(design()).outside
 
 
 @pytest.fixture
@@ -118,6 +130,14 @@ def test_runs_of_one_size_whose_steps_end_otherwise_are_one(tmp_path: Path):
     )
     table = read_points(tmp_path / "runs.csv")
     assert table.series["all"].loss.tolist() == [3.0, 2.9] and "row 2: loss 3.1, but row 3" in table.left_out[0]
+
+
+def test_runs_that_went_back_to_a_lower_rate_tell_nothing_of_theirs(tmp_path: Path):
+    (tmp_path / "runs.csv").write_text(
+        "N,D,loss,lr,rate_factor\n1e6,1e6,3.1,0.01,1\n1e6,1e6,3,0.1,0.25\n1e6,1e6,3,0.2,\n"
+    )
+    table = read_points(tmp_path / "runs.csv")
+    assert len(table.finished) == 3 and read_tuned(table)["all"].lr.tolist() == [0.01, 0.2]
 
 
 def test_a_table_without_rates_is_said(tmp_path: Path):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
 
 import pytest
@@ -68,6 +70,30 @@ def test_a_choice_without_effect_is_refused(make, change, message: str):
     assert {problem.key for problem in caught.value.problems} == {"choose"} and message in str(caught.value)
 
 
+def test_the_score_is_of_the_last_step_and_says_what_was_asked(tmp_path: Path):
+    """The newest evaluation is of an earlier checkpoint, those of other settings are told apart."""
+    points = [{"task": "mqar", "settings": {"pairs": n}, "examples": 9, "accuracy": n / 10} for n in (2, 4)]
+    found = {}
+    for run, body in {
+        "whole": {"step": 9, "suites": points},
+        "alike": {"step": 9, "suites": [point | {"accuracy": 1.0} for point in points]},
+        "one": {"step": 9, "suites": points[:1]},
+        "adapted": {"step": 9, "suites": points, "settings": {"adapt": {"fast": 512}, "limit": None}},
+        "early": {"step": 8, "suites": points},
+        "tasks": {"step": 9, "suites": []},
+    }.items():
+        (tmp_path / run / "evals").mkdir(parents=True)
+        (tmp_path / run / "evals" / "step-00000009.1.json").write_text(json.dumps(body))
+        early = tmp_path / run / "evals" / "step-00000008.1.json"
+        early.write_text(json.dumps({"step": 8, "suites": points[:1]}))
+        os.utime(early, (2e9, 2e9))
+        found[run] = score(tmp_path / run, 9)
+    assert found["early"] is found["tasks"] is None and found["whole"].value == pytest.approx(0.3)
+    assert found["whole"].source == found["alike"].source and found["whole"].source.startswith("mqar, 2 points, ")
+    assert "adapt" in found["adapted"].source
+    assert len({found[run].source for run in ("whole", "one", "adapted")}) == 3
+
+
 def test_a_sweep_s_folder_stands_for_its_chosen_trials(tmp_path: Path):
     table = "trial,state,chosen\na,done,no\nb,done,yes\nc,left out,no\nd,done,\ne,diverged,yes\n"
     (tmp_path / "points.csv").write_text(table)
@@ -77,9 +103,8 @@ def test_a_sweep_s_folder_stands_for_its_chosen_trials(tmp_path: Path):
     with pytest.raises(DataError, match="no trial of .* was asked"):
         expand([tmp_path], evaluated=True)
     (trials / "d/evals").mkdir(parents=True)
-    (trials / "d/evals/step-00000001.1.json").write_text('{"suites": [{"accuracy": 0.5}, {"accuracy": 0.75}]}')
+    (trials / "d/evals/step-00000001.1.json").write_text('{"suites": []}')
     assert expand([tmp_path], evaluated=True) == [trials / "d"]
-    assert score(trials / "d") == 0.625 and score(trials / "b") is None
     (tmp_path / "points.csv").write_text("name\na\n")
     with pytest.raises(DataError, match="is no table of a sweep"):
         expand([tmp_path])

@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,12 +14,23 @@ from pathlib import Path
 
 import pytest
 
-from hopescale.common.errors import ConfigError, LaunchError, StoppedEarly
+from hopescale.checkpoint.manifest import Manifest, to_json
+from hopescale.common.errors import ConfigError, DataError, LaunchError, StoppedEarly
 from hopescale.config.load import to_yaml
+from hopescale.data.identity import fingerprint_here
 from hopescale.sweep.collect import collect
 from hopescale.sweep.grid import load_sweep, make_trials
 from hopescale.sweep.pool import locked, run_trials
-from hopescale.sweep.progress import NOTE, as_trained, read_note, require_same, trial_folder, trial_status
+from hopescale.sweep.progress import (
+    NOTE,
+    as_trained,
+    read_note,
+    require_same,
+    status_in_sweep,
+    trial_folder,
+    trial_status,
+)
+from hopescale.sweep.trial import Trial
 
 PYTHON = sys.executable
 
@@ -192,11 +204,15 @@ branch: true
 """
 
 
+def branches(tmp_path: Path) -> list[Trial]:
+    (tmp_path / "sweep.yaml").write_text(BRANCHES)
+    return make_trials(load_sweep(tmp_path / "sweep.yaml"))
+
+
 @pytest.fixture
 def run_branches(run, tmp_path: Path):
     """Run three horizons of one size, of which the two shorter ones branch off the longest, two at a time."""
-    (tmp_path / "sweep.yaml").write_text(BRANCHES)
-    trials, said = make_trials(load_sweep(tmp_path / "sweep.yaml")), []
+    trials, said = branches(tmp_path), []
 
     def start(plan: dict[str, list[str]]) -> list[str]:
         (tmp_path / "out/trials/plan.json").write_text(json.dumps(plan))
@@ -225,7 +241,15 @@ def test_branches_end_with_a_trunk_that_does_not_come_to_their_step(run_branches
     else:
         assert "d20Ki: diverged: its trunk d60Ki diverged before step 16" in run_branches({"d60Ki": [ends]})
     assert calls(tmp_path) == ["d60Ki"]
-    assert [trial_status(tmp_path / f"out/trials/d{n}Ki").state for n in (20, 40, 60)] == [state] * 3
+    assert [status_in_sweep(trial, tmp_path / "out").state for trial in branches(tmp_path)] == [state] * 3
+
+
+def test_branches_of_a_trunk_that_diverged_begin_when_it_is_tried_again(run_branches, tmp_path: Path):
+    run_branches({"d60Ki": ["6"]})
+    shutil.rmtree(tmp_path / "out/trials/d60Ki")
+    run_branches({})
+    assert sorted(calls(tmp_path)) == ["d20Ki", "d40Ki", "d60Ki", "d60Ki"]
+    assert {status_in_sweep(trial, tmp_path / "out").state for trial in branches(tmp_path)} == {"done"}
 
 
 CHOICE = "recipe: debug\naxes: {train.steps: [3, 4], train.seed: [0, 1]}\nchoose: train.steps\n"
@@ -259,6 +283,13 @@ def test_points_hold_a_row_for_every_trial(run, trials, tmp_path: Path):
     assert [row["state"] for row in rows] == ["done", "diverged", "done"]
     assert [row["loss"] for row in rows] == ["2.750000", "", "2.500000"]
     assert rows[2]["loss_from"] == "val/main" and rows[1]["loss_from"] == ""
+    checkpoints = tmp_path / "out/trials/steps5/checkpoints"
+    (checkpoints / "step-00000005").mkdir(parents=True)
+    (checkpoints / "latest").write_text("step-00000005\n")
+    manifest = Manifest({"step": 5, "recovery": {"rate_factor": 0.25}}, {}, {})
+    (checkpoints / "step-00000005/manifest.json").write_text(to_json(manifest))
+    again = list(csv.DictReader(collect(trials, tmp_path / "out").read_text().splitlines()))
+    assert [row["rate_factor"] for row in again] == ["1", "1", "0.25"]
     assert [int(row["D"]) for row in rows] == [trial.tokens for trial in trials]
     assert int(rows[0]["FLOP"]) == trials[0].flops and int(rows[0]["N"]) == trials[0].params
 
@@ -354,3 +385,24 @@ def test_a_sweep_s_data_may_lie_elsewhere(tmp_path: Path):
     sweep = sweep_on(tmp_path / "other")
     with pytest.raises(ConfigError, match=r'data\.sources\.main\.path: .*/data" -> .*/other"'):
         require_same(sweep, make_trials(sweep), tmp_path / "out")
+
+
+def test_text_that_was_replaced_while_a_sweep_ran_is_refused(tmp_path: Path):
+    index, run_dir = tmp_path / "data" / "index.json", tmp_path / "out/trials/steps3"
+    data = f"set: {{data.sources.markov: null, data.sources.main.path: {index.parent}, train.seq_len: 64}}\n"
+    (tmp_path / "sweep.yaml").write_text(SWEEP + data)
+    sweep = load_sweep(tmp_path / "sweep.yaml")
+    trials = make_trials(sweep)
+    index.parent.mkdir()
+    index.write_text("old")
+    (run_dir / "checkpoints/step-00000003").mkdir(parents=True)
+    (run_dir / "checkpoints/latest").write_text("step-00000003\n")
+    identity = {"data": fingerprint_here(trials[0].config.data, 64)}
+    manifest = Manifest({"step": 3}, {}, identity)
+    (run_dir / "checkpoints/step-00000003/manifest.json").write_text(to_json(manifest))
+    require_same(sweep, trials, tmp_path / "out")
+    index.write_text("new")
+    with pytest.raises(DataError, match="data is not the one that trial steps3 has read"):
+        require_same(sweep, trials, tmp_path / "out")
+    index.unlink()
+    require_same(sweep, trials, tmp_path / "out")
