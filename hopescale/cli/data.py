@@ -15,7 +15,7 @@ from hopescale.cli.options import read_count
 from hopescale.cli.progress import Bar, progress_bar
 from hopescale.common.children import threads_each
 from hopescale.common.object_store import is_address
-from hopescale.common.units import format_bytes
+from hopescale.common.units import format_bytes, plural
 
 if TYPE_CHECKING:
     from hopescale.data.dataset import TokenStream
@@ -189,7 +189,7 @@ def verify(folder: Folder) -> None:
         index = look.verify(folder, on_shard=bar.note, on_checked=bar.advance)
     entries = [entry for split in index.splits.values() for entry in split]
     size = sum(entry.num_bytes for entry in entries)
-    typer.echo(f"{folder}: {len(entries)} shards, {format_bytes(size)}, all as the index says")
+    typer.echo(f"{folder}: {plural(len(entries), 'shard')}, {format_bytes(size)}, all as the index says")
 
 
 def _source(

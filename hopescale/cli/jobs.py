@@ -12,7 +12,7 @@ import typer
 from hopescale.cli.options import echo_rows
 from hopescale.common.errors import LaunchError
 from hopescale.common.paths import display_path
-from hopescale.common.units import format_count, format_duration
+from hopescale.common.units import format_count, format_duration, plural
 from hopescale.launch.ledger import copied_from, entries, submit_again, submitting
 from hopescale.launch.scheduler import Slurm
 from hopescale.launch.status import JobStatus, elements_of_array, find_runs, run_status
@@ -189,7 +189,7 @@ def _details(status: JobStatus) -> dict[str, str]:
         "nodes": (job and job.nodes) or "",
         "start": (job and job.start) or "",
         "exit code": (job and job.exit_code) or "",
-        "cluster": f"{entry.cluster}, {entry.nodes} nodes, {entry.ranks} ranks" if entry else "",
+        "cluster": f"{entry.cluster}, {plural(entry.nodes, 'node')}, {plural(entry.ranks, 'rank')}" if entry else "",
         "submitted": entry.submitted if entry else "",
         "log": display_path(Path(entry.log)) if entry else "",
     }

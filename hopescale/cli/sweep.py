@@ -21,7 +21,7 @@ from hopescale.cli import law_checks, laws
 from hopescale.common.disk import replace_text
 from hopescale.common.errors import ConfigError, LaunchError
 from hopescale.common.paths import display_path
-from hopescale.common.units import format_count
+from hopescale.common.units import format_count, plural
 from hopescale.config.check import check_layout
 from hopescale.config.layout import make_layout
 from hopescale.config.notes import notes
@@ -74,7 +74,7 @@ def plan(sweep: SweepFile) -> None:
     for series in by_series:
         own = [trial for trial in trials if trial.series == series]
         flops, tokens = sum(trial.flops for trial in own), sum(trial.tokens for trial in own)
-        typer.echo(f"{series}: {len(own)} trials, {format_count(tokens)} tokens, {flops:.3g} FLOPs")
+        typer.echo(f"{series}: {plural(len(own), 'trial')}, {format_count(tokens)} tokens, {flops:.3g} FLOPs")
         if lacking := _too_few(own):
             typer.echo(f"  note: no law can be fitted to them, `sweep plot` shows them all the same: {lacking}")
     told: dict[str, list[str]] = {}
@@ -301,4 +301,4 @@ def _summary(trials: Sequence[Trial], folder: Path) -> None:
     if not folder.is_dir():
         hint = "begun elsewhere, it is found from there, or by --sweep-dir"
         typer.echo(f"note: there is no sweep folder {folder.absolute()}; {hint}", err=True)
-    typer.echo(f"{folder}: {len(trials)} trials, {counts}")
+    typer.echo(f"{folder}: {plural(len(trials), 'trial')}, {counts}")

@@ -9,7 +9,7 @@ from pathlib import Path
 from hopescale.checkpoint.manager import find_checkpoint
 from hopescale.checkpoint.manifest import EXPORT, Manifest, TensorEntry, read_manifest
 from hopescale.common.errors import CheckpointError
-from hopescale.common.units import format_bytes, format_count
+from hopescale.common.units import format_bytes, format_count, plural
 from hopescale.config.load import from_dict
 from hopescale.config.model_shape import block_pattern, by_period
 from hopescale.config.schema import RunConfig
@@ -35,7 +35,7 @@ def describe(path: Path) -> dict[str, str]:
     if (path / EXPORT).exists():
         manifest = read_manifest(path, EXPORT)
         files = len([name for name in manifest.files if name.endswith(".safetensors")])
-        rows = {"kind": f"export for transformers, {files} files of weights"}
+        rows = {"kind": f"export for transformers, {plural(files, 'file')} of weights"}
         return rows | _of_manifest(manifest, path)
     if (path / "config.json").exists():
         return _of_transformers(path)

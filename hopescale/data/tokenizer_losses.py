@@ -54,7 +54,7 @@ class RoundTrip:
         """Say it in one line."""
         checked = f"{self.num_checked:,} of {self.num_documents:,} documents decoded"
         if not self.num_changed and not self.num_unknown:
-            return f"{checked}, all as they were"
+            return f"{checked}, all unchanged"
         parts = [f"{self.num_changed:,} come back changed, {_percent(self.lost_share)} of the bytes are lost"]
         if self.lost:
             parts.append(", ".join(f"{_name(c)} {count:,}" for c, count in self.lost.most_common(_MOST_NAMED)))

@@ -69,7 +69,7 @@ class Choice(NamedTuple):
             how += f", with {products} products"
         if self.backend == "torch":
             how = "chunk after chunk" if memories.sequential else "all chunks of a sequence side by side"
-        return f"{self.backend}, {how}{self.reason and f' ({self.reason})'}"
+        return f"{self.backend}, {how}{self.reason and f' (not {self.reason})'}"
 
 
 def select(

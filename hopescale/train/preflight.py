@@ -17,7 +17,7 @@ import torch.distributed as dist
 from hopescale.common.disk import replace_text
 from hopescale.common.errors import LaunchError
 from hopescale.common.rank_info import RankInfo
-from hopescale.common.units import format_bytes
+from hopescale.common.units import format_bytes, plural
 from hopescale.observe.run_status import BAD_NODES
 from hopescale.parallel import process
 from hopescale.parallel.bandwidth import LinkTimes, measure
@@ -120,7 +120,7 @@ def judge_faults(names: Mapping[int, str], faults: Mapping[int, Sequence[str]], 
         for fault in faults.get(rank, ()):
             bad.setdefault(node, []).append(fault)
     reasons = {node: "; ".join(dict.fromkeys(found)) for node, found in bad.items()}
-    return _verdict(reasons, len(nodes), f"{len(nodes)} nodes, {len(names)} ranks")
+    return _verdict(reasons, len(nodes), f"{plural(len(nodes), 'node')}, {plural(len(names), 'rank')}")
 
 
 def judge_links(names: Mapping[int, str], links: Mapping[int, LinkTimes]) -> Verdict:
@@ -140,7 +140,7 @@ def judge_links(names: Mapping[int, str], links: Mapping[int, LinkTimes]) -> Ver
         if rank not in links:
             bad.setdefault(node, f"rank {rank} did not finish the exchange")
     bandwidth = [of_rank.bandwidth for of_rank in links.values()]
-    text = f"{len(nodes)} nodes, {len(names)} ranks"
+    text = f"{plural(len(nodes), 'node')}, {plural(len(names), 'rank')}"
     if not bad and None in bandwidth:
         return Verdict({}, ["an all-reduce over all ranks fails or gives wrong sums, on no single node"], text)
     if None not in bandwidth:
