@@ -157,7 +157,7 @@ def inspect(
     seq_len: Annotated[int, typer.Option(min=1, help="Tokens of that window.")] = 1024,
     characters: Annotated[int, typer.Option(min=1, help="Characters to show of each text.")] = 400,
 ) -> None:
-    """Show what a data set holds, with a few of its texts."""
+    """Show the sizes of a data set, and a few of its texts."""
     from hopescale.data import inspect as look
     from hopescale.data.dataset import PreparedData
     from hopescale.data.shards import SPLITS
@@ -201,7 +201,7 @@ def _source(
     exclude: list[str] | None,
     skip_undecodable: bool,
 ) -> tuple[TextSource, list[str]]:
-    """Return where text lies, and a list that receives the names of what is left out of it."""
+    """Return the source of the text, and a list that receives the names of files and lines that are left out."""
     from hopescale.data.text import TextSource
 
     left_out: list[str] = []

@@ -131,7 +131,7 @@ def _goes_on(run: Path) -> bool:
 
 
 def _tail(log: Path, rank: int | None, count: int, goes_on) -> Iterator[str]:
-    """Yield the last lines of a log, then what is added to it for as long as `goes_on` says."""
+    """Yield the last lines of a log, then new lines for as long as `goes_on` returns true."""
     while not log.exists() and goes_on is not None and goes_on():
         time.sleep(_LOOK_S)
     if not log.exists():
@@ -165,7 +165,7 @@ def _echo_table(rows: Sequence[tuple[str, JobStatus]]) -> None:
 
 
 def _cells(status: JobStatus) -> dict[str, str]:
-    """Write what a table shows of a run; an empty text is not known."""
+    """Return the cells of a run's row; an empty text stands for an unknown value."""
     job = status.job
     return {
         "state": status.state,
@@ -181,7 +181,7 @@ def _cells(status: JobStatus) -> dict[str, str]:
 
 
 def _details(status: JobStatus) -> dict[str, str]:
-    """Write what is known of a run."""
+    """Return all known facts about a run, by title."""
     job, entry = status.job, status.entry
     rows = _cells(status) | {
         "checkpoint": status.checkpoint or "",

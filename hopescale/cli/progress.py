@@ -54,11 +54,11 @@ class Bar:
         self._progress, self._task, self._verb = progress, task, verb
 
     def advance(self, num_bytes: int) -> None:
-        """Add to what is done."""
+        """Add to the amount that is done."""
         self._progress.advance(self._task, num_bytes)
 
     def advance_of(self, num_bytes: int, total: int) -> None:
-        """Add to what is done of a total that was not known before."""
+        """Add to the amount that is done, and set a total that was not known before."""
         self._progress.update(self._task, total=total, advance=num_bytes)
 
     def show(self, done: int, total: int) -> None:

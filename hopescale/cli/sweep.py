@@ -120,7 +120,7 @@ def run(
     retries: Annotated[int, typer.Option(min=0, help="Starts after the first that failed, for each trial.")] = 1,
     sweep_dir: SweepDir = None,
 ) -> None:
-    """Train the trials that are not done on this machine, then collect. The same command continues what was stopped.
+    """Train the trials that are not done on this machine, then collect. The same command continues after a stop.
 
     Exit codes: 0 all trials are done or diverged, 2 config, 5 trials failed, 75 stopped early and resumable.
     """
@@ -157,7 +157,7 @@ def submit(
     only: Annotated[str | None, typer.Option(metavar="failed", help="`failed`: those alone that have failed.")] = None,
     sweep_dir: SweepDir = None,
 ) -> None:
-    """Train what is not done as an array of jobs of Slurm; leave as soon as it is in the queue."""
+    """Submit the trials that are not done as an array of Slurm jobs; return as soon as it is in the queue."""
     if only not in (None, "failed"):
         raise ConfigError(f"--only is {only}, but must be failed")
     loaded, trials, folder = _read(sweep, sweep_dir)
@@ -250,7 +250,7 @@ def _read(path: Path, sweep_dir: Path | None = None) -> tuple[Sweep, list[Trial]
 
 
 def _keep_file(sweep: Sweep, folder: Path) -> None:
-    """Keep the sweep's file beside what came of it, in a folder that was made for it or is one of a sweep."""
+    """Keep the sweep's file beside its trials, in a new folder or in that of a sweep."""
     kept = folder / "sweep.yaml"
     require_own(folder, "--sweep-dir", SWEEP_MARKS, also=(sweep.path,))
     try:

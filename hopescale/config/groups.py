@@ -54,7 +54,7 @@ def _misfits(
     tied: Collection[str],
     linear: Collection[str] | None,
 ) -> Iterator[Problem]:
-    """Find what a rule for matrices cannot update."""
+    """Find the parameters that a rule for matrices cannot update."""
     for parameter, name in assigned.items():
         if name is None or groups[name].rule == "adamw":
             continue

@@ -186,7 +186,7 @@ def _native_config(manifest: Manifest, config: RunConfig) -> dict[str, Any]:
 
 
 def _write_texts(folder: Path, source: Path, manifest: Manifest, config: RunConfig, body: Mapping[str, Any]) -> str:
-    """Write what is not a tensor: config, generation config, tokenizer, model card; return a note on the tokenizer."""
+    """Write the files beside the tensors: configs, tokenizer, model card; return a note on the tokenizer."""
     own_code = "auto_map" in body
     special, pad = {}, {}
     note = "No tokenizer was kept with it."

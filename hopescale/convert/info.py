@@ -1,4 +1,4 @@
-"""What a folder is: a checkpoint, an export, or a model of transformers; from its small files alone."""
+"""Description of a folder, a checkpoint, an export, or a model of transformers, from its small files alone."""
 
 from __future__ import annotations
 

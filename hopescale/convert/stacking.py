@@ -87,7 +87,7 @@ def read_source(folder: Path) -> dict[str, Any]:
 
 
 def require_config(folder: Path) -> None:
-    """Refuse what is no folder of transformers, which itself would look for a model of that name elsewhere.
+    """Refuse a path that is no folder of transformers, which itself would look for a model of that name elsewhere.
 
     Raises:
         CheckpointError: If there is no config.

@@ -28,7 +28,7 @@ class AutoBatch:
     at_once: int = 1
 
     def describe(self, device: str) -> str:
-        """Say what was chosen and why."""
+        """Say which micro batch was chosen, and why."""
         need, room = format_bytes(int(self.peak)), format_bytes(int(self.room))
         several = f", with {self.at_once} or more in a step" if self.at_once > 1 else ""
         return (

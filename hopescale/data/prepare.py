@@ -33,7 +33,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class _Spill:
-    """Tokens of all documents in reading order on disk, and what is known of each document."""
+    """Tokens of all documents in reading order on disk, and the sizes of each document."""
 
     path: Path
     dtype: np.dtype

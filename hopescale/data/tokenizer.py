@@ -1,4 +1,4 @@
-"""Text to token ids and back: what every tokenizer offers, and how one is loaded from a file or a folder."""
+"""Text to token ids and back: the interface of every tokenizer, and loading from a file or a folder."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ class Tokenizer(ABC):
         """Write the files into a folder from which `load` reads the same tokenizer; return their paths."""
 
     def losses(self) -> list[str]:
-        """Name what does not survive `decode(encode(text))`, of what texts usually hold."""
+        """Name the usual parts of texts that do not survive `decode(encode(text))`."""
         return [name for name, text in _FRAGILE.items() if self.decode(self.encode(text)) != text]
 
 

@@ -32,7 +32,7 @@ from hopescale.parallel.control import Control
 
 
 class Prepared(NamedTuple):
-    """What is opened before anything is computed."""
+    """Inputs of an evaluation, opened before anything is computed."""
 
     data: Data | None
     """Held-out data of the loss."""

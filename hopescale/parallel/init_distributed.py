@@ -64,5 +64,5 @@ def init_distributed(
 
 
 def what_runs(rank_info: RankInfo, facts: Mapping[str, str]) -> dict[str, str]:
-    """Return what must be the same on all ranks: their number, code, packages, and what they were started for."""
+    """Return the facts that must be the same on all ranks: their number, code, packages, and the run they belong to."""
     return {"the number of ranks": str(rank_info.world_size), **software(), **facts}

@@ -87,7 +87,7 @@ def require_below(points: Points, asymptote: float | None) -> None:
 
 
 def _at_bound(law: Law, points: Points) -> list[str]:
-    """Return the numbers of a law that lie at the end of what they may be."""
+    """Return the numbers of a law that lie at the end of their range."""
     exponents = {"alpha": law.alpha, "beta": law.beta}
     means = np.exp(np.log(points.params).mean()), np.exp(np.log(points.tokens).mean())
     terms = {"E": law.E, "A": law.A * means[0] ** -law.alpha, "B": law.B * means[1] ** -law.beta}

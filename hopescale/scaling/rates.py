@@ -34,7 +34,7 @@ _NAMES = {"n": "N", "d": "D", "b": "batch"}
 
 @dataclass(frozen=True)
 class TunedRuns:
-    """Runs of one series with what they were trained with, each column `[n]`."""
+    """Runs of one series with their rates, batches and sizes, each column `[n]`."""
 
     rows: np.ndarray
     """Numbers of the rows in the table."""
@@ -99,7 +99,7 @@ class RateLaw:
 
 
 def undertuned(runs: TunedRuns, law: RateLaw) -> dict[int, float]:
-    """Return what the rate of each run costs of its loss, by row, for runs that it costs more than `UNDERTUNED`."""
+    """Return the loss that a run's rate costs, by row, for the runs that it costs more than `UNDERTUNED`."""
     excess = law.excess(runs)
     return {int(row): float(part) for row, part in zip(runs.rows, excess, strict=True) if part > UNDERTUNED}
 

@@ -164,7 +164,7 @@ class Contexts:
             return self._known.get(name)
 
     def _keep(self, context: NamedContext) -> None:
-        """Put a context into memory, in place of that which was asked longest ago if there are too many."""
+        """Put a context into memory; if there are too many, the one that was used longest ago leaves it."""
         with self._lock:
             self._check_room(context.name)
             self._known[context.name] = context

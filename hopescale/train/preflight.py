@@ -105,7 +105,7 @@ def exclude(run_dir: Path, nodes: Sequence[str]) -> None:
 
 
 def judge_faults(names: Mapping[int, str], faults: Mapping[int, Sequence[str]], nodes: Sequence[str]) -> Verdict:
-    """Find the nodes at fault by what their ranks have found, or by their silence.
+    """Find the nodes at fault by the findings of their ranks, or by their silence.
 
     `names` has the node of each rank that was there at first, `faults` the reports of those still there afterwards.
     """
@@ -162,7 +162,7 @@ def _slow(what: str, seconds: Mapping[str, float | None]) -> Iterator[tuple[str,
 
 
 def _verdict(bad: Mapping[str, str], num_nodes: int, summary: str) -> Verdict:
-    """Blame nodes only where there are others: what is wrong everywhere is no node's fault."""
+    """Blame nodes only where there are good ones: a fault on all of them is no node's fault."""
     if bad and len(bad) == num_nodes > 1:
         return Verdict({}, [f"{node}: {reason}" for node, reason in bad.items()], summary)
     return Verdict(dict(bad), [], summary)
@@ -180,7 +180,7 @@ def _measure(
 
 
 def _faults(device: str, rank_info: RankInfo | None, folders: Sequence[Path], alone: bool) -> Iterator[str]:
-    """Check what this rank can see: the folders, and its device, or all devices of a node that it has `alone`."""
+    """Check the folders and the device of this rank, or all devices of a node that it has `alone`."""
     for folder in folders:
         if (fault := _disk_fault(folder)) is not None:
             yield fault
@@ -222,7 +222,7 @@ def _whole_numbers(size: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _disk_fault(folder: Path) -> str | None:
-    """Write to a folder and read it back; return what goes wrong."""
+    """Write to a folder and read it back; return the fault, if any."""
     path, content = folder / f".check-{os.uname().nodename}-{os.getpid()}", os.urandom(_WRITTEN)
     try:
         folder.mkdir(parents=True, exist_ok=True)

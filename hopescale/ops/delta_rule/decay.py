@@ -1,4 +1,4 @@
-"""What a state is made of at each token of a chunk, by the gates alone. README.md derives it."""
+"""Weights of the parts of a state at each token of a chunk, by the gates alone. README.md derives them."""
 
 from __future__ import annotations
 
