@@ -151,7 +151,7 @@ class MemoryCheckpoints:
         """Return this rank's part of the newest step that all ranks have whole, and that fits them all.
 
         Args:
-            accept: Function that says what of a part does not fit this rank.
+            accept: Function that returns the reason why a part does not fit this rank.
             after: Step of the checkpoint on disk; only later ones count.
 
         Raises:

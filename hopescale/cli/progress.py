@@ -28,7 +28,7 @@ class Rate(ProgressColumn):
     """A column for how many are done in a second.
 
     Args:
-        unit: Word for what is counted.
+        unit: Noun for the items that are counted.
     """
 
     def __init__(self, unit: str):
@@ -47,7 +47,7 @@ class Bar:
     Args:
         progress: Display.
         task: Task of it.
-        verb: Word for what is done.
+        verb: Verb for the work, such as `reading`.
     """
 
     def __init__(self, progress: Progress, task: TaskID, verb: str):
@@ -88,9 +88,9 @@ def progress_bar(verb: str, total: int | None = None, *, unit: str | None = None
     """Show a bar on standard error, if that is a terminal, until the block ends.
 
     Args:
-        verb: Word for what is done.
+        verb: Verb for the work, such as `reading`.
         total: Bytes that there are to do; null shows the time alone.
-        unit: Word for what is counted, if that is not bytes.
+        unit: Noun for the items that are counted, if these are not bytes.
     """
     console = Console(stderr=True)
     rate = (DownloadColumn(binary_units=True), TransferSpeedColumn())

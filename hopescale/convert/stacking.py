@@ -50,7 +50,7 @@ def stack(
         stacking: Key of `PLACEMENTS`.
         precision: Precision as in `train.precision`; None is bf16 for a source in bfloat16, else fp32.
         report: Listener for a line about the tokenizer.
-        progress: Listener for what is done of it.
+        progress: Listener for the progress of the work.
 
     Raises:
         ConfigError: If the levels do not make a model.

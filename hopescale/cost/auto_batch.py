@@ -46,7 +46,7 @@ def choose_micro_batch(config: RunConfig, layout: Layout, device: str, memory: f
     Args:
         config: Config that has passed its checks on the layout; its own micro batch does not matter.
         layout: Degrees of parallelism.
-        device: Name of what each rank computes on; `cpu` is a CPU, any other a GPU.
+        device: Name of each rank's device; `cpu` is a CPU, any other a GPU.
         memory: Bytes that a rank's device has, of which a plan fills `USABLE`.
 
     Raises:

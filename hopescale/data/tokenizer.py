@@ -36,7 +36,7 @@ class Tokenizer(ABC):
         eos_id: End-of-text id: the last token of every document, and so the one that stands before every document.
         eos_token: The same as it is written.
         eos_origin: Place that names it.
-        unk_id: Id that stands for what the vocabulary lacks; None if there is none.
+        unk_id: Id of text that the vocabulary lacks; None if there is none.
         fingerprint: SHA-256, in hexadecimal, of all that decides ids.
     """
 

@@ -68,7 +68,7 @@ class StreamPass:
         probe_tokens: Predictions at the beginning of each part that are made again later, without its context.
 
     Attributes:
-        read: Mean loss in nats of each part while it was read, levels following; of what has been read of it.
+        read: Mean loss in nats of each part, or of its tokens read so far, while levels followed.
         trained: Mean loss of each finished part's probe with the trained weights.
         after: After each finished part, the loss of its probe and those before, with the levels as they then were.
     """

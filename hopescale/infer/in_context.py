@@ -36,7 +36,7 @@ class InContextReader:
 
     Attributes:
         weights: Weights of the levels that follow, `[B, *shape]` by the names of parameters, float32 at least.
-        state: State of the model after what was read; None at the beginning of a context.
+        state: State of the model after the tokens read so far; None at the beginning of a context.
         position: Tokens read.
     """
 

@@ -31,7 +31,7 @@ class Level(nn.Module):
         norm_eps: Term of the RMSNorm in front; None leaves that out (`independent`, where levels share one).
         out_std: Standard deviation of the last matrix's initial weights.
         mesh: Ranks of the run, and this process among them.
-        backend: Code that runs what is no product of matrices.
+        backend: Code that runs all operations but products of matrices.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class ContinuumMemory(nn.Module):
         levels: Levels of the block by name, fast to slow.
         out_scale: Factor on the standard deviation of the last matrices' initial weights.
         mesh: Ranks of the run, and this process among them.
-        backend: Code that runs what is no product of matrices.
+        backend: Code that runs all operations but products of matrices.
     """
 
     def __init__(

@@ -38,7 +38,7 @@ class TensorBoardTracker(Tracker):
 
     Args:
         folder: `tb/` of the run; made if missing.
-        resume_step: Step the run continues from; TensorBoard hides what the folder holds of later steps. None hides
+        resume_step: Step the run continues from; TensorBoard hides the folder's records of later steps. None hides
             everything before.
 
     Raises:

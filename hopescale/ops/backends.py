@@ -175,7 +175,7 @@ def unsupported_reason(
         backend: Kind of code.
         device: Type of the device; None asks about types and widths alone.
         dtype: Type of the tensors.
-        widths: Widths by the name of what has them; None has none.
+        widths: Widths by the name of the part that has them; None for a part without.
     """
     known = {name: width for name, width in widths.items() if width is not None}
     if backend == "triton":

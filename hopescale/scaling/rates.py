@@ -202,9 +202,9 @@ def fit_rates(runs: TunedRuns, *, transfer: bool = False, seed: int = 0) -> Rate
     """Fit the best rate of a series.
 
     Args:
-        runs: Runs of the series, of which some have the same size and tokens and different rates.
+        runs: Runs of the series; some have the same size and tokens and different rates.
         transfer: Whether rates hold for every size, as they do under muP (`model.transfer`): the law is then without N.
-        seed: Seed of the draws of which intervals are made.
+        seed: Seed of the resampling for intervals.
 
     Raises:
         DataError: If no size has three rates near its best, the runs are too few, or the best rate is not among them.

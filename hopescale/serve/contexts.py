@@ -75,7 +75,7 @@ class Contexts:
         """Refuse a name that cannot be a folder's, and one context too many.
 
         Raises:
-            DataError: With what is allowed.
+            DataError: If the name is not allowed, or there are too many contexts.
         """
         if not _NAME.fullmatch(name):
             rule = "up to 64 letters, digits, dots, dashes and underscores, the first a letter or digit"

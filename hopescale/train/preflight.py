@@ -40,7 +40,7 @@ class Verdict:
     """Outcome of a check of nodes.
 
     Attributes:
-        bad: Faulty nodes, with what is wrong with each.
+        bad: Faulty nodes, with the fault of each.
         shared: Faults of all nodes alike, or of no node in particular.
         summary: Measurements, in words.
     """

@@ -113,8 +113,8 @@ class ChunkUpdate(NamedTuple):
         values: `[..., C, Do]`.
         weights: Weights of the values in the last state `[..., C]`.
         push: Weight of the first momentum in the last state `[...]`.
-        erased: Keys of what is lost `[..., C, D]`; None if writes do not erase.
-        read: Values of what is lost `[..., C, Do]`; None if writes do not erase.
+        erased: Keys of the erased values `[..., C, D]`; None if writes do not erase.
+        read: Values that are erased `[..., C, Do]`; None if writes do not erase.
         last_push: Weights of the values in the last momentum `[..., C]`.
         momentum_decay: Weight of the first momentum in the last one `[...]`.
     """

@@ -95,7 +95,7 @@ class Streams(NamedTuple):
         k: Inputs of keys `[B, H, T, D]`, of unit length, at which gate memories are read; then the keys.
         v: Inputs of values, or the values themselves.
         q: Inputs of queries, or the queries themselves.
-        eta: Logits of the inner learning rate `[B, H, T]`, without what a memory adds; then the rate.
+        eta: Logits of the inner learning rate `[B, H, T]`, without the addition of a memory; then the rate.
         alpha: Logits of retention, None keeps everything; then the retention.
         mu: Logits of momentum, complete; then the momentum. None without momentum.
     """
@@ -125,7 +125,7 @@ class MemorySpec:
         chunk_size: Tokens of a chunk; gradients are taken at the weights it begins with.
         objective: Inner loss: `l2`, half the squared error; `dot`, minus the inner product of answer and target.
         own_target: Whether a memory's target is its own answer to the value, not the value.
-        erase: Whether a write first erases what its key reads.
+        erase: Whether a write first erases the memory's present answer to its key.
         error_cap: Largest norm of a token's error; None is no limit.
         key_eps: Number added to the squared length of a hidden activation before it is divided by its length.
         eta_max: Largest inner learning rate.
