@@ -1,4 +1,4 @@
-"""When a run's state is saved and how it comes into place, which checkpoint a resume takes, and which ones are kept."""
+"""When a run's state is saved and how it is committed, which checkpoint a resume takes, and which ones are kept."""
 
 from __future__ import annotations
 

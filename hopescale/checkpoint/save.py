@@ -1,4 +1,4 @@
-"""Writing the tensors of a checkpoint: DCP files, each with its size and SHA-256, and a commit when all are there."""
+"""Writing the tensors of a checkpoint: DCP files, each with its size and SHA-256. `manager.py` commits them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The owner of each matrix: the replica, and where slices are gathered the tensor-parallel rank, that updates it."""
+"""The owner of each matrix: the replica, and where slices are gathered the tensor-parallel rank, that updates it.
+
+`assign_owners` in `cost/updates.py` deals the matrices out, so that a plan knows the same owners.
+"""
 
 from __future__ import annotations
 
