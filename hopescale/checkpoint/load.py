@@ -137,7 +137,7 @@ def _listed(names: list[str]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the type of an error and the first line of what it says, with the second where a colon leads to it."""
+    """Return an error's type and the first line of its message, or the first two if that ends in a colon."""
     if isinstance(error, dcp.CheckpointException):
         error, _ = error.failures[min(error.failures)]
     first, *rest = f"{type(error).__name__}: {error}".splitlines()

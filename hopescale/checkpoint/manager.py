@@ -1,4 +1,4 @@
-"""When a run's state is saved and how it comes into place, which checkpoint a resume takes, and which ones are kept."""
+"""When a run's state is saved and how it is committed, which checkpoint a resume takes, and which ones are kept."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ class CheckpointManager:
         return step == last_step or (self.config.every is not None and step > 0 and step % self.config.every == 0)
 
     def must_keep(self, step: int) -> bool:
-        """Say whether the state after `step` steps is to be saved whatever it is, as `keep_at` names the step."""
+        """Say whether the state after `step` steps must be saved in any case, because `keep_at` names the step."""
         return step in self.config.keep_at
 
     def save(

@@ -87,7 +87,7 @@ def step_of(folder: Path) -> int | None:
 
 
 def checkpoint_folders(root: Path) -> list[Path]:
-    """List what is named like a checkpoint under `root`, oldest step first, complete or not."""
+    """List the folders under `root` with the name of a checkpoint, oldest step first, complete or not."""
     found = [(step, path) for path in root.glob("step-*") if (step := step_of(path)) is not None and path.is_dir()]
     return [path for _, path in sorted(found)]
 
@@ -155,7 +155,7 @@ def _from_json(body: Any, path: Path) -> Manifest:
 def file_problems(
     folder: Path, files: Mapping[str, FileEntry], *, digests: bool, on_read: Listener = lambda num_bytes: None
 ) -> list[str]:
-    """Compare files with what the manifest says about them: sizes, and with `digests` also every byte.
+    """Compare files with their entries in the manifest: sizes, and with `digests` also every byte.
 
     Returns:
         One line per missing, truncated or changed file; empty when all is well.
@@ -195,5 +195,5 @@ def _earlier(folder: Path) -> str | None:
 
 
 def damaged(folder: Path, problems: list[str]) -> CheckpointError:
-    """Make the error for a checkpoint whose files are not what its manifest says."""
+    """Make the error for a checkpoint whose files differ from its manifest."""
     return CheckpointError(f"{folder} is damaged: {'; '.join(problems)}", _earlier(folder))

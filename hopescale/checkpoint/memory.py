@@ -151,7 +151,7 @@ class MemoryCheckpoints:
         """Return this rank's part of the newest step that all ranks have whole, and that fits them all.
 
         Args:
-            accept: Function that says what of a part does not fit this rank.
+            accept: Function that returns the reason why a part does not fit this rank.
             after: Step of the checkpoint on disk; only later ones count.
 
         Raises:
@@ -186,7 +186,7 @@ class MemoryCheckpoints:
             return {}, f"a part that rank {self.rank} has noted cannot be read: {error}"
 
     def _fetch(self, blocks: Mapping[int, Tensor], sources: Sequence[tuple[int, PartNote]]) -> Tensor:
-        """Return this rank's part, from another node if it is not on this one, and send what others need of here."""
+        """Return this rank's part, from another node if need be, and send the parts that other nodes need."""
         source, note = sources[self.rank]
         own = blocks[self.rank] if source == self.rank else torch.empty(note.size, dtype=torch.uint8)
         work = [
@@ -199,7 +199,7 @@ class MemoryCheckpoints:
         return own
 
     def clear(self) -> None:
-        """Remove the run's parts from this node, whoever wrote them."""
+        """Remove the run's parts from this node, those of other ranks too."""
         self.node.remove()
         self._last = None
 
@@ -243,7 +243,7 @@ def _note_course(checkpoints: Path, run: str) -> str:
 def _read(
     block: Tensor, note: PartNote, accept: Accept
 ) -> tuple[tuple[dict[str, Tensor], Manifest] | None, str | None]:
-    """Return a rank's part, and what speaks against it."""
+    """Return a rank's part, and a reason not to use it."""
     if digest_of(block).hex() != note.digest:
         return None, f"rank {note.rank}'s part has changed"
     try:

@@ -26,7 +26,7 @@ _ALIGNED = 64
 
 @dataclass(frozen=True)
 class PartNote:
-    """What is known of a rank's part that was written to the end by all ranks.
+    """Note on a rank's part of a step that all ranks have written to the end.
 
     Attributes:
         step: Optimizer steps done.
@@ -115,7 +115,7 @@ class NodeMemory:
         return torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
 
     def remove(self, *, but: int | None = None) -> None:
-        """Remove the parts of all steps but one of this course, whoever wrote them, and those of other courses.
+        """Remove the parts of all steps of this course except one, of any rank, and all parts of other courses.
 
         Notes go first, so that none outlives its part; other ranks may remove at the same time.
         """

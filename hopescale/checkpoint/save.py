@@ -1,4 +1,4 @@
-"""Writing the tensors of a checkpoint: DCP files, each with its size and SHA-256, and a commit when all are there."""
+"""Writing the tensors of a checkpoint: DCP files, each with its size and SHA-256. `manager.py` commits them."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def ignore_single_process_warning() -> None:
 
 
 class _DigestingStream:
-    """A file open for writing that digests what passes through, and tells a listener of it."""
+    """A file open for writing that updates a digest with every write, and reports the bytes to a listener."""
 
     def __init__(self, stream: BinaryIO, on_written: Listener):
         self._stream, self._on_written = stream, on_written

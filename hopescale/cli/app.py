@@ -66,7 +66,7 @@ Version = Annotated[
 
 @app.callback()
 def root(context: typer.Context, verbose: Verbose = False, version: Version = False) -> None:
-    """Note for `main` what all verbs share, and for verbs what `main` knows."""
+    """Note the options of all commands for `main`, and for commands the state of `main`."""
     context.ensure_object(dict).update(verbose=verbose, verb=context.invoked_subcommand)
     if context.invoked_subcommand != "train":  # which has handlers of its own
         signals.release()

@@ -20,7 +20,7 @@ from hopescale.config.show import diff as find_changes
 from hopescale.config.show import format_diff
 from hopescale.config.show import show as format_config
 from hopescale.cost.flops import flops_per_token
-from hopescale.cost.params import count_params
+from hopescale.cost.params import describe_params
 
 app = typer.Typer(help="Show, compare and check recipes.", no_args_is_help=True)
 
@@ -48,9 +48,8 @@ def check(recipe: Recipe, overrides: Overrides = None) -> None:
     loaded = require_valid(load_recipe(recipe, overrides or ()))
     config = loaded.config
     typer.echo(f"ok: {display_path(loaded.recipe)}")
-    counts = ", ".join(f"{part} {format_count(count)}" for part, count in count_params(config.model).items())
     rows = {
-        "parameters": counts,
+        "parameters": describe_params(config.model),
         "flops_per_token": format_count(flops_per_token(config.model, config.train.seq_len)),
         **{name: f"{value:,}" for name, value in leaves(make_plan(config).to_dict()).items() if value is not None},
     }

@@ -17,7 +17,7 @@ _LEFT = (errno.EPIPE, errno.EIO, errno.EBADF)
 
 
 class _Stream(io.FileIO):
-    """A file descriptor that takes what cannot be written, and notes why."""
+    """A stand-in for a file descriptor that can no longer be written to; it notes why."""
 
     def __init__(self, descriptor: int):
         super().__init__(descriptor, "w", closefd=False)
@@ -75,7 +75,7 @@ class Console:
         return None if self.is_unread or "stdout" not in self._streams else self._streams["stdout"].lost
 
     def keep(self, file: Path) -> None:
-        """Add to this file what is said and cannot be shown."""
+        """Add lines to this file that cannot be shown."""
         self._file = file
 
     def say(self, line: str, *, err: bool = False) -> None:

@@ -10,7 +10,7 @@ import typer
 from hopescale.cli.options import Levels, echo_rows, read_count, require_packages
 from hopescale.cli.progress import progress_bar
 from hopescale.common.errors import ConfigError
-from hopescale.common.units import format_bytes
+from hopescale.common.units import format_bytes, plural
 
 app = typer.Typer(help="Export for inference, start from pre-trained models, compare, describe.", no_args_is_help=True)
 
@@ -41,8 +41,8 @@ def to_hf(
     with progress_bar("writing") as bar:
         exported = export(checkpoint, out, **settings, on_written=bar.show)
     size = sum(map(num_bytes, exported.tensors.values()))
-    shards = sum(name.endswith(".safetensors") for name in exported.files)
-    typer.echo(f"{out}: step {exported.step}, {len(exported.tensors)} tensors, {format_bytes(size)} in {shards} files")
+    files = plural(sum(name.endswith(".safetensors") for name in exported.files), "file")
+    typer.echo(f"{out}: step {exported.step}, {len(exported.tensors)} tensors, {format_bytes(size)} in {files}")
     if verify:
         verify_(out, checkpoint, levels)
 

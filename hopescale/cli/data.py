@@ -15,7 +15,7 @@ from hopescale.cli.options import read_count
 from hopescale.cli.progress import Bar, progress_bar
 from hopescale.common.children import threads_each
 from hopescale.common.object_store import is_address
-from hopescale.common.units import format_bytes
+from hopescale.common.units import format_bytes, plural
 
 if TYPE_CHECKING:
     from hopescale.data.dataset import TokenStream
@@ -157,7 +157,7 @@ def inspect(
     seq_len: Annotated[int, typer.Option(min=1, help="Tokens of that window.")] = 1024,
     characters: Annotated[int, typer.Option(min=1, help="Characters to show of each text.")] = 400,
 ) -> None:
-    """Show what a data set holds, with a few of its texts."""
+    """Show the sizes of a data set, and a few of its texts."""
     from hopescale.data import inspect as look
     from hopescale.data.dataset import PreparedData
     from hopescale.data.shards import SPLITS
@@ -189,7 +189,7 @@ def verify(folder: Folder) -> None:
         index = look.verify(folder, on_shard=bar.note, on_checked=bar.advance)
     entries = [entry for split in index.splits.values() for entry in split]
     size = sum(entry.num_bytes for entry in entries)
-    typer.echo(f"{folder}: {len(entries)} shards, {format_bytes(size)}, all as the index says")
+    typer.echo(f"{folder}: {plural(len(entries), 'shard')}, {format_bytes(size)}, all as the index says")
 
 
 def _source(
@@ -201,7 +201,7 @@ def _source(
     exclude: list[str] | None,
     skip_undecodable: bool,
 ) -> tuple[TextSource, list[str]]:
-    """Return where text lies, and a list that receives the names of what is left out of it."""
+    """Return the source of the text, and a list that receives the names of files and lines that are left out."""
     from hopescale.data.text import TextSource
 
     left_out: list[str] = []

@@ -114,7 +114,7 @@ def evaluate(
 
 
 def _adaptation(adapt: str, rate: float | None, nested: bool) -> Adaptation | None:
-    """Read the options of levels that follow what is read."""
+    """Read the options for levels that follow the text."""
     if adapt:
         return read_adaptation("--adapt", adapt, rate=rate, nested=nested)
     if rate is not None or nested:
@@ -161,7 +161,7 @@ def _evaluate(
 def _write(
     loaded: LoadedModel, request: EvalRequest, results: Any, out: Path | None, levels: Path | None
 ) -> dict[str, Any]:
-    """Write what was measured of a model, where it has a place, and return it."""
+    """Write the results of a model to its JSON file, if it has one, and return them."""
     from dataclasses import asdict
 
     from hopescale.evals.report import report, report_path, write_report

@@ -12,7 +12,7 @@ import typer
 from hopescale.cli.options import echo_rows
 from hopescale.common.errors import LaunchError
 from hopescale.common.paths import display_path
-from hopescale.common.units import format_count, format_duration
+from hopescale.common.units import format_count, format_duration, plural
 from hopescale.launch.ledger import copied_from, entries, submit_again, submitting
 from hopescale.launch.scheduler import Slurm
 from hopescale.launch.status import JobStatus, elements_of_array, find_runs, run_status
@@ -131,7 +131,7 @@ def _goes_on(run: Path) -> bool:
 
 
 def _tail(log: Path, rank: int | None, count: int, goes_on) -> Iterator[str]:
-    """Yield the last lines of a log, then what is added to it for as long as `goes_on` says."""
+    """Yield the last lines of a log, then new lines for as long as `goes_on` returns true."""
     while not log.exists() and goes_on is not None and goes_on():
         time.sleep(_LOOK_S)
     if not log.exists():
@@ -165,7 +165,7 @@ def _echo_table(rows: Sequence[tuple[str, JobStatus]]) -> None:
 
 
 def _cells(status: JobStatus) -> dict[str, str]:
-    """Write what a table shows of a run; an empty text is not known."""
+    """Return the cells of a run's row; an empty text stands for an unknown value."""
     job = status.job
     return {
         "state": status.state,
@@ -181,7 +181,7 @@ def _cells(status: JobStatus) -> dict[str, str]:
 
 
 def _details(status: JobStatus) -> dict[str, str]:
-    """Write what is known of a run."""
+    """Return all known facts about a run, by title."""
     job, entry = status.job, status.entry
     rows = _cells(status) | {
         "checkpoint": status.checkpoint or "",
@@ -189,7 +189,7 @@ def _details(status: JobStatus) -> dict[str, str]:
         "nodes": (job and job.nodes) or "",
         "start": (job and job.start) or "",
         "exit code": (job and job.exit_code) or "",
-        "cluster": f"{entry.cluster}, {entry.nodes} nodes, {entry.ranks} ranks" if entry else "",
+        "cluster": f"{entry.cluster}, {plural(entry.nodes, 'node')}, {plural(entry.ranks, 'rank')}" if entry else "",
         "submitted": entry.submitted if entry else "",
         "log": display_path(Path(entry.log)) if entry else "",
     }

@@ -89,7 +89,7 @@ def plot(
         Path | None, typer.Option(metavar="DIR", help="Folder to write to.", show_default="SWEEP/report")
     ] = None,
 ) -> None:
-    """Draw the runs, their laws and what compares them: PNG files, and report.html which needs no other file."""
+    """Draw the runs, their laws and their comparison: PNG files, and report.html, which needs no other file."""
     table, folder = find_table(sweep, points)
     if not (out or folder):
         raise ConfigError("a table of runs has no folder for its report", "name one with --out")

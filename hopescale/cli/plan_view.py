@@ -148,7 +148,7 @@ def _time(found: Mapping[str, Any]) -> Group:
 
 
 def draw_memory(found: Mapping[str, Any], path: Path) -> None:
-    """Draw a bar for each stage of a report, of what takes memory, against what the device has. Needs matplotlib.
+    """Draw a bar of the memory of each stage of a report, by kind, beside that of the device. Needs matplotlib.
 
     Raises:
         ConfigError: If matplotlib is missing, or cannot write such a file.

@@ -28,7 +28,7 @@ class Rate(ProgressColumn):
     """A column for how many are done in a second.
 
     Args:
-        unit: Word for what is counted.
+        unit: Noun for the items that are counted.
     """
 
     def __init__(self, unit: str):
@@ -47,18 +47,18 @@ class Bar:
     Args:
         progress: Display.
         task: Task of it.
-        verb: Word for what is done.
+        verb: Verb for the work, such as `reading`.
     """
 
     def __init__(self, progress: Progress, task: TaskID, verb: str):
         self._progress, self._task, self._verb = progress, task, verb
 
     def advance(self, num_bytes: int) -> None:
-        """Add to what is done."""
+        """Add to the amount that is done."""
         self._progress.advance(self._task, num_bytes)
 
     def advance_of(self, num_bytes: int, total: int) -> None:
-        """Add to what is done of a total that was not known before."""
+        """Add to the amount that is done, and set a total that was not known before."""
         self._progress.update(self._task, total=total, advance=num_bytes)
 
     def show(self, done: int, total: int) -> None:
@@ -88,9 +88,9 @@ def progress_bar(verb: str, total: int | None = None, *, unit: str | None = None
     """Show a bar on standard error, if that is a terminal, until the block ends.
 
     Args:
-        verb: Word for what is done.
+        verb: Verb for the work, such as `reading`.
         total: Bytes that there are to do; null shows the time alone.
-        unit: Word for what is counted, if that is not bytes.
+        unit: Noun for the items that are counted, if these are not bytes.
     """
     console = Console(stderr=True)
     rate = (DownloadColumn(binary_units=True), TransferSpeedColumn())

@@ -56,4 +56,4 @@ def serve(
         address = f"[{host}]" if ":" in host else host
         typer.echo(f"{server.name} at http://{address}:{web.port}/v1, named contexts at /contexts/NAME")
         web.answer()
-        typer.echo(f"{server.name} is served no more")
+        typer.echo(f"{server.name}: the server has stopped")

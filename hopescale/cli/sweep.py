@@ -21,7 +21,7 @@ from hopescale.cli import law_checks, laws
 from hopescale.common.disk import replace_text
 from hopescale.common.errors import ConfigError, LaunchError
 from hopescale.common.paths import display_path
-from hopescale.common.units import format_count
+from hopescale.common.units import format_count, plural
 from hopescale.config.check import check_layout
 from hopescale.config.layout import make_layout
 from hopescale.config.notes import notes
@@ -74,7 +74,7 @@ def plan(sweep: SweepFile) -> None:
     for series in by_series:
         own = [trial for trial in trials if trial.series == series]
         flops, tokens = sum(trial.flops for trial in own), sum(trial.tokens for trial in own)
-        typer.echo(f"{series}: {len(own)} trials, {format_count(tokens)} tokens, {flops:.3g} FLOPs")
+        typer.echo(f"{series}: {plural(len(own), 'trial')}, {format_count(tokens)} tokens, {flops:.3g} FLOPs")
         if lacking := _too_few(own):
             typer.echo(f"  note: no law can be fitted to them, `sweep plot` shows them all the same: {lacking}")
     told: dict[str, list[str]] = {}
@@ -120,7 +120,7 @@ def run(
     retries: Annotated[int, typer.Option(min=0, help="Starts after the first that failed, for each trial.")] = 1,
     sweep_dir: SweepDir = None,
 ) -> None:
-    """Train the trials that are not done on this machine, then collect. The same command continues what was stopped.
+    """Train the trials that are not done on this machine, then collect. The same command continues after a stop.
 
     Exit codes: 0 all trials are done or diverged, 2 config, 3 data, 5 trials failed, 75 stopped early and resumable.
     """
@@ -157,7 +157,7 @@ def submit(
     only: Annotated[str | None, typer.Option(metavar="failed", help="`failed`: those alone that have failed.")] = None,
     sweep_dir: SweepDir = None,
 ) -> None:
-    """Train what is not done as an array of jobs of Slurm; leave as soon as it is in the queue."""
+    """Submit the trials that are not done as an array of Slurm jobs; return as soon as it is in the queue."""
     if only not in (None, "failed"):
         raise ConfigError(f"--only is {only}, but must be failed")
     loaded, trials, folder = _read(sweep, sweep_dir)
@@ -250,7 +250,7 @@ def _read(path: Path, sweep_dir: Path | None = None) -> tuple[Sweep, list[Trial]
 
 
 def _keep_file(sweep: Sweep, folder: Path) -> None:
-    """Keep the sweep's file beside what came of it, in a folder that was made for it or is one of a sweep."""
+    """Keep the sweep's file beside its trials, in a new folder or in that of a sweep."""
     kept = folder / "sweep.yaml"
     require_own(folder, "--sweep-dir", SWEEP_MARKS, also=(sweep.path,))
     try:
@@ -301,4 +301,4 @@ def _summary(trials: Sequence[Trial], folder: Path) -> None:
     if not folder.is_dir():
         hint = "begun elsewhere, it is found from there, or by --sweep-dir"
         typer.echo(f"note: there is no sweep folder {folder.absolute()}; {hint}", err=True)
-    typer.echo(f"{folder}: {len(trials)} trials, {counts}")
+    typer.echo(f"{folder}: {plural(len(trials), 'trial')}, {counts}")

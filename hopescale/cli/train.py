@@ -140,7 +140,7 @@ def _settled(request: RunRequest) -> RunRequest:
 
 
 def _memory(request: RunRequest) -> RankMemory:
-    """Return what each rank can have of its device, as if all ranks ran on this machine."""
+    """Return the memory that each rank can have of its device, as if all ranks ran on this machine."""
     from hopescale.parallel.device import choose_device
     from hopescale.train.device_memory import memory_of
 

@@ -1,1 +1,1 @@
-"""What every floor may use: errors, logging, units, paths. Knows nothing of the rest and imports no torch."""
+"""Helpers that every floor may use: errors, logging, units, paths. Imports nothing else of hopescale, and no torch."""

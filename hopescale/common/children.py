@@ -118,7 +118,7 @@ def supervised(children: list[Child]) -> Iterator[list[int]]:
 
 
 def _with_own_code(environ: Mapping[str, str]) -> dict[str, str]:
-    """Let a process import what this one does: nothing of its working directory shadows a module."""
+    """Let a child import the same modules as this process: no file of its working directory shadows one."""
     safe = {**environ, "PYTHONSAFEPATH": "1"}
     if Path(sys.path[0] or ".").resolve() == PACKAGE.parent:  # a checkout that was found by the working directory
         safe["PYTHONPATH"] = os.pathsep.join(filter(None, (str(PACKAGE.parent), environ.get("PYTHONPATH"))))

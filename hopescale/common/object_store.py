@@ -92,7 +92,7 @@ class ObjectStore:
         return hashlib.sha256(f"{tag or (info.get('size'), str(changed))}".encode()).hexdigest()
 
     def names(self, folder: str = "") -> list[str]:
-        """List what is directly below a folder, sorted; a folder that is missing is empty."""
+        """List the names directly below a folder, sorted; a missing folder is empty."""
 
         def do() -> list[str]:
             self._filesystem.invalidate_cache()

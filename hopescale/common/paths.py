@@ -1,4 +1,4 @@
-"""Where the package keeps what it ships, and how paths are shown to people."""
+"""Folders that the package ships, and paths as people read them."""
 
 from __future__ import annotations
 

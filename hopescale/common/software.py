@@ -1,4 +1,4 @@
-"""What a process runs: Python, packages, and the revision of this one's source."""
+"""The software of a process: Python, packages, and the revision of hopescale's source."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def describe_software() -> str:
 
 
 def software() -> dict[str, str]:
-    """Return by name what decides which numbers a process computes: the code of this package, and versions.
+    """Return by name the software that decides the numbers of a run: the code of this package, and versions.
 
     The content decides whether code is the same: clones at different commits may hold the same, and edited ones not.
     """
@@ -55,7 +55,7 @@ def source_revision() -> str:
 
 
 def git(*words: str) -> str | None:
-    """Return what git says in the folder of this package; None if it fails."""
+    """Return the output of git in the folder of this package; None if git fails."""
     command = ["git", "-C", str(PACKAGE), *words]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()

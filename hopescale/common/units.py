@@ -42,6 +42,11 @@ def format_bytes(value: float) -> str:
     return f"{value:.0f}B"
 
 
+def plural(count: int, noun: str) -> str:
+    """Write a count with its noun, of which the plural ends in s: `1 file`, `2,048 files`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def format_duration(seconds: float) -> str:
     """Write seconds as `3h12m`, `4m05s` or `12s`."""
     total = max(0, int(seconds))

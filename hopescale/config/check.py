@@ -1,4 +1,4 @@
-"""What the values of a config mean together; all that is wrong is reported at once. One function checks one thing."""
+"""Checks of the values of a config together; all problems are reported at once. Each function checks one thing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a check of the values of a config is, and what checks share."""
+"""The type of a check of a config's values, and helpers that checks share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks of the cadences of levels: what rolls, what is applied later, and what is rounded on the wire."""
+"""Checks of the cadences of levels: rolling levels, late sums, and sums that are rounded on the wire."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def levels_take_turns(config: RunConfig, origins: Origins) -> Iterator[Problem]:
 
 
 def sums_wait(config: RunConfig, origins: Origins) -> Iterator[Problem]:
-    """A sum arrives before the next one leaves; what leaves is an accumulator, which is whole on each replica."""
+    """A sum arrives before the next one leaves; it leaves from an accumulator, which is whole on each replica."""
     parallel, groups = config.parallel, config.optim.groups
     for name, level in config.model.cms.levels.items():
         period = level.update_every_steps

@@ -75,7 +75,7 @@ def attention(config: RunConfig, origins: Origins) -> Iterator[Problem]:
 
 
 def memories(config: RunConfig, origins: Origins) -> Iterator[Problem]:
-    """A projection is a memory or is not, and what is a memory has what it needs."""
+    """Each projection is a memory or a static map, and each memory has the settings that it needs."""
     for name, mixer in self_modifying_mixers(config.model).items():
         for problem in _memories(mixer):
             yield replace(problem, key=f"model.mixers.{name}.{problem.key}")
@@ -144,7 +144,7 @@ def linear_attention(config: RunConfig, origins: Origins) -> Iterator[Problem]:
 
 
 def test_time_training(config: RunConfig, origins: Origins) -> Iterator[Problem]:
-    """Memories of TTT have what they need."""
+    """Memories of TTT have the settings that they need."""
     for name, mixer in config.model.mixers.items():
         if isinstance(mixer, TttConfig) and config.model.num_heads > 0:
             yield from ttt_problems(config.model, mixer, f"model.mixers.{name}")

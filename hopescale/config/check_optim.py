@@ -14,7 +14,7 @@ TRANSFERS = ("adamw", "muon", "m3", "delta_momentum")
 
 
 def groups(config: RunConfig, origins: Origins) -> Iterator[Problem]:
-    """Every parameter belongs to a group: exactly one has no pattern, and takes what others, with patterns, leave."""
+    """Every parameter belongs to a group: exactly one group has no patterns, and takes the parameters that are left."""
     rest = [name for name, group in config.optim.groups.items() if group.match is None]
     if len(rest) != 1:
         message = f"{len(rest)} groups have match: null ({', '.join(rest) or 'none'}), exactly one must"
@@ -94,7 +94,7 @@ def matrices_are_whole(config: RunConfig, origins: Origins) -> Iterator[Problem]
 
 
 def rates_follow_the_width(config: RunConfig, origins: Origins) -> Iterator[Problem]:
-    """Of learning rates of another width, only what has been derived is allowed (`docs/width_transfer.md`)."""
+    """Learning rates of another width are allowed only where they were derived (`docs/width_transfer.md`)."""
     if config.model.transfer is None:
         return
     optim, used = config.optim, _rules(config)

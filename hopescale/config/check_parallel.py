@@ -12,7 +12,7 @@ from hopescale.config.schema import RunConfig
 
 
 def degrees(config: RunConfig, origins: Origins) -> Iterator[Problem]:
-    """What remains of the ranks is one number; what is sharded is shared, and the first step does more than others."""
+    """One degree at most is open; only what replicas share is sharded; the first step may take longer than others."""
     parallel, zero, pp = config.parallel, config.parallel.zero, config.parallel.pp
     is_one = parallel.dp == parallel.cp == 1
     unset = [axis for axis in AXES if getattr(parallel, axis) is None]

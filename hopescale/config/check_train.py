@@ -1,4 +1,4 @@
-"""Checks of `train` and `checkpoint`: batches, and what computes and keeps the activations of memories."""
+"""Checks of `train` and `checkpoint`: batches, backends, recomputation, recovery."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def kept_checkpoints_are_written(config: RunConfig, origins: Origins) -> Iterato
 
 
 def backend_can_run(config: RunConfig, origins: Origins) -> Iterator[Problem]:
-    """A backend can run the memories on a machine that has what it takes; attention has one implementation."""
+    """A backend can run the memories on a suitable machine; attention has one implementation."""
     train, memories = config.train, self_modifying_mixers(config.model)
     if train.backend != "auto" and not memories:
         kinds = " and ".join(sorted({mixer.kind for mixer in config.model.mixers.values()}))
@@ -95,7 +95,7 @@ def chunks_can_be_compiled_or_reversed(config: RunConfig, origins: Origins) -> I
 
 
 def recovery_has_an_effect(config: RunConfig, origins: Origins) -> Iterator[Problem]:
-    """A factor is of a run that lowers its rate, a number of returns of one that goes back, to what it has saved."""
+    """`rate_factor` needs `then: lower_rate`, and a run that goes back needs checkpoints to go back to."""
     recovery, key = config.train.recovery, "train.recovery"
     idle = {"rate_factor": recovery.then != "lower_rate", "max_returns": recovery.then == "stop"}
     for name in (name for name, is_idle in idle.items() if is_idle and set_keys(config, origins, f"{key}.{name}")):

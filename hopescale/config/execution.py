@@ -1,4 +1,4 @@
-"""Which code a config asks for: what runs its memories, and what is recomputed."""
+"""The code that a config asks for: the backend of its memories, and recomputation."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def memory_shape(model: ModelConfig, mixer: SelfModifyingConfig) -> MemoryShape:
 
 
 def memory_backend(config: RunConfig, mixer: SelfModifyingConfig, device: str | None = None) -> Choice:
-    """Choose the code that trains a mixer's memories on a type of device; None is any that has what it takes."""
+    """Choose the code that trains a mixer's memories on a type of device; None is any suitable device."""
     train = config.train
     how = {"compiled": train.compile, "recompute": train.recompute}
     return select(train.backend, memory_shape(config.model, mixer), device=device, **how)
@@ -49,7 +49,7 @@ def is_fused(config: RunConfig, mixer: MixerConfig) -> bool:
 
 
 def effective_recompute(config: RunConfig, mixer: MixerConfig) -> str:
-    """Return what a block computes again, as `train.recompute` says it: operations over all chunks always do these.
+    """Return the recomputation of a block in the words of `train.recompute`: operations over all chunks imply `chunks`.
 
     Only memories know `chunks` and `reverse`.
     """

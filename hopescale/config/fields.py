@@ -119,7 +119,7 @@ def docstrings(section: type) -> dict[str, str]:
 
 
 def suggest(prefix: str, name: str, rest: str, known: list[str], schema: type = RunConfig) -> str:
-    """Say what an unknown key may have meant.
+    """Suggest the key that an unknown one may stand for.
 
     Args:
         prefix: The known part of the dotted key, empty or with a final dot.
@@ -141,7 +141,7 @@ def suggest(prefix: str, name: str, rest: str, known: list[str], schema: type = 
 
 
 def children(node: Any) -> list[tuple[str, Any]]:
-    """List what a section or a dict of entries holds, by name."""
+    """List the members of a section or of a dict of entries, by name."""
     if isinstance(node, dict):
         return list(node.items())
     return [(field.name, getattr(node, field.name)) for field in fields(node)]

@@ -20,7 +20,7 @@ def assign_groups(
 
     Args:
         shapes: Shapes of the parameters, by name.
-        groups: Group settings; the one whose `match` is null takes what no pattern matches.
+        groups: Group settings; the one whose `match` is null takes the parameters that no pattern matches.
         tied: Parameters that several pipeline stages hold.
         linear: Weights of linear layers; None is not known, and not looked at.
 
@@ -54,7 +54,7 @@ def _misfits(
     tied: Collection[str],
     linear: Collection[str] | None,
 ) -> Iterator[Problem]:
-    """Find what a rule for matrices cannot update."""
+    """Find the parameters that a rule for matrices cannot update."""
     for parameter, name in assigned.items():
         if name is None or groups[name].rule == "adamw":
             continue

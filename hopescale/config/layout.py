@@ -36,7 +36,7 @@ class Layout:
 
     @property
     def degrees(self) -> dict[str, int | bool]:
-        """What is chosen, by the name of its key in `parallel`."""
+        """Chosen degrees, by their keys in `parallel`."""
         return {each.name: getattr(self, each.name) for each in fields(self) if each.name != "node_replicas"}
 
     @property
@@ -61,7 +61,7 @@ class Layout:
 
 
 def make_layout(config: RunConfig, num_ranks: int) -> Layout:
-    """Share out the ranks of a job as a config asks; a degree that is null takes what remains.
+    """Divide the ranks of a job among the axes of a config; a degree that is null takes the remaining factor.
 
     Whether the model and the batch split that way is checked by `hopescale.config.check.check_layout`.
 

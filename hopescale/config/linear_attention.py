@@ -1,4 +1,4 @@
-"""Sizes of a linear-attention mixer that follow from its config, and what can be wrong with one."""
+"""Sizes of a linear-attention mixer that follow from its config, and problems of such a config."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class LinearSizes:
 
     @property
     def group_streams(self) -> int:
-        """Queries, keys and values of a group, side by side: what is convolved."""
+        """Width of queries, keys and values of a group, side by side, as they are convolved."""
         return 2 * self.key_dim + self.group_values
 
     @property
@@ -76,7 +76,7 @@ class LinearSizes:
 def linear_attention_problems(
     model: ModelConfig, config: LinearAttentionConfig, key: str, tp: int | None = None
 ) -> Iterator[Problem]:
-    """Find what does not fit together, or has no effect.
+    """Find settings that do not fit together, or have no effect.
 
     Args:
         model: Sizes that the mixer takes over.

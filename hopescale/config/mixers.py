@@ -14,7 +14,7 @@ OLD_NAMES = {"self_modifying": "hope", "attention": "attention"}
 
 
 def begin_anew(trees: Sequence[dict[str, Any]]) -> dict[str, MixerConfig]:
-    """Find the kind of each mixer and return its defaults; what was said of it as another kind is dropped.
+    """Find the kind of each mixer and return its defaults; settings for another kind are dropped.
 
     Args:
         trees: Values of configs, later ones winning; changed in place.
@@ -45,7 +45,7 @@ def misplaced(tree: dict[str, Any], kinds: Mapping[str, MixerConfig], origin: st
 
 
 def read_resolved(tree: dict[str, Any]) -> dict[str, Any]:
-    """Return the values of a resolved config as they are written now; what an earlier version did not know is off."""
+    """Return the values of a resolved config in today's form; features that its version did not have are off."""
     tree = read_old(tree)
     model = tree.get("model")
     if not isinstance(model, dict) or not isinstance(model.get("mixers"), dict):

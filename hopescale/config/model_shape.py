@@ -53,7 +53,7 @@ def attention_mixers(model: ModelConfig) -> dict[str, AttentionConfig]:
 
 
 def sees_all(mixer: MixerConfig) -> bool:
-    """Tell whether a token sees all before it, so that what is carried grows with the tokens read."""
+    """Tell whether a token sees all tokens before it, so that the state grows with the tokens read."""
     if isinstance(mixer, TitansConfig):
         return mixer.window is None and mixer.composition != "mac"
     return isinstance(mixer, AttentionConfig) and mixer.window is None
@@ -76,7 +76,7 @@ def memory_dim(model: ModelConfig, mixer: SelfModifyingConfig) -> int | None:
 
 
 def normalizes_writes(mixer: SelfModifyingConfig) -> bool:
-    """Tell whether writes of a mixer's memories are divided by what their layers amplify an error by."""
+    """Tell whether writes of a mixer's memories are divided by the factor by which their layers amplify an error."""
     return mixer.memory == "mlp" if mixer.normalize_writes is None else mixer.normalize_writes
 
 
@@ -113,7 +113,7 @@ def padded_vocab_size(model: ModelConfig) -> int:
 
 
 def has_chunk_loop(mixer: MixerConfig) -> bool:
-    """Tell whether memories are written with what depends on what they hold, so that chunks follow one another."""
+    """Tell whether writes depend on the contents of the memories, so that chunks must follow one another."""
     if not isinstance(mixer, SelfModifyingConfig):
         return False
     if mixer.far is not None:

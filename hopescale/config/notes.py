@@ -1,4 +1,4 @@
-"""What a config allows, but a person may not have meant: told before the training, and no error."""
+"""Notes on settings that are allowed but perhaps not meant; printed before the training, and no error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What follows from a config: counts the run needs that nobody sets. Written beside the config, never into it."""
+"""Counts that a run needs and that follow from its config. Written beside the config, never into it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run folder says of its config: the values, where each came from, what follows from them."""
+"""The config in a run folder: its values, their origins, and the values that follow from them."""
 
 from __future__ import annotations
 

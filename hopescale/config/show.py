@@ -1,4 +1,4 @@
-"""Configs for people: with origins, as a difference, and what a resumed run may not change."""
+"""Configs for people: with origins, as a difference, and the keys that a resumed run may not change."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def diff(a: RunConfig, b: RunConfig) -> list[Change]:
 
 
 def meant_diff(a: RunConfig, b: RunConfig) -> list[Change]:
-    """List the keys at which two configs mean something else; a null is compared as what it stands for.
+    """List the keys at which two configs differ in meaning; a null is compared by the value that it stands for.
 
     Runs of an earlier version hold `normalize_writes: false` where null now means the same.
     """

@@ -1,4 +1,4 @@
-"""Titans' compositions: the attention in one, and what can be wrong with one."""
+"""Titans' compositions: their attention, and problems of their settings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def titans_attention(mixer: TitansConfig) -> AttentionConfig:
 
 
 def titans_problems(model: ModelConfig, mixer: TitansConfig, key: str) -> Iterator[Problem]:
-    """Find what does not fit together, or has no effect; `key` is the dotted key of the mixer's section."""
+    """Find settings that do not fit together, or have no effect; `key` is the dotted key of the mixer's section."""
     if head_dim(model) % 2:
         yield Problem("model.head_dim", f"{key} rotates pairs of channels, but the head dim is {head_dim(model)}")
     if mixer.adaptive or mixer.query != "static":

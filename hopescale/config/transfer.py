@@ -1,4 +1,4 @@
-"""How much a model is wider than the one its learning rate was tuned on, and what that does to its forward pass."""
+"""Growth of a model beyond the one whose learning rate was tuned, and its effect on the forward pass."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ by side, levels. `head`: of one head. `memory`: the hidden width of an MLP memor
 
 
 def growth(model: ModelConfig) -> dict[Size, float]:
-    """Return how many times each kind of size is what it is at the base width; 1 without `model.transfer`."""
+    """Return the ratio of each kind of size to that at the base width; 1 without `model.transfer`."""
     transfer, own = model.transfer, head_dim(model)
     if transfer is None:
         return dict.fromkeys(get_args(Size), 1.0)

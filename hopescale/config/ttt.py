@@ -1,4 +1,4 @@
-"""Sizes of a mixer of test-time training that follow from its config, and what can be wrong with one."""
+"""Sizes of a mixer of test-time training that follow from its config, and problems of such a config."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def ttt_parts(model: ModelConfig, config: TttConfig) -> tuple[tuple[int, int], .
 
 
 def ttt_problems(model: ModelConfig, config: TttConfig, key: str) -> Iterator[Problem]:
-    """Find what does not fit together, or has no effect.
+    """Find settings that do not fit together, or have no effect.
 
     Args:
         model: Sizes that the mixer takes over.

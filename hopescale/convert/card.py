@@ -89,7 +89,7 @@ def model_card(manifest: Manifest, config: RunConfig, recipe: str, tokenizer: st
 
 
 def _origin(source: SourceConfig) -> str:
-    """Say in a table what a source reads."""
+    """Describe the data of a source, for a row of a table."""
     if source.path is not None:
         return source.path
     return f"suite: {source.suite.task}" if source.synthetic is None else f"synthetic: {source.synthetic.task}"

@@ -186,7 +186,7 @@ def _native_config(manifest: Manifest, config: RunConfig) -> dict[str, Any]:
 
 
 def _write_texts(folder: Path, source: Path, manifest: Manifest, config: RunConfig, body: Mapping[str, Any]) -> str:
-    """Write what is not a tensor: config, generation config, tokenizer, model card; return a note on the tokenizer."""
+    """Write the files beside the tensors: configs, tokenizer, model card; return a note on the tokenizer."""
     own_code = "auto_map" in body
     special, pad = {}, {}
     note = "No tokenizer was kept with it."
@@ -315,7 +315,7 @@ def check_weights(found: Mapping[str, TensorEntry], config: RunConfig, origin: s
     """Compare names, shapes and types of weights with those of a config's model.
 
     Raises:
-        CheckpointError: With what is missing, surplus and different.
+        CheckpointError: With the missing, surplus and different tensors.
     """
     wanted = weight_entries(config)
     groups = {
@@ -339,7 +339,7 @@ class SafetensorsFolder(Mapping[str, Tensor]):
         folder: Holds `model.safetensors`, or shards and their index.
 
     Raises:
-        CheckpointError: If a file is missing, truncated or not what the index says.
+        CheckpointError: If a file is missing, truncated or differs from its entry in the index.
     """
 
     def __init__(self, folder: Path):

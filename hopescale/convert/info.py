@@ -1,4 +1,4 @@
-"""What a folder is: a checkpoint, an export, or a model of transformers; from its small files alone."""
+"""Description of a folder, a checkpoint, an export, or a model of transformers, from its small files alone."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 from hopescale.checkpoint.manager import find_checkpoint
 from hopescale.checkpoint.manifest import EXPORT, Manifest, TensorEntry, read_manifest
 from hopescale.common.errors import CheckpointError
-from hopescale.common.units import format_bytes, format_count
+from hopescale.common.units import format_bytes, plural
 from hopescale.config.load import from_dict
 from hopescale.config.model_shape import block_pattern, by_period
 from hopescale.config.schema import RunConfig
 from hopescale.convert.hf import SafetensorsFolder, num_bytes
-from hopescale.cost.params import count_params
+from hopescale.cost.params import describe_params
 from hopescale.data.tokenizer import JSON_FILE, SENTENCEPIECE_FILE
 
 _SIZES = {
@@ -35,7 +35,7 @@ def describe(path: Path) -> dict[str, str]:
     if (path / EXPORT).exists():
         manifest = read_manifest(path, EXPORT)
         files = len([name for name in manifest.files if name.endswith(".safetensors")])
-        rows = {"kind": f"export for transformers, {files} files of weights"}
+        rows = {"kind": f"export for transformers, {plural(files, 'file')} of weights"}
         return rows | _of_manifest(manifest, path)
     if (path / "config.json").exists():
         return _of_transformers(path)
@@ -73,7 +73,6 @@ def _of_manifest(manifest: Manifest, folder: Path) -> dict[str, str]:
 
 def _of_model(config: RunConfig) -> dict[str, str]:
     model = config.model
-    counts = ", ".join(f"{part} {format_count(count)}" for part, count in count_params(model).items())
     levels = [f"{name} {level.d_ff} every {level.update_every_steps}" for name, level in by_period(model.cms.levels)]
     where = "in every block" if model.cms.placement == "every_block" else "over depth"
     counted = Counter(block_pattern(model))
@@ -82,7 +81,7 @@ def _of_model(config: RunConfig) -> dict[str, str]:
     return {
         "model": f"{mixers}, {model.num_layers} blocks, width {model.d_model}, {model.num_heads} heads, "
         f"vocabulary {model.vocab_size:,}",
-        "parameters": counts,
+        "parameters": describe_params(model),
         "levels": f"{'; '.join(levels)} ({where}, {model.cms.variant})",
     }
 

@@ -160,7 +160,7 @@ def _kv_heads(model: ModelConfig) -> int:
 
 
 def _switches(model: ModelConfig) -> dict[str, Any]:
-    """Return what all layers of one of their models share, of the model's first mixer."""
+    """Return the settings that all layers of one of their models share, from the model's first mixer."""
     mixer = mixer_of_block(model, 0)
     return {name: getattr(mixer, name) for name in SHARED}
 

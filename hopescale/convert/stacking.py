@@ -50,7 +50,7 @@ def stack(
         stacking: Key of `PLACEMENTS`.
         precision: Precision as in `train.precision`; None is bf16 for a source in bfloat16, else fp32.
         report: Listener for a line about the tokenizer.
-        progress: Listener for what is done of it.
+        progress: Listener for the progress of the work.
 
     Raises:
         ConfigError: If the levels do not make a model.
@@ -87,7 +87,7 @@ def read_source(folder: Path) -> dict[str, Any]:
 
 
 def require_config(folder: Path) -> None:
-    """Refuse what is no folder of transformers, which itself would look for a model of that name elsewhere.
+    """Refuse a path that is no folder of transformers, which itself would look for a model of that name elsewhere.
 
     Raises:
         CheckpointError: If there is no config.

@@ -29,7 +29,7 @@ _SAMPLES = (
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path, *, own_code: bool) -> str:
-    """Write what transformers needs into a folder, so that its ids are those of training.
+    """Write the files that transformers needs into a folder, so that its ids are those of training.
 
     That is a `tokenizer.json`, where one gives the same ids. Else it is code of ours that calls sentencepiece, or,
     where a folder must hold none, nothing: the model gets a name by which transformers does not take it up.
@@ -88,7 +88,7 @@ def _is_same(fast: FastTokenizer | None, ours: Tokenizer) -> bool:
 
 
 def _frame(file: Path, tokenizer: Tokenizer) -> None:
-    """Let a `tokenizer.json` put the end of text before a text, in place of what it puts around texts."""
+    """Let a `tokenizer.json` put the end of text before a text, instead of its own tokens around texts."""
     tree = json.loads(file.read_text(encoding="utf-8"))
     end = {"SpecialToken": {"id": tokenizer.eos_token, "type_id": 0}}
     first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")

@@ -37,7 +37,7 @@ ROWS, TOKENS, PROMPT, GREEDY = 2, 256, 32, 64
 
 @dataclass(frozen=True)
 class Verified:
-    """What was compared; `text` says what was read, and `greedy` what became of the generated tokens."""
+    """Result of a comparison; `text` names the tokens that were read, `greedy` describes the generated ones."""
 
     text: str
     num_tokens: int
@@ -204,7 +204,7 @@ def _difference(found: Tensor, expected: Tensor) -> float:
 
 
 def held_out(config: RunConfig) -> tuple[Tensor, str]:
-    """Return tokens `[B, T]` of a run's held-out data and what they are; random tokens where it cannot be read."""
+    """Return tokens `[B, T]` of a run's held-out data and their description; random tokens if it cannot be read."""
     length = min(TOKENS, config.train.seq_len)
     try:
         original = replace(config.data, staged=None)  # copies are on the disks of other machines
@@ -232,7 +232,7 @@ def _first_difference(ours: Model, theirs: nn.Module, tokens: Tensor, limit: flo
 
 @contextmanager
 def _outputs(model: nn.Module, names: Iterable[str]) -> Iterator[Mapping[str, Tensor]]:
-    """Collect what modules return while the block runs."""
+    """Collect the outputs of modules while the block runs."""
     outputs: dict[str, Tensor] = {}
 
     def keep(name: str, module: nn.Module, args: Any, output: Any) -> None:

@@ -1,4 +1,4 @@
-"""What a run costs, counted from its config alone. Imports no torch.
+"""Cost of a run, counted from its config alone. Imports no torch.
 
 `params` lists parameters and `flops` counts operations of a model; `mixers` names, by kind of mixer, the files that
 count its parameters, operations and activations: `self_modifying`, `attention`, `linear_attention`, `ttt`.

@@ -28,7 +28,7 @@ class AutoBatch:
     at_once: int = 1
 
     def describe(self, device: str) -> str:
-        """Say what was chosen and why."""
+        """Say which micro batch was chosen, and why."""
         need, room = format_bytes(int(self.peak)), format_bytes(int(self.room))
         several = f", with {self.at_once} or more in a step" if self.at_once > 1 else ""
         return (
@@ -46,7 +46,7 @@ def choose_micro_batch(config: RunConfig, layout: Layout, device: str, memory: f
     Args:
         config: Config that has passed its checks on the layout; its own micro batch does not matter.
         layout: Degrees of parallelism.
-        device: Name of what each rank computes on; `cpu` is a CPU, any other a GPU.
+        device: Name of each rank's device; `cpu` is a CPU, any other a GPU.
         memory: Bytes that a rank's device has, of which a plan fills `USABLE`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What a model carries from one piece of a sequence to the next: bytes by mixer. Imports no torch."""
+"""State that a model carries from one piece of a sequence to the next: bytes by mixer. Imports no torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a rank hands to its collectives in a step, by axis, as `comm/<axis>/bytes_per_step` in the metrics counts it.
+"""Bytes that a rank hands to its collectives in a step, by axis, as `comm/<axis>/bytes_per_step` in the metrics.
 
 An all-reduce and a broadcast count their tensor, a reduce-scatter its whole input, an all-gather the rank's own part, a
 send its tensor. docs/parallelism.md derives the formulas. Imports no torch.
@@ -39,7 +39,7 @@ LONGEST_CYCLE = 4096
 
 
 def due_parts(config: RunConfig, step: int) -> frozenset[LevelPart]:
-    """Return what a step, counted from 1, updates of the levels."""
+    """Return the parts of levels that a step, counted from 1, updates."""
     levels = config.model.cms.levels
     late = {name: level.lag for name, level in levels.items()}
     return frozenset((name, phase) for name, phase in _parts(config) if _ends(levels[name], phase, step - late[name]))
@@ -128,7 +128,7 @@ class SentBytes:
         return sent
 
     def to_sum_level(self, level: str, due: Collection[LevelPart]) -> int:
-        """Return the bytes by which the gradients of what is due of a level are summed over replicas at `zero` 0, 1."""
+        """Return the bytes of summing the due gradients of a level over replicas at `zero` 0, 1."""
         total = 0
         for part in {part for part in due if part[0] == level}:
             if self.config.parallel.stage:
@@ -155,7 +155,7 @@ class SentBytes:
         return sum(self._rows(part, count) for count in rows), FP32 * sum(rows)
 
     def _tensor(self) -> float:
-        """Count what tensor-parallel ranks exchange for a micro batch."""
+        """Count the bytes that tensor-parallel ranks exchange for a micro batch."""
         model, train, segments = self.config.model, self.config.train, self.config.train.segments
         tokens, stream = self._tokens(), stream_bytes(self.config) / self.layout.cp
         blocks = sum(map(len, self.slices))
@@ -189,7 +189,7 @@ class SentBytes:
         return [mixer_of_block(self.config.model, number) for blocks in self.slices for number in blocks]
 
     def _within_mixers(self) -> int:
-        """Count what mixers exchange for a micro batch between their maps in and out.
+        """Count the bytes that mixers exchange for a micro batch between their projections.
 
         Each rank applies a parameter that all hold to its heads alone, so its gradient is summed. TTT's norm over all
         heads sums two numbers per token, and their gradients. Titans sums what its parts hand to one another; of MAL,
@@ -218,7 +218,7 @@ class SentBytes:
         return entries * self._tokens() * itemsize(self.precision)
 
     def _pipeline(self) -> dict[str, float]:
-        """Count the residual stream and its gradient between stages, and what the ends share of a tied embedding."""
+        """Count the residual stream and its gradient between stages, and a tied embedding between the outer two."""
         model, layout, ends = self.config.model, self.layout, self.stage in (0, self.layout.pp - 1)
         stream = stream_bytes(self.config) / layout.cp / (layout.tp if layout.sequence_parallel else 1)
         sent = {"pp": (2 * layout.virtual_stages - ends) * self.micro_batches * stream}
@@ -252,7 +252,7 @@ class SentBytes:
         return gradients + self.micro_batches * (2 * whole - last) / dp
 
     def _within_node(self, due: Collection[LevelPart], matrices: list[ParameterShape]) -> float:
-        """Count what replicas of a node exchange: all gradients of a step, and weights and `matrices` that are due.
+        """Count the exchanges of a node's replicas: all gradients of a step, and weights and `matrices` that are due.
 
         Weights that are shared out count whenever they are gathered, due or not.
         """
@@ -320,7 +320,7 @@ class SentBytes:
         return result
 
     def _flat_sizes(self, members: list[ParameterShape], *, is_one: bool) -> list[int]:
-        """Return the entries of the flat tensors of what is updated together, or of the one."""
+        """Return the entries of the flat tensors, one or several, of parameters that are updated together."""
         sizes = {p.name: p.size for p in members}
         if is_one:
             return [sum(sizes.values())]
@@ -343,7 +343,7 @@ class SentBytes:
         return sum(itemsize * SHARD_UNIT * math.ceil(size / unit) for (_, _, itemsize), size in sizes.items())
 
     def _matrices(self, matrices: list[ParameterShape]) -> int:
-        """Count what goes to owners of matrices from equal parts, and weights back: owners send what they updated."""
+        """Count gradients from equal parts to the owners of matrices, and updated weights back."""
         count = 0
         for part in {p.due for p in matrices}:
             count += self._to_owners([p for p in matrices if p.due == part])

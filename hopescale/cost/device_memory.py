@@ -1,4 +1,4 @@
-"""Device memory of each rank, by what takes it. Imports no torch.
+"""Device memory of each rank, by kind. Imports no torch.
 
 The most a rank holds is the largest of a few moments of a step; docs/planning.md derives them. Activations are the
 tensors that torch keeps for the backward, as the modules of `models` make them on one rank; those of mixers are counted
@@ -74,7 +74,7 @@ def _norm(model: ModelConfig, micro: MicroBatch) -> float:
 def _levels(
     model: ModelConfig, micro: MicroBatch, norm: float, watched: Collection[tuple[str, str]]
 ) -> tuple[float, float]:
-    """Count what a block's levels keep, and what the backward of the widest needs.
+    """Count the activations that a block's levels keep, and the workspace of the widest one's backward pass.
 
     No kernel joins first maps whose inputs are looked at; those of the last one are looked at in float32.
     """
@@ -104,7 +104,7 @@ def _logits(model: ModelConfig, micro: MicroBatch) -> float:
 
 
 def head_bytes(model: ModelConfig, micro: MicroBatch) -> float:
-    """Count the final norm, and what goes into the head."""
+    """Count the activations of the final norm, and the head's input."""
     return _norm(model, micro) + _stream(model, micro)
 
 
@@ -175,7 +175,7 @@ def _is_fast(config: RunConfig, kind: Kind) -> bool:
 
 
 def _lasting(config: RunConfig, layout: Layout, holding: Holding, owned: float) -> dict[str, float]:
-    """Count what a rank holds all the time, after what replicas divide among themselves."""
+    """Count the bytes that a rank holds all the time, after sharding over replicas."""
     zero, dp, joined = config.parallel.stage, layout.replicas, gathers(config, layout)
     wait_on = layout.node_replicas or (dp if zero > 1 else 1)
     result = dict.fromkeys(LASTING, 0.0)
@@ -208,7 +208,7 @@ def _kept_weights(config: RunConfig, layout: Layout, holding: Holding, kind: Kin
 
 
 def _keeps_sums(config: RunConfig, layout: Layout, kind: Kind) -> bool:
-    """Tell whether whole gradient sums of matrices last, beside what waits: with nodes, where Gram matrices grow."""
+    """Tell whether whole gradient sums of matrices last beside waiting ones: with nodes, those of `dgd`."""
     return kind.rule == "dgd" if layout.node_replicas else _is_fast(config, kind)
 
 
@@ -237,7 +237,7 @@ def _fast_gradients(config: RunConfig, layout: Layout, holding: Holding) -> floa
 
 
 def _update_workspace(config: RunConfig, layout: Layout, holding: Holding) -> float:
-    """Count what an update of everything computes with: roots, and weights before, to compare.
+    """Count the workspace of an update of everything: roots, and the weights before it, to compare.
 
     AdamW updates some parameters at a time, but ZeRO all of its share, whose gradients stages 2 and 3 copy too.
     """
@@ -267,7 +267,7 @@ def _moments(
     in_flight: int,
     watched: Collection[tuple[str, str]],
 ) -> dict[str, dict[str, float]]:
-    """Count what a rank holds by moment and kind, beside what lasts."""
+    """Count the bytes that a rank holds by moment and kind, beside lasting ones."""
     model, micro = config.model, MicroBatch.of(config.train, layout)
     several, is_last = make_plan(config, layout).grad_accumulation > 1, slices[-1].stop == model.num_layers
     pattern = block_pattern(model)
@@ -311,7 +311,7 @@ def _moments(
 
 
 def _gathered(config: RunConfig, holding: Holding, vocabulary: float) -> float:
-    """Count what ZeRO 2 sends gradients in, and the weights that ZeRO 3 makes whole: two blocks, and the others.
+    """Count the buffers of gradients at ZeRO 2, and the weights that ZeRO 3 makes whole: two blocks, and the others.
 
     A node that shares weights out makes those of two blocks whole.
     """

@@ -52,7 +52,7 @@ gradients and weights between replicas, updates."""
 
 @dataclass(frozen=True)
 class Estimate:
-    """A step of a run on some ranks, and what follows from it."""
+    """Estimate of a step of a run on some ranks, and of the run."""
 
     seconds: dict[str, float]
     """Seconds by part, as in `PARTS`."""
@@ -138,7 +138,7 @@ class Estimator:
         )
 
     def assumptions(self) -> list[str]:
-        """Say what the estimate takes for granted."""
+        """List the assumptions of the estimate."""
         config, device = self.holdings.config, self.device
         on_cpu = device.name == "cpu"
         lines = [f"large products reach {self.rate / device.peak_flops:.0%} of the peak"]
@@ -319,7 +319,7 @@ class Estimator:
 
 
 def memory_kind(mixer: MixerConfig) -> str | None:
-    """Return what decides the speed of memories: `mlp` or `linear` if they make what is written, else `static`."""
+    """Return the kind that decides the speed of memories: `mlp` or `linear` if they make writes, else `static`."""
     if not isinstance(mixer, SelfModifyingConfig):
         return None
     return mixer.memory if mixer.adaptive or mixer.query == "memory" else "static"

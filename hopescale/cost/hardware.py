@@ -47,7 +47,7 @@ GIB, GIGA = 2**30, 10**9
 
 @dataclass(frozen=True)
 class Device:
-    """What a rank computes on, for an estimate.
+    """Device of a rank, for an estimate.
 
     Attributes:
         name: Name that its vendor gives it.
@@ -89,7 +89,7 @@ CPU_CORE = Device("cpu", 135 * GIGA, 0, 10 * GIGA, 5 * GIGA, 1 * GIGA, call_s=0.
 
 
 def trained_on(config: RunConfig, device: str) -> RunConfig:
-    """Return a config whose `train.device` is what a plan is made for: `cpu`, or `cuda` for any other name.
+    """Return a config whose `train.device` is that of the plan: `cpu`, or `cuda` for any other name.
 
     Memory is counted by that: on a GPU kernels keep less than torch's operations do.
     """

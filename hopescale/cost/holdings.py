@@ -1,4 +1,4 @@
-"""What a rank holds of the parameters, by rule and cadence: the entries behind every byte that outlives a step.
+"""Parameters that a rank holds, by rule and cadence: the entries behind every byte that outlives a step.
 
 Which blocks a pipeline rank holds is decided here too, and which replica owns a matrix. Imports no torch.
 """
@@ -83,7 +83,7 @@ def _even(costs: list[int], num_stages: int, limit: int) -> list[int]:
 
 
 class Kind(NamedTuple):
-    """Update rule, level (None is updated at every step), bytes of an entry and phase of what is treated alike."""
+    """Parameters treated alike: update rule, level (None is updated at every step), bytes of an entry, phase."""
 
     rule: str
     level: str | None
@@ -119,7 +119,7 @@ class Holding:
 
 
 class Holdings:
-    """Finds what ranks hold, quickly for many layouts of a config that has passed its checks.
+    """Finder of the holdings of ranks, quick for many layouts of a config that has passed its checks.
 
     Attributes:
         groups: Group of each parameter, by name.
@@ -160,7 +160,7 @@ class Holdings:
         return [p for p in self.parameters(layout, stage) if self.rule_of(p) != "adamw"]
 
     def of_stage(self, layout: Layout, stage: int) -> Holding:
-        """Return what each rank of a pipeline stage holds."""
+        """Return the holdings of each rank of a pipeline stage."""
         return self._holding(_one_replica(layout), stage)
 
     def _sum(self, layout: Layout, stage: int) -> Holding:
@@ -176,7 +176,7 @@ class Holdings:
         return Holding(entries, state, grams, largest, outside)
 
     def is_cut(self, parameter: ParameterShape) -> bool:
-        """Tell whether a tensor-parallel rank holds parts of what a parameter's rule looks at: matrices, or rows."""
+        """Tell whether a tensor-parallel rank holds only parts of the matrices, or rows, that a rule needs whole."""
         looks_at = 1 if self.rule_of(parameter) == "dgd" else 2
         return parameter.split is not None and parameter.split >= len(parameter.shape) - looks_at
 

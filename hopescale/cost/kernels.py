@@ -17,7 +17,7 @@ TABLES, ROWS, SHIFT = 12, 21, 32
 
 
 def runs_kernels(model: ModelConfig, mixer: SelfModifyingConfig, micro: MicroBatch, recompute: str) -> bool:
-    """Tell whether the kernels run memories without a far one, where a GPU has what they take."""
+    """Tell whether the kernels run memories without a far one, on a GPU that is suitable."""
     return micro.kernels and select("triton", memory_shape(model, mixer), recompute=recompute).backend == "triton"
 
 

@@ -95,7 +95,7 @@ def linear_attention_activations(
 
 
 def _stream_bytes(config: LinearAttentionConfig, sizes: LinearSizes, itemsize: int) -> float:
-    """Count what a token leaves from the in-projection to the memories, and what goes into the out-projection."""
+    """Count a token's activations from the in-projection to the memories, and the input of the out-projection."""
     kept = sizes.width * itemsize
     if config.conv_width:
         kept += sizes.groups * sizes.group_streams * itemsize

@@ -1,4 +1,4 @@
-"""A rank's micro batch, and what a part of the model keeps of it."""
+"""A rank's micro batch, and the activations that a part of the model keeps of it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hopescale.cost.parameter import itemsize
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What a rank runs at a time of a micro batch: what activations depend on, apart from the model."""
+    """Tokens that a rank runs at a time; activations depend on them and on the model."""
 
     tokens: int
     batch: int
@@ -36,7 +36,7 @@ class MicroBatch:
 
     @classmethod
     def of(cls, train: TrainConfig, layout: Layout) -> MicroBatch:
-        """Return what each rank of a layout runs at a time: a piece of each sequence of a micro batch."""
+        """Return the tokens that each rank of a layout runs at a time: a piece of each sequence of a micro batch."""
         share = 1 / layout.tp if layout.sequence_parallel else 1
         batch, size = train.micro_batch_size, itemsize(train.precision)
         tokens = train.seq_len // (layout.cp * train.segments)

@@ -1,4 +1,4 @@
-"""What every kind of mixer costs: the one file of `cost` that a new kind is added to."""
+"""Cost of every kind of mixer: the one file of `cost` that a new kind is added to."""
 
 from __future__ import annotations
 

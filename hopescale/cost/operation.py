@@ -47,5 +47,5 @@ def solve(size: float, columns: float) -> OpCost:
 
 
 def saved(entries: float) -> OpCost:
-    """Count entries that the backward keeps, of whatever is elementwise."""
+    """Count the entries that the backward pass keeps of elementwise operations."""
     return OpCost(0, 0, entries)

@@ -46,7 +46,7 @@ class ParameterShape:
         return math.prod(self.shape)
 
     def slice(self, tp: int) -> ParameterShape:
-        """Return what one of `tp` tensor-parallel ranks holds."""
+        """Return the part that one of `tp` tensor-parallel ranks holds."""
         if self.split is None or tp == 1:
             return self
         shape = tuple(n // tp if dim == self.split else n for dim, n in enumerate(self.shape))

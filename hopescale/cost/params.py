@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+from hopescale.common.units import format_count
 from hopescale.config.model_shape import (
     by_period,
     levels_of_block,
@@ -88,6 +89,14 @@ def count_params(model: ModelConfig) -> dict[str, int]:
             counts[_kind(part.name)] += part.size * blocks
     counts["norms"] += model.d_model
     return {**counts, "total": sum(counts.values())}
+
+
+def describe_params(model: ModelConfig) -> str:
+    """Write the parameters of a model by part, in one line."""
+    counts = {part: format_count(count) for part, count in count_params(model).items()}
+    if model.tie_embeddings:
+        counts["head"] = "tied"
+    return ", ".join(f"{part} {count}" for part, count in counts.items())
 
 
 def count_level_params(model: ModelConfig) -> dict[str, int]:

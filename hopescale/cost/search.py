@@ -30,7 +30,7 @@ class LayoutChoice:
     estimate: Estimate
 
     def settings(self) -> dict[str, object]:
-        """Return what is chosen, by dotted key."""
+        """Return the chosen settings, by dotted key."""
         parallel = self.config.parallel
         return {
             **{f"parallel.{name}": value for name, value in self.layout.degrees.items()},
@@ -82,7 +82,7 @@ def choices(estimator: Estimator, ranks: int) -> Iterator[LayoutChoice]:
 
 
 def can_be_partitioned(estimator: Estimator, ranks: int) -> bool:
-    """Tell whether ranks can share a model and a batch evenly, in whatever memory."""
+    """Tell whether ranks can share a model and a batch evenly, whether it fits their memory or not."""
     layouts = _layouts(estimator.holdings.config, ranks, estimator.device.per_node)
     return any(_micro_batches(config, layout) for config, layout in layouts)
 
@@ -123,7 +123,7 @@ def changes_that_fit(estimator: Estimator, config: RunConfig, layout: Layout) ->
 
 
 def recompute_modes(config: RunConfig) -> tuple[str, ...]:
-    """Return what can be computed again, from what keeps most to what keeps least."""
+    """Return the modes of recomputation, from the one that keeps most to the one that keeps least."""
     loops = [mixer for mixer in config.model.mixers.values() if has_chunk_loop(mixer)]
     if not loops:
         return ("none", "memory", "block")

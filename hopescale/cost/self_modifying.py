@@ -85,7 +85,7 @@ def self_modifying_mixing(
 def self_modifying_activations(
     model: ModelConfig, mixer: SelfModifyingConfig, micro: MicroBatch, recompute: str
 ) -> Activations:
-    """Count a mixer, without its norm's result, where `recompute` is what the mixer itself computes again."""
+    """Count a mixer's activations, without its norm's result; `recompute` is that of the mixer itself."""
     heads, dim = model.num_heads / micro.tp, head_dim(model)
     # Parts run one after the other, forward and backward.
     parts = [_remembered(model, part, micro, recompute) for part in memory_parts(mixer)]
@@ -126,7 +126,7 @@ def _remembered(model: ModelConfig, mixer: SelfModifyingConfig, micro: MicroBatc
 
 
 def _streams(mixer: SelfModifyingConfig, micro: MicroBatch, heads: float, dim: int) -> float:
-    """Count what enters the memories and leaves them, in bytes.
+    """Count the inputs and outputs of the memories, in bytes.
 
     Kernels of streams begin with no convolution's inputs that have gradients.
     """
@@ -290,7 +290,7 @@ def _averages(mixer: SelfModifyingConfig) -> bool:
 
 
 def _open(mixer: SelfModifyingConfig, tokens: int, width: int) -> OpCost:
-    """Count the keys' similarities and the solve for what they erase."""
+    """Count the keys' similarities and the solve for their erases."""
     if mixer.inner_rule != "dgd":
         return NOTHING
     kept = (2 + mixer.momentum) * tokens * tokens + tokens * width
@@ -311,7 +311,7 @@ def _after(mixer: SelfModifyingConfig, tokens: int, width: int, out: int) -> OpC
 
 
 def _added(mixer: SelfModifyingConfig, tokens: int, width: int, out: int, *, by_map: bool) -> OpCost:
-    """Count how what enters a layer in a chunk is added, after its state was multiplied by a matrix or erased."""
+    """Count the addition of a chunk's writes to a layer, after its state was multiplied by a matrix or erased."""
     momentum, entering = mixer.momentum, product(width, tokens, out)
     if by_map:
         cost = (entering + product(width, width, out)).times(1 + momentum)
@@ -331,7 +331,7 @@ def _transition(mixer: SelfModifyingConfig, tokens: int, width: int) -> OpCost:
 
 
 def _values(mixer: SelfModifyingConfig, tokens: int, width: int, out: int) -> OpCost:
-    """Count what keys read of the state at the chunk's start, and of what was written since."""
+    """Count the reads of keys, from the state at the chunk's start and from the writes since."""
     if mixer.inner_rule != "dgd":
         return NOTHING
     cost = _from_start(mixer, tokens, width, out) + saved(tokens * out)
@@ -339,7 +339,7 @@ def _values(mixer: SelfModifyingConfig, tokens: int, width: int, out: int) -> Op
 
 
 def _from_start(mixer: SelfModifyingConfig, tokens: int, width: int, out: int) -> OpCost:
-    """Count what keys or queries read of the state and the momentum at the chunk's start."""
+    """Count the reads of keys or queries from the state and the momentum at the chunk's start."""
     return (product(tokens, width, out) + saved(tokens * out)).times(1 + mixer.momentum)
 
 
@@ -358,7 +358,7 @@ def _layers(model: ModelConfig, mixer: SelfModifyingConfig, tokens: int) -> list
 
 
 def _replay(model: ModelConfig, mixer: SelfModifyingConfig, seq_len: int) -> float:
-    """Count what `train.recompute: reverse` adds to compute the states of a sequence again, half a row at a time."""
+    """Count the work that `train.recompute: reverse` adds: states computed again, half a row at a time."""
     tokens = projection_chunk_size(mixer)
     chunks, in_a_row, once = seq_len / tokens, min(seq_len, mixer.reset_every or seq_len) / tokens, 0.0
     for width, out, count, is_smaller in _layers(model, mixer, tokens):
@@ -368,7 +368,7 @@ def _replay(model: ModelConfig, mixer: SelfModifyingConfig, seq_len: int) -> flo
 
 
 def _trace(model: ModelConfig, mixer: SelfModifyingConfig, tokens: int) -> tuple[float, float]:
-    """Count what says how a projection chunk moves all layers, and the weights and momenta it says that of.
+    """Count the traces of a projection chunk, for all layers, and the weights and momenta that they move.
 
     A main memory with chunks of its own moves several times: its result is kept instead.
     """

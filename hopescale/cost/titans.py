@@ -1,4 +1,4 @@
-"""Parameters, operations and activations of Titans' compositions: those of their parts, and what joins these."""
+"""Parameters, operations and activations of Titans' compositions: those of their parts, and of the joints."""
 
 from __future__ import annotations
 
@@ -89,13 +89,13 @@ def _reads(model: ModelConfig, keys: float, executed: bool) -> OpCost:
 
 
 def _retrieved(model: ModelConfig, mixer: TitansConfig) -> OpCost:
-    """Count what a head's memory answers to a token with fixed weights."""
+    """Count the answer of a head's memory to a token, with fixed weights."""
     dim, hidden = head_dim(model), memory_dim(model, mixer)
     return product(1, dim, hidden or dim) + (NOTHING if hidden is None else product(1, hidden, dim))
 
 
 def titans_activations(model: ModelConfig, mixer: TitansConfig, micro: MicroBatch, recompute: str) -> Activations:
-    """Count a mixer, without its norm's result, where `recompute` is what the memory itself computes again."""
+    """Count a mixer's activations, without its norm's result; `recompute` is that of the memory itself."""
     count, stream, attention = mixer.persistent_tokens, model.d_model * micro.itemsize, titans_attention(mixer)
     longer = replace(micro, tokens=micro.tokens + count * micro.batch, seq_len=micro.seq_len + count)
     if mixer.composition == "mac":
@@ -135,7 +135,7 @@ def _prefixed_bytes(model: ModelConfig, mixer: TitansConfig, micro: MicroBatch) 
 
 
 def _segment_bytes(model: ModelConfig, mixer: TitansConfig, micro: MicroBatch) -> float:
-    """Count what segments keep beside the memory: what is retrieved for them, and attention with its gate."""
+    """Count the activations of segments beside the memory's: retrieved tokens, and attention with its gate."""
     heads, dim, hidden = model.num_heads / micro.tp, head_dim(model), memory_dim(model, mixer) or 0
     width, size = heads * dim, min(mixer.chunk_size, micro.seq_len)
     # Queries before and after they are scaled, the memory's hidden values twice, its answers and them scaled.

@@ -51,7 +51,7 @@ def ttt_maps(model: ModelConfig, config: TttConfig) -> OpCost:
 
 
 def ttt_mixing(model: ModelConfig, config: TttConfig, seq_len: int, recompute: str | None) -> OpCost:
-    """Count what all memories learn and answer for a token, on average over a sequence.
+    """Count the learning and the answers of all memories for a token, on average over a sequence.
 
     The mixer itself computes nothing again, whatever `recompute` says.
     """

@@ -1,4 +1,4 @@
-"""What an update of a parameter costs by its rule, and who owns it: shares of equal cost, equal shapes together.
+"""Cost of a parameter's update by its rule, and the owner of each matrix: parts of equal cost, equal shapes together.
 
 Imports no torch.
 """
@@ -44,7 +44,7 @@ DEEP_MEMORY_DIM = 32
 
 
 def update_cost(rule: str, shape: Sequence[int], config: OptimConfig, parts: Parts = ()) -> float:
-    """Return what an update of a parameter `[..., R, C]` by a rule for matrices costs, in FLOPs.
+    """Return the cost of an update of a parameter `[..., R, C]` by a rule for matrices, in FLOPs.
 
     `parts` are the projections that it fuses, as in `ParameterSpec`.
     """
@@ -176,7 +176,7 @@ def assign_owners(work: Sequence[Work], owners: int) -> dict[str, int]:
 
 
 def even_sets(sizes: Mapping[str, int], whole: int) -> list[list[str]]:
-    """Cut what is updated together into sets of parameters that a backward pass completes one after the other.
+    """Cut parameters that are updated together into sets that a backward pass completes one after the other.
 
     A large parameter that it completes last is alone, so that all others are on their way by then.
 

@@ -17,7 +17,7 @@ _CUT = "the compressed data ends before its end mark"
 
 
 def decompressed(stream: BinaryIO, name: str) -> BinaryIO:
-    """Return a stream of what gzip, bzip2, xz or Zstandard data holds, or of the same bytes if it is none of these.
+    """Return a stream of the contents of gzip, bzip2, xz or Zstandard data, or of the bytes as they are.
 
     Args:
         stream: Stream at its beginning; it need not be able to go back.
@@ -51,7 +51,7 @@ def with_head(stream: BinaryIO, size: int) -> tuple[bytes, BinaryIO]:
 
 
 class Readable(io.RawIOBase):
-    """What `io.BufferedReader` needs, over a function that reads at most so many bytes."""
+    """A raw stream for `io.BufferedReader` over a function that reads at most so many bytes."""
 
     def __init__(self, read: Callable[[int], bytes]):
         self._read = read

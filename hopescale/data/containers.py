@@ -1,4 +1,4 @@
-"""What files hold, known by their content: tables, JSON, tar archives, plain text, each as a stream of documents."""
+"""Containers, recognised by their content: tables, JSON, tar archives, plain text, each as a stream of documents."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ class ContainerRules:
         return tree if isinstance(tree, list) and tree and self.records.fits(tree[0]) else None
 
     def _delimiter(self, first: bytes, suffix: str, name: str) -> str | None:
-        """Find what parts the columns of a table, by a first line that names the keys; None if it is no table.
+        """Find the delimiter of a table's columns, by a first line that names the keys; None if it is no table.
 
         Raises:
             DataError: If the name says that it is a table, and the first line names other columns.
@@ -216,7 +216,7 @@ def suffix_of(path: str) -> str:
 
 
 def _parsed(content: bytes) -> Any:
-    """Parse JSON; what is none gives None."""
+    """Parse JSON; return None for text that is no JSON."""
     try:
         return json.loads(content)
     except (ValueError, RecursionError):
@@ -224,7 +224,7 @@ def _parsed(content: bytes) -> Any:
 
 
 def _refuse(head: bytes, name: str) -> None:
-    """Refuse what would be read as text and is none: a file of files, of which only the first would be read."""
+    """Refuse data that would be read as text and is none: a file of files, of which only the first would be read."""
     kind = next((kind for begin, kind in _BINARY.items() if head.startswith(begin)), None)
     if kind is None and {PurePosixPath(name.lower()).suffix, suffix_of(name)} & _ARCHIVES:
         kind = _ARCHIVE

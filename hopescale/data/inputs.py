@@ -1,4 +1,4 @@
-"""Files to read documents from: below folders and addresses, and what a folder saved by `datasets` consists of."""
+"""Files to read documents from: below folders and addresses, and in a folder saved by `datasets`."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def _files_below(
 
 
 def _without_notes(filesystem: fsspec.AbstractFileSystem, paths: list[str]) -> list[str]:
-    """Leave out what `datasets` writes beside the tables of a folder that it saves, its caches included.
+    """Leave out the files that `datasets` writes beside the tables of a folder that it saves, and its caches.
 
     Raises:
         DataError: If such a folder holds a choice of rows, which its tables do not show.
@@ -170,7 +170,7 @@ def hub_rows(address: str, name: str) -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def reading(name: str) -> Iterator[None]:
-    """Turn what goes wrong with an input into one message; packages of addresses have exceptions of their own.
+    """Turn errors of an input into one message; packages for addresses have exceptions of their own.
 
     Raises:
         DataError: If anything goes wrong; names the input and the extra that it may need.

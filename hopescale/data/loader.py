@@ -1,4 +1,4 @@
-"""What the trainer reads: batches of tensors by global sample index. The only file here that knows torch.
+"""Batches for the trainer: tensors by global sample index. The only file here that knows torch.
 
 Holds no position: the same index gives the same sample whenever and on whichever rank it is asked for.
 """
@@ -132,7 +132,7 @@ class Data:
         return _to_batch(Rows(*(np.stack(parts) for parts in zip(*rows, strict=True))))
 
     def locate(self, index: int) -> str:
-        """Say in words what a global index reads: source, epoch, window, shard and token range."""
+        """Describe in words the sample of a global index: source, epoch, window, shard and token range."""
         source, epoch, sample = self._mixture.locate(index, self._num_samples)
         return f"source {source}, epoch {epoch}, {self._sources[source].train.describe(sample)}"
 

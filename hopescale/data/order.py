@@ -92,7 +92,7 @@ class Mixture:
         self._before = np.concatenate([np.zeros((len(self._names), 1), np.int64), one_hot.cumsum(axis=1)], axis=1)
 
     def locate(self, index: int, num_samples: Mapping[str, int]) -> Position:
-        """Find what an index of the whole run reads, given the samples per epoch of each source.
+        """Find the sample of an index of the whole run, given the samples per epoch of each source.
 
         Each epoch of each source has an order of its own.
         """

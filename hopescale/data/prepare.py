@@ -33,7 +33,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class _Spill:
-    """Tokens of all documents in reading order on disk, and what is known of each document."""
+    """Tokens of all documents in reading order on disk, and the sizes of each document."""
 
     path: Path
     dtype: np.dtype
@@ -72,7 +72,7 @@ def prepare(
         num_threads: Threads that tokenise.
         progress: Listener for the documents and the text bytes read so far.
         on_written: Listener for the bytes of tokens of a block that was written, and for those of all.
-        round_trip: Counts of what the tokenizer loses, which receive every document.
+        round_trip: Counts of the tokenizer's losses, which receive every document.
 
     Raises:
         DataError: If there is no document, all would be held out, or `out` exists or cannot be written.

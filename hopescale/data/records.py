@@ -32,7 +32,7 @@ class RecordRules:
     Args:
         text_key: Key of the text, where there is no template.
         template: Text in which `{key}` stands for a record's value, `{{` for a brace; null takes the text alone.
-        on_undecodable: Listener for the names of what is not UTF-8 and is left out; null refuses it.
+        on_undecodable: Listener for the names of lines that are not UTF-8 and are left out; null refuses them.
 
     Raises:
         ConfigError: From `keys` and all that needs them, if the template is none.

@@ -1,4 +1,4 @@
-"""Rows of tokens for training: what every kind of data set offers, and packing of a token stream into such rows."""
+"""Rows of tokens for training: the interface of every kind of data set, and packing of a token stream into rows."""
 
 from __future__ import annotations
 

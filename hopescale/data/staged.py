@@ -29,7 +29,7 @@ _PARTIAL = ".partial"
 
 @dataclass(frozen=True)
 class Staged:
-    """What became of a data set."""
+    """Result of copying a data set."""
 
     folder: Path
     copied: int
@@ -65,7 +65,7 @@ def copy_of(source: str | Path, root: str | Path) -> Path:
 def stage(
     source: str | Path, root: str | Path, on_copied: Callable[[int, int], None] = lambda num_bytes, total: None
 ) -> Staged:
-    """Copy a data set, comparing every shard with the checksum in its index; what is there and right stays.
+    """Copy a data set, comparing every shard with the checksum in its index; shards that are there and right stay.
 
     One process of a machine works on a copy at a time, the others wait for it. The index comes last: with it the copy
     is complete.

@@ -29,7 +29,7 @@ _KEPT_PIECES = 64  # in memory; 64 MiB
 
 
 class Storage(Protocol):
-    """The files of a prepared data set. Every method raises OSError for what cannot be read.
+    """The files of a prepared data set. Every method raises OSError for a file that cannot be read.
 
     Attributes:
         name: Name in messages.
@@ -50,7 +50,7 @@ class Storage(Protocol):
 
 
 def open_storage(source: str | Path, cache: str | Path | None = None) -> Storage:
-    """Open the place of a data set by its path in a config, in which `~` is the home of whoever runs.
+    """Open the place of a data set by its path in a config, in which `~` is the user's home.
 
     Args:
         source: Folder or address.

@@ -20,7 +20,7 @@ class SuiteSamples:
 
         Args:
             config: Task and its settings.
-            seed: Seed of what all examples share, such as the words of a language.
+            seed: Seed of the parts that all examples share, such as the words of a language.
             split: Name of the split.
             seq_len: Tokens of a row.
             examples: Seed of the examples; None is `seed`.

@@ -19,7 +19,7 @@ def parquet_rows(
     """Read the rows of a Parquet file; one that was compressed as a whole goes through a temporary file.
 
     Args:
-        packed: File as it lies, of which its beginning may have been read; null if it cannot go back.
+        packed: File before decompression, whose beginning may have been read; null if it cannot be read again.
         unpacked: Content of the file, from its beginning.
         name: Name in messages.
         columns: Names of the columns to read.

@@ -1,4 +1,4 @@
-"""Read documents from files, folders and remote addresses, whatever they hold, compressed or not.
+"""Documents from files, folders and remote addresses, in any container, compressed or not.
 
 Knows nothing of tokens.
 """

@@ -1,4 +1,4 @@
-"""Text to token ids and back: what every tokenizer offers, and how one is loaded from a file or a folder."""
+"""Text to token ids and back: the interface of every tokenizer, and loading from a file or a folder."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Tokenizer(ABC):
         eos_id: End-of-text id: the last token of every document, and so the one that stands before every document.
         eos_token: The same as it is written.
         eos_origin: Place that names it.
-        unk_id: Id that stands for what the vocabulary lacks; None if there is none.
+        unk_id: Id of text that the vocabulary lacks; None if there is none.
         fingerprint: SHA-256, in hexadecimal, of all that decides ids.
     """
 
@@ -118,7 +118,7 @@ class Tokenizer(ABC):
         """Write the files into a folder from which `load` reads the same tokenizer; return their paths."""
 
     def losses(self) -> list[str]:
-        """Name what does not survive `decode(encode(text))`, of what texts usually hold."""
+        """Name the usual parts of texts that do not survive `decode(encode(text))`."""
         return [name for name, text in _FRAGILE.items() if self.decode(self.encode(text)) != text]
 
 

@@ -1,4 +1,4 @@
-"""What a tokenizer loses of real text: documents that come back changed, characters that are lost, unknown tokens."""
+"""Losses of a tokenizer on real text: documents that come back changed, characters that are lost, unknown tokens."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _MOST_NAMED = 6
 
 
 class RoundTrip:
-    """Counts what becomes of documents when they are encoded and decoded again.
+    """Counts of documents that are encoded and decoded again, and of their losses.
 
     Of all documents the unknown tokens are counted; the first 100 and one in 16 of the others are decoded.
 
@@ -54,7 +54,7 @@ class RoundTrip:
         """Say it in one line."""
         checked = f"{self.num_checked:,} of {self.num_documents:,} documents decoded"
         if not self.num_changed and not self.num_unknown:
-            return f"{checked}, all as they were"
+            return f"{checked}, all unchanged"
         parts = [f"{self.num_changed:,} come back changed, {_percent(self.lost_share)} of the bytes are lost"]
         if self.lost:
             parts.append(", ".join(f"{_name(c)} {count:,}" for c, count in self.lost.most_common(_MOST_NAMED)))

@@ -35,7 +35,7 @@ _READ_FACTOR = 50  # text read per byte of the training sample, at most
 
 @dataclass(frozen=True)
 class TokenizerSummary:
-    """What `train_tokenizer` did. Sizes in bytes of UTF-8."""
+    """Result of `train_tokenizer`. Sizes in bytes of UTF-8."""
 
     vocab_size: int
     read_bytes: int
@@ -146,7 +146,7 @@ def _training_error(reason: str, vocab_size: int, num_characters: int) -> DataEr
 
 
 def _sample(documents: Iterable[Document], budget: int) -> tuple[list[str], int]:
-    """Draw a uniform sample of chunks from what is read; return it in reading order, and the bytes read."""
+    """Draw a uniform sample of the chunks that are read; return it in reading order, and the bytes read."""
     draw = random.Random(0)
     kept: list[tuple[float, int, int, str]] = []  # a heap that loses its largest draw first
     kept_bytes = read_bytes = 0

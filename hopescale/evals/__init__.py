@@ -1,1 +1,1 @@
-"""What a model knows: tasks of lm-eval, and the loss on held-out shards; from checkpoints and exports alike."""
+"""Evaluation of checkpoints and exports: tasks of lm-eval, suites, and the loss on held-out shards."""

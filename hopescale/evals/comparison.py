@@ -36,7 +36,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class System:
-    """What was trained, whatever its seed, its step, and the levels that follow a text or have followed one."""
+    """A trained system: a recipe at any seed, a step, and the levels that follow a text or have followed one."""
 
     label: str
     step: int
@@ -64,7 +64,7 @@ class MeasuredPoint:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Systems and what was measured of them."""
+    """Systems and their measurements."""
 
     systems: Sequence[System]
     suites: Sequence[MeasuredPoint]
@@ -138,12 +138,12 @@ def compare(bodies: Sequence[Mapping[str, Any]]) -> Comparison:
 
 
 def _key(body: Mapping[str, Any]) -> tuple[str, str]:
-    """Return what tells models apart: the digest of their weights, or of an old one its name, and their levels."""
+    """Return a key that tells models apart: the digest of the weights, for an old result its name, and the levels."""
     return body.get("weights") or _name(body), _levels(body)
 
 
 def _levels(body: Mapping[str, Any]) -> str:
-    """Say which levels had followed a text and which followed what was read; nothing where all were as trained."""
+    """Say which levels had followed a text and which followed the evaluation; empty if all were as trained."""
     settings, said = body.get("settings", {}), []
     if (folder := settings.get("levels")) is not None:
         # Its weights follow, as a folder's levels may have read on between two evaluations.
@@ -197,14 +197,14 @@ def _systems(bodies: Sequence[Mapping[str, Any]]) -> tuple[list[System], dict[tu
 
 
 def _common_name(names: Sequence[str]) -> str:
-    """Return what names begin with alike, in whole parts: `a-lr1` of `a-lr1-seed0` and `a-lr1-seed1`."""
+    """Return the common beginning of names, in whole parts: `a-lr1` of `a-lr1-seed0` and `a-lr1-seed1`."""
     parts = zip(*(name.split("-") for name in names), strict=False)
     alike = [part[0] for part in takewhile(lambda part: len(set(part)) == 1, parts)]
     return "-".join(alike) or names[0]
 
 
 def _identity(config: Mapping[str, Any]) -> str:
-    """Return what a config is but for its name and its seeds."""
+    """Return a config without its name and its seeds."""
     rest = {name: dict(part) if isinstance(part, dict) else part for name, part in config.items() if name != "name"}
     for section, key in _SEEDS:
         rest.get(section, {}).pop(key, None)
@@ -212,7 +212,7 @@ def _identity(config: Mapping[str, Any]) -> str:
 
 
 class _Asked:
-    """What systems reached on one thing that was asked, by title and model, and the scores of chance and the best."""
+    """Results of systems on one question, by title and model, with the scores of chance and the best."""
 
     def __init__(self) -> None:
         self.chance: float | None = None

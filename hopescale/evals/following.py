@@ -33,7 +33,7 @@ def following_loss(model: Model, batch: Batch, adaptation: Adaptation) -> float:
 
 
 def side_by_side(tokens: Tensor, targets: Tensor, document_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Return each document of packed rows `[B, T]` as a row `[documents, longest]`, filled up with what is not counted.
+    """Return each document of packed rows `[B, T]` as a row `[documents, longest]`; padding does not count.
 
     The filling stands behind a document, where nothing that counts sees it.
     """

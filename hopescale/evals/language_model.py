@@ -38,7 +38,7 @@ class EvaluatedModel(TemplateLM):
         loaded: Holds a tokenizer.
         control: Control by which ranks meet.
         context: Tokens that are read at most before a token that is predicted; None is all there are.
-        report: Takes a line for every tenth of the work that is done.
+        report: Listener for a line after every tenth of the work.
         tell: Listener for how many texts of this rank are done, and how many there are.
     """
 

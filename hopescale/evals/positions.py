@@ -1,4 +1,4 @@
-"""Held-out text by the place in the context: does a model use what lies far back?
+"""Held-out text by the place in the context: does a model use tokens far back?
 
 Rows are windows of the held-out stream. The place of a token counts from the beginning of its document, or of the row
 if the document began before: what lies before a document tells nothing about it.

@@ -1,4 +1,4 @@
-"""What was measured, as a table for people and as JSON."""
+"""Results, as a table for people and as JSON."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _TITLES = ("task", "version", "shots", "samples", "metric", "value", "stderr")
 
 @dataclass(frozen=True)
 class TaskResult:
-    """What was measured of one task, or of a group of them."""
+    """Result of one task, or of a group of them."""
 
     name: str
     version: str

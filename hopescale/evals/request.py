@@ -1,4 +1,4 @@
-"""What is to be measured, as the command line says it. Imports no torch."""
+"""The measurements that the command line asks for. Imports no torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NO_SUITE = SuiteRequest(())
 
 @dataclass(frozen=True)
 class EvalRequest:
-    """What is to be measured.
+    """The measurements that are asked for.
 
     Raises:
         ConfigError: If nothing is, or a setting has no effect.

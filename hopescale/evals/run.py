@@ -32,7 +32,7 @@ from hopescale.parallel.control import Control
 
 
 class Prepared(NamedTuple):
-    """What is opened before anything is computed."""
+    """Inputs of an evaluation, opened before anything is computed."""
 
     data: Data | None
     """Held-out data of the loss."""
@@ -56,7 +56,7 @@ def evaluate(
     `report` takes lines about what is done, `tell` counts; those of the first rank stand for all.
 
     Raises:
-        ConfigError: If a task is unknown or asks for what there is not, or the model has no tokenizer for text.
+        ConfigError: If a task is unknown or needs something that is not there, or the model has no tokenizer for text.
         DataError: If data is missing or damaged.
     """
     data, tasks, points, rows = control.all_ranks_or_raise(lambda: _prepared(loaded, request))

@@ -1,4 +1,4 @@
-"""What a model gives tokens, and what it writes: several texts at once, of any length, without a padding that is read.
+"""Log probabilities and generated text: several texts at once, of any length, without padding that enters a state.
 
 Texts to be scored are filled up behind their last token, where nothing that counts can see it: a model is causal, and
 its state is thrown away. Texts to be gone on with are all read from their first token on, the longer ones to their

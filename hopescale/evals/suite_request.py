@@ -1,4 +1,4 @@
-"""Which tasks of the suites are asked, with which settings, by the command line and by what a model was trained on.
+"""The tasks of suites that are asked, and their settings: from the command line, and from a model's own sources.
 
 Imports no torch.
 """
@@ -61,7 +61,7 @@ class SuiteRequest:
         return POSITION in self.names
 
     def points(self, config: RunConfig, *, words: bool = False) -> list[SuiteConfig]:
-        """Return what a model of this config is asked, each with its length and all that differs from the task's own.
+        """Return the tasks that a model of this config is asked, each with its length and its own settings.
 
         Args:
             config: Config of the run.

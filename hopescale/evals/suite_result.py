@@ -1,4 +1,4 @@
-"""What was measured of a suite. Imports no torch."""
+"""Results of a suite. Imports no torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model asked the tasks of a suite: what it answers, how sure it is of the right answer, and where it fails."""
+"""A model asked the tasks of a suite: its answers, its confidence in the right ones, and the places where it fails."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ def run_tasks(model: EvaluatedModel, tasks: Mapping[str, Any], limit: int | None
 
 @contextmanager
 def _quiet(is_first: bool) -> Iterator[None]:
-    """Keep what lm-eval prints from the table, and let it print on one rank alone."""
+    """Keep lm-eval's own output away from the table, and let it print on one rank alone."""
     with ExitStack() as stack:
         stream = sys.stderr if is_first else stack.enter_context(open(os.devnull, "w"))
         stack.enter_context(redirect_stdout(stream))

@@ -1,4 +1,4 @@
-"""One pass over a stream while levels follow it: what it cost, what earlier parts cost now, and where it stands."""
+"""One pass over a stream while levels follow it: its losses, those of earlier parts now, and its progress."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class StreamPass:
         probe_tokens: Predictions at the beginning of each part that are made again later, without its context.
 
     Attributes:
-        read: Mean loss in nats of each part while it was read, levels following; of what has been read of it.
+        read: Mean loss in nats of each part, or of its tokens read so far, while levels followed.
         trained: Mean loss of each finished part's probe with the trained weights.
         after: After each finished part, the loss of its probe and those before, with the levels as they then were.
     """
@@ -110,7 +110,7 @@ class StreamPass:
         report: Callable[[str], None] = lambda line: None,
         on_read: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
-        """Read what is left of the stream, and write its state into `folder`, every so many tokens and at the end.
+        """Read the rest of the stream, and write the state into `folder`, every so many tokens and at the end.
 
         `report` hears a line after each part, `on_read` how many tokens are read, and how many there are.
 
@@ -138,7 +138,7 @@ class StreamPass:
             self._save(folder)
 
     def _note(self, logits: Tensor, targets: Tensor) -> None:
-        """Add the loss of what was predicted to its parts."""
+        """Add the losses of predictions to their parts."""
         begin, end = self.position, self.position + targets.shape[1]
         for part, (low, high) in enumerate(zip(self.edges, self.edges[1:], strict=False)):
             first, last = max(low, begin), min(high, end)
@@ -201,7 +201,7 @@ class StreamPass:
         self._saved = self.position
 
     def go_on(self, folder: Path) -> None:
-        """Go on from what an earlier pass has written into a folder.
+        """Continue from the state that an earlier pass has written into a folder.
 
         Raises:
             CheckpointError: If it is damaged, of another model, or of another stream or cadence.
@@ -227,7 +227,7 @@ class StreamPass:
             self.piece = len(self.pieces)
 
     def table(self) -> Iterator[str]:
-        """Write what was measured in columns, a part a line."""
+        """Return the measurements as a table, with a line for each part."""
         yield f"{'part':<6}{'tokens':>22}{'read':>10}{'trained':>10}{'then':>10}{'now':>10}"
         now = self.after[-1] if self.after else []
         for number, (loss, low, high) in enumerate(zip(self.read, self.edges, self.edges[1:], strict=False)):
@@ -245,7 +245,7 @@ class StreamPass:
 
 
 def has_pass(folder: Path) -> bool:
-    """Tell whether a folder holds what a pass has written."""
+    """Tell whether a folder holds the state of a pass."""
     return (folder / LEVELS).is_file()
 
 

@@ -45,7 +45,7 @@ def prefill(
     state: ModelState | None = None,
     on_read: Callable[[int], None] = lambda num_tokens: None,
 ) -> Reading:
-    """Read a context `[B, T]`, `T >= 1`, after what `state` has read; a listener hears of the tokens of each part."""
+    """Read a context `[B, T]`, `T >= 1`, from `state` on; report the number of tokens of each part to a listener."""
     for part in tokens.split(PREFILL_TOKENS, dim=1):
         with _threads_for(model, part):
             logits, state = model(part, state, last_only=True)
@@ -84,7 +84,7 @@ def generate(
     generator: torch.Generator,
     end: int | None = None,
 ) -> Iterator[GeneratedToken]:
-    """Yield one token after the other, at most `max_tokens`, after what `prefill` has read. The last is not read.
+    """Yield one token after the other, at most `max_tokens`, after a `prefill`. The last token is not read.
 
     The token `end` ends a single sequence, and is neither yielded nor read; None never ends.
     """

@@ -36,7 +36,7 @@ class InContextReader:
 
     Attributes:
         weights: Weights of the levels that follow, `[B, *shape]` by the names of parameters, float32 at least.
-        state: State of the model after what was read; None at the beginning of a context.
+        state: State of the model after the tokens read so far; None at the beginning of a context.
         position: Tokens read.
     """
 
@@ -127,7 +127,7 @@ class InContextReader:
                     self.weights[name] = self._trained[name].expand_as(self.weights[name]).clone()
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return what has to be kept, besides `weights`, `state` and `position`, to go on from here."""
+        """Return the tensors that are needed to continue, besides `weights`, `state` and `position`."""
         return {f"sums/{name}": sums for name, sums in self._sums.items()} | {
             f"counts/{level}": counts for level, counts in self._counts.items()
         }
@@ -135,7 +135,7 @@ class InContextReader:
     def go_on(
         self, weights: Mapping[str, Tensor], rest: Mapping[str, Tensor], state: ModelState | None, position: int
     ) -> None:
-        """Go on from what another reader of the same model and adaptation has kept."""
+        """Continue from the tensors of another reader of the same model and adaptation."""
         self.weights, self.state, self.position = dict(weights), state, position
         self._sums = {name: rest[f"sums/{name}"].clone() for name in self._sums}
         self._counts = {level: rest[f"counts/{level}"].clone() for level in self._counts}

@@ -63,7 +63,7 @@ def write_levels(
 
 
 def read_progress(folder: Path, loaded: LoadedModel) -> Manifest:
-    """Read what levels belong to, and check all files against it.
+    """Read the note on the levels' model and progress, and check all files against it.
 
     Raises:
         CheckpointError: If the folder is missing or damaged, or belongs to another model, to other weights or to

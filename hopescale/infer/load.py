@@ -20,7 +20,7 @@ from hopescale.models import Model
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """What a checkpoint holds for inference."""
+    """The contents of a checkpoint for inference."""
 
     model: Model
     tokenizer: Tokenizer | None
@@ -60,7 +60,7 @@ def empty_model(manifest: Manifest, folder: Path) -> Model:
 
 
 def with_tokenizer(model: Model, manifest: Manifest, folder: Path, device: torch.device) -> LoadedModel:
-    """Put a filled model together with what lies beside it in a folder whose files have been checked."""
+    """Combine a filled model with the tokenizer beside it, in a folder whose files have been checked."""
     config = from_dict(manifest.config, str(folder))
     return LoadedModel(model.to(device).eval(), Tokenizer.find(folder), config, manifest, folder)
 

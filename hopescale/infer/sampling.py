@@ -17,7 +17,7 @@ class Sampling:
 
     Attributes:
         temperature: Divides the logits; 0 always takes the likeliest token.
-        top_k: Keep only so many likeliest tokens; None keeps all.
+        top_k: Number of likeliest tokens to choose from; None keeps all.
         top_p: Keep only the likeliest tokens that together reach this probability (arXiv 1904.09751); None keeps all.
 
     Raises:

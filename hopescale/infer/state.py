@@ -34,7 +34,7 @@ TENSORS = "state.pt"
 
 
 def write_state(reading: Reading, loaded: LoadedModel, folder: Path) -> None:
-    """Write what a model carries, and what it predicts next, into an empty folder."""
+    """Write a model's state, and its prediction of the next token, into an empty folder."""
     tensors = {"logits": reading.logits, **named_tensors(reading.state)}
     # A clone is no part of a larger storage, which would be written with it, and keeps the order of its dimensions.
     tensors = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
@@ -49,7 +49,7 @@ def write_state(reading: Reading, loaded: LoadedModel, folder: Path) -> None:
 
 
 def read_state(folder: Path, loaded: LoadedModel) -> Reading:
-    """Read what `write_state` has written, for a model to go on from it.
+    """Read a state that `write_state` has written, for a model to continue from.
 
     Raises:
         CheckpointError: If the folder is missing or damaged, or was written by another model, by other weights or with
@@ -91,14 +91,14 @@ def entry_of(tensor: Tensor) -> TensorEntry:
 
 
 def identity_of(loaded: LoadedModel) -> dict[str, str]:
-    """Return what tells a model from another: a SHA-256 of its weights, and one of its tokenizer."""
+    """Return the identity of a model: a SHA-256 of its weights, and one of its tokenizer."""
     tokenizer = loaded.tokenizer
     digests = {"weights": loaded.digest}
     return digests if tokenizer is None else digests | {"tokenizer": tokenizer.fingerprint}
 
 
 def differences(manifest: Manifest, loaded: LoadedModel, folder: Path, file: str) -> list[str]:
-    """Say at what the model is not the one that wrote a `file`: its config, else its weights and tokenizer."""
+    """Say in which ways the model is not the one that wrote a `file`: its config, else its weights and tokenizer."""
     old = from_dict(manifest.config, str(folder / file))
     before, after = old.train.precision, loaded.config.train.precision
     found = [f"{problem.key} {problem.message}" for problem in model_problems(old, loaded.config, str(folder))]
@@ -133,7 +133,7 @@ def read_tensors(path: Path, loaded: LoadedModel) -> dict[str, Any]:
 
 
 def _fits(tensors: dict[str, Tensor], loaded: LoadedModel) -> bool:
-    """Compare names and shapes with what the model carries; a dimension of 0 at the start grows with what is read."""
+    """Compare names and shapes with the model's own state; a dimension of 0 at the start grows with the tokens read."""
     rows = tensors["logits"].shape[0]
     expected = named_tensors(loaded.model.initial_state(rows))
     return tensors.keys() == {"logits", *expected} and all(

@@ -139,12 +139,12 @@ def _placeholders(profile: ClusterProfile, path: Path) -> Iterator[Problem]:
     """Yield a problem per setting that a shipped profile leaves to whoever copies it, with its line in the file."""
     file, lines = display_path(path), path.read_text().splitlines()
     is_shipped = path.parent == shipped_folder("slurm") / "clusters"
-    hint = f"copy {file}, write what your cluster has, and name the copy" if is_shipped else "write your own there"
+    hint = f"copy {file}, write what your cluster has, and name the copy" if is_shipped else "put your own value there"
     for name, value in vars(profile).items():
         for held in [value] if isinstance(value, str) else value if isinstance(value, tuple) else []:
             if _PLACEHOLDER in held:
                 line = next((f", line {n}" for n, line in enumerate(lines, 1) if held in line), "")
-                yield Problem(name, f"{held} stands for a value of yours", f"{file}{line}", hint)
+                yield Problem(name, f"{held} is a placeholder", f"{file}{line}", hint)
 
 
 def _problems(profile: ClusterProfile) -> Iterator[tuple[str, str, str | None]]:

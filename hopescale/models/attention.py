@@ -94,7 +94,7 @@ class Attention(nn.Module):
         documents: Documents | None = None,
         prefix: Tensor | None = None,
     ) -> tuple[Tensor, LayerState]:
-        """Mix tokens as `forward` does, without the map out: what each head of this rank answers `[T, B, H, D]`.
+        """Mix tokens as `forward` does, without the output projection: answers of this rank's heads `[T, B, H, D]`.
 
         `prefix` `[P, N]` is read before each document and stays in sight of all tokens, whatever the window. It takes
         the first positions; it is no part of the state.
@@ -121,7 +121,7 @@ class Attention(nn.Module):
     def _project(
         self, x: Tensor, before: int, position: int, documents: Documents | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Do what `project` does; positions begin with `before` in each document. Also return where these begin."""
+        """Project as `project` does; positions begin with `before` in each document. Also return where these begin."""
         mixed = self.qkv_proj(x).unflatten(-1, (self.kv_heads, self.shared_by + 2, self.head_dim))
         tokens = mixed.shape[0]
         q, k, v = mixed.permute(1, 2, 3, 0, 4).split([self.shared_by, 1, 1], dim=2)  # [B, G, ., T, D]
@@ -133,7 +133,7 @@ class Attention(nn.Module):
         return rotate(q, tables), rotate(k, tables), v, first
 
     def _last(self, x: Tensor) -> Tensor:
-        """Return what later tokens may see, in memory of its own."""
+        """Return the keys and values that later tokens may see, in memory of their own."""
         window = self.config.window
         return x if window is None or x.shape[2] <= window else x[:, :, -window:].clone()
 

@@ -44,7 +44,7 @@ class Block(nn.Module):
             of the `chunks` of its memories, from the states they start with. The first two do the third as well. So
             does `reverse`, which computes most of these states again, too.
         compiled: Whether a chunk of the memories is compiled.
-        backend: Code that runs memories and what lies around them.
+        backend: Code that runs memories and the operations around them.
         kernel_precision: Operands of its products.
     """
 

@@ -31,7 +31,7 @@ class Level(nn.Module):
         norm_eps: Term of the RMSNorm in front; None leaves that out (`independent`, where levels share one).
         out_std: Standard deviation of the last matrix's initial weights.
         mesh: Ranks of the run, and this process among them.
-        backend: Code that runs what is no product of matrices.
+        backend: Code that runs all operations but products of matrices.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Level(nn.Module):
         self.down = RowLinear(d_ff, d_model, std=out_std, mesh=mesh, partial=not alone)
 
     def forward(self, x: Tensor, weights: LevelWeights | None = None) -> Tensor:
-        """Map all tokens, normed, `[T, B, N]` to what the level adds; without a norm, to this rank's share of it."""
+        """Map all tokens, normed, `[T, B, N]` to the level's addition; without a norm, to this rank's part of it."""
         if weights is not None:
             gate, up, down = (weights[f"{name}.weight"] for name in ("gate", "up", "down"))
             share = _product(F.silu(_product(x, gate)) * _product(x, up), down)
@@ -59,7 +59,7 @@ class Level(nn.Module):
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
     def after(self, x: Tensor, added: Tensor | None, weights: LevelWeights | None = None) -> tuple[Tensor, Tensor]:
-        """Return `x + added`, and what the level adds to that, its norm included."""
+        """Return `x + added`, and the level's addition to that, its norm included."""
         x, normed = self.norm(x, added, None if weights is None else weights["norm.weight"])
         return x, self(gather_tokens(normed, self.mesh), weights)
 
@@ -80,7 +80,7 @@ class ContinuumMemory(nn.Module):
         levels: Levels of the block by name, fast to slow.
         out_scale: Factor on the standard deviation of the last matrices' initial weights.
         mesh: Ranks of the run, and this process among them.
-        backend: Code that runs what is no product of matrices.
+        backend: Code that runs all operations but products of matrices.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class ContinuumMemory(nn.Module):
     def forward(
         self, x: Tensor, added: Tensor | None = None, weights: Mapping[str, LevelWeights] | None = None
     ) -> Tensor:
-        """Map the residual stream `x + added`, or `x`, to itself plus what the levels add.
+        """Return the residual stream `x + added`, or `x`, plus the additions of the levels.
 
         `weights` are those of levels, by name, that each sequence has for itself.
         """

@@ -1,4 +1,4 @@
-"""What a piece of a sequence gets from the piece before it on another rank, layer by layer, and leaves behind."""
+"""States that a piece of a sequence gets from the piece before it on another rank, layer by layer, and hands on."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Handover:
         self._is_over = False
 
     def close(self) -> None:
-        """Say that the forward pass is over: from now on nothing is sent, and what came is given again."""
+        """End the forward pass: from now on nothing is sent, and received states are returned again."""
         self._is_over = True
 
     def enter(self, x: Tensor, mixer: nn.Module, number: int) -> tuple[Tensor, LayerState | None]:

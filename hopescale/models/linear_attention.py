@@ -30,7 +30,7 @@ STEP_FLOOR = 1e-4
 
 
 class LinearAttentionState(NamedTuple):
-    """What the mixer carries.
+    """State of the mixer.
 
     Attributes:
         memory: Memories `[B, H, D, Do]`, float32.
@@ -227,6 +227,6 @@ def _log_of_rate(u: Tensor, low: float, high: float) -> Tensor:
 
 
 def _bias_of_step(u: Tensor, low: float, high: float) -> Tensor:
-    """Return what softplus maps to a step whose log lies between `low` and `high`."""
+    """Return a bias that softplus maps to a step whose log lies between `low` and `high`."""
     step = torch.exp(low + (high - low) * u).clamp_min(STEP_FLOOR)
     return step + torch.log(-torch.expm1(-step))

@@ -42,7 +42,7 @@ class Prefixed(NamedTuple):
         return cls(wide, around, plan.places.to(x.device))
 
     def without(self, y: Tensor, count: int) -> Tensor:
-        """Return what belongs to the other tokens of `y` `[T', B, ...]`, given the number of persistent ones."""
+        """Return the rows of `y` `[T', B, ...]` that belong to ordinary tokens, given the number of persistent ones."""
         if self.places is None:
             return y[count:]
         rows = y.transpose(0, 1).flatten(0, 1).index_select(0, self.places)

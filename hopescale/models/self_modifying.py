@@ -42,7 +42,7 @@ STREAMS = ("k", "v", "q")
 
 
 class MixerState(NamedTuple):
-    """What the mixer carries: the memories, as in `Memories`, and the convolution's last inputs.
+    """State of the mixer: the memories, as in `Memories`, and the convolution's last inputs.
 
     Attributes:
         memory: Bank of the memory called `mem`.
@@ -58,7 +58,7 @@ class MixerState(NamedTuple):
 
 
 def far_spec(spec: MemorySpec, far: FarMemoryConfig) -> MemorySpec:
-    """Return what the far memory of a mixer is, from its other memories (TNT, arXiv 2511.07343, Eq. 5 and 7)."""
+    """Return the spec of a mixer's far memory, from its other memories (TNT, arXiv 2511.07343, Eq. 5 and 7)."""
     pace = {"chunk_size": far.chunk_size, "projection_chunk_size": None}
     rule = {"erase": False, "read": "boundary"}
     return replace(spec, vector_memories=spec.vector_memories[:1], gate_memories=(), **pace, **rule)
@@ -84,7 +84,7 @@ class Gate(nn.Module):
             self.weight = new_parameter(num_heads, head_dim, spec=spec)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map inputs `[B, H, T, D]` to the gate's logits `[B, H, T]`, without what a memory adds."""
+        """Map inputs `[B, H, T, D]` to the gate's logits `[B, H, T]`, without the addition of a memory."""
         bias = self.bias[:, None].expand(x.shape[:-1])
         return bias if self.weight is None else bias + (x * self.weight[:, None]).sum(-1)
 
@@ -237,7 +237,7 @@ class SelfModifying(nn.Module):
         documents: Documents | None = None,
         probe: dict[str, Tensor] | None = None,
     ) -> tuple[Tensor, LayerState]:
-        """Mix tokens as `forward` does, without the map out: what each head of this rank answers `[T, B, H, D]`."""
+        """Mix tokens as `forward` does, without the output projection: answers of this rank's heads `[T, B, H, D]`."""
         batch = x.shape[1]
         position, memories, far, tail = 0, None, None, None
         if state is not None:
@@ -264,7 +264,7 @@ class SelfModifying(nn.Module):
         return y, LayerState(position + len(y), MixerState(*memories, far, tail))
 
     def _out(self, y: Tensor, gate: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """Scale and gate what heads answer `[B, H, T, D]`: `[T, B, H, D]` of a type."""
+        """Scale and gate the answers of heads `[B, H, T, D]`: `[T, B, H, D]` of a type."""
         if y.dtype != torch.float64 and is_fused(self.computed["backend"], y, self.head_dim):
             from hopescale.ops.fused.answers import gated_answers
 
@@ -282,7 +282,7 @@ class SelfModifying(nn.Module):
         return (self._initial_memories(batch) if fresh else memories), place
 
     def _mix(self, mixed: Tensor, tail: Tensor | None, memories: Memories, position: int) -> tuple[Tensor, MixerState]:
-        """Do in one operation what follows the in-projection: what heads answer `[T, B, H, D]`, state after tokens."""
+        """Compute answers of heads `[T, B, H, D]` and the next state from projected inputs, in one operation."""
         filters = None
         if self.conv is not None:
             filters, tail = self.conv["weight"], tail.transpose(0, 1)

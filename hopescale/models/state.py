@@ -1,4 +1,4 @@
-"""What a model carries from one call to the next."""
+"""State that a model carries from one call to the next."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from hopescale.parallel.regions import gather_tokens, share_with_ranks, sum_over
 
 
 class TitansState(NamedTuple):
-    """What the memory carries, and the cache of attention."""
+    """State of the memory, and the cache of attention."""
 
     memory: MixerState
     attention: AttentionCache
@@ -107,7 +107,7 @@ class Titans(nn.Module):
         documents: Documents | None,
         probe: dict[str, Tensor] | None,
     ) -> tuple[Tensor, ContextState]:
-        """Let attention read each segment with what the memory knew before it, and write what attention answers."""
+        """Let attention read each segment with the memory's retrievals for it, and write attention's answers."""
         ahead = AttentionCache(*self.attention.project(persistent[:, None], 0)[1:])
         size, probes = self.config.chunk_size, []
 
@@ -131,7 +131,7 @@ class Titans(nn.Module):
     def _segment(
         self, x: Tensor, ahead: AttentionCache, state: ContextState, position: int, probe: dict[str, Tensor] | None
     ) -> tuple[Tensor, ContextState]:
-        """Run a segment, or a part of one; persistent tokens stand before what is retrieved, that before the tokens.
+        """Run a segment, or a part of one; persistent tokens come first, then the retrieved ones, then the segment's.
 
         A token sees what was retrieved for it and for those before it: what was retrieved for later ones would tell of
         them.
@@ -165,7 +165,7 @@ class Titans(nn.Module):
         documents: Documents | None,
         probe: dict[str, Tensor] | None,
     ) -> tuple[Tensor, TitansState]:
-        """Let the memory gate what attention answers `[T, B, H, D]`. Persistent tokens stay in attention's sight."""
+        """Let the memory gate attention's answers `[T, B, H, D]`. Persistent tokens stay in attention's sight."""
         wide, (remembered, memory) = self._remember(x, persistent, state, documents, probe)
         now = LayerState(state.position, state.tensors.attention)
         seen, cache = self.attention.answer(x, now, documents, persistent)
@@ -179,7 +179,7 @@ class Titans(nn.Module):
         documents: Documents | None,
         probe: dict[str, Tensor] | None,
     ) -> tuple[Tensor, TitansState]:
-        """Let attention read what the memory answers, to persistent tokens as well."""
+        """Let attention read the memory's answers, also those to persistent tokens."""
         wide, (remembered, memory) = self._remember(x, persistent, state, documents, probe)
         inner = sum_over_ranks(self.inner_proj(remembered.flatten(2)), self.mesh)
         y, cache = self.attention.answer(inner, self._inside(state, state.tensors.attention), wide.documents)

@@ -1,4 +1,4 @@
-"""Titans' memory as a context: what attention reads of it, and the order in which segments are run (MAC, Eq. 21-25)."""
+"""Titans' memory as a context: the tokens that attention reads of it, and the order of segments (MAC, Eq. 21-25)."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Context(nn.Module):
 
 
 class ContextState(NamedTuple):
-    """What the memory carries, and keys and values of the present segment: of its tokens, of what was retrieved."""
+    """State of the memory, and keys and values of the present segment: of its tokens, and of the retrieved ones."""
 
     memory: MixerState
     attention: AttentionCache

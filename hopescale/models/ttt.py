@@ -29,7 +29,7 @@ EPS = 1e-6
 
 
 class TttMixerState(NamedTuple):
-    """What the mixer carries: the memories, and the convolution's last inputs `[B, W - 1, channels]` or None."""
+    """State of the mixer: the memories, and the convolution's last inputs `[B, W - 1, channels]` or None."""
 
     memory: TttState
     conv_tail: Tensor | None
@@ -163,7 +163,7 @@ class Ttt(nn.Module):
     def _streams(
         self, mixed: Tensor, tail: Tensor | None, position: int, first: Tensor | None
     ) -> tuple[TttStreams, Tensor | None, Tensor | None]:
-        """Return what memories read, float32, the output gate `[T, B, H, D]`, and the convolution's tail."""
+        """Return the inputs of memories, float32, the output gate `[T, B, H, D]`, and the convolution's tail."""
         *slices, rate = mixed.split([self.head_dim] * ttt_slices(self.config) + [1], dim=-1)
         if self.conv is not None:
             shared, *slices = slices

@@ -1,1 +1,1 @@
-"""What a run tells: metrics, trackers, the console line, throughput, health. Measures; never decides a step."""
+"""Observation of a run: metrics, trackers, the console line, throughput, health. Measures; never decides a step."""

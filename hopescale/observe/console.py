@@ -1,4 +1,4 @@
-"""The lines a run shows on the console. Pure text; whoever calls prints it."""
+"""The lines that a run shows on the console. Pure text, which the caller prints."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SHOWN: dict[str, Callable[[float], str]] = {
 
 
 def format_step(step: int, total_steps: int, values: Mapping[str, float], due: Sequence[str] = ()) -> str:
-    """Write the line of a logged step, leaving out what is unknown.
+    """Write the line of a logged step, leaving out unknown numbers.
 
     Args:
         step: Optimizer steps done.

@@ -40,11 +40,11 @@ class Tracker(ABC):
         """Show texts of a step, where the view has such."""
 
     def go_back(self, step: int) -> None:  # noqa: B027
-        """Hide what is of later steps, where the view does not draw over it by itself."""
+        """Hide records of later steps, where the view does not draw over them by itself."""
 
     @abstractmethod
     def close(self) -> None:
-        """Finish what is under way."""
+        """Finish the records under way."""
 
 
 class QueuedTracker(Tracker):

@@ -21,7 +21,7 @@ def require_own(folder: Path, option: str, marks: tuple[str, ...] = MARKS, also:
     Args:
         folder: Folder to write in; need not exist.
         option: Option that names it, or words that do, for the message.
-        marks: Patterns of which a folder of ours matches one.
+        marks: Patterns; a folder of ours matches one of them.
         also: Files that may lie there all the same.
 
     Raises:

@@ -1,4 +1,4 @@
-"""How a run stands: the one table of its states, read from its folder and from whoever supervises its processes."""
+"""State of a run: the one table of states, read from its folder and from the supervisor of its processes."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def is_locked(folder: Path) -> bool:
 
 
 def _state(folder: Path, outcome: str, ask: Callable[[], Word | None], failure: list[str]) -> tuple[str, str | None]:
-    """Return the state and its reason; what the folder says of an end counts more than what a supervisor does."""
+    """Return the state and its reason; the folder's word on an end counts more than a supervisor's."""
     own = next((state for pattern, state in _WORDS.items() if pattern.match(outcome)), None)
     if own == DONE:
         return DONE, None

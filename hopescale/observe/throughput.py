@@ -1,4 +1,4 @@
-"""How fast a run proceeds and how much memory it takes. Adds up what it is told; reads no clock."""
+"""Speed and memory of a run. Adds up the numbers that it is given; reads no clock."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ class TensorBoardTracker(Tracker):
 
     Args:
         folder: `tb/` of the run; made if missing.
-        resume_step: Step the run continues from; TensorBoard hides what the folder holds of later steps. None hides
+        resume_step: Step the run continues from; TensorBoard hides the folder's records of later steps. None hides
             everything before.
 
     Raises:
@@ -86,7 +86,7 @@ class TensorBoardTracker(Tracker):
             raise self._failure(error) from error
 
     def go_back(self, step: int) -> None:
-        """Go on in a new file, which hides what the others hold of later steps."""
+        """Continue in a new file, which hides records of later steps in the others."""
         self.close()
         self._open(step + 1)
 
@@ -177,7 +177,7 @@ class MlflowTracker(Tracker):
 
 
 def _plain(name: str) -> str:
-    """Replace what MLflow allows in no name."""
+    """Replace characters that MLflow does not allow in names."""
     return re.sub(r"[^\w\-./ :]", "_", name)
 
 
@@ -246,7 +246,7 @@ class Trackers:
             tracker.log_texts(step, texts)
 
     def go_back(self, step: int) -> None:
-        """Hide what is of later steps."""
+        """Hide records of later steps."""
         for tracker in self._trackers:
             tracker.go_back(step)
 

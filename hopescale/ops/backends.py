@@ -69,7 +69,7 @@ class Choice(NamedTuple):
             how += f", with {products} products"
         if self.backend == "torch":
             how = "chunk after chunk" if memories.sequential else "all chunks of a sequence side by side"
-        return f"{self.backend}, {how}{self.reason and f' ({self.reason})'}"
+        return f"{self.backend}, {how}{self.reason and f' (not {self.reason})'}"
 
 
 def select(
@@ -128,14 +128,14 @@ def choose_products(wanted: KernelPrecision, dtype: str) -> Products:
 
 
 def select_streams(backend: Backend, head_dim: int, device: str, dtype: str) -> Literal["torch", "cpp"]:
-    """Choose the code that cuts projected inputs into streams of heads, in every pass and whatever runs the chunks."""
+    """Choose the code that cuts projected inputs into streams of heads, for every pass and backend of chunks."""
     if backend == "torch" or unsupported_reason("cpp", device, dtype, heads=head_dim):
         return "torch"
     return "cpp"
 
 
 def select_fused(backend: Backend, device: str, dtype: str, head_dim: int | None = None) -> Literal["torch", "triton"]:
-    """Choose the code of what lies around memories, norms and gates, for tensors of a type; `head_dim` if heads are."""
+    """Choose the code of norms, gates and streams around memories, by type; `head_dim` where there are heads."""
     odd = head_dim is not None and head_dim not in KERNEL_DIMS
     if backend not in ("auto", "triton") or odd or dtype not in ("bfloat16", "float32"):
         return "torch"
@@ -145,7 +145,7 @@ def select_fused(backend: Backend, device: str, dtype: str, head_dim: int | None
 
 
 def _pass_reason(backend: str, needs_grad: bool, whole_chunks: bool, short: bool) -> str | None:
-    """Return why a kind of code does not run a pass, whatever the memories are; None if it does."""
+    """Return why a kind of code cannot run a pass with any memories; None if it can."""
     if backend == "cpp" and not needs_grad:
         return None
     if short and not needs_grad:
@@ -175,7 +175,7 @@ def unsupported_reason(
         backend: Kind of code.
         device: Type of the device; None asks about types and widths alone.
         dtype: Type of the tensors.
-        widths: Widths by the name of what has them; None has none.
+        widths: Widths by the name of the part that has them; None for a part without.
     """
     known = {name: width for name, width in widths.items() if width is not None}
     if backend == "triton":

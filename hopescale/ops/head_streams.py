@@ -76,7 +76,7 @@ class CLayout(ctypes.Structure):
 
     @classmethod
     def of(cls, x: Tensor, weight: Tensor | None, unit: Sequence[bool]) -> CLayout:
-        """Describe projected inputs and what is made of them."""
+        """Describe projected inputs and the streams that are made of them."""
         taps = 0 if weight is None else weight.shape[1]
         return cls(*x.shape, taps, sum(one << number for number, one in enumerate(unit)), *x.stride()[:-1])
 

@@ -1,4 +1,4 @@
-"""Numbers that both the operations and whoever plans for them must know. Imports no torch."""
+"""Numbers that both the operations and the plans for them need. Imports no torch."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ on that takes fewer FLOPs."""
 
 
 def is_sequential(*, adaptive: bool, linear: bool, objective: str, own_target: bool, read: str) -> bool:
-    """Tell whether what a chunk writes depends on what memories hold, so that chunks follow one another.
+    """Tell whether a chunk's writes depend on the contents of memories, so that chunks follow one another.
 
     Args:
         adaptive: Whether memories make any of keys, values, queries and gates.

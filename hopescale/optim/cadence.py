@@ -1,4 +1,4 @@
-"""When a parameter is updated, and the gradients it accumulates until then."""
+"""When a parameter is updated, and the gradients it accumulates until then; `OuterOptimizer.step` updates it."""
 
 from __future__ import annotations
 

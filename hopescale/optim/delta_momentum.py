@@ -1,4 +1,4 @@
-"""Delta Momentum: a momentum that forgets what it holds along the present gradient."""
+"""Delta Momentum: a momentum that forgets its part along the present gradient."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ class EarlySums:
         self._missing = {name: missing for names, missing in self._queue for name in names}
 
     def arrive(self, name: str) -> None:
-        """Take note of a gradient, and begin what it completes."""
+        """Note that a gradient has arrived, and begin the sum that it completes."""
         missing = self._missing.get(name)
         if missing is None:
             return
@@ -37,7 +37,7 @@ class EarlySums:
             self._begin(self._queue.popleft()[0])
 
     def begin_rest(self) -> None:
-        """Begin what has not begun, after the backward pass: some parameters may have no gradient."""
+        """Begin the sums that have not begun, after the backward pass: some parameters may have no gradient."""
         self._missing = {}
         while self._queue:
             self._begin(self._queue.popleft()[0])

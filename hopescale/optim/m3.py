@@ -105,7 +105,7 @@ def _write_slowly(slow_momentum: Tensor, grad: Tensor, step: int, beta3: float, 
 
 
 def _root(second_moment: Tensor, grad: Tensor, step: int, beta2: float, form: str) -> Tensor:
-    """Add a gradient to the second moment and return the root of what it is then."""
+    """Add a gradient to the second moment and return the root of the sum."""
     if form == "paper":
         return second_moment.addcmul_(grad, grad, value=beta2).sqrt()
     second_moment.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)

@@ -1,4 +1,7 @@
-"""The owner of each matrix: the replica, and where slices are gathered the tensor-parallel rank, that updates it."""
+"""The owner of each matrix: the replica, and where slices are gathered the tensor-parallel rank, that updates it.
+
+`assign_owners` in `cost/updates.py` deals the matrices out, so that a plan knows the same owners.
+"""
 
 from __future__ import annotations
 
@@ -61,6 +64,6 @@ class Ownership:
 
 
 def _slices_matrices(parameter: nn.Parameter, rule: str) -> bool:
-    """Tell whether a tensor-parallel rank holds parts of what a rule looks at, rather than some of it whole."""
+    """Tell whether a tensor-parallel rank holds only parts of the matrices, or rows, that a rule needs whole."""
     split, looks_at = parameter.spec.partition_dim, 1 if rule == "dgd" else 2
     return split is not None and split >= parameter.dim() - looks_at

@@ -1,4 +1,4 @@
-"""The update rules for matrices by name: their settings from the config, and what decides of their state."""
+"""The update rules for matrices by name: their settings from the config, and the settings that decide their state."""
 
 from __future__ import annotations
 

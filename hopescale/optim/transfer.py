@@ -104,7 +104,7 @@ def _part(group: GroupConfig, factor: float, optim: OptimConfig) -> GroupConfig:
 def _misfits(
     assigned: Mapping[str, str], parameters: Mapping[str, ParameterSizes], groups: Mapping[str, GroupConfig]
 ) -> Iterator[Problem]:
-    """Find what orthogonal updates and momenta have no rule for: embedding, head, gates, convolutions."""
+    """Find parameters that orthogonal updates and momenta do not cover: embedding, head, gates, convolutions."""
     for parameter, name in assigned.items():
         rule, sizes = groups[name].rule, parameters[parameter].sizes
         if rule != "adamw" and len(sizes) != 2:

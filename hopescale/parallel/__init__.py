@@ -13,7 +13,7 @@ to it. A run's trackers import them where they are asked for."""
 
 @contextmanager
 def quiet_imports() -> Iterator[None]:
-    """Silence what Megatron announces at import: that Transformer Engine and Apex, which are optional, are missing.
+    """Silence Megatron's notices at import that Transformer Engine and Apex, which are optional, are missing.
 
     Megatron also wraps its fusions in `torch.compile` as it is imported, which imports torch's compiler for seconds in
     every process; we call none of them, and they stay as they are written. What `NOT_FOR_MEGATRON` names is hidden.

@@ -16,7 +16,7 @@ _NUM_BYTES = {"cuda": 64 * 2**20, "cpu": 4 * 2**20}
 
 @dataclass
 class LinkTimes:
-    """What one rank has measured, in seconds; infinite where an exchange failed.
+    """Times that one rank has measured, in seconds; infinite where an exchange failed.
 
     Attributes:
         within: All-reduce over the ranks of its node; None where it is the only one.

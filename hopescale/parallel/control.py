@@ -1,4 +1,4 @@
-"""What the ranks of a job decide together: small messages over the CPU, between two steps."""
+"""Agreement of the ranks of a job: small messages over the CPU, between two steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Megatron-core on the CPU: what it asks of a CUDA device, the CPU does. Not used by runs on CUDA."""
+"""Megatron-core on the CPU, which stands in for the CUDA device that it asks for. Not used by runs on CUDA."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hopescale.parallel import quiet_imports
 
 
 class _TorchOnCpu(types.ModuleType):
-    """`torch` as a Megatron module sees it: what it asks of the current CUDA device is done on the CPU."""
+    """`torch` as a Megatron module sees it: requests to the current CUDA device are answered by the CPU."""
 
     def __init__(self) -> None:
         super().__init__("torch")

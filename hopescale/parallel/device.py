@@ -16,7 +16,7 @@ _QUEUES = "CUDA_DEVICE_MAX_CONNECTIONS"
 
 
 def settle_cuda(tp: int) -> None:
-    """Settle what torch and CUDA read from the environment at their start; what a user has set there stays.
+    """Set the environment variables that torch and CUDA read at their start; those that a user has set stay.
 
     Memory grows in segments that expand, so that the sizes of logged steps and slow levels leave no holes. `tp` is the
     number of tensor-parallel ranks: where there are several, work is done in the order in which it is queued, which

@@ -37,7 +37,7 @@ def init_distributed(
         layout: Layout of the ranks.
         device: Device as of `choose_device`.
         origin: Key or option that asked for the device, for messages.
-        facts: Values by name that must be the same on all ranks, besides code and packages: what they are to do.
+        facts: Values by name that must be the same on all ranks, besides code and packages: those of their task.
         timeout: Time that an exchange may wait for the other ranks.
 
     Raises:
@@ -64,5 +64,5 @@ def init_distributed(
 
 
 def what_runs(rank_info: RankInfo, facts: Mapping[str, str]) -> dict[str, str]:
-    """Return what must be the same on all ranks: their number, code, packages, and what they were started for."""
+    """Return the facts that must be the same on all ranks: their number, code, packages, and the run they belong to."""
     return {"the number of ranks": str(rank_info.world_size), **software(), **facts}

@@ -87,7 +87,7 @@ def _megatron_config(tp: int, sequence_parallel: bool) -> ModelParallelConfig:
 
 
 def _is_plain(tp_group: dist.ProcessGroup) -> bool:
-    """Tell whether a layer is its product and nothing else, which costs a token less than what is around it."""
+    """Tell whether a layer is only its product, which costs a token less than the calls around it."""
     return tp_group.size() == 1 and not torch.is_grad_enabled()
 
 

@@ -32,7 +32,7 @@ class Mesh:
         dp_group: Ranks that hold the same part of the model and read other tokens: replicas, and of each the ranks that
             share its sequences. Gradients are summed over them.
         cp_group: Ranks that share the sequences of a replica (context parallel), in the order of the tokens.
-        cp_back_group: The same ranks, for what goes from a higher number to a lower one.
+        cp_back_group: The same ranks, for messages from a higher number to a lower one.
         pp_group: Ranks that hold the stages of one replica (pipeline parallel), in order.
         embedding_group: First and last stage, which both hold a tied embedding; of this process alone elsewhere.
         world_group: All ranks.

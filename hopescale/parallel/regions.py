@@ -15,7 +15,7 @@ from hopescale.parallel.mesh import Mesh
 
 
 def share_with_ranks(x: Tensor, mesh: Mesh) -> Tensor:
-    """Return `x`, its gradient summed over tensor-parallel ranks: for what all of them hold and each uses in part."""
+    """Return `x`, its gradient summed over tensor-parallel ranks: each holds `x` whole and uses a part."""
     if mesh.tp_group.size() == 1:
         return x
     shared = copy_to_tensor_model_parallel_region(x, group=mesh.tp_group)

@@ -88,7 +88,7 @@ class StoreExchange:
         raise error
 
     def leave(self) -> None:
-        """Let rank 0, and the store with it, stay until the others have read what they were told."""
+        """Let rank 0, and the store with it, stay until the others have read their messages."""
         self._round += 1
         with suppress(dist.DistError):  # without rank 0 there is nothing left to read
             self._store.set(self._key(self.rank), "null")

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def variable_set(name: str) -> Iterator[None]:
-    """Set a variable of the process to 1 inside; what it was before comes back."""
+    """Set a variable of the process to 1 inside; its former value comes back."""
     before = os.environ.get(name)
     os.environ[name] = "1"
     try:

@@ -142,7 +142,7 @@ def analyse(
 
 
 def common_budgets(series: Points, reference: Points, count: int = 5) -> list[float]:
-    """Return budgets spread evenly, by ratio, over what both were run with, else over the series' own."""
+    """Return budgets spread evenly, by ratio, over the range of both series, else over that of the series itself."""
     low = max(series.flops.min(), reference.flops.min())
     high = min(series.flops.max(), reference.flops.max())
     if low >= high:
@@ -151,7 +151,7 @@ def common_budgets(series: Points, reference: Points, count: int = 5) -> list[fl
 
 
 def _scores(table: Table, resamples: int, column: str | None) -> ScoreAnalysis | str | None:
-    """Fit the scores. A column that nobody named keeps no law from being fitted: what is wrong with it is returned."""
+    """Fit the scores. A bad column that nobody named does not stop the fit of laws: its problem is returned."""
     if column is not None:
         return fit_scores(table, table.series, resamples, column)
     try:
@@ -177,7 +177,7 @@ def _analyse_series(
 
 
 def _doubt(fit: Fit, points: Points, cost: Cost) -> str | None:
-    """Tell why a law's best size is none to rely on: a number at its end, or a size that is far from what was run."""
+    """Say why a law's best size cannot be relied on: a number at the end of its range, or a size far from the runs."""
     if at_end := [name for name in fit.undetermined if name != "E"]:
         return f"the runs do not determine {' and '.join(at_end)} of the law"
     best, (low, high) = fit.law.optimal(points.flops.max(), cost)[0], (points.params.min(), points.params.max())

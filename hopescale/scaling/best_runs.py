@@ -1,4 +1,4 @@
-"""The effective-compute multiplier by the runs alone, without a law: what series have reached, against each other."""
+"""The effective-compute multiplier by the runs alone, without a law: the best runs of series, against each other."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hopescale.scaling.views import lower_envelope
 
 @dataclass(frozen=True)
 class RunMultiplier:
-    """What the reference's best runs need for the loss of the best run of a budget of a series."""
+    """FLOPs that the reference's best runs need for the loss of the best run of a budget of a series."""
 
     flops: float
     """FLOPs of the run."""

@@ -57,7 +57,7 @@ def read_curves(table: Path) -> list[Curve]:
 
 
 def _records(table: Path, trial: str) -> list[dict[str, Any]]:
-    """Return what a trial has recorded, nothing if it has not begun."""
+    """Return the records of a trial, none if it has not begun."""
     path = table.parent / "trials" / trial / "metrics.jsonl"
     return read_metrics(path) if path.is_file() else []
 

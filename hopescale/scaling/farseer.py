@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hopescale.common.errors import DataError
+from hopescale.common.units import plural
 from hopescale.scaling.fit import DELTA, fit_law, huber_step, num_distinct
 from hopescale.scaling.law import Law
 from hopescale.scaling.points import Points
@@ -60,7 +61,8 @@ def fit_farseer(points: Points, law: Law | None = None) -> FarseerLaw:
         DataError: If the runs are too few, or of too few sizes.
     """
     if too_few_for_nine(points):
-        message = f"{len(points)} runs of {num_distinct(points.params)} sizes are too few for a law of 9 numbers"
+        counted = f"{plural(len(points), 'run')} of {plural(num_distinct(points.params), 'size')}"
+        message = f"{counted} are too few for a law of 9 numbers"
         raise DataError(message, f"it needs {FEWEST_RUNS} runs of {FEWEST_SIZES} sizes")
     return fit_parts(points, points.counts[None], [law or fit_law(points).law])[0]
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hopescale.common.errors import DataError
+from hopescale.common.units import plural
 from hopescale.scaling.law import Law
 from hopescale.scaling.points import Points
 
@@ -86,7 +87,7 @@ def require_below(points: Points, asymptote: float | None) -> None:
 
 
 def _at_bound(law: Law, points: Points) -> list[str]:
-    """Return the numbers of a law that lie at the end of what they may be."""
+    """Return the numbers of a law that lie at the end of their range."""
     exponents = {"alpha": law.alpha, "beta": law.beta}
     means = np.exp(np.log(points.params).mean()), np.exp(np.log(points.tokens).mean())
     terms = {"E": law.E, "A": law.A * means[0] ** -law.alpha, "B": law.B * means[1] ** -law.beta}
@@ -106,7 +107,8 @@ def too_few(params: np.ndarray, tokens: np.ndarray) -> str | None:
     sizes, durations = num_distinct(params), num_distinct(tokens)
     if len(params) >= 6 and sizes >= 3 and durations >= 3:
         return None
-    return f"{len(params)} runs of {sizes} sizes and {durations} numbers of tokens are too few for a law of 5 numbers"
+    counted = f"{plural(len(params), 'run')} of {plural(sizes, 'size')} and {plural(durations, 'number')} of tokens"
+    return f"{counted} are too few for a law of 5 numbers"
 
 
 def num_distinct(values: np.ndarray) -> int:

@@ -113,7 +113,7 @@ def read_doubt(path: Path, series: str | None = None) -> str | None:
 
 
 def _content(path: Path, series: str | None) -> Any:
-    """Return the object of one law, whatever it holds."""
+    """Return the object of one law, unchecked."""
     try:
         content = json.loads(path.read_text())
     except OSError as error:

@@ -32,7 +32,7 @@ class Multiplier:
 
 @dataclass(frozen=True)
 class Frontier:
-    """A series along its compute-optimal sizes: its law, the laws of reweighted fits, and what its tokens cost."""
+    """A series along its compute-optimal sizes: its law, the laws of reweighted fits, and the cost of its tokens."""
 
     law: Law
     samples: Sequence[Law]
@@ -40,7 +40,7 @@ class Frontier:
 
 
 def multiplier(series: Frontier, reference: Frontier, flops: float) -> Multiplier:
-    """Return how many times `flops` the reference needs to reach what the series reaches with `flops`."""
+    """Return how many times `flops` the reference needs to reach the loss that the series reaches with `flops`."""
 
     def ratio(own: Law, other: Law) -> float:
         return other.flops_for(own.best_loss(flops, series.cost), reference.cost) / flops

@@ -145,7 +145,7 @@ def _settings(law: RateLaw, usual_batch: float, params: float, tokens: float) ->
 
 
 def describe_proposal(proposal: Proposal, settings: Mapping[str, Callable[[float, float], str]]) -> list[str]:
-    """Return lines that tell a person which runs to make and what they would tell.
+    """Return lines that tell a person which runs to make and how far these would narrow the law.
 
     Args:
         proposal: Runs.

@@ -37,7 +37,7 @@ _TIMES = {
 
 
 def draw(analysis: Analysis, curves: Sequence[Curve] = ()) -> dict[str, tuple[str, Figure]]:
-    """Return every figure by file name, with what it shows."""
+    """Return every figure by file name, with its caption."""
     compared = f" Right: how many times the compute {analysis.reference} needs." if analysis.reference else ""
     captions = {
         "frontier": "What each budget buys: the least loss by law, with its interval, and all runs. "
@@ -145,7 +145,7 @@ def _surface(fitted: Mapping[str, SeriesAnalysis]) -> Figure:
 
 
 def _residuals(fitted: Mapping[str, SeriesAnalysis]) -> Figure:
-    """Draw observed against predicted loss, and what is left over by size, tokens and budget."""
+    """Draw observed against predicted loss, and the residuals by size, tokens and budget."""
     figure, axes = _panels(3)
     for number, (color, (name, series)) in enumerate(zip(cycle(COLORS), fitted.items(), strict=False)):
         percent, points = 100 * series.fit.residuals, series.points

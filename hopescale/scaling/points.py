@@ -95,7 +95,7 @@ class Points:
         return np.ones(len(self)) if self.weights is None else self.weights
 
     def cost(self) -> Cost:
-        """Return what a token costs by size: least squares of logs over the runs.
+        """Return the cost of a token by size: least squares of logs over the runs.
 
         Raises:
             DataError: If a token costs no more in large models than in small ones, which no best size follows from.
@@ -267,7 +267,7 @@ def _read_rows(path: Path) -> tuple[list[tuple[int, list[str]]], list[str]]:
 
 
 def _read_records(text: str, path: Path) -> tuple[list[tuple[int, list[str]]], list[str]]:
-    """Return a JSON array of objects as rows and names of columns; what an object lacks is empty."""
+    """Return a JSON array of objects as rows and names of columns; a missing value is empty."""
     try:
         records = json.loads(text)
     except ValueError as error:

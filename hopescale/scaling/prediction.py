@@ -1,4 +1,4 @@
-"""What one more run will lose: the spread of the law and the noise that runs have about it."""
+"""Prediction of one more run's loss: the spread of the law and the noise of runs about it."""
 
 from __future__ import annotations
 

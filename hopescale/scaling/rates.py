@@ -38,7 +38,7 @@ _NAMES = {"n": "N", "d": "D", "b": "batch"}
 
 @dataclass(frozen=True)
 class TunedRuns:
-    """Runs of one series with what they were trained with, each column `[n]`."""
+    """Runs of one series with their rates, batches and sizes, each column `[n]`."""
 
     rows: np.ndarray
     """Numbers of the rows in the table."""
@@ -125,7 +125,7 @@ class RateLaw:
 
 
 def undertuned(runs: TunedRuns, law: RateLaw) -> dict[int, float]:
-    """Return what the rate of each run costs of its loss, by row, for runs that it costs more than `UNDERTUNED`."""
+    """Return the loss that a run's rate costs, by row, for the runs that it costs more than `UNDERTUNED`."""
     excess = law.excess(runs)
     return {int(row): float(part) for row, part in zip(runs.rows, excess, strict=True) if part > UNDERTUNED}
 
@@ -233,9 +233,9 @@ def fit_rates(runs: TunedRuns, *, transfer: bool = False, seed: int = 0) -> Rate
     """Fit the best rate of a series.
 
     Args:
-        runs: Runs of the series, of which some have the same size and tokens and different rates.
+        runs: Runs of the series; some have the same size and tokens and different rates.
         transfer: Whether rates hold for every size, as they do under muP (`model.transfer`): the law is then without N.
-        seed: Seed of the draws of which intervals are made.
+        seed: Seed of the resampling for intervals.
 
     Raises:
         DataError: If no size has three rates near its best, the runs are too few, or the best rates of all sizes are

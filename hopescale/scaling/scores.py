@@ -1,4 +1,4 @@
-"""Scores of runs beside their losses: a curve from loss to score, and what a series scores at equal loss."""
+"""Scores of runs beside their losses: a curve from loss to score, and the scores of a series at equal loss."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ _MINIMUM = ("params", "tokens", "loss", "inside", "params_interval", "loss_inter
 
 
 def to_json(analysis: Analysis) -> dict[str, Any]:
-    """Return all results as JSON has them; what is infinite becomes null."""
+    """Return all results for JSON; infinite numbers become null."""
     table = analysis.table
     return {
         "points": {"source": str(table.source), "left_out": table.left_out, "losses_of": table.losses_of},
@@ -108,7 +108,7 @@ def _series_json(series: SeriesAnalysis) -> dict[str, Any]:
 
 
 def _tidy(value: Any) -> Any:
-    """Replace what JSON cannot say."""
+    """Replace numbers that JSON does not have."""
     if is_dataclass(value):
         value = vars(value)
     if isinstance(value, dict):
@@ -119,7 +119,7 @@ def _tidy(value: Any) -> Any:
 
 
 def describe(analysis: Analysis) -> list[str]:
-    """Return the lines that tell a person what was found."""
+    """Return the lines that report the results to a person."""
     table = analysis.table
     num_runs = sum(len(series.points) for series in analysis.series.values())
     lines = [f"{table.source}: {num_runs} runs, {len(table.left_out)} left out"]
@@ -153,7 +153,7 @@ def other_losses(analysis: Analysis) -> str | None:
 
 
 def describe_scores(analysis: Analysis, scores: ScoreAnalysis | str) -> list[str]:
-    """Return what the runs scored, by their losses."""
+    """Return lines on the scores of the runs, by their losses."""
     if isinstance(scores, str):
         return [f"scores: {scores}"]
     curve = scores.curve
@@ -215,7 +215,7 @@ def _number_line(series: SeriesAnalysis, key: str, value: float, interval: Inter
 
 
 def describe_doubts(series: SeriesAnalysis) -> list[str]:
-    """Return what these runs do not tell, and which runs would."""
+    """Return lines on the questions that these runs leave open, and the runs that would answer them."""
     lines = [f"best size for a budget: not determined: {series.doubt}"] if series.doubt else []
     if series.fit and series.fit.undetermined:
         lines.append(f"not determined by these runs: {', '.join(series.fit.undetermined)}")
@@ -252,7 +252,7 @@ def describe_growth(series: SeriesAnalysis) -> list[str]:
 
 
 def describe_forecast(series: SeriesAnalysis) -> list[str]:
-    """Return what the law says of the largest runs when it has not seen them, where it can be fitted without them."""
+    """Return a line on the forecast of the largest runs by a law fitted without them, where there is one."""
     if series.forecast is None:
         return []
     errors, law = 100 * series.forecast.errors, series.forecast.law

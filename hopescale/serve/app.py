@@ -33,7 +33,7 @@ from hopescale.serve.contexts import Contexts, NoContext
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may ask for.
+    """Limits of one request.
 
     Attributes:
         prompt_tokens: Most tokens of a prompt or context.
@@ -45,7 +45,7 @@ class Limits:
 
 
 class CompletionRequest(BaseModel):
-    """What `/v1/completions` takes; other keys of OpenAI's are refused, as they would be without effect."""
+    """Parameters of `/v1/completions`; other keys of OpenAI's are refused, as they would be without effect."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -64,7 +64,7 @@ class CompletionRequest(BaseModel):
 
 
 class ContextRequest(BaseModel):
-    """What `PUT /contexts/NAME` takes."""
+    """Parameters of `PUT /contexts/NAME`."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -140,7 +140,7 @@ class Server:
 
 
 class _Answer(Protocol):
-    """What somebody waits for while the batcher works on it."""
+    """An answer that a client waits for while the batcher works on it."""
 
     request: batcher.Request
 

@@ -75,7 +75,7 @@ class Contexts:
         """Refuse a name that cannot be a folder's, and one context too many.
 
         Raises:
-            DataError: With what is allowed.
+            DataError: If the name is not allowed, or there are too many contexts.
         """
         if not _NAME.fullmatch(name):
             rule = "up to 64 letters, digits, dots, dashes and underscores, the first a letter or digit"
@@ -164,7 +164,7 @@ class Contexts:
             return self._known.get(name)
 
     def _keep(self, context: NamedContext) -> None:
-        """Put a context into memory, in place of that which was asked longest ago if there are too many."""
+        """Put a context into memory; if there are too many, the one that was used longest ago leaves it."""
         with self._lock:
             self._check_room(context.name)
             self._known[context.name] = context

@@ -26,7 +26,7 @@ class WebServer(uvicorn.Server):
         grace: Seconds for those answers; then they are cut off.
 
     Raises:
-        LaunchError: If nobody can listen there; whoever has made one may connect.
+        LaunchError: If the address cannot be listened on. Clients may connect as soon as the server is made.
     """
 
     def __init__(self, app: FastAPI, host: str, port: int, grace: int):

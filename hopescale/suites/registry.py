@@ -50,7 +50,7 @@ def resolve(config: SuiteConfig) -> dict[str, Any]:
 
 
 def problems(config: SuiteConfig, *, seq_len: int, vocab_size: int) -> list[Fault]:
-    """Check a task against itself and the model's sizes: pairs of a setting's name and what is wrong with it."""
+    """Check a task's settings, alone and with the model's sizes: pairs of a setting's name and its problem."""
     task = TASKS[config.task]
     known = ", ".join(("length", *task.defaults))
     if idle := [name for name in given(config) if name not in task.defaults]:
@@ -78,7 +78,7 @@ class Generated:
     """The examples of one task and one seed."""
 
     def __init__(self, config: SuiteConfig, *, seed: int, length: int):
-        """Draw what all examples share; `problems` must have found none."""
+        """Draw the parts that all examples share; `problems` must have found none."""
         self.task, self.settings, self.length = TASKS[config.task], resolve(config), length
         table = self.task.table
         self.table = None if table is None else table(generator_of(seed, "table"), self.settings)
@@ -90,6 +90,6 @@ class Generated:
 
 
 def generator_of(seed: int, stream: str, *number: int) -> np.random.Generator:
-    """Return the source of chance of an example, or of what all examples share."""
+    """Return the random generator of an example, or of the parts that all examples share."""
     sequence = np.random.SeedSequence(seed, spawn_key=(_STREAMS[stream], *number))
     return np.random.Generator(np.random.Philox(sequence))

@@ -1,4 +1,4 @@
-"""What every task of a suite is: examples by a generator, the score of chance, and the best score there is."""
+"""The interface of a suite's tasks: examples by a generator, the score of chance, and the best score there is."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Example(NamedTuple):
 
 
 def certain(settings: Settings) -> float:
-    """Return the best score of a task whose answers follow from what has been read."""
+    """Return the best score of a task whose answers follow from the tokens before."""
     return 1.0
 
 

@@ -1,4 +1,4 @@
-"""Horizons of one size as branches of one run (WSD-S, arXiv 2410.05192): what they share is trained once."""
+"""Horizons of one size as branches of one run (WSD-S, arXiv 2410.05192): their common steps are trained once."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ def best_of(choice: TrialChoice, ended: Ended) -> str | None:
 
 
 def problems(sweep: SweepConfig) -> Iterator[Problem]:
-    """Yield what is wrong with `choose`, which an axis has to give a choice."""
+    """Yield the problems of `choose`, which must name an axis with several values."""
     if sweep.choose is None:
         return
     others = [key for key in sweep.axes if key != sweep.choose]

@@ -1,4 +1,4 @@
-"""What a sweep found, as a table: one row a trial, in `points.csv` of the sweep's folder."""
+"""Results of a sweep as a table: one row a trial, in `points.csv` of the sweep's folder."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def evaluate(text: str, known: Mapping[str, float]) -> int | float:
         The value: an int where it is whole.
 
     Raises:
-        ValueError: If it is no such expression, names what is not known, or has no finite value.
+        ValueError: If it is no such expression, has an unknown name, or has no finite value.
     """
     try:
         value = _value(ast.parse(text.strip(), mode="eval").body, known)

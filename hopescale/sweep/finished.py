@@ -16,7 +16,7 @@ def expand(paths: Iterable[Path], *, evaluated: bool = False) -> list[Path]:
     """Put the run folders of a sweep in the place of its folder: trials that are done, and of a choice the chosen ones.
 
     Args:
-        paths: Folders and files, of which those of sweeps have a `points.csv`.
+        paths: Folders and files; folders of sweeps have a `points.csv`.
         evaluated: Whether trials without an evaluation are left out.
 
     Raises:

@@ -33,7 +33,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep's file and what it holds."""
+    """A sweep's file and its contents."""
 
     config: SweepConfig
     path: Path
@@ -46,7 +46,7 @@ class Sweep:
 
 @dataclass(frozen=True)
 class _Point:
-    """A place in the grid: what a trial is made from."""
+    """A place in the grid, from which a trial is made."""
 
     name: str
     series: str
@@ -106,7 +106,7 @@ def _with_trials(problem: Problem, names: list[str]) -> Problem:
 
 
 def _problems(sweep: SweepConfig) -> Iterator[Problem]:
-    """What is wrong with a sweep before its trials are made."""
+    """Yield the problems of a sweep before its trials are made."""
     if not _NAME.fullmatch(sweep.name):
         yield Problem("name", f"{sweep.name!r} cannot name a folder", hint="use letters, digits, '.', '_' and '-'")
     for name, series in (sweep.series or {"": SeriesConfig()}).items():
@@ -177,7 +177,7 @@ def _points(sweep: Sweep) -> Iterator[_Point]:
 
 
 def _name(parts: list[str], labels: Mapping[str, str], letter: str) -> str:
-    """Name a trial after what tells it from others: `hope-w32-c1e11-lr0.003`."""
+    """Name a trial by the values in which it differs from others: `hope-w32-c1e11-lr0.003`."""
     for key, value in labels.items():
         prefix = {"size": "", "budget": letter}.get(key, key.rpartition(".")[2])
         parts = [*parts, prefix + value]

@@ -82,7 +82,7 @@ def run_trials(
     report: Say,
     show: Callable[[], None],
 ) -> None:
-    """Train what is not done, `jobs` trials at a time; call it from the main thread, with the folder locked.
+    """Train the trials that are not done, `jobs` at a time; call it from the main thread, with the folder locked.
 
     Each trial is a process of `hopescale train`, which continues from its last checkpoint. A branch waits until its
     trunk has come to its step. Trials that are done or have diverged are left alone. One that fails is started again,
@@ -125,7 +125,7 @@ def _loop(pool: _Pool, received: list[int], jobs: int, show: Callable[[], None])
 
 
 class _Pool:
-    """What waits, what runs, and what failed for good."""
+    """The trials that wait, those that run, and those that failed for good."""
 
     def __init__(self, folder: Path, retries: int, environ: Mapping[str, str], report: Say):
         self.folder, self.retries, self.environ, self.report = folder, retries, environ, report

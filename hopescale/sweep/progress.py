@@ -95,7 +95,7 @@ def branch_checkpoint(run_dir: Path, branch: Branch) -> Path:
 
 
 def can_start(run_dir: Path, trial: Trial) -> bool:
-    """Tell whether a trial has what it begins with: the checkpoint of its trunk, if it is a branch without one."""
+    """Tell whether a trial can start: a branch without a checkpoint of its own needs that of its trunk."""
     if trial.branch is None or (run_dir / "checkpoints" / POINTER).is_file():
         return True
     return (branch_checkpoint(run_dir, trial.branch) / MANIFEST).is_file()
@@ -165,7 +165,7 @@ def write_note(run_dir: Path, note: Note) -> None:
 
 
 def status_in_sweep(trial: Trial, folder: Path) -> TrialStatus:
-    """Find out how a trial of a sweep stands, with what a branch shares with its trunk.
+    """Find out how a trial of a sweep stands; a branch depends on its trunk.
 
     A branch that waits for a trunk which has ended before its step has ended too. A trial that has not begun when the
     choice falls on another value is left out. Without held-out text the records of

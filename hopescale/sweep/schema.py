@@ -1,4 +1,4 @@
-"""What a sweep is: the keys of SWEEP.yaml. Every field has its docstring beneath it."""
+"""The keys of SWEEP.yaml. Every field has its docstring beneath it."""
 
 from __future__ import annotations
 

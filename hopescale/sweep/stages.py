@@ -27,7 +27,7 @@ class Start:
 
 
 def make_stages(trials: Sequence[Trial], folder: Path) -> list[tuple[dict[int, Start], int | None]]:
-    """Return what is left to train of a sweep with branches, as stages in their order.
+    """Return the parts of a sweep with branches that are still to be trained, as stages in their order.
 
     Args:
         trials: Trials of the sweep; those that share a run have one number.

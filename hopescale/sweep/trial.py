@@ -1,4 +1,4 @@
-"""One run of a sweep: what it is called, how it is configured, and what it costs."""
+"""One run of a sweep: its name, its config, and its cost."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Branch:
 
 @dataclass(frozen=True)
 class TrialChoice:
-    """What decides whether a trial is trained: a candidate is, and the others if their candidate is the best."""
+    """Choice that a trial depends on: candidates are trained, and other trials if their candidate is the best."""
 
     among: tuple[str, ...]
     """Names of the candidates, one for each value of the axis."""

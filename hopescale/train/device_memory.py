@@ -46,7 +46,7 @@ class RankMemory:
 
 
 def memory_of(device: torch.device, ranks: int = 1) -> RankMemory:
-    """Return what a rank can have of its device now; `ranks` are those on this machine."""
+    """Return the memory that a rank can have of its device now; `ranks` are those on this machine."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return RankMemory(device, free + torch.cuda.memory_reserved(device))
@@ -60,12 +60,12 @@ def ranks_here(control: Control) -> int:
 
 
 def least_of_all(control: Control, memory: RankMemory) -> RankMemory:
-    """Return what the rank has that has least. Called by all ranks."""
+    """Return the memory of the rank that has least. Called by all ranks."""
     return min(control.gather(memory), key=lambda each: each.bytes)
 
 
 def check_device_memory(config: RunConfig, layout: Layout, memory: RankMemory) -> None:
-    """Refuse a run that by its plan exceeds the device's memory: what lasts alone, or a whole step.
+    """Refuse a run whose plan exceeds the device's memory, by its lasting tensors alone or by a whole step.
 
     A micro batch that is not chosen yet counts as one sequence.
 

@@ -75,7 +75,7 @@ class RunFolder:
             return [] if tokenizer is None else tokenizer.copy_to(self.path)
 
     def describe(self, request: RunRequest, asked: LoadedConfig, groups: str) -> None:
-        """Write what the run is: resolved config, overrides, origins, plan, table of parameter groups, environment.
+        """Write the files that describe the run: config, overrides, origins, plan, parameter groups, environment.
 
         The outcome of the start before is removed.
 

@@ -46,7 +46,7 @@ class StepMetrics:
         self._throughput.add(self.state.config.train.global_batch_tokens, seconds, data_seconds)
 
     def of_updates(self, gradients: Gradients, changes: dict[str, float]) -> dict[str, float]:
-        """Return the loss, norms and rates of the step, and what its due levels did."""
+        """Return the loss, norms and rates of the step, and the updates of its due levels."""
         step, optimizer = self.state.step, self.state.optimizer
         values = {"loss": gradients.loss, "grad_norm": gradients.grad_norm}
         values |= {f"lr/{group}": rate for group, rate in optimizer.rates(step).items()}
@@ -79,7 +79,7 @@ class StepMetrics:
         return {"device_memory/peak_gib": max(peak for _, peak in ranks)} | joined
 
     def distributions(self, gradients: Gradients) -> dict[str, Tensor]:
-        """Return what memories on this rank did at single tokens, of each of their statistics some thousand values."""
+        """Return statistics of memories on this rank at single tokens: some thousand values of each."""
         result = {}
         for name, rows in gradients.probe.items():
             layer, _, kind = name.rpartition("/")
@@ -96,7 +96,7 @@ class StepMetrics:
 
 
 class PlannedCommunication:
-    """Bytes that rank 0 sends, from the plan of the run: tests hold the plan to what is really sent."""
+    """Bytes that rank 0 sends, from the plan of the run; tests compare the plan with the bytes that are really sent."""
 
     def __init__(self, config: RunConfig, layout: Layout):
         self._config, self._layout = config, layout
@@ -119,7 +119,7 @@ class PlannedCommunication:
         return {"comm/bytes_per_step": sent.total() / len(steps)} | axes
 
     def of_level(self, level: str, step: int) -> dict[str, float]:
-        """Return the bytes by which replicas sum what is due of a level; empty where every step sums all gradients."""
+        """Return the bytes by which replicas sum a level's due gradients; empty where every step sums all."""
         if self._layout.replicas == 1 or self._config.parallel.stage > 1:
             return {}
         return {f"level/{level}/bytes": self._of_due_level(level, due_parts(self._config, step))}

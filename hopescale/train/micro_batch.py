@@ -1,4 +1,4 @@
-"""What `train.micro_batch_size: auto` means for a start: the largest that fits, or the one that a run already has."""
+"""The micro batch of `train.micro_batch_size: auto` at a start: the largest that fits, or the one of the checkpoint."""
 
 from __future__ import annotations
 

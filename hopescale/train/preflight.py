@@ -17,7 +17,7 @@ import torch.distributed as dist
 from hopescale.common.disk import replace_text
 from hopescale.common.errors import LaunchError
 from hopescale.common.rank_info import RankInfo
-from hopescale.common.units import format_bytes
+from hopescale.common.units import format_bytes, plural
 from hopescale.observe.run_status import BAD_NODES
 from hopescale.parallel import process
 from hopescale.parallel.bandwidth import LinkTimes, measure
@@ -40,7 +40,7 @@ class Verdict:
     """Outcome of a check of nodes.
 
     Attributes:
-        bad: Faulty nodes, with what is wrong with each.
+        bad: Faulty nodes, with the fault of each.
         shared: Faults of all nodes alike, or of no node in particular.
         summary: Measurements, in words.
     """
@@ -105,7 +105,7 @@ def exclude(run_dir: Path, nodes: Sequence[str]) -> None:
 
 
 def judge_faults(names: Mapping[int, str], faults: Mapping[int, Sequence[str]], nodes: Sequence[str]) -> Verdict:
-    """Find the nodes at fault by what their ranks have found, or by their silence.
+    """Find the nodes at fault by the findings of their ranks, or by their silence.
 
     `names` has the node of each rank that was there at first, `faults` the reports of those still there afterwards.
     """
@@ -120,7 +120,7 @@ def judge_faults(names: Mapping[int, str], faults: Mapping[int, Sequence[str]], 
         for fault in faults.get(rank, ()):
             bad.setdefault(node, []).append(fault)
     reasons = {node: "; ".join(dict.fromkeys(found)) for node, found in bad.items()}
-    return _verdict(reasons, len(nodes), f"{len(nodes)} nodes, {len(names)} ranks")
+    return _verdict(reasons, len(nodes), f"{plural(len(nodes), 'node')}, {plural(len(names), 'rank')}")
 
 
 def judge_links(names: Mapping[int, str], links: Mapping[int, LinkTimes]) -> Verdict:
@@ -140,7 +140,7 @@ def judge_links(names: Mapping[int, str], links: Mapping[int, LinkTimes]) -> Ver
         if rank not in links:
             bad.setdefault(node, f"rank {rank} did not finish the exchange")
     bandwidth = [of_rank.bandwidth for of_rank in links.values()]
-    text = f"{len(nodes)} nodes, {len(names)} ranks"
+    text = f"{plural(len(nodes), 'node')}, {plural(len(names), 'rank')}"
     if not bad and None in bandwidth:
         return Verdict({}, ["an all-reduce over all ranks fails or gives wrong sums, on no single node"], text)
     if None not in bandwidth:
@@ -162,7 +162,7 @@ def _slow(what: str, seconds: Mapping[str, float | None]) -> Iterator[tuple[str,
 
 
 def _verdict(bad: Mapping[str, str], num_nodes: int, summary: str) -> Verdict:
-    """Blame nodes only where there are others: what is wrong everywhere is no node's fault."""
+    """Blame nodes only where there are good ones: a fault on all of them is no node's fault."""
     if bad and len(bad) == num_nodes > 1:
         return Verdict({}, [f"{node}: {reason}" for node, reason in bad.items()], summary)
     return Verdict(dict(bad), [], summary)
@@ -180,7 +180,7 @@ def _measure(
 
 
 def _faults(device: str, rank_info: RankInfo | None, folders: Sequence[Path], alone: bool) -> Iterator[str]:
-    """Check what this rank can see: the folders, and its device, or all devices of a node that it has `alone`."""
+    """Check the folders and the device of this rank, or all devices of a node that it has `alone`."""
     for folder in folders:
         if (fault := _disk_fault(folder)) is not None:
             yield fault
@@ -222,7 +222,7 @@ def _whole_numbers(size: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _disk_fault(folder: Path) -> str | None:
-    """Write to a folder and read it back; return what goes wrong."""
+    """Write to a folder and read it back; return the fault, if any."""
     path, content = folder / f".check-{os.uname().nodename}-{os.getpid()}", os.urandom(_WRITTEN)
     try:
         folder.mkdir(parents=True, exist_ok=True)

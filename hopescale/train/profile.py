@@ -1,4 +1,4 @@
-"""A trace of some steps: what the processor and the device did, and on a GPU what its memory held."""
+"""A trace of some steps: the work of processor and device, and on a GPU the contents of its memory."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ class SampleWriter:
             raise ConfigError(f"log.samples needs a rank that holds the whole model, but {degrees}", "leave it empty")
 
     def write(self, model: Model) -> dict[str, str]:
-        """Return each prompt with what the model goes on with, by the names `sample/0`, `sample/1` and so on."""
+        """Return each prompt with its continuation by the model, by the names `sample/0`, `sample/1` and so on."""
         device = next(model.parameters()).device
         texts = {}
         for number, (prompt, ids) in enumerate(zip(self._prompts, self._ids, strict=True)):

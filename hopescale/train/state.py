@@ -106,7 +106,7 @@ class TrainState:
         return {level: set(cadences_of_level(model, level).values()) for level in model.cms.levels}
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Return this rank's part of what is saved, of equal copies of replicas one. Called by all ranks."""
+        """Return this rank's part of a checkpoint; of equal copies one replica has it. Called by all ranks."""
         mesh = self.mesh
         elsewhere = set() if mesh.is_first_stage else set(self.optimizer.tied)
         weights, state = self.optimizer.to_save()
@@ -119,7 +119,7 @@ class TrainState:
         } | {"generators": self._generators() if mesh.control.is_first else {}}
 
     def _whole(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Make slices of parameters, and of what is split like them, parts of the whole."""
+        """Make slices of parameters, and of tensors split like them, parts of the whole."""
         result = {}
         for name, part in parts.items():
             parameter = name if name in self.parameters else parameter_of(name, "optimizer")
@@ -130,7 +130,7 @@ class TrainState:
         return result
 
     def _split_of(self, name: str) -> int | None:
-        """Return the dimension along which a parameter, or what is of its shape or sums over steps, is split."""
+        """Return the dimension along which a parameter, or a tensor of its shape, or its gradient sum, is split."""
         parameter = name if name in self.parameters else parameter_of(name, "optimizer")
         split = self.parameters[parameter].spec.partition_dim
         # A Gram matrix has the columns of the parameter.
@@ -182,11 +182,11 @@ class TrainState:
         )
 
     def identity(self) -> dict[str, str]:
-        """Return fingerprints of what a run keeps for life."""
+        """Return fingerprints of the parts of a run that may not change."""
         return {"model": fingerprint(self._config_tree["model"]), "data": self.data.fingerprint}
 
     def own_tensors(self) -> dict[str, Tensor]:
-        """Return what this rank alone needs to continue on the same layout, flat. Called by all ranks."""
+        """Return the tensors that this rank alone needs to continue on the same layout, flat. Called by all ranks."""
         kinds = {
             "model": self.optimizer.weights(),
             "optimizer": self.optimizer.state_dict(),
@@ -204,7 +204,7 @@ class TrainState:
         return {f"sums.{name}.sent": tuple(self.parameters[name].shape) for name in names}
 
     def continue_from(self, tensors: Mapping[str, Tensor], manifest: Manifest) -> None:
-        """Take over what `own_tensors` returned on this rank, and the numbers beside it. Called by all ranks."""
+        """Load the tensors that `own_tensors` returned here, and the numbers beside them. Called by all ranks."""
         kinds: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "sums": {}, "generators": {}}
         for name, tensor in tensors.items():
             kind, _, rest = name.partition(".")
@@ -280,12 +280,12 @@ class TrainState:
         self.load_recovery(manifest.progress.get("recovery", {}))
 
     def recovery(self) -> dict[str, Any]:
-        """Return what going back to checkpoints has changed, fit for JSON."""
+        """Return the changes that returns to checkpoints have made, fit for JSON."""
         factor = self.optimizer.rate_factor
         return {"returns": self.returns, "passed_steps": self.passed_steps, "rate_factor": factor}
 
     def load_recovery(self, recovery: Mapping[str, Any]) -> None:
-        """Take over what `recovery` has returned; of a run that never went back nothing may be there."""
+        """Load the changes that `recovery` has returned; a run that never went back may have none."""
         self.returns, self.passed_steps = recovery.get("returns", 0), recovery.get("passed_steps", 0)
         self.optimizer.rate_factor = recovery.get("rate_factor", 1.0)
 

@@ -157,7 +157,8 @@ def _introduction(state: TrainState, request: RunRequest, room: RankMemory) -> I
     ranks = f", {layout.num_ranks} ranks (dp {layout.dp}, tp {layout.tp}, pp {layout.pp}{shared})"
     where = f"{device.type}{ranks if layout.num_ranks > 1 else ''}"
     yield f"{config.name}: {sum(state.sizes.values()):,} parameters on {where}, run folder {request.folder}"
-    yield f"parameter groups: {group_summary(state.optimizer.groups, state.sizes)}; all of them in groups.txt"
+    groups = group_summary(state.optimizer.groups, state.sizes)
+    yield f"parameter groups: {groups}; listed in {request.folder / 'groups.txt'}"
     chosen = choose_backends(config, device)
     for name, backend in chosen.items():
         whose = f" of {name}" if len(chosen) > 1 else ""

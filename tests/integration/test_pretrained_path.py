@@ -52,7 +52,7 @@ def test_a_qwen_learns_from_text_in_its_own_ids(hopescale, qwen: Path, tmp_path:
     assert "the tokenizer is kept: tokenizer.json, end of text <|end_of_text|>" in said
     prepare = ("data", "prepare", text, "--separator", "\\n", "--tokenizer", stacked, "--validation", "0.2")
     said = succeed(*prepare, "--out", tmp_path / "data")
-    assert "301 pieces, end of text is 1 <|end_of_text|>" in said and "decoded, all as they were" in said
+    assert "301 pieces, end of text is 1 <|end_of_text|>" in said and "decoded, all unchanged" in said
     sizes = ("train.steps=2", "train.seq_len=16", "train.global_batch_tokens=32", "optim.schedule.warmup_steps=0")
     data = (f"data.sources.main.path={tmp_path / 'data'}", "data.max_epochs=100", "log.trackers=[]")
     held_out = ("train.validation.tokens=64",)

@@ -297,7 +297,7 @@ def test_the_command_listens_when_it_says_so_and_a_signal_ends_it(number, serve)
 
     code, lines = serve(ask_and_end)
     assert code == 0 and answered == [200]
-    assert lines[1:] == ["tiny is served no more"]
+    assert lines[1:] == ["tiny: the server has stopped"]
 
 
 UNFINISHED = b"PUT /contexts/a HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\nbegun"
@@ -315,7 +315,7 @@ def test_a_client_that_hangs_does_not_keep_the_server(grace, kills, serve, capfd
             assert waited_for(lambda: refuses(port)), "the first signal closes the port"
 
     code, lines = serve(hang, "--grace", grace)
-    assert code == 0 and lines[1:] == ["tiny is served no more"]
+    assert code == 0 and lines[1:] == ["tiny: the server has stopped"]
     assert "Traceback" not in capfd.readouterr().err
 
 

@@ -39,7 +39,7 @@ class HopeAttention(nn.Module):
     def answer(
         self, x: Tensor, state: State, real: Tensor, ahead: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, State]:
-        """Do what `forward` does, without the map out: `[B, T, H * D]`.
+        """Mix tokens as `forward` does, without the output projection: `[B, T, H * D]`.
 
         Keys and values `ahead` `[1, G, P, D]` are in sight of all tokens; the tokens' positions begin behind them.
         """
@@ -77,7 +77,7 @@ class HopeAttention(nn.Module):
         return y.transpose(1, 2).flatten(2)
 
     def _kept(self, real: Tensor) -> int:
-        """Count the last columns that hold each row's window of tokens; all columns if nothing limits what is seen."""
+        """Count the last columns that hold each row's window of tokens; all columns if there is no window."""
         if self.window is None:
             return real.shape[1]
         return int((real.flip(1).cumsum(1) < self.window).any(0).sum()) + 1

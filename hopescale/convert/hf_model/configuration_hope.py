@@ -8,7 +8,7 @@ from transformers import PretrainedConfig
 
 
 class HopeConfig(PretrainedConfig):
-    """What `config.json` of an export holds.
+    """The contents of `config.json` of an export.
 
     Args:
         hope: The model as hopescale describes it, every key of its `model` section.

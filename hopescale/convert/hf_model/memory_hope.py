@@ -70,7 +70,7 @@ def mix_groups(run: Mix, x: Tensor, state: State, columns: Columns, width: int |
 
 
 def as_written(x: Tensor) -> torch.autocast:
-    """Return a context in which autocast does not lower the precision of what is computed from `x`, as of memories."""
+    """Return a context in which autocast does not lower the precision of results of `x`, as memories need it."""
     return torch.autocast(x.device.type, enabled=False)
 
 
@@ -80,7 +80,7 @@ def to_unit(x: Tensor) -> Tensor:
 
 
 class Tables(NamedTuple):
-    """How much of what a state holds after each token of a chunk: `[B, H, C]`, and `[B, H, C, C]` by writing token."""
+    """Weights of the parts of a state after each token of a chunk: `[B, H, C]`, and `[B, H, C, C]` by writing token."""
 
     start: Tensor
     push: Tensor | None
@@ -365,7 +365,7 @@ class HopeSelfModifying(nn.Module):
         return output
 
     def _far(self, boundary: State, state: State, q: Tensor, k: Tensor, v: Tensor, gates: State) -> Tensor:
-        """Write the far memory by gradient descent, in `state`; return what it answered to queries before."""
+        """Write the far memory by gradient descent, in `state`; return its answers to the queries before the write."""
         memory, eta = self.memories["far"], self.config.eta_max * gates["far_eta"]
         tables = _tables(eta, gates.get("far_alpha", torch.ones_like(eta)), None)
         error = self._error(memory, boundary, k, v)

@@ -26,7 +26,7 @@ LOSS_ARGUMENTS = ("num_items_in_batch", "ignore_index", "shift_labels")
 
 
 class HopeCache:
-    """What a model carries from call to call: of each block its tensors by name, batch first.
+    """State of a model between calls: the tensors of each block by name, batch first.
 
     Attributes:
         layers: One dict per block; empty before the first token.
@@ -59,7 +59,7 @@ class HopeLevel(nn.Module):
         self.down = nn.Linear(d_ff, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map the residual stream to what the level adds to it."""
+        """Return the level's addition to the residual stream."""
         x = x if self.norm is None else self.norm(x)
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
@@ -79,7 +79,7 @@ class HopeContinuumMemory(nn.Module):
             self.norm, self.mix = Norm(model.d_model, eps=model.norm_eps), nn.Parameter(torch.ones(len(levels)))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map the residual stream to itself plus what the levels add."""
+        """Return the residual stream with the additions of the levels."""
         if self.chained:
             for level in self.levels.values():
                 x = x + level(x)

@@ -15,7 +15,7 @@ MEMORY = "memory/"  # what names in a state begin with that are the memory's
 
 
 class HopeContext(nn.Module):
-    """What the memory answers to the tokens of a segment before attention reads them (Eq. 21)."""
+    """Answers of the memory to the tokens of a segment, before attention reads them (Eq. 21)."""
 
     def __init__(self, model: SimpleNamespace, dim: int):
         super().__init__()
@@ -77,7 +77,7 @@ class HopeTitans(nn.Module):
         return y, {name: tensor.expand(len(x), *tensor.shape[1:]) for name, tensor in state.items()}
 
     def _as_gate(self, x: Tensor, state: State, columns: Columns) -> tuple[Tensor, State]:
-        """Let the memory gate what attention answers; persistent tokens stay in attention's sight (Eq. 26-28)."""
+        """Let the memory gate attention's answers; persistent tokens stay in attention's sight (Eq. 26-28)."""
         memory, cache = _parted(state) if state else (self._begin(x)[1], {})
         remembered, memory = self._remember(x, memory, columns)
         first = self._first(x)
@@ -86,7 +86,7 @@ class HopeTitans(nn.Module):
         return self._gated(seen, remembered), _joined(memory, cache)
 
     def _as_layer(self, x: Tensor, state: State, columns: Columns) -> tuple[Tensor, State]:
-        """Let attention read what the memory answers, to persistent tokens as well (Eq. 29-31)."""
+        """Let attention read the memory's answers, also those to persistent tokens (Eq. 29-31)."""
         count, rows = len(self.persistent), len(x)
         if state:
             memory, cache = _parted(state)

@@ -1,4 +1,4 @@
-"""A single token's step of Hope's memories, in the fewest operations: what generation runs."""
+"""A single token's step of Hope's memories, in the fewest operations; generation runs it."""
 
 from __future__ import annotations
 

@@ -130,7 +130,7 @@ class HopeTtt(nn.Module):
         return q + self.gates["gamma"][:, None] * normed + self.gates["beta"][:, None], state
 
     def _learned(self, k: Tensor, v: Tensor, state: State) -> list[tuple[Tensor, Tensor]]:
-        """Return what enters each layer for the keys, and the gradient with respect to what leaves it."""
+        """Return the input of each layer for the keys, and the gradient with respect to its output."""
         z = k @ state["w1"] + state["b1"]
         if len(self.layers) == 1:
             return [(k, self._gradient(z, v - k))]

@@ -23,7 +23,7 @@ class BuildError(Exception):
 
 
 def compiler() -> list[str] | None:
-    """Return the command of the C++ compiler: what the environment variable CXX says, else the first usual name."""
+    """Return the command of the C++ compiler: that of the environment variable CXX, else the first usual name."""
     named = shlex.split(os.environ.get("CXX", ""))
     commands = [named] if named else [["c++"], ["g++"], ["clang++"]]
     return next(([found, *options] for name, *options in commands if (found := shutil.which(name))), None)
@@ -60,7 +60,7 @@ def library() -> ctypes.CDLL:
 
 
 def _cache() -> Path:
-    """Return a folder that this process may write to, and no other user: what lies there is run."""
+    """Return a folder that this process may write to, and no other user, because code from it is run."""
     try:
         root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hopescale"
         root.mkdir(parents=True, exist_ok=True)
@@ -76,7 +76,7 @@ def _cache() -> Path:
 
 
 def _digest() -> str:
-    """Name what a library depends on: two machines that share a cache may have different processors."""
+    """Name the source, flags, compiler and processor of a library: machines that share a cache may differ in these."""
     digest = hashlib.sha256(" ".join((*FLAGS, str(compiler()), platform.machine(), _processor())).encode())
     for source in sorted(SOURCES.glob("*.[hc]*")):
         digest.update(source.name.encode() + source.read_bytes())
@@ -101,7 +101,7 @@ def _digest_of(path: Path) -> str:
 
 
 def _compile(folder: Path, name: str) -> Path:
-    """Compile the library into the cache, under a name that ends in the digest of what it holds."""
+    """Compile the library into the cache, under a name that ends in the digest of its contents."""
     found = compiler()
     if found is None:
         raise BuildError("there is no C++ compiler: neither c++, g++ nor clang++, nor what CXX names")

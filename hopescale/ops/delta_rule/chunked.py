@@ -18,7 +18,7 @@ from hopescale.ops.delta_rule.types import DeltaRuleOutput, Read, check_argument
 
 
 class Chunk(NamedTuple):
-    """One chunk of a linear memory, before it is known what is written.
+    """One chunk of a linear memory, before its writes are known.
 
     Attributes:
         decay: Weights of this chunk, broadcastable to the leading dimensions.
@@ -37,7 +37,7 @@ class Chunk(NamedTuple):
 
 
 class Values(NamedTuple):
-    """What is written in one chunk.
+    """Writes of one chunk.
 
     Attributes:
         written: Write values `[..., C, Do]`. Without momentum, what the keys read of the first state is taken off
@@ -50,7 +50,7 @@ class Values(NamedTuple):
 
 
 def open_chunk(decay: DecayWeights, k: Tensor, *, erase: bool) -> Chunk:
-    """Solve for how what the keys `k` `[..., C, D]` erase spreads over the chunk."""
+    """Solve for the spread of the erases of keys `k` `[..., C, D]` over the chunk."""
     if not erase:
         return Chunk(decay, k, None, None, None)
     before, last = decay.before, decay.after.erase[..., -1, :, None]
@@ -62,7 +62,7 @@ def open_chunk(decay: DecayWeights, k: Tensor, *, erase: bool) -> Chunk:
 
 
 def _initial_reads(weighting: DecayWeights, x: Tensor, state: Tensor, momentum: Tensor | None) -> Tensor:
-    """What `x` `[..., C, D]` reads of the chunk's first state and momentum `[..., D, Do]`: `[..., C, Do]`."""
+    """Read the chunk's first state and momentum `[..., D, Do]` with `x` `[..., C, D]`: `[..., C, Do]`."""
     read = weighting.start[..., None] * (x @ state)
     return read if momentum is None else torch.addcmul(read, weighting.push[..., None], x @ momentum)
 
@@ -105,7 +105,7 @@ def read_chunk(chunk: Chunk, q: Tensor, values: Values, state: Tensor, momentum:
 
 
 class ChunkUpdate(NamedTuple):
-    """What enters a state in a chunk. All but the first three are None without momentum.
+    """Writes that enter a state in a chunk. All but the first three are None without momentum.
 
     Attributes:
         kept: Weight of the chunk's first state in the last one `[...]`.
@@ -113,8 +113,8 @@ class ChunkUpdate(NamedTuple):
         values: `[..., C, Do]`.
         weights: Weights of the values in the last state `[..., C]`.
         push: Weight of the first momentum in the last state `[...]`.
-        erased: Keys of what is lost `[..., C, D]`; None if writes do not erase.
-        read: Values of what is lost `[..., C, Do]`; None if writes do not erase.
+        erased: Keys of the erased values `[..., C, D]`; None if writes do not erase.
+        read: Values that are erased `[..., C, Do]`; None if writes do not erase.
         last_push: Weights of the values in the last momentum `[..., C]`.
         momentum_decay: Weight of the first momentum in the last one `[...]`.
     """
@@ -142,7 +142,7 @@ class ChunkUpdate(NamedTuple):
 
 
 def write_chunk(chunk: Chunk, values: Values) -> ChunkUpdate:
-    """Return what enters the state in a chunk. Arguments as in `read_chunk`."""
+    """Return the writes that enter the state in a chunk. Arguments as in `read_chunk`."""
     decay, after = chunk.decay, chunk.decay.after
     kept, weights = after.start[..., -1], after.write[..., -1, :]
     if after.push is None:
@@ -193,7 +193,7 @@ def transition(chunk: Chunk) -> Transition:
 
 
 class Move(NamedTuple):
-    """A transition with what it moves in. The last three are None without momentum.
+    """A transition with the writes that it adds. The last three are None without momentum.
 
     Attributes:
         by: The transition.
@@ -210,7 +210,7 @@ class Move(NamedTuple):
     momentum_decay: Tensor | None
 
     def add(self, state: Tensor, momentum: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Do what `ChunkUpdate.add` does."""
+        """Add to a state as `ChunkUpdate.add` does."""
         moved = _plus_product(self.by.values @ self.values, self.by.state, state)
         if momentum is None:
             return moved, None

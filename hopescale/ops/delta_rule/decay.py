@@ -1,4 +1,4 @@
-"""What a state is made of at each token of a chunk, by the gates alone. README.md derives it."""
+"""Weights of the parts of a state at each token of a chunk, by the gates alone. README.md derives them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class DecayWeights(NamedTuple):
         start: Weight of the chunk's first state `[..., C + 1]`.
         push: Weight of the chunk's first momentum, the same; None without momentum.
         write: Weight of each write value, its `eta` included `[..., C + 1, C]`; equals `erase` without momentum.
-        erase: Weight of what each write erased, the same.
+        erase: Weight of each write's erase, the same.
         last_push: Weight of each write value in the last momentum, its `eta` included `[..., C]`; None without.
         momentum_decay: Weight of the first momentum in the last one `[...]`; None without.
     """

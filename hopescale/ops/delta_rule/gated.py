@@ -101,7 +101,7 @@ def _run(
 def _erasing(
     k: Tensor, written: Tensor, eta: Tensor | None, between: Tensor, start: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the states at the starts of chunks, what enters them with the erases taken off, and the last state."""
+    """Return the states at the starts of chunks, the writes without the erases, and the last state."""
     rate = torch.ones_like(start) if eta is None else eta
     keys = k[:, :, None]
     system = (rate[..., None] * between).tril(-1) * (k @ k.mT)[:, :, None]

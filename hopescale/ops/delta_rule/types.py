@@ -11,7 +11,7 @@ Read = Literal["prefix", "inclusive", "boundary"]
 
 
 class DeltaRuleOutput(NamedTuple):
-    """What the delta rule returns.
+    """Result of the delta rule.
 
     Attributes:
         output: Read values `[B, T, H, Do]` in the type of `q`; None without queries.

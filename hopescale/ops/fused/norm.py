@@ -1,4 +1,4 @@
-"""RMSNorm of a sum in one kernel, forward and backward: the sum is the residual stream, its norm what a layer reads."""
+"""RMSNorm of a sum in one kernel, forward and backward: the sum is the residual stream, the norm a layer's input."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A gated map, `silu(gate x) * up x`: two products, and one kernel for what follows them, forward and backward."""
+"""A gated map, `silu(gate x) * up x`: two products, and one kernel for the rest, forward and backward."""
 
 from __future__ import annotations
 

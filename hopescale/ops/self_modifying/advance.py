@@ -1,4 +1,4 @@
-"""How a chunk moves the memories of a bank, and what is read on the way. Shapes as in `memories.py`."""
+"""A chunk's writes and reads: it moves the memories of a bank. Shapes as in `memories.py`."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class LayerResult(NamedTuple):
     momentum: Tensor | None
 
     def add(self, weight: Tensor, momentum: Tensor | None) -> LayerResult:
-        """Do what `ChunkUpdate.add` does, whatever was before."""
+        """Add to a state as `ChunkUpdate.add` does, in either form of the effect."""
         return self
 
 
 class Trace(NamedTuple):
-    """What a chunk did to the layers of a bank; of a layer where that has more entries, the layer after it."""
+    """Effect of a chunk on the layers of a bank; for a layer with fewer entries than its effect, the layer after it."""
 
     w_in: ChunkUpdate | Move | LayerResult
     w_out_vector: ChunkUpdate | Move | LayerResult | None
@@ -88,7 +88,7 @@ def _read(spec: MemorySpec, boundary: Weights, layers: list[_ChunkLayer | None],
 
 
 class _ChunkLayer(NamedTuple):
-    """One linear layer during one chunk: its keys, and what is written."""
+    """One linear layer during one chunk: its keys and its writes."""
 
     chunk: Chunk
     values: Tensor

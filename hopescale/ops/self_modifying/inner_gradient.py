@@ -1,4 +1,4 @@
-"""What MLP memories write for keys and values: the gradient of their inner loss, layer by layer, and its derivative.
+"""Writes of MLP memories for keys and values: the gradient of their inner loss, layer by layer, and its derivative.
 
 A memory answers `M(z) = z + silu(z W2) W1` (gate memories, which answer with one number, without `z`). The gradient of
 the inner loss at the key gives every layer a key and a write value (Nested Learning, section 4.5 and Eq. 93).
@@ -124,7 +124,7 @@ class _MlpWrites(torch.autograd.Function):
 
 
 def _asked(hidden: Tensor, tokens: int, spec: MemorySpec) -> Tensor | None:
-    """Return what the second layer maps to the error: hidden activations of the key minus those of the value."""
+    """Return the second layer's input for the error: hidden activations of the key minus those of the value."""
     if spec.objective == "l2":
         of_key = hidden[..., :tokens, :]
         return of_key - hidden[..., tokens:, :] if spec.own_target else of_key
@@ -166,7 +166,7 @@ def mlp_writes(
     fresh: Tensor | None,
     spec: MemorySpec,
 ) -> MlpWrites:
-    """Compute what `N` MLP memories write, from their first layers' results.
+    """Compute the writes of `N` MLP memories, from their first layers' results.
 
     Differentiable once in all tensors. A write is the gradient at the weights that a chunk begins with, and what like
     keys write in a chunk adds up to one such write. Where the layer amplifies an error by more than 1, that is more

@@ -1,4 +1,4 @@
-"""What memories answer and what they write, with fixed weights.
+"""Answers and writes of memories, with fixed weights; `advance.py` applies the writes.
 
 Shapes here put heads before tokens: `[B, H, C, .]`, with `N` memories `[B, H, N, C, .]`. Vector memories answer with
 vectors of the head dim `D`, gate memories with one number. A `MemorySpec` is that of one bank.
@@ -80,7 +80,7 @@ class Writes(NamedTuple):
 
 
 def write_values(spec: MemorySpec, boundary: Weights, k: Tensor, v: Tensor, mu: Tensor | None) -> Writes:
-    """Compute what every memory writes for keys `k` and values `v`, `[B, H, C, D]`, at the boundary weights.
+    """Compute the write values of every memory for keys `k` and values `v`, `[B, H, C, D]`, at the boundary weights.
 
     With momentum `mu` `[B, H, C]` that averages, a write enters by `1 - mu` of its size, so that all it pushes adds up
     to one write. Gradients of a chunk are taken at its boundary: where they are amplified by `1 / (1 - mu)`, as with

@@ -1,4 +1,4 @@
-"""All that a mixer does between its projections as one operation in C++, without gradients: what a token needs most.
+"""All work of a mixer between its projections as one operation in C++, without gradients, for single tokens above all.
 
 A token's arithmetic takes less time than the calls of a dozen small operations.
 """
@@ -55,7 +55,7 @@ class _Mixer(ctypes.Structure):
 
 
 def can_mix(x: Tensor, spec: MemorySpec, backend: Backend) -> bool:
-    """Tell whether `mix_heads` runs the heads whose projected inputs are `x`: `backends.select` says what would."""
+    """Tell whether `mix_heads` can run the heads whose projected inputs are `x`, by `backends.select`."""
     if torch.is_grad_enabled() or x.dtype != torch.float32:
         return False
     choice = select(backend, spec.shape(x.shape[-1]), device=device_type(x.device), needs_grad=False)

@@ -1,4 +1,4 @@
-"""The one entry: memories over a sequence, by whatever code can run them fastest."""
+"""The one public entry: memories are read and written over a sequence, by the fastest code that can run them."""
 
 from __future__ import annotations
 

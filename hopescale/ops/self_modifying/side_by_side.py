@@ -43,7 +43,7 @@ def _whole_passes(documents: Documents, size: int) -> list[_Pass]:
 
 
 def _rest_passes(documents: Documents, size: int) -> list[_Pass]:
-    """Plan the passes over what is left of documents after whole chunks.
+    """Plan the passes over the rests of documents after whole chunks.
 
     A document that ends its sequence is not padded, so that the state after it is that after its last token. Documents
     without a whole chunk keep to themselves: they begin with one state.

@@ -1,4 +1,4 @@
-"""What the self-modifying operation is given and what it returns."""
+"""Arguments and results of the self-modifying operation."""
 
 from __future__ import annotations
 
@@ -89,13 +89,13 @@ class Memories(NamedTuple):
 
 
 class Streams(NamedTuple):
-    """What is known of a sequence before a memory is read; `make_inputs` makes what it is written with.
+    """Inputs of a sequence before a memory is read; `make_inputs` makes keys, values and gates of them.
 
     Attributes:
         k: Inputs of keys `[B, H, T, D]`, of unit length, at which gate memories are read; then the keys.
         v: Inputs of values, or the values themselves.
         q: Inputs of queries, or the queries themselves.
-        eta: Logits of the inner learning rate `[B, H, T]`, without what a memory adds; then the rate.
+        eta: Logits of the inner learning rate `[B, H, T]`, without the addition of a memory; then the rate.
         alpha: Logits of retention, None keeps everything; then the retention.
         mu: Logits of momentum, complete; then the momentum. None without momentum.
     """
@@ -125,7 +125,7 @@ class MemorySpec:
         chunk_size: Tokens of a chunk; gradients are taken at the weights it begins with.
         objective: Inner loss: `l2`, half the squared error; `dot`, minus the inner product of answer and target.
         own_target: Whether a memory's target is its own answer to the value, not the value.
-        erase: Whether a write first erases what its key reads.
+        erase: Whether a write first erases the memory's present answer to its key.
         error_cap: Largest norm of a token's error; None is no limit.
         key_eps: Number added to the squared length of a hidden activation before it is divided by its length.
         eta_max: Largest inner learning rate.
@@ -153,7 +153,7 @@ class MemorySpec:
 
     @property
     def is_sequential(self) -> bool:
-        """Whether chunks follow one another, as what they write depends on what memories hold."""
+        """Whether chunks follow one another, because their writes depend on the contents of memories."""
         adaptive = len(self.vector_memories) > 1 or bool(self.gate_memories)
         inner = {"objective": self.objective, "own_target": self.own_target, "read": self.read}
         return is_sequential(adaptive=adaptive, linear=self.hidden is None, **inner)
@@ -171,13 +171,13 @@ class MemorySpec:
         return main, replace(self, vector_memories=self.vector_memories[1:], chunk_size=self.projection_chunk_size)
 
     def shape(self, head_dim: int) -> MemoryShape:
-        """Return what decides which code can run the memories."""
+        """Return the facts that decide which code can run the memories."""
         sizes = (self.chunk_size, self.projection_chunk_size or self.chunk_size)
         return MemoryShape(head_dim, self.hidden, *sizes, self.is_sequential)
 
 
 class SelfModifyingOutput(NamedTuple):
-    """What a run over a sequence returns.
+    """Result of a run over a sequence.
 
     Attributes:
         y: Answers of `mem` to the queries `[B, H, T, D]`.

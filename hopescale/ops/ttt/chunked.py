@@ -84,7 +84,7 @@ def _mini_batch(streams: TttStreams, state: TttState, memory: TttMemory, place: 
 def _inputs_and_gradients(
     weights: TttWeights, k: Tensor, target: Tensor, memory: TttMemory
 ) -> list[tuple[Tensor, Tensor]]:
-    """Return what enters each layer for the keys, and the inner loss's gradient with respect to what leaves it."""
+    """Return the input of each layer for the keys, and the inner loss's gradient with respect to its output."""
     z = k @ weights.w1 + weights.b1
     if weights.w2 is None:
         return [(k, _loss_gradient(z, target, memory))]

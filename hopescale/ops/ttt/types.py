@@ -1,4 +1,4 @@
-"""What test-time training reads, carries and is told, shared by the dual form and its naive twin."""
+"""Inputs, state and settings of test-time training, shared by the dual form and its naive twin."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class TttWeights(NamedTuple):
 
 
 class TttState(NamedTuple):
-    """What a sequence carries.
+    """State of a sequence.
 
     Attributes:
         weights: Weights at the start of the mini-batch of the next token.
@@ -81,7 +81,7 @@ class TttState(NamedTuple):
 
 
 class TttMemory(NamedTuple):
-    """What is learned of the inner loss and does not change along a sequence.
+    """Learned parts of the inner loss, which do not change along a sequence.
 
     Attributes:
         scale: Factor on the inner learning rate by place in a mini-batch `[K]`; its length is that of mini-batches.

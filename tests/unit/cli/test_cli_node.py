@@ -36,7 +36,7 @@ def test_a_bad_node_is_named_and_with_drain_left_out(hopescale, tmp_path: Path, 
     run = tmp_path / "run"
     run.mkdir()
     code, out = hopescale("node", "check", "debug", *CPU, "--run-dir", run, "--drain")
-    assert (code, out) == (0, "check of nodes: all good: 1 nodes, 1 ranks\n")
+    assert (code, out) == (0, "check of nodes: all good: 1 node, 1 rank\n")
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("LOCAL_DISK", str(tmp_path / "file"))
     bad = ("node", "check", "debug", *CPU, "data.staged=$LOCAL_DISK/data", "--run-dir", run)

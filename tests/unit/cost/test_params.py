@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from hopescale.config.schema import AttentionConfig, CmsConfig, LevelConfig, ModelConfig, SelfModifyingConfig
-from hopescale.cost.params import count_params
+from hopescale.cost.params import count_params, describe_params
 
 LEVELS = {"fast": LevelConfig(d_ff=5), "slow": LevelConfig(d_ff=7)}
 
@@ -25,6 +25,8 @@ def test_attention_model_by_hand():
 
 def test_a_tied_head_is_counted_once():
     assert count_params(model())["head"] == 0
+    assert "embedding 2.05k, head tied" in describe_params(model())
+    assert "embedding 2.05k, head 2.05k" in describe_params(model(tie_embeddings=False))
 
 
 def test_independent_levels_share_a_norm_and_have_mix_weights():

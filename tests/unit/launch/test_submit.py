@@ -172,7 +172,7 @@ main(["submit", "debug", "--cluster", "test", "--dry-run"])
         (
             PROFILE + "account: YOUR_ACCOUNT\n",
             [],
-            f"account: YOUR_ACCOUNT stands for a value of yours   [other.yaml, line {PROFILE.count(chr(10)) + 1}]",
+            f"account: YOUR_ACCOUNT is a placeholder   [other.yaml, line {PROFILE.count(chr(10)) + 1}]",
         ),
     ],
 )

@@ -30,39 +30,40 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("memories", "how", "line"),
     [
-        (HOPE, {"device": "cpu"}, "cpp, all chunks of a sequence in one operation (triton: the device is cpu)"),
+        (HOPE, {"device": "cpu"}, "cpp, all chunks of a sequence in one operation (not triton: the device is cpu)"),
         (HOPE, {"device": "cuda"}, "triton, all chunks of a sequence in one operation, with bf16 products"),
         (STATIC, {"device": "cuda"}, "triton, all chunks of a sequence in one operation, with bf16 products"),
         (
             STATIC,
             {"device": "cuda", "needs_grad": False, "whole_chunks": False},
-            "torch, all chunks of a sequence side by side (triton: the sequence begins within a chunk; "
+            "torch, all chunks of a sequence side by side (not triton: the sequence begins within a chunk; "
             "cpp: the device is cuda)",
         ),
         (
             HOPE,
             {"device": "rocm"},
-            "torch, chunk after chunk (triton: the device is rocm; cpp: the device is rocm)",
+            "torch, chunk after chunk (not triton: the device is rocm; cpp: the device is rocm)",
         ),
         (
             HOPE._replace(hidden=48),
             {"device": "cuda"},
-            "torch, chunk after chunk (triton: memories are 48 wide, not 16, 32, 64 or 128; cpp: the device is cuda)",
+            "torch, chunk after chunk (not triton: memories are 48 wide, not 16, 32, 64 or 128; "
+            "cpp: the device is cuda)",
         ),
         (
             HOPE._replace(hidden=10),
             {"device": "cpu"},
-            "torch, chunk after chunk (triton: the device is cpu; cpp: memories are 10 wide, not a multiple of 16)",
+            "torch, chunk after chunk (not triton: the device is cpu; cpp: memories are 10 wide, not a multiple of 16)",
         ),
         (
             STATIC,
             {"device": "cpu", "needs_grad": False},
-            "cpp, all chunks of a sequence in one operation (triton: the device is cpu)",
+            "cpp, all chunks of a sequence in one operation (not triton: the device is cpu)",
         ),
         (
             HOPE,
             {"device": "cpu", "dtype": "float64"},
-            "torch, chunk after chunk (triton: the device is cpu; "
+            "torch, chunk after chunk (not triton: the device is cpu; "
             "cpp: the C++ is for float32 on a CPU, not float64 on cpu)",
         ),
     ],
