@@ -46,7 +46,7 @@ def test_a_job_waits_for_a_controller_that_is_away(slurm: Cluster, tmp_path: Pat
 
 def test_a_lost_node_costs_the_steps_since_the_last_copy_in_memory(slurm: Cluster, tmp_path: Path, profile):
     """Each node has a memory of its own, which goes with it; nothing is on disk when the node is powered off."""
-    (memory := tmp_path / "memory").mkdir()
+    (memory := tmp_path / "shm").mkdir()
     one = profile("memory", "ranks_per_node: 1", "sbatch: ['--exclude=node[4-8]']")
     kept = ("checkpoint.every=1000", "checkpoint.memory.every=4", f"checkpoint.memory.folder={memory}")
     with ExitStack() as stack:
