@@ -115,8 +115,9 @@ def _requeue(run: Path, slurm: Slurm) -> None:
 
 def _not_submitted(run: Path, hint: str) -> LaunchError:
     if other := copied_from(run):
-        return LaunchError(f"{run} is a copy of {other}: the jobs that its jobs.jsonl names are of that one", hint)
-    return LaunchError(f"{run} has no jobs.jsonl: it was not submitted", hint)
+        message = f"{run} is a copy of {other}: the jobs that its jobs.jsonl names are of that one"
+        return LaunchError(message, f"name that folder, or `hopescale submit --run-dir {run}` for a job of its own")
+    return LaunchError(f"{run} has no jobs.jsonl that names a job: it was not submitted", hint)
 
 
 def _run(folder: Path) -> Path:

@@ -78,7 +78,7 @@ def submit(
             typer.echo(f"not submitted; when it would start is not known: {error.message}", err=True)
         return
     with submitting(folder):
-        check_job(job, loaded, slurm := Slurm())  # again: nobody else submits from now on
+        check_job(job, loaded, slurm := Slurm(), held=True)  # again: nobody else submits from now on
         script = write_run(job, loaded, layout, overrides)
         ids = submit_script(job, script, slurm, jobs=chain or 1)
     for id in ids:

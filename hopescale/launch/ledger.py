@@ -9,12 +9,13 @@ from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
 from pathlib import Path
 
-from hopescale.common.disk import locked
+from hopescale.common.disk import is_locked, locked
 from hopescale.common.errors import LaunchError
 from hopescale.launch.scheduler import Slurm
 
 JOBS = "jobs.jsonl"
-_COUNTS, _TEXTS = ("nodes", "ranks"), ("job", "submitted", "cluster", "script", "log", "folder")
+_LOCK = ".submit"
+_COUNTS, _TEXTS = ("nodes", "ranks", "inode"), ("job", "submitted", "cluster", "script", "log", "folder")
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,14 @@ class LedgerEntry:
     """Name and run folder of each element of an array, in the order of their indices."""
     folder: str = ""
     """Folder in whose file the line was written, absolute; empty if an older version wrote it."""
+    inode: int = 0
+    """Number of that folder in its file system, which it keeps when it is moved; 0 if an older version wrote it."""
 
 
 def note(folder: Path, entry: LedgerEntry) -> None:
     """Add a line; one that a kill or a full disk has torn ends before it."""
     content = {name: value for name, value in asdict(entry).items() if name != "elements" or value}
-    content["folder"] = str(folder.absolute())
+    content |= {"folder": str(folder.absolute()), "inode": folder.stat().st_ino}
     path = folder / JOBS
     torn = path.exists() and not path.read_bytes().endswith(b"\n")
     with path.open("a", encoding="utf-8") as stream:
@@ -70,13 +73,27 @@ def submitting(folder: Path) -> Iterator[None]:
     """
     with ExitStack() as stack:
         try:
-            stack.enter_context(locked(folder / ".submit"))
+            stack.enter_context(locked(folder / _LOCK))
         except BlockingIOError as error:
-            hint = f"look with `hopescale jobs status {folder}` what came of it"
-            raise LaunchError(f"another process is submitting {folder} at this moment", hint) from error
+            raise _submitted_elsewhere(folder) from error
         except OSError as error:
             raise LaunchError(f"cannot write {folder}: {error.strerror}", "choose another folder") from error
         yield
+
+
+def require_not_submitting(folder: Path) -> None:
+    """Refuse a folder that another process is submitting, and that is half written as yet. Writes nothing.
+
+    Raises:
+        LaunchError: If there is such a process.
+    """
+    if is_locked(folder / _LOCK):
+        raise _submitted_elsewhere(folder)
+
+
+def _submitted_elsewhere(folder: Path) -> LaunchError:
+    hint = f"look with `hopescale jobs status {folder}` what came of it"
+    return LaunchError(f"another process is submitting {folder} at this moment", hint)
 
 
 def _read(folder: Path) -> list[LedgerEntry]:
@@ -101,9 +118,14 @@ def _entry(line: str) -> LedgerEntry | None:
 
 
 def _is_copied(entry: LedgerEntry, folder: Path) -> bool:
-    """Tell whether another folder has this line too: a folder that was moved leaves none behind."""
+    """Tell whether this line was written in another folder than this one, which may have been moved since.
+
+    A line without the folder's number is a copy if the other folder has it too: one that was moved leaves none behind.
+    """
     if not entry.folder or Path(entry.folder) == folder.absolute():
         return False
+    if entry.inode:
+        return entry.inode != folder.stat().st_ino
     other = Path(entry.folder) / JOBS
     try:
         return not other.samefile(folder / JOBS) and any(entry == known for known in _read(other.parent))

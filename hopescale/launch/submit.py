@@ -22,7 +22,7 @@ from hopescale.config.show import identity_problems
 from hopescale.cost.auto_batch import choose_micro_batch, keeps, planned_bytes, with_micro_batch
 from hopescale.cost.hardware import DEVICES
 from hopescale.data.sources import open_sources
-from hopescale.launch.ledger import LedgerEntry, entries, forget_outcome, note, now
+from hopescale.launch.ledger import LedgerEntry, entries, forget_outcome, note, now, require_not_submitting
 from hopescale.launch.profile import seconds_of
 from hopescale.launch.sbatch import BatchJob, render
 from hopescale.launch.scheduler import Slurm
@@ -33,10 +33,16 @@ from hopescale.observe.run_status import is_locked
 SCRIPT = "submit.sbatch"
 
 
-def check_job(job: BatchJob, loaded: LoadedConfig, slurm: Slurm) -> None:
+def check_job(job: BatchJob, loaded: LoadedConfig, slurm: Slurm, *, held: bool = False) -> None:
     """Refuse a job that could not train a recipe, as far as that can be seen from here. Writes nothing.
 
     What Slurm cannot answer about partitions and earlier jobs is not checked.
+
+    Args:
+        job: Job of the run.
+        loaded: Recipe.
+        slurm: Slurm.
+        held: Whether this process is the one that submits the folder, by `submitting`.
 
     Raises:
         ConfigError: If the cluster has no such partition, nodes or GPUs, the time is too short, or the folder holds
@@ -44,6 +50,8 @@ def check_job(job: BatchJob, loaded: LoadedConfig, slurm: Slurm) -> None:
         LaunchError: If the run folder is in use, cannot be written, or holds files of somebody else's.
     """
     check_cluster(job, slurm)
+    if not held:
+        require_not_submitting(job.run_dir)
     _check_folder(job.run_dir)
     for entry in entries(job.run_dir):
         if slurm.job(id := entry.job).live:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import re
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
 
+from hopescale.common import disk
 from hopescale.config.record import PLAN
 from hopescale.observe.metrics import read_last
 
@@ -122,12 +121,7 @@ def read_status(folder: Path, ask: Callable[[], Word | None]) -> RunStatus:
 
 def is_locked(folder: Path) -> bool:
     """Look whether a process of this machine, or of one that shares its locks, trains in a run folder."""
-    with suppress(OSError), (folder / ".lock").open("r+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
+    return disk.is_locked(folder / ".lock")
 
 
 def _state(folder: Path, outcome: str, ask: Callable[[], Word | None], failure: list[str]) -> tuple[str, str | None]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -97,7 +95,8 @@ def bad_node(slurm: Cluster, folder: Path) -> None:
     more = (f"local_disk: {disk}", 'sbatch: ["--exclude=node[4-8]"]')
     profile.write_text("\n".join((*lines, *more)) + "\n")
     sources = ("data.sources.markov=null", f"data.sources.text.path={data}", "model.vocab_size=290")
-    with read_only(slurm, BAD, disk):
+    disk.mkdir()
+    with slurm.own_disk(BAD, disk, "-o", "ro"):
         (id,) = slurm.submit(
             *("debug", *TINY, *sources, "train.steps=4", "--nodes", 2, "--cluster", profile, "--run-dir", run),
             cwd=folder,
@@ -112,21 +111,6 @@ def bad_node(slurm: Cluster, folder: Path) -> None:
     assert len(steps(run)) == 4
     status = slurm.hopescale("jobs", "status", run, cwd=folder)
     assert "4/4" in status and "done" in status and "step 4/4" in slurm.hopescale("jobs", "logs", run, cwd=folder)
-
-
-@contextmanager
-def read_only(slurm: Cluster, node: str, folder: Path) -> Iterator[None]:
-    """Show one node an empty disk that cannot be written, in place of a folder that the others see as it is."""
-    run = Path(slurm.environ["SLURM_CONF"]).parent / "run"
-    if (run / "mode").read_text().strip() != "netns":
-        pytest.skip("the nodes of this cluster cannot have disks of their own")
-    enter = ["nsenter", "-t", (run / f"slurmd-{node}.pid").read_text().strip(), "-m"]
-    folder.mkdir()
-    slurm.run(*enter, "mount", "-t", "tmpfs", "-o", "ro", "none", folder)
-    try:
-        yield
-    finally:
-        slurm.run(*enter, "umount", "-l", folder)
 
 
 def write_data(folder: Path) -> None:

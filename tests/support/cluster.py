@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 TOOLS = ROOT / "tests" / "slurm" / "cluster"
 LIMIT_S = 400
@@ -61,6 +63,13 @@ class Cluster:
         """Run `hopescale ARGS` in a folder."""
         return self.run(sys.executable, "-m", "hopescale", *args, cwd=cwd)
 
+    def refused(self, code: int, *args: object, cwd: Path) -> str:
+        """Run `hopescale ARGS`, which has to end with an exit code, and return what it said."""
+        words = [sys.executable, "-m", "hopescale", *map(str, args)]
+        done = subprocess.run(words, capture_output=True, text=True, env=self.environ, cwd=cwd, check=False)
+        assert done.returncode == code, f"{' '.join(words)}: {done.returncode}\n{done.stdout}{done.stderr}"
+        return done.stderr
+
     def submit(self, *args: object, cwd: Path) -> list[str]:
         """Run `hopescale submit ARGS` and return the numbers of the jobs."""
         lines = self.hopescale("submit", *args, cwd=cwd).splitlines()
@@ -71,6 +80,29 @@ class Cluster:
         self.run(TOOLS / "node", verb, name)
         if verb == "fail":
             self.run("scontrol", "update", f"NodeName={name}", "State=DOWN", "Reason=test")
+
+    @contextmanager
+    def own_disk(self, node: str, folder: Path, *options: str) -> Iterator[None]:
+        """Show one node an empty disk of its own in place of a folder that the others see as it is.
+
+        The disk is gone as soon as the node is powered off.
+
+        Args:
+            node: Name of the node.
+            folder: Folder that is there.
+            options: Options of mount.
+        """
+        run = Path(self.environ["SLURM_CONF"]).parent / "run"
+        if (run / "mode").read_text().strip() != "netns":
+            pytest.skip("the nodes of this cluster cannot have disks of their own")
+        process = (run / f"slurmd-{node}.pid").read_text().strip()
+        enter = ["nsenter", "-t", process, "-m"]
+        self.run(*enter, "mount", "-t", "tmpfs", *options, "none", folder)
+        try:
+            yield
+        finally:
+            if (run / f"slurmd-{node}.pid").read_text().strip() == process:
+                self.run(*enter, "umount", "-l", folder)
 
     def job(self, id: str) -> dict[str, str]:
         """Return what Slurm says of a job; a controller that drops the connection kills scontrol, which asks again."""

@@ -76,6 +76,7 @@ def test_a_job_is_submitted_with_all_it_needs(slurm: FakeSlurm, submit, tmp_path
         "script": "submit.sbatch",
         "log": log,
         "folder": str(run),
+        "inode": run.stat().st_ino,
     }
     assert line == expected
     script = (run / "submit.sbatch").read_text()
@@ -218,10 +219,13 @@ def test_the_longest_limit_of_several_partitions_counts(slurm: FakeSlurm, submit
 
 
 def test_one_of_two_that_submit_a_run_at_once_is_refused(slurm: FakeSlurm, submit, tmp_path: Path):
-    with submitting(tmp_path / "runs" / "debug"):
+    run = tmp_path / "runs" / "debug"
+    with submitting(run):
+        (run / "logs").mkdir()  # half written: not yet a folder of hopescale's
         code, _, err = submit()
-    assert code == 5 and "another process is submitting" in err and slurm.calls("sbatch") == []
-    assert content(tmp_path / "runs" / "debug") == {".submit"}
+        assert code == 5 and "another process is submitting" in err and slurm.calls("sbatch") == []
+        assert content(run) == {".submit", "logs"}
+        (run / "logs").rmdir()
     assert submit()[0] == 0
 
 
@@ -238,6 +242,20 @@ def test_a_copy_of_a_run_has_no_jobs_of_its_own(slurm: FakeSlurm, submit, tmp_pa
     assert len(entries(runs / "moved")) == 1
     (runs / "same").symlink_to(runs / "debug")
     assert len(entries(runs / "same")) == 1
+    copytree(runs / "debug", runs / "late")
+    (runs / "debug").rename(runs / "away")
+    assert len(entries(runs / "away")) == 1 and entries(runs / "late") == []
+
+
+def test_a_line_of_an_older_version_names_no_number_of_its_folder(slurm: FakeSlurm, submit, tmp_path: Path):
+    submit()
+    runs = tmp_path / "runs"
+    line = json.loads((runs / "debug" / "jobs.jsonl").read_text())
+    (runs / "debug" / "jobs.jsonl").write_text(json.dumps({k: v for k, v in line.items() if k != "inode"}) + "\n")
+    copytree(runs / "debug", runs / "copy")
+    assert len(entries(runs / "debug")) == 1 and entries(runs / "copy") == []
+    (runs / "debug").rename(runs / "moved")
+    assert len(entries(runs / "moved")) == 1
 
 
 def test_a_cluster_that_cannot_be_asked_is_not_asked(slurm: FakeSlurm, submit):
