@@ -66,3 +66,20 @@ def test_next_proposes_sizes_horizons_and_rates(table: Path):
 def test_fit_weighs_undertuned_runs_and_holds_an_asymptote(table: Path, tmp_path: Path):
     done = sweep("fit", "--points", table, "--weigh-undertuned", "--asymptote", 1.8, "--resamples", 0)
     assert "    E      1.8      (held)" in done
+
+
+def test_the_laws_of_the_shipped_sweep_are_those_of_its_page(tmp_path: Path):
+    runs = Path(__file__).parents[3] / "docs" / "scaling" / "hope_laws"
+    found = json.loads(sweep("fit", "--points", runs / "points.csv", "--out", tmp_path, "--json"))
+    shown = (runs.parents[1] / "scaling.md").read_text()
+    for row, column in ((3, "hope"), (2, "hope_linear")):
+        each = found["multipliers"][column][row]
+        value, low, high = each["value"], each["interval"]["low"], each["interval"]["high"]
+        assert high / low < 2 and f"{value:.2f} ({low:.2f} to {high:.2f})" in shown
+    assert found["multipliers"]["hope"][4]["interval"]["high"] < 1, "the Transformer is ahead of MLP memories"
+    rates = sweep("rates", "--points", runs / "rates.csv", "--json")
+    assert {name: round(one["lr"]["exponents"]["N"], 2) for name, one in json.loads(rates).items()} == {
+        "hope": -0.99,
+        "hope_linear": -0.27,
+        "transformer": -0.63,
+    }
