@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hopescale.config.schema import OptimConfig
 from hopescale.optim.cadence import Cadence
 from hopescale.optim.class_flats import Alike, ClassFlats, Together
+from hopescale.optim.gate import Gate
 from hopescale.optim.owned_flat import OwnedFlat
 from hopescale.optim.ownership import Ownership
 from hopescale.optim.rules import make_rule
@@ -210,7 +211,13 @@ class LayerwiseOptimizer(Updater):
         return self.accumulated_grad(name)
 
     @torch.no_grad()
-    def update(self, names: Sequence[str], scales: Mapping[str, Tensor | float], rates: Mapping[str, float]) -> None:
+    def update(
+        self,
+        names: Sequence[str],
+        scales: Mapping[str, Tensor | float],
+        rates: Mapping[str, float],
+        gate: Gate | None = None,
+    ) -> None:
         """Update the matrices that are due and belong here, and hand all weights that are due to all replicas."""
         for rule in self.rules.values():
             for group in rule.param_groups:
@@ -220,7 +227,7 @@ class LayerwiseOptimizer(Updater):
         due, left = self._due(names), Counter(flat for index in self._due(names) for flat in self._flats_of(index))
         for index in due:
             each = self.classes[index]
-            self._update_class(each, scales[each.names[0]])
+            self._update_class(each, scales[each.names[0]], gate)
             for flat in self._flats_of(index):
                 left[flat] -= 1
                 if not left[flat]:
@@ -276,6 +283,17 @@ class LayerwiseOptimizer(Updater):
             for name, kept in each.kept.items():
                 kept.copy_(self.parameters[name])
 
+    def drop_if_bad(self, names: Sequence[str], gate: Gate) -> None:
+        """Drop what parameters that are not due have gathered, Gram matrices too, if the step is bad."""
+        waiting = set(names)
+        gate.clear([sums for each in self._sums if not waiting.isdisjoint(each.names) for sums in each.flat.gathered()])
+
+    def uncount(self, names: Sequence[str]) -> None:
+        """Take back that a bad step has counted as an update of matrices."""
+        for index in self._due(names):
+            if self.classes[index].mastered:
+                self._rule_of(self.classes[index]).uncount([self.classes[index].master])
+
     def discard(self) -> None:
         """Drop all gradients and Gram matrices, on every replica."""
         self._finish_sums()
@@ -290,14 +308,16 @@ class LayerwiseOptimizer(Updater):
         assert all(due.issuperset(self.classes[index].names) for index in classes), "a class is due as a whole"
         return classes
 
-    def _update_class(self, each: ShapeClass, scale: Tensor | float) -> None:
+    def _update_class(self, each: ShapeClass, scale: Tensor | float, gate: Gate | None) -> None:
         """Update what belongs here of a class, which has one cadence and thus one scale."""
         period = self.accumulators[each.names[0]].cadence.period
         # Clipping makes a step smaller, not the inputs.
         gradient, gram = each.gradient(scale), each.gram(1 / period if self._takes_mean else 1.0)
         if each.mastered:
             each.master.grad, each.master.gram = gradient, gram
-            self._rule_of(each).step()
+            if gate is not None:
+                gate.clear([gradient] if gram is None else [gradient, gram])
+            self._rule_of(each).step(gate=gate)
             each.master.grad = each.master.gram = None
         each.clear()
         each.set_weights()
