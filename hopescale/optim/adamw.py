@@ -59,8 +59,8 @@ class AdamW(torch.optim.AdamW):
         torch._foreach_addcmul_(squares, gradients, gradients, 1 - beta2)
         roots = torch._foreach_sqrt(squares)
         torch._foreach_div_(roots, [(1 - beta2**count) ** 0.5 for count in counts])
-        # What is divided by infinity moves nothing.
-        torch._foreach_add_(roots, gate.choose(group["eps"], torch.inf))
+        # What is divided by infinity moves nothing. Without `alpha` the host would read the number.
+        torch._foreach_add_(roots, gate.choose(group["eps"], torch.inf), alpha=1)
         torch._foreach_addcdiv_(members, averages, roots, [-(lr / (1 - beta1**count)) for count in counts])
 
     def uncount(self, parameters: Iterable[Tensor]) -> None:

@@ -20,10 +20,14 @@ class Gate:
     def __init__(self, is_good: Tensor):
         self._is_good = is_good
         self._keeps = is_good.to(torch.int32)
+        self._drops = 1 - self._keeps
+        self._chosen: dict[tuple[float, float], Tensor] = {}
 
     def choose(self, good: float, bad: float) -> Tensor:
         """Return the number of a good step or of a bad one, 0-dim float32."""
-        return torch.where(self._is_good, good, bad)
+        if (good, bad) not in self._chosen:
+            self._chosen[good, bad] = torch.where(self._is_good, good, bad)
+        return self._chosen[good, bad]
 
     def clear(self, tensors: Sequence[Tensor]) -> None:
         """Set float32 tensors to zero if the step is bad, whatever is in them."""
@@ -33,7 +37,7 @@ class Gate:
     def restore(self, tensors: Sequence[Tensor], before: Sequence[Tensor]) -> None:
         """Set float32 tensors to copies of what they were if the step is bad; the copies are used up."""
         torch._foreach_mul_(_bits(tensors), self._keeps)
-        torch._foreach_mul_(_bits(before), 1 - self._keeps)
+        torch._foreach_mul_(_bits(before), self._drops)
         torch._foreach_add_(_bits(tensors), _bits(before))
 
 

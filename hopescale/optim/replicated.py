@@ -9,7 +9,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hopescale.cost.updates import BUCKET_ELEMENTS, BUCKETS_UNDER_WAY, EVEN_UNIT, UPDATE_ELEMENTS, Wire, buckets
+from hopescale.cost.updates import (
+    BUCKET_ELEMENTS,
+    BUCKETS_UNDER_WAY,
+    EVEN_UNIT,
+    UPDATE_ELEMENTS,
+    Wire,
+    buckets,
+    sum_elements,
+)
 from hopescale.optim.adamw import AdamW
 from hopescale.optim.cadence import Cadence
 from hopescale.optim.gate import Gate
@@ -47,6 +55,7 @@ class ReplicatedAdamW(Updater):
         self._under_way: deque[tuple[list[Tensor], Tensor, dist.Work]] = deque()
         self._begun: set[str] = set()
         self._shares_sequences = mesh.cp_group.size() > 1
+        self._room = sum_elements(sum(parameter.numel() for parameter in self.parameters.values()))
         self.rule = AdamW([group.of(self._masters) for group in groups], eps=eps, foreach=True)
 
     def norm_weight(self, name: str) -> float:
@@ -72,7 +81,7 @@ class ReplicatedAdamW(Updater):
         if self.dp_group.size() == 1:
             return []
         sizes = {name: self.parameters[name].numel() for name in names if not self.cadences[name].moves}
-        return buckets(sizes, dict.fromkeys(sizes, 0), sizes, BUCKET_ELEMENTS)
+        return buckets(sizes, dict.fromkeys(sizes, 0), sizes, self._room)
 
     def begin(self, names: Sequence[str]) -> None:
         """Begin to sum a bucket, after the oldest of several under way."""
