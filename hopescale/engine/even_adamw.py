@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,8 +11,8 @@ from hopescale.cost.updates import UPDATE_ELEMENTS, buckets
 from hopescale.engine.zero_even import EvenShards
 from hopescale.optim import RuleGroup
 from hopescale.optim.adamw import AdamW
-from hopescale.optim.gate import Gate
-from hopescale.optim.updater import scale_together
+from hopescale.optim.gate import StepGate
+from hopescale.optim.updater import Rates, Scales, scale_together
 
 
 class EvenAdamW:
@@ -35,13 +35,7 @@ class EvenAdamW:
         for part in (part for shards in sets for part in shards.parts):
             self._rule.state[part.master] |= part.moments
 
-    def step(
-        self,
-        due: Sequence[EvenShards],
-        scales: Mapping[str, Tensor | float],
-        rates: Mapping[str, float],
-        gate: Gate | None = None,
-    ) -> None:
+    def step(self, due: Sequence[EvenShards], scales: Scales, rates: Rates, gate: StepGate | None = None) -> None:
         """Update sets with their gradients, multiplied by the scale of their parameters, and hand out the weights.
 
         Through a gate the update is one of a good step alone; it counts in any case.
@@ -67,7 +61,7 @@ class EvenAdamW:
             for shards in sets:
                 shards.end_update()
 
-    def _update(self, sets: Sequence[EvenShards], gradients: Sequence[Tensor], gate: Gate | None) -> None:
+    def _update(self, sets: Sequence[EvenShards], gradients: Sequence[Tensor], gate: StepGate | None) -> None:
         parts = [part for shards in sets for part in shards.parts]
         for shards, gradient in zip(sets, gradients, strict=True):
             for part in shards.parts:

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from hopescale.data.loader import Batch, Share
 from hopescale.engine.schedule import Passes
-from hopescale.observe.health import Limits
+from hopescale.observe.health import StepLimits
 from hopescale.optim import Cadence, OuterOptimizer
-from hopescale.optim.changes import Changes
-from hopescale.optim.gate import Gate
+from hopescale.optim.changes import WeightChanges
+from hopescale.optim.gate import StepGate
 from hopescale.parallel.host_copy import HostCopy
 from hopescale.parallel.layers import IGNORED_TARGET
 from hopescale.parallel.mesh import Mesh
@@ -59,13 +59,13 @@ class Computed:
         """The norm over the due parameters, on the device."""
         return self.values[2]
 
-    def gate(self, limits: Limits) -> Gate:
+    def gate(self, limits: StepLimits) -> StepGate:
         """Return the gate of a step that is bad by `limits`, as the watch that set them finds it."""
         is_good = self.values[0].isfinite() & self.values[2:4].isfinite().all()
         for value, limit in ((self.values[0], limits.loss), (self.grad_norm, limits.grad_norm)):
             if limit is not None:
                 is_good &= ~(value.double() - limit.base > limit.most)
-        return Gate(is_good)
+        return StepGate(is_good)
 
     def read(self) -> Gradients:
         """Return the results; wait for them."""
@@ -159,7 +159,9 @@ class Engine:
         """Return this rank's part of a sum of a value of the last stage: tensor-parallel ranks hold the same."""
         return value * float(self.mesh.is_last_stage and self.mesh.tp_group.rank() == 0)
 
-    def update(self, step: int, computed: Computed, *, measure: bool = False, limits: Limits | None = None) -> Changes:
+    def update(
+        self, step: int, computed: Computed, *, measure: bool = False, limits: StepLimits | None = None
+    ) -> WeightChanges:
         """Apply the gradients of step `step`.
 
         Args:

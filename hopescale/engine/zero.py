@@ -17,8 +17,8 @@ from hopescale.engine.zero_even import EvenShards
 from hopescale.engine.zero_partitioned import PartitionedModel, PartitionedShards
 from hopescale.models.block import Block
 from hopescale.optim import Cadence, RuleGroup, Updater
-from hopescale.optim.gate import Gate
-from hopescale.optim.updater import even_shares
+from hopescale.optim.gate import StepGate
+from hopescale.optim.updater import Rates, Scales, even_shares
 from hopescale.parallel.mesh import Mesh
 from hopescale.parallel.node_flat import NodeFlat
 
@@ -196,13 +196,7 @@ class ZeroAdamW(Updater):
         return self.stage == 1
 
     @torch.no_grad()
-    def update(
-        self,
-        names: Sequence[str],
-        scales: Mapping[str, Tensor | float],
-        rates: Mapping[str, float],
-        gate: Gate | None = None,
-    ) -> None:
+    def update(self, names: Sequence[str], scales: Scales, rates: Rates, gate: StepGate | None = None) -> None:
         """Take one step of AdamW with the parts that are due, and gather their weights."""
         due = self._due(names)
         self._reduced = set()
@@ -221,7 +215,7 @@ class ZeroAdamW(Updater):
         """Let weights of parameters come after `update` has returned, at stage 1; not those that nodes share out."""
         super().defer([name for name in names if name not in self._block_of])
 
-    def drop_if_bad(self, names: Sequence[str], gate: Gate) -> None:
+    def drop_if_bad(self, names: Sequence[str], gate: StepGate) -> None:
         """Drop what parameters that are not due have gathered, if the step is bad."""
         gate.clear([sums for shards in self._due(names) for sums in shards.gathered()])
 

@@ -13,7 +13,7 @@ class Limit:
     """What a number may be.
 
     Attributes:
-        base: Number from which it is measured.
+        base: Number above which it is measured.
         most: Most that it may be above that.
     """
 
@@ -22,7 +22,7 @@ class Limit:
 
 
 @dataclass(frozen=True)
-class Limits:
+class StepLimits:
     """What a step's loss and gradient norm may be, beside finite; None is all that is finite."""
 
     loss: Limit | None = None
@@ -67,10 +67,10 @@ class LossWatch:
         self.in_a_row = 0
         return None
 
-    def limits(self) -> Limits:
+    def limits(self) -> StepLimits:
         """Return the limits beyond which `judge` would refuse the next step."""
         loss, norm = _mean(self._losses), _mean(self._norms)
-        return Limits(
+        return StepLimits(
             None if self.loss_spike is None or loss is None else Limit(loss, self.loss_spike),
             None if self.norm_spike is None or not norm else Limit(0.0, self.norm_spike * norm),
         )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hopescale.optim.gate import Gate
+from hopescale.optim.gate import StepGate
 
 
 class AdamW(torch.optim.AdamW):
@@ -35,7 +35,7 @@ class AdamW(torch.optim.AdamW):
             self.state[p] = adamw_state(p)
 
     @torch.no_grad()
-    def step_through(self, gate: Gate) -> None:
+    def step_through(self, gate: StepGate) -> None:
         """Take the step that `step` takes, to the bit, if it is good, and change no tensor on the device if it is bad.
 
         Gradients are finite, and zeros in a bad step. Updates are counted in both: the host calls `uncount`.
@@ -45,7 +45,7 @@ class AdamW(torch.optim.AdamW):
             if members:
                 self._step_through(gate, members, group)
 
-    def _step_through(self, gate: Gate, members: list[Tensor], group: Mapping[str, Any]) -> None:
+    def _step_through(self, gate: StepGate, members: list[Tensor], group: Mapping[str, Any]) -> None:
         (beta1, beta2), lr, decay = group["betas"], group["lr"], group["weight_decay"]
         states, gradients = [self.state[p] for p in members], [p.grad for p in members]
         averages, squares = ([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq"))

@@ -10,12 +10,12 @@ from torch import Tensor
 from hopescale.parallel.host_copy import HostCopy
 
 
-class Changes:
+class WeightChanges:
     """Root mean squares of changes of weights, which the device may still compute.
 
     Args:
         names: Names of sets of weights.
-        totals: For each set the sum of squares, and the number of entries; None for no sets.
+        totals: Sum of squares of each set, and its number of entries; None for no sets.
     """
 
     def __init__(self, names: Sequence[str], totals: Tensor | None):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-class Gate:
+class StepGate:
     """Lets through what a good step does to tensors, and nothing of what a bad one does.
 
     Numbers are never multiplied to drop them, as nan times 0 is nan: their bits are, as integers.

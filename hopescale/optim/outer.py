@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from hopescale.config.groups import assign_groups
 from hopescale.config.schema import OptimConfig
 from hopescale.optim.cadence import Cadence
-from hopescale.optim.changes import Changes, square_change
+from hopescale.optim.changes import WeightChanges, square_change
 from hopescale.optim.early import EarlySums
-from hopescale.optim.gate import Gate
+from hopescale.optim.gate import StepGate
 from hopescale.optim.layerwise import LayerwiseOptimizer
 from hopescale.optim.replicated import ReplicatedAdamW
 from hopescale.optim.schedule import learning_rate
@@ -242,7 +242,7 @@ class OuterOptimizer:
             updater.send(part)
 
     @torch.no_grad()
-    def step(self, step: int, grad_norm: Tensor, gate: Gate | None = None) -> None:
+    def step(self, step: int, grad_norm: Tensor, gate: StepGate | None = None) -> None:
         """Update what is due at step `step`, with its gradients scaled to the clip norm by their global norm.
 
         Then the sums of periods that end with this step and have a lag leave. If the step may be bad, all of it goes
@@ -254,9 +254,8 @@ class OuterOptimizer:
         periods = {self.cadences[name].period for name in names}
         of_period = {period: scale / period if self.config.accumulate == "mean" else scale for period in periods}
         scales = {name: of_period[self.cadences[name].period] for name in names}
-        rates = self.rates(step)
         for updater, part in self._by_updater(names):
-            updater.update(part, scales, rates, gate)
+            updater.update(part, scales, self.rates(step), gate)
         if self.mesh.dp_group.size() > 2:
             # Sums of three and more replicas may differ between the stages in the last bit; the copies must not.
             for name in set(self.tied) & set(names):
@@ -271,8 +270,8 @@ class OuterOptimizer:
     @property
     def is_gated(self) -> bool:
         """Whether `step` takes a gate, of the parameters that are here: not if sums leave for a later step."""
-        moves = any(cadence.moves for cadence in self.cadences.values())
-        return not moves and all(updater.is_gated for updater in self.updaters)
+        stay = not any(cadence.moves for cadence in self.cadences.values())
+        return stay and all(updater.is_gated for updater in self.updaters)
 
     def take_back(self, step: int) -> None:
         """Take back what the host has noted of a bad step `step` that went through a gate: that it was an update."""
@@ -310,7 +309,7 @@ class OuterOptimizer:
             masters |= zip(part, updater.masters(part), strict=True)
         return [masters[name] for name in names]
 
-    def change(self, names: Mapping[str, Sequence[str]], before: Mapping[str, Sequence[Tensor]]) -> Changes:
+    def change(self, names: Mapping[str, Sequence[str]], before: Mapping[str, Sequence[Tensor]]) -> WeightChanges:
         """Return the root mean square of the change of each set's masters since `masters` returned `before`.
 
         It is taken over all ranks; `names` are the parameters of each set that are here. The copies `before` become the
@@ -323,15 +322,14 @@ class OuterOptimizer:
                 continue
             after = self._masters(members)
             count = sum(new.numel() * self._weights[name] for name, new in zip(members, after, strict=True))
-            squares = square_change(before[key], after, self._norm_weights(tuple(members)))
-            sums += [squares, torch.full_like(self._zero(), count)]
-        return Changes(list(names), self._over_ranks(torch.stack(sums)) if sums else None)
+            sums.append(square_change(before[key], after, self._norm_weights(tuple(members))))
+            sums.append(torch.full_like(self._zero(), count))
+        return WeightChanges(list(names), self._over_ranks(torch.stack(sums)) if sums else None)
 
     def _norm_weights(self, names: tuple[str, ...]) -> Tensor:
         """Return the weights of parameters in sums over ranks, which a host would wait for if it made them anew."""
         if names not in self._weights_of:
-            weights = [self._weights[name] for name in names]
-            self._weights_of[names] = torch.tensor(weights, device=self._zero().device)
+            self._weights_of[names] = torch.tensor([self._weights[name] for name in names], device=self._zero().device)
         return self._weights_of[names]
 
     def _zero(self) -> Tensor:

@@ -20,8 +20,8 @@ from hopescale.cost.updates import (
 )
 from hopescale.optim.adamw import AdamW
 from hopescale.optim.cadence import Cadence
-from hopescale.optim.gate import Gate
-from hopescale.optim.updater import RuleGroup, Updater, scale_together
+from hopescale.optim.gate import StepGate
+from hopescale.optim.updater import Rates, RuleGroup, Scales, Updater, scale_together
 from hopescale.optim.wire import SentSum
 from hopescale.parallel.mesh import Mesh
 
@@ -133,13 +133,7 @@ class ReplicatedAdamW(Updater):
         return dict(zip(names, unpacked(flat[: sum(map(Tensor.numel, like))], like), strict=True))
 
     @torch.no_grad()
-    def update(
-        self,
-        names: Sequence[str],
-        scales: Mapping[str, Tensor | float],
-        rates: Mapping[str, float],
-        gate: Gate | None = None,
-    ) -> None:
+    def update(self, names: Sequence[str], scales: Scales, rates: Rates, gate: StepGate | None = None) -> None:
         """Take one step of AdamW with the parameters that are due, some at a time: it computes with copies of them."""
         for group in self.rule.param_groups:
             group["lr"] = rates[group["name"]]
@@ -147,7 +141,7 @@ class ReplicatedAdamW(Updater):
         for bucket in buckets(names, dict.fromkeys(names, 0), sizes, UPDATE_ELEMENTS):
             self._update(bucket, scales, gate)
 
-    def _update(self, names: Sequence[str], scales: Mapping[str, Tensor | float], gate: Gate | None) -> None:
+    def _update(self, names: Sequence[str], scales: Scales, gate: StepGate | None) -> None:
         gradients = [self._gradient(name) for name in names]
         scale_together(gradients, [scales[name] for name in names])
         for name, gradient in zip(names, gradients, strict=True):

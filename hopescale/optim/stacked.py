@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hopescale.optim.gate import Gate
+from hopescale.optim.gate import StepGate
 
 STACK_ELEMENTS = {"cpu": 1 << 16, "cuda": 1 << 22}
 """Matrices are stacked up to this many entries, so that a stack stays in a CPU's cache (256 KiB in float32) or keeps a
@@ -83,7 +83,7 @@ class StackedOptimizer(torch.optim.Optimizer):
         return {}
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None, *, gate: Gate | None = None) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None, *, gate: StepGate | None = None) -> Any:
         """Update every parameter that has a gradient, once; through a gate if it is of a good step.
 
         Updates are counted in any case: the host calls `uncount` after a bad step.
@@ -116,7 +116,7 @@ class StackedOptimizer(torch.optim.Optimizer):
             stacks += [members[i : i + size] for i in range(0, len(members), size)]
         return stacks
 
-    def _update_together(self, group: dict[str, Any], members: Sequence[Tensor], gate: Gate | None) -> None:
+    def _update_together(self, group: dict[str, Any], members: Sequence[Tensor], gate: StepGate | None) -> None:
         states = [self.state[p] for p in members]
         settings = {name: value for name, value in group.items() if name not in NO_SETTINGS}
         if "step" in states[0]:

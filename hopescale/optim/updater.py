@@ -11,9 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from hopescale.optim.cadence import Accumulator, Cadence
-from hopescale.optim.gate import Gate
+from hopescale.optim.gate import StepGate
 from hopescale.parallel.mesh import Mesh
 from hopescale.parallel.node_flat import NodeFlat
+
+Scales = Mapping[str, Tensor | float]
+"""Factor on the gradient of each parameter."""
+Rates = Mapping[str, float]
+"""Learning rate of each group."""
 
 
 @dataclass(frozen=True)
@@ -155,13 +160,7 @@ class Updater(ABC):
         return True
 
     @abstractmethod
-    def update(
-        self,
-        names: Sequence[str],
-        scales: Mapping[str, Tensor | float],
-        rates: Mapping[str, float],
-        gate: Gate | None = None,
-    ) -> None:
+    def update(self, names: Sequence[str], scales: Scales, rates: Rates, gate: StepGate | None = None) -> None:
         """Update parameters with their accumulated gradients, and begin a new period.
 
         Args:
@@ -171,7 +170,7 @@ class Updater(ABC):
             gate: Gate of a step that may be bad; none of a good one.
         """
 
-    def drop_if_bad(self, names: Sequence[str], gate: Gate) -> None:
+    def drop_if_bad(self, names: Sequence[str], gate: StepGate) -> None:
         """Drop what parameters that are not due have gathered, if the step is bad."""
         totals = [self.accumulators[name].total for name in names]
         gate.clear([total for total in totals if total is not None])

@@ -20,7 +20,7 @@ from hopescale.data.loader import Batch, Share, prefetched
 from hopescale.engine import Engine, make_passes
 from hopescale.observe.console import format_sample, format_validation
 from hopescale.train.folder import Record
-from hopescale.train.judged import Judged, Taken
+from hopescale.train.launched import KnownStep, LaunchedStep
 from hopescale.train.metrics import StepMetrics
 from hopescale.train.profile import StepProfiler
 from hopescale.train.recovery import Recovery
@@ -79,7 +79,7 @@ class Trainer:
         self._has_short_timeout, self._is_asked = False, True
         self._stop = StopRequest()
         self._upcoming = Upcoming((batch for batch in ()), 0)
-        self._late: Taken | None = None
+        self._late: LaunchedStep | None = None
 
     def run(self, last_step: int, stop: StopRequest) -> str | None:
         """Train until `last_step` or until a signal asks any rank to stop, and save.
@@ -171,7 +171,7 @@ class Trainer:
         changes = None
         if self.engine.is_gated:
             changes = self.engine.update(step, computed, measure=is_recorded, limits=self.state.watch.limits())
-        taken, judged = Taken(step, computed, changes, is_recorded), None
+        taken, judged = LaunchedStep(step, computed, changes, is_recorded), None
         self.state.step = step
         if not self._must_know(is_recorded, last_step):
             self._late = taken
@@ -201,7 +201,7 @@ class Trainer:
             self.log(self._metrics_of(judged, is_recorded=False))
         return taken is None or judged is not None
 
-    def _judge(self, taken: Taken) -> Judged | None:
+    def _judge(self, taken: LaunchedStep) -> KnownStep | None:
         """Learn how the present step was, and update if that has waited; None if the run is to go back before it."""
         step, gradients, optimizer = taken.step, taken.computed.read(), self.state.optimizer
         self._is_asked = gradients.is_asked
@@ -211,7 +211,7 @@ class Trainer:
             changes = taken.changes
             if changes is None:
                 changes = self.engine.update(step, taken.computed, measure=taken.is_recorded)
-            return Judged(gradients, changes.read(), None)
+            return KnownStep(gradients, changes.read(), None)
         if taken.changes is None:
             optimizer.discard(step)
         else:
@@ -221,9 +221,9 @@ class Trainer:
             optimizer.discard(step)
             return None
         self.state.step = step
-        return Judged(replace(gradients, level_norms={}), {}, problem)
+        return KnownStep(replace(gradients, level_norms={}), {}, problem)
 
-    def _metrics_of(self, judged: Judged, is_recorded: bool) -> dict[str, float]:
+    def _metrics_of(self, judged: KnownStep, is_recorded: bool) -> dict[str, float]:
         """Return the metrics of the present step, none if it is not recorded."""
         gradients, changes, problem = judged.gradients, judged.changes, judged.problem
         metrics = self.metrics.of_updates(gradients, changes) if is_recorded or changes or problem else {}

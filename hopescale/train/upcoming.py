@@ -21,7 +21,7 @@ class Upcoming:
         per_step: Micro batches of a step.
 
     Attributes:
-        failure: Why the step behind those that have been read has none.
+        failure: Reason for which the step behind those that have been read has none; None as long as there is none.
         seconds: Time that the last call of `read` took.
     """
 

@@ -18,7 +18,10 @@ SKIP: tuple[str, ...] = ()
 BACK = ("train.recovery.skips=0", "train.recovery.then=lower_rate")
 
 
-LATE = ("log.every=100", "train.validation.every=null", "train.replica_check_every=null", "checkpoint.every=3")
+LATE = (
+    *("model.num_layers=1", "log.every=100", "checkpoint.every=3"),
+    *("train.validation.every=null", "train.replica_check_every=null"),
+)
 """Steps 1, 3 and 6 are known at once, the others when the passes of the next one have been launched."""
 MATRICES = "optim.groups.matrices={rule: m3, match: ['*_proj.weight','*.gate.weight','*.up.weight','*.down.weight']}"
 

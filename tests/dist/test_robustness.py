@@ -109,7 +109,10 @@ def test_a_batch_that_one_rank_cannot_read_ends_the_run_on_all_and_keeps_what_wa
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step-00000002\n"
 
 
-LATE = ("log.every=100", "train.validation.every=null", "train.replica_check_every=null", "checkpoint.every=null")
+LATE = (
+    *("model.num_layers=1", "log.every=100", "checkpoint.every=null"),
+    *("train.validation.every=null", "train.replica_check_every=null"),
+)
 """Ranks learn of a step when the passes of the next one have been launched."""
 
 

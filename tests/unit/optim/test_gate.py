@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hopescale.config.schema import DeltaMomentumConfig, GroupConfig, M3Config, OptimConfig, ScheduleConfig
 from hopescale.optim import Cadence, OuterOptimizer
 from hopescale.optim.adamw import AdamW
-from hopescale.optim.gate import Gate
+from hopescale.optim.gate import StepGate
 from hopescale.parallel.layers import ParameterSpec, attach
 
 SHAPES = {"a": (4, 6), "b": (4, 6), "slow": (6, 4), "heads": (3, 4, 6)}
@@ -58,7 +58,7 @@ def test_a_run_through_gates_is_the_run_that_refuses_bad_steps(rule: str, dtype:
             refusing.discard(step)
         else:
             refusing.step(step, norm)
-        gated.step(step, feed(gated, step), Gate(torch.tensor(step not in BAD)))
+        gated.step(step, feed(gated, step), StepGate(torch.tensor(step not in BAD)))
         if step in BAD:
             gated.take_back(step)
         found, expected = kept(gated), kept(refusing)
@@ -80,7 +80,7 @@ def test_adamw_through_a_gate_is_torchs_to_the_bit(beta1: float):
             for p in members:
                 p.grad = randn(len(p), seed=step) * randn(len(p), seed=step + 100).mul(5).exp()
         torchs.step()
-        ours.step_through(Gate(torch.tensor(True)))
+        ours.step_through(StepGate(torch.tensor(True)))
         assert all(torch.equal(a, b) for a, b in zip(*sets, strict=True)), f"step {step}"
     for p, q in zip(*sets, strict=True):
         assert all(torch.equal(torchs.state[p][key], value) for key, value in ours.state[q].items())

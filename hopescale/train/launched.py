@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hopescale.engine import Computed, Gradients
-from hopescale.optim.changes import Changes
+from hopescale.optim.changes import WeightChanges
 
 
 @dataclass(frozen=True)
-class Taken:
+class LaunchedStep:
     """A step that the device has been given.
 
     Attributes:
@@ -22,18 +22,18 @@ class Taken:
 
     step: int
     computed: Computed
-    changes: Changes | None
+    changes: WeightChanges | None
     is_recorded: bool
 
 
 @dataclass(frozen=True)
-class Judged:
+class KnownStep:
     """What the host knows of a step.
 
     Attributes:
         gradients: Loss and norms; without those of levels after a bad step.
         changes: Changes of levels.
-        problem: What is wrong with the step; None for a good one.
+        problem: Fault of the step; None for a good one.
     """
 
     gradients: Gradients
