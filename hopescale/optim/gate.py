@@ -26,7 +26,9 @@ class StepGate:
     def choose(self, good: float, bad: float) -> Tensor:
         """Return the number of a good step or of a bad one, 0-dim float32."""
         if (good, bad) not in self._chosen:
-            self._chosen[good, bad] = torch.where(self._is_good, good, bad)
+            # `torch.where` would copy its numbers to the device, for which the host waits.
+            number = torch.full((), bad, device=self._is_good.device)
+            self._chosen[good, bad] = number.masked_fill_(self._is_good, good)
         return self._chosen[good, bad]
 
     def clear(self, tensors: Sequence[Tensor]) -> None:
