@@ -304,10 +304,10 @@ class LayerwiseOptimizer(Updater):
         period = self.accumulators[each.names[0]].cadence.period
         # Clipping makes a step smaller, not the inputs.
         gradient, gram = each.gradient(scale), each.gram(1 / period if self._takes_mean else 1.0)
-        if gate is not None:
-            gate.clear([sums for sums in (gradient, gram) if sums is not None])
         if each.mastered:
             each.master.grad, each.master.gram = gradient, gram
+            if gate is not None:
+                gate.clear([sums for sums in (gradient, gram) if sums is not None])
             self._rule_of(each).step(gate=gate)
             each.master.grad = each.master.gram = None
         each.clear()
