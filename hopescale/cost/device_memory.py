@@ -21,7 +21,7 @@ from hopescale.cost.micro_batch import Activations, MicroBatch
 from hopescale.cost.mixers import COSTS
 from hopescale.cost.parameter import FP32, itemsize
 from hopescale.cost.params import count_params
-from hopescale.cost.updates import BUCKETS_UNDER_WAY, NODE_ELEMENTS, UPDATE_ELEMENTS
+from hopescale.cost.updates import BUCKETS_UNDER_WAY, NODE_ELEMENTS, UPDATE_ELEMENTS, sum_elements
 from hopescale.ops.limits import LOGITS_AT_A_TIME
 
 LASTING = ("weights", "gradients", "accumulators", "masters", "optimizer")
@@ -254,8 +254,9 @@ def _update_workspace(config: RunConfig, layout: Layout, holding: Holding) -> fl
 
 def _sums_under_way(config: RunConfig, layout: Layout, holding: Holding) -> float:
     """Count the copies of gradients that are summed over replicas at once."""
-    count = 1 if config.parallel.stage else BUCKETS_UNDER_WAY
-    copies = min(count * max(PACK_BYTES, FP32 * holding.largest), FP32 * holding.total())
+    elementwise = sum(count for kind, count in holding.entries.items() if kind.rule == "adamw")
+    count, room = (1, PACK_BYTES) if config.parallel.stage else (BUCKETS_UNDER_WAY, FP32 * sum_elements(elementwise))
+    copies = min(count * max(room, FP32 * holding.largest), FP32 * holding.total())
     return copies if layout.replicas > 1 else 0.0
 
 

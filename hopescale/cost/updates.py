@@ -22,8 +22,10 @@ WIRE_BLOCK = 64
 Parts = tuple[tuple[int, int], ...]
 
 BUCKET_ELEMENTS = 1 << 24
-"""Most entries of gradients that replicas exchange at once."""
-BUCKETS_UNDER_WAY = 4
+"""Most entries of gradients that replicas exchange at once, where nothing else is said."""
+SUM_PIECES, SUM_ELEMENTS = 20, 1 << 26
+"""Buckets into which gradients are cut at `zero` 0, and most entries of one, if no parameter has more."""
+BUCKETS_UNDER_WAY = 2
 """Buckets of gradients that are summed at once at `zero` 0: each is a copy."""
 EVEN_UNIT = 8
 """Entries of which a replica's part of a flat tensor is a multiple: 16 bytes of bfloat16."""
@@ -173,6 +175,11 @@ def assign_owners(work: Sequence[Work], owners: int) -> dict[str, int]:
                     total[owner] += each.cost
                 alike = alike[count:]
     return result
+
+
+def sum_elements(whole: int) -> int:
+    """Return the most entries of a bucket of gradients at `zero` 0, of a model with so many entries."""
+    return min(max(BUCKET_ELEMENTS, math.ceil(whole / SUM_PIECES)), SUM_ELEMENTS)
 
 
 def even_sets(sizes: Mapping[str, int], whole: int) -> list[list[str]]:

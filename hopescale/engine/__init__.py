@@ -1,6 +1,6 @@
 """One training step: forward, backward, cadence, clip, update."""
 
 from hopescale.engine.schedule import make_passes
-from hopescale.engine.step import Engine, Gradients
+from hopescale.engine.step import Computed, Engine, Gradients
 
-__all__ = ["Engine", "Gradients", "make_passes"]
+__all__ = ["Computed", "Engine", "Gradients", "make_passes"]

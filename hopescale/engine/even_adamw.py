@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,7 +11,8 @@ from hopescale.cost.updates import UPDATE_ELEMENTS, buckets
 from hopescale.engine.zero_even import EvenShards
 from hopescale.optim import RuleGroup
 from hopescale.optim.adamw import AdamW
-from hopescale.optim.updater import scale_together
+from hopescale.optim.gate import StepGate
+from hopescale.optim.updater import Rates, Scales, scale_together
 
 
 class EvenAdamW:
@@ -34,8 +35,11 @@ class EvenAdamW:
         for part in (part for shards in sets for part in shards.parts):
             self._rule.state[part.master] |= part.moments
 
-    def step(self, due: Sequence[EvenShards], scales: Mapping[str, Tensor | float], rates: Mapping[str, float]) -> None:
-        """Update sets with their gradients, multiplied by the scale of their parameters, and hand out the weights."""
+    def step(self, due: Sequence[EvenShards], scales: Scales, rates: Rates, gate: StepGate | None = None) -> None:
+        """Update sets with their gradients, multiplied by the scale of their parameters, and hand out the weights.
+
+        Through a gate the update is one of a good step alone; it counts in any case.
+        """
         if self._rule is not None:
             for group in self._rule.param_groups:
                 group["lr"] = rates[group["name"]]
@@ -47,7 +51,9 @@ class EvenAdamW:
             gradients = [shards.take_gradient() for shards in sets]
             # All of a set have one cadence, and so one factor.
             scale_together(gradients, [scales[name] for name in names])
-            self._update(sets, gradients)
+            if gate is not None:
+                gate.clear(gradients)
+            self._update(sets, gradients, gate)
             del gradients
             low = [shards for shards in sets if shards.is_low_precision]
             if low:
@@ -55,13 +61,15 @@ class EvenAdamW:
             for shards in sets:
                 shards.end_update()
 
-    def _update(self, sets: Sequence[EvenShards], gradients: Sequence[Tensor]) -> None:
+    def _update(self, sets: Sequence[EvenShards], gradients: Sequence[Tensor], gate: StepGate | None) -> None:
         parts = [part for shards in sets for part in shards.parts]
         for shards, gradient in zip(sets, gradients, strict=True):
             for part in shards.parts:
                 part.master.grad = gradient[part.start : part.stop]
                 self._rule.state[part.master]["step"].copy_(shards.updates)
-        if parts:
+        if parts and gate is None:
             self._rule.step()
+        elif parts:
+            self._rule.step_through(gate)
         for part in parts:
             part.master.grad = None

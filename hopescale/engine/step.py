@@ -11,14 +11,18 @@ from torch import Tensor
 
 from hopescale.data.loader import Batch, Share
 from hopescale.engine.schedule import Passes
+from hopescale.observe.health import StepLimits
 from hopescale.optim import Cadence, OuterOptimizer
+from hopescale.optim.changes import WeightChanges
+from hopescale.optim.gate import StepGate
+from hopescale.parallel.host_copy import HostCopy
 from hopescale.parallel.layers import IGNORED_TARGET
 from hopescale.parallel.mesh import Mesh
 
 
 @dataclass(frozen=True)
 class Gradients:
-    """Results of forward and backward, before anything is changed; equal on all ranks but for the last.
+    """Results of forward and backward, as the host has read them; equal on all ranks but for the last.
 
     Attributes:
         loss: Mean cross-entropy in nats over the step's targets.
@@ -37,10 +41,44 @@ class Gradients:
     probe: dict[str, Tensor]
 
 
+class Computed:
+    """Results of forward and backward, before anything is changed, which the device may still compute.
+
+    Args:
+        values: Loss, whether any rank asks, norm over the due parameters, norm over the others, and norms of levels.
+        levels: Names of the levels.
+        probe: Statistics of the memories on this rank.
+    """
+
+    def __init__(self, values: Tensor, levels: Sequence[str], probe: dict[str, Tensor]):
+        self.values, self._levels, self._probe = values, levels, probe
+        self._copy = HostCopy(values)
+
+    @property
+    def grad_norm(self) -> Tensor:
+        """The norm over the due parameters, on the device."""
+        return self.values[2]
+
+    def gate(self, limits: StepLimits) -> StepGate:
+        """Return the gate of a step that is bad by `limits`, as the watch that set them finds it."""
+        is_good = self.values[0].isfinite() & self.values[2:4].isfinite().all()
+        for value, limit in ((self.values[0], limits.loss), (self.grad_norm, limits.grad_norm)):
+            if limit is not None:
+                is_good &= ~(value.double() - limit.base > limit.most)
+        return StepGate(is_good)
+
+    def read(self) -> Gradients:
+        """Return the results; wait for them."""
+        loss, asked, grad_norm, waiting_norm, *norms = self._copy.read()
+        level_norms = dict(zip(self._levels, norms, strict=True))
+        return Gradients(loss, grad_norm, waiting_norm, level_norms, asked > 0, self._probe)
+
+
 class Engine:
     """Computes gradients and applies them; two calls, so that a bad step can be refused in between.
 
-    Every rank calls the same methods in the same order, each with the micro batches of its replica.
+    Every rank calls the same methods in the same order, each with the micro batches of its replica. Neither call waits
+    for the device: what they return does, when it is read.
 
     Args:
         passes: Forward and backward of the model.
@@ -66,9 +104,15 @@ class Engine:
         own = {level: {optimizer.cadences[name] for name in names} for level, names in levels.items()}
         self.cadences = own if cadences is None else cadences
 
+    @property
+    def is_gated(self) -> bool:
+        """Whether `update` takes limits: the same on all ranks."""
+        moves = any(cadence.moves for cadences in self.cadences.values() for cadence in cadences)
+        return self.optimizer.is_gated and not moves
+
     def gradients(
         self, step: int, batches: Sequence[Batch], *, probe: bool = False, ask: Callable[[], bool] = lambda: False
-    ) -> Gradients:
+    ) -> Computed:
         """Run forward and backward over all micro batches of step `step`, counted from 1.
 
         Args:
@@ -99,9 +143,7 @@ class Engine:
             squares[1] += running
         parts = torch.stack([self._of_last_stage(loss), asked, *squares])
         sums = _all_reduce(parts, self.mesh.world_group)
-        loss, asked, grad_norm, waiting_norm, *norms = torch.cat([sums[:2], sums[2:].sqrt()]).tolist()
-        level_norms = dict(zip(of_levels, norms, strict=True))
-        return Gradients(loss, grad_norm, waiting_norm, level_norms, asked > 0, stats)
+        return Computed(torch.cat([sums[:2], sums[2:].sqrt()]), list(of_levels), stats)
 
     def _due_of_levels(self, step: int) -> dict[str, list[str]]:
         """Return what is due here of each level that is due anywhere."""
@@ -117,24 +159,29 @@ class Engine:
         """Return this rank's part of a sum of a value of the last stage: tensor-parallel ranks hold the same."""
         return value * float(self.mesh.is_last_stage and self.mesh.tp_group.rank() == 0)
 
-    def update(self, step: int, gradients: Gradients, *, measure: bool = False) -> dict[str, float]:
+    def update(
+        self, step: int, computed: Computed, *, measure: bool = False, limits: StepLimits | None = None
+    ) -> WeightChanges:
         """Apply the gradients of step `step`.
 
         Args:
             step: Step number, counted from 1.
-            gradients: Gradients of the step, as `gradients` returned them.
+            computed: Results of the step, as `gradients` returned them.
             measure: Whether to measure the levels that are updated every step; slow ones are measured always.
+            limits: Limits by which the step may be bad. A bad one then changes nothing and drops all gradients; when it
+                is known, `OuterOptimizer.take_back` follows. None is a step that is known to be good.
 
         Returns:
             Root mean square of the change of each due level's weights that was measured.
         """
+        gate = None if limits is None else computed.gate(limits)
         chosen = {
             level: names
             for level, names in self._due_of_levels(step).items()
             if measure or any(cadence.period > 1 for cadence in self.cadences[level])
         }
         before = {level: self.optimizer.masters(names) for level, names in chosen.items()}
-        self.optimizer.step(step, torch.tensor(gradients.grad_norm, device=self.device))
+        self.optimizer.step(step, computed.grad_norm, gate)
         return self.optimizer.change(chosen, before)
 
     def evaluate(self, batches: Iterable[Batch]) -> float:

@@ -17,7 +17,8 @@ from hopescale.engine.zero_even import EvenShards
 from hopescale.engine.zero_partitioned import PartitionedModel, PartitionedShards
 from hopescale.models.block import Block
 from hopescale.optim import Cadence, RuleGroup, Updater
-from hopescale.optim.updater import even_shares
+from hopescale.optim.gate import StepGate
+from hopescale.optim.updater import Rates, Scales, even_shares
 from hopescale.parallel.mesh import Mesh
 from hopescale.parallel.node_flat import NodeFlat
 
@@ -189,13 +190,18 @@ class ZeroAdamW(Updater):
             return self._set_of[name].held_part(name)[1] if waits else self.accumulated_grad(name)
         return self._set_of[name].part(name, "gradient")
 
+    @property
+    def is_gated(self) -> bool:
+        """Whether `update` takes a gate: DeepSpeed knows none."""
+        return self.stage == 1
+
     @torch.no_grad()
-    def update(self, names: Sequence[str], scales: Mapping[str, Tensor | float], rates: Mapping[str, float]) -> None:
+    def update(self, names: Sequence[str], scales: Scales, rates: Rates, gate: StepGate | None = None) -> None:
         """Take one step of AdamW with the parts that are due, and gather their weights."""
         due = self._due(names)
         self._reduced = set()
         if self.stage == 1:
-            self._rule.step(due, scales, rates)
+            self._rule.step(due, scales, rates, gate)
             self._on_their_way += [(shards.parameters, shards.settle) for shards in due]
             self._settle_others(names)
             return
@@ -208,6 +214,15 @@ class ZeroAdamW(Updater):
     def defer(self, names: Sequence[str]) -> None:
         """Let weights of parameters come after `update` has returned, at stage 1; not those that nodes share out."""
         super().defer([name for name in names if name not in self._block_of])
+
+    def drop_if_bad(self, names: Sequence[str], gate: StepGate) -> None:
+        """Drop what parameters that are not due have gathered, if the step is bad."""
+        gate.clear([sums for shards in self._due(names) for sums in shards.gathered()])
+
+    def uncount(self, names: Sequence[str]) -> None:
+        """Take back that a bad step has counted as an update of parameters, at stage 1."""
+        for shards in self._due(names):
+            shards.updates -= 1
 
     @torch.no_grad()
     def discard(self) -> None:

@@ -269,6 +269,10 @@ class EvenShards:
         shared = self.node_flat
         self._gathering = self._tiers.begin_to_gather(self._weights) if shared is None else shared.begin_to_hand_out()
 
+    def gathered(self) -> list[Tensor]:
+        """Return the sums that are here, of a replica and of what is held, to be changed in place."""
+        return [sums for sums in (self._sums, self._held) if sums is not None]
+
     def discard(self) -> None:
         """Drop all gradients, and begin a new period."""
         self.finish()

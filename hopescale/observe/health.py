@@ -4,7 +4,29 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from dataclasses import dataclass
 from typing import Any
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What a number may be.
+
+    Attributes:
+        base: Number above which it is measured.
+        most: Most that it may be above that.
+    """
+
+    base: float
+    most: float
+
+
+@dataclass(frozen=True)
+class StepLimits:
+    """What a step's loss and gradient norm may be, beside finite; None is all that is finite."""
+
+    loss: Limit | None = None
+    grad_norm: Limit | None = None
 
 
 class LossWatch:
@@ -44,6 +66,14 @@ class LossWatch:
         self._norms.append(grad_norm)
         self.in_a_row = 0
         return None
+
+    def limits(self) -> StepLimits:
+        """Return the limits beyond which `judge` would refuse the next step."""
+        loss, norm = _mean(self._losses), _mean(self._norms)
+        return StepLimits(
+            None if self.loss_spike is None or loss is None else Limit(loss, self.loss_spike),
+            None if self.norm_spike is None or not norm else Limit(0.0, self.norm_spike * norm),
+        )
 
     def _problem(self, loss: float, grad_norm: float) -> str | None:
         if not math.isfinite(loss):

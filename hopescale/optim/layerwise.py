@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from hopescale.config.schema import OptimConfig
 from hopescale.optim.cadence import Cadence
 from hopescale.optim.class_flats import Alike, ClassFlats, Together
+from hopescale.optim.gate import StepGate
 from hopescale.optim.owned_flat import OwnedFlat
 from hopescale.optim.ownership import Ownership
 from hopescale.optim.rules import make_rule
 from hopescale.optim.shape_class import ShapeClass, Slices
-from hopescale.optim.updater import RuleGroup, Updater
+from hopescale.optim.updater import Rates, RuleGroup, Scales, Updater
 from hopescale.parallel.mesh import Mesh
 from hopescale.parallel.node_flat import NodeFlat
 
@@ -173,14 +174,12 @@ class LayerwiseOptimizer(Updater):
     def running_squares(self, names: Sequence[str]) -> Tensor:
         """Return the squared norm of what is gathered beside totals that have arrived."""
         self._finish_sums()
-        squares = [kept for each in self._sums if (kept := each.flat.kept_squares()) is not None]
-        return torch.stack(squares).sum()
+        return torch.stack([kept for each in self._sums if (kept := each.flat.kept_squares()) is not None]).sum()
 
     def hold(self, names: Sequence[str]) -> None:
         """Sum what waits for a later step inside the node, if there are nodes."""
-        waiting = set(names)
         for each in self._sums:
-            if not waiting.isdisjoint(each.names):
+            if not each.names.isdisjoint(names):
                 each.flat.hold()
 
     def _finish_sums(self) -> None:
@@ -210,7 +209,7 @@ class LayerwiseOptimizer(Updater):
         return self.accumulated_grad(name)
 
     @torch.no_grad()
-    def update(self, names: Sequence[str], scales: Mapping[str, Tensor | float], rates: Mapping[str, float]) -> None:
+    def update(self, names: Sequence[str], scales: Scales, rates: Rates, gate: StepGate | None = None) -> None:
         """Update the matrices that are due and belong here, and hand all weights that are due to all replicas."""
         for rule in self.rules.values():
             for group in rule.param_groups:
@@ -220,7 +219,7 @@ class LayerwiseOptimizer(Updater):
         due, left = self._due(names), Counter(flat for index in self._due(names) for flat in self._flats_of(index))
         for index in due:
             each = self.classes[index]
-            self._update_class(each, scales[each.names[0]])
+            self._update_class(each, scales[each.names[0]], gate)
             for flat in self._flats_of(index):
                 left[flat] -= 1
                 if not left[flat]:
@@ -276,6 +275,16 @@ class LayerwiseOptimizer(Updater):
             for name, kept in each.kept.items():
                 kept.copy_(self.parameters[name])
 
+    def drop_if_bad(self, names: Sequence[str], gate: StepGate) -> None:
+        """Drop what parameters that are not due have gathered, Gram matrices too, if the step is bad."""
+        gate.clear([sums for each in self._sums if not each.names.isdisjoint(names) for sums in each.flat.gathered()])
+
+    def uncount(self, names: Sequence[str]) -> None:
+        """Take back that a bad step has counted as an update of matrices."""
+        for each in (self.classes[index] for index in self._due(names)):
+            if each.mastered:
+                self._rule_of(each).uncount([each.master])
+
     def discard(self) -> None:
         """Drop all gradients and Gram matrices, on every replica."""
         self._finish_sums()
@@ -290,14 +299,16 @@ class LayerwiseOptimizer(Updater):
         assert all(due.issuperset(self.classes[index].names) for index in classes), "a class is due as a whole"
         return classes
 
-    def _update_class(self, each: ShapeClass, scale: Tensor | float) -> None:
+    def _update_class(self, each: ShapeClass, scale: Tensor | float, gate: StepGate | None) -> None:
         """Update what belongs here of a class, which has one cadence and thus one scale."""
         period = self.accumulators[each.names[0]].cadence.period
         # Clipping makes a step smaller, not the inputs.
         gradient, gram = each.gradient(scale), each.gram(1 / period if self._takes_mean else 1.0)
         if each.mastered:
             each.master.grad, each.master.gram = gradient, gram
-            self._rule_of(each).step()
+            if gate is not None:
+                gate.clear([sums for sums in (gradient, gram) if sums is not None])
+            self._rule_of(each).step(gate=gate)
             each.master.grad = each.master.gram = None
         each.clear()
         each.set_weights()

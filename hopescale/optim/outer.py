@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from hopescale.config.groups import assign_groups
 from hopescale.config.schema import OptimConfig
 from hopescale.optim.cadence import Cadence
+from hopescale.optim.changes import WeightChanges, square_change
 from hopescale.optim.early import EarlySums
+from hopescale.optim.gate import StepGate
 from hopescale.optim.layerwise import LayerwiseOptimizer
 from hopescale.optim.replicated import ReplicatedAdamW
 from hopescale.optim.schedule import learning_rate
@@ -81,6 +83,7 @@ class OuterOptimizer:
         self._weights = {
             name: self._updater_of[name].norm_weight(name) * self._is_counted(name) for name in self.parameters
         }
+        self._weights_of: dict[tuple[str, ...], Tensor] = {}
         self._expected: list[Sequence[str]] = []
         self._early = EarlySums()
         if self.mesh.dp_group.size() > 1:
@@ -239,26 +242,42 @@ class OuterOptimizer:
             updater.send(part)
 
     @torch.no_grad()
-    def step(self, step: int, grad_norm: Tensor) -> None:
+    def step(self, step: int, grad_norm: Tensor, gate: StepGate | None = None) -> None:
         """Update what is due at step `step`, with its gradients scaled to the clip norm by their global norm.
 
-        Then the sums of periods that end with this step and have a lag leave.
+        Then the sums of periods that end with this step and have a lag leave. If the step may be bad, all of it goes
+        through a gate: a bad one changes no weight and no state of a rule, and drops all gradients, as `discard` does.
+        Who learns that it was bad calls `take_back` before the next update.
         """
         clip, names = self.config.grad_clip, self.due(step)
         scale = 1.0 if clip is None else (clip / (grad_norm + 1e-6)).clamp_max(1.0)
         periods = {self.cadences[name].period for name in names}
         of_period = {period: scale / period if self.config.accumulate == "mean" else scale for period in periods}
         scales = {name: of_period[self.cadences[name].period] for name in names}
-        rates = self.rates(step)
         for updater, part in self._by_updater(names):
-            updater.update(part, scales, rates)
+            updater.update(part, scales, self.rates(step), gate)
         if self.mesh.dp_group.size() > 2:
             # Sums of three and more replicas may differ between the stages in the last bit; the copies must not.
             for name in set(self.tied) & set(names):
                 dist.broadcast(self.parameters[name].detach(), group=self.mesh.embedding_group, group_src=0)
+        if gate is not None:
+            for updater, part in self._by_updater(sorted(self.parameters.keys() - set(names))):
+                updater.drop_if_bad(part, gate)
         for level in self._sent_together:
             if ended := [name for name in level if self.cadences[name].lag and self.cadences[name].ends(step)]:
                 self.send(ended)
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether `step` takes a gate, of the parameters that are here: not if sums leave for a later step."""
+        stay = not any(cadence.moves for cadence in self.cadences.values())
+        return stay and all(updater.is_gated for updater in self.updaters)
+
+    def take_back(self, step: int) -> None:
+        """Take back what the host has noted of a bad step `step` that went through a gate: that it was an update."""
+        for updater, part in self._by_updater(self.due(step)):
+            updater.uncount(part)
+        self.dropped_at = step
 
     def defer(self, names: Sequence[str]) -> None:
         """Let weights of parameters come from other replicas after `step` has returned.
@@ -290,27 +309,28 @@ class OuterOptimizer:
             masters |= zip(part, updater.masters(part), strict=True)
         return [masters[name] for name in names]
 
-    def change(self, names: Mapping[str, Sequence[str]], before: Mapping[str, Sequence[Tensor]]) -> dict[str, float]:
+    def change(self, names: Mapping[str, Sequence[str]], before: Mapping[str, Sequence[Tensor]]) -> WeightChanges:
         """Return the root mean square of the change of each set's masters since `masters` returned `before`.
 
         It is taken over all ranks; `names` are the parameters of each set that are here. The copies `before` become the
-        differences: a third set of weights would be the most that an update needs.
+        differences.
         """
         sums = []
         for key, members in names.items():
             if not members:
                 sums += [self._zero(), self._zero()]
                 continue
-            weights = torch.tensor([self._weights[name] for name in members], device=self._zero().device)
-            after, differences = self._masters(members), list(before[key])
-            torch._foreach_sub_(differences, after)
-            squares = torch.stack(torch._foreach_norm(differences)).square()
+            after = self._masters(members)
             count = sum(new.numel() * self._weights[name] for name, new in zip(members, after, strict=True))
-            sums += [(squares * weights).sum(), torch.full_like(self._zero(), count)]
-        if not sums:
-            return {}
-        totals = self._over_ranks(torch.stack(sums)).tolist()
-        return {key: (totals[2 * i] / totals[2 * i + 1]) ** 0.5 for i, key in enumerate(names)}
+            sums.append(square_change(before[key], after, self._norm_weights(tuple(members))))
+            sums.append(torch.full_like(self._zero(), count))
+        return WeightChanges(list(names), self._over_ranks(torch.stack(sums)) if sums else None)
+
+    def _norm_weights(self, names: tuple[str, ...]) -> Tensor:
+        """Return the weights of parameters in sums over ranks, which a host would wait for if it made them anew."""
+        if names not in self._weights_of:
+            self._weights_of[names] = torch.tensor([self._weights[name] for name in names], device=self._zero().device)
+        return self._weights_of[names]
 
     def _zero(self) -> Tensor:
         return torch.zeros((), device=next(iter(self.parameters.values())).device)

@@ -156,6 +156,10 @@ class OwnedFlat:
             self._tiers.hold(self.flat, self._held)
             self.rest()
 
+    def gathered(self) -> list[Tensor]:
+        """Return what adds up, here and in what is held, to be changed in place."""
+        return [sums for sums in (None if self.is_asleep else self.flat, self._held) if sums is not None]
+
     def discard(self) -> None:
         """Drop all that adds up, here and in what is held."""
         self.rest()

@@ -9,10 +9,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hopescale.cost.updates import BUCKET_ELEMENTS, BUCKETS_UNDER_WAY, EVEN_UNIT, UPDATE_ELEMENTS, Wire, buckets
+from hopescale.cost.updates import (
+    BUCKET_ELEMENTS,
+    BUCKETS_UNDER_WAY,
+    EVEN_UNIT,
+    UPDATE_ELEMENTS,
+    Wire,
+    buckets,
+    sum_elements,
+)
 from hopescale.optim.adamw import AdamW
 from hopescale.optim.cadence import Cadence
-from hopescale.optim.updater import RuleGroup, Updater, scale_together
+from hopescale.optim.gate import StepGate
+from hopescale.optim.updater import Rates, RuleGroup, Scales, Updater, scale_together
 from hopescale.optim.wire import SentSum
 from hopescale.parallel.mesh import Mesh
 
@@ -46,6 +55,7 @@ class ReplicatedAdamW(Updater):
         self._under_way: deque[tuple[list[Tensor], Tensor, dist.Work]] = deque()
         self._begun: set[str] = set()
         self._shares_sequences = mesh.cp_group.size() > 1
+        self._room = sum_elements(sum(parameter.numel() for parameter in self.parameters.values()))
         self.rule = AdamW([group.of(self._masters) for group in groups], eps=eps, foreach=True)
 
     def norm_weight(self, name: str) -> float:
@@ -71,7 +81,7 @@ class ReplicatedAdamW(Updater):
         if self.dp_group.size() == 1:
             return []
         sizes = {name: self.parameters[name].numel() for name in names if not self.cadences[name].moves}
-        return buckets(sizes, dict.fromkeys(sizes, 0), sizes, BUCKET_ELEMENTS)
+        return buckets(sizes, dict.fromkeys(sizes, 0), sizes, self._room)
 
     def begin(self, names: Sequence[str]) -> None:
         """Begin to sum a bucket, after the oldest of several under way."""
@@ -123,20 +133,24 @@ class ReplicatedAdamW(Updater):
         return dict(zip(names, unpacked(flat[: sum(map(Tensor.numel, like))], like), strict=True))
 
     @torch.no_grad()
-    def update(self, names: Sequence[str], scales: Mapping[str, Tensor | float], rates: Mapping[str, float]) -> None:
+    def update(self, names: Sequence[str], scales: Scales, rates: Rates, gate: StepGate | None = None) -> None:
         """Take one step of AdamW with the parameters that are due, some at a time: it computes with copies of them."""
         for group in self.rule.param_groups:
             group["lr"] = rates[group["name"]]
         sizes = {name: self.parameters[name].numel() for name in names}
         for bucket in buckets(names, dict.fromkeys(names, 0), sizes, UPDATE_ELEMENTS):
-            self._update(bucket, scales)
+            self._update(bucket, scales, gate)
 
-    def _update(self, names: Sequence[str], scales: Mapping[str, Tensor | float]) -> None:
+    def _update(self, names: Sequence[str], scales: Scales, gate: StepGate | None) -> None:
         gradients = [self._gradient(name) for name in names]
         scale_together(gradients, [scales[name] for name in names])
         for name, gradient in zip(names, gradients, strict=True):
             self._masters[name].grad = gradient
-        self.rule.step()
+        if gate is None:
+            self.rule.step()
+        else:
+            gate.clear(gradients)
+            self.rule.step_through(gate)
         for name in names:
             self._masters[name].grad = None
             if name in self._arriving:
@@ -147,6 +161,10 @@ class ReplicatedAdamW(Updater):
         low = [name for name in names if self._masters[name] is not self.parameters[name]]
         if low:
             torch._foreach_copy_([self.parameters[name] for name in low], [self._masters[name] for name in low])
+
+    def uncount(self, names: Sequence[str]) -> None:
+        """Take back that a bad step has counted as an update of parameters."""
+        self.rule.uncount(self._masters[name] for name in names)
 
     def discard(self) -> None:
         """Drop all gradients, also those that were sent."""

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hopescale.optim.gate import StepGate
+
 STACK_ELEMENTS = {"cpu": 1 << 16, "cuda": 1 << 22}
 """Matrices are stacked up to this many entries, so that a stack stays in a CPU's cache (256 KiB in float32) or keeps a
 GPU busy (16 MiB). One that is larger is updated alone, in place."""
@@ -81,16 +83,25 @@ class StackedOptimizer(torch.optim.Optimizer):
         return {}
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every parameter that has a gradient, once."""
+    def step(self, closure: Callable[[], Any] | None = None, *, gate: StepGate | None = None) -> Any:
+        """Update every parameter that has a gradient, once; through a gate if it is of a good step.
+
+        Updates are counted in any case: the host calls `uncount` after a bad step.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
             for members in self._stacks(group["params"]):
-                self._update_together(group, members)
+                self._update_together(group, members, gate)
         return loss
+
+    def uncount(self, parameters: Iterable[Tensor]) -> None:
+        """Take back that a bad step has counted as an update of parameters."""
+        for p in parameters:
+            if "step" in self.state[p]:
+                self.state[p]["step"] -= 1
 
     def _stacks(self, parameters: Iterable[Tensor]) -> list[list[Tensor]]:
         alike = defaultdict(list)
@@ -105,7 +116,7 @@ class StackedOptimizer(torch.optim.Optimizer):
             stacks += [members[i : i + size] for i in range(0, len(members), size)]
         return stacks
 
-    def _update_together(self, group: dict[str, Any], members: Sequence[Tensor]) -> None:
+    def _update_together(self, group: dict[str, Any], members: Sequence[Tensor], gate: StepGate | None) -> None:
         states = [self.state[p] for p in members]
         settings = {name: value for name, value in group.items() if name not in NO_SETTINGS}
         if "step" in states[0]:
@@ -120,7 +131,11 @@ class StackedOptimizer(torch.optim.Optimizer):
         parts = getattr(members[0], "parts", ())
         for tensors in _parts([weight, grad, *stacked, *read.values()]):
             for w, g, *rest in _blocks(tensors, parts, group["blocks"]):
+                changing = [w, *rest[: len(names)]]
+                before = [] if gate is None else torch._foreach_clone(changing)
                 self.rule(w, g, **dict(zip([*names, *read], rest, strict=True)), **settings)
+                if gate is not None:
+                    gate.restore(changing, before)
         if len(members) > 1:
             for tensors, stack in zip(changed, (weight, *stacked), strict=True):
                 torch._foreach_copy_(tensors, stack.unbind())

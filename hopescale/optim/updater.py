@@ -11,8 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from hopescale.optim.cadence import Accumulator, Cadence
+from hopescale.optim.gate import StepGate
 from hopescale.parallel.mesh import Mesh
 from hopescale.parallel.node_flat import NodeFlat
+
+Scales = Mapping[str, Tensor | float]
+"""Factor on the gradient of each parameter."""
+Rates = Mapping[str, float]
+"""Learning rate of each group."""
 
 
 @dataclass(frozen=True)
@@ -148,15 +154,30 @@ class Updater(ABC):
         """Return the part of an accumulated gradient that is here."""
         return self.accumulated_grad(name)
 
+    @property
+    def is_gated(self) -> bool:
+        """Whether `update` takes a gate."""
+        return True
+
     @abstractmethod
-    def update(self, names: Sequence[str], scales: Mapping[str, Tensor | float], rates: Mapping[str, float]) -> None:
+    def update(self, names: Sequence[str], scales: Scales, rates: Rates, gate: StepGate | None = None) -> None:
         """Update parameters with their accumulated gradients, and begin a new period.
 
         Args:
             names: Names of all parameters that are due.
             scales: Factor on the gradient of each parameter.
             rates: Learning rate of each group.
+            gate: Gate of a step that may be bad; none of a good one.
         """
+
+    def drop_if_bad(self, names: Sequence[str], gate: StepGate) -> None:
+        """Drop what parameters that are not due have gathered, if the step is bad."""
+        totals = [self.accumulators[name].total for name in names]
+        gate.clear([total for total in totals if total is not None])
+
+    @abstractmethod
+    def uncount(self, names: Sequence[str]) -> None:
+        """Take back that a bad step has counted as an update of parameters."""
 
     def defer(self, names: Sequence[str]) -> None:
         """Let weights of parameters come from other replicas after `update` has returned, until `settle` names them."""

@@ -30,7 +30,7 @@ class Recovery:
         self._problem = ""
 
     def skip(self, problem: str) -> bool:
-        """Drop the gradients of a bad step; return whether the run goes on with the next one, not with `go_back`.
+        """Return whether the run goes on behind a bad step, whose gradients are dropped; else with `go_back`.
 
         Args:
             problem: Step, what is wrong with it, and where its batch lies in the data.
@@ -45,14 +45,14 @@ class Recovery:
             if self.state.returns == self.config.max_returns:
                 raise DivergedError(f"{problem}; the run has gone back {self.state.returns} times before", _HINT)
             self._problem = problem
-        self.state.optimizer.discard(self.state.step + 1)
-        if in_a_row > skips:
             return False
         self.report(f"skipped {problem} ({in_a_row} of at most {skips} in a row)")
         return True
 
     def go_back(self) -> None:
         """Continue from the newest checkpoint from before the bad steps, with a lower rate or other data.
+
+        The last bad step is the one behind the state's.
 
         Raises:
             DivergedError: If there is no such checkpoint, or no such data.

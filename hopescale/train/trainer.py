@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import timedelta
-from itertools import islice
 from typing import TypeVar
 
 import torch
@@ -21,6 +20,7 @@ from hopescale.data.loader import Batch, Share, prefetched
 from hopescale.engine import Engine, make_passes
 from hopescale.observe.console import format_sample, format_validation
 from hopescale.train.folder import Record
+from hopescale.train.launched import KnownStep, LaunchedStep
 from hopescale.train.metrics import StepMetrics
 from hopescale.train.profile import StepProfiler
 from hopescale.train.recovery import Recovery
@@ -28,12 +28,16 @@ from hopescale.train.replicas import check_replicas
 from hopescale.train.samples import SampleWriter
 from hopescale.train.state import TrainState
 from hopescale.train.stop import StopRequest
+from hopescale.train.upcoming import Upcoming
 
 T = TypeVar("T")
 
 
 class Trainer:
     """Runs steps, validates, saves and records. On several ranks, each runs one, and all do the same at each step.
+
+    The host learns of a step when it has given the next one's passes to the device, unless something depends on it
+    at once (`_must_know`): the device itself sees to it that a bad step changes nothing.
 
     Args:
         state: State to train; its step tells where to begin.
@@ -72,11 +76,10 @@ class Trainer:
         self.saved_step = state.step
         self.distributions: dict[str, Tensor] = {}
         self.failure: HopescaleError | None = None
-        self._has_short_timeout = self._is_asked = False
+        self._has_short_timeout, self._is_asked = False, True
         self._stop = StopRequest()
-        self._batches: Iterator[Batch] = iter(())
-        self._upcoming: list[Batch] | None = None
-        self._data_seconds = 0.0
+        self._upcoming = Upcoming((batch for batch in ()), 0)
+        self._late: LaunchedStep | None = None
 
     def run(self, last_step: int, stop: StopRequest) -> str | None:
         """Train until `last_step` or until a signal asks any rank to stop, and save.
@@ -94,27 +97,28 @@ class Trainer:
             DataError: If a batch cannot be read; what was trained until then is saved.
             CheckpointError: If the state could not be saved.
         """
-        self._stop, self._batches = stop, self._prefetched_batches(last_step)
+        self._stop = stop
         try:
             if self.state.step == 0:
                 self.log(self.validate())
             begin = time.perf_counter()
-            signal = self._look_ahead_and_agree()
+            signal = self._begin_to_read(last_step)
             while signal is None and self.state.step < last_step:
-                metrics = self.train_step(begin)
-                if metrics is None:
-                    self._batches.close()
-                    self._go_back()
-                    self._batches = self._prefetched_batches(last_step)
-                    begin = time.perf_counter()
-                    signal = self._look_ahead_and_agree()
-                    continue
-                metrics |= self.validate_if_due()
-                self.log(metrics)
-                self.save_if_due()
+                metrics = self.train_step(begin, last_step)
+                if metrics is not None:
+                    metrics |= self.validate_if_due()
+                    self.log(metrics)
+                    self.save_if_due()
+                    begin, reason = time.perf_counter(), stop.reason
+                    if not self._agrees(reason, last_step):
+                        continue
+                    if self._finish():
+                        signal = self.control.agree(reason, self.failure)
+                        continue
+                self._upcoming.close()
+                self._go_back()
                 begin = time.perf_counter()
-                if self._is_asked or self.control.num_ranks == 1 or self.state.step == last_step:
-                    signal = self.control.agree(stop.reason, self.failure)
+                signal = self._begin_to_read(last_step)
             self._save_at_end()
             self._drop_memory()
         except HopescaleError as error:
@@ -124,52 +128,104 @@ class Trainer:
                 self._drop_memory()
             raise
         finally:
-            self._batches.close()
+            self._upcoming.close()
         return signal if self.state.step < last_step else None
 
-    def _look_ahead(self) -> bool:
-        """Read the micro batches of the next step; tell whether this rank has something to say to the others.
-
-        Fewer batches are left where the run ends, and none if they cannot be read.
-        """
-        begin = time.perf_counter()
-        self._upcoming = self._defer_failure(lambda: list(islice(self._batches, self.plan.grad_accumulation)))
-        self._data_seconds = time.perf_counter() - begin
-        return self._stop.reason is not None or self.failure is not None
-
-    def _look_ahead_and_agree(self) -> str | None:
+    def _begin_to_read(self, last_step: int) -> str | None:
         """Read the micro batches of the next step and agree on going on, where no step carries the flags."""
-        self._look_ahead()
+        self._upcoming = Upcoming(self._prefetched_batches(last_step), self.plan.grad_accumulation)
+        self._look_ahead(steps=1)
+        self._is_asked = True  # what is read ahead in the next step may be asked at once
         return self.control.agree(self._stop.reason, self.failure)
 
-    def train_step(self, begin: float) -> dict[str, float] | None:
-        """Take one step with the batches at hand and read those of the next one, or skip it if it is bad.
+    def _look_ahead(self, steps: int = 2) -> bool:
+        """Read the micro batches of steps ahead; tell whether this rank has something to say to the others.
+
+        They hear of it when all have given one step more to the device, which has its batches by then.
+        """
+        self._upcoming.read(steps if self.control.num_ranks > 1 else 1)
+        self.failure = self.failure or self._upcoming.lacks_next
+        return any(each is not None for each in (self._stop.reason, self.failure, self._upcoming.failure))
+
+    def _agrees(self, reason: str | None, last_step: int) -> bool:
+        """Tell whether the ranks agree on going on after the present step: all of them, or one alone that stops."""
+        asks = self._is_asked if self.control.num_ranks > 1 else reason is not None or self.failure is not None
+        return asks or self.state.step == last_step
+
+    def train_step(self, begin: float, last_step: int) -> dict[str, float] | None:
+        """Take one step with the batches at hand and read ahead; a bad one changes nothing.
 
         Returns:
-            Its metrics, none on steps that are not recorded; None if it was one bad step too many, and the run is to go
-            back.
+            Its metrics, none on steps that are not recorded and on those that are not known yet; None if there was one
+            bad step too many, and the run is to go back.
 
         Args:
             begin: Time at which the step began.
+            last_step: Step with which the run ends.
         """
         step = self.state.step + 1
         is_recorded = step % self.config.log.every == 0 or step == self.config.train.steps
-        gradients = self.engine.gradients(step, self._upcoming, probe=is_recorded, ask=self._look_ahead)
+        computed = self.engine.gradients(step, self._upcoming.take(), probe=is_recorded, ask=self._look_ahead)
+        if not self._finish():
+            return None
+        changes = None
+        if self.engine.is_gated:
+            changes = self.engine.update(step, computed, measure=is_recorded, limits=self.state.watch.limits())
+        taken, judged = LaunchedStep(step, computed, changes, is_recorded), None
+        self.state.step = step
+        if not self._must_know(is_recorded, last_step):
+            self._late = taken
+        elif (judged := self._judge(taken)) is None:
+            return None
+        self._check_replicas_if_due()
+        self.metrics.add_step(time.perf_counter() - begin, self._upcoming.seconds)
+        self._shorten_timeout()
+        if self.profiler is not None:
+            self.profiler.step(step)
+        return {} if judged is None else self._metrics_of(judged, is_recorded)
+
+    def _must_know(self, is_recorded: bool, last_step: int) -> bool:
+        """Tell whether the host waits for the present step's loss and norms at once, alike on all ranks."""
+        step, steps = self.state.step, self.config.train.steps
+        is_saved = self.checkpoints.must_keep(step) or self.checkpoints.due(step, steps)
+        is_kept = self.memory is not None and self.memory.due(step)
+        is_compared = self._replica_check_is_due()
+        is_used = is_recorded or is_saved or is_kept or is_compared or self._validation_is_due() or step == last_step
+        return is_used or self._is_asked or not self.engine.is_gated
+
+    def _finish(self) -> bool:
+        """Judge and record the step that is not known yet, if there is one; tell whether the run goes on behind it."""
+        taken, self._late = self._late, None
+        judged = None if taken is None else self._judge(taken)
+        if judged is not None:
+            self.log(self._metrics_of(judged, is_recorded=False))
+        return taken is None or judged is not None
+
+    def _judge(self, taken: LaunchedStep) -> KnownStep | None:
+        """Learn how the present step was, and update if that has waited; None if the run is to go back before it."""
+        step, gradients, optimizer = taken.step, taken.computed.read(), self.state.optimizer
         self._is_asked = gradients.is_asked
         # A bad gradient that a slow level gathers would be saved with it, and only be seen when the level is due.
         problem = self.state.watch.judge(gradients.loss, gradients.grad_norm, gradients.waiting_norm)
         if problem is None:
-            changes = self.engine.update(step, gradients, measure=is_recorded)
-        elif self.recovery.skip(f"step {step}: {problem}; batch: {self._samples_of(step)}"):
-            gradients, changes = replace(gradients, level_norms={}), {}
+            changes = taken.changes
+            if changes is None:
+                changes = self.engine.update(step, taken.computed, measure=taken.is_recorded)
+            return KnownStep(gradients, changes.read(), None)
+        if taken.changes is None:
+            optimizer.discard(step)
         else:
+            optimizer.take_back(step)
+        self.state.step = step - 1
+        if not self.recovery.skip(f"step {step}: {problem}; batch: {self._samples_of(step)}"):
+            optimizer.discard(step)
             return None
         self.state.step = step
-        self._check_replicas_if_due()
-        self.metrics.add_step(time.perf_counter() - begin, self._data_seconds)
-        self._shorten_timeout()
-        if self.profiler is not None:
-            self.profiler.step(step)
+        return KnownStep(replace(gradients, level_norms={}), {}, problem)
+
+    def _metrics_of(self, judged: KnownStep, is_recorded: bool) -> dict[str, float]:
+        """Return the metrics of the present step, none if it is not recorded."""
+        gradients, changes, problem = judged.gradients, judged.changes, judged.problem
         metrics = self.metrics.of_updates(gradients, changes) if is_recorded or changes or problem else {}
         if problem is not None:
             metrics["steps_skipped"] = self.state.watch.refused
@@ -180,11 +236,13 @@ class Trainer:
                 self.distributions = self.metrics.distributions(gradients)
         return metrics
 
+    def _validation_is_due(self) -> bool:
+        every = self.config.train.validation.every
+        return every is not None and (self.state.step % every == 0 or self.state.step == self.config.train.steps)
+
     def validate_if_due(self) -> dict[str, float]:
         """Validate at the steps that `train.validation` names, and at the last one."""
-        every = self.config.train.validation.every
-        is_due = every is not None and (self.state.step % every == 0 or self.state.step == self.config.train.steps)
-        return self.validate() if is_due else {}
+        return self.validate() if self._validation_is_due() else {}
 
     def validate(self) -> dict[str, float]:
         """Measure the held-out loss of every source that has held-out samples, and write samples."""
@@ -299,10 +357,13 @@ class Trainer:
         first, last = (read - 1) * size, read * size - 1
         return f"samples {first} to {last}, from {self.state.data.locate(first)} to {self.state.data.locate(last)}"
 
-    def _check_replicas_if_due(self) -> None:
+    def _replica_check_is_due(self) -> bool:
         every = self.config.train.replica_check_every
         are_copies = self.mesh.dp_group.size() > 1 and self.config.parallel.stage < 3
-        if every is not None and self.state.step % every == 0 and are_copies:
+        return every is not None and self.state.step % every == 0 and are_copies
+
+    def _check_replicas_if_due(self) -> None:
+        if self._replica_check_is_due():
             self.state.optimizer.settle()
             whole, shares = self.state.optimizer.copies()
             check_replicas(whole, self.mesh, self.state.step, shares)

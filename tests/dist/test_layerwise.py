@@ -112,7 +112,7 @@ class Run:
         norm = self.optimizer.grad_norms({"due": due})["due"]
         before = self.optimizer.masters(due)
         self.optimizer.step(step, norm)
-        return norm.item() + self.optimizer.change({"due": due}, {"due": before})["due"]
+        return norm.item() + self.optimizer.change({"due": due}, {"due": before}).read()["due"]
 
     def see(self, name: str, parameter: nn.Parameter, inputs: Tensor) -> None:
         """Do what a hook on a layer does."""

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
+import torch
 
 from hopescale.engine import Engine
 from hopescale.engine.schedule import Loop
-from tests.support.layouts import train_run, weights, worst
+from tests.support.layouts import saved, train_run, values, weights, worst
 from tests.support.ranks import run_ranks
 
 SKIP: tuple[str, ...] = ()
 BACK = ("train.recovery.skips=0", "train.recovery.then=lower_rate")
+
+
+LATE = (
+    *("model.num_layers=1", "log.every=100", "checkpoint.every=3"),
+    *("train.validation.every=null", "train.replica_check_every=null"),
+)
+"""Steps 1, 3 and 6 are known at once, the others when the passes of the next one have been launched."""
+MATRICES = "optim.groups.matrices={rule: m3, match: ['*_proj.weight','*.gate.weight','*.up.weight','*.down.weight']}"
 
 
 def poisoned(rank: int, folder: Path, num_ranks: int, overrides: tuple[str, ...]) -> None:
@@ -67,3 +77,25 @@ def test_matrices_with_owners_skip_too(rule: str, tmp_path: Path):
     run_ranks(poisoned, 2, tmp_path, tmp_path / "two", 2, settings)
     error, parameter = worst(weights(tmp_path / "two"), weights(tmp_path / "one"))
     assert error <= 1e-5, f"{parameter} is off by {error:.1e}"
+
+
+def both_ways(rank: int, folder: Path, overrides: tuple[str, ...]) -> None:
+    poisoned(rank, folder / "late", 2, (*LATE, *overrides))
+    with patch.object(Engine, "is_gated", property(lambda _: False)):
+        poisoned(rank, folder / "waits", 2, (*LATE, *overrides))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [("parallel.zero=0", *BACK), ("parallel.zero=1", "train.precision=bf16"), ("parallel.zero=1", MATRICES, *BACK)],
+    ids=["zero 0, taken back", "zero 1, skipped", "matrices, taken back"],
+)
+def test_ranks_that_learn_late_of_a_bad_step_end_where_ranks_that_wait_do(settings: tuple[str, ...], tmp_path: Path):
+    run_ranks(both_ways, 2, tmp_path, tmp_path, settings)
+    late, waits = saved(tmp_path / "late"), saved(tmp_path / "waits")
+    assert late.keys() == waits.keys()
+    assert [name for name in late if not torch.equal(late[name], waits[name])] == []
+    names = ("loss", "grad_norm", "steps_skipped", "level/mid/update_rms", "level/slow/grad_norm")
+    for name in names:
+        assert values(tmp_path / "late", name) == values(tmp_path / "waits", name)
+    assert list(values(tmp_path / "late", "level/mid/update_rms")), "a level that is due is recorded, though late"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -11,11 +13,13 @@ import torch.distributed as dist
 
 from hopescale.common.errors import CheckpointError, ConfigError, DataError, DivergedError, HopescaleError
 from hopescale.config.layout import Layout
-from hopescale.data.loader import Data
+from hopescale.data.loader import Batch, Data
 from hopescale.engine import Engine
 from hopescale.parallel.mesh import Mesh
 from hopescale.train.folder import Record
 from hopescale.train.replicas import differing
+from hopescale.train.stop import StopRequest
+from tests.support import layouts
 from tests.support.layouts import train_run, values
 from tests.support.ranks import run_ranks
 
@@ -103,6 +107,44 @@ def test_a_batch_that_one_rank_cannot_read_ends_the_run_on_all_and_keeps_what_wa
     run_ranks(unreadable, 2, tmp_path, tmp_path / "run")
     assert list(values(tmp_path / "run")) == [1, 2]
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step-00000002\n"
+
+
+LATE = (
+    *("model.num_layers=1", "log.every=100", "checkpoint.every=null"),
+    *("train.validation.every=null", "train.replica_check_every=null"),
+)
+"""Ranks learn of a step when the passes of the next one have been launched."""
+
+
+def late_news(rank: int, folder: Path) -> None:
+    """Rank 1 cannot read the batch of step 5; in another run it is sent a signal in step 3."""
+    batch = Data.batch
+
+    def failing(data: Data, indices: Sequence[int]) -> Batch:
+        if rank == 1 and max(indices) >= 16:
+            raise DataError("planted")
+        return batch(data, indices)
+
+    with (
+        patch.object(Data, "batch", failing),
+        pytest.raises(DataError, match="planted" if rank == 1 else "rank 1 failed; its own message says why"),
+    ):
+        train_run(folder / "unreadable", 2, *LATE, "data.prefetch=0")
+    stop, gradients = StopRequest(), Engine.gradients
+
+    def signalled(engine: Engine, step: int, *arguments, **options):
+        stop.reason = "SIGUSR1" if rank == 1 and step == 3 else stop.reason
+        return gradients(engine, step, *arguments, **options)
+
+    with patch.object(Engine, "gradients", signalled), patch.object(layouts, "StopRequest", lambda: stop):
+        train_run(folder / "signalled", 2, *LATE, "data.prefetch=0")
+
+
+def test_ranks_that_learn_late_of_a_batch_or_a_signal_stop_together(tmp_path: Path):
+    """In time for the batch, as it is read two steps ahead; one step later than those that wait for the signal."""
+    run_ranks(late_news, 2, tmp_path, tmp_path)
+    for run in ("unreadable", "signalled"):
+        assert (tmp_path / run / "checkpoints" / "latest").read_text() == "step-00000004\n"
 
 
 def full_disk(rank: int, folder: Path) -> None:

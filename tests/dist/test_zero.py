@@ -110,7 +110,7 @@ class Run:
         assert norms["waiting"].isfinite()
         before = self.optimizer.masters(due)
         self.optimizer.step(step, norms["due"])
-        change = self.optimizer.change({"due": due}, {"due": before})
+        change = self.optimizer.change({"due": due}, {"due": before}).read()
         return [norms["due"].item(), norms["fast"].item(), change["due"]]
 
     def tokens(self, step: int, micro: int) -> Tensor:

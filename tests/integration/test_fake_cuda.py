@@ -76,9 +76,9 @@ def test_everything_lies_on_the_device_and_kernels_get_whole_tensors(layout: str
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_host_waits_for_the_device_once_in_a_step_and_once_to_measure(layout: str, ranks: dict[str, Any]):
+def test_the_host_waits_for_the_device_nowhere_in_a_step(layout: str, ranks: dict[str, Any]):
     for rank in ranks[layout]:
-        assert rank["host_reads"] == {"step.py:gradients": 1, "outer.py:change": 1}
+        assert rank["host_reads"] == {}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from hopescale.data.loader import Data
-from hopescale.engine import Engine
+from hopescale.engine import Computed, Engine
 from hopescale.engine.schedule import Loop
+from hopescale.observe.health import LossWatch
+from hopescale.train.trainer import Trainer
 
 if TYPE_CHECKING:
     from conftest import Run
@@ -173,3 +175,71 @@ def test_without_an_earlier_checkpoint_a_run_ends(train, run: Run, monkeypatch: 
 def test_settings_without_an_effect_are_refused(train, settings: tuple[str, ...], message: str):
     done = train(*settings, "--dry-run")
     assert done.code == 2 and message in done.err
+
+
+LATE = ("log.every=100", "train.validation.every=null", "checkpoint.every=5")
+"""Steps 1, 5 and 10 are known at once, all others late."""
+COURSES = {
+    "skipped": (lambda _, step: step in (3, 7), (), [2, 3, 4, 6, 7, 8, 9]),
+    "spikes": (
+        lambda *_: False,
+        ("train.loss_spike=0.001", "train.norm_spike=1.01", "train.recovery.skips=9"),
+        [2, 3, 4, 6, 7, 8, 9],
+    ),
+    "taken back": (at_full_rate, BACK, [2, 3, 4, 6, 7, 8, 7, 8, 9]),
+    "ended": (lambda _, step: step in (6, 7), ("train.recovery.skips=1",), [2, 3, 4, 6, 7, 8]),
+}
+"""Which steps are bad, settings, and the steps that are not known when their passes have been launched."""
+
+
+def note_order(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Return the steps whose passes begin and those whose loss is read, in order, as a list to come."""
+    gradients, read, happened, steps = Engine.gradients, Computed.read, [], {}
+
+    def noting(engine: Engine, step: int, *args, **options):
+        happened.append(("begins", step))
+        computed = gradients(engine, step, *args, **options)
+        steps[computed] = step
+        return computed
+
+    def noting_read(computed: Computed):
+        happened.append(("is known", steps[computed]))
+        return read(computed)
+
+    monkeypatch.setattr(Engine, "gradients", noting)
+    monkeypatch.setattr(Computed, "read", noting_read)
+    return happened
+
+
+@pytest.mark.parametrize("course", COURSES)
+def test_a_run_that_learns_late_of_its_steps_is_the_run_that_waits_for_each(
+    hopescale, tiny, tmp_path, run: Run, course: str, monkeypatch: pytest.MonkeyPatch
+):
+    """A run that waits and then updates, and one whose device refuses bad steps while its host waits."""
+    is_bad, settings, expected_late = COURSES[course]
+    monkeypatch.setitem(LossWatch.__init__.__kwdefaults__, "window", 2)
+    ways = {
+        "late": (),
+        "at once": ((Trainer, "_must_know", lambda *_: True),),
+        "before": ((Engine, "is_gated", property(lambda _: False)),),
+    }
+    ended, orders = {}, {}
+    for way, patches in ways.items():
+        with monkeypatch.context() as patch:
+            for replaced in patches:
+                patch.setattr(*replaced)
+            spoil(patch, is_bad)
+            orders[way] = note_order(patch)
+            done = hopescale("train", "debug", *tiny, *LATE, *settings, "--run-dir", tmp_path / way)
+        told = [line for line in done.out.splitlines() if "skipped" in line or "went back" in line]
+        ended[way] = done.code, told, done.err, type(run)(tmp_path / way)
+    code, told, error, expected = ended.pop("before")
+    assert code == (6 if course == "ended" else 0) and any("skipped" in line for line in told)
+    for *outcome, found in ended.values():
+        assert outcome == [code, told, error]
+        found.assert_same(expected)
+    order = orders["late"]
+    places = [place for place, event in enumerate(order) if event[0] == "begins"]
+    own = {place: order[place:end] for place, end in zip(places, [*places[1:], len(order)], strict=True)}
+    late = [order[place][1] for place in places if ("is known", order[place][1]) not in own[place]]
+    assert late == expected_late

@@ -27,6 +27,7 @@ from hopescale.config.schema import RunConfig
 from hopescale.cost.params import model_parameters
 from hopescale.engine import Engine
 from hopescale.engine.zero import ZeroAdamW
+from hopescale.observe.health import Limit, StepLimits
 from hopescale.ops.device import DTYPES
 from hopescale.optim import Cadence, OuterOptimizer
 from hopescale.optim.replicated import ReplicatedAdamW
@@ -216,7 +217,7 @@ class Rank:
                     update(*arguments)
 
             with patch.object(self.optimizer, "step", counted):
-                self.engine.update(step, gradients)
+                self.engine.update(step, gradients, limits=StepLimits(Limit(3.0, 1.0), Limit(0.0, 2.0)))
         return found, calls.count
 
 

@@ -27,6 +27,7 @@ from hopescale.config.layout import Layout
 from hopescale.config.load import load_recipe
 from hopescale.config.plan import make_plan
 from hopescale.engine import Engine, make_passes
+from hopescale.observe.health import StepLimits
 from hopescale.parallel.mesh import Mesh
 from hopescale.train.setup import build_state
 
@@ -90,7 +91,7 @@ def most_held(recipe: str, overrides: list[str]) -> dict[str, Any]:
             gradients = engine.gradients(step, batches, probe=True)
             found["backward"] = held.most, held.by_operation.most_common(20)
             held.most = 0
-            engine.update(step, gradients, measure=True)
+            engine.update(step, gradients, measure=True, limits=StepLimits())
             del gradients
             found["update"] = held.most, held.by_operation.most_common(20)
     return found

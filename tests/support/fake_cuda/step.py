@@ -26,6 +26,7 @@ from hopescale.config.load import load_recipe
 from hopescale.config.plan import make_plan
 from hopescale.config.schema import RunConfig
 from hopescale.engine import Engine, make_passes
+from hopescale.observe.health import StepLimits
 from hopescale.parallel import process
 from hopescale.parallel.control import Control
 from hopescale.parallel.mesh import Mesh
@@ -105,7 +106,7 @@ def _rank(config: RunConfig, rank: int) -> dict[str, Any]:
         count = make_plan(config, layout).grad_accumulation
         batches = [state.data.batch(range(number * size, (number + 1) * size)) for number in range(count)]
         launches.clear(), exchanges.clear(), fake.HOST_READS.clear()
-        engine.update(STEP, engine.gradients(STEP, batches, probe=True), measure=True)
+        engine.update(STEP, engine.gradients(STEP, batches, probe=True), measure=True, limits=StepLimits())
         trained, reads = len(launches), dict(fake.HOST_READS)
         for name in state.data.validation_sets:
             engine.evaluate(state.data.validation(name, 2 * size * config.train.seq_len, size))

@@ -78,14 +78,14 @@ def gathered(engine: Engine) -> dict[str, Tensor]:
 def test_loss_and_gradients_are_those_of_one_batch(rows: int):
     engine, batch = make_engine(), make_batch()
     loss, expected = plain(engine, batch)
-    found = engine.gradients(1, split(batch, rows))
+    found = engine.gradients(1, split(batch, rows)).read()
     assert found.loss == pytest.approx(loss.item(), rel=1e-6)
     for name, gradient in gathered(engine).items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_a_fresh_model_knows_nothing():
-    assert make_engine().gradients(1, [make_batch()]).loss == pytest.approx(math.log(VOCAB), abs=0.1)
+    assert make_engine().gradients(1, [make_batch()]).read().loss == pytest.approx(math.log(VOCAB), abs=0.1)
 
 
 def test_ignored_targets_weigh_nothing():
@@ -93,14 +93,16 @@ def test_ignored_targets_weigh_nothing():
     batch = make_batch()
     rest = Batch(*(part[1:] for part in batch))
     whole, less = make_engine(), make_engine()
-    assert whole.gradients(1, split(batch, 1)).loss == pytest.approx(less.gradients(1, [rest]).loss, rel=1e-6)
+    assert whole.gradients(1, split(batch, 1)).read().loss == pytest.approx(
+        less.gradients(1, [rest]).read().loss, rel=1e-6
+    )
     for name, gradient in gathered(whole).items():
         torch.testing.assert_close(gradient, gathered(less)[name], rtol=1e-4, atol=1e-7)
 
 
 def test_a_batch_without_any_target_is_no_error():
     batch = make_batch()
-    found = make_engine().gradients(1, [batch._replace(targets=torch.full_like(batch.targets, -100))])
+    found = make_engine().gradients(1, [batch._replace(targets=torch.full_like(batch.targets, -100))]).read()
     assert found.loss == 0 and found.grad_norm == 0
 
 
@@ -110,10 +112,11 @@ def test_norms_are_those_of_the_due_parameters():
     sums: dict[str, Tensor] = {}
     for step in (1, 2, 3):
         _, gradients = plain(engine, make_batch(step))
-        found = engine.gradients(step, [make_batch(step)])
+        computed = engine.gradients(step, [make_batch(step)])
+        found = computed.read()
         sums = {n: g + sums.get(n, 0) for n, g in gradients.items()}
         if step < 3:
-            engine.update(step, found)
+            engine.update(step, computed)
             sums = {n: g for n, g in sums.items() if level_of(n) == "slow"}
     due = {n: g / 4 if level_of(n) == "slow" else g for n, g in sums.items() if level_of(n) != "mid"}
     assert found.grad_norm == pytest.approx(norm(due), rel=1e-4)
@@ -131,8 +134,9 @@ def test_levels_are_named_only_when_due():
     engine = make_engine()
     seen = []
     for step in range(1, 5):
-        found = engine.gradients(step, [make_batch(step)])
-        engine.update(step, found)
+        computed = engine.gradients(step, [make_batch(step)])
+        found = computed.read()
+        engine.update(step, computed)
         seen.append(set(found.level_norms))
     assert seen == [{"fast"}, {"fast", "mid"}, {"fast", "slow"}, {"fast", "mid"}]
 
@@ -142,8 +146,9 @@ def test_an_update_changes_exactly_what_is_due_and_measures_it():
     weights = dict(engine.passes.model.named_parameters())
     for step in range(1, 5):
         before = {name: parameter.detach().clone() for name, parameter in weights.items()}
-        found = engine.gradients(step, [make_batch(step)])
-        changes = engine.update(step, found, measure=step > 2)
+        computed = engine.gradients(step, [make_batch(step)])
+        found = computed.read()
+        changes = engine.update(step, computed, measure=step > 2).read()
         due = set(engine.optimizer.due(step))
         assert {name for name in weights if not torch.equal(weights[name], before[name])} == due
         assert changes.keys() == (set(found.level_norms) if step > 2 else set(found.level_norms) - {"fast"})
@@ -165,7 +170,7 @@ def test_a_gradient_that_is_not_finite_is_seen_at_once_even_of_a_level_that_wait
     engine = make_engine()
     weight = dict(engine.passes.model.named_parameters())[f"blocks.0.cms.levels.{level}.down.weight"]
     weight.register_hook(lambda gradient: gradient * math.nan)
-    found = engine.gradients(1, [make_batch()])
+    found = engine.gradients(1, [make_batch()]).read()
     assert math.isfinite(found.loss)
     norms = {"fast": found.grad_norm, "slow": found.waiting_norm}
     assert math.isnan(norms.pop(level)) and all(map(math.isfinite, norms.values()))
@@ -184,13 +189,14 @@ def test_low_precision_gathers_micro_batches_in_float32():
 
 def test_probes_come_on_request_and_change_nothing():
     quiet, asked = make_engine(), make_engine()
-    without, found = quiet.gradients(1, split(make_batch(), 2)), asked.gradients(1, split(make_batch(), 2), probe=True)
+    without = quiet.gradients(1, split(make_batch(), 2)).read()
+    found = asked.gradients(1, split(make_batch(), 2), probe=True).read()
     assert without.probe == {}
     names = ("eta_mean", "alpha_mean", "surprise", "state_norm", "tokens")
     assert found.probe.keys() == {f"memory/0/{name}" for name in names}
     assert not any(value.requires_grad for value in found.probe.values())
     assert found.loss == without.loss and found.grad_norm == without.grad_norm
-    first = make_engine().gradients(1, split(make_batch(), 2)[:1], probe=True)
+    first = make_engine().gradients(1, split(make_batch(), 2)[:1], probe=True).read()
     assert all(torch.equal(found.probe[name], first.probe[name]) for name in found.probe)
 
 
@@ -210,9 +216,9 @@ def test_what_a_rank_asks_travels_with_the_norms_and_is_asked_after_the_backward
         seen.append(all(gradient.any() for name, gradient in gathered(engine).items() if name.endswith("down.weight")))
         return is_asked
 
-    found = engine.gradients(1, split(make_batch(), 2), ask=ask)
+    found = engine.gradients(1, split(make_batch(), 2), ask=ask).read()
     assert (
         seen == [True]
         and found.is_asked == is_asked
-        and found.loss == make_engine().gradients(1, split(make_batch(), 2)).loss
+        and found.loss == make_engine().gradients(1, split(make_batch(), 2)).read().loss
     )

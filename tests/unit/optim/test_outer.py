@@ -249,7 +249,7 @@ def test_a_change_is_measured_in_the_copies_that_were_taken_before():
     feed(optimizer, {name: gradient(name, 1).bfloat16() for name in names})
     optimizer.step(1, norm_of(optimizer, names))
     differences = [old - new for old, new in zip(kept, optimizer.masters(names), strict=True)]
-    found = optimizer.change({"all": names}, {"all": before})["all"]
+    found = optimizer.change({"all": names}, {"all": before}).read()["all"]
     assert found == pytest.approx(torch.cat([each.flatten() for each in differences]).square().mean().sqrt().item())
     assert found > 0 and all(map(torch.equal, before, differences))  # no third set of weights was made
 
