@@ -21,7 +21,7 @@ from hopescale.cost.micro_batch import Activations, MicroBatch
 from hopescale.cost.mixers import COSTS
 from hopescale.cost.parameter import FP32, itemsize
 from hopescale.cost.params import count_params
-from hopescale.cost.updates import BUCKETS_UNDER_WAY, NODE_ELEMENTS, UPDATE_ELEMENTS, sum_elements
+from hopescale.cost.updates import BUCKETS_UNDER_WAY, NODE_ELEMENTS, UPDATE_ELEMENTS, state_entries, sum_elements
 from hopescale.ops.limits import LOGITS_AT_A_TIME
 
 LASTING = ("weights", "gradients", "accumulators", "masters", "optimizer")
@@ -32,8 +32,8 @@ KINDS = (*LASTING, "memory states", "activations", "in flight", "logits", "works
 
 PACK_BYTES = 1 << 26
 """Most bytes of gradients that are sent at once, if no tensor is larger."""
-MATRIX_WORKSPACE = 6
-"""Copies of a matrix that a rule for matrices computes with."""
+MATRIX_WORKSPACE = 8
+"""Copies of a matrix that a rule for matrices computes with; five of a square one."""
 MOST_BLOCKS = 10_000
 """Blocks of the largest model whose parameters are listed before a run starts."""
 
@@ -248,8 +248,16 @@ def _update_workspace(config: RunConfig, layout: Layout, holding: Holding) -> fl
         workspace = ((1 + (config.parallel.stage > 1)) * elementwise + in_levels) / dp
     else:
         workspace = min(elementwise, max(UPDATE_ELEMENTS, holding.largest)) + in_levels
-    workspace += MATRIX_WORKSPACE * min(holding.largest, holding.total() - elementwise)
+    copies = MATRIX_WORKSPACE + _kept_for_bad_steps(config, holding)
+    workspace += copies * min(holding.largest, holding.total() - elementwise)
     return max(FP32 * workspace, _sums_under_way(config, layout, holding))
+
+
+def _kept_for_bad_steps(config: RunConfig, holding: Holding) -> float:
+    """Count the copies of a matrix that its update keeps, to put back after a bad step: the weight, and its state."""
+    side = 1 << 10
+    rules = {kind.rule for kind in holding.entries} - {"adamw"}
+    return max((1 + state_entries(rule, (side, side), config.optim) / side**2 for rule in rules), default=0.0)
 
 
 def _sums_under_way(config: RunConfig, layout: Layout, holding: Holding) -> float:

@@ -32,7 +32,7 @@ class StepLimits:
 class LossWatch:
     """Refuses steps whose loss or gradient is not finite, or far above the mean of the last ones.
 
-    To be asked after the backward pass and before the optimizer, so that a bad step never reaches the weights.
+    The optimizer gates updates by the same limits (`optim/gate.py`), so that a bad step never reaches the weights.
 
     Args:
         loss_spike: Nats above the mean of the window from which on a loss is refused; None refuses none.

@@ -113,7 +113,7 @@ class Trainer:
                     if not self._agrees(reason, last_step):
                         continue
                     if self._finish():
-                        signal = self.control.agree(reason, self.failure)
+                        signal = self.control.agree(reason, self._hindrance)
                         continue
                 self._upcoming.close()
                 self._go_back()
@@ -136,7 +136,7 @@ class Trainer:
         self._upcoming = Upcoming(self._prefetched_batches(last_step), self.plan.grad_accumulation)
         self._look_ahead(steps=1)
         self._is_asked = True  # what is read ahead in the next step may be asked at once
-        return self.control.agree(self._stop.reason, self.failure)
+        return self.control.agree(self._stop.reason, self._hindrance)
 
     def _look_ahead(self, steps: int = 2) -> bool:
         """Read the micro batches of steps ahead; tell whether this rank has something to say to the others.
@@ -144,12 +144,16 @@ class Trainer:
         They hear of it when all have given one step more to the device, which has its batches by then.
         """
         self._upcoming.read(steps if self.control.num_ranks > 1 else 1)
-        self.failure = self.failure or self._upcoming.lacks_next
         return any(each is not None for each in (self._stop.reason, self.failure, self._upcoming.failure))
+
+    @property
+    def _hindrance(self) -> HopescaleError | None:
+        """Error that keeps this rank from the next step: of its own, or that the step has no micro batches."""
+        return self.failure or self._upcoming.lacks_next
 
     def _agrees(self, reason: str | None, last_step: int) -> bool:
         """Tell whether the ranks agree on going on after the present step: all of them, or one alone that stops."""
-        asks = self._is_asked if self.control.num_ranks > 1 else reason is not None or self.failure is not None
+        asks = self._is_asked if self.control.num_ranks > 1 else reason is not None or self._hindrance is not None
         return asks or self.state.step == last_step
 
     def train_step(self, begin: float, last_step: int) -> dict[str, float] | None:

@@ -78,7 +78,7 @@ def test_everything_lies_on_the_device_and_kernels_get_whole_tensors(layout: str
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_host_waits_for_the_device_nowhere_in_a_step(layout: str, ranks: dict[str, Any]):
     for rank in ranks[layout]:
-        assert rank["host_reads"] == {}
+        assert (rank["host_reads"], rank["noticed"]) == ({}, 1), "one read behind the step is noticed"
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -140,6 +140,10 @@ WIDE = (
 HELD = {
     "bf16, many logits": ("train.precision=bf16", "model.vocab_size=32000"),
     "pieces": ("train.precision=bf16", "train.segments=2"),
+    "m3, few tokens": (
+        *("train.seq_len=64", "train.micro_batch_size=1", "train.global_batch_tokens=64", "model.num_layers=1"),
+        *("model.cms.levels.fast.d_ff=4096", "optim.groups.matrices={match: ['*.gate.weight', '*.up.weight', '*.down.weight'], rule: m3}"),
+    ),
     "linear, blocks again": ("model.mixers.hope.memory=linear", "train.recompute=block", "model.num_heads=4"),
 }
 ALWAYS = "bf16, many logits"

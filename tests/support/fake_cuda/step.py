@@ -110,12 +110,16 @@ def _rank(config: RunConfig, rank: int) -> dict[str, Any]:
         trained, reads = len(launches), dict(fake.HOST_READS)
         for name in state.data.validation_sets:
             engine.evaluate(state.data.validation(name, 2 * size * config.train.seq_len, size))
+        fake.HOST_READS.clear()
+        float(next(iter(state.parameters.values())).sum())
+        noticed = sum(fake.HOST_READS.values())
         kept = state.optimizer.weights() | state.optimizer.sums() | state.optimizer.state_dict()
     process.stop()
     return {
         "weights": sorted({(str(p.device), str(p.dtype)) for p in state.parameters.values()}),
         "elsewhere": sorted(name for name, tensor in kept.items() if tensor.device != DEVICE),
         "host_reads": reads,
+        "noticed": noticed,
         "launches": launches[:trained],
         "exchanges": list(exchanges),
     }
