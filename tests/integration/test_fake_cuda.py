@@ -142,7 +142,10 @@ HELD = {
     "pieces": ("train.precision=bf16", "train.segments=2"),
     "m3, few tokens": (
         *("train.seq_len=64", "train.micro_batch_size=1", "train.global_batch_tokens=64", "model.num_layers=1"),
-        *("model.cms.levels.fast.d_ff=4096", "optim.groups.matrices={match: ['*.gate.weight', '*.up.weight', '*.down.weight'], rule: m3}"),
+        *(
+            "model.cms.levels.fast.d_ff=4096",
+            "optim.groups.matrices={match: ['*.gate.weight', '*.up.weight', '*.down.weight'], rule: m3}",
+        ),
     ),
     "linear, blocks again": ("model.mixers.hope.memory=linear", "train.recompute=block", "model.num_heads=4"),
 }
