@@ -40,7 +40,7 @@ def dgd_update(
     weight.mul_(1 - lr * weight_decay)
     wide = torch.promote_types(weight.dtype, torch.float32)
     system = torch.eye(gram.shape[-1], dtype=wide, device=gram.device).add(gram.to(wide), alpha=lr)
-    factor = torch.linalg.cholesky_ex(system).L  # unchecked: a check waits for the device, and the system is positive
+    factor = torch.linalg.cholesky_ex(system).L  # a check would wait for the device; the system is positive definite
 
     def over_system(matrix: Tensor) -> Tensor:
         # The system is symmetric, so its transposed solution is wanted: X A = B as A X^T = B^T.
