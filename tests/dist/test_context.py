@@ -16,6 +16,7 @@ from hopescale.engine.segments import Segments
 from hopescale.models import Model
 from hopescale.parallel.mesh import Mesh
 from hopescale.parallel.relay import Relay
+from tests.support.kept_memory import parts_held
 from tests.support.layouts import fork, saved, train_run, values, weights, worst
 from tests.support.models import BASE
 from tests.support.ranks import run_ranks
@@ -108,3 +109,11 @@ def check_gradients(rank: int, cp: int) -> None:
 
 def test_gradients_of_every_mixer(tmp_path: Path):
     run_ranks(check_gradients, 2, tmp_path, 2)
+
+
+def test_ranks_that_share_sequences_hold_no_more_than_their_own_tokens_need(tmp_path: Path):
+    """In a step also what a chunk needs, and states that come and go, which do not become less with the ranks."""
+    found = parts_held(tmp_path, 64, (1,))
+    for cp, most in ((2, 0.75), (4, 0.55)):
+        kept, step = found[cp]
+        assert kept == pytest.approx(1 / cp, rel=0.01) and step < most, found

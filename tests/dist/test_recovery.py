@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from hopescale.engine import Engine
-from hopescale.engine.schedule import Loop
+from hopescale.engine.segments import Segments
+from hopescale.train.trainer import Trainer
 from tests.support.layouts import saved, train_run, values, weights, worst
 from tests.support.ranks import run_ranks
 
@@ -27,19 +28,19 @@ MATRICES = "optim.groups.matrices={rule: m3, match: ['*_proj.weight','*.gate.wei
 
 
 def poisoned(rank: int, folder: Path, num_ranks: int, overrides: tuple[str, ...]) -> None:
-    """A rank's loss of step 5 is not a number while the rate is full; a slow level has gathered since step 4."""
-    gradients, loss_of = Engine.gradients, Loop._loss
+    """The last rank's loss of step 5 is not a number while the rate is full; a slow level has gathered since step 4."""
+    gradients, run = Engine.gradients, Segments.run
 
     def spoiled(engine: Engine, step: int, *arguments, **options):
         bad = step == 5 and rank == num_ranks - 1 and engine.optimizer.rate_factor == 1
-        Loop._loss = (lambda *inner: loss_of(*inner) * math.nan) if bad else loss_of
+        Segments.run = (lambda *inner: run(*inner) * math.nan) if bad else run
         return gradients(engine, step, *arguments, **options)
 
     Engine.gradients = spoiled
     try:
         train_run(folder, num_ranks, *overrides, planned=False)
     finally:
-        Engine.gradients, Loop._loss = gradients, loss_of
+        Engine.gradients, Segments.run = gradients, run
 
 
 @pytest.fixture(scope="module")
@@ -79,23 +80,51 @@ def test_matrices_with_owners_skip_too(rule: str, tmp_path: Path):
     assert error <= 1e-5, f"{parameter} is off by {error:.1e}"
 
 
-def both_ways(rank: int, folder: Path, overrides: tuple[str, ...]) -> None:
-    poisoned(rank, folder / "late", 2, (*LATE, *overrides))
-    with patch.object(Engine, "is_gated", property(lambda _: False)):
-        poisoned(rank, folder / "waits", 2, (*LATE, *overrides))
+DGD = "optim.groups.matrices={rule: dgd, match: ['*.gate.weight','*.up.weight','*.down.weight'], lr_scale: 20}"
+TWO = {
+    "zero 0, taken back": ("parallel.zero=0", *BACK),
+    "zero 1, skipped": ("parallel.zero=1", "train.precision=bf16"),
+    "matrices, taken back": ("parallel.zero=1", MATRICES, *BACK),
+    "dgd, taken back": (DGD, *BACK),
+    "tp": ("parallel.tp=2",),
+    "pp": ("parallel.pp=2", "model.num_layers=2"),
+    "cp": ("parallel.cp=2", "parallel.zero=1"),
+}
+"""At tp 2 the loss of the other rank counts, so that the step is bad by its norm alone."""
+FOUR = {"nodes, skipped": ("parallel.shard=node", "parallel.ranks_per_node=2")}
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [("parallel.zero=0", *BACK), ("parallel.zero=1", "train.precision=bf16"), ("parallel.zero=1", MATRICES, *BACK)],
-    ids=["zero 0, taken back", "zero 1, skipped", "matrices, taken back"],
-)
-def test_ranks_that_learn_late_of_a_bad_step_end_where_ranks_that_wait_do(settings: tuple[str, ...], tmp_path: Path):
-    run_ranks(both_ways, 2, tmp_path, tmp_path, settings)
-    late, waits = saved(tmp_path / "late"), saved(tmp_path / "waits")
-    assert late.keys() == waits.keys()
-    assert [name for name in late if not torch.equal(late[name], waits[name])] == []
-    names = ("loss", "grad_norm", "steps_skipped", "level/mid/update_rms", "level/slow/grad_norm")
-    for name in names:
-        assert values(tmp_path / "late", name) == values(tmp_path / "waits", name)
-    assert list(values(tmp_path / "late", "level/mid/update_rms")), "a level that is due is recorded, though late"
+def both_ways(rank: int, folder: Path, num_ranks: int, layouts: dict[str, tuple[str, ...]]) -> None:
+    """Train with a device that drops what is bad before the host knows, and with a host that waits for each step."""
+    must_know, late = Trainer._must_know, []
+
+    def noting(trainer: Trainer, *arguments) -> bool:
+        if not (is_known := must_know(trainer, *arguments)):
+            late.append(trainer.state.step)
+        return is_known
+
+    for name, settings in layouts.items():
+        late.clear()
+        with patch.object(Trainer, "_must_know", noting):
+            poisoned(rank, folder / name / "late", num_ranks, (*LATE, *settings))
+        # The first step of a start is known at once, and so is the first one behind a return.
+        assert late == [2, 4, 5, *([5] if set(BACK) <= set(settings) else [])], (name, late)
+        with patch.object(Engine, "is_gated", property(lambda _: False)):
+            poisoned(rank, folder / name / "waits", num_ranks, (*LATE, *settings))
+
+
+@pytest.mark.parametrize("layouts", [TWO, FOUR], ids=["two ranks", "four ranks"])
+def test_ranks_that_learn_late_of_a_bad_step_end_where_ranks_that_wait_do(
+    layouts: dict[str, tuple[str, ...]], tmp_path: Path
+):
+    num_ranks = 2 if layouts is TWO else 4
+    run_ranks(both_ways, num_ranks, tmp_path, tmp_path, num_ranks, layouts, limit_s=400)
+    for layout in layouts:
+        runs = tmp_path / layout / "late", tmp_path / layout / "waits"
+        late, waits = map(saved, runs)
+        assert late.keys() == waits.keys()
+        assert [name for name in late if not torch.equal(late[name], waits[name])] == [], layout
+        for name in ("loss", "grad_norm", "steps_skipped", "level/mid/update_rms", "level/slow/grad_norm"):
+            assert values(runs[0], name) == values(runs[1], name), (layout, name)
+        assert 4 in values(runs[0], "level/mid/update_rms"), "a level that is due is recorded, though late"
+        assert (5 in values(runs[0], "steps_skipped")) != (set(BACK) <= set(layouts[layout]))

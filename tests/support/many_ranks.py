@@ -51,8 +51,11 @@ class Group:
 
 
 class _Done:
+    def __init__(self, order: list[tuple[str, int]], number: int):
+        self._order, self._number = order, number
+
     def wait(self) -> None:
-        pass
+        self._order.append(("wait", self._number))
 
 
 @dataclass
@@ -65,6 +68,7 @@ class Exchanges:
         largest: Most bytes of a collective that lie in tensors made for it.
         host_reads: Reads of values on the device by the host.
         early: Bytes of gradients that were handed over before the last gradient of the backward pass was there.
+        order: Exchanges by number, in the order in which the rank begins and waits for them.
     """
 
     calls: Counter[str] = field(default_factory=Counter)
@@ -72,6 +76,7 @@ class Exchanges:
     largest: int = 0
     host_reads: int = 0
     early: int = 0
+    order: list[tuple[str, int]] = field(default_factory=list)
 
     @property
     def gradient_bytes(self) -> int:
@@ -91,7 +96,10 @@ def noted(lasting: Sequence[Tensor]) -> Iterator[Exchanges]:
             found.sent[name] += tensors[sent].nbytes
             made = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
             found.largest = max(found.largest, sum(size for key, size in made.items() if key not in owned))
-            return _Done() if async_op else None
+            number = sum(found.calls.values())
+            found.order.append(("begin", number))
+            done = _Done(found.order, number)
+            return done if async_op else done.wait()
 
         return collective
 
@@ -171,7 +179,11 @@ class Rank:
         }
         levels = {name: [p.name for p in shapes if p.level == name] for name in config.model.cms.levels}
         of_level = config.model.cms.levels
-        cadences = {p.name: Cadence(of_level[p.level].update_every_steps, p.phase) for p in shapes if p.level}
+        cadences = {
+            p.name: Cadence(of_level[p.level].update_every_steps, p.phase, of_level[p.level].lag)
+            for p in shapes
+            if p.level
+        }
         mesh = mesh_of(Group(replicas), config.parallel.ranks_per_node if config.parallel.shard == "node" else 1)
 
         def zero(*arguments: Any, **settings: Any) -> ZeroAdamW:

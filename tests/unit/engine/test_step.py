@@ -12,8 +12,9 @@ from torch import Tensor
 from hopescale.config.schema import LevelConfig, ModelConfig, OptimConfig, ScheduleConfig, SelfModifyingConfig
 from hopescale.config.schema.model import CmsConfig
 from hopescale.data.loader import Batch
-from hopescale.engine import Engine, make_passes
+from hopescale.engine import Computed, Engine, make_passes
 from hopescale.models import Model, level_of
+from hopescale.observe.health import LossWatch
 from hopescale.optim import Cadence, OuterOptimizer
 
 VOCAB, SEQ_LEN, ROWS = 32, 16, 4
@@ -222,3 +223,65 @@ def test_what_a_rank_asks_travels_with_the_norms_and_is_asked_after_the_backward
         and found.is_asked == is_asked
         and found.loss == make_engine().gradients(1, split(make_batch(), 2)).read().loss
     )
+
+
+NAN, INF = float("nan"), float("inf")
+UP, DOWN = torch.tensor(INF), torch.tensor(-INF)
+NEVER, FULL, EMPTY = (None, None), (1.0, 2.0), (0.1, 0.0)
+"""What a watch refuses, nats above and factor; losses and norms of a window that is full, and one whose norms are 0."""
+VERDICTS = {
+    "finite": (NEVER, FULL, (5.0, 7.0, 9.0), True),
+    "the loss is nan": (NEVER, FULL, (NAN, 1.0, 1.0), False),
+    "the loss is inf": ((3.0, 2.0), FULL, (INF, 1.0, 1.0), False),
+    "the loss is -inf": ((3.0, 2.0), FULL, (-INF, 1.0, 1.0), False),
+    "the norm is nan": (NEVER, FULL, (1.0, NAN, 1.0), False),
+    "the norm is inf": ((3.0, 2.0), FULL, (1.0, INF, 1.0), False),
+    "what waits is nan": (NEVER, FULL, (1.0, 1.0, NAN), False),
+    "what waits is inf": ((3.0, 2.0), FULL, (1.0, 1.0, INF), False),
+    "what waits has no limit": ((3.0, 2.0), FULL, (1.0, 1.0, 1e30), True),
+    "a loss on its border": ((3.0, None), FULL, (4.0, 1e9, 1.0), True),
+    "a loss above it": ((3.0, None), FULL, (4.0 + 2**-21, 1.0, 1.0), False),
+    "a loss far above, without a limit": ((None, 2.0), FULL, (99.0, 1.0, 1.0), True),
+    "a norm on its border": ((None, 2.0), FULL, (99.0, 4.0, 1.0), True),
+    "a norm above it": ((None, 2.0), FULL, (1.0, 4.0 + 2**-21, 1.0), False),
+    "a norm far above, without a limit": ((3.0, None), FULL, (1.0, 1e9, 1.0), True),
+    "norms of 0 before": ((3.0, 2.0), EMPTY, (0.1, 9.0, 1.0), True),
+    "the window is not full": ((3.0, 2.0), None, (99.0, 1e9, 1.0), True),
+}
+
+
+def verdicts(watch: LossWatch, loss: float, norm: float, waiting: float) -> tuple[bool, bool]:
+    """Return whether a step is good by the device, and by the host, which judges it when it has read the numbers."""
+    computed = Computed(torch.tensor([loss, 0.0, norm, waiting]), [], {})
+    on_device = bool(computed.gate(watch.limits()).choose(1.0, 0.0))
+    read = computed.read()
+    return on_device, watch.judge(read.loss, read.grad_norm, read.waiting_norm) is None
+
+
+@pytest.mark.parametrize("case", VERDICTS)
+def test_the_device_and_the_host_judge_a_step_alike(case: str):
+    spikes, before, step, is_good = VERDICTS[case]
+    watch = LossWatch(*spikes, window=4)
+    for _ in range(4 if before else 3):
+        assert watch.judge(*(before or FULL)) is None
+    assert verdicts(watch, *step) == (is_good, is_good)
+
+
+def test_they_judge_alike_around_borders_that_no_float32_is():
+    """A run of steps, each of which is next to its border: the mean of float32 numbers, as the host has it in float64.
+
+    What is found good moves the border of the next.
+    """
+    watch, generator, seen = LossWatch(0.3, 1.7, window=3), torch.Generator().manual_seed(1), []
+    for loss, norm in torch.rand(3, 2, generator=generator).tolist():
+        watch.judge(2 + loss, 0.1 + norm)
+    for number in range(400):
+        limits = watch.limits()
+        loss, norm = torch.tensor(limits.loss.base + limits.loss.most), torch.tensor(limits.grad_norm.most)
+        beside = torch.nextafter(loss, (UP, DOWN)[number % 2]), torch.nextafter(norm, (UP, DOWN)[number % 2])
+        step = [(loss, norm - 0.1), (beside[0], norm - 0.1), (loss - 0.1, norm), (loss - 0.1, beside[1])]
+        on_device, on_host = verdicts(watch, *map(float, step[number // 2 % 4]), 0.0)
+        assert on_device == on_host, f"{watch.limits()} {step}"
+        seen.append(on_device)
+        watch.judge(2 + 1 / (1 + number % 7), 0.1 + 1 / (1 + number % 5))
+    assert 100 < sum(seen) < 300, "on either side"
