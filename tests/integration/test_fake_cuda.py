@@ -140,6 +140,7 @@ WIDE = (
 HELD = {
     "bf16, many logits": ("train.precision=bf16", "model.vocab_size=32000"),
     "pieces": ("train.precision=bf16", "train.segments=2"),
+    "four pieces, two blocks": ("train.precision=bf16", "train.segments=4", "model.num_layers=2"),
     "m3, few tokens": (
         *("train.seq_len=64", "train.micro_batch_size=1", "train.global_batch_tokens=64", "model.num_layers=1"),
         *(
