@@ -304,13 +304,15 @@ def _moments(
     # The last block's backward makes gradients beside the sums of those before it.
     widest = max(model.d_model, *(level.d_ff for level in model.cms.levels.values()))
     fresh = micro.itemsize * widest * model.d_model / layout.tp * several
+    if config.train.segments > 2:  # gradients of weights are added up, in their type, until the first piece's are there
+        fresh = holding.weight_bytes()
     gradients = _fast_gradients(config, layout, holding)
     early = (
         _sums_under_way(config, layout, holding) if config.parallel.stage == 0 and layout.pp == layout.cp == 1 else 0
     )
     return {
         "loss": kept | (head if is_last else {}) | {"gradients": gradients * several},
-        "again": kept | {"workspace": made_again(config, layout, numbers), "gradients": gradients * several},
+        "again": kept | {"workspace": made_again(config, layout, numbers) + fresh, "gradients": gradients * several},
         "backward": kept | {"workspace": workspace + fresh, "gradients": gradients * several},
         "last block": {
             "activations": block.kept,
