@@ -40,6 +40,9 @@ def serve(
     there are --grace seconds; a second signal cuts them off.
     """
     require_packages("a server needs", "serve", "fastapi", "uvicorn")
+    address = f"[{host}]" if ":" in host else host
+    where = f"http://{address}:{port}" if port else f"a free port of {address}"
+    typer.echo(f"reading {checkpoint}, to listen at {where}", err=True)
     # Threads that spin while they wait for one another lose to any other process of the machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from hopescale.parallel.device import choose_device
@@ -53,7 +56,6 @@ def serve(
     with Batcher(loaded.model, most=max_requests) as batcher:
         server = Server(loaded, name or loaded.config.name, batcher, kept, Limits(max_prompt_tokens, max_tokens))
         web = WebServer(make_app(server), host, port, grace)
-        address = f"[{host}]" if ":" in host else host
         typer.echo(f"{server.name} at http://{address}:{web.port}/v1, named contexts at /contexts/NAME")
         web.answer()
         typer.echo(f"{server.name}: the server has stopped")

@@ -29,6 +29,7 @@ from hopescale.launch.array import Element, Stage, submit_array, submit_stages
 from hopescale.launch.profile import load_profile
 from hopescale.observe.run_folder import SWEEP_MARKS, require_own
 from hopescale.observe.run_status import DIVERGED, DONE, FAILED, RUNNING
+from hopescale.sweep.begun import left_over, under_old_names
 from hopescale.sweep.branches import saving
 from hopescale.sweep.choice import LEFT_OUT, spent_on
 from hopescale.sweep.collect import collect as write_points
@@ -51,6 +52,9 @@ app = typer.Typer(help="Plan and run many trials, fit laws to their losses, draw
 
 SweepFile = Annotated[Path, typer.Argument(metavar="SWEEP.yaml", help="A sweep's file, or the name of a shipped one.")]
 SweepDir = Annotated[Path | None, typer.Option(help="Sweep folder.", show_default="sweeps/<name>")]
+
+_NAMED = 4
+"""Most trials that a note names."""
 
 _STYLES = {DONE: "green", RUNNING: "bold", FAILED: "red", DIVERGED: "magenta"}
 
@@ -244,9 +248,23 @@ app.command("next")(law_checks.propose_next)
 
 
 def _read(path: Path, sweep_dir: Path | None = None) -> tuple[Sweep, list[Trial], Path]:
-    """Return a sweep, its trials, and its folder."""
+    """Return a sweep, its trials under the names that they began with, and its folder."""
     sweep = load_sweep(path)
-    return sweep, make_trials(sweep), sweep_dir or sweep.folder
+    folder = sweep_dir or sweep.folder
+    trials, renamed = under_old_names(make_trials(sweep), folder)
+    file = display_path(sweep.path)
+    if renamed:
+        pairs = _some([f"{new} is {old}" for new, old in renamed.items()])
+        typer.echo(f"note: {file} names these trials anew, and they keep their old names: {pairs}", err=True)
+    if left := left_over(trials, folder):
+        where = f"these trials in {folder / 'trials'}, which are left out"
+        typer.echo(f"note: {file} no longer makes {where}: {_some(left)}", err=True)
+    return sweep, trials, folder
+
+
+def _some(names: Sequence[str]) -> str:
+    """Name the first ones, and count the others."""
+    return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
 
 
 def _keep_file(sweep: Sweep, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hopescale.config.execution import effective_recompute
 from hopescale.config.layout import Layout
 from hopescale.config.model_shape import bank_layers, head_dim, kv_heads, memory_banks, memory_parts, mixer_of_block
 from hopescale.config.schema import (
@@ -13,7 +14,9 @@ from hopescale.config.schema import (
     SelfModifyingConfig,
 )
 from hopescale.config.schema.ttt import TttConfig
+from hopescale.cost.kernels import forward_workspace, packed_size, runs_kernels
 from hopescale.cost.linear_attention import linear_attention_state
+from hopescale.cost.micro_batch import MicroBatch
 from hopescale.cost.parameter import FP32, itemsize
 from hopescale.cost.ttt import ttt_state
 
@@ -66,11 +69,45 @@ def kept_between_pieces(config: RunConfig, layout: Layout, blocks: list[int]) ->
     """Return the bytes of the states that a rank keeps in a micro batch: those that its pieces begin with.
 
     With several pieces on each of several ranks, as many more are on their way. On one rank, the weights stay that the
-    last chunk began with: half as much again.
+    last chunk began with: half as much again, as of the gradients of the state behind a piece that is run again. What
+    kernels pack for a piece to begin with counts among its activations.
     """
     train, pieces = config.train, layout.cp * config.train.segments
-    size, last = train.seq_len // pieces, layout.cp - 1
+    size, last, total = train.seq_len // pieces, layout.cp - 1, 0.0
     places = [place for place in range(last, pieces, layout.cp) if place]
-    several = 1.5 if layout.cp == 1 else 2 if train.segments > 1 else 1
-    mixers = [mixer_of_block(config.model, number) for number in blocks]
-    return several * sum(carried_bytes(config, mixer, place * size) for mixer in mixers for place in places) / layout.tp
+    several, packed = 1.5 if layout.cp == 1 else 2 if train.segments > 1 else 1, []
+    for mixer in (mixer_of_block(config.model, number) for number in blocks):
+        if (state := _packed_state(config, layout, mixer)) is None:
+            total += several * sum(carried_bytes(config, mixer, place * size) for place in places)
+        else:
+            total += several * len(places) * state
+            packed.append(state)
+    if train.segments == 2:  # the piece that is run again begins with the learned weights, packed for all sequences
+        total -= (1 - 1 / train.micro_batch_size) * sum(packed)
+    return (total - max(packed, default=0) / 2) / layout.tp  # packed are the gradients of the block whose turn it is
+
+
+def made_again(config: RunConfig, layout: Layout, blocks: list[int]) -> float:
+    """Return the bytes beside those between pieces when kernels have run a piece again.
+
+    These are the states behind it, and what the programs of a block compute with.
+    """
+    micro, packed, programs = MicroBatch.of(config.train, layout), [], 0.0
+    for mixer in (mixer_of_block(config.model, number) for number in blocks):
+        if (state := _packed_state(config, layout, mixer)) is not None:
+            packed.append(state)
+            programs = max(programs, forward_workspace(config.model, mixer, micro))
+    return (1.5 * sum(packed) + max(packed, default=0) / 2) / layout.tp + programs
+
+
+def _packed_state(config: RunConfig, layout: Layout, mixer: MixerConfig) -> int | None:
+    """Return the bytes that kernels hand on to the next piece on the same rank; None where there is none, or no kernel.
+
+    Those of all heads, as of `carried_bytes`.
+    """
+    model, train = config.model, config.train
+    if layout.cp > 1 or train.segments == 1 or not isinstance(mixer, SelfModifyingConfig):
+        return None
+    if not runs_kernels(model, mixer, MicroBatch.of(train, layout), effective_recompute(config, mixer)):
+        return None
+    return FP32 * train.micro_batch_size * model.num_heads * packed_size(model, mixer) * (1 + mixer.momentum)

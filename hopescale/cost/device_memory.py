@@ -15,7 +15,7 @@ from hopescale.config.layout import Layout
 from hopescale.config.model_shape import block_pattern, levels_of_block, padded_vocab_size
 from hopescale.config.plan import make_plan
 from hopescale.config.schema import MixerConfig, ModelConfig, RunConfig
-from hopescale.cost.carried import kept_between_pieces
+from hopescale.cost.carried import kept_between_pieces, made_again
 from hopescale.cost.holdings import Holding, Holdings, Kind, gathers
 from hopescale.cost.micro_batch import Activations, MicroBatch
 from hopescale.cost.mixers import COSTS
@@ -114,7 +114,8 @@ class DeviceMemory:
 
     Attributes:
         bytes: Bytes by kind, at that moment.
-        moment: Name of the moment: `loss`, `backward`, `last block` (the first block's backward) or `update`.
+        moment: Name of the moment: `loss`, `again` (a piece of a sequence has been run again), `backward`, `last block`
+            (the first block's backward) or `update`.
         in_flight: Micro batches whose activations the rank holds at a time.
         parameters: Entries of its weights.
     """
@@ -288,7 +289,8 @@ def _moments(
     }
     blocks = [with_mixer[name] for name in names]
     states, one = (sum(getattr(each, part) for each in blocks) / len(slices) for part in ("states", "kept"))
-    states += kept_between_pieces(config, layout, [number for each in slices for number in each]) / len(slices)
+    numbers = [number for each in slices for number in each]
+    states += kept_between_pieces(config, layout, numbers) / len(slices)
     # The block that needs most when its turn comes counts as the last one.
     block = max(blocks, key=lambda each: each.kept + each.states + each.workspace)
     if layout.pp > 1:
@@ -302,12 +304,15 @@ def _moments(
     # The last block's backward makes gradients beside the sums of those before it.
     widest = max(model.d_model, *(level.d_ff for level in model.cms.levels.values()))
     fresh = micro.itemsize * widest * model.d_model / layout.tp * several
+    if config.train.segments > 2:  # gradients of weights are added up, in their type, until the first piece's are there
+        fresh = holding.weight_bytes()
     gradients = _fast_gradients(config, layout, holding)
     early = (
         _sums_under_way(config, layout, holding) if config.parallel.stage == 0 and layout.pp == layout.cp == 1 else 0
     )
     return {
         "loss": kept | (head if is_last else {}) | {"gradients": gradients * several},
+        "again": kept | {"workspace": made_again(config, layout, numbers) + fresh, "gradients": gradients * several},
         "backward": kept | {"workspace": workspace + fresh, "gradients": gradients * several},
         "last block": {
             "activations": block.kept,

@@ -38,23 +38,52 @@ def scratch_size(rows: int, width: int, matrices: int) -> int:
 def kernel_activations(model: ModelConfig, mixer: SelfModifyingConfig, micro: MicroBatch) -> Activations:
     """Count memories without the streams that enter them, and without a far one.
 
-    The workspace is that of the way back: the states of all chunks, and what replays them or, later, gradients.
+    The workspace is that of the way back: the states of all chunks, and what replays them or, later, gradients. The
+    gradient of the answers takes the place of the answers.
     """
     heads, dim, rates = model.num_heads / micro.tp, head_dim(model), 1 + mixer.momentum
-    documents = micro.batch * num_pieces(mixer, micro.seq_len)
+    documents, chunk = micro.batch * num_pieces(mixer, micro.seq_len), mixer.chunk_size
     tokens = min(mixer.reset_every or micro.seq_len, micro.seq_len)
-    chunk, programs = mixer.chunk_size, documents * heads
-    longest = min(chunk, tokens)
-    rows = max(16, min(KERNEL_PIECE, 1 << (longest - 1).bit_length()))
-    width, cut = max(dim, memory_dim(model, mixer) or dim), longest > rows
-    state = packed_size(model, mixer) * rates
+    programs, longest = documents * heads, min(chunk, tokens)
+    rows, width = _rows(longest), _width(model, mixer)
+    state, cut = packed_size(model, mixer) * rates, longest > rows
+    first = heads * _starts(mixer, micro) * state * FP32
     kept = heads * max(1, micro.tokens // (KERNEL_KEEPS * chunk)) * state * micro.kept_itemsize
     replayed = heads * (micro.tokens // chunk + documents) * state * micro.kept_itemsize
     side = -(-tokens // (KERNEL_KEEPS * chunk))
     at_once = min(programs, max(1, KERNEL_PROGRAMS // side)) * side
-    replay = at_once * ((1 + cut) * state + scratch_size(rows, width, FORWARD_MATRICES)) * FP32
-    stream, first = micro.tokens * heads * dim * FP32, programs * state * FP32
+    replay = at_once * _forward_program(model, mixer, longest)
     back = min(programs, KERNEL_PROGRAMS) * scratch_size(rows, width, BACKWARD_MATRICES) * FP32
     back += cut * programs * (-(-longest // rows) - 1) * state * micro.kept_itemsize
-    back += 3 * stream + first * (1 + 1 / rates)
-    return Activations(first, kept, stream + replayed + max(replay, back))
+    back += 3 * micro.tokens * heads * dim * FP32 + programs * state * (1 + 1 / rates) * FP32
+    gate = mixer.gate * micro.tokens * heads * dim * micro.itemsize
+    return Activations(first, kept, gate + replayed + max(replay, back))
+
+
+def forward_workspace(model: ModelConfig, mixer: SelfModifyingConfig, micro: MicroBatch) -> float:
+    """Count the memory of the programs that run memories forward."""
+    programs = micro.batch * num_pieces(mixer, micro.seq_len) * model.num_heads / micro.tp
+    longest = min(mixer.chunk_size, mixer.reset_every or micro.seq_len, micro.seq_len)
+    return min(programs, KERNEL_PROGRAMS) * _forward_program(model, mixer, longest)
+
+
+def _forward_program(model: ModelConfig, mixer: SelfModifyingConfig, longest: int) -> float:
+    """Count the memory of a program that goes forward over chunks of at most so many tokens: states, and scratch."""
+    rows = _rows(longest)
+    state = packed_size(model, mixer) * (1 + mixer.momentum)
+    return ((1 + (longest > rows)) * state + scratch_size(rows, _width(model, mixer), FORWARD_MATRICES)) * FP32
+
+
+def _rows(longest: int) -> int:
+    """Return the tokens of a piece of a chunk that has at most so many."""
+    return max(16, min(KERNEL_PIECE, 1 << (longest - 1).bit_length()))
+
+
+def _width(model: ModelConfig, mixer: SelfModifyingConfig) -> int:
+    return max(head_dim(model), memory_dim(model, mixer) or 0)
+
+
+def _starts(mixer: SelfModifyingConfig, micro: MicroBatch) -> int:
+    """Count the packed weights that sequences begin with: one for each where they are not those that are learned."""
+    alone = mixer.reset_every is not None and mixer.reset_every >= micro.seq_len
+    return micro.batch if micro.carried or alone else 1

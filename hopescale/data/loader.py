@@ -32,15 +32,17 @@ class Batch(NamedTuple):
     targets: Tensor
     """The id after each input; -100 where the loss must not look. Shape `[B, T]`, int64."""
     document_ids: Tensor
-    """Document of each input, counted from 0 in every row. Shape `[B, T]`, int32."""
+    """Document of each input, counted from 0 in every row. Shape `[B, T]`, int32. It stays on the host, which finds out
+    where documents lie."""
 
     def to(self, device: torch.device) -> Batch:
         """Copy to a device; from page-locked memory, while the host goes on."""
-        return Batch(*(part.to(device, non_blocking=True) for part in self))
+        tokens, targets = (part.to(device, non_blocking=True) for part in (self.tokens, self.targets))
+        return Batch(tokens, targets, self.document_ids)
 
     def pin_memory(self) -> Batch:
         """Copy to page-locked memory."""
-        return Batch(*(part.pin_memory() for part in self))
+        return Batch(self.tokens.pin_memory(), self.targets.pin_memory(), self.document_ids)
 
     def share(self, share: Share) -> Batch:
         """Return the tokens of one rank of several that share the sequences; the batch itself for one alone."""

@@ -48,14 +48,16 @@ class Segments:
             next one from others.
         """
         size = batch.tokens.shape[1] // self.count
-        parts = zip(*(part.split(size, dim=1) for part in batch), strict=True)
+        parts = [batch]
+        if self.count > 1:
+            parts = [Batch(*piece) for piece in zip(*(part.split(size, dim=1) for part in batch), strict=True)]
         entering = [None] * self.count if hidden is None else hidden.chunk(self.count)
         state: ModelState | None = None
         outputs, probes = [], []
         for number, (part, begin) in enumerate(zip(parts, entering, strict=True)):
             stats: Probe | None = None if probe is None else {}
             handover = self._handover(number, size)
-            piece = partial(_piece, model, Batch(*part), handover)
+            piece = partial(_piece, model, part, handover)
             if number < self.count - 1:
                 output, state = recomputed(piece, begin, state, probe=stats)
             else:

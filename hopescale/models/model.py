@@ -109,7 +109,7 @@ class Model(nn.Module):
             tokens: `[B, T]`, int64; read by the slice that begins the model only.
             state: State that an earlier call returned; None begins anew.
             hidden: Output `[T, B, N]` of the slice before; None for the slice that begins the model.
-            document_ids: `[B, T]`, used if the model mixes `within_documents`.
+            document_ids: `[B, T]`, used if the model mixes `within_documents`; the host reads them, best on the CPU.
             probe: Dict to be filled with `memory/<layer>/<statistic>`.
             last_only: Whether to predict after the last token alone, as generation needs.
             levels: Weights that each sequence has for itself, `[B, *shape]`, by the names of parameters: all those of
@@ -128,7 +128,7 @@ class Model(nn.Module):
         """
         x = self._enter(tokens, hidden)
         within = self.config.within_documents and document_ids is not None
-        documents = Documents.of(document_ids) if within else None
+        documents = Documents.of(document_ids, x.device) if within else None
         states = []
         for index, (number, block) in enumerate(self.blocks.items()):
             stats: dict[str, Tensor] | None = None if probe is None else {}

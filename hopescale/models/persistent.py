@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hopescale.ops.device import to_device
 from hopescale.ops.documents import Documents
 
 
@@ -37,9 +38,10 @@ class Prefixed(NamedTuple):
         sources = torch.full((plan.first.numel(),), len(table) - 1)
         sources[plan.starts[:, None] + torch.arange(count)] = torch.arange(count) + batch * tokens
         sources[plan.places] = torch.arange(batch * tokens)
-        wide = table.index_select(0, sources.to(x.device)).unflatten(0, plan.first.shape).transpose(0, 1)
-        around = Documents(plan.first.to(x.device), torch.tensor(plan.bounds, device=x.device), tuple(plan.bounds))
-        return cls(wide, around, plan.places.to(x.device))
+        wide = table.index_select(0, to_device(sources, x.device)).unflatten(0, plan.first.shape).transpose(0, 1)
+        parts = plan.first, torch.tensor(plan.bounds), plan.places
+        first, bounds, places = (to_device(part, x.device) for part in parts)
+        return cls(wide, Documents(first, bounds, tuple(plan.bounds)), places)
 
     def without(self, y: Tensor, count: int) -> Tensor:
         """Return the rows of `y` `[T', B, ...]` that belong to ordinary tokens, given the number of persistent ones."""

@@ -14,6 +14,7 @@ from hopescale.config.schema import ModelConfig
 from hopescale.models.attention import AttentionCache
 from hopescale.models.norm import RMSNorm
 from hopescale.models.self_modifying import MixerState
+from hopescale.ops.device import to_device
 from hopescale.ops.documents import Documents
 from hopescale.ops.norm import l2_norm
 from hopescale.ops.self_modifying import MemorySpec, Weights
@@ -102,7 +103,7 @@ def run_documents(
         starts, ends = (torch.tensor([bounds[n + late] for n in numbers]) for late in (0, 1))
         index = starts[:, None] + torch.arange(begin, begin + tokens)
         index = torch.where(index < ends[:, None], index, bounds[-1])
-        part = table.index_select(0, index.flatten().to(x.device)).unflatten(0, index.shape).transpose(0, 1)
+        part = table.index_select(0, to_device(index.flatten(), x.device)).unflatten(0, index.shape).transpose(0, 1)
         y, state = run(part, state, begin)
         answers.append(y.transpose(0, 1).flatten(0, 1))
         places.append(index.flatten())
@@ -123,5 +124,5 @@ def run_documents(
     after = [ended[n] for n in documents.last]
     found = torch.empty(len(table), dtype=torch.int64)
     found[torch.cat(places)] = torch.arange(sum(map(len, places)))
-    y = torch.cat(answers).index_select(0, found[:-1].to(x.device)).unflatten(0, documents.first.shape)
+    y = torch.cat(answers).index_select(0, to_device(found[:-1], x.device)).unflatten(0, documents.first.shape)
     return y.transpose(0, 1), tree_map(lambda *parts: None if parts[0] is None else torch.cat(parts), *after)

@@ -186,10 +186,28 @@ def _kept(file: Path) -> str | None:
     return file.read_text(encoding="utf-8").strip() if file.exists() else None
 
 
+def require_trackers(names: Sequence[str]) -> None:
+    """Check that trackers can be opened, before there is a run folder to open them in.
+
+    Args:
+        names: Names of trackers, as of `open_trackers`.
+
+    Raises:
+        ConfigError: If a package is missing, or it is not said where MLflow's server is.
+    """
+    for tracker in names:
+        if find_spec(tracker) is None:
+            hint = f"pip install 'hopescale[{tracker}]', or leave it out"
+            raise ConfigError(f"log.trackers has {tracker}, but the package {tracker} is not installed", hint)
+    if "mlflow" in names and not os.environ.get(MLFLOW_SERVER):
+        hint = f"set {MLFLOW_SERVER}, as in {MLFLOW_SERVER}=http://localhost:5000, or leave it out"
+        raise ConfigError(f"log.trackers has mlflow, but {MLFLOW_SERVER} does not say where its server is", hint)
+
+
 def open_trackers(
     names: Sequence[str], folder: Path, *, name: str, config: Mapping[str, Any], resume_step: int | None
 ) -> Trackers:
-    """Open the trackers of a run.
+    """Open the trackers of a run, for which there is what `require_trackers` asks.
 
     Args:
         names: Names of trackers, each that of its package; all but TensorBoard's are extras of the same name.
@@ -199,16 +217,8 @@ def open_trackers(
         resume_step: Step the run continues from; None begins anew.
 
     Raises:
-        ConfigError: If a package is missing, or it is not said where MLflow's server is.
         HopescaleError: If TensorBoard's files cannot be written.
     """
-    for tracker in names:
-        if find_spec(tracker) is None:
-            hint = f"pip install 'hopescale[{tracker}]', or leave it out"
-            raise ConfigError(f"log.trackers has {tracker}, but the package {tracker} is not installed", hint)
-    if "mlflow" in names and not os.environ.get(MLFLOW_SERVER):
-        hint = f"set {MLFLOW_SERVER}, as in {MLFLOW_SERVER}=http://localhost:5000, or leave it out"
-        raise ConfigError(f"log.trackers has mlflow, but {MLFLOW_SERVER} does not say where its server is", hint)
     if resume_step is None:
         for file in (WANDB_ID, MLFLOW_ID):
             (folder / file).unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 """Types of numbers by the names that configs give them."""
@@ -21,6 +22,11 @@ def device_type(device: torch.device) -> str:
         return "cuda"
     major, minor = torch.cuda.get_device_capability(device)
     return "cuda" if major >= 8 else f"sm_{major}{minor}"
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor of the host to a device; a GPU takes it from page-locked memory, while the host goes on."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

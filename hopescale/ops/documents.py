@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from hopescale.ops.device import to_device
 
 
 class Documents(NamedTuple):
@@ -25,18 +28,23 @@ class Documents(NamedTuple):
     bounds: tuple[int, ...]
 
     @classmethod
-    def of(cls, document_ids: Tensor) -> Documents:
-        """Find the documents of tokens with these ids `[B, T]`; it waits for the device.
+    def of(cls, document_ids: Tensor, device: torch.device | None = None) -> Documents:
+        """Find the documents of tokens with these ids `[B, T]` on the host; ids on a device are waited for.
 
         Wherever the id changes along a sequence, a document begins.
+
+        Args:
+            document_ids: Document of each token.
+            device: Device of the tokens; None is that of the ids.
         """
-        begins = torch.ones_like(document_ids, dtype=torch.bool)
-        begins[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
-        places = torch.arange(begins.shape[1], dtype=torch.int32, device=begins.device)
-        first = torch.where(begins, places, 0).cummax(dim=1).values.to(torch.int32)
-        end = torch.tensor([begins.numel()], device=begins.device)
-        offsets = torch.cat([begins.flatten().nonzero()[:, 0], end])
-        return cls(first, offsets, tuple(offsets.tolist()))
+        ids, device = document_ids.cpu().numpy(), device or document_ids.device
+        begins = np.ones(ids.shape, dtype=bool)
+        begins[:, 1:] = ids[:, 1:] != ids[:, :-1]
+        places = np.arange(ids.shape[1], dtype=np.int32)
+        first = np.maximum.accumulate(np.where(begins, places, 0).astype(np.int32), axis=1)
+        bounds = np.append(np.flatnonzero(begins), ids.size)
+        first, offsets = (to_device(torch.from_numpy(part), device) for part in (first, bounds))
+        return cls(first, offsets, tuple(bounds.tolist()))
 
     @classmethod
     def whole(cls, batch: int, tokens: int, device: torch.device) -> Documents:
@@ -51,7 +59,7 @@ class Documents(NamedTuple):
         bounds = [place for begin, end in pairs for place in range(begin, end, size)] + [self.bounds[-1]]
         places = torch.arange(self.first.shape[1], dtype=torch.int32, device=self.first.device)
         first = places - (places - self.first) % size
-        return Documents(first, torch.tensor(bounds, device=self.offsets.device), tuple(bounds))
+        return Documents(first, to_device(torch.tensor(bounds), self.offsets.device), tuple(bounds))
 
     def first_of(self, batch: int, tokens: int, position: int) -> Tensor:
         """Return `first` for a call that reads these tokens.

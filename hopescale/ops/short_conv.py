@@ -15,7 +15,8 @@ class _ConvSilu(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, padded: Tensor, weight: Tensor, bias: Tensor | None, age: Tensor | None) -> Tensor:
+    def forward(ctx: Any, tail: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, age: Tensor | None) -> Tensor:
+        padded = torch.cat([tail, x])  # [W - 1 + T, B, N]
         ctx.save_for_backward(padded, weight, bias, age)
         mixed = _convolve(padded, weight, bias, age)
         return mixed.mul_(torch.sigmoid(mixed))
@@ -30,7 +31,9 @@ class _ConvSilu(torch.autograd.Function):
             reaching = _reaching(d_mixed, age, width - 1 - tap)
             d_padded[tap : tap + tokens].addcmul_(reaching, weight[:, tap])
             taps.append((reaching * padded[tap : tap + tokens]).sum((0, 1)))
-        return d_padded, torch.stack(taps, dim=1), None if bias is None else d_mixed.sum((0, 1)), None
+        # A view of the first rows would hold on to all, for as long as the call before waits for its turn.
+        d_tail, d_x = d_padded[: width - 1].clone(), d_padded[width - 1 :]
+        return d_tail, d_x, torch.stack(taps, dim=1), None if bias is None else d_mixed.sum((0, 1)), None
 
 
 def _reaching(x: Tensor, age: Tensor | None, lag: int) -> Tensor:
@@ -63,24 +66,29 @@ def short_conv(
     Returns:
         Outputs `[T, B, N]` and the tail for the next call, zeros where it lies before the last document.
     """
-    padded = torch.cat([tail.to(x.dtype), x])  # [W - 1 + T, B, N]
-    if first is None:
-        return _ConvSilu.apply(padded, weight, bias, None), padded[x.shape[0] :]
-    tokens = len(x)
-    age = (torch.arange(tokens, device=x.device) - first).T[..., None]
-    return _ConvSilu.apply(padded, weight, bias, age), document_tail(padded[tokens:], first)
+    tail, age = tail.to(x.dtype), None
+    if first is not None:
+        age = (torch.arange(len(x), device=x.device) - first).T[..., None]
+    return _ConvSilu.apply(tail, x, weight, bias, age), _after(tail, x, first)
 
 
 def linear_conv(
     x: Tensor, weight: Tensor, tail: Tensor, first: Tensor | None = None, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Convolve each channel over time as `short_conv` does, but apply no SiLU."""
-    padded, width = torch.cat([tail.to(x.dtype), x]), weight.shape[1]
+    tail, width = tail.to(x.dtype), weight.shape[1]
+    padded = torch.cat([tail, x])
     age = None if first is None else (torch.arange(len(x), device=x.device) - first).T[..., None]
     taps = (padded[tap : tap + len(x)] for tap in range(width))
     mixed = sum(_reaching(one, age, width - 1 - tap) * weight[:, tap] for tap, one in enumerate(taps))
-    after = padded[len(x) :] if first is None else document_tail(padded[len(x) :], first)
-    return mixed if bias is None else mixed + bias, after
+    return mixed if bias is None else mixed + bias, _after(tail, x, first)
+
+
+def _after(tail: Tensor, x: Tensor, first: Tensor | None) -> Tensor:
+    """Return the tail for the next call, which does not hold on to the inputs."""
+    last = x[max(0, len(x) - len(tail)) :]
+    after = torch.cat([tail, last])[len(last) :]
+    return after if first is None else document_tail(after, first)
 
 
 def document_tail(tail: Tensor, first: Tensor) -> Tensor:

@@ -251,7 +251,7 @@ def require_same(sweep: Sweep, trials: Sequence[Trial], folder: Path) -> None:
     for trial in trials:
         path = _config(trial, folder)
         changes = diff(load_resolved(path), trial.config) if path.exists() else []
-        if changes := [change for change in changes if not _is_same_data(change)]:
+        if changes := [change for change in changes if not is_same_data(change)]:
             changed.append(f"trial {trial.name}:\n{format_diff(changes)}")
     if changed:
         text = "\n".join(changed).replace("\n", "\n    ")
@@ -279,7 +279,7 @@ def _require_same_text(trials: Sequence[Trial], folder: Path) -> None:
         raise DataError(message, hint)
 
 
-def _is_same_data(change: Change) -> bool:
+def is_same_data(change: Change) -> bool:
     """Tell whether a change names a data set elsewhere that is the same, as far as the old one is there to compare."""
     if not is_other_place(change):
         return False

@@ -38,6 +38,7 @@ from hopescale.engine.node_weights import defer_blocks, gather_blocks
 from hopescale.models import Model
 from hopescale.models.init import initialize
 from hopescale.observe.health import LossWatch
+from hopescale.observe.trackers import require_trackers
 from hopescale.ops.device import DTYPES
 from hopescale.optim import OuterOptimizer, Updater, cadences_of_level
 from hopescale.optim.gram import gather_grams, linear_layers
@@ -127,14 +128,15 @@ def build_state(
 
 
 def check_start(request: RunRequest, memory: RankMemory) -> None:
-    """Check on one process what a start finds out before it builds anything: memory, data, checkpoint. Writes nothing.
+    """Check on one process what a start finds out before it builds anything. Writes nothing.
 
     Raises:
-        ConfigError: If the device's memory is too small, or the data does not fit the config.
+        ConfigError: If a tracker lacks something, memory is too small, or the data does not fit the config.
         DataError: If data is missing or damaged.
         CheckpointError: If the checkpoint to continue from, or to begin with, is missing.
     """
     config, folder = request.loaded.config, RunFolder(request.folder)
+    require_trackers(config.log.trackers)
     _open_data(config, request.layout, memory)
     if choose_checkpoint(folder, request, writes=False) is None and request.init is not None:
         _same_weights(config, find_checkpoint(request.init))

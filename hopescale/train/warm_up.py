@@ -33,8 +33,8 @@ def compile_kernels(slices: Sequence[Model], mixers: Iterable[str], seq_len: int
                 weight = next(p for p in block.mixer.parameters() if not p.spec.keep_fp32)
                 tokens = seq_len // (mesh.tp_group.size() if mesh.sequence_parallel else 1)
                 x = weight.new_zeros(tokens, 1, model.config.d_model).requires_grad_()
-                ids = torch.zeros(1, seq_len, dtype=torch.int32, device=weight.device)
-                documents = Documents.of(ids) if model.config.within_documents else None
+                within = model.config.within_documents
+                documents = Documents.whole(1, seq_len, weight.device) if within else None
                 with zeros_lent(block.mixer):
                     y, _ = block.mixer(x, None, documents)
                     torch.autograd.grad(y.sum(), x)

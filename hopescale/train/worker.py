@@ -18,6 +18,7 @@ from hopescale.config.groups import group_summary, group_table
 from hopescale.config.notes import notes
 from hopescale.config.schema import RunConfig
 from hopescale.config.show import config_facts
+from hopescale.observe.trackers import require_trackers
 from hopescale.parallel import process
 from hopescale.parallel.control import Control
 from hopescale.parallel.init_distributed import init_distributed
@@ -90,6 +91,7 @@ def train_on(
         The last step done, and the name of the signal that ended the run before its time or None.
     """
     control, asked, folder = mesh.control, request.loaded, RunFolder(request.folder)
+    control.broadcast_from_rank0(lambda: require_trackers(asked.config.log.trackers))
     is_new = not control.broadcast_from_rank0(lambda: finds_weights(folder, request))
     if compiled := mixers_with_kernels(asked.config, device):
         report(f"the start compiles the kernels of {' and '.join(compiled)}: minutes, if Triton's cache lacks them")

@@ -180,3 +180,11 @@ def test_a_failing_save_does_not_hide_why_the_run_ended(train, monkeypatch: pyte
     done = train("checkpoint.every=8", "train.recovery.skips=0")
     assert done.code == 6 and "the loss is nan" in done.err
     assert "cannot write" in done.out and "step-00000008" in done.out
+
+
+@pytest.mark.parametrize("dry", [["--dry-run"], []])
+def test_a_start_without_what_its_trackers_need_leaves_no_folder(dry, hopescale, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("hopescale.observe.trackers.find_spec", lambda name: None)
+    done = hopescale("train", "debug", "log.trackers=[wandb]", "--run-dir", tmp_path / "run", *dry)
+    assert done.code == 2 and "log.trackers has wandb, but the package wandb is not installed" in done.err
+    assert not list(tmp_path.iterdir())

@@ -47,6 +47,13 @@ LAYOUTS = {
 }
 
 
+MIXERS = {
+    "hope": (),
+    "pieces of documents": ("model.mixers.hope.reset_every=16", "train.seq_len=32"),
+    "attention": ("model.mixers.hope.kind=attention",),
+}
+
+
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return device.build(tmp_path_factory.mktemp("fake_cuda"))
@@ -79,6 +86,18 @@ def test_everything_lies_on_the_device_and_kernels_get_whole_tensors(layout: str
 def test_the_host_waits_for_the_device_nowhere_in_a_step(layout: str, ranks: dict[str, Any]):
     for rank in ranks[layout]:
         assert (rank["host_reads"], rank["noticed"]) == ({}, 1), "one read behind the step is noticed"
+
+
+@pytest.fixture(scope="module")
+def within_documents(library: Path) -> dict[str, dict[str, Any]]:
+    runs = [("debug", [*SMALL, "model.num_layers=1", "model.within_documents=true", *how]) for how in MIXERS.values()]
+    return {name: rank for name, (rank,) in zip(MIXERS, run("step", library, runs), strict=True)}
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_the_host_waits_for_no_documents_either(mixer: str, within_documents: dict[str, Any]):
+    found = within_documents[mixer]
+    assert (found["host_reads"], found["noticed"]) == ({}, 1) and found["launches"]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -140,6 +159,7 @@ WIDE = (
 HELD = {
     "bf16, many logits": ("train.precision=bf16", "model.vocab_size=32000"),
     "pieces": ("train.precision=bf16", "train.segments=2"),
+    "four pieces, two blocks": ("train.precision=bf16", "train.segments=4", "model.num_layers=2"),
     "m3, few tokens": (
         *("train.seq_len=64", "train.micro_batch_size=1", "train.global_batch_tokens=64", "model.num_layers=1"),
         *(

@@ -272,7 +272,9 @@ def serve(hopescale, trained: Path, monkeypatch) -> Serve:
                 failed.append(error)
                 os.kill(os.getpid(), signal.SIGINT)
 
-        def echo(line: str) -> None:
+        def echo(line: str, *, err: bool = False) -> None:
+            if err:
+                return
             lines.append(line)
             if len(lines) == 1:
                 url, port = re.search(r"(http://127.0.0.1:(\d+))/v1", line).groups()
@@ -342,6 +344,13 @@ def test_a_second_signal_cuts_off_an_answer_that_is_being_written(stream, serve,
 
     assert serve(ask)[0] == 0
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_what_is_read_and_where_to_listen_is_said_before_it_is_done(hopescale, tmp_path: Path):
+    for options, where in (((), "http://127.0.0.1:8000"), (("--host", "::1", "--port", 0), "a free port of [::1]")):
+        done = hopescale("serve", tmp_path / "run", *options)
+        assert done.err.splitlines()[0] == f"reading {tmp_path / 'run'}, to listen at {where}"
+        assert (done.code, done.out) == (4, "") and "holds no checkpoint" in done.err
 
 
 def test_a_port_that_is_taken_is_one_message(hopescale, trained: Path, monkeypatch):

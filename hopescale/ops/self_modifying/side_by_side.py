@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hopescale.ops.device import to_device
 from hopescale.ops.documents import Documents
 from hopescale.ops.self_modifying.types import Memories, SelfModifyingOutput, Streams
 
@@ -104,7 +105,7 @@ def run_side_by_side(
 
 def _gather(streams: Streams, places: list[Tensor]) -> list[Streams]:
     """Return the streams of each pass; padding is zero."""
-    index = torch.cat([each.flatten() for each in places]).to(streams.k.device)
+    index = to_device(torch.cat([each.flatten() for each in places]), streams.k.device)
     sizes = [each.numel() for each in places]
 
     def parts(x: Tensor | None) -> list[Tensor | None]:
@@ -125,5 +126,5 @@ def _scatter(outputs: list[Tensor], places: list[Tensor], documents: Documents) 
     origin = torch.empty(tokens + 1, dtype=torch.int64)
     origin[index] = torch.arange(len(index))
     rows = torch.cat([each.transpose(1, 2).flatten(0, 1) for each in outputs])
-    rows = rows.index_select(0, origin[:tokens].to(rows.device))
+    rows = rows.index_select(0, to_device(origin[:tokens], rows.device))
     return rows.unflatten(0, documents.first.shape).transpose(1, 2)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hopescale.ops.device import to_device
 from hopescale.ops.documents import Documents
 from hopescale.ops.ttt.types import TttMemory, TttState, TttStreams, TttWeights
 
@@ -133,7 +134,7 @@ def _by_documents(
     index = torch.cat([at.flatten() for at in places])
     origin = torch.empty(tokens + 1, dtype=torch.int64)
     origin[index] = torch.arange(len(index))
-    parts = _gathered(streams, index.to(device), [at.shape for at in places])
+    parts = _gathered(streams, to_device(index, device), [at.shape for at in places])
     state = TttState(*(part.map(lambda x: x.expand(len(order), *x.shape[1:])) for part in state))
     outputs, ended = [], []
     for at, part, alive in zip(places, parts, [*map(len, places[1:]), 0], strict=True):
@@ -142,13 +143,13 @@ def _by_documents(
         going, gone = state.split([alive, len(at) - alive])
         state = _stepped(going, memory)
         # Of the documents that end here, those that end with the mini-batch take its step.
-        whole = (at[alive:, -1] < tokens)[:, None, None, None].to(device)
+        whole = to_device((at[alive:, -1] < tokens)[:, None, None, None], device)
         pairs = zip(_stepped(gone, memory), gone, strict=True)
         ended.append(TttState(*(new.map(lambda a, b, m=whole: torch.where(m, a, b), old) for new, old in pairs)))
     # The shortest document, the last one in order, ended first.
-    last = torch.tensor([order.index(number) for number in documents.last], device=device)
+    last = to_device(torch.tensor([order.index(number) for number in documents.last]), device)
     state = TttState(*(TttWeights.cat(each).map(lambda x: x[last]) for each in zip(*reversed(ended), strict=True)))
-    y = torch.cat(outputs).index_select(0, origin[:tokens].to(device))
+    y = torch.cat(outputs).index_select(0, to_device(origin[:tokens], device))
     return y.unflatten(0, documents.first.shape).transpose(1, 2), state
 
 

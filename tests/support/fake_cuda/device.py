@@ -88,6 +88,7 @@ def pretend() -> None:
         setattr(torch.cuda, name, _Context)
     torch.cuda.get_rng_state = lambda *_: torch.zeros(16, dtype=torch.uint8)
     torch.Tensor.record_stream = lambda *_: None
+    torch.Tensor.pin_memory = lambda tensor: tensor
     _note_host_reads()
     _make_constants_by_shape()
 

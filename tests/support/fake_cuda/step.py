@@ -17,7 +17,7 @@ if __name__ == "__main__":
 
 import torch
 import torch.distributed as dist
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from triton.runtime.jit import JITFunction
 
@@ -25,6 +25,7 @@ from hopescale.config.layout import smallest_layout
 from hopescale.config.load import load_recipe
 from hopescale.config.plan import make_plan
 from hopescale.config.schema import RunConfig
+from hopescale.data.loader import Batch, Data
 from hopescale.engine import Engine, make_passes
 from hopescale.observe.health import StepLimits
 from hopescale.parallel import process
@@ -92,6 +93,13 @@ def _exchange_nothing() -> None:
     Control.broadcast_from_rank0 = Control.all_ranks_or_raise = lambda self, function: function()
 
 
+def _batch(data: Data, indices: range) -> Batch:
+    """Read samples as tensors of shapes alone, but for what the host looks at."""
+    with unset_fake_temporarily():
+        document_ids = data.batch(indices).document_ids
+    return data.batch(indices)._replace(document_ids=document_ids)
+
+
 def _rank(config: RunConfig, rank: int) -> dict[str, Any]:
     """Build one rank, take a step and evaluate."""
     layout = smallest_layout(config)
@@ -104,11 +112,12 @@ def _rank(config: RunConfig, rank: int) -> dict[str, Any]:
         passes = make_passes(state.slices, state.optimizer.backward, config.train.seq_len, DEVICE)
         engine = Engine(passes, state.optimizer, state.levels, DEVICE)
         count = make_plan(config, layout).grad_accumulation
-        batches = [state.data.batch(range(number * size, (number + 1) * size)) for number in range(count)]
+        batches = [_batch(state.data, range(number * size, (number + 1) * size)) for number in range(count)]
         launches.clear(), exchanges.clear(), fake.HOST_READS.clear()
         engine.update(STEP, engine.gradients(STEP, batches, probe=True), measure=True, limits=StepLimits())
         trained, reads = len(launches), dict(fake.HOST_READS)
-        for name in state.data.validation_sets:
+        # A validation makes batches for other ranks, whose documents are shapes alone here.
+        for name in [] if config.model.within_documents else state.data.validation_sets:
             engine.evaluate(state.data.validation(name, 2 * size * config.train.seq_len, size))
         fake.HOST_READS.clear()
         float(next(iter(state.parameters.values())).sum())

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from hopescale.cli.app import main
+from hopescale.config.load import load_recipe, to_yaml
 from tests.support.fake_slurm import FakeSlurm
 
 SWEEP = "name: toy\nrecipe: debug\naxes: {train.steps: [3, 4, 5, 6]}\n"
@@ -132,3 +133,17 @@ def test_a_sweep_that_was_begun_elsewhere_is_not_just_waiting(sweep, tmp_path: P
     assert f"note: there is no sweep folder {tmp_path / 'sweeps/toy'}" in sweep("status")[1]
     (tmp_path / "sweeps" / "toy").mkdir(parents=True)
     assert "note:" not in sweep("status")[1]
+
+
+def test_trials_that_keep_old_names_and_those_that_are_left_out_are_told(sweep, tmp_path: Path):
+    for name, *changed in (("steps3",), ("other", "train.seed=7")):
+        config = load_recipe("debug", ["train.steps=3", f"name={name}", *changed]).config
+        (run_dir := tmp_path / "sweeps/toy/trials" / name).mkdir(parents=True)
+        (run_dir / "config.yaml").write_text(to_yaml(config))
+    (tmp_path / "toy.yaml").write_text(SWEEP.replace("}", ", train.seed: [0]}"))
+    code, out = sweep("status")
+    assert code == 0
+    kept = "note: toy.yaml names these trials anew, and they keep their old names: steps3-seed0 is steps3\n"
+    left = "note: toy.yaml no longer makes these trials in sweeps/toy/trials, which are left out: other\n"
+    assert kept in out and left in out
+    assert {"steps3", "steps4-seed0"} <= {line.split()[0] for line in out.splitlines() if line}

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from hopescale.cli.app import app
 from hopescale.common.errors import HopescaleError
-from hopescale.observe.trackers import open_trackers
+from hopescale.observe.trackers import require_trackers
 
 PYPROJECT = Path(__file__).parents[3] / "pyproject.toml"
 COMMANDS = {
@@ -31,11 +31,11 @@ IMPORTED = {"datasets": "datasets", "parquet": "pyarrow", "scaling": "matplotlib
 FILES = {"rows": b"PAR1....PAR1", "packed": b"\x28\xb5\x2f\xfd...."}
 
 
-def said(extra: str, folder: Path) -> str:
+def said(extra: str) -> str:
     """Use what needs an extra, and return what is said."""
     if extra in ("wandb", "mlflow"):
         with pytest.raises(HopescaleError) as caught:
-            open_trackers([extra], folder, name="run", config={}, resume_step=None)
+            require_trackers([extra])
         return f"{caught.value.message} {caught.value.hint}"
     result = CliRunner().invoke(app, COMMANDS[extra])
     assert isinstance(result.exception, HopescaleError), result.output
@@ -53,7 +53,7 @@ def test_a_missing_package_is_told_with_its_extra(extra: str, tmp_path: Path, mo
     else:
         monkeypatch.setattr("hopescale.cli.options.find_spec", lambda name: None)
         monkeypatch.setattr("hopescale.observe.trackers.find_spec", lambda name: None)
-    assert f"hopescale[{extra}]" in said(extra, tmp_path)
+    assert f"hopescale[{extra}]" in said(extra)
 
 
 def test_every_extra_is_told():

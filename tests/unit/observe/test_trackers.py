@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from hopescale.common.errors import ConfigError, HopescaleError
 from hopescale.observe.queued_tracker import QueuedTracker, Tracker
-from hopescale.observe.trackers import TensorBoardTracker, Trackers, open_trackers
+from hopescale.observe.trackers import TensorBoardTracker, Trackers, open_trackers, require_trackers
 
 
 def shown(folder: Path, name: str) -> list[tuple[int, float]]:
@@ -151,18 +151,18 @@ def test_texts_are_shown(tmp_path: Path):
     assert event.step == 7 and event.tensor_proto.string_val[0] == b"    Once *upon*\n    a time\n"
 
 
-def test_a_missing_package_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_missing_package_is_one_message(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("hopescale.observe.trackers.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="log.trackers has wandb, but the package wandb is not installed") as caught:
-        open_trackers(["wandb"], tmp_path, name="run", config={}, resume_step=None)
+        require_trackers(["wandb"])
     assert "hopescale[wandb]" in caught.value.hint
 
 
-def test_mlflow_needs_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_mlflow_needs_a_server(monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("mlflow")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with pytest.raises(ConfigError, match="MLFLOW_TRACKING_URI does not say where its server is"):
-        open_trackers(["mlflow"], tmp_path, name="run", config={}, resume_step=None)
+        require_trackers(["mlflow"])
 
 
 def test_mlflow_keeps_one_run_over_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

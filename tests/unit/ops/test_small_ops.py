@@ -36,6 +36,17 @@ def test_short_conv_has_the_gradient_of_its_equation(tokens: int):
     assert torch.autograd.gradcheck(short_conv, [tensor.requires_grad_() for tensor in inputs])
 
 
+@pytest.mark.parametrize("conv", [short_conv, linear_conv])
+def test_a_tail_and_its_gradient_hold_on_to_no_other_inputs(conv):
+    given, held = randn(3, 2, 6, seed=2).requires_grad_(), []
+    tail = given * 1
+    tail.register_hook(lambda gradient: held.append(gradient.untyped_storage().nbytes()))
+    y, after = conv(randn(100, 2, 6), randn(6, 4, seed=1), tail)
+    y.sum().backward()
+    assert after.untyped_storage().nbytes() <= 2 * after.nbytes and after.shape == given.shape
+    assert conv is linear_conv or held == [given.nbytes]
+
+
 FIRST = torch.tensor([[0, 0, 0, 3, 4, 4, 4, 4, 4, 4, 10], [0, 1, 1, 1, 1, 5, 5, 5, 5, 5, 5]], dtype=torch.int32)
 
 
