@@ -116,7 +116,7 @@ def make_pass(mixer: str, shape: Shape, seq_len: int, device: torch.device) -> C
     blocks = range(1, shape.layers + 1)
     computed = {"recompute": shape.recompute, "compiled": shape.compile, "backend": shape.backend}
     config = replace(configure(mixer, shape), within_documents=shape.documents is not None)
-    ids = None if shape.documents is None else _document_ids(shape, seq_len).to(device)
+    ids = None if shape.documents is None else _document_ids(shape, seq_len)
     stack = Model(config, blocks=blocks, **computed).to(device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     stack.to_precision(dtype)

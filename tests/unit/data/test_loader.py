@@ -249,9 +249,10 @@ def test_prefetching_changes_nothing(mixed: Data, depth: int) -> None:
 def test_batches_for_a_gpu_lie_in_page_locked_memory(mixed: Data, depth: int, monkeypatch: pytest.MonkeyPatch) -> None:
     pinned = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor.shape) or tensor)
-    next(prefetched(mixed, [[0, 1]], depth, pinned=True)).to(torch.device("meta"))
-    assert pinned == [mixed.batch([0, 1]).tokens.shape] * 3
-    assert not list(prefetched(mixed, [], depth)) and len(pinned) == 3
+    moved = next(prefetched(mixed, [[0, 1]], depth, pinned=True)).to(torch.device("meta"))
+    assert pinned == [mixed.batch([0, 1]).tokens.shape] * 2
+    assert moved.document_ids.device.type == "cpu", "the host finds where documents lie"
+    assert not list(prefetched(mixed, [], depth)) and len(pinned) == 2
 
 
 @pytest.mark.parametrize("depth", [0, 2])
