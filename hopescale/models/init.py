@@ -13,7 +13,9 @@ from hopescale.parallel.deferred import is_deferred
 from hopescale.parallel.layers import ParameterSpec
 from hopescale.parallel.mesh import Mesh
 
-DRAWN_AT_A_TIME = 1 << 18
+DRAWN_AT_A_TIME = 1 << 15
+"""Entries that stay in a processor's cache. On so few torch works with one thread: many short operations on several
+would wait for one another after each."""
 
 
 def initialize(model: nn.Module, seed: int, mesh: Mesh) -> None:

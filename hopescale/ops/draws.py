@@ -57,20 +57,20 @@ def uniform(bits: Tensor) -> Tensor:
 
 
 def normal(bits: Tensor) -> Tensor:
-    """Turn random numbers into normal ones of mean 0 and standard deviation 1, float32, none beyond 6.3.
+    """Turn random numbers into normal ones of mean 0 and standard deviation 1, float32, none beyond 6.34.
 
-    The lowest bit is the sign. The other bits `k` are the probability of a larger number, `v = (k + 1/2) / 2^32` in
-    (0, 1/2]. The inverse of the normal distribution is interpolated between 128 places in each octave of `v`, to 4e-6.
-    The exponent of `v` and its first binary digits, as float32 has them, are the number of a segment. The others are
-    the place in it.
+    The sign of a random number is kept. Its other bits `k` are the probability of a larger one, `v = (k + 1/2) / 2^32`
+    in (0, 1/2]. The inverse of the normal distribution is interpolated between 128 places in each octave of `v`, which
+    is exact to 4e-6. The exponent of `v` and its first binary digits, as float32 has them, are the number of a segment.
+    The other digits are the place in it.
     """
     digits = 23 - SEGMENT_BITS
-    tail = bits.bitwise_right_shift(1).bitwise_and_(0x7FFFFFFF).float().add_(0.5).mul_(2.0**-32).view(torch.int32)
+    tail = bits.bitwise_xor(bits.bitwise_right_shift(31)).float().add_(0.5).mul_(2.0**-32).view(torch.int32)
     place = tail.bitwise_and((1 << digits) - 1).float().mul_(2.0**-digits)
     segment = tail.bitwise_right_shift_(digits).sub_(EXPONENT_OF_LEAST << SEGMENT_BITS)
     start, rise = _segments()
     size = rise.index_select(0, segment).mul_(place).add_(start.index_select(0, segment))
-    return size.mul_(bits.bitwise_and(1).float().mul_(2.0).sub_(1.0))
+    return size.copysign_(bits.float())
 
 
 @cache
@@ -78,6 +78,6 @@ def _segments() -> tuple[Tensor, Tensor]:
     """Return the inverse of the normal distribution at the start of each segment, and how far it goes in it."""
     shift, first = 23 - SEGMENT_BITS, EXPONENT_OF_LEAST << SEGMENT_BITS
     last = 126 << SEGMENT_BITS  # the segment that starts at 1/2, of which only the start is met
-    starts = torch.arange(first, last + 2, dtype=torch.int32).bitwise_left_shift_(shift).view(torch.float32)
-    inverse = torch.tensor([-NormalDist().inv_cdf(each) for each in starts.tolist()])
-    return inverse[:-1], inverse.diff()
+    starts = (np.arange(first, last + 2, dtype=np.int32) << shift).view(np.float32)
+    inverse = np.array([-NormalDist().inv_cdf(each) for each in starts.tolist()], np.float32)
+    return torch.from_numpy(inverse[:-1]), torch.from_numpy(np.diff(inverse))
