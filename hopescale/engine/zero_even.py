@@ -119,7 +119,9 @@ class EvenShards:
         self._first = tiers.part * self._size
         self._weights = first.new_zeros(self._size * replicas, requires_grad=False)
         for name, parameter in self.parameters.items():
-            move_into(parameter, self._weights[slice(*self._spans[name])].view_as(parameter))
+            span = range(*self._spans[name])
+            drawn = tiers.share_of_span(len(self._weights), span) if shares else None
+            move_into(parameter, self._weights[span.start : span.stop].view_as(parameter), drawn)
         self.node_flat = NodeFlat(self._weights, tiers) if shares else None
         self.own = self.node_flat.own if shares else tiers.own(self._weights)
         self.master = self.own.float()
@@ -287,9 +289,10 @@ class EvenShards:
 
     def held_part(self, name: str) -> tuple[int, Tensor]:
         """Return what this replica holds of the node's sum of a parameter, and where it begins in the flattened one."""
-        share, (begin, end) = self._tiers.share_range(len(self._weights)), self._spans[name]
-        start, stop = (min(max(place, share.start), share.stop) for place in (begin, end))
-        return min(max(share.start - begin, 0), end - begin), self._held[start - share.start : stop - share.start]
+        share, span = self._tiers.share_range(len(self._weights)), range(*self._spans[name])
+        here = self._tiers.share_of_span(len(self._weights), span)
+        first = span.start + here.start - share.start
+        return here.start, self._held[first : first + len(here)]
 
     def start_of(self, name: str) -> int:
         """Return where this replica's part of a parameter begins, in entries of the flattened parameter."""

@@ -118,7 +118,7 @@ class ClassFlats:
         result = []
         for block in (None, *blocks):
             inside = {name for name in names if self._block_of.get(name) == block}
-            each = self._lay_out(kinds, dtype, {}, inside)
+            each = self._lay_out(kinds, dtype, {}, inside, is_shared=block is not None)
             if block is not None:
                 each.flat.share_out()
             result.append(replace(each, kept={name: kept[name] for name in kept if name in inside}))
@@ -130,11 +130,13 @@ class ClassFlats:
         dtype: torch.dtype,
         own: dict[tuple[int, str], Tensor],
         among: Collection[str] | None = None,
+        *,
+        is_shared: bool = False,
         **times: bool,
     ) -> Together:
         """Make a flat tensor with a stack of each kind for every owner, and note the stacks that are here.
 
-        `among` are the names to lay out; None is all of these kinds.
+        `among` are the names to lay out; None is all of these kinds. If it `is_shared`, only what nodes keep is drawn.
         """
         held: list[list[list[str]]] = [[[] for _ in kinds] for _ in range(self._tiers.group.size())]
         for place, (number, _) in enumerate(kinds):
@@ -155,13 +157,13 @@ class ClassFlats:
                 if owner == self._tiers.group.rank():
                     own[number, kind] = stack
                 for name, view in zip(held[owner][place], stack, strict=True):
-                    self._place(name, kind, view)
+                    self._place(name, kind, view, flat.share_of(view) if is_shared else None)
         return Together(frozenset(name for of_owner in held for names in of_owner for name in names), flat)
 
-    def _place(self, name: str, kind: str, view: Tensor) -> None:
+    def _place(self, name: str, kind: str, view: Tensor, drawn: range | None) -> None:
         parameter = self._parameters[name]
         if kind == "weights":
-            move_into(parameter, view)
+            move_into(parameter, view, drawn)
         elif kind == "gradients":
             self.gradients[name] = view
         else:

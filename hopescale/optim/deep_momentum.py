@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from hopescale.cost.updates import DEEP_MEMORY_DIM
+from hopescale.ops.draws import RandomBits, normal
 from hopescale.optim.muon import scale_to_rms
 from hopescale.optim.stacked import StackedOptimizer
-
-INITIAL_SEED = 0
 
 
 def deep_momentum_update(
@@ -122,8 +121,7 @@ class DeepMomentum(StackedOptimizer):
         *heads, _, columns = p.shape
         if self._hidden is None:
             return {"memory": p.new_zeros(*heads, columns, columns)}
-        generator = torch.Generator().manual_seed(INITIAL_SEED)
-        w2 = torch.randn(self._hidden, columns, generator=generator).to(p)
+        w2 = normal(RandomBits("memory_w2").at([range(self._hidden * columns)])).view(self._hidden, columns).to(p)
         return {
             "memory_w1": p.new_zeros(*heads, columns, self._hidden),
             "memory_w2": w2.expand(*heads, self._hidden, columns).clone(),

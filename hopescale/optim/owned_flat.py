@@ -70,7 +70,7 @@ class OwnedFlat:
         self.shared: NodeFlat | None = None
 
     def share_out(self) -> None:
-        """Let it be whole only while it is used from here on; what it holds is equal on all replicas."""
+        """Let it be whole only while it is used from here on; what it holds of this replica's share is kept."""
         self.shared = NodeFlat(self.flat, self._tiers)
         self.shared.free()
 
@@ -170,11 +170,16 @@ class OwnedFlat:
         if self._held is not None:
             self._held.zero_()
 
+    def share_of(self, piece: Tensor) -> range:
+        """Return which entries of a flattened piece of `flat` are in the share of it that this replica keeps."""
+        begin = piece.storage_offset()
+        return self._tiers.share_of_span(self.flat.numel(), range(begin, begin + piece.numel()))
+
     def held_part(self, piece: Tensor) -> tuple[int, Tensor]:
         """Return what this replica holds of a piece of `flat`, and where it begins in the flattened piece."""
-        begin, share = piece.storage_offset(), self._tiers.share_range(self.flat.numel())
-        part = _overlap(range(begin, begin + piece.numel()), share)
-        return max(part.start - begin, 0), self._held[part.start - share.start : part.stop - share.start]
+        here = self.share_of(piece)
+        first = piece.storage_offset() + here.start - self._tiers.share_range(self.flat.numel()).start
+        return here.start, self._held[first : first + len(here)]
 
     def held_sum(self, piece: Tensor) -> Tensor:
         """Return the sum so far of a piece, with zeros where other replicas of the node hold it."""

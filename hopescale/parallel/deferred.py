@@ -8,8 +8,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+Draw = Callable[[range], Tensor]
+"""Function that returns the initial values of entries of a flattened parameter."""
 
-def defer(parameter: nn.Parameter, dtype: torch.dtype, device: torch.device, draw: Callable[[], Tensor] | None) -> None:
+
+def defer(parameter: nn.Parameter, dtype: torch.dtype, device: torch.device, draw: Draw | None) -> None:
     """Take a parameter's memory away until `move_into`.
 
     Args:
@@ -28,17 +31,21 @@ def is_deferred(parameter: nn.Parameter) -> bool:
     return hasattr(parameter, "draw")
 
 
-def copy_values(parameter: nn.Parameter, into: Tensor) -> None:
-    """Copy a parameter's values; of one without memory draw them, or leave what is there to a checkpoint."""
+def copy_values(parameter: nn.Parameter, into: Tensor, drawn: range | None = None) -> None:
+    """Copy a parameter's values; of one without memory draw them, or leave what is there to a checkpoint.
+
+    `into` is contiguous. `drawn` are the entries to draw; None draws all.
+    """
     if not is_deferred(parameter):
         into.copy_(parameter.detach())
     elif parameter.draw is not None:
-        into.copy_(parameter.draw())
+        entries = range(into.numel()) if drawn is None else drawn
+        into.view(-1)[entries.start : entries.stop].copy_(parameter.draw(entries))
 
 
-def move_into(parameter: nn.Parameter, view: Tensor) -> None:
-    """Make a view the memory of a parameter, with its values."""
-    copy_values(parameter, view)
+def move_into(parameter: nn.Parameter, view: Tensor, drawn: range | None = None) -> None:
+    """Make a view the memory of a parameter, with its values: `copy_values`."""
+    copy_values(parameter, view, drawn)
     parameter.data = view
     if is_deferred(parameter):
         del parameter.draw

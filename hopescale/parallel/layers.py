@@ -40,8 +40,8 @@ class ParameterSpec:
         identity: Whether a square matrix starts as the identity plus the above.
         partition_dim: Dimension split over tensor-parallel ranks; None if every rank holds the whole.
         keep_fp32: Whether it stays float32 in a model of lower precision (gates, norms, memories).
-        of_uniform: Function from numbers drawn evenly from [0, 1) to its initial values, entry by entry; None for a
-            parameter that starts as the above.
+        of_uniform: Function from numbers drawn evenly from (0, 1), float64, to its initial values, entry by entry; None
+            for a parameter that starts as the above.
         sizes: Kinds of the rows and columns of a linear map, or of the entries of a vector that inputs are multiplied
             with; empty where each entry acts alone. They decide how its learning rate follows the width.
         parts: Projections that a matrix fuses: of the rows of each head, or group of heads, one after the other the

@@ -14,7 +14,7 @@ class NodeFlat:
     The memory of the flat tensor is free while it is not whole; views of it stay, and are whole when it is.
 
     Args:
-        flat: Weights `[replicas * k]`, whole at first, equal on all replicas.
+        flat: Weights `[replicas * k]`, of which the entries of this replica's share are set.
         tiers: Replicas, with nodes.
 
     Attributes:

@@ -45,6 +45,12 @@ class Tiers:
         size = entries // self._node.size()
         return range(self._node.rank() * size, (self._node.rank() + 1) * size)
 
+    def share_of_span(self, entries: int, span: range) -> range:
+        """Return which entries of a span of such a tensor lie in that share, counted from the span's start."""
+        share = self.share_range(entries)
+        start, stop = (min(max(place, span.start), span.stop) - span.start for place in (share.start, share.stop))
+        return range(start, stop)
+
     def share(self, flat: Tensor) -> Tensor:
         """Return the node's share of this replica, a view."""
         where = self.share_range(flat.numel())

@@ -47,7 +47,7 @@ class Watched(NodeWeights):
 
 
 class Listed(NodeFlat):
-    """Notes how many flat tensors lie around whole while weights are drawn for another one."""
+    """Notes how many flat tensors lie around whole while entries are drawn for another one, and counts these."""
 
     made: list[NodeFlat] = []
     most = draws = 0
@@ -58,7 +58,7 @@ class Listed(NodeFlat):
 
 
 def draw(*args: object) -> torch.Tensor:
-    Listed.draws += 1
+    Listed.draws += len(args[-1])
     Listed.most = max(Listed.most, sum(flat.has_memory for flat in Listed.made))
     return initial_values(*args)
 
@@ -73,13 +73,15 @@ def train(rank: int, folder: Path, *settings: str) -> None:
     ):
         train_run(folder / "run", 4, *NODES, *SMALL, *settings, last_step=LAST)
         assert Watched.most == 2
-        assert Listed.draws > 0 and Listed.most == 0, "a start holds the weights of no other block"
+        drawn = Listed.draws
+        assert drawn > 0 and Listed.most == 0, "a start holds the weights of no other block"
         if rank == 0:
             fork(folder / "run", folder / "again", step=3)
             fork(folder / "single", folder / "moved", step=3)
         dist.barrier()
         for name in ("again", "moved"):
             train_run(folder / name, 4, *NODES, *SMALL, *settings, last_step=LAST)
+        assert Listed.draws == drawn, "a run that continues draws nothing"
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -15,6 +15,7 @@ import torch
 from hopescale.checkpoint.manifest import step_of
 from hopescale.data.loader import Data
 from hopescale.engine import Engine
+from hopescale.ops.draws import RandomBits
 from hopescale.train.state import TrainState
 from tests.integration.conftest import Run
 
@@ -35,6 +36,16 @@ def test_ten_steps_are_five_and_five(train, run: Run, whole, precision: str):
     assert f"resumed from {run.checkpoint(5)} at step 5" in second.out
     assert "data.prefetch: 2 -> 0" in second.out
     run.assert_same(whole(precision))
+
+
+def test_a_run_that_continues_draws_no_weights(train, run: Run, monkeypatch: pytest.MonkeyPatch):
+    drawn, at = [], RandomBits.at
+    monkeypatch.setattr(RandomBits, "at", lambda bits, runs: drawn.append(bits) or at(bits, runs))
+    assert train("--stop-at", 2).code == 0
+    assert drawn
+    drawn.clear()
+    assert train("--stop-at", 3).code == 0
+    assert not drawn
 
 
 def test_every_sample_is_read_once_and_in_order(train, monkeypatch: pytest.MonkeyPatch):
@@ -205,6 +216,7 @@ import sys, time
 from hopescale.checkpoint import save
 from hopescale.cli.app import main
 from hopescale.engine import Engine
+from hopescale.ops.draws import RandomBits
 
 update, write = Engine.update, save._DigestingStream.write
 
