@@ -34,8 +34,8 @@ EVEN_PIECES, EVEN_ELEMENTS = 10, 1 << 20
 NODE_ELEMENTS = 1 << 26
 """Most entries of a flat tensor whose gradients replicas of a node sum as soon as they are there, if no parameter has
 more."""
-UPDATE_ELEMENTS = 1 << 26
-"""Most entries that AdamW updates at once, if no tensor has more: it computes with a copy of each."""
+MATRIX_ELEMENTS = 1 << 25
+"""Most entries that a rule for matrices updates at once, if no matrix has more: it computes with copies."""
 ENTRY_COST = 64
 """FLOPs that take as long as reading and writing an entry of weight, gradient and state: its part of an update that no
 matrix product is part of."""

@@ -9,14 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from hopescale.config.schema import OptimConfig
+from hopescale.cost.updates import MATRIX_ELEMENTS, buckets
 from hopescale.optim.cadence import Cadence
 from hopescale.optim.class_flats import Alike, ClassFlats, Together
-from hopescale.optim.gate import StepGate
+from hopescale.optim.gate import StepGate, uncount
 from hopescale.optim.owned_flat import OwnedFlat
 from hopescale.optim.ownership import Ownership
 from hopescale.optim.rules import make_rule
 from hopescale.optim.shape_class import ShapeClass, Slices
-from hopescale.optim.updater import Rates, RuleGroup, Scales, Updater
+from hopescale.optim.updater import Rates, RuleGroup, Scales, Updater, scale_together
 from hopescale.parallel.mesh import Mesh
 from hopescale.parallel.node_flat import NodeFlat
 
@@ -217,10 +218,11 @@ class LayerwiseOptimizer(Updater):
         self._finish_sums()
         self.settle()
         due, left = self._due(names), Counter(flat for index in self._due(names) for flat in self._flats_of(index))
-        for index in due:
-            each = self.classes[index]
-            self._update_class(each, scales[each.names[0]], gate)
-            for flat in self._flats_of(index):
+        sizes = {index: self.classes[index].weights.numel() for index in due}
+        # Ranks that share slices have the same.
+        for together in buckets(due, dict.fromkeys(due, 0), sizes, MATRIX_ELEMENTS):
+            self._update_classes([self.classes[index] for index in together], scales, gate)
+            for flat in (flat for index in together for flat in self._flats_of(index)):
                 left[flat] -= 1
                 if not left[flat]:
                     # On their way while the next classes are updated.
@@ -283,7 +285,7 @@ class LayerwiseOptimizer(Updater):
         """Take back that a bad step has counted as an update of matrices."""
         for each in (self.classes[index] for index in self._due(names)):
             if each.mastered:
-                self._rule_of(each).uncount([each.master])
+                uncount(self._rule_of(each), [each.master])
 
     def discard(self) -> None:
         """Drop all gradients and Gram matrices, on every replica."""
@@ -299,19 +301,28 @@ class LayerwiseOptimizer(Updater):
         assert all(due.issuperset(self.classes[index].names) for index in classes), "a class is due as a whole"
         return classes
 
-    def _update_class(self, each: ShapeClass, scale: Tensor | float, gate: StepGate | None) -> None:
-        """Update what belongs here of a class, which has one cadence and thus one scale."""
-        period = self.accumulators[each.names[0]].cadence.period
-        # Clipping makes a step smaller, not the inputs.
-        gradient, gram = each.gradient(scale), each.gram(1 / period if self._takes_mean else 1.0)
-        if each.mastered:
-            each.master.grad, each.master.gram = gradient, gram
-            if gate is not None:
-                gate.clear([sums for sums in (gradient, gram) if sums is not None])
-            self._rule_of(each).step(gate=gate)
-            each.master.grad = each.master.gram = None
-        each.clear()
-        each.set_weights()
+    def _update_classes(self, classes: Sequence[ShapeClass], scales: Scales, gate: StepGate | None) -> None:
+        """Update what belongs here of classes, each of which has one cadence and thus one scale."""
+        scale_together([each.gradients for each in classes], [scales[each.names[0]] for each in classes])
+        sums = [sums for each in classes for sums in each.sums]
+        if self._takes_mean:
+            # Clipping makes a step smaller, not the inputs.
+            for each in (each for each in classes if each.grams is not None):
+                each.grams.mul_(1 / self.cadences[each.names[0]].period)
+        if gate is not None:
+            gate.clear(sums)
+        for each in classes:
+            each.give_sums()
+        for rule in self.rules.values():
+            rule.step(gate=gate)
+        for each in classes:
+            each.take_sums()
+        torch._foreach_zero_(sums)
+        for each in (each for each in classes if each.slices is not None):
+            each.cut_weights()
+        low = [each for each in classes if each.slices is None and each.master.dtype != each.weights.dtype]
+        if low:
+            torch._foreach_copy_([each.weights for each in low], [each.master for each in low])
 
     def masters(self, names: Sequence[str]) -> list[Tensor]:
         """Return the float32 masters that are here, whole; nothing of the others."""

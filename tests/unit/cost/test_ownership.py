@@ -97,7 +97,7 @@ def test_costs_follow_shape_and_settings():
 def test_flops_of_orthogonal_matrices_are_those_that_torch_counts(shape: tuple[int, int], method: str, dtype: str):
     settings = MuonConfig(orthogonalize=method, ns_dtype=dtype, ns_steps=3)
     with FlopCounterMode(display=False) as counter:
-        orthogonal(torch.ones(shape), method, ns_steps=3, ns_dtype=DTYPES[dtype])
+        orthogonal([torch.ones(shape)], method, ns_steps=3, ns_dtype=DTYPES[dtype])
     assert orthogonal_flops(*shape, settings) == counter.get_total_flops()
     assert orthogonal_flops(64, 256, MuonConfig(orthogonalize="polar_express")) < 0.6 * orthogonal_flops(
         64, 256, MuonConfig()
