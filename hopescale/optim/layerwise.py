@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from hopescale.config.schema import OptimConfig
-from hopescale.cost.updates import MATRIX_ELEMENTS, buckets
+from hopescale.cost.updates import MATRIX_ELEMENTS
 from hopescale.optim.cadence import Cadence
-from hopescale.optim.class_flats import Alike, ClassFlats, Together
+from hopescale.optim.class_flats import ClassFlats, Together, put_together
 from hopescale.optim.gate import StepGate, uncount
 from hopescale.optim.owned_flat import OwnedFlat
+from hopescale.optim.owner_exchange import OwnerExchanges
 from hopescale.optim.ownership import Ownership
 from hopescale.optim.rules import make_rule
 from hopescale.optim.shape_class import ShapeClass, Slices
@@ -63,11 +64,21 @@ class LayerwiseOptimizer(Updater):
         rules = {name: self._group_of[name].rule for name in parameters}
         self.ownership = Ownership(parameters, rules, config, cadences, mesh)
         block_of = {name: number for number, names in enumerate(shared) for name in names}
-        alike = self._alike(parameters, cadences, levels)
+        alike = put_together(parameters, cadences, levels, self._group_of, self.ownership, mesh.tiers)
         flats = ClassFlats(parameters, alike, self.ownership, mesh.tiers, block_of)
-        self._sums, self._weights = flats.sums, flats.weights
+        self._sums, self._weights, self._exchanges = flats.sums, flats.weights, OwnerExchanges(mesh.tiers)
         self._shared = [each for each in flats.weights if each.flat.shared is not None]
         self.classes = self._make_classes(parameters, flats)
+        self._flats_of = [
+            [number for number, flat in enumerate(self._weights) if not flat.names.isdisjoint(each.names)]
+            for each in self.classes
+        ]
+        # Entries of each owner.
+        self._owned = [
+            Counter({owner: count * each.weights.shape[1:].numel() for owner, count in counts.items()})
+            for each in self.classes
+            for counts in [Counter(self.ownership.replica[name] for name in each.names)]
+        ]
         self._class_of = {name: index for index, each in enumerate(self.classes) for name in each.names}
         self._flat_of = {name: each.flat for each in self._sums for name in each.names}
         wakes = {name: flat.wake for name, flat in self._flat_of.items()}
@@ -84,28 +95,6 @@ class LayerwiseOptimizer(Updater):
         self._begins_early = not (self._has_nodes and mesh.cp_group.size() > 1)
         for each in self._sums:
             each.flat.rest()
-
-    def _alike(
-        self,
-        parameters: Mapping[str, nn.Parameter],
-        cadences: Mapping[str, Cadence],
-        levels: Collection[Collection[str]],
-    ) -> list[Alike]:
-        """Put together what is alike and due together, in the same order on all ranks."""
-        level_of = {name: index for index, names in enumerate(levels) for name in names}
-        alike: dict[tuple, list[str]] = defaultdict(list)
-        for name, p in parameters.items():
-            split = p.spec.partition_dim if self.ownership.is_gathered(name) else None
-            due = level_of.get(name), cadences[name]
-            alike[due, self._group_of[name].name, p.dtype, p.shape, p.spec.parts, split].append(name)
-        result = []
-        for (due, *_, split), names in alike.items():
-            names = sorted(names, key=lambda name: (self.ownership.replica[name], self.ownership.tp_rank.get(name)))
-            gram = None
-            if self._group_of[names[0]].rule == "dgd":
-                gram = self.ownership.shape[names[0]][-1], parameters[names[0]].shape[-1]
-            result.append(Alike(names, due, split, gram, cadences[names[0]].period > 1))
-        return result
 
     def _make_classes(self, parameters: Mapping[str, nn.Parameter], flats: ClassFlats) -> list[ShapeClass]:
         classes = []
@@ -184,8 +173,7 @@ class LayerwiseOptimizer(Updater):
                 each.flat.hold()
 
     def _finish_sums(self) -> None:
-        for each in self._sums:
-            each.flat.finish()
+        self._exchanges.to_owners([each.flat for each in self._sums if each.flat.arrive()])
 
     def accumulated_grad(self, name: str) -> Tensor:
         """Return the sum of a parameter's gradients since its last update."""
@@ -217,17 +205,15 @@ class LayerwiseOptimizer(Updater):
                 group["lr"] = rates[group["name"]]
         self._finish_sums()
         self.settle()
-        due, left = self._due(names), Counter(flat for index in self._due(names) for flat in self._flats_of(index))
-        sizes = {index: self.classes[index].weights.numel() for index in due}
-        # Ranks that share slices have the same.
-        for together in buckets(due, dict.fromkeys(due, 0), sizes, MATRIX_ELEMENTS):
-            self._update_classes([self.classes[index] for index in together], scales, gate)
-            for flat in (flat for index in together for flat in self._flats_of(index)):
-                left[flat] -= 1
-                if not left[flat]:
-                    # On their way while the next classes are updated.
-                    self._begin_to_hand_out(self._weights[flat])
+        due = self._due(names)
+        left = Counter(sorted(flat for index in due for flat in self._flats_of[index]))
         self._on_their_way = [(self._weights[flat].names, self._weights[flat].flat.finish) for flat in left]
+        for together in self._rounds(due):
+            self._update_classes([self.classes[index] for index in together], scales, gate)
+            left.subtract(flat for index in together for flat in self._flats_of[index])
+            # On their way while the next classes are updated.
+            self._begin_to_hand_out([self._weights[flat] for flat, count in left.items() if not count])
+            left = +left
         self._settle_others(names)
         for each in self._sums:
             each.flat.put_back()
@@ -244,13 +230,27 @@ class LayerwiseOptimizer(Updater):
         for flat in {id(flat): flat for flat in map(self._flat_of.get, names)}.values():
             flat.discard()
 
-    def _begin_to_hand_out(self, each: Together) -> None:
-        each.flat.begin_to_hand_out([(self.parameters[name].detach(), kept) for name, kept in each.kept.items()])
+    def _begin_to_hand_out(self, flats: Sequence[Together]) -> None:
+        """Begin to hand out flat tensors of weights, those that nodes share out one after the other."""
+        whole = [each for each in flats if each.flat.shared is None]
+        for together in ([whole] if whole else []) + [[each] for each in flats if each.flat.shared is not None]:
+            for each in together:
+                each.flat.take((self.parameters[name].detach(), kept) for name, kept in each.kept.items())
+            self._exchanges.to_parts([each.flat for each in together])
+            for each in together:
+                each.flat.begin_to_gather()
 
-    def _flats_of(self, index: int) -> list[int]:
-        """Return the numbers of the flat tensors that hold weights of a class: one, or one for each block."""
-        names = self.classes[index].names
-        return [number for number, each in enumerate(self._weights) if not each.names.isdisjoint(names)]
+    def _rounds(self, due: Sequence[int]) -> list[list[int]]:
+        """Cut classes into those that are updated together: the same on all replicas, which exchange in between."""
+        rounds: list[list[int]] = []
+        owned: Counter[int] = Counter()
+        for index in due:
+            of_class = self._owned[index]
+            owned = owned + of_class
+            if not rounds or max(owned.values()) > MATRIX_ELEMENTS:
+                rounds, owned = [*rounds, []], of_class
+            rounds[-1].append(index)
+        return rounds
 
     def node_flats(self) -> list[tuple[str, NodeFlat]]:
         """Return the weights that replicas of a node share out, each with the name of a parameter in it."""
@@ -271,7 +271,7 @@ class LayerwiseOptimizer(Updater):
             own.copy_(weights[name])
         for each in self._weights:
             if each.flat.shared is not None:
-                self._begin_to_hand_out(each)
+                self._begin_to_hand_out([each])
                 each.flat.finish()
                 continue
             for name, kept in each.kept.items():
