@@ -69,15 +69,10 @@ class LayerwiseOptimizer(Updater):
         self._sums, self._weights, self._exchanges = flats.sums, flats.weights, OwnerExchanges(mesh.tiers)
         self._shared = [each for each in flats.weights if each.flat.shared is not None]
         self.classes = self._make_classes(parameters, flats)
+        self._sizes = {name: parameter.numel() for name, parameter in parameters.items()}
         self._flats_of = [
             [number for number, flat in enumerate(self._weights) if not flat.names.isdisjoint(each.names)]
             for each in self.classes
-        ]
-        # Entries of each owner.
-        self._owned = [
-            Counter({owner: count * each.weights.shape[1:].numel() for owner, count in counts.items()})
-            for each in self.classes
-            for counts in [Counter(self.ownership.replica[name] for name in each.names)]
         ]
         self._class_of = {name: index for index, each in enumerate(self.classes) for name in each.names}
         self._flat_of = {name: each.flat for each in self._sums for name in each.names}
@@ -208,7 +203,8 @@ class LayerwiseOptimizer(Updater):
         due = self._due(names)
         left = Counter(sorted(flat for index in due for flat in self._flats_of[index]))
         self._on_their_way = [(self._weights[flat].names, self._weights[flat].flat.finish) for flat in left]
-        for together in self._rounds(due):
+        classes = {index: self.classes[index].names for index in due}
+        for together in self.ownership.rounds(classes, self._sizes, MATRIX_ELEMENTS):
             self._update_classes([self.classes[index] for index in together], scales, gate)
             left.subtract(flat for index in together for flat in self._flats_of[index])
             # On their way while the next classes are updated.
@@ -239,18 +235,6 @@ class LayerwiseOptimizer(Updater):
             self._exchanges.to_parts([each.flat for each in together])
             for each in together:
                 each.flat.begin_to_gather()
-
-    def _rounds(self, due: Sequence[int]) -> list[list[int]]:
-        """Cut classes into those that are updated together: the same on all replicas, which exchange in between."""
-        rounds: list[list[int]] = []
-        owned: Counter[int] = Counter()
-        for index in due:
-            of_class = self._owned[index]
-            owned = owned + of_class
-            if not rounds or max(owned.values()) > MATRIX_ELEMENTS:
-                rounds, owned = [*rounds, []], of_class
-            rounds[-1].append(index)
-        return rounds
 
     def node_flats(self) -> list[tuple[str, NodeFlat]]:
         """Return the weights that replicas of a node share out, each with the name of a parameter in it."""
