@@ -122,11 +122,15 @@ def train(config: RunConfig) -> Iterator[Step]:
         times = [clock()]
         micro_batches = list(islice(batches, count // micro))
         times.append(clock())
-        gradients = engine.gradients(step, micro_batches)
+        computed = engine.gradients(step, micro_batches)
         times.append(clock())
-        engine.update(step, gradients)
+        # Through the gate, as training updates; a host that must know first would wait in `read`.
+        engine.update(step, computed, limits=state.watch.limits() if engine.is_gated else None)
         times.append(clock())
         yield Step(*(end - begin for begin, end in pairwise(times)), peak_memory_gib(device))
+        found = computed.read()
+        if state.watch.judge(found.loss, found.grad_norm, found.waiting_norm) and engine.is_gated:
+            state.optimizer.take_back(step)
 
 
 def row_of(recipe: str, config: RunConfig, step: Step) -> Row:

@@ -27,6 +27,7 @@ from hopescale.cost.updates import (
     assign_owners,
     buckets,
     even_sets,
+    matrix_sets,
     wire_bytes,
 )
 
@@ -80,6 +81,18 @@ class SentBytes:
         self.precision = self.config.train.precision
         self.micro_batches = make_plan(self.config, layout).grad_accumulation
         self.matrices = holdings.matrices(layout, stage)
+        self._set_of = self._matrix_sets()
+
+    def _matrix_sets(self) -> dict[str, int]:
+        """Return the number of the set in which each matrix lies: its flat tensor, or several for types and blocks."""
+        together: dict[tuple, dict[str, int]] = {}
+        for p in self.matrices:
+            together.setdefault((p.due, self.holdings.rule_of(p) == "dgd"), {})[p.name] = p.size
+        whole, sets = sum(p.size for p in self.matrices), []
+        for (_, has_grams), sizes in together.items():
+            is_cut = self.layout.replicas > 1 and not self.layout.node_replicas and not has_grams
+            sets += matrix_sets(sizes, whole) if is_cut else [[*sizes]]
+        return {name: number for number, names in enumerate(sets) for name in names}
 
     def per_step(self) -> dict[str, float]:
         """Return the bytes of a step by axis, averaged over the cadences of the levels."""
@@ -115,8 +128,7 @@ class SentBytes:
         matrices = [p for p in self.matrices if p.due is None or p.due in due]
         if layout.replicas > 1:
             sent["dp"] += self._matrices(matrices)
-            for part in {p.due for p in self.matrices if p.due is None or p.due in gone}:
-                sent["dp"] += self._gradients([p for p in self.matrices if p.due == part])
+            sent["dp"] += self._gradients([p for p in self.matrices if p.due is None or p.due in gone])
         if layout.node_replicas:
             sent["node"] = self._within_node(due, matrices)
         if matrices and gathers(self.config, layout):
@@ -261,8 +273,8 @@ class SentBytes:
         sent += FP32 * dp * passes * sum(map(sum, self._even_shards().values()))
         for (part, width), counts in self._even_shards(self._always_whole(self.parameters)).items():
             sent += width * nodes * (part is None or part in due) * sum(counts)
-        for part in {p.due for p in self.matrices}:
-            sent += FP32 * dp * self._even_part(self._summed([p for p in self.matrices if p.due == part]))
+        for members in self._in_sets(self.matrices):
+            sent += FP32 * dp * self._even_part(self._summed(members))
         for alike in self._gathered_together(self._always_whole(matrices)):
             sent += nodes * alike[0].itemsize(self.precision) * self._even_part(sum(p.size for p in alike))
         return sent + nodes * self._gathered_around_passes()
@@ -299,7 +311,14 @@ class SentBytes:
         """Return matrices in groups whose weights replicas gather together."""
         together: dict[tuple, list[ParameterShape]] = {}
         for p in matrices:
-            together.setdefault((p.due, p.itemsize(self.precision), self._block_of(p)), []).append(p)
+            together.setdefault((self._set_of[p.name], p.itemsize(self.precision), self._block_of(p)), []).append(p)
+        return list(together.values())
+
+    def _in_sets(self, matrices: list[ParameterShape]) -> list[list[ParameterShape]]:
+        """Return matrices in the sets whose gradients replicas sum together."""
+        together: dict[int, list[ParameterShape]] = {}
+        for p in matrices:
+            together.setdefault(self._set_of[p.name], []).append(p)
         return list(together.values())
 
     def _even_shards(
@@ -329,8 +348,7 @@ class SentBytes:
         elif self.layout.node_replicas:
             return [sum(sizes.values())]
         else:
-            whole = sum(p.size for p in self.parameters if self.holdings.rule_of(p) == "adamw")
-            parts = even_sets(sizes, whole)
+            parts = even_sets(sizes, sum(p.size for p in self.parameters))
         return [sum(sizes[name] for name in part) for part in parts]
 
     def _shards(self, due: Collection[LevelPart]) -> int:
@@ -344,9 +362,7 @@ class SentBytes:
 
     def _matrices(self, matrices: list[ParameterShape]) -> int:
         """Count gradients from equal parts to the owners of matrices, and updated weights back."""
-        count = 0
-        for part in {p.due for p in matrices}:
-            count += self._to_owners([p for p in matrices if p.due == part])
+        count = sum(map(self._to_owners, self._in_sets(matrices)))
         for alike in self._gathered_together(matrices):
             own = sum(p.size for p in alike if self.owners[p.name] == 0)
             count += alike[0].itemsize(self.precision) * (own + self._even_part(sum(p.size for p in alike)))
@@ -354,7 +370,7 @@ class SentBytes:
 
     def _gradients(self, matrices: list[ParameterShape]) -> int:
         """Count gradients and Gram matrices of matrices that replicas sum together, in equal parts."""
-        return self._rows(matrices[0].due, self._even_part(self._summed(matrices))) if matrices else 0
+        return sum(self._rows(each[0].due, self._even_part(self._summed(each))) for each in self._in_sets(matrices))
 
     def _to_owners(self, matrices: list[ParameterShape]) -> int:
         """Count the part of a sum that goes on to the owners."""

@@ -21,7 +21,7 @@ from hopescale.cost.micro_batch import Activations, MicroBatch
 from hopescale.cost.mixers import COSTS
 from hopescale.cost.parameter import FP32, itemsize
 from hopescale.cost.params import count_params
-from hopescale.cost.updates import BUCKETS_UNDER_WAY, NODE_ELEMENTS, UPDATE_ELEMENTS, state_entries, sum_elements
+from hopescale.cost.updates import BUCKETS_UNDER_WAY, MATRIX_ELEMENTS, NODE_ELEMENTS, state_entries, sum_elements
 from hopescale.ops.limits import LOGITS_AT_A_TIME
 
 LASTING = ("weights", "gradients", "accumulators", "masters", "optimizer")
@@ -141,14 +141,15 @@ def device_memory_of_stage(
         exact: Whether shares of matrices are those of the replica that owns most, or of all on average.
     """
     holding, slices = holdings.of_stage(layout, stage), holdings.slices(layout, stage)
-    lasting = _lasting(config, layout, holding, holdings.owned_share(layout, stage) if exact else 1 / layout.replicas)
+    owned = holdings.owned_share(layout, stage) if exact else 1 / layout.replicas
+    lasting = _lasting(config, layout, holding, owned)
     waiting = layout.pp - stage
     if layout.virtual_stages > 1:
         waiting = 2 * (layout.pp - stage - 1) + (layout.virtual_stages - 1) * layout.pp + 1
     if layout.pp == 1 and layout.cp > 1:
         waiting = 2  # two are begun before the first turns back
     in_flight = min(waiting, make_plan(config, layout).grad_accumulation * layout.virtual_stages)
-    moments = _moments(config, layout, holding, slices, in_flight, holdings.watched)
+    moments = _moments(config, layout, holding, owned, slices, in_flight, holdings.watched)
     name = max(moments, key=lambda name: sum(moments[name].values()))
     at_peak = {kind: lasting.get(kind, 0) + moments[name].get(kind, 0) for kind in KINDS}
     return DeviceMemory(at_peak, name, in_flight, holding.total())
@@ -237,20 +238,19 @@ def _fast_gradients(config: RunConfig, layout: Layout, holding: Holding) -> floa
     return FP32 * sum(holding.entries[kind] for kind in made) / (layout.replicas if config.parallel.stage > 1 else 1)
 
 
-def _update_workspace(config: RunConfig, layout: Layout, holding: Holding) -> float:
-    """Count the workspace of an update of everything: roots, and the weights before it, to compare.
+def _update_workspace(config: RunConfig, layout: Layout, holding: Holding, owned: float) -> float:
+    """Count the workspace of an update of everything: the weights before it, to compare, and what rules compute with.
 
-    AdamW updates some parameters at a time, but ZeRO all of its share, whose gradients stages 2 and 3 copy too.
+    AdamW computes in the place of gradients; DeepSpeed's, of stages 2 and 3, with roots and copies of them. Rules for
+    matrices update some of what a replica owns at a time.
     """
     dp = layout.replicas
     elementwise = sum(count for kind, count in holding.entries.items() if kind.rule == "adamw")
     in_levels = sum(count for kind, count in holding.entries.items() if kind.level)
-    if config.parallel.stage:
-        workspace = ((1 + (config.parallel.stage > 1)) * elementwise + in_levels) / dp
-    else:
-        workspace = min(elementwise, max(UPDATE_ELEMENTS, holding.largest)) + in_levels
+    copied = 2 * elementwise if config.parallel.stage > 1 else 0
+    workspace = (copied + in_levels) / dp if config.parallel.stage else in_levels
     copies = MATRIX_WORKSPACE + _kept_for_bad_steps(config, holding)
-    workspace += copies * min(holding.largest, holding.total() - elementwise)
+    workspace += copies * min(max(MATRIX_ELEMENTS, holding.largest), owned * (holding.total() - elementwise))
     return max(FP32 * workspace, _sums_under_way(config, layout, holding))
 
 
@@ -273,6 +273,7 @@ def _moments(
     config: RunConfig,
     layout: Layout,
     holding: Holding,
+    owned: float,
     slices: list[range],
     in_flight: int,
     watched: Collection[tuple[str, str]],
@@ -320,7 +321,7 @@ def _moments(
             "workspace": workspace + early,
             "gradients": gradients,
         },
-        "update": {"gradients": gradients, "workspace": _update_workspace(config, layout, holding)},
+        "update": {"gradients": gradients, "workspace": _update_workspace(config, layout, holding, owned)},
     }
 
 

@@ -31,11 +31,13 @@ EVEN_UNIT = 8
 """Entries of which a replica's part of a flat tensor is a multiple: 16 bytes of bfloat16."""
 EVEN_PIECES, EVEN_ELEMENTS = 10, 1 << 20
 """Pieces of a model into which flat tensors of ZeRO 1 are cut, and the entries below which none is."""
+MATRIX_PIECES = 8
+"""Pieces of all matrices into which their flat tensors are cut, of `EVEN_ELEMENTS` entries at least."""
 NODE_ELEMENTS = 1 << 26
 """Most entries of a flat tensor whose gradients replicas of a node sum as soon as they are there, if no parameter has
 more."""
-UPDATE_ELEMENTS = 1 << 26
-"""Most entries that AdamW updates at once, if no tensor has more: it computes with a copy of each."""
+MATRIX_ELEMENTS = 1 << 25
+"""Most entries that a rule for matrices updates at once, if no matrix has more: it computes with copies."""
 ENTRY_COST = 64
 """FLOPs that take as long as reading and writing an entry of weight, gradient and state: its part of an update that no
 matrix product is part of."""
@@ -198,6 +200,18 @@ def even_sets(sizes: Mapping[str, int], whole: int) -> list[list[str]]:
     sets = buckets(others, dict.fromkeys(others, 0), sizes, room)
     # Within a set the order is that of the model.
     return [names[::-1] for names in sets] + ([alone] if alone else [])
+
+
+def matrix_sets(sizes: Mapping[str, int], whole: int) -> list[list[str]]:
+    """Cut matrices that are updated together into sets that a backward pass completes one after the other.
+
+    Args:
+        sizes: Entries of the matrices, in the order of the model.
+        whole: Entries of all matrices of the model.
+    """
+    return buckets(
+        reversed(sizes), dict.fromkeys(sizes, 0), sizes, max(EVEN_ELEMENTS, math.ceil(whole / MATRIX_PIECES))
+    )
 
 
 def buckets(names: Iterable[str], owners: Mapping[str, int], sizes: Mapping[str, int], room: int) -> list[list[str]]:

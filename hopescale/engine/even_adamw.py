@@ -1,4 +1,4 @@
-"""AdamW on the parts that a replica has of many flat tensors, as many at once as there is room for."""
+"""AdamW on the parts that a replica has of many flat tensors, all at once."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hopescale.cost.updates import UPDATE_ELEMENTS, buckets
 from hopescale.engine.zero_even import EvenShards
 from hopescale.optim import RuleGroup
 from hopescale.optim.adamw import AdamW
@@ -43,23 +42,18 @@ class EvenAdamW:
         if self._rule is not None:
             for group in self._rule.param_groups:
                 group["lr"] = rates[group["name"]]
-        first = {next(iter(shards.parameters)): shards for shards in due}
-        sizes = {name: shards.entries for name, shards in first.items()}
-        # AdamW computes with a copy of what it updates.
-        for names in buckets(first, dict.fromkeys(first, 0), sizes, UPDATE_ELEMENTS):
-            sets = [first[name] for name in names]
-            gradients = [shards.take_gradient() for shards in sets]
-            # All of a set have one cadence, and so one factor.
-            scale_together(gradients, [scales[name] for name in names])
-            if gate is not None:
-                gate.clear(gradients)
-            self._update(sets, gradients, gate)
-            del gradients
-            low = [shards for shards in sets if shards.is_low_precision]
-            if low:
-                torch._foreach_copy_([shards.own for shards in low], [shards.master for shards in low])
-            for shards in sets:
-                shards.end_update()
+        gradients = [shards.take_gradient() for shards in due]
+        # All of a set have one cadence, and so one factor.
+        scale_together(gradients, [scales[next(iter(shards.parameters))] for shards in due])
+        if gate is not None:
+            gate.clear(gradients)
+        self._update(due, gradients, gate)
+        del gradients
+        low = [shards for shards in due if shards.is_low_precision]
+        if low:
+            torch._foreach_copy_([shards.own for shards in low], [shards.master for shards in low])
+        for shards in due:
+            shards.end_update()
 
     def _update(self, sets: Sequence[EvenShards], gradients: Sequence[Tensor], gate: StepGate | None) -> None:
         parts = [part for shards in sets for part in shards.parts]
@@ -67,9 +61,7 @@ class EvenAdamW:
             for part in shards.parts:
                 part.master.grad = gradient[part.start : part.stop]
                 self._rule.state[part.master]["step"].copy_(shards.updates)
-        if parts and gate is None:
-            self._rule.step()
-        elif parts:
+        if parts:
             self._rule.step_through(gate)
         for part in parts:
             part.master.grad = None

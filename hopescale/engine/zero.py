@@ -45,6 +45,7 @@ class ZeroAdamW(Updater):
         levels: Names of parameters that are reduced together and apart from the others.
         whole: Kinds of modules whose parameters stage 3 gathers at once.
         shared: Names of parameters by block whose weights replicas of a node share out, at stage 1 with nodes.
+        entries: Entries of all parameters of this rank, other updaters' too; None is its own.
     """
 
     def __init__(
@@ -60,8 +61,10 @@ class ZeroAdamW(Updater):
         levels: Collection[Collection[str]] = (),
         whole: Collection[type[nn.Module]] = (Block,),
         shared: Sequence[Collection[str]] = (),
+        entries: int | None = None,
     ):
         super().__init__(parameters, cadences, mesh, accumulates=False)
+        self._entries = entries or sum(parameter.numel() for parameter in self.parameters.values())
         self.stage, self._tiers = stage, mesh.tiers
         self._block_of = {name: number for number, names in enumerate(shared) for name in names}
         # Stages, and ranks that share sequences, are not at the same place of a backward pass.
@@ -96,8 +99,8 @@ class ZeroAdamW(Updater):
                 for names, room in zip(sets, rooms, strict=True)
                 for part in buckets(names, dict.fromkeys(names, 0), sizes, room)
             ]
-        whole, place = sum(sizes.values()), {name: number for number, name in enumerate(self.parameters)}
-        parts = [part for names in sets for part in even_sets({name: sizes[name] for name in names}, whole)]
+        place = {name: number for number, name in enumerate(self.parameters)}
+        parts = [part for names in sets for part in even_sets({name: sizes[name] for name in names}, self._entries)]
         # Weights are handed out in the order in which a forward pass wants them.
         return sorted(parts, key=lambda names: min(place[name] for name in names))
 

@@ -38,10 +38,10 @@ def newton_schulz(
     shape = y.shape
     alone = shape.numel() == shape[-2] * shape[-1]
     # What torch.optim.Muon calls, so that one matrix gives the same bits.
-    multiply_add = torch.addmm if alone else torch.baddbmm
+    multiply, multiply_add = (torch.mm, torch.addmm) if alone else (torch.bmm, torch.baddbmm)
     y = y.reshape(shape[-2:] if alone else (-1, *shape[-2:]))
     for _ in range(steps):
-        gram = y @ y.mT
+        gram = multiply(y, y.mT)
         y = multiply_add(y, multiply_add(gram, gram, gram, beta=b, alpha=c), y, beta=a)
     y = y.reshape(shape)
     return (y.mT if tall else y).to(x.dtype)

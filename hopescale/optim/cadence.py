@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -71,6 +71,10 @@ class Accumulator:
         cadence: Cadence at which the sum is used.
         buffer: Float32 zeros in which to accumulate; None makes room, for a fast parameter in each step anew.
         wake: Function to call before the buffer is used, if its memory may be free in between.
+
+    Attributes:
+        total: The sum, None if there is none yet.
+        buffer: Where the next sum is made; None if it is made anew.
     """
 
     def __init__(
@@ -84,7 +88,7 @@ class Accumulator:
         self.persists = cadence.period > 1
         if self.persists and buffer is None:
             buffer = torch.zeros_like(parameter, dtype=torch.float32)
-        self.total = self._buffer = buffer
+        self.total = self.buffer = buffer
 
     def take(self, _: Tensor | None = None) -> None:
         """Add the parameter's gradient to the sum and clear it: a hook for after each backward pass."""
@@ -107,6 +111,15 @@ class Accumulator:
 
     def clear(self) -> None:
         """Begin a new period."""
-        self.total = self._buffer
-        if self.total is not None:
-            self.total.zero_()
+        begin_periods([self])
+
+
+def begin_periods(accumulators: Iterable[Accumulator]) -> None:
+    """Begin a new period of accumulators, all at once."""
+    lasting = []
+    for each in accumulators:
+        each.total = each.buffer
+        if each.buffer is not None:
+            lasting.append(each.buffer)
+    if lasting:
+        torch._foreach_zero_(lasting)

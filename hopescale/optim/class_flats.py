@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
+from hopescale.cost.updates import matrix_sets
+from hopescale.optim.cadence import Cadence
 from hopescale.optim.owned_flat import OwnedFlat
 from hopescale.optim.ownership import Ownership
+from hopescale.optim.updater import RuleGroup
 from hopescale.parallel.deferred import copy_values, move_into
 from hopescale.parallel.tiers import Tiers
 
@@ -46,6 +50,50 @@ class Together:
     names: frozenset[str]
     flat: OwnedFlat
     kept: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def put_together(
+    parameters: Mapping[str, nn.Parameter],
+    cadences: Mapping[str, Cadence],
+    levels: Collection[Collection[str]],
+    groups: Mapping[str, RuleGroup],
+    ownership: Ownership,
+    tiers: Tiers,
+) -> list[Alike]:
+    """Put together what is alike and due together, in the same order on all ranks.
+
+    Without nodes, what is due together is cut into sets that a backward pass completes one after the other, but for
+    what has Gram matrices.
+
+    Args:
+        parameters: Parameters by name, in the order of the model.
+        cadences: Cadences of them.
+        levels: Names of parameters that are reduced together and apart from the others.
+        groups: Groups of them.
+        ownership: Owners.
+        tiers: Replicas.
+    """
+    level_of = {name: index for index, names in enumerate(levels) for name in names}
+    together: dict[tuple, list[str]] = defaultdict(list)
+    for name in parameters:
+        together[level_of.get(name), cadences[name], groups[name].rule == "dgd"].append(name)
+    whole, sets = sum(p.numel() for p in parameters.values()), []
+    for (*_, has_grams), names in together.items():
+        is_cut = tiers.group.size() > 1 and not tiers.has_nodes and not has_grams
+        sets += matrix_sets({name: parameters[name].numel() for name in names}, whole) if is_cut else [names]
+    set_of = {name: number for number, names in enumerate(sets) for name in names}
+    alike: dict[tuple, list[str]] = defaultdict(list)
+    for name, p in parameters.items():
+        split = p.spec.partition_dim if ownership.is_gathered(name) else None
+        alike[set_of[name], groups[name].name, p.dtype, p.shape, p.spec.parts, split].append(name)
+    result = []
+    for (due, *_, split), names in alike.items():
+        names = sorted(names, key=lambda name: (ownership.replica[name], ownership.tp_rank.get(name)))
+        gram = None
+        if groups[names[0]].rule == "dgd":
+            gram = ownership.shape[names[0]][-1], parameters[names[0]].shape[-1]
+        result.append(Alike(names, due, split, gram, cadences[names[0]].period > 1))
+    return result
 
 
 class ClassFlats:

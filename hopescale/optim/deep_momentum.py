@@ -11,7 +11,7 @@ from torch import Tensor
 from hopescale.cost.updates import DEEP_MEMORY_DIM
 from hopescale.ops.draws import RandomBits, normal
 from hopescale.optim.muon import scale_to_rms
-from hopescale.optim.stacked import StackedOptimizer
+from hopescale.optim.stacked import StackedOptimizer, one_by_one
 
 
 def deep_momentum_update(
@@ -68,7 +68,7 @@ def deep_momentum_update(
         answer = u + torch.tanh(u @ memory_w2.mT) @ memory_w1.mT
     update = answer.mul_(length)
     if update_rms is not None:
-        scale_to_rms(update, update_rms)
+        scale_to_rms([update], update_rms)
     weight.mul_(1 - lr * weight_decay).sub_(update, alpha=lr)
 
 
@@ -91,7 +91,7 @@ class DeepMomentum(StackedOptimizer):
         ValueError: If a parameter is no matrix, or a setting has no such value.
     """
 
-    rule = staticmethod(deep_momentum_update)
+    rule = staticmethod(one_by_one(deep_momentum_update))
 
     def __init__(
         self,

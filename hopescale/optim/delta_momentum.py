@@ -7,15 +7,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from hopescale.optim.muon import corrected_root
 from hopescale.optim.stacked import StackedOptimizer
 
 
 def delta_momentum_update(
-    weight: Tensor,
-    grad: Tensor,
-    momentum_buffer: Tensor,
-    step: int,
-    second_moment: Tensor | None = None,
+    weight: list[Tensor],
+    grad: list[Tensor],
+    momentum_buffer: list[Tensor],
+    step: list[int],
+    second_moment: list[Tensor] | None = None,
     *,
     lr: float,
     momentum: float = 0.9,
@@ -25,7 +26,8 @@ def delta_momentum_update(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
 ) -> None:
-    """Take one step of Delta Momentum (Nested Learning, Eq. 48 and 49) with matrices `[..., R, C]`, in place.
+    """Take one step of Delta Momentum (Nested Learning, Eq. 48 and 49) with stacks of matrices `[..., R, C]`, in
+    place.
 
         m <- m (alpha I - delta g^T g / |g|^2) - lr P g
         W <- (1 - lr wd) W + m
@@ -49,17 +51,26 @@ def delta_momentum_update(
         eps: Added to the root of `V`.
         weight_decay: Decoupled, per unit of learning rate.
     """
-    wide = grad.shape[-2] <= grad.shape[-1]  # decides which product in the middle is smaller, [R, R] or [C, C]
-    held = (momentum_buffer @ grad.mT) @ grad if wide else momentum_buffer @ (grad.mT @ grad)
+    held = [_along(each, g) for each, g in zip(momentum_buffer, grad, strict=True)]
     if form == "unit":
-        square = grad.square().sum(dim=(-2, -1), keepdim=True)
-        held.div_(square.clamp_min(torch.finfo(square.dtype).tiny))
+        squares = [g.square().sum(dim=(-2, -1), keepdim=True) for g in grad]
+        torch._foreach_clamp_min_(squares, torch.finfo(squares[0].dtype).tiny)
+        torch._foreach_div_(held, squares)
     value = grad
     if second_moment is not None:
-        second_moment.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        value = grad / second_moment.sqrt().div_((1 - beta2**step) ** 0.5).add_(eps)
-    momentum_buffer.mul_(momentum).sub_(held, alpha=delta).sub_(value, alpha=lr)
-    weight.mul_(1 - lr * weight_decay).add_(momentum_buffer)
+        root = corrected_root(second_moment, grad, step, beta2)
+        torch._foreach_add_(root, eps)
+        value = torch._foreach_div(grad, root)
+    torch._foreach_mul_(momentum_buffer, momentum)
+    torch._foreach_sub_(momentum_buffer, held, alpha=delta)
+    torch._foreach_sub_(momentum_buffer, value, alpha=lr)
+    torch._foreach_mul_(weight, 1 - lr * weight_decay)
+    torch._foreach_add_(weight, momentum_buffer)
+
+
+def _along(momentum: Tensor, g: Tensor) -> Tensor:
+    """Return `m g^T g`, by the smaller of the two products in the middle, `[R, R]` or `[C, C]`."""
+    return (momentum @ g.mT) @ g if g.shape[-2] <= g.shape[-1] else momentum @ (g.mT @ g)
 
 
 class DeltaMomentum(StackedOptimizer):

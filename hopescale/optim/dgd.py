@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hopescale.optim.stacked import StackedOptimizer
+from hopescale.optim.stacked import StackedOptimizer, one_by_one
 
 
 def dgd_update(
@@ -59,7 +59,7 @@ class DGD(StackedOptimizer):
     `[..., C, C]`, as `optim.gram.accumulate_gram` does. Settings: `dgd_update`.
     """
 
-    rule = staticmethod(dgd_update)
+    rule = staticmethod(one_by_one(dgd_update))
 
     def init_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         """Return an empty state."""

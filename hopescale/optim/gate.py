@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -41,6 +41,13 @@ class StepGate:
         torch._foreach_mul_(_bits(tensors), self._keeps)
         torch._foreach_mul_(_bits(before), self._drops)
         torch._foreach_add_(_bits(tensors), _bits(before))
+
+
+def uncount(rule: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> None:
+    """Take back that a bad step has counted as an update of parameters of a rule, as far as it counts any."""
+    for p in parameters:
+        if "step" in rule.state[p]:
+            rule.state[p]["step"] -= 1
 
 
 def _bits(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -9,14 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from hopescale.config.schema import OptimConfig
+from hopescale.cost.updates import MATRIX_ELEMENTS
 from hopescale.optim.cadence import Cadence
-from hopescale.optim.class_flats import Alike, ClassFlats, Together
-from hopescale.optim.gate import StepGate
+from hopescale.optim.class_flats import ClassFlats, Together, put_together
+from hopescale.optim.gate import StepGate, uncount
 from hopescale.optim.owned_flat import OwnedFlat
+from hopescale.optim.owner_exchange import OwnerExchanges
 from hopescale.optim.ownership import Ownership
 from hopescale.optim.rules import make_rule
 from hopescale.optim.shape_class import ShapeClass, Slices
-from hopescale.optim.updater import Rates, RuleGroup, Scales, Updater
+from hopescale.optim.updater import Rates, RuleGroup, Scales, Updater, scale_together
 from hopescale.parallel.mesh import Mesh
 from hopescale.parallel.node_flat import NodeFlat
 
@@ -62,11 +64,16 @@ class LayerwiseOptimizer(Updater):
         rules = {name: self._group_of[name].rule for name in parameters}
         self.ownership = Ownership(parameters, rules, config, cadences, mesh)
         block_of = {name: number for number, names in enumerate(shared) for name in names}
-        alike = self._alike(parameters, cadences, levels)
+        alike = put_together(parameters, cadences, levels, self._group_of, self.ownership, mesh.tiers)
         flats = ClassFlats(parameters, alike, self.ownership, mesh.tiers, block_of)
-        self._sums, self._weights = flats.sums, flats.weights
+        self._sums, self._weights, self._exchanges = flats.sums, flats.weights, OwnerExchanges(mesh.tiers)
         self._shared = [each for each in flats.weights if each.flat.shared is not None]
         self.classes = self._make_classes(parameters, flats)
+        self._sizes = {name: parameter.numel() for name, parameter in parameters.items()}
+        self._flats_of = [
+            [number for number, flat in enumerate(self._weights) if not flat.names.isdisjoint(each.names)]
+            for each in self.classes
+        ]
         self._class_of = {name: index for index, each in enumerate(self.classes) for name in each.names}
         self._flat_of = {name: each.flat for each in self._sums for name in each.names}
         wakes = {name: flat.wake for name, flat in self._flat_of.items()}
@@ -83,28 +90,6 @@ class LayerwiseOptimizer(Updater):
         self._begins_early = not (self._has_nodes and mesh.cp_group.size() > 1)
         for each in self._sums:
             each.flat.rest()
-
-    def _alike(
-        self,
-        parameters: Mapping[str, nn.Parameter],
-        cadences: Mapping[str, Cadence],
-        levels: Collection[Collection[str]],
-    ) -> list[Alike]:
-        """Put together what is alike and due together, in the same order on all ranks."""
-        level_of = {name: index for index, names in enumerate(levels) for name in names}
-        alike: dict[tuple, list[str]] = defaultdict(list)
-        for name, p in parameters.items():
-            split = p.spec.partition_dim if self.ownership.is_gathered(name) else None
-            due = level_of.get(name), cadences[name]
-            alike[due, self._group_of[name].name, p.dtype, p.shape, p.spec.parts, split].append(name)
-        result = []
-        for (due, *_, split), names in alike.items():
-            names = sorted(names, key=lambda name: (self.ownership.replica[name], self.ownership.tp_rank.get(name)))
-            gram = None
-            if self._group_of[names[0]].rule == "dgd":
-                gram = self.ownership.shape[names[0]][-1], parameters[names[0]].shape[-1]
-            result.append(Alike(names, due, split, gram, cadences[names[0]].period > 1))
-        return result
 
     def _make_classes(self, parameters: Mapping[str, nn.Parameter], flats: ClassFlats) -> list[ShapeClass]:
         classes = []
@@ -183,8 +168,7 @@ class LayerwiseOptimizer(Updater):
                 each.flat.hold()
 
     def _finish_sums(self) -> None:
-        for each in self._sums:
-            each.flat.finish()
+        self._exchanges.to_owners([each.flat for each in self._sums if each.flat.arrive()])
 
     def accumulated_grad(self, name: str) -> Tensor:
         """Return the sum of a parameter's gradients since its last update."""
@@ -216,16 +200,16 @@ class LayerwiseOptimizer(Updater):
                 group["lr"] = rates[group["name"]]
         self._finish_sums()
         self.settle()
-        due, left = self._due(names), Counter(flat for index in self._due(names) for flat in self._flats_of(index))
-        for index in due:
-            each = self.classes[index]
-            self._update_class(each, scales[each.names[0]], gate)
-            for flat in self._flats_of(index):
-                left[flat] -= 1
-                if not left[flat]:
-                    # On their way while the next classes are updated.
-                    self._begin_to_hand_out(self._weights[flat])
+        due = self._due(names)
+        left = Counter(sorted(flat for index in due for flat in self._flats_of[index]))
         self._on_their_way = [(self._weights[flat].names, self._weights[flat].flat.finish) for flat in left]
+        classes = {index: self.classes[index].names for index in due}
+        for together in self.ownership.rounds(classes, self._sizes, MATRIX_ELEMENTS):
+            self._update_classes([self.classes[index] for index in together], scales, gate)
+            left.subtract(flat for index in together for flat in self._flats_of[index])
+            # On their way while the next classes are updated.
+            self._begin_to_hand_out([self._weights[flat] for flat, count in left.items() if not count])
+            left = +left
         self._settle_others(names)
         for each in self._sums:
             each.flat.put_back()
@@ -242,13 +226,15 @@ class LayerwiseOptimizer(Updater):
         for flat in {id(flat): flat for flat in map(self._flat_of.get, names)}.values():
             flat.discard()
 
-    def _begin_to_hand_out(self, each: Together) -> None:
-        each.flat.begin_to_hand_out([(self.parameters[name].detach(), kept) for name, kept in each.kept.items()])
-
-    def _flats_of(self, index: int) -> list[int]:
-        """Return the numbers of the flat tensors that hold weights of a class: one, or one for each block."""
-        names = self.classes[index].names
-        return [number for number, each in enumerate(self._weights) if not each.names.isdisjoint(names)]
+    def _begin_to_hand_out(self, flats: Sequence[Together]) -> None:
+        """Begin to hand out flat tensors of weights, those that nodes share out one after the other."""
+        whole = [each for each in flats if each.flat.shared is None]
+        for together in ([whole] if whole else []) + [[each] for each in flats if each.flat.shared is not None]:
+            for each in together:
+                each.flat.take((self.parameters[name].detach(), kept) for name, kept in each.kept.items())
+            self._exchanges.to_parts([each.flat for each in together])
+            for each in together:
+                each.flat.begin_to_gather()
 
     def node_flats(self) -> list[tuple[str, NodeFlat]]:
         """Return the weights that replicas of a node share out, each with the name of a parameter in it."""
@@ -269,7 +255,7 @@ class LayerwiseOptimizer(Updater):
             own.copy_(weights[name])
         for each in self._weights:
             if each.flat.shared is not None:
-                self._begin_to_hand_out(each)
+                self._begin_to_hand_out([each])
                 each.flat.finish()
                 continue
             for name, kept in each.kept.items():
@@ -283,7 +269,7 @@ class LayerwiseOptimizer(Updater):
         """Take back that a bad step has counted as an update of matrices."""
         for each in (self.classes[index] for index in self._due(names)):
             if each.mastered:
-                self._rule_of(each).uncount([each.master])
+                uncount(self._rule_of(each), [each.master])
 
     def discard(self) -> None:
         """Drop all gradients and Gram matrices, on every replica."""
@@ -299,19 +285,28 @@ class LayerwiseOptimizer(Updater):
         assert all(due.issuperset(self.classes[index].names) for index in classes), "a class is due as a whole"
         return classes
 
-    def _update_class(self, each: ShapeClass, scale: Tensor | float, gate: StepGate | None) -> None:
-        """Update what belongs here of a class, which has one cadence and thus one scale."""
-        period = self.accumulators[each.names[0]].cadence.period
-        # Clipping makes a step smaller, not the inputs.
-        gradient, gram = each.gradient(scale), each.gram(1 / period if self._takes_mean else 1.0)
-        if each.mastered:
-            each.master.grad, each.master.gram = gradient, gram
-            if gate is not None:
-                gate.clear([sums for sums in (gradient, gram) if sums is not None])
-            self._rule_of(each).step(gate=gate)
-            each.master.grad = each.master.gram = None
-        each.clear()
-        each.set_weights()
+    def _update_classes(self, classes: Sequence[ShapeClass], scales: Scales, gate: StepGate | None) -> None:
+        """Update what belongs here of classes, each of which has one cadence and thus one scale."""
+        scale_together([each.gradients for each in classes], [scales[each.names[0]] for each in classes])
+        sums = [sums for each in classes for sums in each.sums]
+        if self._takes_mean:
+            # Clipping makes a step smaller, not the inputs.
+            for each in (each for each in classes if each.grams is not None):
+                each.grams.mul_(1 / self.cadences[each.names[0]].period)
+        if gate is not None:
+            gate.clear(sums)
+        for each in classes:
+            each.give_sums()
+        for rule in self.rules.values():
+            rule.step(gate=gate)
+        for each in classes:
+            each.take_sums()
+        torch._foreach_zero_(sums)
+        for each in (each for each in classes if each.slices is not None):
+            each.cut_weights()
+        low = [each for each in classes if each.slices is None and each.master.dtype != each.weights.dtype]
+        if low:
+            torch._foreach_copy_([each.weights for each in low], [each.master for each in low])
 
     def masters(self, names: Sequence[str]) -> list[Tensor]:
         """Return the float32 masters that are here, whole; nothing of the others."""

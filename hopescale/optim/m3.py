@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hopescale.ops.newton_schulz import COEFFICIENTS
-from hopescale.optim.muon import adjusted_lr, orthogonal, scale_to_rms
+from hopescale.optim.muon import adjusted_lr, corrected_root, move, orthogonal, scale_to_rms
 from hopescale.optim.stacked import StackedOptimizer
 
 UPDATE_RMS = 0.2
@@ -17,13 +17,13 @@ UPDATE_RMS = 0.2
 
 
 def m3_update(
-    weight: Tensor,
-    grad: Tensor,
-    step: int,
-    fast_momentum: Tensor,
-    slow_momentum: Tensor | None = None,
-    slow_direction: Tensor | None = None,
-    second_moment: Tensor | None = None,
+    weight: list[Tensor],
+    grad: list[Tensor],
+    step: list[int],
+    fast_momentum: list[Tensor],
+    slow_momentum: list[Tensor] | None = None,
+    slow_direction: list[Tensor] | None = None,
+    second_moment: list[Tensor] | None = None,
     *,
     lr: float,
     beta1: float = 0.95,
@@ -42,7 +42,7 @@ def m3_update(
     ns_coefficients: tuple[float, float, float] = COEFFICIENTS,
     ns_dtype: torch.dtype | None = None,
 ) -> None:
-    """Take one step of M3 (Nested Learning, Algorithm 1) with matrices `[..., R, C]`, in place.
+    """Take one step of M3 (Nested Learning, Algorithm 1) with stacks of matrices `[..., R, C]`, in place.
 
         paper:  M1 <- M1 + b1 g            V <- V + b2 g^2            each f steps  M2 <- M2 + b3 sum(last f g)
         ema:    M1 <- b1 M1 + (1 - b1) g   V <- b2 V + (1 - b2) g^2   each f steps  M2 <- b3 M2 + (1 - b3) sum(...) / f
@@ -77,39 +77,45 @@ def m3_update(
 
     how = {"ns_steps": ns_steps, "ns_coefficients": ns_coefficients, "ns_dtype": ns_dtype}
     if form == "ema":
-        fast_momentum.lerp_(grad, 1 - beta1)
+        torch._foreach_lerp_(fast_momentum, grad, 1 - beta1)
     else:
-        fast_momentum.add_(grad, alpha=beta1)
-    update = orthogonal(grad.lerp(fast_momentum, beta1) if nesterov else fast_momentum, orthogonalize, **how)
+        torch._foreach_add_(fast_momentum, grad, alpha=beta1)
+    ahead = torch._foreach_lerp(grad, fast_momentum, beta1) if nesterov else fast_momentum
+    ended = []
     if slow_momentum is not None:
-        update.add_(slow_direction, alpha=alpha_slow)
         _write_slowly(slow_momentum, grad, step, beta3, frequency, form)
-        if step % frequency == 0:
-            slow_direction.copy_(orthogonal(slow_momentum, orthogonalize, **how))
+        ended = [place for place, number in enumerate(step) if number % frequency == 0]
+    directions = orthogonal([*ahead, *(slow_momentum[place] for place in ended)], orthogonalize, **how)
+    update = directions[: len(weight)]
+    if slow_momentum is not None:
+        torch._foreach_add_(update, slow_direction, alpha=alpha_slow)
+    if ended:
+        torch._foreach_copy_([slow_direction[place] for place in ended], directions[len(weight) :])
     if second_moment is not None:
-        update.div_(_root(second_moment, grad, step, beta2, form).add_(eps))
-    rate = lr if adjust_lr_fn is None else adjusted_lr(lr, adjust_lr_fn, weight.shape)
+        if form == "paper":
+            torch._foreach_addcmul_(second_moment, grad, grad, value=beta2)
+            root = torch._foreach_sqrt(second_moment)
+        else:
+            root = corrected_root(second_moment, grad, step, beta2)
+        torch._foreach_add_(root, eps)
+        torch._foreach_div_(update, root)
+        del root
     if update_rms is not None:
         scale_to_rms(update, update_rms)
-    weight.mul_(1 - lr * weight_decay).add_(update, alpha=-rate)
+    rates = [lr if adjust_lr_fn is None else adjusted_lr(lr, adjust_lr_fn, each.shape) for each in weight]
+    move(weight, update, 1 - lr * weight_decay, rates)
 
 
-def _write_slowly(slow_momentum: Tensor, grad: Tensor, step: int, beta3: float, frequency: int, form: str) -> None:
-    """Add a gradient to the slow momentum, which fades at the first of each period."""
+def _write_slowly(
+    slow_momentum: list[Tensor], grad: list[Tensor], step: list[int], beta3: float, frequency: int, form: str
+) -> None:
+    """Add gradients to slow momenta, which fade at the first of each period."""
     if form == "paper":
-        slow_momentum.add_(grad, alpha=beta3)
+        torch._foreach_add_(slow_momentum, grad, alpha=beta3)
         return
-    if (step - 1) % frequency == 0:
-        slow_momentum.mul_(beta3)
-    slow_momentum.add_(grad, alpha=(1 - beta3) / frequency)
-
-
-def _root(second_moment: Tensor, grad: Tensor, step: int, beta2: float, form: str) -> Tensor:
-    """Add a gradient to the second moment and return the root of the sum."""
-    if form == "paper":
-        return second_moment.addcmul_(grad, grad, value=beta2).sqrt()
-    second_moment.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    return second_moment.sqrt().div_((1 - beta2**step) ** 0.5)
+    if begun := [each for each, number in zip(slow_momentum, step, strict=True) if (number - 1) % frequency == 0]:
+        torch._foreach_mul_(begun, beta3)
+    torch._foreach_add_(slow_momentum, grad, alpha=(1 - beta3) / frequency)
 
 
 class M3(StackedOptimizer):

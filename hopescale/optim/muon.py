@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -37,18 +38,21 @@ def adjusted_lr(lr: float, adjust_lr_fn: str | None, shape: Sequence[int]) -> fl
 
 
 def orthogonal(
-    x: Tensor,
+    stacks: Sequence[Tensor],
     orthogonalize: str = "newton_schulz",
     *,
     ns_steps: int | None = None,
     ns_coefficients: tuple[float, float, float] = COEFFICIENTS,
     eps: float = EPS,
     ns_dtype: torch.dtype | None = None,
-) -> Tensor:
-    """Replace each matrix `U S V^T` of `[..., R, C]` by nearly `U V^T`.
+) -> list[Tensor]:
+    """Replace each matrix `U S V^T` of stacks `[..., R, C]` by nearly `U V^T`.
+
+    On a GPU, matrices of one shape, or of that of their transposes, are iterated together, whatever stack they are of.
+    A CPU gains nothing by it.
 
     Args:
-        x: Matrices, not changed.
+        stacks: Matrices, not changed.
         orthogonalize: Method, `newton_schulz` or `polar_express`.
         ns_steps: Iterations; None is 5 and 4 of them.
         ns_coefficients: Polynomial of each step of `newton_schulz`; the other has its own.
@@ -56,21 +60,75 @@ def orthogonal(
         ns_dtype: Type to iterate in, as the two functions take it.
     """
     steps = ORTHOGONAL_STEPS[orthogonalize] if ns_steps is None else ns_steps
-    if orthogonalize == "polar_express":
-        return polar_express(x, steps, eps=eps, dtype=ns_dtype)
-    return newton_schulz(x, steps, coefficients=ns_coefficients, eps=eps, dtype=ns_dtype)
+
+    def iterate(x: Tensor) -> Tensor:
+        if orthogonalize == "polar_express":
+            return polar_express(x, steps, eps=eps, dtype=ns_dtype)
+        return newton_schulz(x, steps, coefficients=ns_coefficients, eps=eps, dtype=ns_dtype)
+
+    if all(x.device.type == "cpu" for x in stacks):
+        return [iterate(x) for x in stacks]
+    return iterated_together(stacks, iterate)
 
 
-def scale_to_rms(update: Tensor, rms: float) -> None:
-    """Scale each matrix of `[..., R, C]` to a root mean square, in place; zeros stay zeros."""
-    found = update.square().mean(dim=(-2, -1), keepdim=True).sqrt_()
-    update.mul_(rms / found.clamp_min(torch.finfo(found.dtype).tiny))
+def iterated_together(stacks: Sequence[Tensor], iterate: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """Return what a function of matrices `[K, r, c]`, wide ones or square, makes of those of stacks `[..., R, C]`.
+
+    It is called once for each shape. Transposes of tall matrices are wide; what becomes of them is transposed again.
+    """
+    alike: dict[tuple, list[int]] = defaultdict(list)
+    for place, x in enumerate(stacks):
+        alike[*sorted(x.shape[-2:]), x.dtype].append(place)
+    result: dict[int, Tensor] = {}
+    for places in alike.values():
+        if len(places) == 1:
+            result[places[0]] = iterate(stacks[places[0]])
+            continue
+        wide = [stacks[place].mT if _is_tall(stacks[place]) else stacks[place] for place in places]
+        joined = iterate(torch.cat([x.reshape(-1, *x.shape[-2:]) for x in wide]))
+        for place, x, part in zip(places, wide, joined.split([x.shape[:-2].numel() for x in wide]), strict=True):
+            part = part.view(x.shape)
+            result[place] = part.mT if _is_tall(stacks[place]) else part
+    return [result[place] for place in range(len(stacks))]
+
+
+def _is_tall(x: Tensor) -> bool:
+    return x.shape[-2] > x.shape[-1]
+
+
+def scale_to_rms(update: Sequence[Tensor], rms: float) -> None:
+    """Scale each matrix of stacks `[..., R, C]` to a root mean square, in place; zeros stay zeros."""
+    found = [square.mean(dim=(-2, -1), keepdim=True) for square in torch._foreach_mul(update, update)]
+    torch._foreach_sqrt_(found)
+    torch._foreach_clamp_min_(found, torch.finfo(found[0].dtype).tiny)
+    torch._foreach_reciprocal_(found)
+    torch._foreach_mul_(found, rms)
+    torch._foreach_mul_(update, found)
+
+
+def corrected_root(
+    second_moment: Sequence[Tensor], grad: Sequence[Tensor], step: Sequence[int], beta2: float
+) -> list[Tensor]:
+    """Add gradients to the means of their squares, and return the roots, corrected for the start at zero."""
+    torch._foreach_mul_(second_moment, beta2)
+    torch._foreach_addcmul_(second_moment, grad, grad, value=1 - beta2)
+    root = torch._foreach_sqrt(second_moment)
+    torch._foreach_div_(root, [(1 - beta2**number) ** 0.5 for number in step])
+    return root
+
+
+def move(weight: Sequence[Tensor], update: Sequence[Tensor], kept: float, rates: Sequence[float]) -> None:
+    """Multiply weights by what is kept of them, and move them against updates, each by its rate."""
+    torch._foreach_mul_(weight, kept)
+    for rate in dict.fromkeys(rates):
+        places = [place for place, each in enumerate(rates) if each == rate]
+        torch._foreach_add_([weight[place] for place in places], [update[place] for place in places], alpha=-rate)
 
 
 def muon_update(
-    weight: Tensor,
-    grad: Tensor,
-    momentum_buffer: Tensor,
+    weight: list[Tensor],
+    grad: list[Tensor],
+    momentum_buffer: list[Tensor],
     *,
     lr: float,
     weight_decay: float = 0.1,
@@ -83,7 +141,7 @@ def muon_update(
     adjust_lr_fn: str | None = None,
     ns_dtype: torch.dtype | None = None,
 ) -> None:
-    """Take one step of Muon (Nested Learning, Eq. 52) with matrices `[..., R, C]`, in place.
+    """Take one step of Muon (Nested Learning, Eq. 52) with stacks of matrices `[..., R, C]`, in place.
 
         m <- beta m + (1 - beta) g
         W <- (1 - lr wd) W - lr adjust(R, C) NS(u),   u = m, or with Nesterov (1 - beta) g + beta m
@@ -102,11 +160,11 @@ def muon_update(
         eps: Least norm a matrix is divided by.
         adjust_lr_fn: Factor on the rate; see `adjusted_lr`.
     """
-    momentum_buffer.lerp_(grad, 1 - momentum)
-    update = grad.lerp(momentum_buffer, momentum) if nesterov else momentum_buffer
+    torch._foreach_lerp_(momentum_buffer, grad, 1 - momentum)
+    update = torch._foreach_lerp(grad, momentum_buffer, momentum) if nesterov else momentum_buffer
     how = {"ns_steps": ns_steps, "ns_coefficients": ns_coefficients, "eps": eps, "ns_dtype": ns_dtype}
-    direction = orthogonal(update, orthogonalize, **how)
-    weight.mul_(1 - lr * weight_decay).add_(direction, alpha=-adjusted_lr(lr, adjust_lr_fn, weight.shape))
+    directions = orthogonal(update, orthogonalize, **how)
+    move(weight, directions, 1 - lr * weight_decay, [adjusted_lr(lr, adjust_lr_fn, each.shape) for each in weight])
 
 
 class Muon(StackedOptimizer):

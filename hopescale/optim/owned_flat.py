@@ -1,12 +1,13 @@
 """Flat tensors whose pieces have owners among the replicas: summed and handed out in equal parts.
 
 What an owner holds may be much or nothing, so parts of owners cannot be those of an exchange: filled up to the largest,
-they would grow with the number of replicas. Equal parts do not; between a part and its owners lies an all-to-all.
+they would grow with the number of replicas. Equal parts do not; between a part and its owners lies an all-to-all
+(`OwnerExchanges`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
 
 import torch
@@ -17,9 +18,6 @@ from hopescale.cost.updates import EVEN_UNIT, Wire
 from hopescale.optim.wire import SentSum
 from hopescale.parallel.node_flat import NodeFlat
 from hopescale.parallel.tiers import Tiers
-
-WINDOW_ELEMENTS = 1 << 24
-"""Most entries of an equal part that go to or come from owners at once."""
 
 
 class OwnedFlat:
@@ -37,6 +35,7 @@ class OwnedFlat:
 
     Attributes:
         flat: All pieces, zeros at first.
+        part: Entries of an equal part.
         own: Pieces of this replica, a view.
         shared: Share that is kept of it, once it is shared out inside nodes; None before.
     """
@@ -54,8 +53,8 @@ class OwnedFlat:
         self._rank, owners = self._group.rank(), self._group.size()
         ends = [0, *accumulate(sum(of_owner) for of_owner in sizes)]
         self._ranges = [range(begin, end) for begin, end in zip(ends, ends[1:], strict=False)]
-        self._total, self._part = ends[-1], -(-ends[-1] // (EVEN_UNIT * owners)) * EVEN_UNIT
-        self.flat = torch.zeros(self._part * owners, dtype=like.dtype, device=like.device)
+        self._total, self.part = ends[-1], -(-ends[-1] // (EVEN_UNIT * owners)) * EVEN_UNIT
+        self.flat = torch.zeros(self.part * owners, dtype=like.dtype, device=like.device)
         mine = self._ranges[self._rank]
         self.own = self.flat[mine.start : mine.stop]
         self._held = None
@@ -63,7 +62,6 @@ class OwnedFlat:
             self._held = torch.zeros_like(tiers.share(self.flat))
         self._sleeps, self._bytes = sleeps and tiers.has_nodes, self.flat.untyped_storage().nbytes()
         self._work: dist.Work | None = None
-        self._is_summing = False
         self._sent: SentSum | None = None
         self._kept: Tensor | None = None
         self._fetches = False
@@ -82,22 +80,21 @@ class OwnedFlat:
         ]
 
     def begin_sum(self) -> None:
-        """Begin to sum over replicas. `finish` leaves the sum of each piece at its owner alone, zeros elsewhere."""
+        """Begin to sum over replicas; when sums `arrive`, each replica has its part of them."""
         if self._group.size() > 1:
             self.wake()
             self._work = self._tiers.begin_sum(self.flat, self._held)
-            self._is_summing = True
 
     def send(self, wire: Wire) -> None:
         """Take the sums out, but for what the wire rounds away, and begin to add them up over replicas."""
         self._sent = SentSum(self.flat, self._group, wire)
 
     def fetch(self) -> None:
-        """Let `finish` put what was sent in the place of the sums, as `begin_sum` does, until `put_back`."""
+        """Let `arrive` put what was sent in the place of the sums, as `begin_sum` does, until `put_back`."""
         self._fetches = self._sent is not None
 
     def put_back(self) -> None:
-        """Put the sums that are gathered back in place of those that `finish` has fetched."""
+        """Put the sums that are gathered back in place of those that `arrive` has fetched."""
         if self._kept is not None:
             self.flat.copy_(self._kept)
             self._kept = None
@@ -188,21 +185,31 @@ class OwnedFlat:
         whole.view(-1)[start : start + part.numel()] += part
         return whole
 
-    def begin_to_hand_out(self, kept: Iterable[tuple[Tensor, Tensor]] = ()) -> None:
-        """Begin to copy what owners hold to all replicas, or to the shares of all nodes, complete after `finish`.
+    def entries_of(self, part: int, span: range) -> range:
+        """Return some entries of a part, as those of the flat tensor, without what is there to fill it up."""
+        first = part * self.part
+        return range(min(first + span.start, self._total), min(first + span.stop, self._total))
 
-        `kept` are pieces of this replica, each with a tensor that is to take its place.
-        """
+    def owned_by(self, replica: int) -> range:
+        """Return the entries that belong to an owner."""
+        return self._ranges[replica]
+
+    def clear_others(self) -> None:
+        """Set what belongs to other owners to zero."""
+        mine = self._ranges[self._rank]
+        self.flat[: mine.start].zero_()
+        self.flat[mine.stop :].zero_()
+
+    def take(self, kept: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Take over pieces of this replica that lie beside, each with its place, before they are handed out."""
         if self.shared is not None:
             self.shared.make_room()
         for piece, tensor in kept:
             piece.copy_(tensor)
+
+    def begin_to_gather(self) -> None:
+        """Begin to hand parts to all replicas, or to the shares of all nodes, complete after `finish`."""
         if self._group.size() > 1:
-            for window, parts in self._windows():
-                held = [self.flat[each.start : each.stop] for each in parts]
-                wanted = self._overlaps(window)
-                received = self.flat[window.start : window.stop]
-                self._exchange(torch.cat(held), [each.numel() for each in held], received, wanted)
             self._work = self._tiers.begin_to_gather(self.flat) if self.shared is None else self._begin_to_share()
 
     def _begin_to_share(self) -> dist.Work:
@@ -212,53 +219,21 @@ class OwnedFlat:
 
     def finish(self) -> None:
         """Wait for what has begun."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+
+    def arrive(self) -> bool:
+        """Wait for sums; tell whether any have come, and each replica has its part of them."""
         if self._fetches:
             self._fetches = False
             self._kept = self.flat.clone()
             self._tiers.own(self.flat).copy_(self._sent.finish())
             self._sent = None
-            self._hand_to_owners()
-        if self._work is None:
-            return
-        self._work.wait()
-        self._work = None
-        if self._is_summing:
-            self._is_summing = False
-            self._hand_to_owners()
-
-    def _hand_to_owners(self) -> None:
-        if self._group.size() == 1:
-            return
-        for window, parts in self._windows():
-            places = [self.flat[each.start : each.stop] for each in parts]
-            sizes = [each.numel() for each in places]
-            received = self.flat.new_empty(sum(sizes))
-            self._exchange(self.flat[window.start : window.stop], self._overlaps(window), received, sizes)
-            # The rest of this replica's part is sent later: no piece lies there that comes from another.
-            for place, piece in zip(places, received.split(sizes), strict=True):
-                place.copy_(piece)
-        mine = self._ranges[self._rank]
-        self.flat[: mine.start].zero_()
-        self.flat[mine.stop :].zero_()
-
-    def _windows(self) -> Iterator[tuple[range, list[range]]]:
-        """Yield a piece of this replica's part, and what this owner has of every replica's piece: the same on all."""
-        mine = self._ranges[self._rank]
-        for begin in range(0, self._part, WINDOW_ELEMENTS):
-            end = min(begin + WINDOW_ELEMENTS, self._part)
-            firsts = [self._tiers.part_of(replica) * self._part for replica in range(self._group.size())]
-            of_replicas = [self._filled(range(first + begin, first + end)) for first in firsts]
-            yield of_replicas[self._rank], [_overlap(each, mine) for each in of_replicas]
-
-    def _filled(self, entries: range) -> range:
-        """Return those of some entries that belong to an owner, and are not there to fill up."""
-        return range(min(entries.start, self._total), min(entries.stop, self._total))
-
-    def _overlaps(self, window: range) -> list[int]:
-        return [len(_overlap(window, each)) for each in self._ranges]
-
-    def _exchange(self, sent: Tensor, to: list[int], received: Tensor, of: list[int]) -> None:
-        dist.all_to_all_single(received, sent, of, to, group=self._group)
+            return True
+        has_begun = self._work is not None
+        self.finish()
+        return has_begun
 
 
 def _overlap(a: range, b: range) -> range:

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
@@ -61,6 +62,23 @@ class Ownership:
     def is_here(self, name: str) -> bool:
         """Tell whether this replica owns a parameter."""
         return self.replica[name] == self._dp_group.rank()
+
+    def rounds(self, classes: Mapping[int, Sequence[str]], sizes: Mapping[str, int], most: int) -> list[list[int]]:
+        """Cut classes of parameters into rounds in which no owner has more than so many entries, or one class.
+
+        The rounds are the same on all ranks, which exchange something in between.
+        """
+        result: list[list[int]] = []
+        owned: Counter[int] = Counter()
+        for number, names in classes.items():
+            own: Counter[int] = Counter()
+            for name in names:
+                own[self.replica[name]] += sizes[name]
+            owned = owned + own
+            if not result or max(owned.values()) > most:
+                result, owned = [*result, []], own
+            result[-1].append(number)
+        return result
 
 
 def _slices_matrices(parameter: nn.Parameter, rule: str) -> bool:

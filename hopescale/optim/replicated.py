@@ -13,14 +13,13 @@ from hopescale.cost.updates import (
     BUCKET_ELEMENTS,
     BUCKETS_UNDER_WAY,
     EVEN_UNIT,
-    UPDATE_ELEMENTS,
     Wire,
     buckets,
     sum_elements,
 )
 from hopescale.optim.adamw import AdamW
-from hopescale.optim.cadence import Cadence
-from hopescale.optim.gate import StepGate
+from hopescale.optim.cadence import Cadence, begin_periods
+from hopescale.optim.gate import StepGate, uncount
 from hopescale.optim.updater import Rates, RuleGroup, Scales, Updater, scale_together
 from hopescale.optim.wire import SentSum
 from hopescale.parallel.mesh import Mesh
@@ -134,37 +133,33 @@ class ReplicatedAdamW(Updater):
 
     @torch.no_grad()
     def update(self, names: Sequence[str], scales: Scales, rates: Rates, gate: StepGate | None = None) -> None:
-        """Take one step of AdamW with the parameters that are due, some at a time: it computes with copies of them."""
+        """Take one step of AdamW with the parameters that are due."""
         for group in self.rule.param_groups:
             group["lr"] = rates[group["name"]]
-        sizes = {name: self.parameters[name].numel() for name in names}
-        for bucket in buckets(names, dict.fromkeys(names, 0), sizes, UPDATE_ELEMENTS):
-            self._update(bucket, scales, gate)
-
-    def _update(self, names: Sequence[str], scales: Scales, gate: StepGate | None) -> None:
         gradients = [self._gradient(name) for name in names]
         scale_together(gradients, [scales[name] for name in names])
         for name, gradient in zip(names, gradients, strict=True):
             self._masters[name].grad = gradient
-        if gate is None:
-            self.rule.step()
-        else:
+        if gate is not None:
             gate.clear(gradients)
-            self.rule.step_through(gate)
+        self.rule.step_through(gate)
         for name in names:
             self._masters[name].grad = None
-            if name in self._arriving:
-                self._arriving.remove(name)
-                del self._totals[name]
-            else:
-                self.accumulators[name].clear()
+        self._begin_periods(names)
         low = [name for name in names if self._masters[name] is not self.parameters[name]]
         if low:
             torch._foreach_copy_([self.parameters[name] for name in low], [self._masters[name] for name in low])
 
+    def _begin_periods(self, names: Sequence[str]) -> None:
+        """Begin a new period of what was updated; what goes on beside a total that had been sent is left alone."""
+        begin_periods(self.accumulators[name] for name in names if name not in self._arriving)
+        for name in self._arriving.intersection(names):
+            self._arriving.remove(name)
+            del self._totals[name]
+
     def uncount(self, names: Sequence[str]) -> None:
         """Take back that a bad step has counted as an update of parameters."""
-        self.rule.uncount(self._masters[name] for name in names)
+        uncount(self.rule, (self._masters[name] for name in names))
 
     def discard(self) -> None:
         """Drop all gradients, also those that were sent."""

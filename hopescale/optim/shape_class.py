@@ -87,23 +87,22 @@ class ShapeClass:
         """Set the master to the weights. All tensor-parallel ranks call."""
         self.master.copy_(self._wholes(self.weights.float()))
 
-    def gradient(self, scale: Tensor | float) -> Tensor:
-        """Scale the gradients that belong to this replica, and return the master's. All tensor-parallel ranks call."""
-        return self._wholes(self.gradients.mul_(scale))
+    @property
+    def sums(self) -> list[Tensor]:
+        """Sums that belong to this replica: gradients, and Gram matrices if there are any."""
+        return [self.gradients] if self.grams is None else [self.gradients, self.grams]
 
-    def gram(self, scale: float) -> Tensor | None:
-        """Do with Gram matrices, if there are any, what `gradient` does. All tensor-parallel ranks call."""
-        return None if self.grams is None else self._wholes(self.grams.mul_(scale))
+    def give_sums(self) -> None:
+        """Give the master the wholes of the sums, as `grad` and `gram`. All tensor-parallel ranks call."""
+        grad, *gram = [self._wholes(sums) for sums in self.sums]
+        if self.mastered:
+            self.master.grad, self.master.gram = grad, gram[0] if gram else None
 
-    def clear(self) -> None:
-        """Begin a new period, with what belongs to this replica; the rest is zero since it was sent."""
-        for sums in (self.gradients, self.grams):
-            if sums is not None:
-                sums.zero_()
+    def take_sums(self) -> None:
+        """Let the master have no sums, after an update."""
+        self.master.grad = self.master.gram = None
 
-    def set_weights(self) -> None:
-        """Set the weights that belong to this replica to the master. All tensor-parallel ranks call."""
-        if self.slices is not None and len(self.weights):
+    def cut_weights(self) -> None:
+        """Set the weights that belong to this replica to the master's slices. All tensor-parallel ranks call."""
+        if len(self.weights):
             self.slices.cut(self.master.detach(), self.weights)
-        elif self.master.dtype != self.weights.dtype:
-            self.weights.copy_(self.master)

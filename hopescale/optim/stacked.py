@@ -1,32 +1,54 @@
-"""What all rules for matrices share: equal shapes are updated together."""
+"""What all rules for matrices share: many are updated together, in as few operations as their shapes allow."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import wraps
 from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hopescale.cost.updates import MATRIX_ELEMENTS
 from hopescale.optim.gate import StepGate
 
-STACK_ELEMENTS = {"cpu": 1 << 16, "cuda": 1 << 22}
-"""Matrices are stacked up to this many entries, so that a stack stays in a CPU's cache (256 KiB in float32) or keeps a
-GPU busy (16 MiB). One that is larger is updated alone, in place."""
-
+STACK_ELEMENTS = {"cpu": 1 << 16, "cuda": MATRIX_ELEMENTS}
+"""Matrices are updated together up to this many entries, so that they stay in a CPU's cache (256 KiB in float32), or
+that a GPU gets few operations which need little memory beside. One that is larger is updated alone."""
 
 NO_SETTINGS = ("params", "name", "initial_lr", "blocks")
 """Entries of a parameter group that its rule is not told."""
 
 
-class StackedOptimizer(torch.optim.Optimizer):
-    """Update matrices of equal shape together.
+Rule = Callable[..., None]
+"""Update of matrices in place: `rule(weight, grad, **state, **inputs, **settings)`, each but the settings a list of
+stacks `[..., R, C]` of several shapes. It is told the `step` of each, counted from 1, if the state has one. Settings
+are keyword-only."""
 
-    The last two dimensions of a parameter are a matrix `[R, C]`; those in front, such as heads, count matrices. What
-    shares shape, dtype, device and number of updates is copied into stacks `[K, ..., R, C]`, updated, and copied back.
-    A parameter that is a stack already, by its dimensions in front, is updated in place, part by part.
+
+def one_by_one(rule: Callable[..., None]) -> Rule:
+    """Return the rule of lists that updates each stack by a rule of one."""
+
+    @wraps(rule)
+    def update(**given: Any) -> None:
+        lists = {name: value for name, value in given.items() if isinstance(value, list)}
+        settings = {name: value for name, value in given.items() if name not in lists}
+        for tensors in zip(*lists.values(), strict=True):
+            rule(**dict(zip(lists, tensors, strict=True)), **settings)
+
+    return update
+
+
+class StackedOptimizer(torch.optim.Optimizer):
+    """Update matrices together.
+
+    The last two dimensions of a parameter are a matrix `[R, C]`; those in front, such as heads, count matrices. A
+    parameter with such dimensions is a stack and updated in place. Matrices that share shape, dtype, device and number
+    of updates are copied into stacks `[K, R, C]`, updated, and copied back. Stacks of all shapes are updated at once,
+    up to `STACK_ELEMENTS` entries, for which a parameter is cut along the dimensions in front.
 
     State is made when a parameter is added, so that every checkpoint has the same tensors. It holds nothing but
     tensors; `step`, where a rule needs it, is a 0-dim float32 tensor on the CPU that counts the parameter's own
@@ -49,9 +71,7 @@ class StackedOptimizer(torch.optim.Optimizer):
         ValueError: If a parameter is no matrix, or settings mean nothing together.
     """
 
-    rule: Callable[..., None]
-    """Update of matrices in place: `rule(weight, grad, **state, **inputs, **settings)`. It is told its `step`, counted
-    from 1, if the state has one."""
+    rule: Rule
 
     def __init__(self, params: Iterable[Any], lr: float = 1e-3, *, blocks: str = "matrix", **settings: Any):
         arguments = signature(self.rule).parameters.values()
@@ -93,83 +113,133 @@ class StackedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for members in self._stacks(group["params"]):
-                self._update_together(group, members, gate)
+            members = [p for p in group["params"] if p.grad is not None]
+            if counts := [self.state[p]["step"] for p in members if "step" in self.state[p]]:
+                torch._foreach_add_(counts, 1.0)
+            for batch in _batches(self._stacks(members)):
+                self._update_together(group, batch, gate)
         return loss
 
-    def uncount(self, parameters: Iterable[Tensor]) -> None:
-        """Take back that a bad step has counted as an update of parameters."""
-        for p in parameters:
-            if "step" in self.state[p]:
-                self.state[p]["step"] -= 1
-
-    def _stacks(self, parameters: Iterable[Tensor]) -> list[list[Tensor]]:
+    def _stacks(self, parameters: Iterable[Tensor]) -> Iterator[_Stack]:
         alike = defaultdict(list)
         for p in parameters:
-            if p.grad is not None:
-                step = self.state[p].get("step")
-                count = None if step is None else step.item()
-                alike[p.shape, p.dtype, p.device, getattr(p, "parts", ()), count].append(p)
-        stacks = []
-        for (shape, _, device, *_), members in alike.items():
-            size = _matrices_at_once(device, shape.numel())
-            stacks += [members[i : i + size] for i in range(0, len(members), size)]
-        return stacks
+            if p.ndim > 2:
+                tensors = (p, p.grad, *(tensor for name, tensor in self.state[p].items() if name != "step"))
+                yield from _cut(p, can_be_cut=all(tensor.is_contiguous() for tensor in tensors))
+            else:
+                alike[p.shape, p.dtype, p.device, getattr(p, "parts", ()), self._count(p)].append(p)
+        for members in alike.values():
+            size = max(1, _room(members[0]) // max(1, members[0].numel()))
+            for first in range(0, len(members), size):
+                yield _Stack(members[first : first + size])
 
-    def _update_together(self, group: dict[str, Any], members: Sequence[Tensor], gate: StepGate | None) -> None:
-        states = [self.state[p] for p in members]
+    def _count(self, p: Tensor) -> int | None:
+        """Return the number of a parameter's updates, if its rule counts them."""
+        count = self.state[p].get("step")
+        return None if count is None else int(count.item())
+
+    def _update_together(self, group: Mapping[str, Any], batch: Sequence[_Stack], gate: StepGate | None) -> None:
         settings = {name: value for name, value in group.items() if name not in NO_SETTINGS}
-        if "step" in states[0]:
-            torch._foreach_add_([state["step"] for state in states], 1.0)
-            settings["step"] = int(states[0]["step"].item())
-        names = [name for name in states[0] if name != "step"]
-        changed = [members, *([state[name] for state in states] for name in names)]
-        weight, *stacked = (_stack(tensors) for tensors in changed)
-        inputs = [self.inputs(p) for p in members]
-        read = {name: _stack([each[name] for each in inputs]) for name in inputs[0]}
-        grad = _stack([p.grad for p in members])
-        parts = getattr(members[0], "parts", ())
-        for tensors in _parts([weight, grad, *stacked, *read.values()]):
-            for w, g, *rest in _blocks(tensors, parts, group["blocks"]):
-                changing = [w, *rest[: len(names)]]
-                before = [] if gate is None else torch._foreach_clone(changing)
-                self.rule(w, g, **dict(zip([*names, *read], rest, strict=True)), **settings)
-                if gate is not None:
-                    gate.restore(changing, before)
-        if len(members) > 1:
-            for tensors, stack in zip(changed, (weight, *stacked), strict=True):
-                torch._foreach_copy_(tensors, stack.unbind())
+        names = ["weight", *(name for name in self.state[batch[0].members[0]] if name != "step")]
+        given: dict[str, list[Any]] = defaultdict(list)
+        copied: list[tuple[Tensor, Tensor]] = []
+        copied_blocks: list[tuple[Tensor, Tensor]] = []
+        for stack in batch:
+            of_members = [self._tensors(p) for p in stack.members]
+            tensors = {name: stack.take([each[name] for each in of_members]) for name in of_members[0]}
+            if len(stack.members) > 1:
+                copied += [
+                    (each[name], part)
+                    for name in names
+                    for each, part in zip(of_members, tensors[name].unbind(), strict=True)
+                ]
+            count = self._count(stack.members[0])
+            for block, places in _blocks(tensors, getattr(stack.members[0], "parts", ()), group["blocks"]):
+                for name, tensor in block.items():
+                    given[name].append(tensor)
+                if count is not None:
+                    given["step"].append(count)
+                copied_blocks += [(p, block[name].view(p.shape)) for name, p in places.items() if name in names]
+        changing = [tensor for name in names for tensor in given[name]]
+        before = [] if gate is None else torch._foreach_clone(changing)
+        self.rule(**given, **settings)
+        if gate is not None:
+            gate.restore(changing, before)
+        # Blocks may be parts of stacks.
+        for copies in (copied_blocks, copied):
+            if copies:
+                torch._foreach_copy_([place for place, _ in copies], [tensor for _, tensor in copies])
+
+    def _tensors(self, p: Tensor) -> dict[str, Tensor]:
+        """Return what the rule changes and reads of a parameter."""
+        state = {name: tensor for name, tensor in self.state[p].items() if name != "step"}
+        return {"weight": p, "grad": p.grad} | state | self.inputs(p)
 
 
-def _stack(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.stack(tuple(tensors)) if len(tensors) > 1 else tensors[0]
+@dataclass(frozen=True)
+class _Stack:
+    """Parameters of one shape, or of a single one some of its matrices: a slice along the dimensions in front."""
+
+    members: Sequence[Tensor]
+    matrices: slice | None = None
+
+    @property
+    def entries(self) -> int:
+        """Return the entries of the weights."""
+        p = self.members[0]
+        if self.matrices is None:
+            return len(self.members) * p.numel()
+        return (self.matrices.stop - self.matrices.start) * p.shape[-2:].numel()
+
+    def take(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Return what of tensors of the members belongs to it: of several a copy, of a single one a view."""
+        if len(tensors) > 1:
+            return torch.stack(tuple(tensors))
+        return tensors[0] if self.matrices is None else tensors[0].flatten(0, -3)[self.matrices]
 
 
-def _blocks(tensors: Sequence[Tensor], parts: Sequence[tuple[int, int]], blocks: str) -> Iterator[Sequence[Tensor]]:
-    """Yield what of tensors `[..., R, C]` is matrices to a rule, to be changed in place until the next is asked for."""
+def _room(p: Tensor) -> int:
+    return STACK_ELEMENTS.get(p.device.type, STACK_ELEMENTS["cuda"])
+
+
+def _cut(p: Tensor, *, can_be_cut: bool) -> Iterator[_Stack]:
+    """Cut a parameter along what is in front of its matrices, so that there is room for each part."""
+    count, size = p.shape[:-2].numel(), max(1, _room(p) // max(1, p.shape[-2:].numel()))
+    if not can_be_cut or count <= size:
+        yield _Stack([p])
+        return
+    for first in range(0, count, size):
+        yield _Stack([p], slice(first, min(first + size, count)))
+
+
+def _batches(stacks: Iterable[_Stack]) -> Iterator[list[_Stack]]:
+    """Put together what there is room to update at once."""
+    batch: list[_Stack] = []
+    for stack in stacks:
+        if batch and sum(each.entries for each in batch) + stack.entries > _room(stack.members[0]):
+            yield batch
+            batch = []
+        batch.append(stack)
+    if batch:
+        yield batch
+
+
+def _blocks(
+    tensors: Mapping[str, Tensor], parts: Sequence[tuple[int, int]], blocks: str
+) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """Yield what of tensors `[..., R, C]` is matrices to a rule, and the places of what has been copied for it."""
     if blocks == "matrix" or not parts:
-        yield tensors
+        yield dict(tensors), {}
         return
     widths = [count * width for count, width in parts]
-    split = [tensor.unflatten(-2, (-1, sum(widths))).split(widths, dim=-2) for tensor in tensors]  # [..., G, r, C]
-    for part, places in zip(parts, zip(*split, strict=True), strict=True):
+    split = {
+        name: tensor.unflatten(-2, (-1, sum(widths))).split(widths, dim=-2) for name, tensor in tensors.items()
+    }  # [..., G, r, C]
+    for number, part in enumerate(parts):
+        places = {name: of_parts[number] for name, of_parts in split.items()}
         if blocks == "heads":
-            yield [place.unflatten(-2, part) for place in places]
-            continue
-        joined = [place.flatten(-3, -2) for place in places]
-        yield joined
-        for place, whole in zip(places, joined, strict=True):
-            place.copy_(whole.view(place.shape))
-
-
-def _matrices_at_once(device: torch.device, elements: int) -> int:
-    return max(1, STACK_ELEMENTS.get(device.type, STACK_ELEMENTS["cuda"]) // max(1, elements))
-
-
-def _parts(tensors: Sequence[Tensor]) -> Iterable[Sequence[Tensor]]:
-    """Cut tensors `[..., R, C]` along what is in front of the matrices, into views that are small enough."""
-    weight = tensors[0]
-    size = _matrices_at_once(weight.device, weight.shape[-2] * weight.shape[-1])
-    if weight.ndim == 2 or size >= weight.shape[:-2].numel() or not all(t.is_contiguous() for t in tensors):
-        return [tensors]
-    return zip(*(t.flatten(0, -3).split(size) for t in tensors), strict=True)
+            yield {name: place.unflatten(-2, part) for name, place in places.items()}, {}
+        else:
+            # A view if there is one group of rows, or one part in it.
+            is_view = len(parts) == 1 or places["weight"].shape[-3] == 1
+            yield {name: place.flatten(-3, -2) for name, place in places.items()}, {} if is_view else places

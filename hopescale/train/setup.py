@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hopescale.checkpoint.manager import CheckpointManager, find_checkpoint
 from hopescale.checkpoint.manifest import (
@@ -107,7 +107,7 @@ def build_state(
         groups=groups,
         mesh=mesh,
         tied=tied,
-        updater=_updater(config.parallel.stage, slices, names_of_levels),
+        updater=_updater(config.parallel.stage, slices, names_of_levels, sum(map(Tensor.numel, parameters.values()))),
         levels=names_of_levels,
         shared=_shared_blocks(slices, parameters) if config.parallel.shares_weights else (),
     )
@@ -168,12 +168,14 @@ def _build_slices(config: RunConfig, mesh: Mesh, device: torch.device, seed: int
     return slices
 
 
-def _updater(zero: int, slices: Sequence[Model], levels: Sequence[Sequence[str]]) -> Callable[..., Updater]:
+def _updater(
+    zero: int, slices: Sequence[Model], levels: Sequence[Sequence[str]], entries: int
+) -> Callable[..., Updater]:
     if zero == 0:
         return ReplicatedAdamW
     from hopescale.engine.zero import ZeroAdamW
 
-    return partial(ZeroAdamW, stage=zero, model=slices[0], levels=levels)
+    return partial(ZeroAdamW, stage=zero, model=slices[0], levels=levels, entries=entries)
 
 
 def _shared_blocks(slices: Sequence[Model], parameters: Iterable[str]) -> list[list[str]]:

@@ -223,7 +223,7 @@ def test_what_is_not_due_sends_nothing(tmp_path: Path):
 def check_overlap(rank: int) -> None:
     """Weights leave while what is due apart is updated; small windows change no bit, as two summands have one order."""
     mesh, begun = Mesh.over_all(Layout(dp=2)), []
-    events = {"gather": dist.all_gather_into_tensor, "update": LayerwiseOptimizer._update_class}
+    events = {"gather": dist.all_gather_into_tensor, "update": LayerwiseOptimizer._update_classes}
 
     def noted(event: str) -> Callable:
         def call(*arguments, **options):
@@ -237,9 +237,10 @@ def check_overlap(rank: int) -> None:
         for step in range(1, STEPS + 1):
             measured = whole.step(step)
             with (
-                patch("hopescale.optim.owned_flat.WINDOW_ELEMENTS", 40),
+                patch("hopescale.optim.owner_exchange.WINDOW_ELEMENTS", 40),
+                patch("hopescale.optim.layerwise.MATRIX_ELEMENTS", 1),
                 patch.object(dist, "all_gather_into_tensor", noted("gather")),
-                patch.object(LayerwiseOptimizer, "_update_class", noted("update")),
+                patch.object(LayerwiseOptimizer, "_update_classes", noted("update")),
             ):
                 assert parts.step(step) == measured
             for run in (whole, parts):

@@ -7,9 +7,13 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from hopescale.config.load import load_recipe
+from hopescale.engine import Engine
+from hopescale.observe.health import StepLimits
 from hopescale.ops.cpp import build
 
 TOOLS = Path(__file__).parents[2] / "tools"
@@ -90,6 +94,20 @@ def test_training_steps_are_split_into_parts(tmp_path: Path):
 
     done = run_tool("bench_train.py", "debug")
     assert done.returncode == 1 and "name one with --against" in done.stderr
+
+
+def test_updates_are_timed_through_the_gate_that_training_has(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(TOOLS))
+    given, update = [], Engine.update
+
+    def noted(engine: Engine, *arguments: Any, **options: Any) -> Any:
+        given.append(options["limits"])
+        return update(engine, *arguments, **options)
+
+    monkeypatch.setattr(Engine, "update", noted)
+    sizes = ("model.d_model=16", "train.seq_len=32", "train.global_batch_tokens=256", "train.steps=2")
+    taken = list(runpy.run_path(str(TOOLS / "bench_train.py"))["train"](load_recipe("debug", sizes).config))
+    assert len(taken) == len(given) == 2 and all(isinstance(limits, StepLimits) for limits in given)
 
 
 def test_prompts_and_tokens_are_timed_for_each_context(tmp_path: Path):

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -69,6 +70,7 @@ class Exchanges:
         host_reads: Reads of values on the device by the host.
         early: Bytes of gradients that were handed over before the last gradient of the backward pass was there.
         order: Exchanges by number, in the order in which the rank begins and waits for them.
+        overlapped: Those that were handed over when three quarters of all entries of gradients were there.
     """
 
     calls: Counter[str] = field(default_factory=Counter)
@@ -77,6 +79,7 @@ class Exchanges:
     host_reads: int = 0
     early: int = 0
     order: list[tuple[str, int]] = field(default_factory=list)
+    overlapped: int = 0
 
     @property
     def gradient_bytes(self) -> int:
@@ -124,7 +127,7 @@ def noted(lasting: Sequence[Tensor]) -> Iterator[Exchanges]:
 
 
 class Calls(TorchDispatchMode):
-    """Counts the operations of torch on the device, but for those that only look at a tensor otherwise."""
+    """Counts the operations of torch on the device, but for those that only look at a tensor otherwise or make one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -133,7 +136,7 @@ class Calls(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
         given = tree_leaves((arguments, options))
         is_there = any(isinstance(value, Tensor) and value.device == META for value in given)
-        self.count += is_there and not function.is_view
+        self.count += is_there and not function.is_view and "empty" not in function.__name__
         return function(*arguments, **(options or {}))
 
 
@@ -147,16 +150,27 @@ def mesh_of(replicas: Group, per_node: int = 1) -> Mesh:
 
 
 class Loss:
-    """Stands for the loss of a model: every parameter gets a gradient in its backward pass, those of the last first."""
+    """Stands for the loss of a model: every parameter gets a gradient in its backward pass, those of the last first.
 
-    def __init__(self, parameters: Sequence[nn.Parameter], at_last: Callable[[], None]):
-        self._parameters, self._at_last = parameters, at_last
+    Args:
+        parameters: The parameters, in the order of the model.
+        at_late: Function to call when three quarters of all entries have their gradients.
+        at_last: Function to call before the last gradient.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], at_late: Callable[[], None], at_last: Callable[[], None]):
+        self._parameters, self._at_late, self._at_last = parameters, at_late, at_last
 
     def backward(self) -> None:
+        left = sum(map(Tensor.numel, self._parameters))
+        quarter = left / 4
         for parameter in reversed(self._parameters):
             if parameter is self._parameters[0]:
                 self._at_last()
             parameter.backward(torch.empty_like(parameter))
+            if left > quarter >= left - parameter.numel():
+                self._at_late()
+            left -= parameter.numel()
 
 
 class Rank:
@@ -165,9 +179,10 @@ class Rank:
     Args:
         config: Config of the run; `parallel.zero` is 0 or 1, or `parallel.shard` takes its place.
         replicas: Number of ranks.
+        rank: Which of them it is.
     """
 
-    def __init__(self, config: RunConfig, replicas: int):
+    def __init__(self, config: RunConfig, replicas: int, rank: int = 0):
         shapes = model_parameters(config.model)
         dtype = DTYPES[config.train.precision]
         self.parameters = {
@@ -185,9 +200,12 @@ class Rank:
             if p.level
         }
         mesh = mesh_of(Group(replicas), config.parallel.ranks_per_node if config.parallel.shard == "node" else 1)
+        cadences = {p.name: Cadence(of_level[p.level].update_every_steps, p.phase) for p in shapes if p.level}
+        mesh = mesh_of(Group(replicas, rank), config.parallel.ranks_per_node if config.parallel.shard == "node" else 1)
 
         def zero(*arguments: Any, **settings: Any) -> ZeroAdamW:
-            return ZeroAdamW(*arguments, stage=1, levels=list(levels.values()), **settings)
+            entries = sum(map(Tensor.numel, self.parameters.values()))
+            return ZeroAdamW(*arguments, stage=1, levels=list(levels.values()), entries=entries, **settings)
 
         numbers = range(config.model.num_layers) if config.parallel.shares_weights else ()
         self.optimizer = OuterOptimizer(
@@ -201,11 +219,13 @@ class Rank:
             shared=[[p.name for p in shapes if p.block == number] for number in numbers],
         )
         self.engine = Engine(self, self.optimizer, levels, META)
-        self._at_last: Callable[[], None] = lambda: None
+        self._at_late: Callable[[], None] = lambda: None
+        self._at_last = self._at_late
 
     def train(self, *_: Any) -> Tensor:
         """Stand for the passes of the model over one micro batch."""
-        self.optimizer.backward(Loss([*self.parameters.values()], lambda: self._at_last()), is_last=True)
+        loss = Loss([*self.parameters.values()], lambda: self._at_late(), lambda: self._at_last())
+        self.optimizer.backward(loss, is_last=True)
         return torch.zeros((), device=META)
 
     def due(self, step: int) -> int:
@@ -218,10 +238,10 @@ class Rank:
         flats = [accumulators[name].accumulated_grad() for name in self.parameters]
         with noted([*self.parameters.values(), *flats]) as found:
 
-            def note_early() -> None:
-                found.early = found.gradient_bytes
+            def note(which: str) -> None:
+                setattr(found, which, found.gradient_bytes)
 
-            self._at_last = note_early
+            self._at_late, self._at_last = partial(note, "overlapped"), partial(note, "early")
             gradients, update, calls = self.engine.gradients(step, []), self.optimizer.step, Calls()
 
             def counted(*arguments: Any) -> None:
@@ -242,8 +262,8 @@ def main(recipe: str, replicas: str, *overrides: str) -> None:
     sys.stdout.write(
         f"{replicas} ranks: {sum(found.calls.values())} collectives {dict(found.calls)}, largest buffer "
         f"{found.largest / 2**20:.1f} MiB, gradients {reduced / (4 * rank.due(step)):.4f} of 4 bytes per due entry, "
-        f"{found.early / reduced:.3f} of them begun before the last is there, {found.host_reads} host reads, "
-        f"{calls} operations in the update\n"
+        f"{found.overlapped / reduced:.3f} of them begun when three quarters are there, {found.early / reduced:.3f} "
+        f"before the last is there, {found.host_reads} host reads, {calls} operations in the update\n"
     )
 
 

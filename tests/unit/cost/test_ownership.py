@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,9 +12,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hopescale.config.schema import DeepMomentumConfig, M3Config, MuonConfig, OptimConfig
 from hopescale.cost import updates
-from hopescale.cost.updates import Work, assign_owners, buckets, even_sets, orthogonal_flops, update_cost
+from hopescale.cost.updates import (
+    Work,
+    assign_owners,
+    buckets,
+    even_sets,
+    matrix_sets,
+    orthogonal_flops,
+    update_cost,
+)
 from hopescale.ops.device import DTYPES
 from hopescale.optim.muon import orthogonal
+from hopescale.optim.ownership import Ownership
 from hopescale.optim.rules import RULES
 
 
@@ -79,6 +89,23 @@ def test_sets_are_cut_in_the_order_of_a_backward_pass_and_a_large_first_paramete
     assert len(even_sets(large, 100_000)) <= 11, "their number does not grow with the model"
 
 
+def test_matrices_are_cut_into_sets_from_the_last_block_on(monkeypatch: pytest.MonkeyPatch):
+    sizes = {f"block{number}": 30 for number in range(5)}
+    assert matrix_sets(sizes, 150) == [[*reversed(sizes)]], "few are not cut"
+    monkeypatch.setattr(updates, "EVEN_ELEMENTS", 1)
+    # An eighth of all is 60.
+    assert matrix_sets(sizes, 480) == [["block4", "block3"], ["block2", "block1"], ["block0"]]
+
+
+def test_rounds_are_cut_where_any_owner_has_too_much():
+    owners = SimpleNamespace(replica={"a": 0, "b": 1, "c": 1, "d": 0, "e": 0})
+    sizes = {"a": 6, "b": 3, "c": 3, "d": 5, "e": 20}
+    classes = {3: ["a", "b"], 4: ["c"], 7: ["d"], 8: ["e"]}
+    assert Ownership.rounds(owners, classes, sizes, 10) == [[3, 4], [7], [8]]
+    assert Ownership.rounds(owners, classes, sizes, 100) == [[3, 4, 7, 8]]
+    assert Ownership.rounds(owners, {}, sizes, 10) == []
+
+
 def test_costs_follow_shape_and_settings():
     config = OptimConfig()
     for rule in RULES:
@@ -97,7 +124,7 @@ def test_costs_follow_shape_and_settings():
 def test_flops_of_orthogonal_matrices_are_those_that_torch_counts(shape: tuple[int, int], method: str, dtype: str):
     settings = MuonConfig(orthogonalize=method, ns_dtype=dtype, ns_steps=3)
     with FlopCounterMode(display=False) as counter:
-        orthogonal(torch.ones(shape), method, ns_steps=3, ns_dtype=DTYPES[dtype])
+        orthogonal([torch.ones(shape)], method, ns_steps=3, ns_dtype=DTYPES[dtype])
     assert orthogonal_flops(*shape, settings) == counter.get_total_flops()
     assert orthogonal_flops(64, 256, MuonConfig(orthogonalize="polar_express")) < 0.6 * orthogonal_flops(
         64, 256, MuonConfig()

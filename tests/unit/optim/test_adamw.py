@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from hopescale.optim.adamw import AdamW
+from hopescale.optim.gate import StepGate
 
 
 def randn(*shape: int, seed: int) -> torch.Tensor:
@@ -53,3 +58,31 @@ def test_it_is_the_equation():
 def test_a_variant_with_another_state_is_refused(variant: str):
     with pytest.raises(ValueError, match=variant):
         AdamW([nn.Parameter(torch.zeros(2, 2))], **{variant: True})
+
+
+class Made(TorchDispatchMode):
+    """Notes the tensors that operations make, but for numbers and what lies in tensors that are there."""
+
+    def __init__(self, there: list[Tensor]) -> None:
+        super().__init__()
+        self._there = {tensor.untyped_storage().data_ptr() for tensor in there}
+        self.shapes: list[torch.Size] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        result = function(*arguments, **(options or {}))
+        for tensor in (each for each in tree_leaves(result) if isinstance(each, Tensor)):
+            if tensor.numel() > 1 and tensor.untyped_storage().data_ptr() not in self._there:
+                self.shapes.append(tensor.shape)
+        return result
+
+
+def test_a_step_through_a_gate_makes_no_copy_of_anything():
+    members = [nn.Parameter(randn(3, 4, seed=seed)) for seed in range(3)]
+    rule = AdamW([{"params": members[:2]}, {"params": members[2:], "weight_decay": 0.0, "lr": 0.1}], lr=0.2)
+    for gate in (None, StepGate(torch.tensor(True))):
+        for p in members:
+            p.grad = randn(3, 4, seed=9)
+        tensors = [t for p in members for t in (p, p.grad, rule.state[p]["exp_avg"], rule.state[p]["exp_avg_sq"])]
+        with Made(tensors) as made:
+            rule.step_through(gate)
+        assert made.shapes == []

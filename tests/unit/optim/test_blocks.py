@@ -29,11 +29,11 @@ def randn(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def rows_of_blocks(blocks: str) -> list[list[int]]:
+def rows_of_blocks(blocks: str, groups: int = GROUPS) -> list[list[int]]:
     """Return the rows of each matrix, by a loop over groups, slices and channels."""
     found: dict[tuple, list[int]] = {}
     row = 0
-    for group in range(GROUPS):
+    for group in range(groups):
         for part, (count, width) in enumerate(PARTS):
             for slice_ in range(count):
                 for _ in range(width):
@@ -56,12 +56,13 @@ def train(rule: type[StackedOptimizer], weights: list[Tensor], rows: list[int] |
 
 @RULES
 @BLOCKS
-@pytest.mark.parametrize("number", [1, 2])
-def test_each_block_is_updated_as_a_matrix_of_its_own(rule, settings, blocks: str, number: int):
-    weights = [randn(10 * GROUPS, 7, seed=90 + index) for index in range(number)]
+@pytest.mark.parametrize(("number", "groups"), [(1, GROUPS), (2, GROUPS), (2, 1)])
+def test_each_block_is_updated_as_a_matrix_of_its_own(rule, settings, blocks: str, number: int, groups: int):
+    """A tensor-parallel rank may have a single group."""
+    weights = [randn(10 * groups, 7, seed=90 + index) for index in range(number)]
     found = train(rule, weights, slice(None), blocks, **settings)
     expected = torch.zeros_like(found)
-    for rows in rows_of_blocks(blocks):
+    for rows in rows_of_blocks(blocks, groups):
         expected[:, rows] = train(rule, weights, rows, "matrix", **settings)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
     assert (found - train(rule, weights, slice(None), "matrix", **settings)).abs().max() > 1e-3

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hopescale.ops.newton_schulz import newton_schulz
-from hopescale.optim.muon import Muon, adjusted_lr
+from hopescale.optim.muon import Muon, adjusted_lr, iterated_together
 from hopescale.optim.stacked import STACK_ELEMENTS
 
 SHAPES = [(4, 6), (6, 4), (4, 6), (5, 5), (4, 6)]
@@ -100,3 +100,20 @@ def test_rates_for_shapes():
     assert update.square().mean().sqrt().item() == pytest.approx(0.2, rel=1e-5)
     with pytest.raises(ValueError, match="none_such"):
         Muon([nn.Parameter(torch.zeros(2, 2))], adjust_lr_fn="none_such")
+
+
+def test_matrices_of_one_shape_or_its_transpose_are_iterated_together():
+    """As on a GPU: each comes out as it does alone, and in its own stack."""
+    stacks = [
+        randn(*shape, seed=index) for index, shape in enumerate([(2, 4, 6), (6, 4), (3, 5), (2, 3, 6, 4), (4, 6)])
+    ]
+    shapes = []
+
+    def iterate(x: Tensor) -> Tensor:
+        shapes.append(tuple(x.shape))
+        return newton_schulz(x)
+
+    found = iterated_together(stacks, iterate)
+    assert shapes == [(2 + 1 + 6 + 1, 4, 6), (3, 5)]
+    for x, each in zip(stacks, found, strict=True):
+        torch.testing.assert_close(each, newton_schulz(x), rtol=0, atol=1e-5)

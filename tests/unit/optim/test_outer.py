@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hopescale.common.errors import ConfigError
 from hopescale.config.schema import GroupConfig, OptimConfig, ScheduleConfig
-from hopescale.optim import Cadence, OuterOptimizer, replicated
+from hopescale.optim import Cadence, OuterOptimizer
 from hopescale.optim.schedule import learning_rate
 from hopescale.parallel.layers import ParameterSpec, attach
 from tests.support.many_ranks import Group, mesh_of
@@ -308,29 +308,6 @@ def test_a_mean_is_the_sum_over_the_period(period: int):
             optimizer.step(step, norm_of(optimizer, optimizer.due(step)))
         results.append(values(parameters))
     assert_close(*results)
-
-
-@pytest.mark.parametrize("most", [1, 1 << 26])
-def test_parameters_are_updated_some_at_a_time(most: int, monkeypatch: pytest.MonkeyPatch):
-    def trained(most: int) -> tuple[dict[str, Tensor], list[int]]:
-        monkeypatch.setattr(replicated, "UPDATE_ELEMENTS", most)
-        optimizer = make_optimizer(make_parameters(torch.bfloat16), make_config(grad_clip=0.5), a=Cadence(2))
-        rule, together = optimizer.updaters[0].rule, []
-        step = rule.step
-
-        def counted_step() -> None:
-            together.append(sum(p.grad is not None for group in rule.param_groups for p in group["params"]))
-            step()
-
-        rule.step = counted_step
-        for number in (1, 2, 3):
-            take_step(optimizer, number)
-        return values(optimizer.parameters) | optimizer.state_dict(), together
-
-    found, together = trained(most)
-    assert together == ([2, 3, 2] if most > 1 else [1] * 7)
-    expected, _ = trained(5)
-    assert all(torch.equal(value, expected[name]) for name, value in found.items())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
