@@ -107,14 +107,15 @@ def plan(sweep: SweepFile) -> None:
 
 
 def _too_few(trials: Sequence[Trial]) -> str | None:
-    """Say that the trials of a series are too few for a law, where a law over size and tokens may be meant."""
+    """Say that the trials of a series are too few for a law, where sizes or tokens differ and a law may be meant."""
     import numpy as np
 
     from hopescale.scaling.fit import ENOUGH, too_few
 
     params, tokens = (np.array(values, float) for values in zip(*((t.params, t.tokens) for t in trials), strict=True))
     lacking = too_few(params, tokens)
-    return f"{lacking}; {ENOUGH}" if lacking and len(trials) > 1 else None
+    differ = len(set(params)) > 1 or len(set(tokens)) > 1
+    return f"{lacking}; {ENOUGH}" if lacking and differ else None
 
 
 @app.command()

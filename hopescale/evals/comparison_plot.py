@@ -11,7 +11,9 @@ from matplotlib.figure import Figure
 from hopescale.evals.comparison import Comparison, MeasuredPoint, Spread
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6d00", "#56b4e9")
-"""One for each system (Okabe and Ito's, which most people can tell apart)."""
+"""One for each system (Okabe and Ito's, which most people can tell apart), and again for the next six."""
+MARKERS = ("o", "s", "^", "D")
+"""One for each six systems."""
 STYLES = ("-", "--", ":", "-.")
 """One for each group of further settings."""
 LIMITS = {"chance": ":", "best": "--"}
@@ -20,6 +22,10 @@ AXES = {"length": "tokens of an example", "num_pairs": "pairs", "distance": "tok
 """What accuracy is drawn over."""
 _PANEL = (4.6, 3.6)
 _COLUMNS = 3
+_LEGEND_LINE = 0.16
+"""Inches of a line of the legend."""
+_MOST_BANDS = 12
+"""Lines of a figure that may have an interval drawn around them; more would cover one another."""
 Curve = tuple[str, str, list[tuple[float, Spread]]]
 """System, further settings, and values by place on the axis."""
 
@@ -67,12 +73,13 @@ def _curves(comparison: Comparison, suite: str, axis: str) -> Iterator[Curve]:
 def _figure(comparison: Comparison, panels: Mapping[str, Sequence[Curve]], axis: str) -> Figure:
     figure, axes = _grid(len(panels))
     titles = (system.label if axis == "step" else system.title for system in comparison.systems)
-    colors = {title: COLORS[number % len(COLORS)] for number, title in enumerate(dict.fromkeys(titles))}
+    looks = {title: _look(number) for number, title in enumerate(dict.fromkeys(titles))}
+    bands = max(len(curves) for curves in panels.values()) <= _MOST_BANDS
     for panel, (suite, curves) in zip(axes, panels.items(), strict=False):
         rests = list(dict.fromkeys(rest for _, rest, _ in curves))
         for label, rest, values in curves:
             style = STYLES[rests.index(rest) % len(STYLES)]
-            _line(panel, values, colors[label], style, f"{label} {rest}".strip())
+            _line(panel, values, looks[label] | {"ls": style, "label": f"{label} {rest}".strip()}, bands)
         for name in LIMITS:
             _limit(panel, comparison, suite, axis, name)
         if axis == "length":
@@ -80,7 +87,16 @@ def _figure(comparison: Comparison, panels: Mapping[str, Sequence[Curve]], axis:
                 panel.axvline(trained, color="0.8", lw=0.9)
         _label(panel, AXES[axis], "accuracy", suite, [place for *_, line in curves for place, _ in line])
         panel.set_ylim(-0.03, 1.05)
+    _legend(figure)
     return figure
+
+
+def _look(number: int) -> dict[str, str]:
+    """Return color and marker of a system by its number."""
+    return {
+        "color": COLORS[number % len(COLORS)],
+        "marker": MARKERS[number // len(COLORS) % len(MARKERS)],
+    }
 
 
 def _limit(panel: Axes, comparison: Comparison, suite: str, axis: str, name: str) -> None:
@@ -108,20 +124,35 @@ def _positions(comparison: Comparison) -> Figure:
                     middle = (settings["first"] + settings["last"] + 1) / 2
                     values.append((middle, one.values[system.title]["loss"]))
             if values:
-                _line(panel, sorted(values), COLORS[number % len(COLORS)], "-", system.title)
+                bands = len(comparison.systems) <= _MOST_BANDS
+                _line(panel, sorted(values), _look(number) | {"ls": "-", "label": system.title}, bands)
                 ticks += [place for place, _ in values]
                 panel.axvline(system.trained_length, color="0.8", lw=0.9)
         _label(panel, "place in the context", "loss (nats per token)", text, ticks)
+    _legend(figure)
     return figure
 
 
-def _line(panel: Axes, values: Sequence[tuple[float, Spread]], color: str, style: str, label: str) -> None:
+def _line(panel: Axes, values: Sequence[tuple[float, Spread]], look: Mapping[str, str], bands: bool) -> None:
+    """Draw a line of means; with `bands`, and where a value has one, its interval too."""
     places, means = [place for place, _ in values], [value.mean for _, value in values]
-    panel.plot(places, means, color=color, ls=style, marker="o", ms=3.5, lw=1.5, label=label)
+    panel.plot(places, means, ms=3.5, lw=1.5, **look)
     banded = [(place, value) for place, value in values if value.low is not None]
-    if banded:
+    if bands and banded:
         low, high = [value.low for _, value in banded], [value.high for _, value in banded]
-        panel.fill_between([place for place, _ in banded], low, high, color=color, alpha=0.15, lw=0)
+        panel.fill_between([place for place, _ in banded], low, high, color=look["color"], alpha=0.15, lw=0)
+
+
+def _legend(figure: Figure) -> None:
+    """Put one legend for all panels at the right of the figure, which grows to hold it."""
+    lines = {}
+    for panel in figure.axes:
+        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
+            lines.setdefault(label, handle)
+    width, height = figure.get_size_inches()
+    longest = max(len(label) for label in lines)
+    figure.set_size_inches(width + 0.6 + 0.062 * longest, max(height, 0.3 + _LEGEND_LINE * len(lines)))
+    figure.legend(lines.values(), lines.keys(), loc="outside right upper", fontsize=7.5, frameon=False)
 
 
 def _grid(count: int) -> tuple[Figure, list[Axes]]:
@@ -147,4 +178,3 @@ def _label(panel: Axes, x: str, y: str, title: str, places: Sequence[float]) -> 
     panel.set_title(title, fontsize=11, loc="left")
     panel.spines[["top", "right"]].set_visible(False)
     panel.grid(alpha=0.25, lw=0.6)
-    panel.legend(fontsize=7.5, frameon=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,6 +12,8 @@ from hopescale.common.errors import DataError
 from hopescale.evals.comparison import Comparison, MeasuredPoint, Spread
 
 JSON, MARKDOWN = "report.json", "report.md"
+MOST_COLUMNS = 6
+"""Systems that stand side by side; more of them stand below one another."""
 
 
 def write_comparison(comparison: Comparison, folder: Path) -> list[Path]:
@@ -50,14 +52,14 @@ def page(comparison: Comparison, figures: Sequence[str]) -> Iterator[str]:
         yield from ("", "## Suites: accuracy", "")
         yield "Chance guesses among the answers that a row allows; no model can expect more than the best."
         head = ("suite", "settings", "chance", "best", *titles)
-        yield from ("", *_rows(head, (_suite_row(one, comparison.suites, titles) for one in comparison.suites)))
+        yield from ("", *_table(head, [_suite_row(one, comparison.suites, titles) for one in comparison.suites], 4))
     for name, measured, measure in (
         ("Loss by place in the context, nats per token", comparison.positions, "loss"),
         ("Other measures", comparison.others, "value"),
     ):
         if measured:
-            rows = ([one.suite, _text(one.settings), *_cells(one, titles, measure)] for one in measured)
-            yield from ("", f"## {name}", "", *_rows(("of", "", *titles), rows))
+            rows = [[one.suite, _text(one.settings), *_cells(one, titles, measure)] for one in measured]
+            yield from ("", f"## {name}", "", *_table(("of", "", *titles), rows, 2))
     for name in figures:
         yield from ("", f"![{name.replace('_', ' ')}]({name}.png)")
 
@@ -92,7 +94,22 @@ def _text(settings: Sequence[tuple[str, object]]) -> str:
     return ", ".join(f"{name} {value}" for name, value in settings if value is not None)
 
 
-def _rows(head: Sequence[str], rows: Iterator[Sequence[str]]) -> Iterator[str]:
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], asked: int) -> Iterator[str]:
+    """Write a table of systems; of many systems, one with a row for each.
+
+    Args:
+        head: Names of the columns.
+        rows: Cells of each row.
+        asked: Number of the first columns, which say what was asked; the others are systems.
+    """
+    if len(head) - asked <= MOST_COLUMNS:
+        return _rows(head, rows)
+    names = (", ".join(filter(None, row[:2])) for row in rows)
+    turned = zip(head[2:], *(row[2:] for row in rows), strict=True)
+    return _rows(("system", *names), turned)
+
+
+def _rows(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
     yield f"| {' | '.join(head)} |"
     yield "|" + "---|" * len(head)
     for row in rows:

@@ -111,6 +111,12 @@ def test_plan_shows_the_trials_in_the_order_of_the_file(sweep):
     assert "\nnote: steps3: level slow is due at no step up to train.steps=3; its weights stay" in out
 
 
+def test_plan_speaks_of_no_law_where_all_trials_are_of_one_size_and_length(sweep):
+    Path("toy.yaml").write_text("name: toy\nrecipe: debug\naxes: {optim.lr: [1e-3, 2e-3]}\n")
+    code, out = sweep("plan")
+    assert code == 0 and "debug: 2 trials, " in out and "no law" not in out
+
+
 def test_a_user_s_files_are_not_replaced(sweep, tmp_path: Path):
     (tmp_path / "exp").mkdir()
     (tmp_path / "exp" / "points.csv").write_text("precious")

@@ -18,6 +18,7 @@ from hopescale.config.schema import DataConfig, ModelConfig, RunConfig, SourceCo
 from hopescale.data.loader import Batch
 from hopescale.evals import suites
 from hopescale.evals.comparison import compare, read_evaluations, spread
+from hopescale.evals.comparison_plot import draw
 from hopescale.evals.comparison_report import page, write_comparison
 from hopescale.evals.positions import by_place, losses_of, parts
 from hopescale.evals.suite_request import SuiteRequest, read_counts
@@ -265,6 +266,28 @@ def test_a_report_is_one_json_one_page_and_figures(tmp_path: Path):
     assert "| mqar | length 40 | 0.500 | 1.000 | 0.550 [-0.085, 1.185] (2) | 0.550 [-0.085, 1.185] (2) |" in lines
     assert "| main | length 128, first 64, last 127 | 2.000 [2.000, 2.000] (2) | 2.000 [2.000, 2.000] (2) |" in lines
     assert list(page(replace(compare(bodies), suites=(), positions=(), others=()), []))[-1].startswith("| a, step 20")
+
+
+def test_a_report_of_many_systems_has_a_row_for_each_and_one_legend(tmp_path: Path):
+    bodies = []
+    for number in range(15):
+        both = [body(f"run{number}", 0, number / 20, length=length, lr=number + 1) for length in (40, 80)]
+        bodies.append(both[0] | {"suites": [suite for one in both for suite in one["suites"]]})
+    comparison = compare(bodies)
+    lines = list(page(comparison, []))
+    assert "| system | mqar, length 40 | mqar, length 80 |" in lines
+    assert "| chance | 0.500 | 0.500 |" in lines and "| best | 1.000 | 1.000 |" in lines
+    assert sum(line.startswith("| a") and line.count(" ± ") == 2 for line in lines) == 15
+    figure = draw(comparison)["accuracy_by_length"]
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()][:2] == ["a, step 10", "a #2, step 10"]
+    panel = figure.axes[0].get_window_extent()
+    assert panel.height > 0.6 * figure.bbox.height and panel.x1 < legend.get_window_extent().x0
+    drawn = {
+        (line.get_color(), line.get_marker()) for line in figure.axes[0].get_lines() if line.get_marker() != "None"
+    }
+    assert len(drawn) == 15, "no two systems look alike"
 
 
 @pytest.mark.parametrize(
