@@ -69,8 +69,8 @@ class Exchanges:
         largest: Most bytes of a collective that lie in tensors made for it.
         host_reads: Reads of values on the device by the host.
         early: Bytes of gradients that were handed over before the last gradient of the backward pass was there.
-        order: Exchanges by number, in the order in which the rank begins and waits for them.
         overlapped: Those that were handed over when three quarters of all entries of gradients were there.
+        order: Exchanges by number, in the order in which the rank begins and waits for them.
     """
 
     calls: Counter[str] = field(default_factory=Counter)
@@ -78,8 +78,8 @@ class Exchanges:
     largest: int = 0
     host_reads: int = 0
     early: int = 0
-    order: list[tuple[str, int]] = field(default_factory=list)
     overlapped: int = 0
+    order: list[tuple[str, int]] = field(default_factory=list)
 
     @property
     def gradient_bytes(self) -> int:
@@ -199,8 +199,6 @@ class Rank:
             for p in shapes
             if p.level
         }
-        mesh = mesh_of(Group(replicas), config.parallel.ranks_per_node if config.parallel.shard == "node" else 1)
-        cadences = {p.name: Cadence(of_level[p.level].update_every_steps, p.phase) for p in shapes if p.level}
         mesh = mesh_of(Group(replicas, rank), config.parallel.ranks_per_node if config.parallel.shard == "node" else 1)
 
         def zero(*arguments: Any, **settings: Any) -> ZeroAdamW:
