@@ -32,8 +32,9 @@ KINDS = (*LASTING, "memory states", "activations", "in flight", "logits", "works
 
 PACK_BYTES = 1 << 26
 """Most bytes of gradients that are sent at once, if no tensor is larger."""
-MATRIX_WORKSPACE = 8
-"""Copies of a matrix that a rule for matrices computes with; five of a square one."""
+MATRIX_WORKSPACE = 5
+"""Copies of matrices that M3 computes with where its slow memory is read anew, up to six of square ones. Other rules
+take fewer."""
 MOST_BLOCKS = 10_000
 """Blocks of the largest model whose parameters are listed before a run starts."""
 

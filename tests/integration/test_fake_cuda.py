@@ -165,6 +165,7 @@ HELD = {
         *(
             "model.cms.levels.fast.d_ff=4096",
             "optim.groups.matrices={match: ['*.gate.weight', '*.up.weight', '*.down.weight'], rule: m3}",
+            "optim.m3.frequency=1",  # what reads the slow memory anew takes most
         ),
     ),
     "linear, blocks again": ("model.mixers.hope.memory=linear", "train.recompute=block", "model.num_heads=4"),
