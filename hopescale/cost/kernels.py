@@ -10,9 +10,10 @@ from hopescale.cost.parameter import FP32
 from hopescale.ops.backends import select
 from hopescale.ops.limits import BLOCK, KERNEL_KEEPS, KERNEL_PIECE, KERNEL_PROGRAMS
 
-FORWARD_MATRICES, BACKWARD_MATRICES = 12, 26
-"""Matrices of a piece's tokens in the scratch memory of a program, forward (and replayed) and backward."""
-TABLES, ROWS, SHIFT = 12, 21, 32
+FORWARD_MATRICES, BACKWARD_MATRICES, LAYER_MATRICES = 9, 24, 3
+"""Matrices of a piece's tokens in the scratch memory of a program, forward (and replayed) and backward, where each
+first layer that is moved by itself has some of its own."""
+TABLES, ROWS, SHIFT = 14, 21, 32
 """Tables and rows of numbers of a piece beside them, and numbers that every second chunk lies further behind."""
 
 
@@ -28,6 +29,18 @@ def packed_size(model: ModelConfig, mixer: SelfModifyingConfig) -> int:
     gates = len({"eta", "alpha"} & set(names))
     outputs = (len(names) - gates) * dim + gates * BLOCK
     return dim * outputs if hidden is None else hidden * (dim * len(names) + outputs)
+
+
+def scratch_shape(model: ModelConfig, mixer: SelfModifyingConfig) -> tuple[int, int]:
+    """Return the width of matrices in scratch memory, and how many first layers have theirs on the way back.
+
+    Linear gate memories lie side by side, as one layer.
+    """
+    dim, hidden = head_dim(model), memory_dim(model, mixer)
+    names = {name for bank in memory_banks(mixer).values() for name in bank}
+    gates = len({"eta", "alpha"} & names)
+    width = BLOCK * max(1, gates) if hidden is None else hidden
+    return max(dim, width), len(names) - gates + (min(1, gates) if hidden is None else gates)
 
 
 def scratch_size(rows: int, width: int, matrices: int) -> int:
@@ -46,7 +59,7 @@ def kernel_activations(model: ModelConfig, mixer: SelfModifyingConfig, micro: Mi
     chunk, programs = mixer.chunk_size, documents * heads
     longest = min(chunk, tokens)
     rows = max(16, min(KERNEL_PIECE, 1 << (longest - 1).bit_length()))
-    width, cut = max(dim, memory_dim(model, mixer) or dim), longest > rows
+    (width, layers), cut = scratch_shape(model, mixer), longest > rows
     state = packed_size(model, mixer) * rates
     kept = heads * max(1, micro.tokens // (KERNEL_KEEPS * chunk)) * state * micro.kept_itemsize
     replayed = heads * (micro.tokens // chunk + documents) * state * micro.kept_itemsize
@@ -54,7 +67,8 @@ def kernel_activations(model: ModelConfig, mixer: SelfModifyingConfig, micro: Mi
     at_once = min(programs, max(1, KERNEL_PROGRAMS // side)) * side
     replay = at_once * ((1 + cut) * state + scratch_size(rows, width, FORWARD_MATRICES)) * FP32
     stream, first = micro.tokens * heads * dim * FP32, programs * state * FP32
-    back = min(programs, KERNEL_PROGRAMS) * scratch_size(rows, width, BACKWARD_MATRICES) * FP32
+    matrices = BACKWARD_MATRICES + LAYER_MATRICES * layers
+    back = min(programs, KERNEL_PROGRAMS) * scratch_size(rows, width, matrices) * FP32
     back += cut * programs * (-(-longest // rows) - 1) * state * micro.kept_itemsize
     back += 3 * stream + first * (1 + 1 / rates)
     return Activations(first, kept, stream + replayed + max(replay, back))
