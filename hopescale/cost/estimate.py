@@ -30,7 +30,14 @@ from hopescale.cost.hardware import Device
 from hopescale.cost.holdings import Holdings, Kind
 from hopescale.cost.operation import OpCost, product
 from hopescale.cost.parameter import FP32
-from hopescale.cost.roofline import READY, between_products_seconds, equal_transformer, memory_seconds
+from hopescale.cost.roofline import (
+    READY,
+    between_products_seconds,
+    equal_transformer,
+    instructions,
+    memory_seconds,
+    programs_at_once,
+)
 from hopescale.cost.updates import WIRE_BLOCK, update_flops, wire_bytes
 
 MIXING_RATE = {"mlp": 0.30, "linear": 0.29, "static": 0.20}
@@ -148,8 +155,10 @@ class Estimator:
                 lines.append(f"one operation runs all chunks of memories, at {FUSED_RATE[kind]:.0%} of that")
             elif is_fused(config, mixer):
                 what = "sequence" if mixer.reset_every is None else "piece between resets"
-                lines.append(f"a head of a {what} is one program, and {device.units} run at a time, which issue")
-                lines[-1] += f" {READY:g} instructions a cycle and scheduler, of those counted in the machine code"
+                at_once = programs_at_once(device, instructions(config, mixer).warps)
+                lines.append(f"a head of a {what} is one program, and {at_once} run at a time, which issue")
+                lines[-1] += f" {READY:g} instructions a cycle and scheduler, of those counted in the machine code,"
+                lines[-1] += " and wait for no bandwidth"
             elif kind is not None:
                 lines.append(f"products of memories reach {MIXING_RATE[kind]:.0%} of that, as on a CPU")
                 if self._calls_s(mixer):

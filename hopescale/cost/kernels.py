@@ -10,9 +10,10 @@ from hopescale.cost.parameter import FP32
 from hopescale.ops.backends import select
 from hopescale.ops.limits import BLOCK, KERNEL_KEEPS, KERNEL_PIECE, KERNEL_PROGRAMS
 
-FORWARD_MATRICES, BACKWARD_MATRICES = 12, 26
-"""Matrices of a piece's tokens in the scratch memory of a program, forward (and replayed) and backward."""
-TABLES, ROWS, SHIFT = 12, 21, 32
+FORWARD_MATRICES, BACKWARD_MATRICES, LAYER_MATRICES = 9, 24, 3
+"""Matrices of a piece's tokens in the scratch memory of a program, forward (and replayed) and backward, where each
+first layer that is moved by itself has some of its own."""
+TABLES, ROWS, SHIFT = 14, 21, 32
 """Tables and rows of numbers of a piece beside them, and numbers that every second chunk lies further behind."""
 
 
@@ -30,6 +31,18 @@ def packed_size(model: ModelConfig, mixer: SelfModifyingConfig) -> int:
     return dim * outputs if hidden is None else hidden * (dim * len(names) + outputs)
 
 
+def scratch_shape(model: ModelConfig, mixer: SelfModifyingConfig) -> tuple[int, int]:
+    """Return the width of matrices in scratch memory, and how many first layers have theirs on the way back.
+
+    Linear gate memories lie side by side, as one layer.
+    """
+    dim, hidden = head_dim(model), memory_dim(model, mixer)
+    names = {name for bank in memory_banks(mixer).values() for name in bank}
+    gates = len({"eta", "alpha"} & names)
+    width = BLOCK * max(1, gates) if hidden is None else hidden
+    return max(dim, width), len(names) - gates + (min(1, gates) if hidden is None else gates)
+
+
 def scratch_size(rows: int, width: int, matrices: int) -> int:
     """Count the numbers of a program's scratch memory, for pieces of `rows` tokens and matrices of a width."""
     return SHIFT + ROWS * rows + TABLES * rows * rows + matrices * rows * width
@@ -45,15 +58,17 @@ def kernel_activations(model: ModelConfig, mixer: SelfModifyingConfig, micro: Mi
     documents, chunk = micro.batch * num_pieces(mixer, micro.seq_len), mixer.chunk_size
     tokens = min(mixer.reset_every or micro.seq_len, micro.seq_len)
     programs, longest = documents * heads, min(chunk, tokens)
-    rows, width = _rows(longest), _width(model, mixer)
-    state, cut = packed_size(model, mixer) * rates, longest > rows
+    rows, cut = _rows(longest), longest > _rows(longest)
+    width, layers = scratch_shape(model, mixer)
+    state = packed_size(model, mixer) * rates
     first = heads * _starts(mixer, micro) * state * FP32
     kept = heads * max(1, micro.tokens // (KERNEL_KEEPS * chunk)) * state * micro.kept_itemsize
     replayed = heads * (micro.tokens // chunk + documents) * state * micro.kept_itemsize
     side = -(-tokens // (KERNEL_KEEPS * chunk))
     at_once = min(programs, max(1, KERNEL_PROGRAMS // side)) * side
     replay = at_once * _forward_program(model, mixer, longest)
-    back = min(programs, KERNEL_PROGRAMS) * scratch_size(rows, width, BACKWARD_MATRICES) * FP32
+    matrices = BACKWARD_MATRICES + LAYER_MATRICES * layers
+    back = min(programs, KERNEL_PROGRAMS) * scratch_size(rows, width, matrices) * FP32
     back += cut * programs * (-(-longest // rows) - 1) * state * micro.kept_itemsize
     back += 3 * micro.tokens * heads * dim * FP32 + programs * state * (1 + 1 / rates) * FP32
     gate = mixer.gate * micro.tokens * heads * dim * micro.itemsize
@@ -70,17 +85,13 @@ def forward_workspace(model: ModelConfig, mixer: SelfModifyingConfig, micro: Mic
 def _forward_program(model: ModelConfig, mixer: SelfModifyingConfig, longest: int) -> float:
     """Count the memory of a program that goes forward over chunks of at most so many tokens: states, and scratch."""
     rows = _rows(longest)
-    state = packed_size(model, mixer) * (1 + mixer.momentum)
-    return ((1 + (longest > rows)) * state + scratch_size(rows, _width(model, mixer), FORWARD_MATRICES)) * FP32
+    state, (width, _) = packed_size(model, mixer) * (1 + mixer.momentum), scratch_shape(model, mixer)
+    return ((1 + (longest > rows)) * state + scratch_size(rows, width, FORWARD_MATRICES)) * FP32
 
 
 def _rows(longest: int) -> int:
     """Return the tokens of a piece of a chunk that has at most so many."""
     return max(16, min(KERNEL_PIECE, 1 << (longest - 1).bit_length()))
-
-
-def _width(model: ModelConfig, mixer: SelfModifyingConfig) -> int:
-    return max(head_dim(model), memory_dim(model, mixer) or 0)
 
 
 def _starts(mixer: SelfModifyingConfig, micro: MicroBatch) -> int:

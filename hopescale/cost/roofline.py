@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import NamedTuple
 
 from hopescale.config.execution import kernel_products, run_again
 from hopescale.config.layout import Layout
@@ -26,23 +27,36 @@ from hopescale.cost.parameter import itemsize
 from hopescale.cost.params import count_params
 
 WARPS, SCHEDULERS = 8, 4
-"""Warps of a program that runs a head, and how many of them a multiprocessor can issue from in a cycle."""
+"""Warps that the registers of a multiprocessor hold, at 255 of a thread, and from how many it can issue in a cycle."""
 READY = 0.45
-"""Instructions that a scheduler issues a cycle, with two warps each and a barrier every 50; a guess, 0.3 to 0.6."""
+"""Instructions that a scheduler issues a cycle, with two warps each and a barrier every 50; a guess, 0.3 to 0.6. A warp
+issues half as many, whether its multiprocessor has work for others or not."""
 KERNEL_CHUNK = 64
 """Tokens of the chunks that were counted."""
-INSTRUCTIONS: dict[tuple[str, str, int], tuple[int, int]] = {
-    ("tf32x3", "linear", 64): (64_054, 250_397),
-    ("tf32x3", "mlp", 64): (174_066, 633_711),
-    ("tf32x3", "linear", 128): (126_750, 500_621),
-    ("tf32x3", "mlp", 128): (332_974, 1_274_002),
-    ("bf16", "linear", 64): (10_378, 46_827),
-    ("bf16", "mlp", 64): (33_342, 126_842),
-    ("bf16", "linear", 128): (20_354, 83_822),
-    ("bf16", "mlp", 128): (63_911, 239_865),
+
+
+class Instructions(NamedTuple):
+    """Warp instructions of a chunk that a program's warp executes, and how many warps a program has.
+
+    The backward holds the replay of three chunks of four, as three quarters of the forward.
+    """
+
+    forward: int
+    backward: int
+    warps: int = 8
+
+
+INSTRUCTIONS: dict[tuple[str, str, int], Instructions] = {
+    ("tf32x3", "linear", 64): Instructions(64_054, 250_397),
+    ("tf32x3", "mlp", 64): Instructions(174_066, 633_711),
+    ("tf32x3", "linear", 128): Instructions(126_750, 500_621),
+    ("tf32x3", "mlp", 128): Instructions(332_974, 1_274_002),
+    ("bf16", "linear", 64): Instructions(11_161, 45_656, warps=4),
+    ("bf16", "mlp", 64): Instructions(42_311, 153_013, warps=4),
+    ("bf16", "linear", 128): Instructions(20_354, 83_822),
+    ("bf16", "mlp", 128): Instructions(63_911, 239_865),
 }
-"""Warp instructions of a chunk that a program's warp executes, forward and backward, by the products of five memories,
-their kind and width; the backward holds the replay of three chunks of four, as three quarters of the forward.
+"""By the products of five memories, their kind and width.
 
 Those of `tf32x3` are of kernels that ran chunks in pieces of 32. MLPs with `bf16` normalise their writes. A narrower
 memory counts as 64 wide, and `tf32` as `tf32x3`, of which it is less."""
@@ -72,15 +86,19 @@ def memory_seconds(
     seq_len = train.seq_len // (layout.cp * train.segments)
     pieces = num_pieces(mixer, seq_len)
     programs = model.num_heads / layout.tp * train.micro_batch_size * pieces
-    memory, dim = mixer.memory, 64 if head_dim(model) <= 64 else 128
-    products = "bf16" if kernel_products(config.train) == "bf16" else "tf32x3"
-    forward, backward = INSTRUCTIONS[products, memory, dim]
-    executed: float = forward * (1 + again + run_again(config)) + backward
+    counted = instructions(config, mixer)
+    executed: float = counted.forward * (1 + again + run_again(config)) + counted.backward
     if kind == "static":
         executed /= MEMORIES
     tokens = train.segments * seq_len / pieces
     issued = executed * WARPS / SCHEDULERS / KERNEL_CHUNK * tokens
-    return waves(programs, device) * issued / READY / device.clock
+    return waves(programs, device, counted.warps) * issued / READY / device.clock
+
+
+def instructions(config: RunConfig, mixer: SelfModifyingConfig) -> Instructions:
+    """Return what was counted of the kernels of a mixer's memories."""
+    products = "bf16" if kernel_products(config.train) == "bf16" else "tf32x3"
+    return INSTRUCTIONS[products, mixer.memory, 64 if head_dim(config.model) <= 64 else 128]
 
 
 def equal_transformer(model: ModelConfig) -> ModelConfig:
@@ -92,9 +110,14 @@ def equal_transformer(model: ModelConfig) -> ModelConfig:
     return replace(model, mixers={"attention": AttentionConfig()}, pattern=(), cms=levels)
 
 
-def waves(programs: float, device: Device) -> int:
-    """Return how often each multiprocessor has a program to run: one fills its registers."""
-    return math.ceil(programs / device.units)
+def waves(programs: float, device: Device, warps: int) -> int:
+    """Return how often the multiprocessors fill with programs of some warps."""
+    return math.ceil(programs / programs_at_once(device, warps))
+
+
+def programs_at_once(device: Device, warps: int) -> int:
+    """Return how many programs of some warps run at a time: their registers decide."""
+    return device.units * (WARPS // warps)
 
 
 def between_products_bytes(model: ModelConfig, mixer: MixerConfig, precision: str, tp: int = 1) -> float:

@@ -18,6 +18,8 @@ INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;")
 BRANCH = re.compile(r"(@!?U?P\w+\s+)?BRA(?:\.\w+)*\s+(?:!?U?P\w+,\s*)?(?:`\(\S+\)|0x([0-9a-f]+))")
 LOOP = re.compile(r"scf\.for %\S+ = (\S+) to (\S+) step (\S+)")
 CONSTANT = re.compile(r"%c(\d+)_i32\w*$")
+BYTES = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
+"""Bytes of a thread's load or store by its modifiers; without one of these it is 4."""
 LONGEST_PREDICATED = 40
 """Most instructions that the assembler jumps over for reasons of its own; a longer jump is an `if` of the kernel."""
 
@@ -48,7 +50,26 @@ class MachineCode(NamedTuple):
     trips: list[int | None]
 
     def executed(self, trips: Sequence[float], walk: int) -> Counter[str]:
-        """Count the instructions that a warp executes in one turn of a loop, by name.
+        """Count the instructions that a warp executes in one turn of a loop, by name. Arguments as in `weigh`."""
+        total: Counter[str] = Counter()
+        for line, weight in self.weigh(trips, walk):
+            total[line.name] += weight
+        return total
+
+    def moved(self, trips: Sequence[float], walk: int) -> float:
+        """Count the bytes that a warp's loads and stores ask of global memory in one turn of a loop, caches included.
+
+        Arguments as in `weigh`.
+        """
+        total = 0.0
+        for line, weight in self.weigh(trips, walk):
+            if line.name in ("LDG", "STG"):
+                each = [BYTES[part] for part in re.findall(r"\.(\w+)", line.text.split("[")[0]) if part in BYTES]
+                total += weight * (each or [4])[0] * 32
+        return total
+
+    def weigh(self, trips: Sequence[float], walk: int) -> list[tuple[Instruction, float]]:
+        """Pair the instructions of one turn of a loop with how often a warp executes them.
 
         An `if` in a loop whose trips are known counts as taken in one of them.
 
@@ -74,11 +95,8 @@ class MachineCode(NamedTuple):
             if inside and last - first > LONGEST_PREDICATED:
                 for n in range(first, last + 1):
                     weights[n] /= inside[-1]
-        total: Counter[str] = Counter()
         first, last = spans[walk]
-        for line, weight in zip(self.code[first : last + 1], weights[first : last + 1], strict=True):
-            total[line.name] += weight
-        return total
+        return list(zip(self.code[first : last + 1], weights[first : last + 1], strict=True))
 
 
 def _spans(code: list[Instruction], place: Mapping[int, int], *, back: bool) -> Iterator[tuple[int, int]]:

@@ -34,3 +34,5 @@ def test_weights_and_scratch_memory_are_as_large_as_the_kernels_have_them(mixer:
     sizes = (kernels.TABLES, kernels.ROWS, kernels.SHIFT, kernels.FORWARD_MATRICES, kernels.BACKWARD_MATRICES)
     theirs = (scratch.TABLES, scratch.ROWS, scratch.SHIFT, scratch.FORWARD_MATRICES, scratch.BACKWARD_MATRICES)
     assert sizes == tuple(each.value for each in theirs)
+    width, layers = kernels.scratch_shape(model, model.mixers["hope"])
+    assert (config.rows * width, kernels.LAYER_MATRICES * layers) == (config.matrix, config.layer_matrices)

@@ -6,12 +6,14 @@ import triton
 import triton.language as tl
 
 from hopescale.ops.self_modifying.triton import scratch as at
+from hopescale.ops.self_modifying.triton.layers_back import read_states_back
 from hopescale.ops.self_modifying.triton.matrices import add, load_rows, put, tile
 from hopescale.ops.self_modifying.triton.memories import gates_at
 from hopescale.ops.self_modifying.triton.memories_back import make_back, make_gate_back, retrieve_back
 from hopescale.ops.self_modifying.triton.pieces import (
     choose,
     count_pieces,
+    layers_at,
     open_piece,
     packed,
     pass_memories,
@@ -19,19 +21,32 @@ from hopescale.ops.self_modifying.triton.pieces import (
     place_of_scratch,
     place_piece,
 )
-from hopescale.ops.self_modifying.triton.pieces_back import clear_piece, pass_memory_back, tables_back
+from hopescale.ops.self_modifying.triton.pieces_back import (
+    clear_piece,
+    first_layers_back,
+    pass_memory_back,
+    tables_back,
+)
 
 
 @triton.jit
 def pass_memories_back(inputs, exists, slots, backs, d_y, scratch, CONFIG: tl.constexpr):
     """Move gradients back over a piece, through all memories. Arguments as in `pass_memory_back`."""
     VECTORS: tl.constexpr = CONFIG.vectors
-    GATES: tl.constexpr = CONFIG.gates
+    GATES: tl.constexpr = CONFIG.moved_gates
+    FIRST: tl.constexpr = VECTORS.first
+    WIDE: tl.constexpr = CONFIG.vector_memories
     if CONFIG.gate_memories:
-        for memory in tl.range(0, CONFIG.gate_memories, disable_licm=True):
-            pass_memory_back(at.opaque(memory, scratch), inputs, exists, slots, backs, d_y, scratch, GATES, CONFIG)
-    for memory in tl.range(0, CONFIG.vector_memories, disable_licm=True):
-        pass_memory_back(at.opaque(memory, scratch), inputs, exists, slots, backs, d_y, scratch, VECTORS, CONFIG)
+        for number in tl.range(0, CONFIG.gate_moves, disable_licm=True):
+            memory = at.opaque(number, scratch)
+            pass_memory_back(memory, WIDE + memory, inputs, exists, slots, backs, d_y, scratch, GATES, CONFIG)
+    for number in tl.range(0, WIDE, disable_licm=True):
+        memory = at.opaque(number, scratch)
+        pass_memory_back(memory, memory, inputs, exists, slots, backs, d_y, scratch, VECTORS, CONFIG)
+    first_layers_back(inputs, exists, slots[1], backs[1], scratch, CONFIG)
+    if CONFIG.spec.read != "boundary":
+        gradient = at.matrix(scratch, at.D_INNER, CONFIG) if CONFIG.mlp else d_y
+        read_states_back(inputs[2], exists, gradient, layers_at(backs[1], 0, FIRST), scratch, FIRST, CONFIG)
     if CONFIG.spec.read == "boundary":
         gradient = load_rows(d_y, exists, CONFIG.dim)
         d_q = retrieve_back(inputs[2], exists, gradient, slots[0][0], backs[0], 0, scratch, VECTORS, CONFIG)
@@ -53,7 +68,7 @@ def streams_back(streams, exists, size, boundary, d_start, d_streams, d_logits, 
     d_k = make_back(k, exists, boundary, d_start, scratch, CONFIG.memory_k, at.D_K, CONFIG)
     put(at.whole(scratch, at.D_K, CONFIG.dim, CONFIG), d_k)
     rate = tl.load(at.row(scratch, at.RATE, CONFIG))
-    d_rate = tl.load(at.row(scratch, at.D_RATE, CONFIG)) * rate * (1 - rate / CONFIG.spec.eta_max)
+    d_rate = tl.load(at.row(scratch, at.D_RATE, CONFIG)) * (1 - rate / CONFIG.spec.eta_max)
     make_gate_back(d_rate, k, exists, boundary, d_start, d_logits[0], scratch, CONFIG.memory_eta, CONFIG)
     if CONFIG.retention:
         retention = tl.load(at.row(scratch, at.ALPHA, CONFIG))
@@ -147,7 +162,7 @@ def self_modify_back_kernel(
             exists, first = rows < size, token + first
             streams = k + first * CONFIG.dim, v + first * CONFIG.dim, q + first * CONFIG.dim
             logits = gates_at(eta, alpha, mu, first, CONFIG)
-            inputs = open_piece(logits, streams, exists, size, boundary[0], here, CONFIG)
+            inputs = open_piece(logits, streams, exists, size, boundary[0], here, True, CONFIG)
             if CONFIG.cut and turn < passes - pieces:
                 after = packed(replayed_states, replayed_momenta, replays + p, CONFIG)
                 pass_memories(inputs, exists, (boundary, before, after), (d_y, d_y), here, False, CONFIG)

@@ -68,7 +68,7 @@ def pass_chunk(
         exists, first = rows < size, token + first
         here = streams[0] + first * CONFIG.dim, streams[1] + first * CONFIG.dim, streams[2] + first * CONFIG.dim
         gates = logits[0] + first, logits[1] + first, logits[2] + first
-        inputs = open_piece(gates, here, exists, size, boundary[0], scratch, CONFIG)
+        inputs = open_piece(gates, here, exists, size, boundary[0], scratch, False, CONFIG)
         y, report = out[0] + first * CONFIG.dim, out[1] + 3 * first
         if READ:
             tl.store(report + 3 * rows, tl.load(at.row(scratch, at.RATE, CONFIG)), mask=exists)

@@ -188,7 +188,8 @@ class _SelfModify(torch.autograd.Function):
         states = _replay(config, places, streams, (running, momentum), (kept, kept_momenta))
         pieces = -(-min(places.chunk_size, places.tokens) // config.rows)
         again = kept.new_empty(programs if config.cut else 1, max(1, pieces - 1), config.size)
-        space = _Space.of(config, min(programs, KERNEL_PROGRAMS), scratch.BACKWARD_MATRICES.value, running).scratch
+        matrices = scratch.BACKWARD_MATRICES.value + config.layer_matrices
+        space = _Space.of(config, min(programs, KERNEL_PROGRAMS), matrices, running).scratch
         # The kernel changes these in place.
         d_running, d_boundary, *d_momentum = places.place(
             running[0], d_last, d_start, *([d_last_momentum] if config.momentum else [])

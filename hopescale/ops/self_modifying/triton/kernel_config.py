@@ -25,8 +25,8 @@ class PackedLayer:
         row: Distance from one of its rows to the next.
         inputs: Width of keys, `K`.
         outputs: Width of values, `N`.
-        similar: Place of the products of keys with one another, with the inverse right behind.
-        values: Place of write values, with what was held right behind.
+        similar: Place of the products of keys with one another, with two tables made of them right behind.
+        d_values: Place of the gradient of what is written, with that of what was held right behind.
         d_keys: Place of the gradient of keys.
     """
 
@@ -36,7 +36,7 @@ class PackedLayer:
     inputs: int
     outputs: int
     similar: int
-    values: int
+    d_values: int
     d_keys: int
 
 
@@ -148,10 +148,27 @@ class KernelConfig:
         first, second = self.vector_memories * self.hidden, self.vector_memories * self.hidden * self.dim
         return self._kind(first, self.narrow_width, self.dim * self.columns + second, BLOCK, narrow=True)
 
+    @property
+    def moved_gates(self) -> MemoryKind:
+        """What is moved at a time of gate memories: one of them or, as they have the same keys, all linear ones."""
+        kind = self.gates
+        width = self.narrow_width * max(1, self.gate_memories)
+        return kind if self.mlp else replace(kind, first=replace(kind.first, outputs=width))
+
+    @property
+    def gate_moves(self) -> int:
+        """How many such are moved, one after the other."""
+        return self.gate_memories if self.mlp else min(1, self.gate_memories)
+
+    @property
+    def layer_matrices(self) -> int:
+        """Matrices of first layers in scratch memory on the way back."""
+        return at.LAYER_MATRICES.value * (self.vector_memories + self.gate_moves)
+
     def _kind(self, first: int, width: int, second: int, out: int, *, narrow: bool) -> MemoryKind:
-        places = (at.SIMILAR.value, at.VALUES.value, at.D_K.value)
+        places = (at.SIMILAR.value, at.D_VALUES.value, at.D_K.value)
         below = PackedLayer(first, width, self.columns, self.dim, width, *places)
-        places = (at.SECOND_SIMILAR.value, at.SECOND.value, at.D_KEYS.value)
+        places = (at.SECOND_SIMILAR.value, at.D_SECOND.value, at.D_KEYS.value)
         return MemoryKind(below, PackedLayer(second, self.hidden * out, out, self.hidden, out, *places), narrow)
 
     @property
@@ -177,10 +194,11 @@ class KernelConfig:
 
     @property
     def warps(self) -> int:
-        """Warps of a program."""
-        return 4 if max(self.dim, self.hidden) < 64 else 8
+        """Warps of a program: with four, of 255 registers, a multiprocessor has room for two programs."""
+        width = max(self.dim, self.hidden)
+        return 4 if width < 64 or (width == 64 and self.precision == "bf16") else 8
 
     @property
     def matrix(self) -> int:
         """Numbers that a piece's matrix of tokens takes in scratch memory."""
-        return self.rows * max(self.dim, self.hidden)
+        return self.rows * max(self.dim, self.hidden, self.moved_gates.first.outputs)

@@ -36,28 +36,32 @@ def load_rows(x, exists, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def multiply(a, b, CONFIG: tl.constexpr):
-    """Multiply two matrices in registers, in the precision of the config; the sums are float32."""
+def multiply(a, b, CONFIG: tl.constexpr, total=None):
+    """Multiply two matrices in registers, in the precision of the config; the sums are float32, and go on from `total`.
+
+    Several products with one sum take as many registers as one.
+    """
     if CONFIG.precision == "bf16":
-        product = tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16))
+        product = tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), total)
     else:
-        product = tl.dot(a, b, input_precision=CONFIG.precision)
+        product = tl.dot(a, b, total, input_precision=CONFIG.precision)
     return product
 
 
 @triton.jit
-def multiply_exactly(a, b, CONFIG: tl.constexpr):
+def multiply_exactly(a, b, CONFIG: tl.constexpr, total=None):
     """Multiply two matrices in registers, about as exactly as float32 where the config is not `tf32`.
 
-    Under `bf16` each is the sum of two bfloat16 matrices, and of the four products the smallest is left out.
+    Under `bf16` each is the sum of two bfloat16 matrices, and of the four products the smallest is left out. Sums go on
+    from `total`.
     """
     if CONFIG.precision == "bf16":
         high, right = a.to(tl.bfloat16), b.to(tl.bfloat16)
-        product = tl.dot((a - high.to(tl.float32)).to(tl.bfloat16), right)
+        product = tl.dot((a - high.to(tl.float32)).to(tl.bfloat16), right, total)
         product = tl.dot(high, (b - right.to(tl.float32)).to(tl.bfloat16), product)
         product = tl.dot(high, right, product)
     else:
-        product = tl.dot(a, b, input_precision=CONFIG.precision)
+        product = tl.dot(a, b, total, input_precision=CONFIG.precision)
     return product
 
 
@@ -71,24 +75,29 @@ def times(
     K: tl.constexpr,
     N: tl.constexpr,
     CONFIG: tl.constexpr,
+    total=None,
 ):
-    """Multiply tokens `x` `[C, K]` with a matrix `[K, N]`, whose entry `(k, n)` lies at `k * ROW + n * COLUMN`."""
+    """Multiply tokens `x` `[C, K]` with a matrix `[K, N]`, whose entry `(k, n)` lies at `k * ROW + n * COLUMN`.
+
+    Sums go on from `total`.
+    """
     BLOCK: tl.constexpr = CONFIG.block if CONFIG.block < K else K
     C: tl.constexpr = CONFIG.rows
     rows, n = tl.arange(0, C), tl.arange(0, N)
-    total = tl.zeros((C, N), tl.float32)
+    if total is None:
+        total = tl.zeros((C, N), tl.float32)
     for first in range(0, K, BLOCK):
         k = first + tl.arange(0, BLOCK)
         left = tl.load(x + rows[:, None] * K + k[None, :], mask=exists[:, None], other=0.0)
         right = tl.load(matrix + k[:, None] * ROW + n[None, :] * COLUMN)
-        total += multiply(left, right, CONFIG)
+        total = multiply(left, right, CONFIG, total)
     return total
 
 
 @triton.jit
-def ask(x, exists, matrix, LAYER: tl.constexpr, CONFIG: tl.constexpr):
-    """Multiply tokens `x` `[C, K]` with the matrix of a layer: `[C, N]`."""
-    return times(x, exists, matrix, LAYER.row, 1, LAYER.inputs, LAYER.outputs, CONFIG)
+def ask(x, exists, matrix, LAYER: tl.constexpr, CONFIG: tl.constexpr, total=None):
+    """Multiply tokens `x` `[C, K]` with the matrix of a layer: `[C, N]`. Sums go on from `total`."""
+    return times(x, exists, matrix, LAYER.row, 1, LAYER.inputs, LAYER.outputs, CONFIG, total)
 
 
 @triton.jit
@@ -98,26 +107,27 @@ def ask_back(x, exists, matrix, LAYER: tl.constexpr, CONFIG: tl.constexpr):
 
 
 @triton.jit
-def pairs(x, y, exists, K: tl.constexpr, CONFIG: tl.constexpr):
-    """Multiply tokens `x` and `y` `[C, K]` with one another: `[C, C]`."""
+def pairs(x, y, exists, K: tl.constexpr, CONFIG: tl.constexpr, total=None):
+    """Multiply tokens `x` and `y` `[C, K]` with one another: `[C, C]`. Sums go on from `total`."""
     BLOCK: tl.constexpr = CONFIG.block if CONFIG.block < K else K
     C: tl.constexpr = CONFIG.rows
     rows = tl.arange(0, C)
-    total = tl.zeros((C, C), tl.float32)
+    if total is None:
+        total = tl.zeros((C, C), tl.float32)
     for first in range(0, K, BLOCK):
         k = first + tl.arange(0, BLOCK)
         left = tl.load(x + rows[:, None] * K + k[None, :], mask=exists[:, None], other=0.0)
         right = tl.load(y + rows[None, :] * K + k[:, None], mask=exists[None, :], other=0.0)
-        total += multiply(left, right, CONFIG)
+        total = multiply(left, right, CONFIG, total)
     return total
 
 
 @triton.jit
-def outer(x, exists, values, k, K: tl.constexpr, CONFIG: tl.constexpr):
-    """Multiply columns `k` of tokens `x` `[C, K]` with values `[C, N]`: `[k, N]`."""
+def outer(x, exists, values, k, K: tl.constexpr, CONFIG: tl.constexpr, total=None):
+    """Multiply columns `k` of tokens `x` `[C, K]` with values `[C, N]`: `[k, N]`. Sums go on from `total`."""
     rows = tl.arange(0, CONFIG.rows)
     left = tl.load(x + rows[None, :] * K + k[:, None], mask=exists[None, :], other=0.0)
-    return multiply(left, values, CONFIG)
+    return multiply(left, values, CONFIG, total)
 
 
 @triton.jit
@@ -129,6 +139,13 @@ def add_outer(matrix, x, exists, values, LAYER: tl.constexpr, CONFIG: tl.constex
         k = first + tl.arange(0, BLOCK)
         here = k[:, None] * LAYER.row + tl.arange(0, LAYER.outputs)[None, :]
         add(matrix + here, outer(x, exists, values, k, K, CONFIG))
+
+
+@triton.jit
+def sigmoid(x):
+    """Return the sigmoid, by a power of two and a root, which take few instructions; 0 below `x = -44`."""
+    above = 1 + tl.exp2(-1.4426950408889634 * x)
+    return tl.rsqrt(above * above)
 
 
 @triton.jit

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from hopescale.ops.self_modifying.triton import scratch as at
-from hopescale.ops.self_modifying.triton.matrices import add, ask, ask_back, load_rows, put, slope
+from hopescale.ops.self_modifying.triton.matrices import add, ask, ask_back, load_rows, put, sigmoid, slope
 
 NORM_EPS = tl.constexpr(1e-6)
 """Of `l2_norm`."""
@@ -28,7 +28,7 @@ def retrieve(x, exists, state, memory, scratch, KIND: tl.constexpr, CONFIG: tl.c
     SECOND: tl.constexpr = KIND.second
     answer = ask(x, exists, layer_at(state, memory, FIRST), FIRST, CONFIG)
     if CONFIG.mlp:
-        put(at.whole(scratch, at.HIDDEN, CONFIG.hidden, CONFIG), answer * tl.sigmoid(answer))
+        put(at.whole(scratch, at.HIDDEN, CONFIG.hidden, CONFIG), answer * sigmoid(answer))
         answer = ask(at.matrix(scratch, at.HIDDEN, CONFIG), exists, layer_at(state, memory, SECOND), SECOND, CONFIG)
         if not KIND.narrow:
             answer += load_rows(x, exists, CONFIG.dim)
@@ -95,10 +95,19 @@ def make_gates(logits, k, exists, state, scratch, CONFIG: tl.constexpr):
 
 
 @triton.jit
-def cap(error, CONFIG: tl.constexpr):
+def square_of(error, KIND: tl.constexpr, CONFIG: tl.constexpr):
+    """Return squared norms of errors: `[C, 1]`, or `[C, N]` of linear gate memories, which lie side by side."""
+    square = error * error
+    if CONFIG.mlp or not KIND.narrow:
+        square = tl.sum(square, 1)[:, None]
+    return square + 1e-12
+
+
+@triton.jit
+def cap(error, KIND: tl.constexpr, CONFIG: tl.constexpr):
     """Limit the norm of errors `[C, N]`."""
     if CONFIG.spec.error_cap is not None:
-        error *= tl.minimum(CONFIG.spec.error_cap * tl.rsqrt(tl.sum(error * error, 1) + 1e-12), 1.0)[:, None]
+        error *= tl.minimum(CONFIG.spec.error_cap * tl.rsqrt(square_of(error, KIND, CONFIG)), 1.0)
     return error
 
 
@@ -113,11 +122,13 @@ def offset_error(error, k, v, exists, KIND: tl.constexpr, CONFIG: tl.constexpr):
 
 
 @triton.jit
-def freshen(error, scratch, CONFIG: tl.constexpr):
-    """Scale errors `[C, N]` to what enters: with momentum that averages, what is not repeated from earlier writes."""
+def freshness(scratch, CONFIG: tl.constexpr):
+    """Return what part of errors enters `[C, 1]`: with momentum that averages, what earlier writes do not repeat."""
+    C: tl.constexpr = CONFIG.rows
+    part = tl.full((C, 1), 1.0, tl.float32)
     if CONFIG.averaged:
-        error *= 1 - at.column(scratch, at.MU, CONFIG)
-    return error
+        part -= at.column(scratch, at.MU, CONFIG)
+    return part
 
 
 @triton.jit
@@ -142,37 +153,39 @@ def shrink(first, push):
 
 
 @triton.jit
-def write(k, v, exists, state, memory, scratch, KIND: tl.constexpr, KEEP: tl.constexpr, CONFIG: tl.constexpr):
-    """Keep what a memory writes, and keys of its second layer; with `KEEP` what the backward kernel asks for, too.
+def write(k, v, exists, state, memory, scratch, KIND: tl.constexpr, BACK: tl.constexpr, CONFIG: tl.constexpr):
+    """Compute what a memory writes, for the way `BACK` with what that asks for.
+
+    Kept are keys of its second layer, and what that is written.
 
     Returns:
-        The norm of errors `[C]`.
+        What is written to its first layer, `[C, N]`, and the norm of errors `[C]`.
     """
     if CONFIG.mlp:
-        surprise = write_mlp(k, v, exists, state, memory, scratch, KIND, KEEP, CONFIG)
+        written, surprise = write_mlp(k, v, exists, state, memory, scratch, KIND, BACK, CONFIG)
     else:
-        surprise = write_linear(k, v, exists, state, memory, scratch, KIND, KEEP, CONFIG)
-    return surprise
+        written, surprise = write_linear(k, v, exists, state, memory, scratch, KIND, BACK, CONFIG)
+    return written, surprise
 
 
 @triton.jit
-def write_linear(k, v, exists, state, memory, scratch, KIND: tl.constexpr, KEEP: tl.constexpr, CONFIG: tl.constexpr):
+def write_linear(k, v, exists, state, memory, scratch, KIND: tl.constexpr, BACK: tl.constexpr, CONFIG: tl.constexpr):
     """Do what `write` does for a linear memory, which has one layer."""
     FIRST: tl.constexpr = KIND.first
     N: tl.constexpr = FIRST.outputs
     first = layer_at(state, memory, FIRST)
     error = -ask(v, exists, first, FIRST, CONFIG) if CONFIG.spec.own_target else -load_rows(v, exists, N)
     if CONFIG.spec.objective == "l2":
-        error += ask(k, exists, first, FIRST, CONFIG)
-    if KEEP:
+        error = ask(k, exists, first, FIRST, CONFIG, error)
+    if BACK and (CONFIG.averaged or CONFIG.spec.error_cap is not None):
         put(at.whole(scratch, at.RAW, N, CONFIG), error)
-    error = cap(error, CONFIG)
-    put(at.whole(scratch, at.VALUES, N, CONFIG), -freshen(error, scratch, CONFIG))
-    return tl.sqrt(tl.sum(error * error, 1))
+    error = cap(error, KIND, CONFIG)
+    written = -(at.column(scratch, at.RATE, CONFIG) * freshness(scratch, CONFIG)) * error
+    return written, tl.sqrt(tl.sum(error * error, 1))
 
 
 @triton.jit
-def write_mlp(k, v, exists, state, memory, scratch, KIND: tl.constexpr, KEEP: tl.constexpr, CONFIG: tl.constexpr):
+def write_mlp(k, v, exists, state, memory, scratch, KIND: tl.constexpr, BACK: tl.constexpr, CONFIG: tl.constexpr):
     """Do what `write` does for an MLP memory."""
     FIRST: tl.constexpr = KIND.first
     SECOND: tl.constexpr = KIND.second
@@ -183,32 +196,31 @@ def write_mlp(k, v, exists, state, memory, scratch, KIND: tl.constexpr, KEEP: tl
     first, second = layer_at(state, memory, FIRST), layer_at(state, memory, SECOND)
     pre = ask(k, exists, first, FIRST, CONFIG)
     put(at.whole(scratch, at.OF_KEY, E, CONFIG), pre)
-    hidden = pre * tl.sigmoid(pre)
+    hidden = pre * sigmoid(pre)
     norm = tl.sqrt(tl.sum(hidden * hidden, 1) + CONFIG.spec.key_eps)[:, None]
-    put(at.whole(scratch, at.KEYS, E, CONFIG), hidden / norm)
+    put(at.whole(scratch, at.KEYS, E, CONFIG), hidden * (1 / norm))
     error = tl.zeros((C, N), tl.float32)
     if L2 or CONFIG.spec.own_target:
         put(at.whole(scratch, at.HIDDEN, E, CONFIG), hidden if L2 else tl.zeros((C, E), tl.float32))
         if CONFIG.spec.own_target:
             pre = ask(v, exists, first, FIRST, CONFIG)
-            add(at.whole(scratch, at.HIDDEN, E, CONFIG), -pre * tl.sigmoid(pre))
-            if KEEP:
+            add(at.whole(scratch, at.HIDDEN, E, CONFIG), -pre * sigmoid(pre))
+            if BACK:
                 put(at.whole(scratch, at.OF_VALUE, E, CONFIG), pre)
-        error += ask(at.matrix(scratch, at.HIDDEN, CONFIG), exists, second, SECOND, CONFIG)
+        error = ask(at.matrix(scratch, at.HIDDEN, CONFIG), exists, second, SECOND, CONFIG)
     error = offset_error(error, k, v, exists, KIND, CONFIG)
-    if KEEP:
+    if BACK and (CONFIG.averaged or CONFIG.spec.error_cap is not None):
         put(at.whole(scratch, at.RAW, N, CONFIG), error)
-    error = cap(error, CONFIG)
-    push = freshen(error, scratch, CONFIG)
+    error = cap(error, KIND, CONFIG)
+    push, rate = error * freshness(scratch, CONFIG), at.column(scratch, at.RATE, CONFIG)
     put(at.whole(scratch, at.PUSH, N, CONFIG), push)
-    put(at.whole(scratch, at.SECOND, N, CONFIG), -length_written(norm, CONFIG) * push)
+    put(at.whole(scratch, at.SECOND, N, CONFIG), -rate * length_written(norm, CONFIG) * push)
     back = ask_back(at.matrix(scratch, at.PUSH, CONFIG), exists, second, SECOND, CONFIG)
-    if KEEP:
+    if BACK:
         put(at.whole(scratch, at.BACK, E, CONFIG), back)
     pre = tl.load(at.whole(scratch, at.OF_KEY, E, CONFIG))
-    gate = tl.sigmoid(pre)
+    gate = sigmoid(pre)
     written = -back * slope(gate, pre * gate)
     if CONFIG.spec.normalize_writes:
-        written *= shrink(written, push)
-    put(at.whole(scratch, at.VALUES, E, CONFIG), written)
-    return tl.sqrt(tl.sum(error * error, 1))
+        rate *= shrink(written, push)
+    return rate * written, tl.sqrt(tl.sum(error * error, 1))

@@ -6,16 +6,17 @@ import triton
 import triton.language as tl
 
 from hopescale.ops.self_modifying.triton import scratch as at
-from hopescale.ops.self_modifying.triton.matrices import add, add_outer, ask, ask_back, put, slope
+from hopescale.ops.self_modifying.triton.matrices import add, add_outer, ask, ask_back, outer, put, sigmoid, slope
 from hopescale.ops.self_modifying.triton.memories import (
     NORM_EPS,
     cap,
-    freshen,
+    freshness,
     layer_at,
     length_written,
     push_square,
     retrieve,
     shrink,
+    square_of,
 )
 
 
@@ -29,7 +30,7 @@ def retrieve_back(x, exists, gradient, state, d_state, memory, scratch, KIND: tl
     if CONFIG.mlp:
         hidden = at.matrix(scratch, at.HIDDEN, CONFIG)
         pre = ask(x, exists, first, FIRST, CONFIG)
-        gate = tl.sigmoid(pre)
+        gate = sigmoid(pre)
         put(at.whole(scratch, at.HIDDEN, CONFIG.hidden, CONFIG), pre * gate)
         put(at.whole(scratch, at.TEMPORARY, SECOND.outputs, CONFIG), gradient)
         add_outer(layer_at(d_state, memory, SECOND), hidden, exists, gradient, SECOND, CONFIG)
@@ -68,24 +69,27 @@ def make_gate_back(d_logit, k, exists, state, d_state, pointer, scratch, MEMORY:
 
 
 @triton.jit
-def cap_back(raw, gradient, CONFIG: tl.constexpr):
+def cap_back(raw, gradient, KIND: tl.constexpr, CONFIG: tl.constexpr):
     """Move a gradient through `cap`."""
     if CONFIG.spec.error_cap is not None:
-        square = tl.sum(raw * raw, 1)[:, None] + 1e-12
-        scale = CONFIG.spec.error_cap * tl.rsqrt(square)
-        along = raw * (tl.sum(raw * gradient, 1)[:, None] / square)
-        gradient = tl.where(scale < 1, scale * (gradient - along), gradient)
+        square = square_of(raw, KIND, CONFIG)
+        scale, along = CONFIG.spec.error_cap * tl.rsqrt(square), raw * gradient
+        if CONFIG.mlp or not KIND.narrow:
+            along = tl.sum(along, 1)[:, None]
+        gradient = tl.where(scale < 1, scale * (gradient - raw * (along / square)), gradient)
     return gradient
 
 
 @triton.jit
-def error_back(d_push, scratch, N: tl.constexpr, CONFIG: tl.constexpr):
+def error_back(d_push, scratch, N: tl.constexpr, KIND: tl.constexpr, CONFIG: tl.constexpr):
     """Move the gradient of what is pushed to the errors, before they were capped."""
-    raw = tl.load(at.whole(scratch, at.RAW, N, CONFIG))
-    if CONFIG.averaged:
-        at.add_row(scratch, at.D_FRESH, tl.sum(d_push * cap(raw, CONFIG), 1), CONFIG)
-        d_push = freshen(d_push, scratch, CONFIG)
-    return cap_back(raw, d_push, CONFIG)
+    if CONFIG.averaged or CONFIG.spec.error_cap is not None:
+        raw = tl.load(at.whole(scratch, at.RAW, N, CONFIG))
+        if CONFIG.averaged:
+            at.add_row(scratch, at.D_FRESH, tl.sum(d_push * cap(raw, KIND, CONFIG), 1), CONFIG)
+            d_push *= freshness(scratch, CONFIG)
+        d_push = cap_back(raw, d_push, KIND, CONFIG)
+    return d_push
 
 
 @triton.jit
@@ -105,13 +109,28 @@ def write_linear_back(k, v, exists, state, d_state, memory, scratch, KIND: tl.co
     """Move the gradient of a linear memory's write values to its weights, keys and values."""
     FIRST: tl.constexpr = KIND.first
     N: tl.constexpr = FIRST.outputs
-    d_error = error_back(-tl.load(at.whole(scratch, at.D_VALUES, N, CONFIG)), scratch, N, CONFIG)
-    if CONFIG.spec.objective == "l2":
-        through_first(k, exists, d_error, state, d_state, memory, scratch, at.D_K, FIRST, CONFIG)
-    if CONFIG.spec.own_target:
-        through_first(v, exists, -d_error, state, d_state, memory, scratch, at.D_V, FIRST, CONFIG)
-    else:
+    K: tl.constexpr = FIRST.inputs
+    L2: tl.constexpr = CONFIG.spec.objective == "l2"
+    BLOCK: tl.constexpr = CONFIG.block if CONFIG.block < K else K
+    d_error = error_back(-tl.load(at.whole(scratch, at.D_VALUES, N, CONFIG)), scratch, N, KIND, CONFIG)
+    if not CONFIG.spec.own_target:
         add(at.whole(scratch, at.D_V, N, CONFIG), -d_error)
+    if L2 or CONFIG.spec.own_target:
+        put(at.whole(scratch, at.TEMPORARY, N, CONFIG), d_error)
+        for first in range(0, K, BLOCK):
+            k_ = first + tl.arange(0, BLOCK)
+            total = tl.zeros((BLOCK, N), tl.float32)
+            if CONFIG.spec.own_target:
+                total = outer(v, exists, -d_error, k_, K, CONFIG, total)
+            if L2:
+                total = outer(k, exists, d_error, k_, K, CONFIG, total)
+            add(layer_at(d_state, memory, FIRST) + k_[:, None] * FIRST.row + tl.arange(0, N)[None, :], total)
+        temporary = at.matrix(scratch, at.TEMPORARY, CONFIG)
+        d_x = ask_back(temporary, exists, layer_at(state, memory, FIRST), FIRST, CONFIG)
+        if L2:
+            add(at.whole(scratch, at.D_K, K, CONFIG), d_x)
+        if CONFIG.spec.own_target:
+            add(at.whole(scratch, at.D_V, K, CONFIG), -d_x)
 
 
 @triton.jit
@@ -139,7 +158,7 @@ def write_mlp_back(k, v, exists, state, d_state, memory, scratch, KIND: tl.const
     second, d_second_layer = layer_at(state, memory, SECOND), layer_at(d_state, memory, SECOND)
     temporary = at.matrix(scratch, at.TEMPORARY, CONFIG)
     pre = tl.load(at.whole(scratch, at.OF_KEY, E, CONFIG))
-    gate = tl.sigmoid(pre)
+    gate = sigmoid(pre)
     hidden = pre * gate
     d_values = tl.load(at.whole(scratch, at.D_VALUES, E, CONFIG))
     d_second = tl.load(at.whole(scratch, at.D_SECOND, N, CONFIG))
@@ -157,8 +176,8 @@ def write_mlp_back(k, v, exists, state, d_state, memory, scratch, KIND: tl.const
     if CONFIG.spec.normalize_writes:
         d_norm = tl.where(norm > 1, -d_norm / (norm * norm), d_norm)
     d_norm -= tl.sum(d_keys * keys, 1)[:, None] / norm
-    d_hidden = d_keys / norm + d_norm * keys
-    d_error = error_back(d_push, scratch, N, CONFIG)
+    d_hidden = d_keys * (1 / norm) + d_norm * keys
+    d_error = error_back(d_push, scratch, N, KIND, CONFIG)
     if not KIND.narrow:
         add(at.whole(scratch, at.D_V, N, CONFIG), -d_error)
         if L2:
@@ -171,7 +190,7 @@ def write_mlp_back(k, v, exists, state, d_state, memory, scratch, KIND: tl.const
             d_hidden += d_asked
         if CONFIG.spec.own_target:
             of_value = tl.load(at.whole(scratch, at.OF_VALUE, E, CONFIG))
-            open_ = tl.sigmoid(of_value)
+            open_ = sigmoid(of_value)
             d_pre = -d_asked * slope(open_, of_value * open_)
             through_first(v, exists, d_pre, state, d_state, memory, scratch, at.D_V, FIRST, CONFIG)
     bend = gate * (1 - gate) * (2 + pre * (1 - 2 * gate))  # the derivative of `slope`

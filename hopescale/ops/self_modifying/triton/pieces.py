@@ -7,7 +7,7 @@ import triton.language as tl
 
 from hopescale.ops.self_modifying.triton import scratch as at
 from hopescale.ops.self_modifying.triton.layers import hold, move, open_keys, read_layer
-from hopescale.ops.self_modifying.triton.matrices import load_rows, put, tile
+from hopescale.ops.self_modifying.triton.matrices import load_rows, put, sigmoid, tile
 from hopescale.ops.self_modifying.triton.memories import layer_at, make_gates, make_tokens, write
 from hopescale.ops.self_modifying.triton.tables import decay_weights, last_weights, reading_tables
 
@@ -105,7 +105,7 @@ def keep_of_state(kept, start, write, push, BEHIND: tl.constexpr, scratch, CONFI
 
 
 @triton.jit
-def open_piece(logits, streams, exists, size, boundary, scratch, CONFIG: tl.constexpr):
+def open_piece(logits, streams, exists, size, boundary, scratch, BACK: tl.constexpr, CONFIG: tl.constexpr):
     """Make keys, values, queries, gates and tables of a piece; return where the first three lie.
 
     Args:
@@ -113,11 +113,12 @@ def open_piece(logits, streams, exists, size, boundary, scratch, CONFIG: tl.cons
         streams: Pointers to its inputs of keys, values and queries.
         size: Number of tokens.
         boundary: Pointer to packed weights at the chunk's start.
+        BACK: Whether what is made is for the way back.
     """
     inputs = make_tokens(streams, exists, boundary, scratch, CONFIG)
     keep_tables(make_gates(logits, streams[0], exists, boundary, scratch, CONFIG), size, scratch, CONFIG)
     FIRST: tl.constexpr = CONFIG.vectors.first
-    open_keys(inputs[0], exists, scratch, FIRST, CONFIG)
+    open_keys(inputs[0], exists, scratch, FIRST, BACK, CONFIG)
     return inputs
 
 
@@ -146,35 +147,37 @@ def pass_memory(
     N: tl.constexpr = SECOND.outputs
     READS: tl.constexpr = READ and not KIND.narrow and CONFIG.spec.read != "boundary"
     first, moved = layers_at(before, memory, FIRST), layers_at(after, memory, FIRST)
-    error = write(k, v, exists, start[0], memory, scratch, KIND, False, CONFIG)
+    written, error = write(k, v, exists, start[0], memory, scratch, KIND, False, CONFIG)
     if READ and not KIND.narrow:
         tl.store(surprise + 3 * tl.arange(0, CONFIG.rows), error, mask=exists & (memory == 0))
-    hold(k, exists, first, scratch, FIRST, CONFIG)
+    held = hold(k, exists, written, first, scratch, FIRST, CONFIG)
     if READS and memory == 0:
-        found = read_layer(q, k, exists, first, scratch, FIRST, CONFIG)
+        found = read_layer(q, k, exists, written, held, first, scratch, FIRST, CONFIG)
         if CONFIG.mlp:
-            put(at.whole(scratch, at.INNER, FIRST.outputs, CONFIG), found * tl.sigmoid(found))
+            put(at.whole(scratch, at.INNER, FIRST.outputs, CONFIG), found * sigmoid(found))
         else:
             tl.store(tile(y, CONFIG.rows, N), found, mask=exists[:, None])
-    move(k, exists, first, moved, scratch, FIRST, CONFIG)
+    move(k, exists, written, held, first, moved, scratch, FIRST, CONFIG)
     if CONFIG.mlp:
         second, moved = layers_at(before, memory, SECOND), layers_at(after, memory, SECOND)
         keys = at.matrix(scratch, at.KEYS, CONFIG)
-        open_keys(keys, exists, scratch, SECOND, CONFIG)
-        hold(keys, exists, second, scratch, SECOND, CONFIG)
+        open_keys(keys, exists, scratch, SECOND, False, CONFIG)
+        written = tl.load(at.whole(scratch, at.SECOND, N, CONFIG))
+        held = hold(keys, exists, written, second, scratch, SECOND, CONFIG)
         if READS and memory == 0:
-            found = read_layer(at.matrix(scratch, at.INNER, CONFIG), keys, exists, second, scratch, SECOND, CONFIG)
+            inner = at.matrix(scratch, at.INNER, CONFIG)
+            found = read_layer(inner, keys, exists, written, held, second, scratch, SECOND, CONFIG)
             tl.store(tile(y, CONFIG.rows, N), load_rows(q, exists, N) + found, mask=exists[:, None])
-        move(keys, exists, second, moved, scratch, SECOND, CONFIG)
+        move(keys, exists, written, held, second, moved, scratch, SECOND, CONFIG)
 
 
 @triton.jit
 def pass_memories(inputs, exists, slots, out, scratch, READ: tl.constexpr, CONFIG: tl.constexpr):
     """Move all memories over a piece. Arguments as in `pass_memory`."""
     VECTORS: tl.constexpr = CONFIG.vectors
-    GATES: tl.constexpr = CONFIG.gates
+    GATES: tl.constexpr = CONFIG.moved_gates
     if CONFIG.gate_memories:
-        for memory in tl.range(0, CONFIG.gate_memories, disable_licm=True):
+        for memory in tl.range(0, CONFIG.gate_moves, disable_licm=True):
             pass_memory(at.opaque(memory, scratch), inputs, exists, slots, out, scratch, READ, GATES, CONFIG)
     for memory in tl.range(0, CONFIG.vector_memories, disable_licm=True):
         pass_memory(at.opaque(memory, scratch), inputs, exists, slots, out, scratch, READ, VECTORS, CONFIG)

@@ -34,11 +34,13 @@ KEPT = tl.constexpr(0)
 WRITE = tl.constexpr(1)
 SIMILAR = tl.constexpr(4)
 INVERSE = tl.constexpr(5)
-SECOND_SIMILAR = tl.constexpr(6)
-SECOND_INVERSE = tl.constexpr(7)
-D_KEPT = tl.constexpr(8)
-D_WRITE = tl.constexpr(9)
-TABLES = tl.constexpr(12)
+WEIGHTS = tl.constexpr(6)
+"""Of the keys of first layers: products with one another; what erases leave, times the learning rate of the row; and
+the first of them, each times the weight of the write."""
+SECOND_SIMILAR = tl.constexpr(7)
+D_KEPT = tl.constexpr(10)
+D_WRITE = tl.constexpr(11)
+TABLES = tl.constexpr(14)
 
 K = tl.constexpr(0)
 V = tl.constexpr(1)
@@ -48,26 +50,26 @@ OF_KEY = tl.constexpr(4)
 KEYS = tl.constexpr(5)
 PUSH = tl.constexpr(6)
 INNER = tl.constexpr(7)
-VALUES = tl.constexpr(8)
-HELD = tl.constexpr(9)
-SECOND = tl.constexpr(10)
-SECOND_HELD = tl.constexpr(11)
-FORWARD_MATRICES = tl.constexpr(12)
-OF_VALUE = tl.constexpr(12)
-RAW = tl.constexpr(13)
-BACK = tl.constexpr(14)
-D_VALUES = tl.constexpr(15)
-D_HELD = tl.constexpr(16)
-D_SECOND = tl.constexpr(17)
-D_SECOND_HELD = tl.constexpr(18)
-D_KEYS = tl.constexpr(19)
-D_INNER = tl.constexpr(20)
-SOLVED = tl.constexpr(21)
-TEMPORARY = tl.constexpr(22)
-D_K = tl.constexpr(23)
-D_V = tl.constexpr(24)
-D_Q = tl.constexpr(25)
-BACKWARD_MATRICES = tl.constexpr(26)
+SECOND = tl.constexpr(8)
+FORWARD_MATRICES = tl.constexpr(9)
+OF_VALUE = tl.constexpr(11)
+RAW = tl.constexpr(12)
+BACK = tl.constexpr(13)
+D_VALUES = tl.constexpr(14)
+D_HELD = tl.constexpr(15)
+D_SECOND = tl.constexpr(16)
+D_SECOND_HELD = tl.constexpr(17)
+D_KEYS = tl.constexpr(18)
+D_INNER = tl.constexpr(19)
+TEMPORARY = tl.constexpr(20)
+D_K = tl.constexpr(21)
+D_V = tl.constexpr(22)
+D_Q = tl.constexpr(23)
+FIRST = tl.constexpr(24)
+BACKWARD_MATRICES = tl.constexpr(24)
+"""Without those of first layers. A layer has three in a row, from `SECOND` on or, by the number of its memory, from
+`FIRST` on: what was written, what was held, both times the learning rate, and what was solved for on the way back."""
+LAYER_MATRICES = tl.constexpr(3)
 
 
 @triton.jit
@@ -125,6 +127,12 @@ def add_row(scratch, INDEX: tl.constexpr, values, CONFIG: tl.constexpr):
 
 
 @triton.jit
-def written(scratch, INDEX: tl.constexpr, WIDTH: tl.constexpr, CONFIG: tl.constexpr):
-    """Load write values, or what was held, times the learning rate: `[C, WIDTH]`."""
-    return column(scratch, RATE, CONFIG) * tl.load(whole(scratch, INDEX, WIDTH, CONFIG))
+def of_first(scratch, number, CONFIG: tl.constexpr):
+    """Point to the first entry of what the first layer of a memory has written, on the way back."""
+    return matrix(scratch, FIRST, CONFIG) + number * LAYER_MATRICES * CONFIG.matrix
+
+
+@triton.jit
+def of_layer(written, BEHIND: tl.constexpr, WIDTH: tl.constexpr, CONFIG: tl.constexpr):
+    """Point to a matrix of a layer, entry by entry: 0 is what was written, 1 what was held, 2 what was solved for."""
+    return tile(written + BEHIND * CONFIG.matrix, CONFIG.rows, WIDTH)

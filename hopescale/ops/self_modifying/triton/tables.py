@@ -155,20 +155,28 @@ def gates_back(decay, d_decay, size, scratch, CONFIG: tl.constexpr):
 
 @triton.jit
 def keep_inverse(lower, INDEX: tl.constexpr, scratch, CONFIG: tl.constexpr):
-    """Keep the inverse of `I + lower`, `lower` strictly lower triangular with `2 ** CONFIG.doublings` rows.
+    """Keep the inverse of `I + lower`, each row times its learning rate.
+
+    `lower` is strictly lower triangular with `2 ** CONFIG.doublings` rows.
 
     Inverts diagonal blocks of 1, 2, 4, ... rows, two joining into one. All that appears on the way is part of such an
     inverse, which stays bounded where the powers of `lower` do not. A step of Newton's, with an exact residual, takes
     away what `bf16` products have rounded on the way.
     """
-    rows, place = at.numbers(scratch, CONFIG), at.table(scratch, INDEX, CONFIG)
-    apart = rows[:, None] ^ rows[None, :]
-    inverse = tl.where(apart == 0, 1.0, 0.0) - tl.where(apart == 1, lower, 0.0)
+    rows, columns = at.numbers(scratch, CONFIG), tl.arange(0, CONFIG.rows)
+    apart, place = rows[:, None] ^ columns[None, :], at.table(scratch, INDEX, CONFIG)
+    lower = -lower
     put(place, lower)
-    for level in range(1, CONFIG.doublings):
-        joining = tl.where((apart >> level) == 1, tl.load(place), 0.0)
-        inverse -= multiply(inverse, multiply(joining, inverse, CONFIG), CONFIG)
+    inverse = tl.where(apart == 0, 1.0, 0.0) + tl.where(apart == 1, lower, 0.0)
     if CONFIG.precision == "bf16":
-        residual = tl.where(apart == 0, 1.0, 0.0) - inverse - multiply_exactly(tl.load(place), inverse, CONFIG)
-        inverse += multiply(inverse, residual, CONFIG)
-    put(place, inverse)
+        lower = lower.to(tl.bfloat16)
+    for level in range(1, CONFIG.doublings):
+        # Blocks of `half` rows are inverted, and their products stay apart: what joins two of them is taken.
+        half, rows = 1 << level, at.numbers(scratch + level, CONFIG)
+        joined = multiply(inverse, multiply(lower, inverse, CONFIG), CONFIG)
+        inverse += tl.where(((rows ^ half)[:, None] ^ columns[None, :]) < half, joined, 0.0)
+    if CONFIG.precision == "bf16":
+        residual = tl.where(apart == 0, 1.0, 0.0) - inverse
+        residual = multiply_exactly(tl.load(place), inverse, CONFIG, residual)
+        inverse = multiply(inverse, residual, CONFIG, inverse)
+    put(place, tl.load(at.row(scratch, at.RATE, CONFIG))[:, None] * inverse)
