@@ -74,7 +74,7 @@ class Accumulator:
 
     Attributes:
         total: The sum, None if there is none yet.
-        buffer: Where the next sum is made; None if it is made anew.
+        buffer: Room in which the next sum is made; None if it is made anew.
     """
 
     def __init__(

@@ -92,14 +92,7 @@ def m3_update(
     if ended:
         torch._foreach_copy_([slow_direction[place] for place in ended], directions[len(weight) :])
     if second_moment is not None:
-        if form == "paper":
-            torch._foreach_addcmul_(second_moment, grad, grad, value=beta2)
-            root = torch._foreach_sqrt(second_moment)
-        else:
-            root = corrected_root(second_moment, grad, step, beta2)
-        torch._foreach_add_(root, eps)
-        torch._foreach_div_(update, root)
-        del root
+        _divide(update, second_moment, grad, step, beta2, eps, form)
     if update_rms is not None:
         scale_to_rms(update, update_rms)
     rates = [lr if adjust_lr_fn is None else adjusted_lr(lr, adjust_lr_fn, each.shape) for each in weight]
@@ -116,6 +109,25 @@ def _write_slowly(
     if begun := [each for each, number in zip(slow_momentum, step, strict=True) if (number - 1) % frequency == 0]:
         torch._foreach_mul_(begun, beta3)
     torch._foreach_add_(slow_momentum, grad, alpha=(1 - beta3) / frequency)
+
+
+def _divide(
+    update: list[Tensor],
+    second_moment: list[Tensor],
+    grad: list[Tensor],
+    step: list[int],
+    beta2: float,
+    eps: float,
+    form: str,
+) -> None:
+    """Take gradients into second moments, and divide updates by their roots."""
+    if form == "paper":
+        torch._foreach_addcmul_(second_moment, grad, grad, value=beta2)
+        root = torch._foreach_sqrt(second_moment)
+    else:
+        root = corrected_root(second_moment, grad, step, beta2)
+    torch._foreach_add_(root, eps)
+    torch._foreach_div_(update, root)
 
 
 class M3(StackedOptimizer):
