@@ -74,12 +74,8 @@ def m3_update(
         weight_decay: Decoupled, per unit of learning rate.
         orthogonalize, ns_steps, ns_coefficients, ns_dtype: Arguments of `orthogonal`.
     """
-
     how = {"ns_steps": ns_steps, "ns_coefficients": ns_coefficients, "ns_dtype": ns_dtype}
-    if form == "ema":
-        torch._foreach_lerp_(fast_momentum, grad, 1 - beta1)
-    else:
-        torch._foreach_add_(fast_momentum, grad, alpha=beta1)
+    _write_fast(fast_momentum, grad, beta1, form)
     ahead = torch._foreach_lerp(grad, fast_momentum, beta1) if nesterov else fast_momentum
     ended = []
     if slow_momentum is not None:
@@ -97,6 +93,14 @@ def m3_update(
         scale_to_rms(update, update_rms)
     rates = [lr if adjust_lr_fn is None else adjusted_lr(lr, adjust_lr_fn, each.shape) for each in weight]
     move(weight, update, 1 - lr * weight_decay, rates)
+
+
+def _write_fast(fast_momentum: list[Tensor], grad: list[Tensor], beta1: float, form: str) -> None:
+    """Take gradients into fast momenta."""
+    if form == "paper":
+        torch._foreach_add_(fast_momentum, grad, alpha=beta1)
+    else:
+        torch._foreach_lerp_(fast_momentum, grad, 1 - beta1)
 
 
 def _write_slowly(
