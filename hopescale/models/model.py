@@ -35,7 +35,7 @@ class Model(nn.Module):
 
     Args:
         config: Sizes and switches, checked by `hopescale.config.check`.
-        seed: Seed of the initial weights; each depends only on it and the parameter's name. None sets no weights.
+        seed: Seed of the initial weights; each depends on it, name and place alone. None sets no weights.
         mesh: Ranks of the run, and this process among them; None is a process of its own.
         blocks: Numbers of the blocks to hold, from 0; None is all.
         recompute: Activations computed again in the backward pass instead of kept; as `train.recompute`.
