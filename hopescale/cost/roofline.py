@@ -53,8 +53,8 @@ INSTRUCTIONS: dict[tuple[str, str, int], Instructions] = {
     ("tf32x3", "mlp", 128): Instructions(332_974, 1_274_002),
     ("bf16", "linear", 64): Instructions(11_161, 45_656, warps=4),
     ("bf16", "mlp", 64): Instructions(42_311, 153_013, warps=4),
-    ("bf16", "linear", 128): Instructions(20_354, 83_822),
-    ("bf16", "mlp", 128): Instructions(63_911, 239_865),
+    ("bf16", "linear", 128): Instructions(17_814, 68_781),
+    ("bf16", "mlp", 128): Instructions(58_627, 226_115),
 }
 """By the products of five memories, their kind and width.
 

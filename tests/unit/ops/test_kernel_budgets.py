@@ -42,12 +42,12 @@ KERNELS = {
 BUDGETS = {
     ("forward", "linear", 64): Budget(11_500, 290, 100, 1.3),
     ("forward", "normalised mlp", 64): Budget(43_500, 940, 440, 4.5),
-    ("backward", "linear", 64): Budget(38_500, 1_250, 1_200, 5.2),
-    ("backward", "normalised mlp", 64): Budget(125_000, 3_500, 2_650, 17.0),
-    ("forward", "linear", 128): Budget(21_500, 760, 200, 8.0),
-    ("forward", "normalised mlp", 128): Budget(67_000, 1_850, 720, 24.0),
-    ("backward", "linear", 128): Budget(72_000, 2_900, 1_900, 24.0),
-    ("backward", "normalised mlp", 128): Budget(200_000, 6_500, 2_900, 80.0),
+    ("backward", "linear", 64): Budget(38_500, 1_250, 1_180, 5.2),
+    ("backward", "normalised mlp", 64): Budget(125_000, 3_500, 2_650, 15.3),
+    ("forward", "linear", 128): Budget(18_400, 660, 410, 4.2),
+    ("forward", "normalised mlp", 128): Budget(60_500, 1_700, 790, 12.3),
+    ("backward", "linear", 128): Budget(57_500, 2_450, 1_700, 11.9),
+    ("backward", "normalised mlp", 128): Budget(188_000, 6_400, 3_150, 35.0),
 }
 ALWAYS = ("forward", "linear", 64)
 
