@@ -25,7 +25,9 @@ from hopescale.common.units import format_count, plural
 from hopescale.config.check import check_layout
 from hopescale.config.layout import make_layout
 from hopescale.config.notes import notes
-from hopescale.launch.array import Element, Stage, submit_array, submit_stages
+from hopescale.config.record import CONFIG
+from hopescale.launch.array import Element, Stage, require_no_jobs, submit_array, submit_stages
+from hopescale.launch.ledger import JOBS
 from hopescale.launch.profile import load_profile
 from hopescale.observe.run_folder import SWEEP_MARKS, require_own
 from hopescale.observe.run_status import DIVERGED, DONE, FAILED, RUNNING
@@ -174,6 +176,7 @@ def submit(
         check_layout(trial.config, make_layout(trial.config, nodes * profile.ranks))
     with locked(folder):
         require_same(loaded, trials, folder)
+        require_no_jobs(_not_begun(trials, folder), f"{display_path(loaded.path)} makes no trial of this name any more")
         _keep_file(loaded, folder)
         how = {"nodes": nodes, "max_at_once": max_at_once, "time": time}
         if loaded.config.branch:
@@ -189,6 +192,13 @@ def submit(
         typer.echo(f"job {id}, trials in {display_path(folder / 'trials')}")
     if not ids:
         typer.echo("nothing to submit: no trial is left" if only is None else "nothing to submit: no trial has failed")
+
+
+def _not_begun(trials: Sequence[Trial], folder: Path) -> list[Path]:
+    """Return the folders of none of these trials that had a job and have no config yet, so that nobody knows theirs."""
+    known = {trial.name for trial in trials}
+    folders = sorted(path.parent for path in folder.glob(f"trials/*/{JOBS}"))
+    return [path for path in folders if path.name not in known and not (path / CONFIG).exists()]
 
 
 def _elements(trials: Sequence[Trial], folder: Path) -> list[Element]:

@@ -80,7 +80,7 @@ def kept_between_pieces(config: RunConfig, layout: Layout, blocks: list[int]) ->
         if (state := _packed_state(config, layout, mixer)) is None:
             total += several * sum(carried_bytes(config, mixer, place * size) for place in places)
         else:
-            total += several * len(places) * state
+            total += several * len(places) * (state + _beside_packed(config, mixer))
             packed.append(state)
     if train.segments == 2:  # the piece that is run again begins with the learned weights, packed for all sequences
         total -= (1 - 1 / train.micro_batch_size) * sum(packed)
@@ -92,12 +92,20 @@ def made_again(config: RunConfig, layout: Layout, blocks: list[int]) -> float:
 
     These are the states behind it, and what the programs of a block compute with.
     """
-    micro, packed, programs = MicroBatch.of(config.train, layout), [], 0.0
+    micro, packed, beside, programs = MicroBatch.of(config.train, layout), [], 0, 0.0
     for mixer in (mixer_of_block(config.model, number) for number in blocks):
         if (state := _packed_state(config, layout, mixer)) is not None:
             packed.append(state)
+            beside += _beside_packed(config, mixer)
             programs = max(programs, forward_workspace(config.model, mixer, micro))
-    return (1.5 * sum(packed) + max(packed, default=0) / 2) / layout.tp + programs
+    return (1.5 * (sum(packed) + beside) + max(packed, default=0) / 2) / layout.tp + programs
+
+
+def _beside_packed(config: RunConfig, mixer: MixerConfig) -> int:
+    """Return the bytes of what is handed on beside packed memories: the convolution's tail, and a far memory."""
+    entries = _memories(config.model, memory_parts(mixer)[0])
+    memories = FP32 * config.train.micro_batch_size * config.model.num_heads * entries
+    return carried_bytes(config, mixer, 0) - memories
 
 
 def _packed_state(config: RunConfig, layout: Layout, mixer: MixerConfig) -> int | None:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from hopescale.config.execution import kernel_products, run_again
 from hopescale.config.layout import Layout
-from hopescale.config.model_shape import head_dim, levels_of_block, num_pieces
+from hopescale.config.model_shape import head_dim, levels_of_block, memory_dim, num_pieces
 from hopescale.config.schema import (
     AttentionConfig,
     CmsConfig,
@@ -98,7 +98,8 @@ def memory_seconds(
 def instructions(config: RunConfig, mixer: SelfModifyingConfig) -> Instructions:
     """Return what was counted of the kernels of a mixer's memories."""
     products = "bf16" if kernel_products(config.train) == "bf16" else "tf32x3"
-    return INSTRUCTIONS[products, mixer.memory, 64 if head_dim(config.model) <= 64 else 128]
+    width = max(head_dim(config.model), memory_dim(config.model, mixer) or 0)
+    return INSTRUCTIONS[products, mixer.memory, 64 if width <= 64 else 128]
 
 
 def equal_transformer(model: ModelConfig) -> ModelConfig:

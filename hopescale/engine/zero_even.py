@@ -150,11 +150,6 @@ class EvenShards:
         moments = {key: moment[start:stop] for key, moment in self._moments.items()}
         return GroupPart(group.name, nn.Parameter(self.master[start:stop]), moments, start, stop)
 
-    @property
-    def entries(self) -> int:
-        """Entries of the shard."""
-        return self._size
-
     def _here(self, begin: int, end: int) -> tuple[int, int]:
         """Return what this replica has of a span of the flat tensor, in entries of its shard."""
         start, stop = (min(max(place - self._first, 0), self._size) for place in (begin, end))

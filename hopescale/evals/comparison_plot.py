@@ -1,5 +1,7 @@
-"""Figures of a comparison: accuracy by a setting or by step, and loss by place. This file alone of evals needs
-matplotlib; nothing is shown on a screen."""
+"""Figures of a comparison: accuracy by a setting or by step, and loss by place.
+
+This file alone of evals needs matplotlib; nothing is shown on a screen.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,7 @@ _COLUMNS = 3
 _LEGEND_LINE = 0.16
 """Inches of a line of the legend."""
 _MOST_BANDS = 12
-"""Lines of a figure that may have an interval drawn around them; more would cover one another."""
+"""Lines of a panel that may have an interval drawn around them; more would cover one another."""
 Curve = tuple[str, str, list[tuple[float, Spread]]]
 """System, further settings, and values by place on the axis."""
 
@@ -75,8 +77,8 @@ def _figure(comparison: Comparison, panels: Mapping[str, Sequence[Curve]], axis:
     titles = (system.label if axis == "step" else system.title for system in comparison.systems)
     looks = {title: _look(number) for number, title in enumerate(dict.fromkeys(titles))}
     bands = max(len(curves) for curves in panels.values()) <= _MOST_BANDS
+    rests = list(dict.fromkeys(rest for curves in panels.values() for _, rest, _ in curves))
     for panel, (suite, curves) in zip(axes, panels.items(), strict=False):
-        rests = list(dict.fromkeys(rest for _, rest, _ in curves))
         for label, rest, values in curves:
             style = STYLES[rests.index(rest) % len(STYLES)]
             _line(panel, values, looks[label] | {"ls": style, "label": f"{label} {rest}".strip()}, bands)

@@ -110,7 +110,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], asked: int) -> It
 
 
 def _rows(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
-    yield f"| {' | '.join(head)} |"
+    yield f"| {' | '.join(cell.replace('|', '/') for cell in head)} |"
     yield "|" + "---|" * len(head)
     for row in rows:
         yield f"| {' | '.join(cell.replace('|', '/') for cell in row)} |"

@@ -86,6 +86,19 @@ def submit_array(
         return ids
 
 
+def require_no_jobs(run_dirs: Iterable[Path], why: str, slurm: Slurm | None = None) -> None:
+    """Check that no job of these run folders waits or runs.
+
+    Raises:
+        LaunchError: If one does. `why` says why it must not.
+    """
+    for run_dir in run_dirs:
+        status = run_status(run_dir, slurm or Slurm())
+        if status.job is not None and status.job.live:
+            hint = f"wait for it, or end it with `hopescale jobs cancel {run_dir}`"
+            raise LaunchError(f"{run_dir.name} is {status.state} as job {status.job.id}, and {why}", hint)
+
+
 def submit_stages(
     stages: Sequence[Stage],
     profile: ClusterProfile,

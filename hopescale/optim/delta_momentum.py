@@ -26,8 +26,7 @@ def delta_momentum_update(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
 ) -> None:
-    """Take one step of Delta Momentum (Nested Learning, Eq. 48 and 49) with stacks of matrices `[..., R, C]`, in
-    place.
+    """Take one step of Delta Momentum (Nested Learning, Eq. 48 and 49) with stacks `[..., R, C]`, in place.
 
         m <- m (alpha I - delta g^T g / |g|^2) - lr P g
         W <- (1 - lr wd) W + m

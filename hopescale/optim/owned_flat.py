@@ -234,8 +234,3 @@ class OwnedFlat:
         has_begun = self._work is not None
         self.finish()
         return has_begun
-
-
-def _overlap(a: range, b: range) -> range:
-    start = max(a.start, b.start)
-    return range(start, max(start, min(a.stop, b.stop)))

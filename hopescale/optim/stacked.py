@@ -213,14 +213,18 @@ def _cut(p: Tensor, *, can_be_cut: bool) -> Iterator[_Stack]:
 
 
 def _batches(stacks: Iterable[_Stack]) -> Iterator[list[_Stack]]:
-    """Put together what there is room to update at once."""
-    batch: list[_Stack] = []
+    """Put together what is of one type, on one device, and what there is room to update at once."""
+    alike = defaultdict(list)
     for stack in stacks:
-        if batch and sum(each.entries for each in batch) + stack.entries > _room(stack.members[0]):
-            yield batch
-            batch = []
-        batch.append(stack)
-    if batch:
+        alike[stack.members[0].dtype, stack.members[0].device].append(stack)
+    for same in alike.values():
+        batch, entries = [], 0
+        for stack in same:
+            if batch and entries + stack.entries > _room(stack.members[0]):
+                yield batch
+                batch, entries = [], 0
+            batch.append(stack)
+            entries += stack.entries
         yield batch
 
 

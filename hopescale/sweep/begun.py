@@ -33,12 +33,13 @@ def under_old_names(trials: Sequence[Trial], folder: Path) -> tuple[list[Trial],
     """
     begun = _strays(trials, folder)
     names: dict[str, str] = {}
-    for trial in trials if begun else ():
-        if not (trial_folder(folder, trial) / CONFIG).exists():
-            old = next((name for name, config in begun.items() if _is_of(trial, config)), None)
-            if old is not None:
-                names[trial.name] = old
-                del begun[old]
+    for moved in (False, True):  # a data set that lies elsewhere now is looked for after all that lie where they did
+        for trial in trials if begun else ():
+            if trial.name not in names and not (trial_folder(folder, trial) / CONFIG).exists():
+                old = next((name for name, config in begun.items() if _is_of(trial, config, moved=moved)), None)
+                if old is not None:
+                    names[trial.name] = old
+                    del begun[old]
     return [_renamed(trial, names) for trial in trials], names
 
 
@@ -56,11 +57,13 @@ def _strays(trials: Sequence[Trial], folder: Path) -> dict[str, RunConfig]:
     return found
 
 
-def _is_of(trial: Trial, begun: RunConfig) -> bool:
-    """Tell whether a run is that of a trial, but for its name."""
+def _is_of(trial: Trial, begun: RunConfig, *, moved: bool) -> bool:
+    """Tell whether a run is that of a trial, but for its name; with `moved` also if its text lies here twice."""
     if any(getattr(begun, part) != getattr(trial.config, part) for part in _COMPARED_FIRST):
         return False
-    return all(change[0] == "name" or is_same_data(change) for change in diff(begun, trial.config))
+    return all(
+        change[0] == "name" or (moved and is_same_data(change, seen=True)) for change in diff(begun, trial.config)
+    )
 
 
 def _renamed(trial: Trial, names: Mapping[str, str]) -> Trial:

@@ -279,12 +279,17 @@ def _require_same_text(trials: Sequence[Trial], folder: Path) -> None:
         raise DataError(message, hint)
 
 
-def is_same_data(change: Change) -> bool:
-    """Tell whether a change names a data set elsewhere that is the same, as far as the old one is there to compare."""
+def is_same_data(change: Change, *, seen: bool = False) -> bool:
+    """Tell whether a change names a data set elsewhere that is the same, as far as the old one is there to compare.
+
+    With `seen` the old one has to be there.
+    """
     if not is_other_place(change):
         return False
     before, after = (Path(path).expanduser() / "index.json" for path in change[1:])
-    return not before.exists() or (after.exists() and before.read_bytes() == after.read_bytes())
+    if not before.exists():
+        return not seen
+    return after.exists() and before.read_bytes() == after.read_bytes()
 
 
 def _config(trial: Trial, folder: Path) -> Path:

@@ -7,7 +7,7 @@ import pytest
 
 from hopescale.cli.app import main
 from hopescale.config.load import load_recipe, to_yaml
-from tests.support.fake_slurm import FakeSlurm
+from tests.support.fake_slurm import FakeSlurm, record
 
 SWEEP = "name: toy\nrecipe: debug\naxes: {train.steps: [3, 4, 5, 6]}\n"
 
@@ -50,6 +50,15 @@ def test_an_array_holds_the_trials_that_are_to_be_trained(sweep, tmp_path: Path)
     command = (folder / "array-1/elements/0.sh").read_text()
     assert "train.steps=5" in command and f"--run-dir {folder}/trials/steps5" in command and "nproc" not in command
     assert (folder / "sweep.yaml").read_text() == SWEEP
+
+
+def test_a_trial_that_waits_under_another_name_is_not_submitted_twice(sweep, fake: FakeSlurm):
+    assert sweep("submit", "--cluster", "cpus.yaml")[0] == 0
+    fake.answer("scontrol", record("100", "PENDING", array="0-3"))
+    Path("toy.yaml").write_text(f"{SWEEP}series: {{a: {{}}, b: {{set: {{model.num_layers: 1}}}}}}\n")
+    code, out = sweep("submit", "--cluster", "cpus.yaml")
+    assert code != 0 and "steps3 is waiting as job 100_0, and toy.yaml makes no trial of this name" in out
+    assert len(fake.calls("sbatch")) == 1
 
 
 def test_only_what_failed_is_submitted(sweep):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from hopescale.config.load import load_recipe
-from hopescale.cost.carried import carried_bytes
+from hopescale.config.layout import Layout
+from hopescale.cost.carried import carried_bytes, kept_between_pieces, made_again
 from hopescale.models.block import MIXERS as MODULES
 from hopescale.models.handover import BOUNDARY, state_after
 from hopescale.parallel.mesh import Mesh
@@ -28,3 +29,20 @@ def test_the_bytes_of_a_state(overrides: list[str], position: int):
     state = state_after(module, config.train.micro_batch_size, position)
     found = sum(tensor.nbytes for name, tensor in state.named().items() if BOUNDARY not in name)
     assert carried_bytes(config, mixer, position) == found
+
+
+def test_kernels_hand_on_a_far_memory_and_the_last_inputs_beside_what_they_pack():
+    overrides = ["train.segments=4", "train.micro_batch_size=1", "train.device=cuda"]
+
+    def held(*more: str) -> tuple[int, float, float]:
+        config = load_recipe("hope_1.3b", [*overrides, *more]).config
+        (mixer,) = config.model.mixers.values()
+        blocks = [0, 1]
+        kept, again = (count(config, Layout(), blocks) for count in (kept_between_pieces, made_again))
+        return carried_bytes(config, mixer, 1024), kept, again
+
+    carried, kept, again = held()
+    for setting in ("model.mixers.hope.far={chunk_size: 512}", "model.mixers.hope.conv_width=8"):
+        more, more_kept, more_again = held(setting)
+        assert more_kept - kept == pytest.approx(2 * 1.5 * 3 * (more - carried)), setting
+        assert more_again - again == pytest.approx(2 * 1.5 * (more - carried)), setting

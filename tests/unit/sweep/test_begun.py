@@ -58,6 +58,28 @@ def test_trials_go_on_under_their_names(before: str, after: str, names: list[str
     assert set(renamed.values()) == set(own) & {trial.name for trial in first} if "steps2" not in own else not renamed
 
 
+def test_texts_that_cannot_be_seen_do_not_change_places(tmp_path: Path):
+    paths = "set: {data.sources.markov: null}\naxes: {data.sources.main.path: ['s3://x/wiki', 's3://x/code']}\n"
+    first, _ = trials_of(f"series: {{{HOPE}}}\n{paths}", tmp_path)
+    begin(first, tmp_path)
+    then, _ = trials_of(f"series: {{{HOPE}, {LINEAR}}}\n{paths}", tmp_path)
+    assert [(trial.name, trial.config) for trial in then[:2]] == [(trial.name, trial.config) for trial in first]
+    only = paths.replace("wiki", "books")
+    then, renamed = trials_of(f"series: {{{HOPE}, {LINEAR}}}\n{only}", tmp_path)
+    assert renamed == {"hope-paths3_x_code": "paths3_x_code"}, "what was read as wiki is not taken for books"
+
+
+def test_a_text_that_lies_here_twice_is_the_same(tmp_path: Path):
+    for name, text in (("a", "1"), ("b", "1"), ("c", "2")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "index.json").write_text(text)
+    settings = "set: {data.sources.markov: null, data.sources.main.path: %s}\naxes: {train.steps: [3]}\n"
+    begin(trials_of(f"series: {{{HOPE}}}\n{settings % (tmp_path / 'a')}", tmp_path)[0], tmp_path)
+    for name, moved in (("b", 1), ("c", 0), ("none", 0)):
+        _, renamed = trials_of(f"series: {{{HOPE}, {LINEAR}}}\n{settings % (tmp_path / name)}", tmp_path)
+        assert len(renamed) == moved, name
+
+
 def test_a_trial_with_another_config_is_another_trial(tmp_path: Path):
     begin(trials_of(f"series: {{{HOPE}}}\n{AXES}", tmp_path)[0], tmp_path)
     (tmp_path / "trials/steps4/config.yaml").write_text("no: config\n")
