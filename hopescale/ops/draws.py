@@ -1,9 +1,9 @@
 """Random numbers that are functions of a key and a position: any part of a tensor can be drawn without the rest.
 
-They come from a counter-based generator, Philox4x64-10 (Salmon et al., SC 2011). Sums, products and a table make normal
-numbers of them. IEEE 754 leaves no choice in sums and products, so that neither the part that is drawn nor the number of
-threads changes a bit. Nor does the processor, as long as its logarithms, of which the table is made, round to the same
-float32.
+They come from a counter-based generator, Philox4x64-10 (Salmon et al., SC 2011). Sums, products and a table make
+normal numbers of them. IEEE 754 leaves no choice in sums and products, so that neither the part that is drawn nor the
+number of threads changes a bit. Nor does the processor, as long as its logarithms, of which the table is made, round
+to the same float32.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from hopescale.config.load import load_recipe
 from hopescale.config.layout import Layout
+from hopescale.config.load import load_recipe
 from hopescale.cost.carried import carried_bytes, kept_between_pieces, made_again
 from hopescale.models.block import MIXERS as MODULES
 from hopescale.models.handover import BOUNDARY, state_after
