@@ -28,7 +28,7 @@ def main() -> None:
         for name, dtype in DTYPES.items():
             settings = MuonConfig(orthogonalize=method, ns_steps=steps, ns_dtype=name)
             cost = orthogonal_flops(rows, columns, settings) / rows**3
-            found = [orthogonal(x, method, ns_steps=steps, ns_dtype=dtype) for x in matrices.values()]
+            found = orthogonal([*matrices.values()], method, ns_steps=steps, ns_dtype=dtype)
             errors = [error(y, x) for y, x in zip(found, matrices.values(), strict=True)]
             print(f"{method:<14}{steps:<4}{name:<6}{cost:>15.0f}" + "".join(f"{each:>16.3f}" for each in errors))
 
