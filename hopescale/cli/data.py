@@ -112,12 +112,12 @@ def prepare(
     shard_bytes = read_count("--shard-size", shard_size)
     from hopescale.data import prepare as preparing
     from hopescale.data.dataset import PreparedData
+    from hopescale.data.load_tokenizer import load_tokenizer
     from hopescale.data.storage import publish, require_free
-    from hopescale.data.tokenizer import Tokenizer
     from hopescale.data.tokenizer_losses import RoundTrip
 
     source, left_out = _source(inputs, text_key, template, pattern, separator, exclude, skip_undecodable)
-    pieces = Tokenizer.load(tokenizer, end_of_text=end_of_text, split_special_tokens=split_special_tokens)
+    pieces = load_tokenizer(tokenizer, end_of_text=end_of_text, split_special_tokens=split_special_tokens)
     round_trip = RoundTrip(pieces)
     if is_address(out):
         require_free(out)

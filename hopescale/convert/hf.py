@@ -39,6 +39,7 @@ from hopescale.config.transfer import attention_scale, logit_multiplier
 from hopescale.convert.card import model_card
 from hopescale.convert.mapping import Pair, pairs, split, write_settings
 from hopescale.convert.tokenizer import write_tokenizer
+from hopescale.data.load_tokenizer import find_tokenizer
 from hopescale.data.tokenizer import Tokenizer
 from hopescale.infer.level_state import read_levels
 from hopescale.infer.load import LoadedModel, empty_model, load_model, with_tokenizer
@@ -190,7 +191,7 @@ def _write_texts(folder: Path, source: Path, manifest: Manifest, config: RunConf
     own_code = "auto_map" in body
     special, pad = {}, {}
     note = "No tokenizer was kept with it."
-    if (tokenizer := Tokenizer.find(source)) is not None:
+    if (tokenizer := find_tokenizer(source)) is not None:
         end = tokenizer.eos_id
         special, pad = {"bos_token_id": end, "eos_token_id": end}, {"pad_token_id": end}
         note = write_tokenizer(tokenizer, folder, own_code=own_code)
@@ -227,7 +228,7 @@ def restore_export(folder: Path, out: Path, progress: Progress = unheard) -> Pat
         CheckpointError: If a file is missing or changed, or `out` exists or cannot be written.
     """
     manifest = read_export(folder, progress)
-    weights, tokenizer = dict(SafetensorsFolder(folder)), Tokenizer.find(folder)
+    weights, tokenizer = dict(SafetensorsFolder(folder)), find_tokenizer(folder)
     return write_checkpoint(out, weights, manifest, tokenizer=tokenizer, progress=progress)
 
 

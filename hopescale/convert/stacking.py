@@ -23,6 +23,7 @@ from hopescale.config.model_shape import by_period, levels_of_block
 from hopescale.config.schema import ModelConfig, RunConfig
 from hopescale.convert.hf import Progress, SafetensorsFolder, num_bytes, unheard, weight_entries, write_checkpoint
 from hopescale.convert.mapping import join, pairs, read_settings
+from hopescale.data.load_tokenizer import find_tokenizer
 from hopescale.data.tokenizer import Tokenizer
 
 FLOATS = ("float64", "float32", "float16", "bfloat16")
@@ -143,7 +144,7 @@ def _stacked(source: SafetensorsFolder, config: RunConfig, folder: Path, progres
 def _tokenizer(folder: Path, model: ModelConfig, report: Callable[[str], None]) -> Tokenizer | None:
     """Return the source's tokenizer, if it has one whose ids the model knows and that says how a text ends."""
     try:
-        tokenizer, reason = Tokenizer.find(folder), f"{folder} holds none"
+        tokenizer, reason = find_tokenizer(folder), f"{folder} holds none"
     except DataError as error:
         tokenizer, reason = None, error.message
     if tokenizer is not None and tokenizer.vocab_size > model.vocab_size:

@@ -17,6 +17,7 @@ from typing import BinaryIO
 import numpy as np
 
 from hopescale.common.errors import DataError
+from hopescale.data.load_tokenizer import load_tokenizer
 from hopescale.data.storage import INDEX_FILE
 from hopescale.data.tokenizer import Tokenizer
 
@@ -104,7 +105,7 @@ class Index:
         Raises:
             DataError: If it is missing or not the one that made the tokens.
         """
-        tokenizer = Tokenizer.load(folder)
+        tokenizer = load_tokenizer(folder)
         if tokenizer.fingerprint != self.tokenizer:
             difference = f"its fingerprint begins {tokenizer.fingerprint[:12]}, the index says {self.tokenizer[:12]}"
             hint = "put the original file back, or prepare the data set again"

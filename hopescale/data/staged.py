@@ -18,9 +18,9 @@ from pathlib import Path
 
 from hopescale.common.errors import DataError
 from hopescale.common.units import format_bytes
+from hopescale.data.load_tokenizer import load_tokenizer
 from hopescale.data.shards import VERIFY_HINT, Index, ShardEntry
 from hopescale.data.storage import INDEX_FILE, Storage, filled_in, open_storage
-from hopescale.data.tokenizer import Tokenizer
 
 _THREADS = 8
 _PIECE = 4 * 2**20
@@ -89,7 +89,7 @@ def stage(
                 _require_space(folder, sum(entry.num_bytes for entry in missing))
                 total = sum(entry.num_bytes for entry in missing)
                 list(threads.map(lambda entry: _copy(storage, folder, entry, lambda n: on_copied(n, total)), missing))
-                Tokenizer.load(storage.small_files).copy_to(folder)
+                load_tokenizer(storage.small_files).copy_to(folder)
                 shutil.copyfile(storage.small_files / INDEX_FILE, folder / (INDEX_FILE + _PARTIAL))
                 (folder / (INDEX_FILE + _PARTIAL)).replace(folder / INDEX_FILE)
     except OSError as error:

@@ -14,6 +14,7 @@ from hopescale.checkpoint.manager import find_checkpoint
 from hopescale.checkpoint.manifest import Manifest, read_manifest
 from hopescale.config.load import from_dict
 from hopescale.config.schema import RunConfig
+from hopescale.data.load_tokenizer import find_tokenizer
 from hopescale.data.tokenizer import Tokenizer
 from hopescale.models import Model
 
@@ -62,7 +63,7 @@ def empty_model(manifest: Manifest, folder: Path) -> Model:
 def with_tokenizer(model: Model, manifest: Manifest, folder: Path, device: torch.device) -> LoadedModel:
     """Combine a filled model with the tokenizer beside it, in a folder whose files have been checked."""
     config = from_dict(manifest.config, str(folder))
-    return LoadedModel(model.to(device).eval(), Tokenizer.find(folder), config, manifest, folder)
+    return LoadedModel(model.to(device).eval(), find_tokenizer(folder), config, manifest, folder)
 
 
 def weights_digest(model: Model) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
-from hopescale.data.tokenizer import Tokenizer
+from hopescale.data.load_tokenizer import load_tokenizer
 from tests.support.json_tokenizers import make_tokenizer
 
 TEXT = "".join(f"note {n}: a level 漢字 keeps {n * n} tokens\n" for n in range(60))
@@ -63,11 +63,11 @@ def test_a_qwen_learns_from_text_in_its_own_ids(hopescale, qwen: Path, tmp_path:
     assert "bits_per_byte" in succeed("eval", run, *asked, "--out", tmp_path / "eval.json")
     succeed("convert", "to-hf", run, tmp_path / "hf", "--no-verify")
 
-    ours, theirs = Tokenizer.load(run), AutoTokenizer.from_pretrained(tmp_path / "hf", trust_remote_code=True)
+    ours, theirs = load_tokenizer(run), AutoTokenizer.from_pretrained(tmp_path / "hf", trust_remote_code=True)
     for line in TEXT.splitlines()[:9]:
         ids = AutoTokenizer.from_pretrained(qwen)(line, add_special_tokens=False, truncation=False).input_ids
         assert ours.encode(line) == ids == theirs(line).input_ids[1:]
-    assert Tokenizer.load(tmp_path / "hf").fingerprint == ours.fingerprint
+    assert load_tokenizer(tmp_path / "hf").fingerprint == ours.fingerprint
 
 
 def test_an_end_of_text_that_is_not_named_is_asked_for(hopescale, qwen: Path, tmp_path: Path):

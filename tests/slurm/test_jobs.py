@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from hopescale.data.load_tokenizer import load_tokenizer
 from hopescale.data.prepare import prepare
 from hopescale.data.records import Document
-from hopescale.data.tokenizer import Tokenizer
 from hopescale.data.train_tokenizer import train_tokenizer
 from hopescale.launch.array import Element, submit_array
 from hopescale.launch.profile import ClusterProfile
@@ -116,4 +116,4 @@ def bad_node(slurm: Cluster, folder: Path) -> None:
 def write_data(folder: Path) -> None:
     documents = [Document(f"def f{n}(x):\n    return x * {n} + {n % 7}\n" * 3, f"made:{n}") for n in range(60)]
     train_tokenizer(documents, folder.with_name("tokenizer"), vocab_size=290)
-    prepare(documents, Tokenizer.load(folder.with_name("tokenizer")), folder, validation=0.1)
+    prepare(documents, load_tokenizer(folder.with_name("tokenizer")), folder, validation=0.1)

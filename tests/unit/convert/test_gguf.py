@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from hopescale.convert.tokenizer import write_tokenizer
+from hopescale.data.load_tokenizer import load_tokenizer
 from hopescale.data.records import Document
-from hopescale.data.tokenizer import Tokenizer
 from hopescale.data.train_tokenizer import train_tokenizer
 from tests.support.json_tokenizers import make_tokenizer
 
@@ -41,7 +41,7 @@ def test_the_pattern_of_a_byte_level_tokenizer_has_a_name_in_llama_cpp(kind: str
     else:
         make_tokenizer(kind, TEXT.splitlines(), tmp_path / "in")
     (tmp_path / "out").mkdir()
-    write_tokenizer(Tokenizer.load(tmp_path / "in"), tmp_path / "out", own_code=False)
+    write_tokenizer(load_tokenizer(tmp_path / "in"), tmp_path / "out", own_code=False)
     tree = json.loads((tmp_path / "out" / "tokenizer.json").read_text())
     assert TOOL["name_of_pattern"](tree) == name
     assert name is None or TOOL["reason_against"](tree, name) is None
@@ -52,7 +52,7 @@ def test_the_pattern_of_a_byte_level_tokenizer_has_a_name_in_llama_cpp(kind: str
 def test_a_sentencepiece_model_that_puts_no_space_says_so(tmp_path: Path):
     train_tokenizer([Document(TEXT, "README.md")], tmp_path / "in", vocab_size=500)
     (tmp_path / "out").mkdir()
-    write_tokenizer(Tokenizer.load(tmp_path / "in"), tmp_path / "out", own_code=False)
+    write_tokenizer(load_tokenizer(tmp_path / "in"), tmp_path / "out", own_code=False)
     assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["add_prefix_space"] is False
     assert (tmp_path / "out" / "tokenizer.model").exists()
 

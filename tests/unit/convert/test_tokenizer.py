@@ -11,8 +11,8 @@ import sentencepiece
 from transformers import AutoTokenizer
 
 from hopescale.convert.tokenizer import NATIVE_TOKENIZER, write_tokenizer
+from hopescale.data.load_tokenizer import load_tokenizer
 from hopescale.data.records import Document
-from hopescale.data.tokenizer import Tokenizer
 from hopescale.data.train_tokenizer import train_tokenizer
 from tests.support.json_tokenizers import KINDS, make_tokenizer
 
@@ -54,8 +54,8 @@ def folder(request, tmp_path: Path) -> Path:
 
 
 def test_ids_and_texts_are_those_of_training(folder: Path, tmp_path: Path):
-    write_tokenizer(Tokenizer.load(folder), folder, own_code=True)
-    ours, theirs = Tokenizer.load(folder), AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    write_tokenizer(load_tokenizer(folder), folder, own_code=True)
+    ours, theirs = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     theirs.save_pretrained(tmp_path / "saved")
     again = AutoTokenizer.from_pretrained(tmp_path / "saved", trust_remote_code=True)
     for text in texts():
@@ -71,7 +71,7 @@ def test_ids_and_texts_are_those_of_training(folder: Path, tmp_path: Path):
 
 def test_a_folder_without_our_code_offers_no_tokenizer_that_gives_other_ids(tmp_path: Path):
     train_spm(tmp_path)
-    assert "load it with sentencepiece" in write_tokenizer(Tokenizer.load(tmp_path), tmp_path, own_code=False)
+    assert "load it with sentencepiece" in write_tokenizer(load_tokenizer(tmp_path), tmp_path, own_code=False)
     assert [file.name for file in tmp_path.glob("*tok*")] == ["tokenizer.vocab"]
     assert (tmp_path / NATIVE_TOKENIZER).exists()
 
@@ -82,7 +82,7 @@ def test_a_tokenizer_json_is_passed_on_with_the_ids_of_training(kind: str, tmp_p
     template = {"chat_template": "{{ messages }}"}
     settings = json.loads((tmp_path / "in" / "tokenizer_config.json").read_text()) | template
     (tmp_path / "in" / "tokenizer_config.json").write_text(json.dumps(settings))
-    ours = Tokenizer.load(tmp_path / "in")
+    ours = load_tokenizer(tmp_path / "in")
     (tmp_path / "out").mkdir()
     write_tokenizer(ours, tmp_path / "out", own_code=False)
     theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
@@ -92,4 +92,4 @@ def test_a_tokenizer_json_is_passed_on_with_the_ids_of_training(kind: str, tmp_p
         assert theirs(text, add_special_tokens=False).input_ids == ids
         assert theirs(text).input_ids == [ours.eos_id, *ids]
         assert theirs.decode(ids) == ours.decode(ids) or ours.eos_id in ids
-    assert Tokenizer.load(tmp_path / "out").fingerprint == ours.fingerprint
+    assert load_tokenizer(tmp_path / "out").fingerprint == ours.fingerprint

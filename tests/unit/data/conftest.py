@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from hopescale.data.load_tokenizer import load_tokenizer
 from hopescale.data.prepare import prepare
 from hopescale.data.records import Document
 from hopescale.data.tokenizer import Tokenizer
@@ -43,7 +44,7 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tokenizer(tokenizer_folder: Path) -> Tokenizer:
-    return Tokenizer.load(tokenizer_folder)
+    return load_tokenizer(tokenizer_folder)
 
 
 @pytest.fixture

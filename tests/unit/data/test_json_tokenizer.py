@@ -10,9 +10,9 @@ import pytest
 
 from hopescale.common.errors import DataError
 from hopescale.data.dataset import PreparedData
+from hopescale.data.load_tokenizer import load_tokenizer
 from hopescale.data.prepare import prepare
 from hopescale.data.records import Document
-from hopescale.data.tokenizer import Tokenizer
 from hopescale.data.tokenizer_losses import RoundTrip
 from hopescale.data.train_tokenizer import train_tokenizer
 from hopescale.infer.text import decode_stream
@@ -60,7 +60,7 @@ def test_ids_are_those_of_the_library(folder: Path) -> None:
     from tokenizers import Tokenizer as Library
 
     ours, library, texts = (
-        Tokenizer.load(folder),
+        load_tokenizer(folder),
         Library.from_file(str(folder / "tokenizer.json")),
         [
             TEXT,
@@ -78,7 +78,7 @@ def test_ids_are_those_of_the_library(folder: Path) -> None:
 
 def test_a_stream_of_any_ids_is_their_text(folder: Path) -> None:
     """Random ids cut characters in two, mix bytes with pieces, and hold marks in the middle."""
-    tokenizer, draw = Tokenizer.load(folder), random.Random(1)
+    tokenizer, draw = load_tokenizer(folder), random.Random(1)
     for _ in range(300):
         ids = [draw.randrange(tokenizer.vocab_size + 3) for _ in range(draw.randint(1, 20))]
         assert "".join(decode_stream(ids, tokenizer)) == tokenizer.decode(ids)
@@ -88,18 +88,18 @@ def test_a_stream_of_any_ids_is_their_text(folder: Path) -> None:
 
 
 def test_a_copy_gives_the_same_ids_and_fingerprint(folder: Path, tmp_path: Path) -> None:
-    ours = Tokenizer.load(folder)
+    ours = load_tokenizer(folder)
     ours.copy_to(tmp_path)
     for place in (tmp_path, tmp_path / "tokenizer.json"):
-        assert Tokenizer.load(place).fingerprint == ours.fingerprint
-    assert Tokenizer.load(tmp_path).encode_batch(odd_strings(50)) == ours.encode_batch(odd_strings(50))
-    split = Tokenizer.load(folder, split_special_tokens=True)
+        assert load_tokenizer(place).fingerprint == ours.fingerprint
+    assert load_tokenizer(tmp_path).encode_batch(odd_strings(50)) == ours.encode_batch(odd_strings(50))
+    split = load_tokenizer(folder, split_special_tokens=True)
     assert split.fingerprint != ours.fingerprint
     assert ours.eos_id in ours.encode(f"a{ours.eos_token}b")
     if folder.name != "unigram":  # whose model has the mark among its pieces
         assert split.eos_id not in split.encode(f"a{ours.eos_token}b")
     split.copy_to(tmp_path)
-    assert Tokenizer.load(tmp_path).fingerprint == split.fingerprint
+    assert load_tokenizer(tmp_path).fingerprint == split.fingerprint
 
 
 @pytest.fixture(scope="module")
@@ -127,9 +127,9 @@ def test_the_end_of_text_is_found(gpt2: Path, tmp_path: Path, files: dict, token
     shutil.copy(gpt2 / "tokenizer.json", tmp_path)
     for name, content in files.items():
         (tmp_path / name).write_text(json.dumps(content))
-    tokenizer = Tokenizer.load(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
     assert (tokenizer.eos_token, tokenizer.eos_origin) == (token, origin)
-    assert Tokenizer.load(tmp_path, end_of_text="<think>").eos_token == "<think>"
+    assert load_tokenizer(tmp_path, end_of_text="<think>").eos_token == "<think>"
 
 
 @pytest.mark.parametrize(
@@ -148,26 +148,26 @@ def test_an_end_of_text_that_is_not_known_is_asked_for(
     for name, content in files.items():
         (tmp_path / name).write_text(json.dumps(content))
     with pytest.raises(DataError) as caught:
-        Tokenizer.load(tmp_path, end_of_text=end)
+        load_tokenizer(tmp_path, end_of_text=end)
     assert message in caught.value.message and "--end-of-text" in caught.value.hint
 
 
 def test_files_that_are_no_tokenizer_are_named(tmp_path: Path, tokenizer_folder: Path) -> None:
     (tmp_path / "tokenizer.json").write_text('{"version": 1}')
     with pytest.raises(DataError, match=r"tokenizer.json is not a tokenizer of the library tokenizers"):
-        Tokenizer.load(tmp_path, end_of_text="x")
+        load_tokenizer(tmp_path, end_of_text="x")
     (tmp_path / "tokenizer.json").rename(tmp_path / "vocab.json")
     with pytest.raises(DataError, match="holds vocab.json, which does not say how text is cut") as caught:
-        Tokenizer.load(tmp_path)
+        load_tokenizer(tmp_path)
     assert "save_pretrained" in caught.value.hint
     with pytest.raises(DataError, match="--end-of-text has no effect on .*tokenizer.model"):
-        Tokenizer.load(tokenizer_folder, end_of_text="</s>")
+        load_tokenizer(tokenizer_folder, end_of_text="</s>")
 
 
 def test_a_byte_level_tokenizer_is_trained_and_loses_nothing(tmp_path: Path, make_documents) -> None:
     for name in ("one", "two"):
         train_tokenizer(make_documents(30), tmp_path / name, vocab_size=320, kind="byte-bpe")
-    one, two = Tokenizer.load(tmp_path / "one"), Tokenizer.load(tmp_path / "two")
+    one, two = load_tokenizer(tmp_path / "one"), load_tokenizer(tmp_path / "two")
     assert one.fingerprint == two.fingerprint and one.vocab_size == 320 and one.eos_id == 0
     assert one.losses() == [] and one.eos_token == "<|endoftext|>"
     for text in odd_strings(300):
@@ -186,7 +186,7 @@ def test_a_vocabulary_of_150k_is_prepared_and_read(tmp_path: Path) -> None:
     library = Library(models.WordLevel({f"w{n}": n for n in range(151_669)}, unk_token="w0"))
     library.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     library.save(str(tmp_path / "tokenizer.json"))
-    tokenizer = Tokenizer.load(tmp_path, end_of_text="w151668")
+    tokenizer = load_tokenizer(tmp_path, end_of_text="w151668")
     texts = [f"w{65_000 + n} w{151_000 + n} w7" for n in range(600)]
     documents = [Document(text, text) for text in texts]
     prepare(documents, tokenizer, tmp_path / "data", validation=0)
@@ -199,7 +199,7 @@ def test_a_vocabulary_of_150k_is_prepared_and_read(tmp_path: Path) -> None:
 
 def test_what_is_lost_of_a_text_is_counted(tmp_path: Path) -> None:
     make_tokenizer("wordpiece", TEXT.splitlines(), tmp_path)
-    tokenizer = Tokenizer.load(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
     lost = RoundTrip(tokenizer)
     for text in ("memory", "Memory\n\n\n", "\U0001f642"):
         lost.add(text, tokenizer.encode(text))
@@ -208,7 +208,7 @@ def test_what_is_lost_of_a_text_is_counted(tmp_path: Path) -> None:
     assert lost.lost_share == (1 + 3 + 4) / (6 + 9 + 4)
     assert "2 come back changed, 42 % of the bytes are lost; line end 3, M 1, " in lost.sentence()
     assert lost.sentence().endswith("of all tokens are unknown")
-    kept = RoundTrip(Tokenizer.load(tmp_path))
+    kept = RoundTrip(load_tokenizer(tmp_path))
     for _ in range(132):
         kept.add("memory", tokenizer.encode("memory"))
     assert kept.sentence() == "102 of 132 documents decoded, all unchanged"

@@ -14,9 +14,9 @@ from hopescale.common.errors import ConfigError, DataError
 from hopescale.config.schema import DataConfig, SourceConfig, SyntheticConfig
 from hopescale.config.schema.suite import SuiteConfig
 from hopescale.data.identity import fingerprint_here
+from hopescale.data.load_tokenizer import load_tokenizer
 from hopescale.data.loader import Batch, Data, Share, open_data, prefetched
 from hopescale.data.prepare import prepare
-from hopescale.data.tokenizer import Tokenizer
 from hopescale.data.train_tokenizer import train_tokenizer
 
 SEQ_LEN = 64
@@ -187,7 +187,7 @@ def test_a_wrong_vocabulary_is_named_with_both_sizes(text: Path) -> None:
 
 def test_different_tokenizers_are_refused(text: Path, tmp_path: Path, make_documents) -> None:
     train_tokenizer(make_documents(60, seed=8), tmp_path / "tok", vocab_size=VOCAB_SIZE)
-    prepare(make_documents(40), Tokenizer.load(tmp_path / "tok"), tmp_path / "other", validation=0.1)
+    prepare(make_documents(40), load_tokenizer(tmp_path / "tok"), tmp_path / "other", validation=0.1)
     with pytest.raises(ConfigError, match="data.sources: different tokenizers: text has .*, other has"):
         open_(text=text, other=tmp_path / "other")
 

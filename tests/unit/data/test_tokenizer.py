@@ -9,6 +9,7 @@ import sentencepiece
 from hopescale.common.errors import DataError
 from hopescale.data import sentencepiece_tokenizer as module
 from hopescale.data import train_tokenizer as training
+from hopescale.data.load_tokenizer import load_tokenizer
 from hopescale.data.records import Document
 from hopescale.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from hopescale.data.tokenizer import Tokenizer
@@ -70,14 +71,14 @@ def test_a_copy_has_the_same_fingerprint(tokenizer: Tokenizer, tmp_path: Path) -
     (path,) = tokenizer.copy_to(tmp_path)
     assert path == tmp_path / "tokenizer.model"
     for place in (path, tmp_path):
-        assert Tokenizer.load(place).fingerprint == tokenizer.fingerprint
+        assert load_tokenizer(place).fingerprint == tokenizer.fingerprint
 
 
 def test_training_is_deterministic_and_sees_the_text(tokenizer: Tokenizer, tmp_path: Path, make_documents) -> None:
     train_tokenizer(make_documents(60), tmp_path / "same", vocab_size=330)
     train_tokenizer(make_documents(60, seed=1), tmp_path / "other", vocab_size=330)
-    assert Tokenizer.load(tmp_path / "same").fingerprint == tokenizer.fingerprint
-    assert Tokenizer.load(tmp_path / "other").fingerprint != tokenizer.fingerprint
+    assert load_tokenizer(tmp_path / "same").fingerprint == tokenizer.fingerprint
+    assert load_tokenizer(tmp_path / "other").fingerprint != tokenizer.fingerprint
 
 
 def test_sample_and_reading_are_bounded(tmp_path: Path, make_documents) -> None:
@@ -125,12 +126,12 @@ def test_no_text_is_a_data_error(tmp_path: Path) -> None:
 def test_a_file_that_is_no_model_is_a_data_error(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "tokenizer.model").write_bytes(content)
     with pytest.raises(DataError, match="not a sentencepiece model"):
-        Tokenizer.load(tmp_path)
+        load_tokenizer(tmp_path)
 
 
 def test_a_missing_file_is_a_data_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="nowhere.*No such file"):
-        Tokenizer.load(tmp_path / "nowhere")
+        load_tokenizer(tmp_path / "nowhere")
 
 
 def test_training_says_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str], make_documents) -> None:

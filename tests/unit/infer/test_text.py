@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from hopescale.common.errors import ConfigError
+from hopescale.data.load_tokenizer import load_tokenizer
 from hopescale.data.records import Document
 from hopescale.data.tokenizer import Tokenizer
 from hopescale.data.train_tokenizer import train_tokenizer
@@ -14,7 +15,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     folder = tmp_path_factory.mktemp("infer") / "tok"
     texts = ["the memory of a level keeps what a token wrote\n" * 5 + f"word{n} " * 9 for n in range(20)]
     train_tokenizer([Document(text, str(n)) for n, text in enumerate(texts)], folder, vocab_size=300)
-    return Tokenizer.load(folder)
+    return load_tokenizer(folder)
 
 
 @pytest.mark.parametrize(
