@@ -21,6 +21,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip("needs a GPU, or TRITON_INTERPRET=1", allow_module_level=True)
+pytestmark = pytest.mark.smoke
 DEVICE = "cpu" if INTERPRETED else "cuda"
 BATCH, HEADS, DIM, EPS = 2, 2, 16, 1e-5
 
