@@ -261,7 +261,7 @@ class LayerwiseOptimizer(Updater):
                 kept.copy_(self.parameters[name])
 
     def drop_if_bad(self, names: Sequence[str], gate: StepGate) -> None:
-        """Drop what parameters that are not due have gathered, Gram matrices too, if the step is bad."""
+        """Drop what parameters have gathered and no update has used up, Gram matrices too, if the step is bad."""
         gate.clear([sums for each in self._sums if not each.names.isdisjoint(names) for sums in each.flat.gathered()])
 
     def uncount(self, names: Sequence[str]) -> None:
