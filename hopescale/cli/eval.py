@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import torch
 
     from hopescale.infer.load import LoadedModel
+    from hopescale.parallel.mesh import Mesh
 
 TIMEOUT = timedelta(hours=2)
 """How long a rank waits for the slowest: ranks meet when each has done its share of all questions."""
@@ -186,9 +187,12 @@ def _write(
     return body
 
 
-def load(path: Path, device: torch.device, levels: Path | None = None) -> LoadedModel:
-    """Load a checkpoint, or an export as the same model of ours, with the `levels` of a folder in place of its own."""
-    loaded = _load(path, device)
+def load(path: Path, device: torch.device, levels: Path | None = None, *, mesh: Mesh | None = None) -> LoadedModel:
+    """Load a checkpoint, or an export as the same model of ours, with the `levels` of a folder in place of its own.
+
+    With a `mesh`, tensor-parallel ranks hold parts of the model; levels are not put in place there.
+    """
+    loaded = _load(path, device, mesh)
     if levels is not None:
         from hopescale.infer.level_state import put_levels
 
@@ -196,12 +200,17 @@ def load(path: Path, device: torch.device, levels: Path | None = None) -> Loaded
     return loaded
 
 
-def _load(path: Path, device: torch.device) -> LoadedModel:
-    if (path / "config.json").exists() or (path / EXPORT).exists():
+def is_export(path: Path) -> bool:
+    """Tell whether a folder is one of transformers, and not a checkpoint or a run folder."""
+    return (path / "config.json").exists() or (path / EXPORT).exists()
+
+
+def _load(path: Path, device: torch.device, mesh: Mesh | None) -> LoadedModel:
+    if is_export(path):
         require_packages("exports need", "convert", "transformers", "safetensors")
         from hopescale.convert.hf import load_export
 
-        return load_export(path, device)
+        return load_export(path, device, mesh)
     from hopescale.infer.load import load_model
 
-    return load_model(path, device)
+    return load_model(path, device, mesh)

@@ -31,7 +31,7 @@ from hopescale.launch.ledger import JOBS
 from hopescale.launch.profile import load_profile
 from hopescale.observe.run_folder import SWEEP_MARKS, require_own
 from hopescale.observe.run_status import DIVERGED, DONE, FAILED, RUNNING
-from hopescale.sweep.begun import left_over, under_old_names
+from hopescale.sweep.begun import folders_of_others, left_over, under_old_names
 from hopescale.sweep.branches import saving
 from hopescale.sweep.choice import LEFT_OUT, spent_on
 from hopescale.sweep.collect import collect as write_points
@@ -196,9 +196,7 @@ def submit(
 
 def _not_begun(trials: Sequence[Trial], folder: Path) -> list[Path]:
     """Return the folders of none of these trials that had a job and have no config yet, so that nobody knows theirs."""
-    known = {trial.name for trial in trials}
-    folders = sorted(path.parent for path in folder.glob(f"trials/*/{JOBS}"))
-    return [path for path in folders if path.name not in known and not (path / CONFIG).exists()]
+    return [path for path in folders_of_others(trials, folder, JOBS) if not (path / CONFIG).exists()]
 
 
 def _elements(trials: Sequence[Trial], folder: Path) -> list[Element]:

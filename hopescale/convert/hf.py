@@ -44,6 +44,8 @@ from hopescale.data.tokenizer import Tokenizer
 from hopescale.infer.level_state import read_levels
 from hopescale.infer.load import LoadedModel, empty_model, load_model, with_tokenizer
 from hopescale.models import Model
+from hopescale.parallel.mesh import Mesh
+from hopescale.parallel.slices import own_slice
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model."
@@ -258,8 +260,8 @@ def check_files(folder: Path, manifest: Manifest, suffix: str = "", *, progress:
         raise damaged(folder, problems)
 
 
-def load_export(folder: Path, device: torch.device) -> LoadedModel:
-    """Load an export as our own model, as `load_model` does a checkpoint.
+def load_export(folder: Path, device: torch.device, mesh: Mesh | None = None) -> LoadedModel:
+    """Load an export as our own model, or with a `mesh` this rank's part of it, as `load_model` does a checkpoint.
 
     Raises:
         CheckpointError: If a file is missing or changed.
@@ -267,9 +269,9 @@ def load_export(folder: Path, device: torch.device) -> LoadedModel:
     manifest = read_export(folder)
     weights = SafetensorsFolder(folder)
     check_weights({name: weights.entry(name) for name in weights}, from_dict(manifest.config, str(folder)), str(folder))
-    model = empty_model(manifest, folder)
+    model = empty_model(manifest, folder, mesh)
     for name, parameter in model.named_parameters():
-        parameter.data.copy_(weights[name])
+        parameter.data.copy_(own_slice(weights[name], parameter.spec.partition_dim, model.mesh))
     return with_tokenizer(model, manifest, folder, device)
 
 

@@ -24,7 +24,6 @@ from hopescale.cost.updates import (
     BUCKET_ELEMENTS,
     EVEN_UNIT,
     NODE_ELEMENTS,
-    assign_owners,
     buckets,
     even_sets,
     matrix_sets,
@@ -387,8 +386,8 @@ class SentBytes:
     def _matrix_slices(self, matrices: list[ParameterShape]) -> float:
         """Count slices of gradients that are sent to make wholes, with columns of Gram matrices, and weights back."""
         holdings, tp = self.holdings, self.layout.tp
-        own = [p for p in holdings.matrices(self.layout, self.stage) if self.owners[p.name] == 0 and holdings.is_cut(p)]
-        held = assign_owners([holdings.work(p, self.layout) for p in own], tp)
+        own = [p for p in holdings.matrices(self.layout, self.stage) if self.owners[p.name] == 0]
+        held = holdings.tensor_owners(own, self.layout)
         chosen = [p for p in matrices if p.name in held]
         wholes = sum(tp * p.size * p.itemsize(self.precision) for p in chosen if held[p.name] == 0)
         return FP32 * sum(p.size + holdings.gram(p, tp) for p in chosen) + wholes

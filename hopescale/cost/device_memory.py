@@ -250,8 +250,12 @@ def _update_workspace(config: RunConfig, layout: Layout, holding: Holding, owned
     in_levels = sum(count for kind, count in holding.entries.items() if kind.level)
     copied = 2 * elementwise if config.parallel.stage > 1 else 0
     workspace = (copied + in_levels) / dp if config.parallel.stage else in_levels
-    copies = MATRIX_WORKSPACE + _kept_for_bad_steps(config, holding)
-    workspace += copies * min(max(MATRIX_ELEMENTS, holding.largest), owned * (holding.total() - elementwise))
+    copies, matrices = MATRIX_WORKSPACE + _kept_for_bad_steps(config, holding), holding.total() - elementwise
+    workspace += copies * min(max(MATRIX_ELEMENTS, holding.largest_matrix), owned * matrices)
+    if gathers(config, layout) and matrices:
+        # Gradients of wholes, and their Gram matrices, beside the sums of slices.
+        wholes = min(max(MATRIX_ELEMENTS, owned * holding.largest_class), owned * matrices)
+        workspace += wholes * (1 + sum(holding.grams.values()) / matrices)
     return max(FP32 * workspace, _sums_under_way(config, layout, holding))
 
 

@@ -5,8 +5,9 @@ Which blocks a pipeline rank holds is decided here too, and which replica owns a
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import NamedTuple
@@ -100,14 +101,18 @@ class Kind(NamedTuple):
 class Holding:
     """Entries on one rank by kind, before anything is divided over replicas, and entries of the largest tensor.
 
-    Gram matrices are those that are gathered beside gradients, `outside` the entries that are in no block.
+    Gram matrices are those that are gathered beside gradients, `outside` the entries that are in no block. The largest
+    matrix is the one that a rule sees, the largest class are all matrices of one shape that are updated together. State
+    of matrices that are gathered is that of wholes, shared out evenly over tensor-parallel ranks.
     """
 
     entries: Mapping[Kind, int]
-    state: Mapping[Kind, int]
+    state: Mapping[Kind, float]
     grams: Mapping[Kind, int]
     largest: int
     outside: Mapping[Kind, int]
+    largest_matrix: int
+    largest_class: int
 
     def weight_bytes(self) -> int:
         """Return the bytes of all weights."""
@@ -164,16 +169,22 @@ class Holdings:
         return self._holding(_one_replica(layout), stage)
 
     def _sum(self, layout: Layout, stage: int) -> Holding:
-        entries, state, grams, outside, largest = Counter(), Counter(), Counter(), Counter(), 0
+        entries, state, grams, outside, classes = Counter(), Counter(), Counter(), Counter(), Counter()
+        largest, largest_matrix = 0, 0
         for parameter in self.parameters(layout, stage):
             rule = self.rule_of(parameter)
             kind = Kind(rule, parameter.level, parameter.itemsize(self.config.train.precision), parameter.phase)
             entries[kind] += parameter.size
-            state[kind] += state_entries(rule, parameter.shape, self.config.optim)
+            shape = self._updated_shape(parameter, layout)
+            parts = math.prod(shape) // parameter.size
+            state[kind] += state_entries(rule, shape, self.config.optim) / parts
             outside[kind] += parameter.size if parameter.block is None else 0
             grams[kind] += self.gram(parameter, layout.tp)
             largest = max(largest, parameter.size)
-        return Holding(entries, state, grams, largest, outside)
+            if rule != "adamw":
+                largest_matrix = max(largest_matrix, math.prod(shape))
+                classes[kind, parameter.shape] += parameter.size
+        return Holding(entries, state, grams, largest, outside, largest_matrix, max(classes.values(), default=0))
 
     def is_cut(self, parameter: ParameterShape) -> bool:
         """Tell whether a tensor-parallel rank holds only parts of the matrices, or rows, that a rule needs whole."""
@@ -195,22 +206,45 @@ class Holdings:
 
     def work(self, parameter: ParameterShape, layout: Layout) -> Work:
         """Return the update of a matrix, given as this rank's slice, as the optimizer assigns it to an owner."""
-        rule, shape = self.rule_of(parameter), list(parameter.shape)
-        if gathers(self.config, layout) and self.is_cut(parameter):
-            shape[parameter.split] *= layout.tp
+        rule, shape = self.rule_of(parameter), self._updated_shape(parameter, layout)
         cost = update_cost(rule, shape, self.config.optim, parameter.parts)
-        return Work(parameter.name, cost, (rule, tuple(shape), parameter.parts), self.cadence(parameter))
+        return Work(parameter.name, cost, (rule, shape, parameter.parts), self.cadence(parameter))
+
+    def _updated_shape(self, parameter: ParameterShape, layout: Layout) -> tuple[int, ...]:
+        """Return the shape in which a parameter, given as this rank's slice, is updated: whole if it is gathered."""
+        shape = list(parameter.shape)
+        if self.is_gathered(parameter, layout):
+            shape[parameter.split] *= layout.tp
+        return tuple(shape)
+
+    def is_gathered(self, parameter: ParameterShape, layout: Layout) -> bool:
+        """Tell whether slices of a parameter are gathered on one tensor-parallel rank for its update."""
+        return gathers(self.config, layout) and self.rule_of(parameter) != "adamw" and self.is_cut(parameter)
 
     def owners(self, layout: Layout, stage: int) -> dict[str, int]:
         """Return the replica that owns each parameter of a stage with a rule for matrices, as the optimizer does."""
         return assign_owners([self.work(p, layout) for p in self.matrices(layout, stage)], layout.replicas)
 
+    def tensor_owners(self, matrices: Sequence[ParameterShape], layout: Layout) -> dict[str, int]:
+        """Return the tensor-parallel rank that updates each matrix of a replica whose slices are gathered."""
+        gathered = [p for p in matrices if self.is_gathered(p, layout)]
+        return assign_owners([self.work(p, layout) for p in gathered], layout.tp)
+
     def owned_share(self, layout: Layout, stage: int) -> float:
-        """Return the largest part of the matrices' entries that one replica owns."""
-        owners, owned = self.owners(layout, stage), Counter()
-        for parameter in self.matrices(layout, stage):
-            owned[owners[parameter.name]] += parameter.size
-        return max(owned.values()) / owned.total() if owned else 0.0
+        """Return the largest number of the matrices' entries that one rank updates, per entry that each rank holds."""
+        owners, matrices = self.owners(layout, stage), self.matrices(layout, stage)
+        of_replica: dict[int, list[ParameterShape]] = {}
+        for parameter in matrices:
+            of_replica.setdefault(owners[parameter.name], []).append(parameter)
+        most = 0
+        for own in of_replica.values():
+            wholes = self.tensor_owners(own, layout)
+            updated = Counter(dict.fromkeys(range(layout.tp), sum(p.size for p in own if p.name not in wholes)))
+            for parameter in own:
+                if parameter.name in wholes:
+                    updated[wholes[parameter.name]] += layout.tp * parameter.size
+            most = max(most, *updated.values())
+        return most / sum(p.size for p in matrices) if matrices else 0.0
 
 
 def _one_replica(layout: Layout) -> Layout:

@@ -107,8 +107,8 @@ class Engine:
     @property
     def is_gated(self) -> bool:
         """Whether `update` takes limits: the same on all ranks."""
-        moves = any(cadence.moves for cadences in self.cadences.values() for cadence in cadences)
-        return self.optimizer.is_gated and not moves
+        is_late = any(cadence.lag for cadences in self.cadences.values() for cadence in cadences)
+        return self.optimizer.is_gated and not is_late
 
     def gradients(
         self, step: int, batches: Sequence[Batch], *, probe: bool = False, ask: Callable[[], bool] = lambda: False

@@ -219,7 +219,7 @@ class ZeroAdamW(Updater):
         super().defer([name for name in names if name not in self._block_of])
 
     def drop_if_bad(self, names: Sequence[str], gate: StepGate) -> None:
-        """Drop what parameters that are not due have gathered, if the step is bad."""
+        """Drop what parameters have gathered and no update has used up, if the step is bad."""
         gate.clear([sums for shards in self._due(names) for sums in shards.gathered()])
 
     def uncount(self, names: Sequence[str]) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hopescale.checkpoint.manifest import Manifest
 from hopescale.common.errors import CheckpointError, ConfigError, DataError, HopescaleError
 from hopescale.config.model_shape import sees_all
 from hopescale.data.text import TextSource
@@ -20,8 +22,9 @@ from hopescale.infer.generate import PREFILL_TOKENS
 from hopescale.infer.in_context import InContextReader
 from hopescale.infer.level_state import LEVELS, READER, WEIGHTS, read_file, read_progress, write_levels
 from hopescale.infer.load import LoadedModel
-from hopescale.infer.state import named_tensors, state_of
+from hopescale.infer.state import identity_of, named_tensors, splits_of, state_of
 from hopescale.parallel.layers import cross_entropy_sum
+from hopescale.parallel.slices import join_slices, own_slice
 
 Losses = list[float]
 
@@ -58,6 +61,8 @@ def _ids(line: str, path: str, size: int) -> np.ndarray:
 class StreamPass:
     """A pass over a stream in `parts` equal parts, from its beginning or from where an earlier one has stopped.
 
+    Tensor-parallel ranks that hold the parts of a model read the same stream; the first writes its state.
+
     Args:
         loaded: Model with the weights as they are trained.
         adaptation: Levels that follow, checked against the model.
@@ -83,7 +88,7 @@ class StreamPass:
         probe_tokens: int = 512,
     ):
         apart = loaded.config.model.within_documents
-        self.loaded, self.adaptation = loaded, adaptation
+        self.loaded, self.adaptation, self.mesh = loaded, adaptation, loaded.model.mesh
         self.pieces = [ids for ids in (documents if apart else [np.concatenate(documents)]) if len(ids) > 1]
         self.size = sum(len(piece) - 1 for piece in self.pieces)
         if parts > self.size:
@@ -144,10 +149,12 @@ class StreamPass:
             first, last = max(low, begin), min(high, end)
             if first < last:
                 own = slice(first - begin, last - begin)
-                self._sums[part] += float(cross_entropy_sum(logits[:, own], targets[:, own], self.loaded.model.mesh))
+                self._sums[part] += float(cross_entropy_sum(logits[:, own], targets[:, own], self.mesh))
         if not math.isfinite(sum(self._sums)):
             message = f"the loss is no number after {end:,} of {self.size:,} tokens: a level's steps are too large"
-            raise HopescaleError(message, "choose a lower --rate, or a longer period")
+            error = HopescaleError(message, "choose a lower --rate, or a longer period")
+            error.repeated = not self.mesh.control.is_first
+            raise error
         self.position = end
 
     def _probe(self, report: Callable[[str], None]) -> None:
@@ -169,7 +176,7 @@ class StreamPass:
             pieces = (each.split(PREFILL_TOKENS, 1) for each in (text[:, :-1], text[:, 1:]))
             for tokens, targets in zip(*pieces, strict=True):
                 logits, state = self.loaded.model(tokens, state, levels=levels)
-                total += float(cross_entropy_sum(logits, targets, self.loaded.model.mesh))
+                total += float(cross_entropy_sum(logits, targets, self.mesh))
         return total / size
 
     def _cut(self, begin: int, end: int) -> Iterator[np.ndarray]:
@@ -197,24 +204,41 @@ class StreamPass:
         if (state := self.reader.state) is not None:
             progress["state_tokens"] = state.position
             rest |= {f"state/{name}": tensor for name, tensor in named_tensors(state).items()}
-        write_levels(folder, self.loaded, self.reader.weights, rest, progress)
+        weights, rest = (self._joined(tensors) for tensors in (self.reader.weights, rest))
+        identity_of(self.loaded)  # all ranks take part, and the first alone writes
+        self.mesh.control.broadcast_from_rank0(lambda: write_levels(folder, self.loaded, weights, rest, progress))
         self._saved = self.position
 
+    @cached_property
+    def _splits(self) -> dict[str, int]:
+        """Along which dimension tensors in files are split over ranks, by name; nothing of what each holds whole."""
+        of_state = {f"state/{name}": split for name, split in splits_of(self.loaded.model).items()}
+        return self.reader.splits() | of_state
+
+    def _joined(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the wholes of ranks' slices on the first rank, those that were split on the CPU."""
+        result = {}
+        for name, tensor in tensors.items():
+            whole = join_slices(tensor, self._splits.get(name), self.mesh)
+            if self.mesh.control.is_first:
+                result[name] = tensor if whole is tensor else whole.cpu()
+        return result
+
+    def _own(self, folder: Path, manifest: Manifest, part: str) -> dict[str, Tensor]:
+        """Read this rank's slices of a file of tensors. What is split is never whole on a device."""
+        wholes = read_file(folder, manifest, part, torch.device("cpu") if self._splits else self.device)
+        return {
+            name: own_slice(whole, self._splits.get(name), self.mesh).to(self.device) for name, whole in wholes.items()
+        }
+
     def go_on(self, folder: Path) -> None:
-        """Continue from the state that an earlier pass has written into a folder.
+        """Continue from the state that an earlier pass has written into a folder, on any number of ranks.
 
         Raises:
             CheckpointError: If it is damaged, of another model, or of another stream or cadence.
         """
-        manifest = read_progress(folder, self.loaded)
-        progress, wanted = manifest.progress, self._settings()
-        there = progress["settings"]
-        if found := [name for name, value in wanted.items() if there.get(name) != value]:
-            pairs = [f"{name} is {_short(wanted[name])}, but {_short(there.get(name))} there" for name in found]
-            raise CheckpointError(
-                f"{folder} holds another pass: {'; '.join(pairs)}", "choose another --out, or the same settings"
-            )
-        weights, rest = (read_file(folder, manifest, part, self.loaded) for part in (WEIGHTS, READER))
+        identity_of(self.loaded)  # all ranks take part
+        progress, weights, rest = self.mesh.control.all_ranks_or_raise(lambda: self._read(folder))
         state = None
         if (read := progress.get("state_tokens")) is not None:
             tensors = {name.removeprefix("state/"): each for name, each in rest.items()}
@@ -225,6 +249,18 @@ class StreamPass:
         self.trained, self.after = list(progress["trained"]), [list(row) for row in progress["after"]]
         if self.position == self.size:
             self.piece = len(self.pieces)
+
+    def _read(self, folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
+        """Read progress and tensors of an earlier pass, and refuse those of another one."""
+        manifest = read_progress(folder, self.loaded)
+        progress, wanted = manifest.progress, self._settings()
+        there = progress["settings"]
+        if found := [name for name, value in wanted.items() if there.get(name) != value]:
+            pairs = [f"{name} is {_short(wanted[name])}, but {_short(there.get(name))} there" for name in found]
+            raise CheckpointError(
+                f"{folder} holds another pass: {'; '.join(pairs)}", "choose another --out, or the same settings"
+            )
+        return progress, *(self._own(folder, manifest, part) for part in (WEIGHTS, READER))
 
     def table(self) -> Iterator[str]:
         """Return the measurements as a table, with a line for each part."""

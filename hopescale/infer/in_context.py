@@ -132,6 +132,17 @@ class InContextReader:
             f"counts/{level}": counts for level, counts in self._counts.items()
         }
 
+    def splits(self) -> dict[str, int]:
+        """Return along which dimension tensors are split over tensor-parallel ranks, by the names of `weights` and
+        `tensors`; nothing of what every rank holds whole.
+        """
+        if self.model.mesh.tp_group.size() == 1:
+            return {}
+        dims = {name: p.spec.partition_dim for name, p in self.model.named_parameters() if name in self.weights}
+        # Sequences come first.
+        found = {name: dim + 1 for name, dim in dims.items() if dim is not None}
+        return found | {f"sums/{name}": dim for name, dim in found.items()}
+
     def go_on(
         self, weights: Mapping[str, Tensor], rest: Mapping[str, Tensor], state: ModelState | None, position: int
     ) -> None:

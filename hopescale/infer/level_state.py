@@ -81,9 +81,9 @@ def read_progress(folder: Path, loaded: LoadedModel) -> Manifest:
     return manifest
 
 
-def read_file(folder: Path, manifest: Manifest, part: str, loaded: LoadedModel) -> dict[str, Tensor]:
-    """Read the `WEIGHTS` or the `READER` of levels, whose manifest `read_progress` has checked."""
-    return read_tensors(folder / f"{part}-{manifest.progress['tokens_read']}.pt", loaded)
+def read_file(folder: Path, manifest: Manifest, part: str, device: torch.device) -> dict[str, Tensor]:
+    """Read the `WEIGHTS` or the `READER` of levels, whose manifest `read_progress` has checked, to a device."""
+    return read_tensors(folder / f"{part}-{manifest.progress['tokens_read']}.pt", device)
 
 
 def read_levels(folder: Path, loaded: LoadedModel) -> dict[str, Tensor]:
@@ -92,8 +92,8 @@ def read_levels(folder: Path, loaded: LoadedModel) -> dict[str, Tensor]:
     Raises:
         CheckpointError: If `read_progress` refuses the folder, or the tensors are not those of the model's levels.
     """
-    manifest = read_progress(folder, loaded)
-    tensors, own = read_file(folder, manifest, WEIGHTS, loaded), dict(loaded.model.named_parameters())
+    manifest, own = read_progress(folder, loaded), dict(loaded.model.named_parameters())
+    tensors = read_file(folder, manifest, WEIGHTS, next(iter(own.values())).device)
     entries = {name: entry_of(tensor) for name, tensor in tensors.items()}
     fit = all(name in own and tensor.shape == (1, *own[name].shape) for name, tensor in tensors.items())
     if entries != manifest.tensors or not fit:

@@ -17,6 +17,8 @@ from hopescale.config.schema import RunConfig
 from hopescale.data.load_tokenizer import find_tokenizer
 from hopescale.data.tokenizer import Tokenizer
 from hopescale.models import Model
+from hopescale.parallel.mesh import Mesh
+from hopescale.parallel.slices import as_whole, join_slices
 
 
 @dataclass(frozen=True)
@@ -39,24 +41,31 @@ class LoadedModel:
         vars(self).pop("digest", None)
 
 
-def load_model(path: Path, device: torch.device) -> LoadedModel:
+def load_model(path: Path, device: torch.device, mesh: Mesh | None = None) -> LoadedModel:
     """Load the weights of a checkpoint, or of a run folder's latest, in the precision they were trained in.
+
+    With a `mesh`, tensor-parallel ranks hold its parts. All of them call.
 
     Raises:
         CheckpointError: If there is no checkpoint, or it is damaged.
     """
     folder = find_checkpoint(path)
     manifest = read_manifest(folder)
-    model = empty_model(manifest, folder)
-    weights = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
+    model = empty_model(manifest, folder, mesh)
+    weights = {
+        f"model.{name}": as_whole(p.detach(), p.spec.partition_dim, model.mesh) for name, p in model.named_parameters()
+    }
     load_into(weights, folder, prefix="model.", group=model.mesh.control_group)
     return with_tokenizer(model, manifest, folder, device)
 
 
-def empty_model(manifest: Manifest, folder: Path) -> Model:
-    """Return the model of a manifest in `folder`, in its precision, on the CPU; its weights are to be filled in."""
+def empty_model(manifest: Manifest, folder: Path, mesh: Mesh | None = None) -> Model:
+    """Return the model of a manifest in `folder`, in its precision, on the CPU; its weights are to be filled in.
+
+    With a `mesh`, this rank's part of it.
+    """
     config = from_dict(manifest.config, str(folder))
-    model = Model(config.model)
+    model = Model(config.model, mesh=mesh)
     return model.to_precision(torch.bfloat16) if config.train.precision == "bf16" else model
 
 
@@ -67,9 +76,13 @@ def with_tokenizer(model: Model, manifest: Manifest, folder: Path, device: torch
 
 
 def weights_digest(model: Model) -> str:
-    """Return the SHA-256 of names, types, shapes and values of all weights: equal in a checkpoint and its export."""
+    """Return the SHA-256 of names, types, shapes and values of all weights: equal in a checkpoint and its export.
+
+    Of a model that is split over tensor-parallel ranks all of them call.
+    """
     digest = hashlib.sha256()
-    for name, weight in sorted(model.named_parameters()):
+    for name, parameter in sorted(model.named_parameters()):
+        weight = join_slices(parameter.detach(), parameter.spec.partition_dim, model.mesh)
         digest.update(f"{name} {weight.dtype} {list(weight.shape)}\n".encode())
-        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(weight.cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -26,7 +26,7 @@ from hopescale.config.load import from_dict
 from hopescale.config.show import model_problems
 from hopescale.infer.generate import Reading
 from hopescale.infer.load import LoadedModel
-from hopescale.models import ModelState
+from hopescale.models import Model, ModelState
 
 STATE = "state.json"
 """The manifest of a state: which model it belongs to, how much that has read, and size and SHA-256 of the tensors."""
@@ -64,7 +64,7 @@ def read_state(folder: Path, loaded: LoadedModel) -> Reading:
     if found := differences(manifest, loaded, folder, STATE):
         hint = "use the checkpoint it was written with, or let this one read the text again (--save-state)"
         raise CheckpointError(f"{folder} is no state of {loaded.folder}: {'; '.join(found)}", hint)
-    tensors = read_tensors(folder / TENSORS, loaded)
+    tensors = read_tensors(folder / TENSORS, next(loaded.model.parameters()).device)
     if {name: entry_of(tensor) for name, tensor in tensors.items()} != manifest.tensors or not _fits(tensors, loaded):
         raise damaged(folder, [f"{TENSORS} holds other tensors than the model carries"])
     position, logits = manifest.progress["tokens_read"], tensors.pop("logits")
@@ -83,6 +83,20 @@ def state_of(tensors: Mapping[str, Tensor], loaded: LoadedModel, batch: int, pos
 def named_tensors(state: ModelState) -> dict[str, Tensor]:
     """Return the tensors of a state by the names that files know."""
     return {f"{i}.{name}": tensor for i, layer in enumerate(state.layers) for name, tensor in layer.named().items()}
+
+
+def splits_of(model: Model) -> dict[str, int]:
+    """Return along which dimension `named_tensors` are split over tensor-parallel ranks; nothing of what is whole."""
+    if model.mesh.tp_group.size() == 1:
+        return {}
+    with torch.device("meta"):
+        wholes = named_tensors(Model(model.config).initial_state(1))
+    result = {}
+    for name, part in named_tensors(model.initial_state(1)).items():
+        sizes = zip(part.shape, wholes[name].shape, strict=True)
+        if differ := [dim for dim, (own, whole) in enumerate(sizes) if own != whole]:
+            (result[name],) = differ
+    return result
 
 
 def entry_of(tensor: Tensor) -> TensorEntry:
@@ -119,13 +133,12 @@ def _shown(digest: str | None) -> str:
     return "none" if digest is None else f"have the SHA-256 {digest[:12]}"
 
 
-def read_tensors(path: Path, loaded: LoadedModel) -> dict[str, Any]:
-    """Read a file of tensors by name, to the device of the model; a file that holds code is refused.
+def read_tensors(path: Path, device: torch.device) -> dict[str, Any]:
+    """Read a file of tensors by name, to a device; a file that holds code is refused.
 
     Raises:
         CheckpointError: If it cannot be read.
     """
-    device = next(loaded.model.parameters()).device
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # torch reports what it cannot read in many ways

@@ -43,8 +43,7 @@ def newton_schulz(
     for _ in range(steps):
         gram = multiply(y, y.mT)
         y = multiply_add(y, multiply_add(gram, gram, gram, beta=b, alpha=c), y, beta=a)
-    y = y.reshape(shape)
-    return (y.mT if tall else y).to(x.dtype)
+    return like_before(y.reshape(shape), tall, x.dtype)
 
 
 def wide_and_short(x: Tensor, eps: float, dtype: torch.dtype | None) -> tuple[Tensor, bool]:
@@ -55,9 +54,19 @@ def wide_and_short(x: Tensor, eps: float, dtype: torch.dtype | None) -> tuple[Te
         eps: Least Frobenius norm a matrix is divided by.
         dtype: Type of the result. None is bfloat16 on CUDA; elsewhere float32, or float64 if `x` is.
     """
-    if dtype is None:
-        dtype = torch.bfloat16 if x.is_cuda else torch.promote_types(x.dtype, torch.float32)
     tall = x.shape[-2] > x.shape[-1]
-    y = x.to(dtype)
+    y = x.to(iteration_dtype(x, dtype))
     y = y.mT if tall else y
     return y / torch.linalg.vector_norm(y, dim=(-2, -1), keepdim=True).clamp_min(eps), tall
+
+
+def iteration_dtype(x: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """Return the type to iterate in: bfloat16 on CUDA and else float32, or float64 if `x` is, if there is no other."""
+    if dtype is None:
+        return torch.bfloat16 if x.is_cuda else torch.promote_types(x.dtype, torch.float32)
+    return dtype
+
+
+def like_before(y: Tensor, tall: bool, dtype: torch.dtype) -> Tensor:
+    """Return matrices in a type, transposed again if they were; one after the other in memory if the type is new."""
+    return (y.mT if tall else y).to(dtype, memory_format=torch.contiguous_format)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hopescale.ops.limits import steps_on_gram
-from hopescale.ops.newton_schulz import EPS, wide_and_short
+from hopescale.ops.newton_schulz import EPS, like_before, wide_and_short
 
 LOWER = 3e-3
 """Least singular value, of a largest of 1, that the coefficients are the best for."""
@@ -61,8 +61,7 @@ def polar_express(x: Tensor, steps: int = 4, *, eps: float = EPS, dtype: torch.d
     coefficients = list(coefficients_of(steps))
     for start in range(0, steps, together):
         y = _steps(y, coefficients[start : start + together], begins=start == 0)
-    y = y.reshape(shape)
-    return (y.mT if tall else y).to(x.dtype)
+    return like_before(y.reshape(shape), tall, x.dtype)
 
 
 def _steps(y: Tensor, coefficients: list[tuple[float, float, float]], *, begins: bool) -> Tensor:

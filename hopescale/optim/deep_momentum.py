@@ -10,16 +10,16 @@ from torch import Tensor
 
 from hopescale.cost.updates import DEEP_MEMORY_DIM
 from hopescale.ops.draws import RandomBits, normal
-from hopescale.optim.muon import scale_to_rms
-from hopescale.optim.stacked import StackedOptimizer, one_by_one
+from hopescale.optim.muon import move, scale_to_rms
+from hopescale.optim.stacked import StackedOptimizer
 
 
 def deep_momentum_update(
-    weight: Tensor,
-    grad: Tensor,
-    memory: Tensor | None = None,
-    memory_w1: Tensor | None = None,
-    memory_w2: Tensor | None = None,
+    weight: list[Tensor],
+    grad: list[Tensor],
+    memory: list[Tensor] | None = None,
+    memory_w1: list[Tensor] | None = None,
+    memory_w2: list[Tensor] | None = None,
     *,
     lr: float,
     alpha: float = 0.9,
@@ -28,7 +28,7 @@ def deep_momentum_update(
     update_rms: float | None = None,
     weight_decay: float = 0.0,
 ) -> None:
-    """Take one step of deep momentum, DMGD (Nested Learning, Eq. 50), with matrices `[..., R, C]`, in place.
+    """Take one step of deep momentum, DMGD (Nested Learning, Eq. 50), with stacks of matrices `[..., R, C]`, in place.
 
     A row `g_i = s_i u_i` of the gradient has length `s_i` and direction `u_i`, which is key and target at once:
 
@@ -42,7 +42,7 @@ def deep_momentum_update(
     Args:
         weight: Changed.
         grad: Gradient.
-        memory: `A` `[..., C, C]` of a linear memory, changed; None for an MLP.
+        memory: `A` `[..., C, C]` of linear memories, changed; None for MLPs.
         memory_w1: `W1` `[..., C, E]`, changed.
         memory_w2: `W2` `[..., E, C]`, changed.
         lr: Learning rate.
@@ -52,24 +52,52 @@ def deep_momentum_update(
         update_rms: Scale each matrix of updates to this root mean square; None leaves rows as long as read.
         weight_decay: Decoupled, per unit of learning rate.
     """
-    length = torch.linalg.vector_norm(grad, dim=-1, keepdim=True)  # [..., R, 1]
-    u = grad / length.clamp_min(torch.finfo(grad.dtype).tiny)
-    target = u if objective == "l2" else None
+    length = [torch.linalg.vector_norm(g, dim=-1, keepdim=True) for g in grad]  # [..., R, 1]
+    update = torch._foreach_div(grad, torch._foreach_clamp_min(length, torch.finfo(grad[0].dtype).tiny))
+    u = [each.reshape(-1, *each.shape[-2:]) for each in update]  # [K, R, C]
+    write = {"rate": -inner_lr if objective == "l2" else inner_lr, "alpha": alpha}
     if memory is not None:
-        error = -u if target is None else u @ memory.mT - target
-        memory.mul_(alpha).sub_(error.mT @ u, alpha=inner_lr)
-        answer = u @ memory.mT
+        answer = _through_linear(u, _batches(memory), objective == "l2", **write)
     else:
-        hidden = torch.tanh(u @ memory_w2.mT)  # [..., R, E]
-        error = -u if target is None else hidden @ memory_w1.mT
-        inner = (error @ memory_w1) * (1 - hidden.square())
-        memory_w1.mul_(alpha).sub_(error.mT @ hidden, alpha=inner_lr)
-        memory_w2.mul_(alpha).sub_(inner.mT @ u, alpha=inner_lr)
-        answer = u + torch.tanh(u @ memory_w2.mT) @ memory_w1.mT
-    update = answer.mul_(length)
+        answer = _through_mlp(u, _batches(memory_w1), _batches(memory_w2), objective == "l2", **write)
+    update = [each.view(g.shape) for each, g in zip(answer, grad, strict=True)]
+    torch._foreach_mul_(update, length)
     if update_rms is not None:
-        scale_to_rms([update], update_rms)
-    weight.mul_(1 - lr * weight_decay).sub_(update, alpha=lr)
+        scale_to_rms(update, update_rms)
+    move(weight, update, 1 - lr * weight_decay, [lr] * len(weight))
+
+
+def _batches(memories: list[Tensor]) -> list[Tensor]:
+    """Return memories `[..., r, c]` as batches `[K, r, c]` of the same storage."""
+    return [each.view(-1, *each.shape[-2:]) for each in memories]
+
+
+def _through_linear(u: list[Tensor], a: list[Tensor], is_l2: bool, *, rate: float, alpha: float) -> list[Tensor]:
+    """Write rows `[K, R, C]` to linear memories and return what these answer then."""
+    # What a write takes to, or with a negative rate from, the memory: targets, or errors.
+    written = [torch.baddbmm(x, x, m.mT, beta=-1) for x, m in zip(u, a, strict=True)] if is_l2 else u
+    for m, x, value in zip(a, u, written, strict=True):
+        m.baddbmm_(value.mT, x, beta=alpha, alpha=rate)
+    return [torch.bmm(x, m.mT) for x, m in zip(u, a, strict=True)]
+
+
+def _through_mlp(
+    u: list[Tensor], w1: list[Tensor], w2: list[Tensor], is_l2: bool, *, rate: float, alpha: float
+) -> list[Tensor]:
+    """Write rows `[K, R, C]` to MLPs and return what these answer then, in the place of the rows."""
+    hidden = [torch.bmm(x, m.mT) for x, m in zip(u, w2, strict=True)]  # [K, R, E]
+    torch._foreach_tanh_(hidden)
+    written = [torch.bmm(h, m.mT) for h, m in zip(hidden, w1, strict=True)] if is_l2 else u
+    inner = [torch.bmm(value, m) for value, m in zip(written, w1, strict=True)]
+    torch._foreach_addcmul_(inner, torch._foreach_mul(inner, hidden), hidden, value=-1)  # times the slope of tanh
+    for m1, m2, x, h, value, slope in zip(w1, w2, u, hidden, written, inner, strict=True):
+        m1.baddbmm_(value.mT, h, beta=alpha, alpha=rate)
+        m2.baddbmm_(slope.mT, x, beta=alpha, alpha=rate)
+    hidden = [torch.bmm(x, m.mT) for x, m in zip(u, w2, strict=True)]
+    torch._foreach_tanh_(hidden)
+    for x, h, m in zip(u, hidden, w1, strict=True):
+        x.baddbmm_(h, m.mT)
+    return u
 
 
 class DeepMomentum(StackedOptimizer):
@@ -91,7 +119,7 @@ class DeepMomentum(StackedOptimizer):
         ValueError: If a parameter is no matrix, or a setting has no such value.
     """
 
-    rule = staticmethod(one_by_one(deep_momentum_update))
+    rule = staticmethod(deep_momentum_update)
 
     def __init__(
         self,

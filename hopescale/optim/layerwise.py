@@ -69,7 +69,6 @@ class LayerwiseOptimizer(Updater):
         self._sums, self._weights, self._exchanges = flats.sums, flats.weights, OwnerExchanges(mesh.tiers)
         self._shared = [each for each in flats.weights if each.flat.shared is not None]
         self.classes = self._make_classes(parameters, flats)
-        self._sizes = {name: parameter.numel() for name, parameter in parameters.items()}
         self._flats_of = [
             [number for number, flat in enumerate(self._weights) if not flat.names.isdisjoint(each.names)]
             for each in self.classes
@@ -204,7 +203,7 @@ class LayerwiseOptimizer(Updater):
         left = Counter(sorted(flat for index in due for flat in self._flats_of[index]))
         self._on_their_way = [(self._weights[flat].names, self._weights[flat].flat.finish) for flat in left]
         classes = {index: self.classes[index].names for index in due}
-        for together in self.ownership.rounds(classes, self._sizes, MATRIX_ELEMENTS):
+        for together in self.ownership.rounds(classes, MATRIX_ELEMENTS):
             self._update_classes([self.classes[index] for index in together], scales, gate)
             left.subtract(flat for index in together for flat in self._flats_of[index])
             # On their way while the next classes are updated.
@@ -262,7 +261,7 @@ class LayerwiseOptimizer(Updater):
                 kept.copy_(self.parameters[name])
 
     def drop_if_bad(self, names: Sequence[str], gate: StepGate) -> None:
-        """Drop what parameters that are not due have gathered, Gram matrices too, if the step is bad."""
+        """Drop what parameters have gathered and no update has used up, Gram matrices too, if the step is bad."""
         gate.clear([sums for each in self._sums if not each.names.isdisjoint(names) for sums in each.flat.gathered()])
 
     def uncount(self, names: Sequence[str]) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hopescale.cost.updates import ORTHOGONAL_STEPS
-from hopescale.ops.newton_schulz import COEFFICIENTS, EPS, newton_schulz
+from hopescale.ops.newton_schulz import COEFFICIENTS, EPS, iteration_dtype, like_before, newton_schulz
 from hopescale.ops.polar_express import polar_express
 from hopescale.optim.stacked import StackedOptimizer
 
@@ -68,27 +68,38 @@ def orthogonal(
 
     if all(x.device.type == "cpu" for x in stacks):
         return [iterate(x) for x in stacks]
-    return iterated_together(stacks, iterate)
+    return iterated_together(stacks, iterate, ns_dtype)
 
 
-def iterated_together(stacks: Sequence[Tensor], iterate: Callable[[Tensor], Tensor]) -> list[Tensor]:
+def iterated_together(
+    stacks: Sequence[Tensor], iterate: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None
+) -> list[Tensor]:
     """Return what a function of matrices `[K, r, c]`, wide ones or square, makes of those of stacks `[..., R, C]`.
 
-    It is called once for each shape. Transposes of tall matrices are wide; what becomes of them is transposed again.
+    It is called once for each shape. Transposes of tall matrices are wide; what becomes of them is transposed again,
+    and laid out anew where the type changes: foreach launches one kernel for lists of tensors that are laid out alike.
+
+    Args:
+        stacks: Matrices, not changed.
+        iterate: The function, which computes in `dtype`.
+        dtype: Type as of `iteration_dtype`.
     """
     alike: dict[tuple, list[int]] = defaultdict(list)
     for place, x in enumerate(stacks):
         alike[*sorted(x.shape[-2:]), x.dtype].append(place)
     result: dict[int, Tensor] = {}
     for places in alike.values():
-        if len(places) == 1:
-            result[places[0]] = iterate(stacks[places[0]])
-            continue
-        wide = [stacks[place].mT if _is_tall(stacks[place]) else stacks[place] for place in places]
-        joined = iterate(torch.cat([x.reshape(-1, *x.shape[-2:]) for x in wide]))
-        for place, x, part in zip(places, wide, joined.split([x.shape[:-2].numel() for x in wide]), strict=True):
-            part = part.view(x.shape)
-            result[place] = part.mT if _is_tall(stacks[place]) else part
+        first = stacks[places[0]]
+        halves = [[place for place in places if _is_tall(stacks[place]) == is_tall] for is_tall in (False, True)]
+        wide = [stacks[place] for place in halves[0]] + [stacks[place].mT for place in halves[1]]
+        wide = [x.reshape(-1, *x.shape[-2:]) for x in wide]
+        joined = torch.cat(wide) if len(wide) > 1 else wide[0]
+        num_wide = sum(map(len, wide[: len(halves[0])]))
+        joined = iterate(joined.to(iteration_dtype(first, dtype)))
+        for members, half, is_tall in zip(halves, (joined[:num_wide], joined[num_wide:]), (False, True), strict=True):
+            counts = [stacks[place].shape[:-2].numel() for place in members]
+            parts = like_before(half, is_tall, first.dtype).split(counts) if members else ()
+            result |= {place: part.view(stacks[place].shape) for place, part in zip(members, parts, strict=True)}
     return [result[place] for place in range(len(stacks))]
 
 

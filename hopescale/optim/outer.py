@@ -261,7 +261,8 @@ class OuterOptimizer:
             for name in set(self.tied) & set(names):
                 dist.broadcast(self.parameters[name].detach(), group=self.mesh.embedding_group, group_src=0)
         if gate is not None:
-            for updater, part in self._by_updater(sorted(self.parameters.keys() - set(names))):
+            used_up = {name for name in names if not self.cadences[name].moves}  # of others the wire leaves a rest
+            for updater, part in self._by_updater(sorted(self.parameters.keys() - used_up)):
                 updater.drop_if_bad(part, gate)
         for level in self._sent_together:
             if ended := [name for name in level if self.cadences[name].lag and self.cadences[name].ends(step)]:
@@ -270,8 +271,7 @@ class OuterOptimizer:
     @property
     def is_gated(self) -> bool:
         """Whether `step` takes a gate, of the parameters that are here: not if sums leave for a later step."""
-        stay = not any(cadence.moves for cadence in self.cadences.values())
-        return stay and all(updater.is_gated for updater in self.updaters)
+        return not any(c.lag for c in self.cadences.values()) and all(each.is_gated for each in self.updaters)
 
     def take_back(self, step: int) -> None:
         """Take back what the host has noted of a bad step `step` that went through a gate: that it was an update."""

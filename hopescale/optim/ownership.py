@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
@@ -40,10 +41,12 @@ class Ownership:
         cadences: Mapping[str, Cadence],
         mesh: Mesh,
     ):
-        self._dp_group, tp = mesh.dp_group, mesh.tp_group.size()
-        gathers = config.tp_mode == "gather" and tp > 1
+        self._dp_group, self._tp = mesh.dp_group, mesh.tp_group.size()
+        gathers = config.tp_mode == "gather" and self._tp > 1
         sliced = {name for name, p in parameters.items() if gathers and _slices_matrices(p, rules[name])}
-        self.shape = {name: p.spec.whole_shape(p.shape, tp if name in sliced else 1) for name, p in parameters.items()}
+        self.shape = {
+            name: p.spec.whole_shape(p.shape, self._tp if name in sliced else 1) for name, p in parameters.items()
+        }
         work = [
             Work(name, update_cost(rules[name], shape, config, parts), (rules[name], shape, parts), cadences[name])
             for name, shape in self.shape.items()
@@ -53,7 +56,7 @@ class Ownership:
         self.tp_rank: dict[str, int] = {}
         for replica in range(self._dp_group.size()):
             gathered = [each for each in work if self.replica[each.name] == replica and each.name in sliced]
-            self.tp_rank |= assign_owners(gathered, tp)
+            self.tp_rank |= assign_owners(gathered, self._tp)
 
     def is_gathered(self, name: str) -> bool:
         """Tell whether the slices of a parameter are gathered on one tensor-parallel rank for its update."""
@@ -63,20 +66,21 @@ class Ownership:
         """Tell whether this replica owns a parameter."""
         return self.replica[name] == self._dp_group.rank()
 
-    def rounds(self, classes: Mapping[int, Sequence[str]], sizes: Mapping[str, int], most: int) -> list[list[int]]:
-        """Cut classes of parameters into rounds in which no owner has more than so many entries, or one class.
+    def rounds(self, classes: Mapping[int, Sequence[str]], most: int) -> list[list[int]]:
+        """Cut classes of parameters into rounds in which no rank updates more than so many entries, or one class.
 
         The rounds are the same on all ranks, which exchange something in between.
         """
         result: list[list[int]] = []
-        owned: Counter[int] = Counter()
+        updated: Counter[tuple[int, int]] = Counter()
         for number, names in classes.items():
-            own: Counter[int] = Counter()
+            own: Counter[tuple[int, int]] = Counter()
             for name in names:
-                own[self.replica[name]] += sizes[name]
-            owned = owned + own
-            if not result or max(owned.values()) > most:
-                result, owned = [*result, []], own
+                for rank in [self.tp_rank[name]] if name in self.tp_rank else range(self._tp):
+                    own[self.replica[name], rank] += math.prod(self.shape[name])
+            updated = updated + own
+            if not result or max(updated.values()) > most:
+                result, updated = [*result, []], own
             result[-1].append(number)
         return result
 

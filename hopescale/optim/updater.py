@@ -171,7 +171,7 @@ class Updater(ABC):
         """
 
     def drop_if_bad(self, names: Sequence[str], gate: StepGate) -> None:
-        """Drop what parameters that are not due have gathered, if the step is bad."""
+        """Drop what parameters have gathered and no update has used up, if the step is bad."""
         totals = [self.accumulators[name].total for name in names]
         gate.clear([total for total in totals if total is not None])
 

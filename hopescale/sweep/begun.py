@@ -45,8 +45,13 @@ def under_old_names(trials: Sequence[Trial], folder: Path) -> tuple[list[Trial],
 
 def left_over(trials: Sequence[Trial], folder: Path) -> list[str]:
     """Return the names of trials that have begun in a sweep's folder and are none of these."""
+    return [path.name for path in folders_of_others(trials, folder, CONFIG)]
+
+
+def folders_of_others(trials: Sequence[Trial], folder: Path, file: str) -> list[Path]:
+    """Return the trials' folders in that of a sweep that hold a file and belong to none of these trials."""
     known = {trial.name for trial in trials}
-    return sorted(path.parent.name for path in folder.glob(f"trials/*/{CONFIG}") if path.parent.name not in known)
+    return sorted(path.parent for path in folder.glob(f"trials/*/{file}") if path.parent.name not in known)
 
 
 def _strays(trials: Sequence[Trial], folder: Path) -> dict[str, RunConfig]:

@@ -10,8 +10,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
 
 from hopescale.checkpoint.load import load_into
 from hopescale.checkpoint.manifest import Manifest, TensorEntry, fingerprint, read_manifest
@@ -24,6 +22,7 @@ from hopescale.models import Model
 from hopescale.observe.health import LossWatch
 from hopescale.optim import Cadence, OuterOptimizer, cadences_of_level
 from hopescale.parallel.mesh import Mesh
+from hopescale.parallel.slices import as_whole
 
 MAX_SUMS = 8
 """Up to so many replicas, each one's running sums of slow levels are saved apart, so that a resume is bit-equal. More
@@ -288,17 +287,6 @@ class TrainState:
         """Load the changes that `recovery` has returned; a run that never went back may have none."""
         self.returns, self.passed_steps = recovery.get("returns", 0), recovery.get("passed_steps", 0)
         self.optimizer.rate_factor = recovery.get("rate_factor", 1.0)
-
-
-def as_whole(part: Tensor, split: int | None, mesh: Mesh) -> Tensor:
-    """Return a tensor of the whole's shape that shares memory with this rank's part, for any other layout to read.
-
-    Tensor-parallel ranks hold parts along the dimension `split`, or each the whole if it is None.
-    """
-    if split is None or mesh.tp_group.size() == 1:
-        return part
-    ranks = DeviceMesh.from_group(mesh.tp_group, part.device.type)
-    return DTensor.from_local(part, ranks, [Shard(split)], run_check=False)
 
 
 def parameter_of(name: str, kind: str) -> str:

@@ -70,6 +70,53 @@ def test_levels_are_loaded_where_a_model_answers(hopescale, trained: Path, adapt
         assert torch.equal(load_file(file)[name], weight.to(dict(loaded.model.named_parameters())[name].dtype))
 
 
+def test_processes_that_split_the_model_equal_one(hopescale, trained: Path, stream: Path, adapted: Path):
+    out = trained / "split"
+    command = ("adapt", trained, stream, *LEVELS, *PARTS, "--out", out)
+    done = hopescale(*command, "--nproc", 2)
+    assert done.code == 0 and "[rank 1]" not in done.err, done.err
+    whole, split = (json.loads((folder / "report.json").read_text()) for folder in (adapted, out))
+    assert whole.keys() == split.keys()
+    for figure in ("read", "trained"):
+        assert split.pop(figure) == pytest.approx(whole.pop(figure), rel=1e-5)
+    for row, expected in zip(split.pop("after"), whole.pop("after"), strict=True):
+        assert row == pytest.approx(expected, rel=1e-5)
+    assert split == whole, "the same settings and stream"
+    loaded = load_model(trained, torch.device("cpu"))
+    for name, weight in read_levels(out, loaded).items():
+        torch.testing.assert_close(weight, read_levels(adapted, loaded)[name], rtol=1e-5, atol=1e-6)
+    again = hopescale(*command)
+    assert again.code == 0 and "goes on after 199 of 199 tokens" in again.err
+    asked = hopescale("generate", trained, *GENERATE, "--levels", out)
+    assert asked.code == 0
+
+
+def test_an_export_is_split_too(hopescale, trained: Path, stream: Path, adapted: Path, tmp_path: Path):
+    assert hopescale("convert", "to-hf", trained, tmp_path / "hf", "--no-verify").code == 0
+    done = hopescale("adapt", tmp_path / "hf", stream, *LEVELS, *PARTS, "--out", tmp_path / "levels", "--nproc", 2)
+    assert done.code == 0, done.err
+    loaded = load_model(trained, torch.device("cpu"))
+    assert read_levels(tmp_path / "levels", loaded).keys() == read_levels(adapted, loaded).keys()
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "said"),
+    [
+        (("RUN", "STREAM", *LEVELS, "--out", "OUT", "--nproc", 3), 2, "cannot be split over 3 processes"),
+        (("RUN", "STREAM", *LEVELS, "--parts", 2, "--out", "DONE", "--nproc", 2), 4, "parts is 2, but 3 there"),
+    ],
+)
+def test_what_cannot_be_is_said_once_by_processes(
+    hopescale, capfd: pytest.CaptureFixture, trained: Path, stream: Path, adapted: Path, options, code, said
+):
+    places = {"RUN": trained, "STREAM": stream, "OUT": trained / "none", "DONE": adapted}
+    done = hopescale("adapt", *(places.get(option, option) for option in options))
+    told = done.err + capfd.readouterr().err  # the first process writes to the terminal, the others through this one
+    assert done.code == code and told.count(said) == 1, told
+    assert "Traceback" not in told and "[rank" not in told
+    assert not (trained / "none").exists()
+
+
 def losses(hopescale, trained: Path, *options: object) -> dict[str, float]:
     out = trained / "found.json"
     out.unlink(missing_ok=True)

@@ -18,18 +18,23 @@ if __name__ == "__main__":
     fake.load(Path(sys.argv[1]))
 
 import torch
+import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.runtime.jit import JITFunction
 
-from hopescale.config.layout import Layout
+from hopescale.config.layout import smallest_layout
 from hopescale.config.load import load_recipe
 from hopescale.config.plan import make_plan
+from hopescale.config.schema import RunConfig
 from hopescale.engine import Engine, make_passes
 from hopescale.observe.health import StepLimits
+from hopescale.parallel import process
 from hopescale.parallel.mesh import Mesh
 from hopescale.train.setup import build_state
+from tests.support.fake_cuda.step import exchange_nothing
 
 DEVICE = torch.device("cuda", 0)
 STEP = 4
@@ -74,16 +79,29 @@ class Held(TorchDispatchMode):
         self.now -= self._alive.pop(key)[1]
 
 
-def most_held(recipe: str, overrides: list[str]) -> dict[str, Any]:
-    """Build a run on one rank and take two steps; return the most bytes at a time, by part of a step."""
+def most_held(recipe: str, overrides: list[str]) -> list[dict[str, Any]]:
+    """Return what each rank of a run holds."""
     config = load_recipe(recipe, overrides).config
-    size, held = config.train.micro_batch_size, Held()
+    layout, found = smallest_layout(config), []
+    for rank in range(layout.num_ranks):
+        if layout.num_ranks == 1:
+            found.append(_held_by(config, Mesh.alone()))
+            continue
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.num_ranks)
+        found.append(_held_by(config, Mesh.over_all(layout, device=DEVICE)))
+        process.stop()
+    return found
+
+
+def _held_by(config: RunConfig, mesh: Mesh) -> dict[str, Any]:
+    """Build a rank and take two steps; return the most bytes at a time, by part of a step."""
+    size, held, layout = config.train.micro_batch_size, Held(), smallest_layout(config)
     with FakeTensorMode(allow_non_fake_inputs=True), held:
-        state = build_state(config, Layout(), Mesh.alone(), DEVICE)
+        state = build_state(config, layout, mesh, DEVICE)
         segments = config.train.segments
         passes = make_passes(state.slices, state.optimizer.backward, config.train.seq_len, DEVICE, segments=segments)
         engine = Engine(passes, state.optimizer, state.levels, DEVICE)
-        count = make_plan(config).grad_accumulation
+        count = make_plan(config, layout).grad_accumulation
         batches = [state.data.batch(range(number * size, (number + 1) * size)) for number in range(count)]
         found = {}
         for step in (STEP, 2 * STEP):
@@ -99,5 +117,6 @@ def most_held(recipe: str, overrides: list[str]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     fake.pretend()
+    exchange_nothing()
     JITFunction.run = lambda kernel, *arguments, grid, warmup, **options: None
     sys.stdout.write(json.dumps([most_held(*each) for each in json.loads(sys.argv[2])]))

@@ -80,7 +80,7 @@ def _note_exchanges() -> None:
             setattr(dist.ProcessGroup, name, noted(name, getattr(dist.ProcessGroup, name), position))
 
 
-def _exchange_nothing() -> None:
+def exchange_nothing() -> None:
     """Make all groups those of torch's backend that exchanges nothing; ranks decide alone."""
     make = dist.new_group
 
@@ -139,7 +139,7 @@ def main(runs: list[tuple[str, list[str]]]) -> None:
     fake.pretend()
     _note_launches()
     _note_exchanges()
-    _exchange_nothing()
+    exchange_nothing()
     found = []
     for recipe, overrides in runs:
         config = load_recipe(recipe, overrides).config

@@ -97,13 +97,20 @@ def test_matrices_are_cut_into_sets_from_the_last_block_on(monkeypatch: pytest.M
     assert matrix_sets(sizes, 480) == [["block4", "block3"], ["block2", "block1"], ["block0"]]
 
 
-def test_rounds_are_cut_where_any_owner_has_too_much():
-    owners = SimpleNamespace(replica={"a": 0, "b": 1, "c": 1, "d": 0, "e": 0})
-    sizes = {"a": 6, "b": 3, "c": 3, "d": 5, "e": 20}
+def owned(sizes: dict[str, int], replica: dict[str, int], tp_rank: dict[str, int]) -> SimpleNamespace:
+    """Owners of matrices that are updated as so many entries, on two tensor-parallel ranks."""
+    shapes = {name: (size, 1) for name, size in sizes.items()}
+    return SimpleNamespace(replica=replica, tp_rank=tp_rank, shape=shapes, _tp=2)
+
+
+def test_rounds_are_cut_where_any_rank_has_too_much():
+    owners = owned({"a": 6, "b": 3, "c": 3, "d": 5, "e": 20}, {"a": 0, "b": 1, "c": 1, "d": 0, "e": 0}, {})
     classes = {3: ["a", "b"], 4: ["c"], 7: ["d"], 8: ["e"]}
-    assert Ownership.rounds(owners, classes, sizes, 10) == [[3, 4], [7], [8]]
-    assert Ownership.rounds(owners, classes, sizes, 100) == [[3, 4, 7, 8]]
-    assert Ownership.rounds(owners, {}, sizes, 10) == []
+    assert Ownership.rounds(owners, classes, 10) == [[3, 4], [7], [8]]
+    assert Ownership.rounds(owners, classes, 100) == [[3, 4, 7, 8]]
+    assert Ownership.rounds(owners, {}, 10) == []
+    wholes = owned({"a": 6, "b": 6, "c": 6}, dict.fromkeys("abc", 0), {"a": 0, "b": 1, "c": 1})
+    assert Ownership.rounds(wholes, {0: ["a"], 1: ["b"], 2: ["c"]}, 10) == [[0, 1], [2]]
 
 
 def test_costs_follow_shape_and_settings():

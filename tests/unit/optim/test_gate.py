@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hopescale.config.schema import DeltaMomentumConfig, GroupConfig, M3Config, OptimConfig, ScheduleConfig
+from hopescale.cost.updates import Wire
 from hopescale.optim import Cadence, OuterOptimizer
 from hopescale.optim.adamw import AdamW
 from hopescale.optim.gate import StepGate
@@ -23,13 +24,13 @@ def randn(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def make_optimizer(rule: str, dtype: torch.dtype) -> OuterOptimizer:
+def make_optimizer(rule: str, dtype: torch.dtype, wire: Wire = "fp32") -> OuterOptimizer:
     groups = {"b": GroupConfig(rule=rule, match=("b",), weight_decay=0.0), "rest": GroupConfig(rule=rule)}
     moments = {"m3": M3Config(frequency=2), "delta_momentum": DeltaMomentumConfig(beta2=0.9)}
     config = OptimConfig(lr=0.1, groups=groups, schedule=ScheduleConfig(min_lr_ratio=1.0), **moments)
     values = {name: randn(*shape, seed=index).to(dtype) for index, (name, shape) in enumerate(SHAPES.items())}
     parameters = {name: attach(nn.Parameter(value), ParameterSpec()) for name, value in values.items()}
-    return OuterOptimizer(parameters, config, 10, {"slow": Cadence(4)})
+    return OuterOptimizer(parameters, config, 10, {"slow": Cadence(4, wire=wire)})
 
 
 def feed(optimizer: OuterOptimizer, step: int) -> Tensor:
@@ -40,6 +41,7 @@ def feed(optimizer: OuterOptimizer, step: int) -> Tensor:
         if (gram := getattr(parameter, "gram", None)) is not None:
             inputs = BAD.get(step, 1.0) * randn(5, gram.shape[-1], seed=100 * step + index)
             gram += inputs.mT @ inputs
+    optimizer.reduce(optimizer.due(step))
     return optimizer.grad_norms({"due": optimizer.due(step)})["due"]
 
 
@@ -49,9 +51,16 @@ def kept(optimizer: OuterOptimizer) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rule", ["adamw", "muon", "m3", "delta_momentum", "deep_momentum", "dgd"])
-def test_a_run_through_gates_is_the_run_that_refuses_bad_steps(rule: str, dtype: torch.dtype):
-    refusing, gated = make_optimizer(rule, dtype), make_optimizer(rule, dtype)
+@pytest.mark.parametrize(
+    ("rule", "wire"),
+    [
+        *((rule, "fp32") for rule in ("adamw", "muon", "m3", "delta_momentum", "deep_momentum", "dgd")),
+        *(("adamw", "int8"), ("adamw", "bf16"), ("muon", "int4")),
+    ],
+)
+def test_a_run_through_gates_is_the_run_that_refuses_bad_steps(rule: str, wire: Wire, dtype: torch.dtype):
+    refusing, gated = make_optimizer(rule, dtype, wire), make_optimizer(rule, dtype, wire)
+    assert gated.is_gated
     for step in range(1, 10):
         norm = feed(refusing, step)
         if step in BAD:
