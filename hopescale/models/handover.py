@@ -6,7 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from hopescale.models.attention import Attention, AttentionCache
+from hopescale.models.self_modifying import SelfModifying
 from hopescale.models.state import LayerState
+from hopescale.models.titans import Titans
 from hopescale.parallel.relay import Relay
 
 BOUNDARY, RUNNING = "/boundary/", "/running/"
@@ -21,10 +23,11 @@ class Handover:
         relay: This rank's part of the ring.
         position: Tokens of the sequence before the piece.
         is_last: Whether the sequence ends with the piece.
+        within_documents: Whether the model mixes so.
     """
 
-    def __init__(self, relay: Relay, position: int, *, is_last: bool):
-        self.relay, self.position, self.is_last = relay, position, is_last
+    def __init__(self, relay: Relay, position: int, *, is_last: bool, within_documents: bool):
+        self.relay, self.position, self.is_last, self.within = relay, position, is_last, within_documents
         self._received: dict[int, list[Tensor]] = {}
         self._is_over = False
 
@@ -39,7 +42,7 @@ class Handover:
         """
         if self.position == 0:
             return x, None
-        fresh = state_after(mixer, x.shape[1], self.position)
+        fresh = state_after(mixer, x.shape[1], self.position, within_documents=self.within)
         given = {name: tensor for name, tensor in fresh.named().items() if BOUNDARY not in name}
         x, tensors = self.relay.receive(x, list(given.values()), number, self._received.get(number))
         self._received[number] = [tensor.detach() for tensor in tensors]
@@ -51,14 +54,15 @@ class Handover:
         if self.is_last:
             return x
         with torch.no_grad():
-            like = state_after(mixer, x.shape[1], state.position).named()
+            like = state_after(mixer, x.shape[1], state.position, within_documents=self.within).named()
         tensors = [tensor.to(like[name].dtype) for name, tensor in state.named().items() if BOUNDARY not in name]
         return self.relay.send(x, tensors, number, again=self._is_over)
 
 
-def state_after(mixer: nn.Module, batch: int, position: int) -> LayerState:
-    """Return a state like a mixer's after so many tokens, at the end of a chunk, but with initial values."""
-    state = mixer.initial_state(batch)
+def state_after(mixer: nn.Module, batch: int, position: int, *, within_documents: bool) -> LayerState:
+    """Return a state like a mixer's after a piece that ends after so many tokens, but with initial values."""
+    unfinished = within_documents and isinstance(mixer, (SelfModifying, Titans))
+    state = mixer.initial_state(batch, unfinished=True) if unfinished else mixer.initial_state(batch)
     if not isinstance(mixer, Attention):
         return state._replace(position=position)
     seen = position if mixer.config.window is None else min(position, mixer.config.window)

@@ -98,6 +98,7 @@ class Model(nn.Module):
         *,
         hidden: Tensor | None = None,
         document_ids: Tensor | None = None,
+        begun: Tensor | None = None,
         probe: dict[str, Tensor] | None = None,
         last_only: bool = False,
         levels: Mapping[str, Tensor] | None = None,
@@ -110,6 +111,8 @@ class Model(nn.Module):
             state: State that an earlier call returned; None begins anew.
             hidden: Output `[T, B, N]` of the slice before; None for the slice that begins the model.
             document_ids: `[B, T]`, used if the model mixes `within_documents`; the host reads them, best on the CPU.
+            begun: Tokens in earlier pieces, `[B]` on the CPU, of the document that each sequence begins with here; the
+                state is that of these pieces. None where sequences are whole.
             probe: Dict to be filled with `memory/<layer>/<statistic>`.
             last_only: Whether to predict after the last token alone, as generation needs.
             levels: Weights that each sequence has for itself, `[B, *shape]`, by the names of parameters: all those of
@@ -128,7 +131,7 @@ class Model(nn.Module):
         """
         x = self._enter(tokens, hidden)
         within = self.config.within_documents and document_ids is not None
-        documents = Documents.of(document_ids, x.device) if within else None
+        documents = Documents.of(document_ids, x.device, begun) if within else None
         states = []
         for index, (number, block) in enumerate(self.blocks.items()):
             stats: dict[str, Tensor] | None = None if probe is None else {}
