@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 
 from hopescale.config.layout import Layout
 from hopescale.data.loader import Batch, Share
@@ -24,6 +25,7 @@ from tests.support.kept_memory import parts_held
 from tests.support.layouts import fork, saved, train_run, values, weights, worst
 from tests.support.models import BASE
 from tests.support.ranks import run_ranks
+from tests.unit.engine.test_documents_in_pieces import MIXERS as DOCUMENT_MIXERS
 from tests.unit.engine.test_documents_in_pieces import PACKED
 from tests.unit.engine.test_segments import BATCH, MIXERS
 
@@ -146,6 +148,22 @@ def check_gradients(rank: int, cp: int) -> None:
         for batch in (BATCH, PACKED):
             assert errors(mesh, "hope", 1, batch) > 1e-3, f"lost {what} are not noticed"
     Relay.give = give
+    parallel_state.destroy_model_parallel()
+    for sequence_parallel in (False, True):
+        mesh = Mesh.over_all(Layout(tp=2, sequence_parallel=sequence_parallel))
+        for mixer in ("hope", "mac", "mal"):
+            once, often = (documents_in_segments(mesh, mixer, count) for count in (1, 4))
+            for name, gradient in once.items():
+                assert float((often[name] - gradient).norm() / gradient.norm()) < 1e-5, (mixer, name)
+        parallel_state.destroy_model_parallel()
+
+
+def documents_in_segments(mesh: Mesh, mixer: str, count: int) -> dict[str, torch.Tensor]:
+    """Return this rank's gradients."""
+    config = replace(BASE, mixers={"mixer": DOCUMENT_MIXERS[mixer]}, within_documents=True)
+    model = Model(config, seed=2, mesh=mesh)
+    Segments(mesh, count).run(model, PACKED, None, None).backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
 def test_gradients_of_every_mixer(tmp_path: Path):
