@@ -60,12 +60,10 @@ class Batch(NamedTuple):
 
         Where the documents of whole sequences begin is not looked for unless the model mixes `within_documents`.
         """
-        begun = self.begun
-        if begun is None and within_documents:
-            begun = Share(segments=count).begun(self.document_ids)
-        parts = (part.chunk(count, dim=1) for part in (self.tokens, self.targets, self.document_ids))
-        columns = [None] * count if begun is None else begun.chunk(count, dim=1)
-        return [Batch(*piece) for piece in zip(*parts, columns, strict=True)]
+        parts = [self.tokens, self.targets, self.document_ids]
+        if within_documents:
+            parts.append(Share(segments=count).begun(self.document_ids) if self.begun is None else self.begun)
+        return [Batch(*piece) for piece in zip(*(part.chunk(count, dim=1) for part in parts), strict=True)]
 
 
 class Share(NamedTuple):

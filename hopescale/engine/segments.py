@@ -94,8 +94,8 @@ def _piece(
     probe: Probe | None,
 ) -> tuple[Tensor, ModelState]:
     """Return what `Segments.run` does, of one piece, and the state behind it."""
-    given = {"hidden": hidden, "document_ids": batch.document_ids, "probe": probe, "handover": handover}
-    given["begun"] = None if batch.begun is None else batch.begun[:, 0]
+    given = {"hidden": hidden, "document_ids": batch.document_ids, "begun": batch.begun, "probe": probe}
+    given["handover"] = handover
     output, state = model(batch.tokens, state, **given)
     return cross_entropy_sum(output, batch.targets, model.mesh) if model.is_last else output, state
 

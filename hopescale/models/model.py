@@ -111,8 +111,8 @@ class Model(nn.Module):
             state: State that an earlier call returned; None begins anew.
             hidden: Output `[T, B, N]` of the slice before; None for the slice that begins the model.
             document_ids: `[B, T]`, used if the model mixes `within_documents`; the host reads them, best on the CPU.
-            begun: Tokens in earlier pieces, `[B]` on the CPU, of the document that each sequence begins with here; the
-                state is that of these pieces. None where sequences are whole.
+            begun: Tokens in earlier pieces, `[B, 1]` on the CPU, of the document that each sequence begins with here.
+                None where sequences are whole.
             probe: Dict to be filled with `memory/<layer>/<statistic>`.
             last_only: Whether to predict after the last token alone, as generation needs.
             levels: Weights that each sequence has for itself, `[B, *shape]`, by the names of parameters: all those of

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -103,18 +103,12 @@ def run_documents(
         size: Tokens of a segment.
         before: State that the piece before has handed on; None for sequences that begin.
     """
-    is_piece, (tokens, batch, width) = documents.begun is not None, x.shape
+    is_piece, (_, batch, width) = documents.begun is not None, x.shape
     if is_piece:
         ahead = x.new_zeros(batch, size - 1, width) if before is None else before.ahead.to(x.dtype)
         x = torch.cat([ahead.transpose(0, 1), x])
-    row, padding, last, bounds = len(x), x.shape[0] * batch, set(documents.last), documents.bounds
-
-    def place(number: Any) -> Any:
-        """Return the place among all tokens, those of the unfinished segments too, of a token of the documents."""
-        return number // tokens * row + row - tokens + number % tokens
-
-    begins = [place(begin) - done % size for begin, done in zip(bounds, documents.before, strict=False)]
-    ends = [place(end - 1) + 1 for end in bounds[1:]]
+    begins, ends, wanted = documents.in_longer_rows(len(x), size)
+    last = set(documents.last)
     lengths = [end - begin for begin, end in zip(begins, ends, strict=True)]
     counts = [length // size if n in last else -(-length // size) for n, length in enumerate(lengths)]
     order = sorted(range(len(counts)), key=lambda n: -counts[n])
@@ -127,14 +121,13 @@ def run_documents(
         """Return the states that documents begin with."""
         if before is None:
             return fresh(len(numbers))
-        rows = [bounds[n] // tokens + 1 if documents.before[n] else 0 for n in numbers]
-        index, known = to_device(torch.tensor(rows), x.device), before._replace(ahead=None)
+        index, known = to_device(torch.tensor(documents.states(numbers)), x.device), before._replace(ahead=None)
         return tree_map(lambda a, b: None if a is None else torch.cat([a, b]).index_select(0, index), fresh(1), known)
 
     def step(numbers: list[int], begin: int, tokens: int, state: ContextState) -> ContextState:
         starts, stops = (torch.tensor([of[n] for n in numbers]) for of in (begins, ends))
         index = starts[:, None] + torch.arange(begin, begin + tokens)
-        index = torch.where(index < stops[:, None], index, padding)
+        index = torch.where(index < stops[:, None], index, len(table) - 1)
         part = table.index_select(0, to_device(index.flatten(), x.device)).unflatten(0, index.shape).transpose(0, 1)
         y, state = run(part, state, begin)
         answers.append(y.transpose(0, 1).flatten(0, 1))
@@ -157,7 +150,7 @@ def run_documents(
     after = [ended[n] for n in documents.last]
     found = torch.empty(len(table), dtype=torch.int64)
     found[torch.cat(places)] = torch.arange(sum(map(len, places)))
-    found = to_device(found[place(torch.arange(bounds[-1]))], x.device)
+    found = to_device(found[wanted], x.device)
     y = torch.cat(answers).index_select(0, found).unflatten(0, documents.first.shape)
     state = tree_map(lambda *parts: None if parts[0] is None else torch.cat(parts), *after)
     return y.transpose(0, 1), state._replace(ahead=x[len(x) - size + 1 :].transpose(0, 1).clone() if is_piece else None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -40,17 +41,18 @@ class Documents(NamedTuple):
         Args:
             document_ids: Document of each token.
             device: Device of the tokens; None is that of the ids.
-            begun: Attribute `begun` `[B]`, on the host.
+            begun: Attribute `begun` as a column `[B, 1]`, on the host.
         """
         ids, device = document_ids.cpu().numpy(), device or document_ids.device
         places = np.arange(ids.shape[1], dtype=np.int32)
         begins = beginnings(ids)
         first = np.maximum.accumulate(np.where(begins, places, 0).astype(np.int32), axis=1)
         if begun is not None:
-            first = np.where(first == 0, -begun.numpy().astype(np.int32)[:, None], first)
+            first = np.where(first == 0, -begun.numpy().astype(np.int32), first)
         bounds = np.append(np.flatnonzero(begins), ids.size)
         first, offsets = (to_device(torch.from_numpy(part), device) for part in (first, bounds))
-        return cls(first, offsets, tuple(bounds.tolist()), None if begun is None else tuple(begun.tolist()))
+        before = None if begun is None else tuple(begun.numpy()[:, 0].tolist())
+        return cls(first, offsets, tuple(bounds.tolist()), before)
 
     @classmethod
     def whole(cls, batch: int, tokens: int, device: torch.device) -> Documents:
@@ -58,6 +60,14 @@ class Documents(NamedTuple):
         bounds = range(0, batch * tokens + 1, tokens)
         first = torch.zeros(batch, tokens, dtype=torch.int32, device=device)
         return cls(first, torch.arange(bounds.start, bounds.stop, bounds.step, device=device), tuple(bounds))
+
+    @classmethod
+    def in_a_row(cls, lengths: Sequence[int], device: torch.device) -> Documents:
+        """Return documents of these lengths in one sequence."""
+        bounds = np.cumsum([0, *lengths])
+        first = np.repeat(bounds[:-1], lengths).astype(np.int32)[None]
+        first, offsets = (to_device(torch.from_numpy(part), device) for part in (first, bounds))
+        return cls(first, offsets, tuple(bounds.tolist()))
 
     def cut(self, size: int) -> Documents:
         """Return pieces of the documents as documents: each of `size` tokens, the last ones of the rest."""
@@ -68,6 +78,24 @@ class Documents(NamedTuple):
         places = torch.arange(self.first.shape[1], dtype=torch.int32, device=self.first.device)
         first = places - (places - self.first) % size
         return Documents(first, to_device(torch.tensor(bounds), self.offsets.device), tuple(bounds), begun)
+
+    def in_longer_rows(self, row: int, size: int) -> tuple[list[int], list[int], Tensor]:
+        """Find documents in rows of `row` tokens that end with these ones, and begin with others of earlier pieces.
+
+        Returns:
+            Places, in a row of all, where documents begin and end: one that has begun in an earlier piece begins with
+            the chunk of `size` tokens that it is in. And the places of these tokens, on the host.
+        """
+        tokens, places = self.first.shape[1], torch.arange(self.bounds[-1])
+        more, starts = row - tokens, zip(self.bounds, self.before, strict=False)
+        begins = [begin + (begin // tokens + 1) * more - before % size for begin, before in starts]
+        ends = [end + ((end - 1) // tokens + 1) * more for end in self.bounds[1:]]
+        return begins, ends, places + (places // tokens + 1) * more
+
+    def states(self, numbers: Iterable[int]) -> list[int]:
+        """Return the place of the state that documents begin with, among a fresh one and those of an earlier piece."""
+        tokens, before = self.first.shape[1], self.before
+        return [self.bounds[n] // tokens + 1 if before[n] else 0 for n in numbers]
 
     def rows(self, rows: list[int]) -> Documents:
         """Return the documents of some sequences."""

@@ -42,58 +42,42 @@ def run_piece(
     Returns:
         Answers and statistics of the piece, and the memories to be handed on.
     """
-    tokens, row = documents.first.shape[1], streams.k.shape[2]
-
-    def place(number: int) -> int:
-        """Return the place among all streams of a token of the piece."""
-        return number // tokens * row + row - tokens + number % tokens
-
-    last, padding = documents.last, len(streams.k) * row
-    earlier, bounds = documents.before, documents.bounds
-    begins = [place(begin) - before % size for begin, before in zip(bounds, earlier, strict=False)]
-    ends = [place(end - 1) + 1 for end in bounds[1:]]
-    cut = sorted({n for n, before in enumerate(earlier) if before} | set(last))
-    alone = [n for n in range(len(ends)) if n not in set(cut)]
-    lengths = {n: ends[n] - begins[n] for n in cut}
-
-    whole = whole_passes([lengths.get(n, 0) for n in range(len(ends))], size)
-    passes = whole + _rests(lengths, size)
-    places = [places_of(one, begins, ends, padding) for one in passes]
+    row, last = streams.k.shape[2], documents.last
+    begins, ends, wanted = documents.in_longer_rows(row, size)
+    lengths, padding = [end - begin for begin, end in zip(begins, ends, strict=True)], len(streams.k) * row
+    cut = {n: lengths[n] for n in sorted({*last, *(n for n, count in enumerate(documents.before) if count)})}
+    alone = [n for n in range(len(ends)) if n not in cut]
+    whole, rest = whole_passes([cut.get(n, 0) for n in range(len(ends))], size), _rest_pass(cut, size)
+    places = [places_of(one, begins, ends, padding) for one in (*whole, *rest)]
     if alone:
         places.append(torch.cat([torch.arange(begins[n], ends[n]) for n in alone])[None])
     parts = gather(streams, places)
 
-    fresh = Memories(start.expand(1), None) if isinstance(start, MemoryStart) else start
-    rows = {n: bounds[n] // tokens + 1 if earlier[n] else 0 for n in cut}
-    known = fresh if before is None else Memories.cat([fresh, before])
-    outputs, found = (
-        run_whole(run, whole, parts, _picked(known, [rows[n] for n in whole[0].numbers])) if whole else ([], {})
-    )
-    found = {n: found[n] if n in found else _picked(known, [rows[n]]) for n in cut}
-    for one, part in zip(passes[len(whole) :], parts[len(whole) :], strict=False):
+    known = Memories(start.expand(1), None) if isinstance(start, MemoryStart) else start
+    known = known if before is None else Memories.cat([known, before])
+    alive = _picked(known, documents.states(whole[0].numbers)) if whole else known
+    outputs, found = run_whole(run, whole, parts, alive)
+    short = [n for n in cut if n not in found]
+    found |= {n: _picked(known, [state]) for n, state in zip(short, documents.states(short), strict=True)}
+    for one, part in zip(rest, parts[len(whole) :], strict=False):
         outputs.append(run(part, Memories.cat([found[n] for n in one.numbers])))
     if alone:
-        outputs.append(
-            run(parts[-1], start, documents=_in_a_row([ends[n] - begins[n] for n in alone], streams.k.device))
-        )
-    wanted = torch.arange(bounds[-1])
-    wanted = wanted // tokens * row + row - tokens + wanted % tokens
-    y, stats = (scatter(list(of), places, wanted, documents) for of in list(zip(*outputs, strict=True))[:2])
+        together = Documents.in_a_row([lengths[n] for n in alone], streams.k.device)
+        outputs.append(run(parts[-1], start, documents=together))
+    both = list(zip(*outputs, strict=True))[:2]
+    y, stats = (scatter(list(of), places, padding, wanted, documents) for of in both)
     return SelfModifyingOutput(y, stats, Memories.cat([found[n] for n in last]).at_boundary())
 
 
-def _rests(lengths: dict[int, int], size: int) -> list[Pass]:
+def _rest_pass(lengths: dict[int, int], size: int) -> list[Pass]:
     """Plan one pass over what documents have behind their whole chunks; the state after it is not used."""
     rests = {n: length % size for n, length in lengths.items() if length % size}
     return [Pass(list(rests), [lengths[n] - rest for n, rest in rests.items()], max(rests.values()))] if rests else []
 
 
 def _picked(memories: Memories, rows: list[int]) -> Memories:
+    """Return the memories of some rows."""
+    if len(rows) == 1:
+        return tree_map(lambda x: None if x is None else x[rows[0] : rows[0] + 1], memories)
     index = to_device(torch.tensor(rows), memories.memory.running.w_in.device)
     return tree_map(lambda x: None if x is None else x.index_select(0, index), memories)
-
-
-def _in_a_row(lengths: list[int], device: torch.device) -> Documents:
-    """Return documents of these lengths in one sequence."""
-    ids = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
-    return Documents.of(ids[None], device)

@@ -94,7 +94,7 @@ def run_side_by_side(
         outputs.append(output)
         found |= {n: after for n, after in zip(one.numbers, output.state.split([1] * count), strict=True) if n in last}
     wanted = torch.arange(bounds[-1])
-    y, stats = (scatter(list(of), places, wanted, documents) for of in list(zip(*outputs, strict=True))[:2])
+    y, stats = (scatter(list(of), places, bounds[-1], wanted, documents) for of in list(zip(*outputs, strict=True))[:2])
     return SelfModifyingOutput(y, stats, Memories.cat([found[number] for number in documents.last]))
 
 
@@ -133,13 +133,13 @@ def gather(streams: Streams, places: list[Tensor]) -> list[Streams]:
     return [Streams(*part) for part in zip(*map(parts, streams), strict=True)]
 
 
-def scatter(outputs: list[Tensor], places: list[Tensor], wanted: Tensor, documents: Documents) -> Tensor:
+def scatter(outputs: list[Tensor], places: list[Tensor], padding: int, wanted: Tensor, documents: Documents) -> Tensor:
     """Put the outputs `[N, H, T, ...]` of passes back to where their tokens lie: `[B, H, T, ...]`.
 
-    Of the tokens at the places of passes, those `wanted` are the tokens of the documents, in order.
+    The tokens of the documents lie at the places `wanted`, in order; none lies at or behind that of `padding`.
     """
     index = torch.cat([each.flatten() for each in places])
-    origin = torch.empty(int(index.max()) + 1, dtype=torch.int64)
+    origin = torch.empty(padding + 1, dtype=torch.int64)
     origin[index] = torch.arange(len(index))
     rows = torch.cat([each.transpose(1, 2).flatten(0, 1) for each in outputs])
     rows = rows.index_select(0, to_device(origin[wanted], rows.device))

@@ -167,9 +167,7 @@ def _begun(fresh: TttState, documents: Documents, order: list[int], before: TttS
     """Return the states that documents begin with, in some order; `before` those that go on from an earlier piece."""
     if before is None:
         return TttState(*(part.map(lambda x: x.expand(len(order), *x.shape[1:])) for part in fresh))
-    tokens, earlier = documents.first.shape[1], documents.before
-    rows = [documents.bounds[n] // tokens + 1 if earlier[n] else 0 for n in order]
-    index = to_device(torch.tensor(rows), fresh.weights.w1.device)
+    index = to_device(torch.tensor(documents.states(order)), fresh.weights.w1.device)
     pairs = zip(fresh, before, strict=True)
     return TttState(*(TttWeights.cat(pair).map(lambda x: x.index_select(0, index)) for pair in pairs))
 

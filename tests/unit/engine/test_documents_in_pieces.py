@@ -138,6 +138,6 @@ def test_statistics_are_those_of_all_tokens(mixer: str):
 
 
 def test_documents_that_go_on_need_the_state_of_the_piece_before():
-    model, begun = make_model("hope"), torch.tensor([0, 3])
+    model, begun = make_model("hope"), torch.tensor([[0], [3]])
     with pytest.raises(ValueError, match="documents go on from an earlier piece, but there is no state of it"):
         model(BATCH.tokens, document_ids=IDS, begun=begun)

@@ -26,7 +26,7 @@ def test_pieces_are_counted_from_the_first_token_of_a_document():
 
 
 def test_a_document_may_have_begun_in_an_earlier_piece():
-    documents = Documents.of(IDS, begun=torch.tensor([3, 0]))
+    documents = Documents.of(IDS, begun=torch.tensor([[3], [0]]))
     assert documents.first.tolist() == [[-3, -3, 2, 2, 2, 5], [0, 0, 0, 0, 0, 5]]
     assert documents.before == [3, 0, 0, 0, 0] and documents.begun == (3, 0)
     pieces = documents.cut(2)
@@ -35,7 +35,7 @@ def test_a_document_may_have_begun_in_an_earlier_piece():
 
 
 def test_documents_of_some_sequences():
-    documents = Documents.of(IDS, begun=torch.tensor([3, 0])).rows([1])
+    documents = Documents.of(IDS, begun=torch.tensor([[3], [0]])).rows([1])
     assert documents.bounds == (0, 5, 6) and documents.begun == (0,)
     assert documents.offsets.tolist() == [0, 5, 6] and documents.first.tolist() == [[0, 0, 0, 0, 0, 5]]
 
