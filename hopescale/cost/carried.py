@@ -23,6 +23,7 @@ from hopescale.config.schema import (
 )
 from hopescale.config.schema.titans import TitansConfig
 from hopescale.config.schema.ttt import TttConfig
+from hopescale.config.titans import titans_attention
 from hopescale.cost.kernels import forward_workspace, packed_size, runs_kernels
 from hopescale.cost.linear_attention import linear_attention_state
 from hopescale.cost.micro_batch import MicroBatch
@@ -48,8 +49,13 @@ def carried_bytes(config: RunConfig, mixer: MixerConfig, position: int, tp: int 
         return FP32 * batch * sum(ttt_state(model, mixer).values())
     assert isinstance(mixer, SelfModifyingConfig)
     tail = STREAMS * head_dim(model) * ((mixer.conv_width or 1) - 1)
-    of_heads = FP32 * batch * model.num_heads * (tail + sum(_memories(model, part) for part in memory_parts(mixer)))
-    return of_heads + (_unfinished(config, mixer, tp) if model.within_documents else 0)
+    total = FP32 * batch * model.num_heads * (tail + sum(_memories(model, part) for part in memory_parts(mixer)))
+    prefixed = isinstance(mixer, TitansConfig) and mixer.composition != "mac"
+    if prefixed:
+        seen = position + mixer.persistent_tokens * (mixer.composition == "mal")
+        total += carried_bytes(config, titans_attention(mixer), seen)
+    # Chunks that count persistent tokens do not end where ranks' pieces do.
+    return total + (_unfinished(config, mixer, tp) if model.within_documents or prefixed else 0)
 
 
 def _unfinished(config: RunConfig, mixer: SelfModifyingConfig, tp: int) -> int:

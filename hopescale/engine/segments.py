@@ -82,7 +82,7 @@ class Segments:
         if self.relay is None:
             return None
         place, pieces = number * self.relay.size + self.relay.rank, self.count * self.relay.size
-        return Handover(self.relay, place * size, is_last=place == pieces - 1, within_documents=within)
+        return Handover(self.relay, place * size, size, is_last=place == pieces - 1, within_documents=within)
 
 
 def _piece(

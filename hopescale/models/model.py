@@ -135,10 +135,11 @@ class Model(nn.Module):
         states = []
         for index, (number, block) in enumerate(self.blocks.items()):
             stats: dict[str, Tensor] | None = None if probe is None else {}
-            layer = None if state is None else state.layers[index]
+            layer, kept_apart = None if state is None else state.layers[index], documents
             if handover is not None:
                 x, layer = handover.enter(x, block.mixer, int(number))
-            x, layer = block(x, layer, documents, stats, levels and _of_block(levels, number))
+                kept_apart = documents or handover.sequences(x, block.mixer)
+            x, layer = block(x, layer, kept_apart, stats, levels and _of_block(levels, number))
             if handover is not None:
                 x = handover.leave(x, layer, block.mixer, int(number))
             states.append(layer)

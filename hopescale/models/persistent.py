@@ -36,8 +36,9 @@ class Prefixed(NamedTuple):
             return cls(torch.cat([persistent[:, None].expand(-1, batch, -1), x]), None, None)
         begun = documents.begun and tuple(before + count if before else 0 for before in documents.begun)
         if documents.begun and all(documents.before):
-            first = documents.first - count
-            return cls(x, documents._replace(first=first, begun=begun), None)
+            # Persistent tokens get a gradient on every rank, also where it is zero.
+            x = torch.cat([x, persistent[:, None].expand(-1, batch, -1)])[:tokens]
+            return cls(x, documents._replace(first=documents.first - count, begun=begun), None)
         plan = _plan(documents, count)
         table = torch.cat([x.transpose(0, 1).reshape(-1, width), persistent, x.new_zeros(1, width)])
         sources = torch.full((plan.first.numel(),), len(table) - 1)

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
@@ -38,14 +37,8 @@ def run_groups(
         probe |= joined_probes(probes)
     order = to_device(torch.tensor([row for rows in groups for row in rows]).argsort(), x.device)
     answers, states = zip(*results, strict=True)
-    after = tree_map(lambda *parts: None if parts[0] is None else torch.cat(_ending_alike(parts))[order], *states)
+    after = tree_map(lambda *parts: None if parts[0] is None else torch.cat(parts)[order], *states)
     return torch.cat(answers, dim=1)[:, order], after
-
-
-def _ending_alike(parts: tuple[Tensor, ...]) -> list[Tensor]:
-    """Put zeros in front of keys and values `[B, G, T, D]`, so that there are as many of all rows."""
-    most = max(part.shape[2:3] for part in parts)
-    return [part if part.shape[2:3] == most else F.pad(part, (0, 0, most[0] - part.shape[2], 0)) for part in parts]
 
 
 def joined_probes(probes: list[tuple[int, dict[str, Tensor]]]) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hopescale.config.model_shape import head_dim
@@ -192,8 +193,12 @@ class Titans(nn.Module):
         """Let attention read the memory's answers, also those to persistent tokens."""
         wide, (remembered, memory) = self._remember(x, state, documents, probe, persistent)
         inner = sum_over_ranks(self.inner_proj(remembered.flatten(2)), self.mesh)
-        y, cache = self.attention.answer(inner, self._inside(state, state.tensors.attention), wide.documents)
-        return wide.without(y, self._before(state)), TitansState(memory, cache.tensors)
+        y, (_, cache) = self.attention.answer(inner, self._inside(state, state.tensors.attention), wide.documents)
+        if documents is not None and documents.begun is not None:
+            # What persistent tokens and fillers have added differs from row to row.
+            missing = self.tokens_in_sight(state.position + len(x)) - cache.k.shape[2]
+            cache = AttentionCache(*(F.pad(part, (0, 0, missing, 0)).clone() for part in cache))
+        return wide.without(y, self._before(state)), TitansState(memory, cache)
 
     def _remember(
         self,
@@ -212,6 +217,11 @@ class Titans(nn.Module):
         now = self._inside(state, state.tensors.memory)
         answers, after = self.memory.answer(wide.tokens, now, wide.documents, probe)
         return wide, (answers, after.tensors)
+
+    def tokens_in_sight(self, position: int) -> int:
+        """Count the last tokens whose keys and values go on from a piece to the next, after so many tokens."""
+        tokens = position + self.config.persistent_tokens * (self.config.composition == "mal")
+        return min(tokens, self.config.window or tokens)
 
     def _inside(self, state: LayerState, tensors: MixerState | AttentionCache) -> LayerState:
         """Return the state of a part that has read the persistent tokens, if it has read anything."""

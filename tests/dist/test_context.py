@@ -25,9 +25,8 @@ from tests.support.kept_memory import parts_held
 from tests.support.layouts import fork, saved, train_run, values, weights, worst
 from tests.support.models import BASE
 from tests.support.ranks import run_ranks
-from tests.unit.engine.test_documents_in_pieces import MIXERS as DOCUMENT_MIXERS
-from tests.unit.engine.test_documents_in_pieces import PACKED
-from tests.unit.engine.test_segments import BATCH, MIXERS
+from tests.unit.engine.test_documents_in_pieces import MIXERS, PACKED
+from tests.unit.engine.test_segments import BATCH
 
 LONGER = ("train.seq_len=32", "train.global_batch_tokens=128", "train.validation.tokens=96")
 TWO = {
@@ -81,6 +80,10 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     return (*source, "model.vocab_size=270", "model.within_documents=true")
 
 
+TRIED = (
+    *("hope", "resets and a far memory", "linear attention", "ttt", "mac", "mag", "mal", "mal without a window"),
+    *("attention", "sliding window"),
+)
 DOCUMENTS = {
     "cp2 x tp2, sequence parallel, two segments": (
         *("parallel.cp=2", "parallel.tp=2", "parallel.sequence_parallel=true", "train.segments=2"),
@@ -135,10 +138,10 @@ def errors(mesh: Mesh, mixer: str, count: int, batch: Batch = BATCH) -> float:
 
 def check_gradients(rank: int, cp: int) -> None:
     mesh, give = Mesh.over_all(Layout(cp=cp)), Relay.give
-    for mixer in ("hope", "resets and a far memory", "linear attention", "ttt", "mac", "attention", "sliding window"):
+    for mixer in TRIED:
         assert errors(mesh, mixer, 1) < 1e-5, mixer
         assert errors(mesh, mixer, 2, PACKED) < 1e-5, f"{mixer} within documents"
-    assert errors(mesh, "two banks", 2) < 1e-5
+    assert max(errors(mesh, mixer, 2) for mixer in ("two banks", "mal")) < 1e-5
 
     def lose(relay: Relay, tensors: list, step: int, tag: int, *, lost: int) -> None:
         give(relay, [torch.zeros_like(x) for x in tensors] if step == lost else tensors, step, tag)
@@ -160,14 +163,14 @@ def check_gradients(rank: int, cp: int) -> None:
 
 def documents_in_segments(mesh: Mesh, mixer: str, count: int) -> dict[str, torch.Tensor]:
     """Return this rank's gradients."""
-    config = replace(BASE, mixers={"mixer": DOCUMENT_MIXERS[mixer]}, within_documents=True)
+    config = replace(BASE, mixers={"mixer": MIXERS[mixer]}, within_documents=True)
     model = Model(config, seed=2, mesh=mesh)
     Segments(mesh, count).run(model, PACKED, None, None).backward()
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
 def test_gradients_of_every_mixer(tmp_path: Path):
-    run_ranks(check_gradients, 2, tmp_path, 2)
+    run_ranks(check_gradients, 2, tmp_path, 2, limit_s=400)
 
 
 def test_ranks_that_share_sequences_hold_no_more_than_their_own_tokens_need(tmp_path: Path):

@@ -12,9 +12,11 @@ from hopescale.models.handover import BOUNDARY, state_after
 from hopescale.parallel.mesh import Mesh
 from tests.support.mixers import MIXERS
 
+HOPE = "model.mixers.hope"
 OTHERS = {
     "linear attention": ["model.mixers.hope.kind=linear_attention"],
     "ttt": ["model.mixers.hope.kind=ttt", "model.mixers.hope={memory: mlp}"],
+    **{name: [f"{HOPE}.kind=titans", f"{HOPE}.composition={name}", f"{HOPE}.window=64"] for name in ("mag", "mal")},
     "no convolution": ["model.mixers.hope.conv_width=null"],
 }
 NAMES = ("hope", "linear", "narrow memories", "no momentum", "two banks", "far memory", "grouped attention", "mac")
