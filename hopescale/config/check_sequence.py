@@ -42,17 +42,7 @@ def sequences_are_cut_into_whole_chunks(config: RunConfig, origins: Origins) -> 
 
 def what_is_carried_can_be_handed_on(config: RunConfig, origins: Origins) -> Iterator[Problem]:
     """States of pieces are those of whole sequences, and known beforehand in their shapes."""
-    cp, pieces = config.parallel.cp, pieces_of_sequence(config)
-    if pieces > 1 and config.model.within_documents:
-        message = f"true does not go with {_names(config)}: a document that goes on in the next piece would begin anew"
-        yield Problem("model.within_documents", message, hint="set it to false, or leave sequences whole")
-    for name, mixer in config.model.mixers.items():
-        if cp > 1 and isinstance(mixer, TitansConfig) and mixer.composition != "mac":
-            message = (
-                f"{cp} does not go with composition {mixer.composition} of model.mixers.{name}: its chunks count "
-                f"persistent_tokens = {mixer.persistent_tokens} as well, and do not end with a piece"
-            )
-            yield Problem("parallel.cp", message, hint="set parallel.cp=1, or composition: mac")
+    cp = config.parallel.cp
     if cp > 1 and config.parallel.zero > 1:
         message = f"{config.parallel.zero} needs parallel.cp of 1, it is {cp}"
         yield Problem(

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from hopescale.config.execution import effective_recompute
 from hopescale.config.layout import Layout
-from hopescale.config.model_shape import bank_layers, head_dim, kv_heads, memory_banks, memory_parts, mixer_of_block
+from hopescale.config.model_shape import (
+    bank_layers,
+    head_dim,
+    kv_heads,
+    memory_banks,
+    memory_parts,
+    mixer_of_block,
+    projection_chunk_size,
+)
 from hopescale.config.schema import (
     AttentionConfig,
     LinearAttentionConfig,
@@ -13,7 +21,9 @@ from hopescale.config.schema import (
     RunConfig,
     SelfModifyingConfig,
 )
+from hopescale.config.schema.titans import TitansConfig
 from hopescale.config.schema.ttt import TttConfig
+from hopescale.config.titans import titans_attention
 from hopescale.cost.kernels import forward_workspace, packed_size, runs_kernels
 from hopescale.cost.linear_attention import linear_attention_state
 from hopescale.cost.micro_batch import MicroBatch
@@ -24,10 +34,10 @@ STREAMS = 3
 """Keys, values and queries, which a short convolution runs over."""
 
 
-def carried_bytes(config: RunConfig, mixer: MixerConfig, position: int) -> int:
-    """Return the bytes that a mixer hands on after so many tokens of a micro batch, at the end of a chunk.
+def carried_bytes(config: RunConfig, mixer: MixerConfig, position: int, tp: int = 1) -> int:
+    """Return the bytes that a mixer hands on after so many tokens of a micro batch, at the end of a piece.
 
-    Those of all heads: tensor-parallel ranks divide them.
+    Those of all `tp` tensor-parallel ranks, which divide the heads.
     """
     model, batch = config.model, config.train.micro_batch_size
     if isinstance(mixer, AttentionConfig):
@@ -39,7 +49,22 @@ def carried_bytes(config: RunConfig, mixer: MixerConfig, position: int) -> int:
         return FP32 * batch * sum(ttt_state(model, mixer).values())
     assert isinstance(mixer, SelfModifyingConfig)
     tail = STREAMS * head_dim(model) * ((mixer.conv_width or 1) - 1)
-    return FP32 * batch * model.num_heads * (tail + sum(_memories(model, part) for part in memory_parts(mixer)))
+    total = FP32 * batch * model.num_heads * (tail + sum(_memories(model, part) for part in memory_parts(mixer)))
+    prefixed = isinstance(mixer, TitansConfig) and mixer.composition != "mac"
+    if prefixed:
+        seen = position + mixer.persistent_tokens * (mixer.composition == "mal")
+        total += carried_bytes(config, titans_attention(mixer), seen)
+    # Chunks that count persistent tokens do not end where ranks' pieces do.
+    return total + (_unfinished(config, mixer, tp) if model.within_documents or prefixed else 0)
+
+
+def _unfinished(config: RunConfig, mixer: SelfModifyingConfig, tp: int) -> int:
+    """Count the bytes of the tokens that the next piece runs again, as a document's last chunk is not at its end."""
+    model, batch = config.model, config.train.micro_batch_size
+    if isinstance(mixer, TitansConfig) and mixer.composition == "mac":
+        return tp * batch * model.d_model * (mixer.chunk_size - 1) * itemsize(config.train.precision)
+    size = max(projection_chunk_size(mixer), mixer.far.chunk_size if mixer.far else 1)
+    return FP32 * batch * model.num_heads * 2 * head_dim(model) * (size - 1)
 
 
 def _memories(model: ModelConfig, mixer: SelfModifyingConfig) -> int:
@@ -60,8 +85,8 @@ def handed_on(config: RunConfig, layout: Layout, blocks: list[int]) -> float:
     for number in blocks:
         mixer = mixer_of_block(config.model, number)
         for place in range(0, pieces, layout.cp):
-            total += carried_bytes(config, mixer, (place + 1) * size)
-            total += carried_bytes(config, mixer, place * size) if place else 0
+            total += carried_bytes(config, mixer, (place + 1) * size, layout.tp)
+            total += carried_bytes(config, mixer, place * size, layout.tp) if place else 0
     return total / layout.tp
 
 
@@ -78,7 +103,7 @@ def kept_between_pieces(config: RunConfig, layout: Layout, blocks: list[int]) ->
     several, packed = 1.5 if layout.cp == 1 else 2 if train.segments > 1 else 1, []
     for mixer in (mixer_of_block(config.model, number) for number in blocks):
         if (state := _packed_state(config, layout, mixer)) is None:
-            total += several * sum(carried_bytes(config, mixer, place * size) for place in places)
+            total += several * sum(carried_bytes(config, mixer, place * size, layout.tp) for place in places)
         else:
             total += several * len(places) * (state + _beside_packed(config, mixer))
             packed.append(state)

@@ -22,6 +22,7 @@ from hopescale.data.order import Mixture, quotas
 from hopescale.data.samples import Rows
 from hopescale.data.sources import Source, open_sources
 from hopescale.data.tokenizer import Tokenizer
+from hopescale.ops.documents import beginnings
 
 
 class Batch(NamedTuple):
@@ -34,21 +35,35 @@ class Batch(NamedTuple):
     document_ids: Tensor
     """Document of each input, counted from 0 in every row. Shape `[B, T]`, int32. It stays on the host, which finds out
     where documents lie."""
+    begun: Tensor | None = None
+    """Tokens of the document of each piece's first input in earlier pieces. Shape `[B, pieces]`, int32, on the host;
+    None where sequences are whole."""
 
     def to(self, device: torch.device) -> Batch:
         """Copy to a device; from page-locked memory, while the host goes on."""
         tokens, targets = (part.to(device, non_blocking=True) for part in (self.tokens, self.targets))
-        return Batch(tokens, targets, self.document_ids)
+        return self._replace(tokens=tokens, targets=targets)
 
     def pin_memory(self) -> Batch:
         """Copy to page-locked memory."""
-        return Batch(self.tokens.pin_memory(), self.targets.pin_memory(), self.document_ids)
+        return self._replace(tokens=self.tokens.pin_memory(), targets=self.targets.pin_memory())
 
     def share(self, share: Share) -> Batch:
         """Return the tokens of one rank of several that share the sequences; the batch itself for one alone."""
         if share.ranks == 1:
             return self
-        return Batch(*(share.of(part) for part in self))
+        parts = (share.of(part) for part in (self.tokens, self.targets, self.document_ids))
+        return Batch(*parts, share.begun(self.document_ids))
+
+    def pieces(self, count: int, *, within_documents: bool) -> list[Batch]:
+        """Cut sequences that are whole, or a rank's share of them, into that many pieces.
+
+        Where the documents of whole sequences begin is not looked for unless the model mixes `within_documents`.
+        """
+        parts = [self.tokens, self.targets, self.document_ids]
+        if within_documents:
+            parts.append(Share(segments=count).begun(self.document_ids) if self.begun is None else self.begun)
+        return [Batch(*piece) for piece in zip(*(part.chunk(count, dim=1) for part in parts), strict=True)]
 
 
 class Share(NamedTuple):
@@ -65,6 +80,14 @@ class Share(NamedTuple):
         """Return this rank's tokens of sequences `[B, T]`: `[B, T / ranks]`, piece after piece."""
         pieces = part.unflatten(1, (self.segments, self.ranks, -1))
         return pieces[:, :, self.rank].flatten(1).contiguous()
+
+    def begun(self, document_ids: Tensor) -> Tensor:
+        """Return `Batch.begun` of this rank's pieces of whole sequences with these documents `[B, T]`."""
+        ids, pieces = document_ids.numpy(), self.segments * self.ranks
+        places = np.arange(ids.shape[1], dtype=np.int32)
+        before = places - np.maximum.accumulate(np.where(beginnings(ids), places, 0), axis=1)
+        firsts = before[:, :: ids.shape[1] // pieces].astype(np.int32)
+        return torch.from_numpy(np.ascontiguousarray(firsts[:, self.rank :: self.ranks]))
 
 
 class Data:

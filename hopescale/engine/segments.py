@@ -48,15 +48,15 @@ class Segments:
             next one from others.
         """
         size = batch.tokens.shape[1] // self.count
-        parts = [batch]
-        if self.count > 1:
-            parts = [Batch(*piece) for piece in zip(*(part.split(size, dim=1) for part in batch), strict=True)]
+        within, parts = model.config.within_documents, [batch]
+        if self.count > 1 or self.relay is not None:
+            parts = batch.pieces(self.count, within_documents=within)
         entering = [None] * self.count if hidden is None else hidden.chunk(self.count)
         state: ModelState | None = None
         outputs, probes = [], []
         for number, (part, begin) in enumerate(zip(parts, entering, strict=True)):
             stats: Probe | None = None if probe is None else {}
-            handover = self._handover(number, size)
+            handover = self._handover(number, size, within)
             piece = partial(_piece, model, part, handover)
             if number < self.count - 1:
                 output, state = recomputed(piece, begin, state, probe=stats)
@@ -78,11 +78,11 @@ class Segments:
         if self.relay is not None:
             self.relay.settle()
 
-    def _handover(self, number: int, size: int) -> Handover | None:
+    def _handover(self, number: int, size: int, within: bool) -> Handover | None:
         if self.relay is None:
             return None
         place, pieces = number * self.relay.size + self.relay.rank, self.count * self.relay.size
-        return Handover(self.relay, place * size, is_last=place == pieces - 1)
+        return Handover(self.relay, place * size, size, is_last=place == pieces - 1, within_documents=within)
 
 
 def _piece(
@@ -94,7 +94,8 @@ def _piece(
     probe: Probe | None,
 ) -> tuple[Tensor, ModelState]:
     """Return what `Segments.run` does, of one piece, and the state behind it."""
-    given = {"hidden": hidden, "document_ids": batch.document_ids, "probe": probe, "handover": handover}
+    given = {"hidden": hidden, "document_ids": batch.document_ids, "begun": batch.begun, "probe": probe}
+    given["handover"] = handover
     output, state = model(batch.tokens, state, **given)
     return cross_entropy_sum(output, batch.targets, model.mesh) if model.is_last else output, state
 

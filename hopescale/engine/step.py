@@ -249,4 +249,5 @@ def num_targets(batches: Iterable[Batch]) -> int:
 
 def _filled(batch: Batch, empty: Batch) -> Batch:
     rows = len(batch.tokens)
-    return Batch(*(torch.cat([part, rest[rows:]]) for part, rest in zip(batch, empty, strict=True)))
+    parts = zip(batch, empty, strict=True)
+    return Batch(*(None if part is None else torch.cat([part, rest[rows:]]) for part, rest in parts))

@@ -81,8 +81,8 @@ class Attention(nn.Module):
             Residual activations and the state after the last token.
 
         Raises:
-            ValueError: If documents are given together with earlier tokens, whose documents are unknown, or if they are
-                not those of the tokens.
+            ValueError: If documents are not those of the tokens, or go on from earlier tokens without their keys, or
+                the reverse.
         """
         y, state = self.answer(x, state, documents)
         return self.out_proj(y.flatten(2)), state
@@ -129,7 +129,8 @@ class Attention(nn.Module):
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         first = None if documents is None else documents.first_of(q.shape[0], tokens, position)
-        tables = rope_tables(before + position, tokens, self._frequencies(x.device), first)
+        start = before + (position if first is None else 0)
+        tables = rope_tables(start, tokens, self._frequencies(x.device), first)
         return rotate(q, tables), rotate(k, tables), v, first
 
     def _last(self, x: Tensor) -> Tensor:
@@ -152,31 +153,39 @@ class Attention(nn.Module):
         A mask lets every query look at all keys of its sequence first.
         """
         lengths, window = documents.lengths, self.config.window
-        fits = window is None or max(lengths) <= window
+        fits = window is None or max(map(sum, zip(lengths, documents.before, strict=True))) <= window
         return fits and len(lengths) * LEAST_APART <= documents.first.numel()
 
     def _attend_apart(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
-        """Let queries `[B, H, T, D]` read keys and values `[B, G, T, D]`, one document after the other."""
-        in_a_row = (x.transpose(0, 1).flatten(1, 2).split(documents.lengths, dim=1) for x in (q, k, v))
-        answers = [self.read(*(part[None] for part in parts), None)[0] for parts in zip(*in_a_row, strict=True)]
+        """Let queries `[B, H, T, D]` read keys and values `[B, G, P + T, D]`, one document after the other."""
+        lengths, before, tokens = documents.lengths, documents.before, q.shape[2]
+        sizes, past = [], k.shape[2] - tokens
+        for begin, length, earlier in zip(documents.bounds, lengths, before, strict=False):
+            # In front of a row's keys lie those of documents that have ended.
+            sizes += [past - earlier] * (begin % tokens == 0) + [earlier + length]
+        rows = iter(zip(*(x.transpose(0, 1).flatten(1, 2).split(sizes, dim=1) for x in (k, v)), strict=True))
+        answers = []
+        queries = q.transpose(0, 1).flatten(1, 2).split(lengths, dim=1)
+        for begin, part, earlier in zip(documents.bounds, queries, before, strict=False):
+            if begin % tokens == 0:
+                next(rows)
+            mask = _visible(part.shape[1], earlier, None, None, q.device)
+            answers.append(self.read(part[None], *(x[None] for x in next(rows)), mask)[0])
         return torch.cat(answers, dim=1).unflatten(1, (q.shape[0], q.shape[2])).transpose(0, 1)
 
-    def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, document_ids: Tensor | None, ahead: AttentionCache | None
-    ) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, firsts: Tensor | None, ahead: AttentionCache | None) -> Tensor:
         """Let queries `[B, H, T, D]` read keys and values `[B, G, P + T, D]`, the first `P` of earlier tokens.
 
-        Those `ahead` are read by all.
+        Places of the first tokens of the queries' documents are `firsts`. Those `ahead` are read by all.
         With a window of `W`, the first `W` queries are one block. Each later block of `W` reads its own keys and those
         of the block before, so that a query is compared with `2 W` keys at most.
         """
         tokens, window = q.shape[2], self.config.window
         past = k.shape[2] - tokens
         if window is None or past + tokens <= window:
-            return self.read(q, k, v, _visible(tokens, past, document_ids, None, q.device), ahead)
+            return self.read(q, k, v, _visible(tokens, past, firsts, None, q.device), ahead)
         size = min(window, tokens)
-        documents = None if document_ids is None else document_ids[:, :size]
-        mask = _visible(size, past, documents, window, q.device)
+        mask = _visible(size, past, None if firsts is None else firsts[:, :size], window, q.device)
         first = self.read(q[:, :, :size], k[:, :, : past + size], v[:, :, : past + size], mask, ahead)
         if size == tokens:
             return first
@@ -184,9 +193,9 @@ class Attention(nn.Module):
         padding = -later % size
         blocks = (later + padding) // size
         mask = _visible(size, size, None, window, q.device)
-        if document_ids is not None:
-            own = F.pad(document_ids[:, size:], (0, padding)).view(-1, 1, size, 1)
-            other = F.pad(document_ids, (0, padding)).unfold(1, 2 * size, size).reshape(-1, 1, 1, 2 * size)
+        if firsts is not None:
+            own = F.pad(firsts[:, size:], (0, padding)).view(-1, 1, size, 1)
+            other = F.pad(firsts, (0, padding)).unfold(1, 2 * size, size).reshape(-1, 1, 1, 2 * size)
             mask = mask & (own == other) | torch.eye(2 * size, dtype=torch.bool, device=q.device)[size:]
 
         def pairs_of_blocks(x: Tensor) -> Tensor:
@@ -218,25 +227,24 @@ class Attention(nn.Module):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **how)
 
 
-def _visible(
-    tokens: int, past: int, document_ids: Tensor | None, window: int | None, device: torch.device
-) -> Tensor | None:
+def _visible(tokens: int, past: int, firsts: Tensor | None, window: int | None, device: torch.device) -> Tensor | None:
     """Return where queries may look, `[T, P + T]` or `[B, 1, T, P + T]`; None where they see all up to their own token.
 
     Args:
         tokens: Number of queries, `T`.
-        past: Number of keys before that of the first query, `P`; they belong to its document.
-        document_ids: Document of each query `[B, T]`, with no past; None if all are of one document.
+        past: Number of keys before that of the first query, `P`.
+        firsts: Place of the first token of each query's document `[B, T]`, negative among the past keys; None if all
+            are of one document, the past ones too.
         window: Number of keys that a query sees; None is no limit.
         device: Device of the mask.
     """
-    if not past and document_ids is None and (window is None or tokens <= window):
+    if not past and firsts is None and (window is None or tokens <= window):
         return None
     own = torch.arange(past, past + tokens, device=device)[:, None]
     other = torch.arange(past + tokens, device=device)
     mask = own >= other
     if window is not None:
         mask = mask & (own - other < window)
-    if document_ids is not None:
-        mask = mask & (document_ids[:, None, :, None] == document_ids[:, None, None, :])
+    if firsts is not None:
+        mask = mask & (other - past >= firsts[:, None, :, None])
     return mask

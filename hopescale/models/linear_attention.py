@@ -128,8 +128,8 @@ class LinearAttention(nn.Module):
             Residual activations and the state after the last token, that of the last document of each sequence.
 
         Raises:
-            ValueError: If documents are given together with a state of earlier tokens, whose documents are unknown, or
-                if they are not those of the tokens.
+            ValueError: If documents are not those of the tokens, or go on from earlier tokens without their state, or
+                the reverse.
         """
         position, (memory, tail) = self.initial_state(x.shape[1]) if state is None else state
         mixed = self.in_proj(x).unflatten(-1, (self.groups, -1))  # [T, B, G, .]
@@ -140,7 +140,7 @@ class LinearAttention(nn.Module):
         q, k, v = self._heads(streams.to(memory.dtype))
         if self.config.rotary:
             frequencies = rope_frequencies(self.sizes.key_dim, ROPE_THETA, x.device)
-            tables = rope_tables(position, len(mixed), frequencies, first)
+            tables = rope_tables(position if first is None else 0, len(mixed), frequencies, first)
             q, k = (rotate(one.transpose(1, 2), tables).transpose(1, 2) for one in (q, k))
         log_alpha, eta = self._rates(numbers, v)
         if probe is not None:

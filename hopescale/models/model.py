@@ -98,6 +98,7 @@ class Model(nn.Module):
         *,
         hidden: Tensor | None = None,
         document_ids: Tensor | None = None,
+        begun: Tensor | None = None,
         probe: dict[str, Tensor] | None = None,
         last_only: bool = False,
         levels: Mapping[str, Tensor] | None = None,
@@ -110,6 +111,8 @@ class Model(nn.Module):
             state: State that an earlier call returned; None begins anew.
             hidden: Output `[T, B, N]` of the slice before; None for the slice that begins the model.
             document_ids: `[B, T]`, used if the model mixes `within_documents`; the host reads them, best on the CPU.
+            begun: Tokens in earlier pieces, `[B, 1]` on the CPU, of the document that each sequence begins with here.
+                None where sequences are whole.
             probe: Dict to be filled with `memory/<layer>/<statistic>`.
             last_only: Whether to predict after the last token alone, as generation needs.
             levels: Weights that each sequence has for itself, `[B, *shape]`, by the names of parameters: all those of
@@ -128,14 +131,15 @@ class Model(nn.Module):
         """
         x = self._enter(tokens, hidden)
         within = self.config.within_documents and document_ids is not None
-        documents = Documents.of(document_ids, x.device) if within else None
+        documents = Documents.of(document_ids, x.device, begun) if within else None
         states = []
         for index, (number, block) in enumerate(self.blocks.items()):
             stats: dict[str, Tensor] | None = None if probe is None else {}
-            layer = None if state is None else state.layers[index]
+            layer, kept_apart = None if state is None else state.layers[index], documents
             if handover is not None:
                 x, layer = handover.enter(x, block.mixer, int(number))
-            x, layer = block(x, layer, documents, stats, levels and _of_block(levels, number))
+                kept_apart = documents or handover.sequences(x, block.mixer)
+            x, layer = block(x, layer, kept_apart, stats, levels and _of_block(levels, number))
             if handover is not None:
                 x = handover.leave(x, layer, block.mixer, int(number))
             states.append(layer)

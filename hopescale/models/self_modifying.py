@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hopescale.config.model_shape import head_dim, memory_dim, normalizes_writes
 from hopescale.config.schema import FarMemoryConfig, ModelConfig, SelfModifyingConfig
+from hopescale.models.ahead import Ahead
 from hopescale.models.memory import MemoryBank
 from hopescale.models.norm import RMSNorm
 from hopescale.models.state import LayerState
@@ -32,6 +33,7 @@ from hopescale.ops.self_modifying import (
     Streams,
     can_mix,
     mix_heads,
+    run_piece,
     run_with_resets,
     self_modifying,
 )
@@ -49,12 +51,14 @@ class MixerState(NamedTuple):
         projection: Bank of the others; None if they lie in the same one.
         far: Memory that never starts anew; None without `far`.
         conv_tail: Projected inputs of the last tokens `[B, W - 1, channels]`; None without a convolution.
+        ahead: Tokens of chunks that are not at their end, after a piece of documents; else None.
     """
 
     memory: MemoryState
     projection: MemoryState | None
     far: MemoryState | None
     conv_tail: Tensor | None
+    ahead: Ahead | None = None
 
 
 def far_spec(spec: MemorySpec, far: FarMemoryConfig) -> MemorySpec:
@@ -173,10 +177,17 @@ class SelfModifying(nn.Module):
             normalize_writes=normalizes_writes(config),
         )
 
-    def initial_state(self, batch: int) -> LayerState:
-        """Return the learned initial state for `batch` sequences."""
-        tail = self._initial_tail(batch)
-        return LayerState(0, MixerState(*self._initial_memories(batch), self._initial_far(batch), tail))
+    def initial_state(self, batch: int, *, unfinished: bool = False) -> LayerState:
+        """Return the learned initial state for `batch` sequences, `unfinished` like one after a piece of documents."""
+        tail, ahead = self._initial_tail(batch), self._initial_ahead(batch) if unfinished else None
+        return LayerState(0, MixerState(*self._initial_memories(batch), self._initial_far(batch), tail, ahead))
+
+    def _initial_ahead(self, batch: int) -> Ahead:
+        like = self.in_proj.weight
+        kind = torch.promote_types(like.dtype, torch.float32)
+        sizes = (spec.chunk_size for spec in (*self.spec.banks, self.far_spec) if spec is not None)
+        empty = like.new_zeros(batch, self.heads, max(sizes) - 1, self.head_dim, dtype=kind)
+        return Ahead(empty, empty)
 
     def _initial_tail(self, batch: int) -> Tensor | None:
         if self.conv is None:
@@ -221,11 +232,11 @@ class SelfModifying(nn.Module):
         Returns:
             Residual activations and the state after the last token. After several documents, its tensors are those
             after the last document of each sequence; its position counts all tokens, and later chunks begin where that
-            says.
+            says. After a piece, its memories are those after the last whole chunk of that document.
 
         Raises:
-            ValueError: If documents are given together with a state of earlier tokens, whose documents are unknown, or
-                if they are not those of the tokens.
+            ValueError: If documents are not those of the tokens, or go on from earlier tokens without their state, or
+                the reverse.
         """
         y, state = self.answer(x, state, documents, probe)
         return self.out_proj(y.flatten(2)), state
@@ -239,9 +250,9 @@ class SelfModifying(nn.Module):
     ) -> tuple[Tensor, LayerState]:
         """Mix tokens as `forward` does, without the output projection: answers of this rank's heads `[T, B, H, D]`."""
         batch = x.shape[1]
-        position, memories, far, tail = 0, None, None, None
+        position, memories, far, tail, ahead = 0, None, None, None, None
         if state is not None:
-            position, (*memories, far, tail) = state
+            position, (*memories, far, tail, ahead) = state
             memories = Memories(*memories)
         elif self.far_spec is not None:
             far = self._initial_far(batch)
@@ -253,6 +264,10 @@ class SelfModifying(nn.Module):
                 y, state = self._mix(mixed, self._initial_tail(batch) if state is None else tail, *begun)
                 return y, LayerState(position + len(y), state)
         streams, gate, tail = self._project(mixed, tail, documents, position)
+        if documents is not None and documents.begun is not None:
+            ahead = ahead or self._initial_ahead(batch)
+            streams = ahead.before(streams, self.gates)
+            ahead = ahead.after(streams)
         y, stats, memories = self._remember(streams, memories, position, documents)
         if far is not None:
             answers, _, (far, _) = self._remember_far(streams, far, position, documents)
@@ -261,7 +276,7 @@ class SelfModifying(nn.Module):
         if probe is not None:
             probe |= dict(zip(("eta_mean", "alpha_mean", "surprise"), stats.mean((0, 1, 2)), strict=True))
             probe |= {"state_norm": _largest_norm(memories), "tokens": stats.flatten(0, 2)}
-        return y, LayerState(position + len(y), MixerState(*memories, far, tail))
+        return y, LayerState(position + len(y), MixerState(*memories, far, tail, ahead))
 
     def _out(self, y: Tensor, gate: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Scale and gate the answers of heads `[B, H, T, D]`: `[T, B, H, D]` of a type."""
@@ -309,6 +324,9 @@ class SelfModifying(nn.Module):
         run, every = partial(self_modifying, spec=self.spec, **self._how()), self.config.reset_every
         if documents is not None:
             documents = documents if every is None else documents.cut(every)
+            if documents.begun is not None:
+                size = self.spec.projection_chunk_size or self.spec.chunk_size
+                return run_piece(run, streams, memories, self._start(1), documents, size)
             return run(streams, self._start(1), documents=documents)
         batch = len(streams.k)
         if every is not None:
@@ -321,10 +339,14 @@ class SelfModifying(nn.Module):
     ) -> SelfModifyingOutput:
         """Run the far memory, from its initial state where a document begins."""
         eta, alpha = (self.gates[name](streams.k) if name in self.gates else None for name in ("far_eta", "far_alpha"))
-        memory = memory if documents is None else self._initial_far(1)
-        how = {"position": position, "documents": documents} | self._how()
-        own = streams._replace(eta=eta, alpha=alpha, mu=None)
-        return self_modifying(own, Memories(memory, None), self.far_spec, **how)
+        own, memories = streams._replace(eta=eta, alpha=alpha, mu=None), Memories(memory, None)
+        run = partial(self_modifying, spec=self.far_spec, **self._how())
+        if documents is None:
+            return run(own, memories, position=position)
+        fresh = Memories(self._initial_far(1), None)
+        if documents.begun is None:
+            return run(own, fresh, documents=documents)
+        return run_piece(run, own, memories, fresh, documents, self.far_spec.chunk_size)
 
     def _project(
         self, mixed: Tensor, tail: Tensor | None, documents: Documents | None, position: int

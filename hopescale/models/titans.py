@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hopescale.config.model_shape import head_dim
@@ -14,6 +16,7 @@ from hopescale.config.titans import titans_attention
 from hopescale.models.attention import Attention, AttentionCache
 from hopescale.models.norm import RMSNorm
 from hopescale.models.persistent import Prefixed
+from hopescale.models.row_groups import joined_probes, run_groups
 from hopescale.models.self_modifying import MixerState, SelfModifying
 from hopescale.models.state import LayerState
 from hopescale.models.titans_context import Context, ContextState, run_documents, run_segments
@@ -74,11 +77,18 @@ class Titans(nn.Module):
             self.norm = RMSNorm(self.memory.heads, self.dim, eps=model.norm_eps, partition_dim=0)
         self.out_proj = RowLinear(width, model.d_model, std=out_std, mesh=mesh)
 
-    def initial_state(self, batch: int) -> LayerState:
-        """Return the learned initial memory and an empty cache for `batch` sequences; neither has read anything."""
-        memory, cache = (part.initial_state(batch).tensors for part in (self.memory, self.attention))
-        is_context = self.config.composition == "mac"
-        return LayerState(0, ContextState(memory, cache, cache) if is_context else TitansState(memory, cache))
+    def initial_state(self, batch: int, *, unfinished: bool = False) -> LayerState:
+        """Return the learned initial memory and an empty cache for `batch` sequences; neither has read anything.
+
+        It is `unfinished` like a state after a piece of documents.
+        """
+        cache, is_context = self.attention.initial_state(batch).tensors, self.config.composition == "mac"
+        memory = self.memory.initial_state(batch, unfinished=unfinished and not is_context).tensors
+        if not is_context:
+            return LayerState(0, TitansState(memory, cache))
+        like = self.out_proj.weight
+        ahead = like.new_zeros(batch, self.config.chunk_size - 1, like.shape[0]) if unfinished else None
+        return LayerState(0, ContextState(memory, cache, cache, ahead))
 
     def forward(
         self,
@@ -96,16 +106,20 @@ class Titans(nn.Module):
         persistent = share_with_ranks(self.persistent, self.mesh).to(x.dtype)
         x = gather_tokens(x, self.mesh)
         run = {"mac": self._as_context, "mag": self._as_gate, "mal": self._as_layer}[self.config.composition]
-        y, tensors = run(x, persistent, state, documents, probe)
+        if documents is None or not state.position or self.config.composition == "mac":
+            y, tensors = run(x, state, documents, probe, persistent=persistent)
+        else:
+            documents.first_of(x.shape[1], x.shape[0], state.position)
+            y, tensors = run_groups(partial(run, persistent=persistent), x, state, documents, probe)
         return self.out_proj(y.flatten(2)), LayerState(state.position + len(x), tensors)
 
     def _as_context(
         self,
         x: Tensor,
-        persistent: Tensor,
         state: LayerState,
         documents: Documents | None,
         probe: dict[str, Tensor] | None,
+        persistent: Tensor,
     ) -> tuple[Tensor, ContextState]:
         """Let attention read each segment with the memory's retrievals for it, and write attention's answers."""
         ahead = AttentionCache(*self.attention.project(persistent[:, None], 0)[1:])
@@ -119,13 +133,10 @@ class Titans(nn.Module):
             y, tensors = run_segments(run, x, state.tensors, state.position, size)
         else:
             documents.first_of(x.shape[1], x.shape[0], state.position)
-            y, tensors = run_documents(run, x, lambda batch: self.initial_state(batch).tensors, documents, size)
+            before = state.tensors if state.position else None
+            y, tensors = run_documents(run, x, lambda batch: self.initial_state(batch).tensors, documents, size, before)
         if probe is not None:
-            total = sum(tokens for tokens, _ in probes)
-            means = (name for name, value in probes[0][1].items() if value.dim() == 0)
-            probe |= {name: sum(tokens * one[name] for tokens, one in probes) / total for name in means}
-            probe["state_norm"] = torch.stack([one["state_norm"] for _, one in probes]).max()
-            probe["tokens"] = torch.cat([one["tokens"] for _, one in probes])
+            probe |= joined_probes(probes)
         return y, tensors
 
     def _segment(
@@ -160,13 +171,13 @@ class Titans(nn.Module):
     def _as_gate(
         self,
         x: Tensor,
-        persistent: Tensor,
         state: LayerState,
         documents: Documents | None,
         probe: dict[str, Tensor] | None,
+        persistent: Tensor,
     ) -> tuple[Tensor, TitansState]:
         """Let the memory gate attention's answers `[T, B, H, D]`. Persistent tokens stay in attention's sight."""
-        wide, (remembered, memory) = self._remember(x, persistent, state, documents, probe)
+        wide, (remembered, memory) = self._remember(x, state, documents, probe, persistent)
         now = LayerState(state.position, state.tensors.attention)
         seen, cache = self.attention.answer(x, now, documents, persistent)
         return self._gated(seen, wide.without(remembered, self._before(state))), TitansState(memory, cache.tensors)
@@ -174,34 +185,43 @@ class Titans(nn.Module):
     def _as_layer(
         self,
         x: Tensor,
-        persistent: Tensor,
         state: LayerState,
         documents: Documents | None,
         probe: dict[str, Tensor] | None,
+        persistent: Tensor,
     ) -> tuple[Tensor, TitansState]:
         """Let attention read the memory's answers, also those to persistent tokens."""
-        wide, (remembered, memory) = self._remember(x, persistent, state, documents, probe)
+        wide, (remembered, memory) = self._remember(x, state, documents, probe, persistent)
         inner = sum_over_ranks(self.inner_proj(remembered.flatten(2)), self.mesh)
-        y, cache = self.attention.answer(inner, self._inside(state, state.tensors.attention), wide.documents)
-        return wide.without(y, self._before(state)), TitansState(memory, cache.tensors)
+        y, (_, cache) = self.attention.answer(inner, self._inside(state, state.tensors.attention), wide.documents)
+        if documents is not None and documents.begun is not None:
+            # What persistent tokens and fillers have added differs from row to row.
+            missing = self.tokens_in_sight(state.position + len(x)) - cache.k.shape[2]
+            cache = AttentionCache(*(F.pad(part, (0, 0, missing, 0)).clone() for part in cache))
+        return wide.without(y, self._before(state)), TitansState(memory, cache)
 
     def _remember(
         self,
         x: Tensor,
-        persistent: Tensor,
         state: LayerState,
         documents: Documents | None,
         probe: dict[str, Tensor] | None,
+        persistent: Tensor,
     ) -> tuple[Prefixed, tuple[Tensor, MixerState]]:
         """Run the memory, over persistent tokens first where a sequence begins: all tokens, its answers, its state."""
-        wide = Prefixed(x, documents, None)
-        if state.position == 0:
-            if documents is not None:
-                documents.first_of(x.shape[1], x.shape[0], 0)
+        wide = Prefixed(x, None, None)
+        if documents is not None:
+            documents.first_of(x.shape[1], x.shape[0], state.position)
+        if documents is not None or state.position == 0:
             wide = Prefixed.of(persistent, x, documents)
         now = self._inside(state, state.tensors.memory)
         answers, after = self.memory.answer(wide.tokens, now, wide.documents, probe)
         return wide, (answers, after.tensors)
+
+    def tokens_in_sight(self, position: int) -> int:
+        """Count the last tokens whose keys and values go on from a piece to the next, after so many tokens."""
+        tokens = position + self.config.persistent_tokens * (self.config.composition == "mal")
+        return min(tokens, self.config.window or tokens)
 
     def _inside(self, state: LayerState, tensors: MixerState | AttentionCache) -> LayerState:
         """Return the state of a part that has read the persistent tokens, if it has read anything."""

@@ -45,11 +45,16 @@ class Context(nn.Module):
 
 
 class ContextState(NamedTuple):
-    """State of the memory, and keys and values of the present segment: of its tokens, and of the retrieved ones."""
+    """State of the memory, and keys and values of the present segment: of its tokens, and of the retrieved ones.
+
+    After a piece of documents it is the state after their last whole segment, and `ahead` are the last tokens
+    `[B, L, N]`, those of the segment that is not at its end among them; else None.
+    """
 
     memory: MixerState
     attention: AttentionCache
     context: AttentionCache
+    ahead: Tensor | None = None
 
     def rows(self, rows: slice) -> ContextState:
         """Return the state of some sequences."""
@@ -76,13 +81,19 @@ def run_segments(
 
 
 def run_documents(
-    run: RunSegment, x: Tensor, fresh: Callable[[int], ContextState], documents: Documents, size: int
+    run: RunSegment,
+    x: Tensor,
+    fresh: Callable[[int], ContextState],
+    documents: Documents,
+    size: int,
+    before: ContextState | None,
 ) -> tuple[Tensor, ContextState]:
     """Run the documents of packed sequences side by side, segment after segment; one that has none left drops out.
 
     What fills up a document's last segment comes after all that the document reads. The last document of a sequence is
     not filled up, so that the memory returned is that after its last token; keys and values of a segment that it has
-    begun are not returned.
+    begun are not returned. Of a piece, what is returned is the state after the last whole segment, and the next piece
+    runs the tokens behind it again.
 
     Args:
         run: Function that runs a segment.
@@ -90,19 +101,33 @@ def run_documents(
         fresh: Function that returns the state of a number of sequences before their first token.
         documents: Documents in the sequences.
         size: Tokens of a segment.
+        before: State that the piece before has handed on; None for sequences that begin.
     """
-    last, lengths, bounds = set(documents.last), documents.lengths, documents.bounds
+    is_piece, (_, batch, width) = documents.begun is not None, x.shape
+    if is_piece:
+        ahead = x.new_zeros(batch, size - 1, width) if before is None else before.ahead.to(x.dtype)
+        x = torch.cat([ahead.transpose(0, 1), x])
+    begins, ends, wanted = documents.in_longer_rows(len(x), size)
+    last = set(documents.last)
+    lengths = [end - begin for begin, end in zip(begins, ends, strict=True)]
     counts = [length // size if n in last else -(-length // size) for n, length in enumerate(lengths)]
     order = sorted(range(len(counts)), key=lambda n: -counts[n])
-    table = torch.cat([x.transpose(0, 1).flatten(0, 1), x.new_zeros(1, x.shape[2])])
+    table = torch.cat([x.transpose(0, 1).flatten(0, 1), x.new_zeros(1, width)])
     ended: dict[int, ContextState] = {}
     answers: list[Tensor] = []
     places: list[Tensor] = []
 
+    def begun(numbers: list[int]) -> ContextState:
+        """Return the states that documents begin with."""
+        if before is None:
+            return fresh(len(numbers))
+        index, known = to_device(torch.tensor(documents.states(numbers)), x.device), before._replace(ahead=None)
+        return tree_map(lambda a, b: None if a is None else torch.cat([a, b]).index_select(0, index), fresh(1), known)
+
     def step(numbers: list[int], begin: int, tokens: int, state: ContextState) -> ContextState:
-        starts, ends = (torch.tensor([bounds[n + late] for n in numbers]) for late in (0, 1))
+        starts, stops = (torch.tensor([of[n] for n in numbers]) for of in (begins, ends))
         index = starts[:, None] + torch.arange(begin, begin + tokens)
-        index = torch.where(index < ends[:, None], index, bounds[-1])
+        index = torch.where(index < stops[:, None], index, len(table) - 1)
         part = table.index_select(0, to_device(index.flatten(), x.device)).unflatten(0, index.shape).transpose(0, 1)
         y, state = run(part, state, begin)
         answers.append(y.transpose(0, 1).flatten(0, 1))
@@ -110,19 +135,22 @@ def run_documents(
         return state
 
     alive = [n for n in order if counts[n]]
-    state, done = fresh(len(alive)), 0
+    state, done = begun(alive) if alive else None, 0
     while alive:
         state, done = step(alive, done * size, size, state), done + 1
         going = sum(counts[n] > done for n in alive)
         ended |= {n: state.rows(slice(row, row + 1)) for row, n in enumerate(alive) if row >= going and n in last}
         alive, state = alive[:going], state.rows(slice(going))
     for n in documents.last:
-        state = ended.get(n) or fresh(1)
+        ended[n] = state = ended.get(n) or begun([n])
         if rest := lengths[n] % size:
             state = step([n], lengths[n] - rest, rest, state)
-        ended[n] = state._replace(attention=fresh(1).attention, context=fresh(1).context)
+        ended[n] = ended[n] if is_piece else state
+        ended[n] = ended[n]._replace(attention=fresh(1).attention, context=fresh(1).context)
     after = [ended[n] for n in documents.last]
     found = torch.empty(len(table), dtype=torch.int64)
     found[torch.cat(places)] = torch.arange(sum(map(len, places)))
-    y = torch.cat(answers).index_select(0, to_device(found[:-1], x.device)).unflatten(0, documents.first.shape)
-    return y.transpose(0, 1), tree_map(lambda *parts: None if parts[0] is None else torch.cat(parts), *after)
+    found = to_device(found[wanted], x.device)
+    y = torch.cat(answers).index_select(0, found).unflatten(0, documents.first.shape)
+    state = tree_map(lambda *parts: None if parts[0] is None else torch.cat(parts), *after)
+    return y.transpose(0, 1), state._replace(ahead=x[len(x) - size + 1 :].transpose(0, 1).clone() if is_piece else None)

@@ -144,8 +144,8 @@ class Ttt(nn.Module):
             after the last document of each sequence; its position counts all tokens.
 
         Raises:
-            ValueError: If documents are given together with a state of earlier tokens, whose documents are unknown, or
-                if they are not those of the tokens.
+            ValueError: If documents are not those of the tokens, or go on from earlier tokens without their state, or
+                the reverse.
         """
         position, (memory, tail) = self.initial_state(x.shape[1]) if state is None else state
         mixed = self.in_proj(x).unflatten(-1, (self.heads, -1))  # [T, B, H, .]
@@ -153,9 +153,11 @@ class Ttt(nn.Module):
         streams, z, tail = self._streams(mixed, tail, position, first)
         if probe is not None:
             probe["eta_mean"] = streams.rate.detach().mean()
-        if documents is not None:
-            memory = self._initial_memory(1)
-        y, memory = ttt(streams, memory, self._inner(), position=position, documents=documents)
+        if documents is None:
+            y, memory = ttt(streams, memory, self._inner(), position=position)
+        else:
+            before = memory if position else None
+            y, memory = ttt(streams, self._initial_memory(1), self._inner(), documents=documents, before=before)
         y = self.norm(y.permute(2, 0, 1, 3)).to(x.dtype)  # [T, B, H, D]
         y = y if z is None else F.gelu(z, approximate="tanh") * y
         return self.out_proj(y.flatten(2)), LayerState(position + len(y), TttMixerState(memory, tail))
@@ -186,9 +188,10 @@ class Ttt(nn.Module):
         """Return tables by place in a mini-batch, `[T, D / 2]`, or `[B, 1, T, D / 2]` within documents."""
         size = self.config.chunk_size
         cos, sin = rope_tables(0, size, rope_frequencies(self.head_dim, ROPE_THETA, device))
-        places = torch.arange(position, position + tokens, device=device)
+        places = torch.arange(tokens, device=device)
         if first is None:
-            return cos[places % size], sin[places % size]
+            places = (position + places) % size
+            return cos[places], sin[places]
         places = (places - first) % size
         return cos[places][:, None], sin[places][:, None]
 

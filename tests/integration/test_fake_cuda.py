@@ -48,10 +48,13 @@ LAYOUTS = {
 }
 
 
+SEGMENTS = ("train.segments=2", "train.seq_len=64", "train.global_batch_tokens=128")
 MIXERS = {
     "hope": (),
     "pieces of documents": ("model.mixers.hope.reset_every=16", "train.seq_len=32"),
     "attention": ("model.mixers.hope.kind=attention",),
+    "segments": SEGMENTS,
+    "attention in segments": ("model.mixers.hope.kind=attention", *SEGMENTS),
 }
 
 

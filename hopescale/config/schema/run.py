@@ -167,7 +167,7 @@ class TrainConfig:
     """Pieces, one after the other, into which a rank's tokens of a sequence are cut; what the model carries is handed
     from each to the next, so that nothing changes but rounding. Of all but the last only that is kept: their
     activations are computed again, one piece at a time. They divide `seq_len / parallel.cp` into whole chunks of
-    memories. Not with `model.within_documents`."""
+    memories."""
     compile: bool = False
     """Whether the chunk loop of memories is compiled (`torch.compile`): faster, after minutes for the first step. Needs
     a C++ compiler on CPU, Triton on CUDA. Only with a mixer of kind `self_modifying`, and not with
@@ -208,8 +208,8 @@ class ParallelConfig:
     """Pipeline parallel: stages that hold consecutive blocks."""
     cp: Count = 1
     """Context parallel: ranks that share the tokens of each sequence. Each hands what the model carries on to the next
-    one, layer by layer. Gradients are summed over `dp * cp` ranks, which also share what `zero` shards. Not with
-    `model.within_documents`, nor with `zero` of 2 or 3."""
+    one, layer by layer. Gradients are summed over `dp * cp` ranks, which also share what `zero` shards. Not with `zero`
+    of 2 or 3."""
     virtual_stages: Count = 1
     """Slices of the model each pipeline rank holds; above 1 the schedule is interleaved. Needs `pp` of 2 or more."""
     sequence_parallel: bool = False

@@ -1,5 +1,6 @@
 """Self-modifying memories over a sequence: Hope's own operation. See README.md."""
 
+from hopescale.ops.self_modifying.continued import run_piece
 from hopescale.ops.self_modifying.mix import GateWeights, can_mix, mix_heads
 from hopescale.ops.self_modifying.naive import self_modifying_naive
 from hopescale.ops.self_modifying.operation import self_modifying
@@ -27,6 +28,7 @@ __all__ = [
     "Weights",
     "can_mix",
     "mix_heads",
+    "run_piece",
     "run_with_resets",
     "self_modifying",
     "self_modifying_naive",

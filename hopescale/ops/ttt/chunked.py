@@ -20,6 +20,7 @@ def ttt(
     *,
     position: int = 0,
     documents: Documents | None = None,
+    before: TttState | None = None,
 ) -> tuple[Tensor, TttState]:
     """Let memories learn from tokens, a mini-batch at a time, and answer each token after its own step.
 
@@ -34,6 +35,7 @@ def ttt(
         position: Tokens that came before; mini-batches begin at multiples of their size.
         documents: Documents in the sequences, each with weights and mini-batches of its own. The state returned is that
             after the last one of each sequence. None takes a sequence for one document.
+        before: State of each sequence after an earlier piece, whose last document may go on.
 
     Returns:
         Answers `[B, H, T, D]` and the state after the last token.
@@ -44,13 +46,13 @@ def ttt(
     if documents is not None:
         if position:
             raise ValueError(f"documents are given, but {position} tokens came before, whose documents are unknown")
-        return _by_documents(streams, state, memory, documents)
+        return _by_documents(streams, state, memory, documents, before)
     tokens, size, outputs = streams.q.shape[2], len(memory.scale), []
     place = position % size
     lengths = [min(tokens, size - place)] if place else []
     lengths += [min(size, tokens - begin) for begin in range(sum(lengths), tokens, size)]
     for part in streams.split(lengths):
-        y, state = _mini_batch(part, state, memory, place)
+        y, state = _mini_batch(part, state, memory, place, goes_on=place > 0)
         outputs.append(y)
         place += y.shape[2]
         if place == size:
@@ -58,8 +60,13 @@ def ttt(
     return torch.cat(outputs, dim=2) if outputs else streams.q, state
 
 
-def _mini_batch(streams: TttStreams, state: TttState, memory: TttMemory, place: int) -> tuple[Tensor, TttState]:
-    """Run tokens of one mini-batch, from its token `place` on; only the sums of the state change."""
+def _mini_batch(
+    streams: TttStreams, state: TttState, memory: TttMemory, place: int, *, goes_on: bool
+) -> tuple[Tensor, TttState]:
+    """Run tokens of one mini-batch, from its token `place` on; only the sums of the state change.
+
+    `goes_on` tells whether they are looked at.
+    """
     q, k, v, rate = streams
     scale = memory.scale[place : place + q.shape[2], None]
     weights, learned = state.weights, _inputs_and_gradients(state.weights, k, v - k, memory)
@@ -72,7 +79,7 @@ def _mini_batch(streams: TttStreams, state: TttState, memory: TttMemory, place: 
         moved = ((z @ x.mT + 1) * rate[..., None, :]).tril() @ g
         stepping = rate[..., None] * g
         steps = x.mT @ stepping, stepping.sum(-2, keepdim=True)
-        if place:
+        if goes_on:
             moved = moved + (z @ earlier[0] + earlier[1])
             steps = (step + before for step, before in zip(steps, earlier, strict=True))
         z = z @ w + b - scale * moved
@@ -122,23 +129,26 @@ def _stepped(state: TttState, memory: TttMemory) -> TttState:
 
 
 def _by_documents(
-    streams: TttStreams, state: TttState, memory: TttMemory, documents: Documents
+    streams: TttStreams, state: TttState, memory: TttMemory, documents: Documents, before: TttState | None
 ) -> tuple[Tensor, TttState]:
     """Run all documents along together, a mini-batch at a time; one that has ended drops out.
 
-    Padding behind a document's last token has a rate of 0, so that it teaches nothing.
+    Padding behind a document's last token has a rate of 0, so that it teaches nothing; so has padding at the places of
+    a mini-batch that an earlier piece has run.
     """
-    tokens, lengths, device = documents.bounds[-1], documents.lengths, streams.q.device
+    tokens, device, size = documents.bounds[-1], streams.q.device, len(memory.scale)
+    run = [earlier % size for earlier in documents.before]
+    lengths = [place + length for place, length in zip(run, documents.lengths, strict=True)]
     order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
-    places = _places(documents, order, len(memory.scale))
+    places = _places(documents, run, order, size)
     index = torch.cat([at.flatten() for at in places])
     origin = torch.empty(tokens + 1, dtype=torch.int64)
     origin[index] = torch.arange(len(index))
     parts = _gathered(streams, to_device(index, device), [at.shape for at in places])
-    state = TttState(*(part.map(lambda x: x.expand(len(order), *x.shape[1:])) for part in state))
+    state = _begun(state, documents, order, before)
     outputs, ended = [], []
     for at, part, alive in zip(places, parts, [*map(len, places[1:]), 0], strict=True):
-        y, state = _mini_batch(part, state, memory, 0)
+        y, state = _mini_batch(part, state, memory, 0, goes_on=before is not None and not outputs)
         outputs.append(y.transpose(1, 2).flatten(0, 1))
         going, gone = state.split([alive, len(at) - alive])
         state = _stepped(going, memory)
@@ -153,18 +163,28 @@ def _by_documents(
     return y.unflatten(0, documents.first.shape).transpose(1, 2), state
 
 
-def _places(documents: Documents, order: list[int], size: int) -> list[Tensor]:
+def _begun(fresh: TttState, documents: Documents, order: list[int], before: TttState | None) -> TttState:
+    """Return the states that documents begin with, in some order; `before` those that go on from an earlier piece."""
+    if before is None:
+        return TttState(*(part.map(lambda x: x.expand(len(order), *x.shape[1:])) for part in fresh))
+    index = to_device(torch.tensor(documents.states(order)), fresh.weights.w1.device)
+    pairs = zip(fresh, before, strict=True)
+    return TttState(*(TttWeights.cat(pair).map(lambda x: x.index_select(0, index)) for pair in pairs))
+
+
+def _places(documents: Documents, run: list[int], order: list[int], size: int) -> list[Tensor]:
     """Return where each mini-batch finds its tokens among all: `[N, C]` of the `N` documents that are not at their end.
 
-    Documents are in an order from long to short. Padding is at the place behind all tokens.
+    Documents are in an order from long to short, with the places that were `run` before. Padding is at the place behind
+    all tokens.
     """
     bounds, tokens, places = torch.tensor(documents.bounds), documents.bounds[-1], []
     begins, ends = (bounds[torch.tensor(order) + after] for after in (0, 1))
-    lengths = ends - begins
-    for start in range(0, int(lengths[0]), size):
-        going = int((lengths > start).sum())
-        at = begins[:going, None] + start + torch.arange(size)
-        places.append(torch.where(at < ends[:going, None], at, tokens))
+    starts = begins - torch.tensor(run)[order]
+    for start in range(0, int((ends - starts)[0]), size):
+        going = int((ends - starts > start).sum())
+        at = starts[:going, None] + start + torch.arange(size)
+        places.append(torch.where((begins[:going, None] <= at) & (at < ends[:going, None]), at, tokens))
     return places
 
 

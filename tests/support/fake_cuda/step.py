@@ -94,10 +94,25 @@ def exchange_nothing() -> None:
 
 
 def _batch(data: Data, indices: range) -> Batch:
-    """Read samples as tensors of shapes alone, but for what the host looks at."""
+    """Read samples as tensors of shapes alone, but for what the host looks at: documents, which are of 21 tokens."""
     with unset_fake_temporarily():
         document_ids = data.batch(indices).document_ids
+        document_ids = (torch.arange(document_ids.shape[1]) // 21).int().expand_as(document_ids).contiguous()
     return data.batch(indices)._replace(document_ids=document_ids)
+
+
+def _know_documents() -> None:
+    """Let the host know documents of pieces of sequences."""
+    pieces = Batch.pieces
+
+    def real_pieces(self: Batch, count: int, *, within_documents: bool) -> list[Batch]:
+        with unset_fake_temporarily():
+            found = pieces(self, count, within_documents=within_documents)
+            if not within_documents:
+                return found
+            return [each._replace(document_ids=each.document_ids.clone(), begun=each.begun.clone()) for each in found]
+
+    Batch.pieces = real_pieces
 
 
 def _rank(config: RunConfig, rank: int) -> dict[str, Any]:
@@ -109,7 +124,8 @@ def _rank(config: RunConfig, rank: int) -> dict[str, Any]:
     size = config.train.micro_batch_size
     with FakeTensorMode(allow_non_fake_inputs=True):
         state = build_state(config, layout, mesh, DEVICE)
-        passes = make_passes(state.slices, state.optimizer.backward, config.train.seq_len, DEVICE)
+        how = {"segments": config.train.segments}
+        passes = make_passes(state.slices, state.optimizer.backward, config.train.seq_len, DEVICE, **how)
         engine = Engine(passes, state.optimizer, state.levels, DEVICE)
         count = make_plan(config, layout).grad_accumulation
         batches = [_batch(state.data, range(number * size, (number + 1) * size)) for number in range(count)]
@@ -140,6 +156,7 @@ def main(runs: list[tuple[str, list[str]]]) -> None:
     _note_launches()
     _note_exchanges()
     exchange_nothing()
+    _know_documents()
     found = []
     for recipe, overrides in runs:
         config = load_recipe(recipe, overrides).config

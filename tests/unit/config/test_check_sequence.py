@@ -18,17 +18,6 @@ BROKEN = [
         "train.seq_len",
         "128 / (train.segments = 4) = 32 tokens of a piece are no whole chunks of 64 tokens of model.mixers.hope",
     ),
-    (
-        ["train.segments=2", "model.within_documents=true"],
-        "model.within_documents",
-        "true does not go with train.segments = 2: a document that goes on in the next piece would begin anew",
-    ),
-    (
-        ["parallel.cp=2", "model.mixers.hope.kind=titans", "model.mixers.hope.composition=mag"],
-        "parallel.cp",
-        "2 does not go with composition mag of model.mixers.hope: its chunks count persistent_tokens = 16 as well, and "
-        "do not end with a piece",
-    ),
     (["parallel.cp=2", "parallel.zero=2"], "parallel.zero", "2 needs parallel.cp of 1, it is 2"),
     (
         ["train.segments=8", "parallel.tp=32", "parallel.sequence_parallel=true"],
@@ -52,6 +41,8 @@ def test_what_cannot_be_cut_is_refused(overrides: list[str], key: str, message: 
         ["parallel.cp=2", "train.segments=2", "parallel.zero=1", "parallel.dp=1"],
         ["parallel.cp=8", "model.mixers.hope.kind=attention"],
         ["train.segments=8", "model.mixers.hope.kind=titans", "model.mixers.hope.composition=mal"],
+        ["parallel.cp=8", "model.mixers.hope.kind=titans", "model.mixers.hope.composition=mag"],
+        ["train.segments=2", "parallel.cp=2", "model.within_documents=true", "data.sources.main={path: text}"],
     ],
 )
 def test_what_can_be_cut_passes(overrides: list[str]):

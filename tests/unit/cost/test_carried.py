@@ -12,21 +12,25 @@ from hopescale.models.handover import BOUNDARY, state_after
 from hopescale.parallel.mesh import Mesh
 from tests.support.mixers import MIXERS
 
+HOPE = "model.mixers.hope"
 OTHERS = {
     "linear attention": ["model.mixers.hope.kind=linear_attention"],
     "ttt": ["model.mixers.hope.kind=ttt", "model.mixers.hope={memory: mlp}"],
+    **{name: [f"{HOPE}.kind=titans", f"{HOPE}.composition={name}", f"{HOPE}.window=64"] for name in ("mag", "mal")},
     "no convolution": ["model.mixers.hope.conv_width=null"],
 }
 NAMES = ("hope", "linear", "narrow memories", "no momentum", "two banks", "far memory", "grouped attention", "mac")
 
 
+@pytest.mark.parametrize("within", [False, True])
 @pytest.mark.parametrize("position", [32, 96])
 @pytest.mark.parametrize("overrides", [*(MIXERS[name] for name in NAMES), MIXERS["sliding window"], *OTHERS.values()])
-def test_the_bytes_of_a_state(overrides: list[str], position: int):
-    config = load_recipe("debug", [*overrides, "train.micro_batch_size=3"]).config
+def test_the_bytes_of_a_state(overrides: list[str], position: int, within: bool):
+    settings = ["train.micro_batch_size=3", f"model.within_documents={str(within).lower()}"]
+    config = load_recipe("debug", [*overrides, *settings]).config
     (mixer,) = config.model.mixers.values()
     module = MODULES[mixer.kind](config.model, mixer, out_std=1.0, mesh=Mesh.alone())
-    state = state_after(module, config.train.micro_batch_size, position)
+    state = state_after(module, config.train.micro_batch_size, position, within_documents=within)
     found = sum(tensor.nbytes for name, tensor in state.named().items() if BOUNDARY not in name)
     assert carried_bytes(config, mixer, position) == found
 

@@ -52,8 +52,8 @@ def mixed(text: Path) -> Data:
 def test_a_batch_has_the_promised_shapes(mixed: Data) -> None:
     batch = mixed.batch([5, 0, 99])
     assert isinstance(batch, Batch)
-    assert [part.dtype for part in batch] == [torch.int64, torch.int64, torch.int32]
-    assert all(part.shape == (3, SEQ_LEN) for part in batch)
+    assert [part.dtype for part in batch[:3]] == [torch.int64, torch.int64, torch.int32]
+    assert all(part.shape == (3, SEQ_LEN) for part in batch[:3])
     assert mixed.tokenizer.vocab_size == VOCAB_SIZE
 
 
@@ -305,6 +305,20 @@ def test_ranks_that_share_sequences_hold_each_token_once(ranks: int, segments: i
         places = [place for place in range(24) if place // size % ranks == rank]
         assert share.tokens.tolist() == tokens[:, places].tolist()
         assert torch.equal(share.targets, share.tokens + 100) and share.document_ids.dtype == torch.int32
+
+
+@pytest.mark.parametrize(("ranks", "segments"), [(4, 1), (2, 3), (1, 3)])
+def test_pieces_know_how_much_of_their_first_document_came_before(ranks: int, segments: int):
+    ids = torch.tensor([[n for n, size in enumerate(row) for _ in range(size)] for row in ([5, 1, 18], [8, 4, 12])])
+    batch, size = Batch(ids, ids, ids.int()), 24 // (ranks * segments)
+    places = torch.tensor([[place for size in row for place in range(size)] for row in ([5, 1, 18], [8, 4, 12])])
+    for rank in range(ranks):
+        pieces = batch.share(Share(rank, ranks, segments)).pieces(segments, within_documents=True)
+        assert len(pieces) == segments
+        for number, piece in enumerate(pieces):
+            begin = (number * ranks + rank) * size
+            assert torch.equal(piece.document_ids, ids.int()[:, begin : begin + size])
+            assert piece.begun.tolist() == places[:, begin : begin + 1].tolist()
 
 
 def test_a_share_is_what_is_read_ahead(mixed: Data):

@@ -59,7 +59,7 @@ def make_batch(seed: int = 0) -> Batch:
 
 
 def split(batch: Batch, size: int) -> list[Batch]:
-    return [Batch(*parts) for parts in zip(*(part.split(size) for part in batch), strict=True)]
+    return [Batch(*parts) for parts in zip(*(part.split(size) for part in batch[:3]), strict=True)]
 
 
 def plain(engine: Engine, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -92,7 +92,7 @@ def test_a_fresh_model_knows_nothing():
 def test_ignored_targets_weigh_nothing():
     """Rows without targets change neither loss nor gradient, even as a micro batch of their own."""
     batch = make_batch()
-    rest = Batch(*(part[1:] for part in batch))
+    rest = Batch(*(part[1:] for part in batch[:3]))
     whole, less = make_engine(), make_engine()
     assert whole.gradients(1, split(batch, 1)).read().loss == pytest.approx(
         less.gradients(1, [rest]).read().loss, rel=1e-6
