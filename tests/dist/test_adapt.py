@@ -95,4 +95,4 @@ def check_files(name: str, alone: StreamPass, *files: dict[str, torch.Tensor]) -
 
 @pytest.mark.parametrize("tp", NAMES)
 def test_a_pass_on_ranks_equals_one_process_and_goes_on(tp: int, tmp_path: Path):
-    run_ranks(check_pass, tp, tmp_path, tmp_path, tp)
+    run_ranks(check_pass, tp, tmp_path, tmp_path, tp, limit_s=300)
