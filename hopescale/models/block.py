@@ -12,6 +12,7 @@ from hopescale.config.model_shape import head_dim, levels_of_block, mixer_of_blo
 from hopescale.config.schema import ModelConfig, SelfModifyingConfig
 from hopescale.models.attention import Attention
 from hopescale.models.cms import ContinuumMemory, LevelWeights
+from hopescale.models.lean_block import LeanBlock
 from hopescale.models.linear_attention import LinearAttention
 from hopescale.models.norm import StreamNorm
 from hopescale.models.recompute import recomputed
@@ -72,6 +73,7 @@ class Block(nn.Module):
         self.mixer = MIXERS[mixer.kind](config, mixer, **given)
         how = {"out_scale": out_scale, "mesh": mesh, "backend": backend}
         self.cms = ContinuumMemory(config, levels_of_block(config, number), **how)
+        self.lean = LeanBlock()
 
     def forward(
         self,
@@ -98,6 +100,10 @@ class Block(nn.Module):
         levels: Mapping[str, LevelWeights] | None,
         probe: dict[str, Tensor] | None,
     ) -> tuple[Tensor, LayerState | GroupedState]:
+        if documents is None and probe is None and not levels:
+            mapped = self.lean.run(self, x, state)
+            if mapped is not None:
+                return mapped
         x, normed = self.norm(x)
         if self.recompute == "memory":
             y, state = recomputed(self._mix, normed, state, documents, probe=probe)

@@ -12,6 +12,8 @@ from hopescale.config.schema import LevelConfig, ModelConfig
 from hopescale.models.norm import StreamNorm
 from hopescale.ops.backends import Backend
 from hopescale.ops.fused import is_fused
+from hopescale.ops.gated_mlps import GatedMlp, can_run_mlps, gated_mlps
+from hopescale.ops.vectors import can_map
 from hopescale.parallel.layers import ColumnLinear, ParameterSpec, RowLinear, new_parameter
 from hopescale.parallel.mesh import Mesh
 from hopescale.parallel.regions import gather_tokens, reduce_from_ranks, share_with_ranks
@@ -93,7 +95,8 @@ class ContinuumMemory(nn.Module):
         backend: Backend = "auto",
     ):
         super().__init__()
-        self.mesh, self.sequential = mesh, model.cms.variant == "sequential"
+        self.mesh, self.backend, self.eps = mesh, backend, model.norm_eps
+        self.sequential = model.cms.variant == "sequential"
         shared = {"norm_eps": model.norm_eps if self.sequential else None, "mesh": mesh, "backend": backend}
         self.levels = nn.ModuleDict(
             {
@@ -114,6 +117,9 @@ class ContinuumMemory(nn.Module):
         """
         own = weights or {}
         if self.sequential:
+            mlps = None if own else self._plain_mlps(x)
+            if mlps is not None:
+                return gated_mlps(x, added, mlps, self.eps)
             for name, level in self.levels.items():
                 x, added = level.after(x, added, own.get(name))
             return x + added
@@ -123,3 +129,15 @@ class ContinuumMemory(nn.Module):
         added = (level(shared, own.get(name)) for name, level in self.levels.items())
         parts = sum(share * each for share, each in zip(mix, added, strict=True))
         return x + reduce_from_ranks(parts, self.mesh)
+
+    def _plain_mlps(self, x: Tensor) -> list[GatedMlp] | None:
+        """Return the weights of levels that one operation can run for `x`; None if there is more to them."""
+        if self.backend not in ("auto", "cpp") or self.mesh.tp_group.size() > 1 or not can_map(x):
+            return None
+        mlps = []
+        for level in self.levels.values():
+            parts = level._modules  # torch's own look-ups take longer than a token's MLP
+            if any(each._forward_hooks or each._forward_pre_hooks for each in (level, *parts.values())):
+                return None
+            mlps.append(GatedMlp(*[parts[name]._parameters["weight"] for name in GatedMlp._fields]))
+        return mlps if can_run_mlps(x, mlps) else None

@@ -6,7 +6,6 @@ import re
 from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hopescale.config.model_shape import by_period, padded_vocab_size
@@ -19,6 +18,7 @@ from hopescale.models.norm import StreamNorm
 from hopescale.models.state import ModelState
 from hopescale.ops.backends import Backend, KernelPrecision, Recompute
 from hopescale.ops.documents import Documents
+from hopescale.ops.vectors import linear
 from hopescale.parallel.layers import ColumnLinear, Embedding
 from hopescale.parallel.mesh import Mesh
 from hopescale.parallel.regions import gather_tokens
@@ -165,7 +165,7 @@ class Model(nn.Module):
     def _logits(self, x: Tensor, last_only: bool) -> Tensor:
         x = gather_tokens(self.norm(x)[1], self.mesh)
         x = x[-1:] if last_only else x
-        logits = F.linear(x, self.embedding.weight) if self.head is None else self.head(x)
+        logits = linear(x, self.embedding.weight) if self.head is None else self.head(x)
         if padded_vocab_size(self.config) == self.config.vocab_size:
             return logits
         first = self.mesh.tp_group.rank() * logits.shape[-1]

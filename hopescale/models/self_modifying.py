@@ -302,10 +302,9 @@ class SelfModifying(nn.Module):
         if self.conv is not None:
             filters, tail = self.conv["weight"], tail.transpose(0, 1)
         unit = [name != "v" or self.config.targets != "value" for name in STREAMS]
-        gates = tuple(
-            GateWeights(self.gates[name].bias, self.gates[name].weight) if name in self.gates else None
-            for name in ("eta", "alpha", "mu")
-        )
+        modules = self.gates._modules  # torch's own look-ups take longer than a token's gates
+        weights = [modules[name]._parameters if name in modules else None for name in ("eta", "alpha", "mu")]
+        gates = tuple(own and GateWeights(own["bias"], own.get("weight")) for own in weights)
         norm, inputs = (self.norm.weight, self.norm.eps), mixed[..., : len(STREAMS), :]
         y, memories, tail = mix_heads(inputs, filters, tail, unit, gates, *norm, memories, self.spec, position=position)
         if self.config.gate:

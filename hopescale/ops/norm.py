@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hopescale.ops.vectors import can_map, cpp_rms_norm
+
 
 def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     """Scale vectors to unit length: `x / sqrt(|x|^2 + eps)`."""
@@ -21,9 +23,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def _rms_norm_without_gradients(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Do the same with fewer tensors, which take longer to make than to compute where a single vector is scaled."""
-    if x.numel() == x.shape[-1]:
-        vector = x.flatten()
-        scale = (float(vector @ vector) / x.shape[-1] + eps) ** -0.5
-    else:
-        scale = x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
-    return (x * scale).mul_(weight)
+    if weight.dim() == 1 and torch.get_num_threads() == 1 and can_map(x):
+        return cpp_rms_norm(x, weight, eps)
+    return (x * x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()).mul_(weight)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from hopescale.config.transfer import Size
 from hopescale.ops.cross_entropy import cross_entropy_in_pieces
+from hopescale.ops.vectors import linear
 from hopescale.parallel.mesh import Mesh
 
 IGNORED_TARGET = -100
@@ -136,7 +137,7 @@ class ColumnLinear(ColumnParallelLinear):
     def forward(self, x: Tensor) -> Tensor:
         """Map residual activations, or all tokens if `shared_input`, to this rank's `[T, B, out / tp]`."""
         if _is_plain(self.tp_group):
-            y = F.linear(x, self.weight)
+            y = linear(x, self.weight)
             return y if self.bias is None else y + self.bias  # rounds as Megatron's does
         return super().forward(x)[0]
 
@@ -169,7 +170,7 @@ class RowLinear(RowParallelLinear):
     def forward(self, x: Tensor) -> Tensor:
         """Map this rank's `[T, B, in / tp]` to residual activations, or to its share `[T, B, out]` if `partial`."""
         plain = self.partial or _is_plain(self.tp_group)
-        return F.linear(x, self.weight) if plain else super().forward(x)[0]
+        return linear(x, self.weight) if plain else super().forward(x)[0]
 
 
 class Embedding(VocabParallelEmbedding):

@@ -35,7 +35,7 @@ def problem() -> str | None:
     try:
         library()
     except BuildError as error:
-        warnings.warn(f"{error}: memories are trained by torch's operations, several times slower", stacklevel=2)
+        warnings.warn(f"{error}: torch's operations run in its place, memories several times slower", stacklevel=2)
         return str(error)
     return None
 

@@ -17,7 +17,7 @@ def pointer(x: Tensor | None) -> ctypes.c_void_p | None:
 
 def pointers(tensors: Sequence[Tensor | None]) -> ctypes.Array:
     """Return the addresses of several tensors; None has none."""
-    return (ctypes.c_void_p * len(tensors))(*(None if x is None else x.data_ptr() for x in tensors))
+    return (ctypes.c_void_p * len(tensors))(*[None if x is None else x.data_ptr() for x in tensors])
 
 
 def parallel_for(run: Callable[[int, int], None], heads: int) -> None:

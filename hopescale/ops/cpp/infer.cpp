@@ -1,80 +1,91 @@
 // Self-modifying memories over whole documents without gradients: nothing is kept, a call may begin within a chunk, and
 // memories may lie in two banks with chunks of their own. Called by ops/self_modifying/infer.py and mix.py.
-#include "batch.h"
-#include "streams.h"
+#include "infer.h"
 
 using namespace hopescale;
 
 namespace {
 
-// `Weights` of ops/self_modifying/types.py, or momenta: [rows, heads, ...]. Without data where there are none.
-struct Layers {
-    float *w_in, *w_out_vector, *w_out_gate;
-};
-
-// `MemoryState` of ops/self_modifying/types.py. Without `boundary` where the caller knows it.
-struct BankTensors {
-    Layers running, momentum, boundary;
-};
-
-// Calls `each(tensor, its numbers, columns, packed numbers, columns there)` for the parts of one head's weights, which
-// lie packed in one row; columns beyond those of the tensor are padding.
+// Calls `each(tensor, its numbers, columns, packed numbers, columns there)` for the parts of one head's weights;
+// columns beyond those of the tensor are padding.
 template <typename Each>
-void for_parts(const MemorySpec& spec, const Layers& layers, int64_t head, float* packed, const Each& each) {
+void for_parts(const MemorySpec& spec, const Layers& layers, int64_t head, Parts& packed, const Each& each) {
     const int columns = spec.is_mlp() ? spec.width() : spec.vectors * spec.dim + spec.gates;
-    each(layers.w_in + head * spec.dim * columns, spec.dim, columns, packed, spec.width());
+    each(layers.w_in + head * spec.dim * columns, spec.dim, columns, packed.first, spec.width());
     if (!spec.is_mlp()) return;
-    packed += spec.dim * spec.width();
     const int vector_rows = spec.vectors * spec.hidden, gate_rows = spec.gates * spec.hidden;
-    if (vector_rows) each(layers.w_out_vector + head * vector_rows * spec.dim, vector_rows, spec.dim, packed, spec.dim);
-    packed += vector_rows * spec.dim;
-    if (gate_rows) each(layers.w_out_gate + head * gate_rows, gate_rows, 1, packed, BLOCK);
+    if (vector_rows)
+        each(layers.w_out_vector + head * vector_rows * spec.dim, vector_rows, spec.dim, packed.vectors, spec.dim);
+    if (gate_rows) each(layers.w_out_gate + head * gate_rows, gate_rows, 1, packed.gates, BLOCK);
 }
 
-void load_head(const MemorySpec& spec, const Layers& layers, int64_t head, float* packed) {
-    for_parts(spec, layers, head, packed, [](float* from, int rows, int columns, float* to, int stride) {
-        if (columns == stride) {
-            std::copy_n(from, int64_t(rows) * columns, to);
-            return;
-        }
-        for (int i = 0; i < rows; ++i, from += columns, to += stride) {
-            std::copy_n(from, columns, to);
-            std::fill_n(to + columns, stride - columns, 0.0f);
-        }
+void copy_rows(const float* from, int from_stride, float* to, int to_stride, int rows) {
+    const int columns = std::min(from_stride, to_stride);
+    if (from_stride == to_stride) {
+        std::copy_n(from, int64_t(rows) * columns, to);
+        return;
+    }
+    for (int i = 0; i < rows; ++i, from += from_stride, to += to_stride) {
+        std::copy_n(from, columns, to);
+        std::fill_n(to + columns, to_stride - columns, 0.0f);
+    }
+}
+
+// Makes `packed` the weights of a head: a copy, or with `in_place` the tensors themselves where they have no padding.
+void load_head(const MemorySpec& spec, const Layers& layers, int64_t head, Parts& packed, bool in_place) {
+    for_parts(spec, layers, head, packed, [&](float* from, int rows, int columns, float*& to, int stride) {
+        if (in_place && columns == stride)
+            to = from;
+        else
+            copy_rows(from, columns, to, stride, rows);
     });
 }
 
-void store_head(const MemorySpec& spec, const Layers& layers, int64_t head, float* packed) {
+// Makes `packed` the place where weights of a head are to be written: as far as tensors have no padding, themselves.
+void place_head(const MemorySpec& spec, const Layers& layers, int64_t head, Parts& packed) {
+    for_parts(spec, layers, head, packed, [](float* to, int, int columns, float*& from, int stride) {
+        if (columns == stride) from = to;
+    });
+}
+
+void store_head(const MemorySpec& spec, const Layers& layers, int64_t head, Parts& packed) {
     for_parts(spec, layers, head, packed, [](float* to, int rows, int columns, const float* from, int stride) {
-        if (columns == stride) {
-            std::copy_n(from, int64_t(rows) * columns, to);
-            return;
-        }
-        for (int i = 0; i < rows; ++i, to += columns, from += stride) std::copy_n(from, columns, to);
+        if (from != to) copy_rows(from, stride, to, columns, rows);
     });
 }
 
-// The memories of one bank of a head while it goes over a document.
+// The memories of one bank of a head while it goes over a document. Where that is one piece of a chunk, they are read
+// from the tensors and written to them; else they are moved from chunk to chunk in memory of their own.
 struct Bank {
     const MemorySpec& spec;
     int period;  // tokens of its chunks
-    float *boundary, *running, *momentum;
+    Parts boundary, running, momentum;
+    Parts next, next_momentum;  // what is written: the weights run and their momentum after a piece
 
     Bank(Arena& arena, const MemorySpec& spec, int period)
         : spec(spec), period(period), boundary(take(arena)), running(take(arena)),
-          momentum(spec.momentum ? take(arena) : nullptr) {}
+          momentum(spec.momentum ? take(arena) : Parts{}), next{}, next_momentum(momentum) {}
 
-    float* take(Arena& arena) const { return arena.take(1, spec.state_size()).data; }
+    Parts take(Arena& arena) const { return Parts::of(spec, arena.take(1, spec.state_size()).data); }
 
-    void load(const BankTensors& from, int64_t head, bool begins) {
-        load_head(spec, from.running, head, running);
-        if (!begins) load_head(spec, from.boundary, head, boundary);
-        if (momentum) load_head(spec, from.momentum, head, momentum);
+    void load(const BankTensors& from, int64_t head, bool begins, bool in_place) {
+        load_head(spec, from.running, head, running, in_place);
+        if (!begins) load_head(spec, from.boundary, head, boundary, in_place);
+        if (momentum.first) load_head(spec, from.momentum, head, momentum, in_place);
     }
 
-    void store(const BankTensors& to, int64_t head) const {
+    // Lets what is written next go to the tensors that are to hold it in the end.
+    void write_to(Arena& arena, const BankTensors& to, int64_t head) {
+        next = take(arena);
+        place_head(spec, to.running, head, next);
+        if (!momentum.first) return;
+        next_momentum = take(arena);
+        place_head(spec, to.momentum, head, next_momentum);
+    }
+
+    void store(const BankTensors& to, int64_t head) {
         store_head(spec, to.running, head, running);
-        if (momentum) store_head(spec, to.momentum, head, momentum);
+        if (momentum.first) store_head(spec, to.momentum, head, momentum);
         if (to.boundary.w_in) store_head(spec, to.boundary, head, boundary);
     }
 
@@ -90,7 +101,11 @@ struct Bank {
         if (place % period == 0) std::swap(boundary, running);  // what is run next is written over the older one
     }
 
-    void move(Arena& arena, const Chunk& x) { advance(arena, spec, x, {spec, running}, {spec, momentum}); }
+    void move(Arena& arena, const Chunk& x) {
+        if (next.first) running = next;
+        momentum = next_momentum;
+        advance(arena, spec, x, {spec, running}, {spec, momentum});
+    }
 
     State at_boundary() const { return {spec, boundary}; }
 };
@@ -135,7 +150,11 @@ struct Run {
         Scope scope(arena);
         Bank banks[2] = {{arena, specs[0], periods[0]}, {arena, specs[1], periods[1]}};
         const int count = is_split() ? 2 : 1;
-        for (int n = 0; n < count; ++n) banks[n].load(given[n], sequence.given, position % periods[n] == 0);
+        const bool is_one_piece = sequence.tokens <= periods[0] - position % periods[0];
+        for (int n = 0; n < count; ++n) {
+            banks[n].load(given[n], sequence.given, position % periods[n] == 0, is_one_piece);
+            if (is_one_piece && sequence.is_last) banks[n].write_to(arena, last[n], sequence.head);
+        }
         for (int begin = 0; begin < sequence.tokens;) {
             const int64_t place = position + begin, row = sequence.token + begin;
             const int size = std::min<int64_t>(periods[0] - place % periods[0], sequence.tokens - begin);
@@ -147,15 +166,6 @@ struct Run {
         }
         for (int n = 0; n < count && sequence.is_last; ++n) banks[n].store(last[n], sequence.head);
     }
-};
-
-// What `hopescale_mix` is given beside the projected inputs: the fields of `_Mixer` in ops/self_modifying/mix.py.
-struct Mixer {
-    const float *filters, *tail;  // [heads * slices * dim, taps], [taps - 1, rows, heads * slices * dim]
-    float* tail_after;
-    const float *bias[3], *weight[3];  // of eta, alpha, mu: [heads], [heads, dim]; without data there is none
-    const float* norm;                 // [heads, dim]
-    float norm_eps;
 };
 
 // Streams, logits of gates, answers [rows, heads, T, dim] and statistics of a call, one behind the other.

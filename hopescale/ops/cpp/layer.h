@@ -94,6 +94,14 @@ inline void open_layer(Arena& arena, const MemorySpec& spec, const DecayWeights&
     invert_unit_lower(arena, system, x.inverse);
 }
 
+// Reads the momentum. The state before a first token holds nothing of it, unless a token reads the one after itself.
+inline void ask_momentum(Matrix keys, Matrix momentum, Matrix pushes, bool after) {
+    if (keys.rows > 1 || after)
+        product(keys, momentum, pushes);
+    else
+        fill(pushes, 0);
+}
+
 // Computes `held`, and `answers` and `pushes` on the way; `answers` of the first layer are known.
 inline void hold(Arena& arena, const MemorySpec& spec, const DecayWeights& decay, Layer& x, bool answered) {
     if (!spec.erase) return;
@@ -105,7 +113,7 @@ inline void hold(Arena& arena, const MemorySpec& spec, const DecayWeights& decay
     product(weights, x.values, sum, SET, LEFT_LOWER);
     scale_rows(1, decay.start, x.answers, sum, ADD);
     if (spec.momentum) {
-        product(x.keys, x.momentum, x.pushes);
+        ask_momentum(x.keys, x.momentum, x.pushes, false);
         scale_rows(1, decay.push, x.pushes, sum, ADD);
     }
     product(x.inverse, sum, x.held, SET, LEFT_LOWER);
@@ -132,6 +140,16 @@ inline void combine(float a, Matrix x, float b, Matrix y, Matrix result) {
         }
 }
 
+// result = a * x + b * y + key^T row; y may be missing. One pass where a product would take another.
+inline void combine_one(float a, Matrix x, float b, Matrix y, const float* key, const float* row, Matrix result) {
+    for (int i = 0; i < x.rows; ++i)
+        for (int j = 0; j < x.width; j += LANES) {
+            Lanes value = a * load(x.row(i) + j);
+            if (y) value += b * load(y.row(i) + j);
+            store(result.row(i) + j, value + key[i] * load(row + j));
+        }
+}
+
 // Writes the state and the momentum after the chunk.
 inline void move(Arena& arena, const MemorySpec& spec, const DecayWeights& decay, const Layer& x, Matrix state,
                  Matrix momentum) {
@@ -139,6 +157,14 @@ inline void move(Arena& arena, const MemorySpec& spec, const DecayWeights& decay
     const int c = decay.size;
     Matrix rows = arena.take(c, x.values.width);
     entering(spec, decay, x, rows);
+    if (c == 1) {
+        const float push = spec.momentum ? decay.push[1] : 0;
+        combine_one(decay.start[1], x.state, push, x.momentum, x.keys.data, rows.data, state);
+        if (!spec.momentum) return;
+        scale_rows(1, decay.last_push(), x.values, rows);
+        combine_one(decay.momentum_decay(), x.momentum, 0, {}, x.keys.data, rows.data, momentum);
+        return;
+    }
     combine(decay.start[c], x.state, spec.momentum ? decay.push[c] : 0, x.momentum, state);
     product_t(x.keys, rows, state, ADD);
     if (!spec.momentum) return;
@@ -176,7 +202,7 @@ inline void query(Arena& arena, const MemorySpec& spec, const Layer& x, Queried&
     Scope scope(arena);
     product(read.q, transposed(arena, x.keys), read.similar, SET, RESULT_LOWER);
     product(read.q, x.state, read.answers);
-    if (spec.momentum) product(read.q, x.momentum, read.pushes);
+    if (spec.momentum) ask_momentum(read.q, x.momentum, read.pushes, spec.read == INCLUSIVE);
 }
 
 // Reads what a query asked for.

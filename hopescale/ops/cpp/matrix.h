@@ -16,13 +16,13 @@ namespace hopescale {
 constexpr int BLOCK = 16;
 // Numbers in a register: compilers keep wider vectors in memory. A tile of sums leaves registers for its factors.
 #if defined(__AVX512F__)
-constexpr int LANES = 16, TILE_VECTORS = 4;
+constexpr int LANES = 16, TILE_ROWS = 8;
 #elif defined(__AVX__)
-constexpr int LANES = 8, TILE_VECTORS = 2;
+constexpr int LANES = 8, TILE_ROWS = 4;
 #else
-constexpr int LANES = 4, TILE_VECTORS = 2;
+constexpr int LANES = 4, TILE_ROWS = 4;
 #endif
-constexpr int TILE_ROWS = 4;
+constexpr int TILE_VECTORS = 2;
 
 typedef float Lanes __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef int32_t IntLanes __attribute__((vector_size(4 * LANES), aligned(4)));
@@ -118,7 +118,7 @@ inline int product_rows(Matrix left, Matrix right, Matrix result, int begin, int
 template <int VECTORS, bool TRANSPOSED>
 inline void product_panel(Matrix left, Matrix right, Matrix result, int begin, int end, Shape shape, Update update) {
     // Eight sums at least, so that none has to wait for the one before.
-    constexpr int rows = VECTORS > 1 ? TILE_ROWS : 2 * TILE_ROWS;
+    constexpr int rows = VECTORS > 1 ? TILE_ROWS : 8;
     begin = product_rows<rows, VECTORS, TRANSPOSED>(left, right, result, begin, end, shape, update);
     product_rows<1, VECTORS, TRANSPOSED>(left, right, result, begin, end, shape, update);
 }
@@ -132,10 +132,6 @@ inline void product_block(Matrix left, Matrix right, Matrix result, int begin, i
         const Matrix b = right.columns(j, vectors * LANES), sum = result.columns(j, vectors * LANES);
         if (vectors == 1) product_panel<1, TRANSPOSED>(left, b, sum, begin, end, shape, update);
         if (vectors == 2) product_panel<2, TRANSPOSED>(left, b, sum, begin, end, shape, update);
-        if constexpr (TILE_VECTORS > 2) {
-            if (vectors == 3) product_panel<3, TRANSPOSED>(left, b, sum, begin, end, shape, update);
-            if (vectors == 4) product_panel<4, TRANSPOSED>(left, b, sum, begin, end, shape, update);
-        }
         j += vectors * LANES;
     }
 }
@@ -215,15 +211,18 @@ constexpr IntLanes counted(std::integer_sequence<int, I...>) {
 // Keeps the first `count` numbers of x; others become zero.
 inline Lanes first_lanes(int count, Lanes x) { return counted(LaneNumbers{}) < count ? x : Lanes{}; }
 
-inline float total(Lanes x) {
-    float sums[LANES];
-    store(sums, x);
-    for (int half = LANES / 2; half; half /= 2)
-        for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
-    return sums[0];
+// Adds to each number the one HALF places further, then halves again: the first one becomes the sum of all.
+template <int HALF, int... I>
+inline Lanes folded(Lanes x, std::integer_sequence<int, I...> numbers) {
+    x += HOPESCALE_SHUFFLE(x, x, ((I + HALF) % LANES)...);
+    if constexpr (HALF > 1) return folded<HALF / 2>(x, numbers);
+    return x;
 }
 
-inline float dot(const float* x, const float* y, int count) {
+inline float total(Lanes x) { return folded<LANES / 2>(x, LaneNumbers{})[0]; }
+
+// A call of its own: where it is inlined, compilers round the sums around it in ways of their own.
+__attribute__((noinline)) inline float dot(const float* x, const float* y, int count) {
     Lanes sum{};
     for (int i = 0; i < count; i += LANES) sum += load(x + i) * load(y + i);
     return total(sum);

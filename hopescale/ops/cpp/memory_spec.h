@@ -33,23 +33,38 @@ struct MemorySpec {
     }
 };
 
+// Where weights lie: the matrices that read keys side by side, and the second layers of vector and of gate memories.
+struct Parts {
+    float *first, *vectors, *gates;
+
+    // All in one row of numbers, `MemorySpec::state_size` of them.
+    static Parts of(const MemorySpec& spec, float* row) {
+        if (!row) return {};
+        float* vectors = row + int64_t(spec.dim) * spec.width();
+        return {row, vectors, vectors + int64_t(spec.hidden) * spec.dim * spec.vectors};
+    }
+};
+
 // Weights, or momenta, or gradients of either, of all memories. Without data (no momentum) its matrices have none.
 struct State {
     const MemorySpec& spec;
-    float* data;
+    Parts at;
 
-    Matrix first() const { return data ? Matrix{data, spec.dim, spec.width(), spec.width()} : Matrix{}; }
+    State(const MemorySpec& spec, Parts at) : spec(spec), at(at) {}
+    State(const MemorySpec& spec, float* row) : spec(spec), at(Parts::of(spec, row)) {}
+
+    Matrix first() const { return at.first ? Matrix{at.first, spec.dim, spec.width(), spec.width()} : Matrix{}; }
     // The matrix that reads keys of one memory; of linear gate memories, which lie side by side, all of them.
     Matrix first(int memory) const {
         if (spec.is_mlp() || memory < spec.vectors) return first().columns(memory * spec.rows(), spec.rows());
         return first().columns(spec.vectors * spec.dim, spec.width() - spec.vectors * spec.dim);
     }
     Matrix second(int memory) const {
-        if (!data) return {};
-        const int vectors = spec.vectors;
-        const int before = memory < vectors ? memory * spec.dim : vectors * spec.dim + (memory - vectors) * BLOCK;
-        return {data + int64_t(spec.dim) * spec.width() + int64_t(spec.hidden) * before, spec.hidden,
-                spec.outputs(memory), spec.outputs(memory)};
+        if (!at.first) return {};
+        const int outputs = spec.outputs(memory), gate = memory - spec.vectors;
+        float* begin = gate < 0 ? at.vectors + int64_t(spec.hidden) * memory * spec.dim
+                                : at.gates + int64_t(spec.hidden) * gate * BLOCK;
+        return {begin, spec.hidden, outputs, outputs};
     }
 };
 

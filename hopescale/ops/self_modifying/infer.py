@@ -76,7 +76,9 @@ class States(NamedTuple):
 
 
 def _like(weights: Weights, batch: int) -> Weights:
-    return Weights(*(None if x is None else x.new_empty(batch, *x.shape[1:]) for x in weights))
+    if len(weights.w_in) == batch:
+        return Weights(*[None if x is None else torch.empty_like(x) for x in weights])
+    return Weights(*[None if x is None else x.new_empty(batch, *x.shape[1:]) for x in weights])
 
 
 def _known_boundary(bank: MemoryState, size: int, position: int, tokens: int) -> Weights | None:
