@@ -16,6 +16,7 @@ from hopescale.cli.options import read_count
 from hopescale.cli.progress import progress_bar
 from hopescale.cli.ranks import own_rank_info, run_on_ranks
 from hopescale.common.errors import CheckpointError, ConfigError, HopescaleError
+from hopescale.config.check_model import linear_attention
 from hopescale.config.check_parallel import tensor_parallel_ranks_share_evenly
 from hopescale.config.layout import Layout
 from hopescale.config.load import from_dict
@@ -108,7 +109,11 @@ def _goes_on(out: Path) -> bool:
 
 
 def _load_parts(checkpoint: Path, mesh: Mesh, device: torch.device) -> LoadedModel:
-    """Load this rank's part of a model. What fails is known to all ranks."""
+    """Load this rank's part of a model, the same checkpoint on all ranks. What fails is known to all of them."""
+    if not is_export(checkpoint):
+        from hopescale.checkpoint.manager import find_checkpoint
+
+        checkpoint = mesh.control.broadcast_from_rank0(partial(find_checkpoint, checkpoint))
     if mesh.tp_group.size() > 1:
         mesh.control.all_ranks_or_raise(partial(_require_split, checkpoint, mesh.tp_group.size()))
     parts = partial(load, checkpoint, device, mesh=mesh)
@@ -121,17 +126,16 @@ def _load_parts(checkpoint: Path, mesh: Mesh, device: torch.device) -> LoadedMod
         raise
 
 
-def _require_split(checkpoint: Path, num_ranks: int) -> None:
-    """Refuse a number of ranks over which a model does not split evenly."""
-    from hopescale.checkpoint.manager import find_checkpoint
-
-    folder, file = (checkpoint, EXPORT) if is_export(checkpoint) else (find_checkpoint(checkpoint), MANIFEST)
+def _require_split(folder: Path, num_ranks: int) -> None:
+    """Refuse a number of ranks over which the model of a checkpoint, or of an export, does not split evenly."""
+    file = EXPORT if is_export(folder) else MANIFEST
     if not (folder / file).exists():
         return
     config = replace(from_dict(read_manifest(folder, file).config, str(folder)), parallel=ParallelConfig(tp=num_ranks))
-    if problems := list(tensor_parallel_ranks_share_evenly(config, {})):
+    uneven = [*tensor_parallel_ranks_share_evenly(config, {}), *linear_attention(config, {})]
+    if problems := [problem for problem in uneven if "parallel.tp" in problem.message]:
         what = "; ".join(f"{problem.key} {problem.message}" for problem in problems)
-        message = f"the model of {checkpoint} cannot be split over {num_ranks} processes: {what}"
+        message = f"the model of {folder} cannot be split over {num_ranks} processes: {what}"
         raise ConfigError(message, "start a number of processes that divides all of these")
 
 

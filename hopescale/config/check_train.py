@@ -9,6 +9,7 @@ from hopescale.config.check_base import Check, Origins, leaves_rest, set_keys
 from hopescale.config.execution import memory_backend, reverse_saves
 from hopescale.config.model_shape import has_chunk_loop, head_dim, projection_chunk_size, self_modifying_mixers
 from hopescale.config.schema import RunConfig
+from hopescale.config.schema.titans import TitansConfig
 
 
 def batch_is_whole_micro_batches(config: RunConfig, origins: Origins) -> Iterator[Problem]:
@@ -78,9 +79,14 @@ def chunks_can_be_compiled_or_reversed(config: RunConfig, origins: Origins) -> I
             yield Problem("train.compile", f"true {why}", hint="leave it false")
         if reverse:
             yield Problem(key, f"reverse {why}", hint="set it to none, memory or block")
-    if train.compile and loops and (model.within_documents or any(mixer.reset_every for mixer in loops.values())):
-        key = "model.within_documents" if model.within_documents else "reset_every"
-        message = f"true does not go with {key}: chunks of every size and number would each be compiled"
+    prefixed = [mixer for mixer in loops.values() if isinstance(mixer, TitansConfig) and mixer.composition != "mac"]
+    uneven = {
+        "model.within_documents": model.within_documents,
+        "reset_every": any(mixer.reset_every for mixer in loops.values()),
+        f"parallel.cp = {config.parallel.cp} and MAG or MAL": config.parallel.cp > 1 and prefixed,
+    }
+    if train.compile and (uneven_by := [name for name, is_so in uneven.items() if is_so]):
+        message = f"true does not go with {uneven_by[0]}: chunks of every size and number would each be compiled"
         yield Problem("train.compile", message, hint="leave it false")
     for name, mixer in loops.items() if reverse else ():
         chunk = projection_chunk_size(mixer)

@@ -55,7 +55,8 @@ def carried_bytes(config: RunConfig, mixer: MixerConfig, position: int, tp: int 
         seen = position + mixer.persistent_tokens * (mixer.composition == "mal")
         total += carried_bytes(config, titans_attention(mixer), seen)
     # Chunks that count persistent tokens do not end where ranks' pieces do.
-    return total + (_unfinished(config, mixer, tp) if model.within_documents or prefixed else 0)
+    unfinished = model.within_documents or (prefixed and config.parallel.cp > 1)
+    return total + (_unfinished(config, mixer, tp) if unfinished else 0)
 
 
 def _unfinished(config: RunConfig, mixer: SelfModifyingConfig, tp: int) -> int:
@@ -105,7 +106,8 @@ def kept_between_pieces(config: RunConfig, layout: Layout, blocks: list[int]) ->
         if (state := _packed_state(config, layout, mixer)) is None:
             total += several * sum(carried_bytes(config, mixer, place * size, layout.tp) for place in places)
         else:
-            total += several * len(places) * (state + _beside_packed(config, mixer))
+            beside = sum(_beside_packed(config, mixer, place * size, layout.tp) for place in places)
+            total += several * (len(places) * state + beside)
             packed.append(state)
     if train.segments == 2:  # the piece that is run again begins with the learned weights, packed for all sequences
         total -= (1 - 1 / train.micro_batch_size) * sum(packed)
@@ -121,16 +123,19 @@ def made_again(config: RunConfig, layout: Layout, blocks: list[int]) -> float:
     for mixer in (mixer_of_block(config.model, number) for number in blocks):
         if (state := _packed_state(config, layout, mixer)) is not None:
             packed.append(state)
-            beside += _beside_packed(config, mixer)
+            beside += _beside_packed(config, mixer, config.train.seq_len, layout.tp)
             programs = max(programs, forward_workspace(config.model, mixer, micro))
     return (1.5 * (sum(packed) + beside) + max(packed, default=0) / 2) / layout.tp + programs
 
 
-def _beside_packed(config: RunConfig, mixer: MixerConfig) -> int:
-    """Return the bytes of what is handed on beside packed memories: the convolution's tail, and a far memory."""
+def _beside_packed(config: RunConfig, mixer: MixerConfig, position: int, tp: int) -> int:
+    """Return the bytes of what is handed on beside packed memories, as `carried_bytes` does.
+
+    It is the convolution's tail, a far memory, keys and values, and tokens of a chunk that is not at its end.
+    """
     entries = _memories(config.model, memory_parts(mixer)[0])
     memories = FP32 * config.train.micro_batch_size * config.model.num_heads * entries
-    return carried_bytes(config, mixer, 0) - memories
+    return carried_bytes(config, mixer, position, tp) - memories
 
 
 def _packed_state(config: RunConfig, layout: Layout, mixer: MixerConfig) -> int | None:

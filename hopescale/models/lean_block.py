@@ -48,7 +48,9 @@ class LeanBlock:
             self.addresses, self.operation = addresses, _operation(block.mixer, weights)
         if self.operation is None:
             return None
-        position, (*memories, _, tail) = state
+        position, (*memories, _, tail, ahead) = state
+        if ahead is not None:
+            return None
         y, memories, tail = self.operation.run(x, Memories(*memories), tail, position)
         return y, LayerState(position + 1, MixerState(*memories, None, tail))
 

@@ -12,10 +12,10 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from hopescale.config.layout import Layout
+from hopescale.data.load_tokenizer import load_tokenizer
 from hopescale.data.loader import Batch, Share
 from hopescale.data.prepare import prepare
 from hopescale.data.records import Document
-from hopescale.data.tokenizer import Tokenizer
 from hopescale.data.train_tokenizer import train_tokenizer
 from hopescale.engine.segments import Segments
 from hopescale.models import Model
@@ -75,7 +75,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     folder = tmp_path_factory.mktemp("texts")
     documents = [Document("\n".join(["level"] * (1 + n * 7 % 31)), f"made:{n}") for n in range(80)]
     train_tokenizer(documents, folder / "tokenizer", vocab_size=270)
-    prepare(documents, Tokenizer.load(folder / "tokenizer"), folder / "data", validation=0.2)
+    prepare(documents, load_tokenizer(folder / "tokenizer"), folder / "data", validation=0.2)
     source = ("data.sources.markov=null", f"data.sources.main={{path: {folder / 'data'}}}", "data.max_epochs=100")
     return (*source, "model.vocab_size=270", "model.within_documents=true")
 

@@ -42,7 +42,7 @@ LAYOUTS = {
         "parallel.dp=2",
         "parallel.tp=2",
         "parallel.sequence_parallel=true",
-        "model.cms.levels.slow.wire=int8",
+        "model.cms.levels.slow.wire=bf16",
     ),
     "pp 2": ("model.num_layers=2", "parallel.pp=2"),
 }

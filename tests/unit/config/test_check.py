@@ -32,6 +32,7 @@ DEPTH = "model.cms.placement=depth"
 # overrides that break one rule -> the key that is named, part of its message
 BROKEN = [
     (["train.compile=true", "model.within_documents=true"], "train.compile", "not go with model.within_documents"),
+    (["train.compile=true", "parallel.cp=2", TITANS, f"{MIXER}.composition=mag"], "train.compile", "and MAG or MAL"),
     (["train.compile=true", f"{MIXER}.reset_every=64"], "train.compile", "does not go with reset_every"),
     (["train.steps=0", f"{LEVEL}=null"], "train.steps", "must be at least 1, is 0"),
     (["model.mixers.hope.eta_max=2.5"], f"{MIXER}.eta_max", "in (0, 2]"),

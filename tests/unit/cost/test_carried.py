@@ -7,6 +7,7 @@ import pytest
 from hopescale.config.layout import Layout
 from hopescale.config.load import load_recipe
 from hopescale.cost.carried import carried_bytes, kept_between_pieces, made_again
+from hopescale.cost.parameter import FP32
 from hopescale.models.block import MIXERS as MODULES
 from hopescale.models.handover import BOUNDARY, state_after
 from hopescale.parallel.mesh import Mesh
@@ -26,13 +27,21 @@ NAMES = ("hope", "linear", "narrow memories", "no momentum", "two banks", "far m
 @pytest.mark.parametrize("position", [32, 96])
 @pytest.mark.parametrize("overrides", [*(MIXERS[name] for name in NAMES), MIXERS["sliding window"], *OTHERS.values()])
 def test_the_bytes_of_a_state(overrides: list[str], position: int, within: bool):
-    settings = ["train.micro_batch_size=3", f"model.within_documents={str(within).lower()}"]
+    settings = ["parallel.cp=2", "train.micro_batch_size=3", f"model.within_documents={str(within).lower()}"]
     config = load_recipe("debug", [*overrides, *settings]).config
     (mixer,) = config.model.mixers.values()
     module = MODULES[mixer.kind](config.model, mixer, out_std=1.0, mesh=Mesh.alone())
     state = state_after(module, config.train.micro_batch_size, position, within_documents=within)
     found = sum(tensor.nbytes for name, tensor in state.named().items() if BOUNDARY not in name)
     assert carried_bytes(config, mixer, position) == found
+
+
+def test_keys_and_values_are_kept_beside_what_kernels_pack():
+    overrides = ["train.segments=4", "train.micro_batch_size=1", "train.device=cuda", *OTHERS["mag"]]
+    wide, narrow = (load_recipe("debug", [*overrides, f"{HOPE}.window={seen}"]).config for seen in ("null", 1))
+    more = kept_between_pieces(wide, Layout(), [0]) - kept_between_pieces(narrow, Layout(), [0])
+    places = (place * wide.train.seq_len // 4 for place in (1, 2, 3))
+    assert more == 1.5 * sum(2 * FP32 * wide.model.d_model * (place - 1) for place in places)
 
 
 def test_kernels_hand_on_a_far_memory_and_the_last_inputs_beside_what_they_pack():
