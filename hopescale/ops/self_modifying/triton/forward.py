@@ -7,7 +7,7 @@ import triton.language as tl
 
 from hopescale.ops.self_modifying.triton import scratch as at
 from hopescale.ops.self_modifying.triton.matrices import tile
-from hopescale.ops.self_modifying.triton.memories import gates_at, retrieve
+from hopescale.ops.self_modifying.triton.memories import retrieve, tokens_at
 from hopescale.ops.self_modifying.triton.pieces import (
     choose,
     copy_slot,
@@ -66,18 +66,18 @@ def pass_chunk(
             before = choose(p == 0, boundary, after)
         first, size = place_piece(n, p, length, chunk_size, CONFIG)
         exists, first = rows < size, token + first
-        here = streams[0] + first * CONFIG.dim, streams[1] + first * CONFIG.dim, streams[2] + first * CONFIG.dim
-        gates = logits[0] + first, logits[1] + first, logits[2] + first
-        inputs = open_piece(gates, here, exists, size, boundary[0], scratch, False, CONFIG)
-        y, report = out[0] + first * CONFIG.dim, out[1] + 3 * first
+        open_piece(logits, streams, first, exists, size, boundary[0], scratch, CONFIG)
         if READ:
+            report = out[1] + 3 * first
             tl.store(report + 3 * rows, tl.load(at.row(scratch, at.RATE, CONFIG)), mask=exists)
             tl.store(report + 3 * rows + 1, tl.load(at.row(scratch, at.ALPHA, CONFIG)), mask=exists)
             if CONFIG.spec.read == "boundary":
                 VECTORS: tl.constexpr = CONFIG.vectors
-                found = retrieve(inputs[2], exists, boundary[0], 0, scratch, VECTORS, CONFIG)
+                _, _, q = tokens_at(streams, first, scratch, CONFIG)
+                found = retrieve(q, exists, boundary[0], 0, scratch, VECTORS, CONFIG)
+                y = out[0] + first * CONFIG.dim
                 tl.store(tile(y, CONFIG.rows, CONFIG.dim), found, mask=exists[:, None])
-        pass_memories(inputs, exists, (boundary, before, after), (y, report + 2), scratch, READ, CONFIG)
+        pass_memories(streams, first, exists, (boundary, before, after), out, scratch, READ, CONFIG)
         tl.debug_barrier()
 
 
@@ -126,7 +126,7 @@ def self_modify_kernel(
     chunks, token = tl.cdiv(length, chunk_size), (row * heads + head) * tokens + place - row * tokens
     ends_row = place + length == (row + 1) * tokens
     keeps = head * slots + place // (CONFIG.keeps * chunk_size) - 1
-    logits = gates_at(eta, alpha, mu, 0, CONFIG)
+    logits = eta, alpha, mu
     start, _ = carried_at(carried, carried_momenta, local, 0, CONFIG)
     copy_slot(source, start, numbers, CONFIG)
     for number in tl.range(0, chunks, disable_licm=True):
