@@ -203,7 +203,7 @@ def self_modify_back_kernel(
                 before = choose(p == 0, boundary, packed(replayed_states, replayed_momenta, replays + p - 1, CONFIG))
             first, size = place_piece(n, p, length, chunk_size, CONFIG)
             exists, first = rows < size, token + first
-            open_piece(logits, streams, first, exists, size, boundary[0], here, CONFIG)
+            open_piece(logits, streams, first, exists, size, boundary[0], here, True, CONFIG)
             if CONFIG.cut and turn < passes - pieces:
                 after = packed(replayed_states, replayed_momenta, replays + p, CONFIG)
                 moved = boundary, before, after

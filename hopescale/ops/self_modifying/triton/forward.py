@@ -38,7 +38,7 @@ def carried_at(carried, carried_momenta, program, n, CONFIG: tl.constexpr):
 def keep_slot(n, here, kept, kept_momenta, first, numbers, CONFIG: tl.constexpr):
     """Keep packed weights and momentum at the start of chunk `n`, where a group of chunks begins, but not the first."""
     if (n > 0) & (n % CONFIG.keeps == 0):
-        copy_slot(here, packed(kept, kept_momenta, first + n // CONFIG.keeps, CONFIG), numbers, CONFIG)
+        copy_slot(here, packed(kept, kept_momenta, first.to(tl.int64) + n // CONFIG.keeps, CONFIG), numbers, CONFIG)
 
 
 @triton.jit
@@ -66,7 +66,7 @@ def pass_chunk(
             before = choose(p == 0, boundary, after)
         first, size = place_piece(n, p, length, chunk_size, CONFIG)
         exists, first = rows < size, token + first
-        open_piece(logits, streams, first, exists, size, boundary[0], scratch, CONFIG)
+        open_piece(logits, streams, first, exists, size, boundary[0], scratch, False, CONFIG)
         if READ:
             report = out[1] + 3 * first
             tl.store(report + 3 * rows, tl.load(at.row(scratch, at.RATE, CONFIG)), mask=exists)
@@ -125,7 +125,8 @@ def self_modify_kernel(
     source, after_row = packed(given, given_momenta, row * row_step + head, CONFIG), row * heads + head
     chunks, token = tl.cdiv(length, chunk_size), (row * heads + head) * tokens + place - row * tokens
     ends_row = place + length == (row + 1) * tokens
-    keeps = head * slots + place // (CONFIG.keeps * chunk_size) - 1
+    keeps = (head * slots + place // (CONFIG.keeps * chunk_size) - 1).to(tl.int32)
+    after_row = after_row.to(tl.int32)
     logits = eta, alpha, mu
     start, _ = carried_at(carried, carried_momenta, local, 0, CONFIG)
     copy_slot(source, start, numbers, CONFIG)
@@ -135,11 +136,11 @@ def self_modify_kernel(
         if KEEP:
             keep_slot(n, here, kept, kept_momenta, keeps, numbers, CONFIG)
         if (n == chunks - 1) & ends_row:
-            copy_weights(here[0], boundaries + after_row * CONFIG.size, numbers)
+            copy_weights(here[0], boundaries + after_row.to(tl.int64) * CONFIG.size, numbers)
             tl.debug_barrier()
         there = place_of_scratch(scratch, n)
         out, moved = (y, stats), (here, after)
         pass_chunk(n, (k, v, q), logits, out, moved, token, length, chunk_size, there, True, CONFIG)
     if ends_row:
         end, _ = carried_at(carried, carried_momenta, local, chunks, CONFIG)
-        copy_slot(end, packed(last, last_momenta, after_row, CONFIG), numbers, CONFIG)
+        copy_slot(end, packed(last, last_momenta, after_row.to(tl.int64), CONFIG), numbers, CONFIG)

@@ -16,8 +16,17 @@ from hopescale.ops.self_modifying.triton.tables import keep_inverse
 
 
 @triton.jit
+def open_keys(keys, exists, scratch, LAYER: tl.constexpr, CONFIG: tl.constexpr):
+    """Keep what follows from keys alone, as `scratch` says, but for products of keys, which the way back needs."""
+    if CONFIG.spec.erase:
+        similar = pairs(keys, keys, exists, LAYER.inputs, CONFIG)
+        put(at.table(scratch, LAYER.similar + 2, CONFIG), tl.load(at.table(scratch, at.WRITE, CONFIG)) * similar)
+        keep_erases_left(similar, scratch, LAYER, CONFIG)
+
+
+@triton.jit
 def keep_pairs(keys, exists, scratch, LAYER: tl.constexpr, CONFIG: tl.constexpr):
-    """Keep products of keys with one another, and what writes leave under each, as `scratch` says."""
+    """Keep products of keys with one another, and these times weights of writes; the rest is left to `open_pairs`."""
     if CONFIG.spec.erase:
         similar = pairs(keys, keys, exists, LAYER.inputs, CONFIG)
         put(at.table(scratch, LAYER.similar, CONFIG), similar)
@@ -25,12 +34,17 @@ def keep_pairs(keys, exists, scratch, LAYER: tl.constexpr, CONFIG: tl.constexpr)
 
 
 @triton.jit
-def open_keys(scratch, LAYER: tl.constexpr, CONFIG: tl.constexpr):
-    """Keep what erases leave, after `keep_pairs`."""
+def open_pairs(scratch, LAYER: tl.constexpr, CONFIG: tl.constexpr):
+    """Keep what `keep_pairs` left."""
     if CONFIG.spec.erase:
-        lower = tl.load(at.table(scratch, at.KEPT, CONFIG)) * tl.load(at.table(scratch, LAYER.similar, CONFIG))
-        lower *= tl.load(at.row(scratch, at.RATE, CONFIG))[None, :]
-        keep_inverse(lower, LAYER.similar + 1, scratch, CONFIG)
+        keep_erases_left(tl.load(at.table(scratch, LAYER.similar, CONFIG)), scratch, LAYER, CONFIG)
+
+
+@triton.jit
+def keep_erases_left(similar, scratch, LAYER: tl.constexpr, CONFIG: tl.constexpr):
+    """Keep what erases leave, from products of keys."""
+    lower = tl.load(at.table(scratch, at.KEPT, CONFIG)) * similar * tl.load(at.row(scratch, at.RATE, CONFIG))[None, :]
+    keep_inverse(lower, LAYER.similar + 1, scratch, CONFIG)
 
 
 @triton.jit

@@ -49,12 +49,12 @@ def read_back(
     d_found = load_rows(gradient, exists, N)
     if ERASES:
         d_found = -d_found
-    d_found = factor(d_found, CONFIG)
-    d_weights = multiply(d_found, tl.trans(tl.load(at.of_layer(layer, BEHIND, N, CONFIG))), CONFIG)
-    similar, weights = pairs(q, keys, exists, K, CONFIG), tl.load(at.table(scratch, TABLE, CONFIG))
-    add(at.table(scratch, GRADIENT, CONFIG), d_weights * similar)
-    d_similar, weights = factor(d_weights * weights, CONFIG), factor(weights * similar, CONFIG)
+    d_found, similar = factor(d_found, CONFIG), pairs(q, keys, exists, K, CONFIG)
+    weights = factor(tl.load(at.table(scratch, TABLE, CONFIG)) * similar, CONFIG)
     put(gradients_at(scratch, BEHIND, LAYER, CONFIG), multiply(tl.trans(weights), d_found, CONFIG))
+    d_weights = multiply(d_found, tl.trans(tl.load(at.of_layer(layer, BEHIND, N, CONFIG))), CONFIG)
+    add(at.table(scratch, GRADIENT, CONFIG), d_weights * similar)
+    d_similar = factor(d_weights * tl.load(at.table(scratch, TABLE, CONFIG)), CONFIG)
     add(at.whole(scratch, LAYER.d_keys, K, CONFIG), multiply(tl.trans(d_similar), load_rows(q, exists, K), CONFIG))
     add(tile(d_q, CONFIG.rows, K), multiply(d_similar, load_rows(keys, exists, K), CONFIG))
 
@@ -185,22 +185,22 @@ def carry_back(keys, exists, layer, before, back, scratch, LAYER: tl.constexpr, 
         for begin in range(0, K, BLOCK):
             k = begin + tl.arange(0, BLOCK)
             here = k[:, None] * LAYER.row + n[None, :]
-            d_state = tl.load(back[0] + here)
-            d_first += tl.sum(d_state * tl.load(before[0] + here))
             if CONFIG.momentum:
-                momentum = tl.load(before[1] + here)
-                d_pushed += tl.sum(d_state * momentum)
-                d_momentum = tl.load(back[1] + here)
+                momentum, d_momentum = tl.load(before[1] + here), tl.load(back[1] + here)
                 d_momentum_decay += tl.sum(d_momentum * momentum)
+                d_state = tl.load(back[0] + here)
+                d_pushed += tl.sum(d_state * momentum)
                 d_momentum = tl.load(last + 2) * d_momentum + tl.load(last + 1) * d_state
                 if CONFIG.spec.erase:
                     solved = at.column(scratch, at.PUSHED, CONFIG) * columns_of(layer, 2, begin_n, LAYER, CONFIG)
-                    d_momentum = outer(keys, exists, solved, k, K, CONFIG, d_momentum)
+                    d_momentum += outer(keys, exists, solved, k, K, CONFIG)
                 put(back[1] + here, d_momentum)
-            d_state = tl.load(last) * tl.load(back[0] + here)
+            d_state = tl.load(back[0] + here)
+            d_first += tl.sum(d_state * tl.load(before[0] + here))
+            d_state *= tl.load(last)
             if CONFIG.spec.erase:
                 solved = at.column(scratch, at.START, CONFIG) * columns_of(layer, 2, begin_n, LAYER, CONFIG)
-                d_state = outer(keys, exists, solved, k, K, CONFIG, d_state)
+                d_state += outer(keys, exists, solved, k, K, CONFIG)
             put(back[0] + here, d_state)
     add(d_last, d_first)
     if CONFIG.momentum:

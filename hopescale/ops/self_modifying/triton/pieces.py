@@ -6,7 +6,15 @@ import triton
 import triton.language as tl
 
 from hopescale.ops.self_modifying.triton import scratch as at
-from hopescale.ops.self_modifying.triton.layers import entered, hold, keep_pairs, move, open_keys, read_layer
+from hopescale.ops.self_modifying.triton.layers import (
+    entered,
+    hold,
+    keep_pairs,
+    move,
+    open_keys,
+    open_pairs,
+    read_layer,
+)
 from hopescale.ops.self_modifying.triton.matrices import factor, load_rows, put, sigmoid, tile
 from hopescale.ops.self_modifying.triton.memories import (
     gates_at,
@@ -85,7 +93,7 @@ def count_pieces(n, tokens, chunk_size, CONFIG: tl.constexpr):
 
 
 @triton.jit
-def open_piece(logits, streams, first, exists, size, boundary, scratch, CONFIG: tl.constexpr):
+def open_piece(logits, streams, first, exists, size, boundary, scratch, BACK: tl.constexpr, CONFIG: tl.constexpr):
     """Make keys, values, queries, gates and tables of a piece.
 
     Args:
@@ -94,6 +102,7 @@ def open_piece(logits, streams, first, exists, size, boundary, scratch, CONFIG: 
         first: Place of the piece's first token.
         size: Number of tokens.
         boundary: Pointer to packed weights at the chunk's start.
+        BACK: Whether what is made is for the way back.
     """
     FIRST: tl.constexpr = CONFIG.vectors.first
     for turn in tl.range(at.opaque(0, scratch), 1, disable_licm=True):
@@ -107,9 +116,13 @@ def open_piece(logits, streams, first, exists, size, boundary, scratch, CONFIG: 
     for turn in tl.range(at.opaque(2, scratch), 3, disable_licm=True):
         here = at.again(scratch, turn)
         keys, _, _ = tokens_at(streams, at.opaque(first, here), here, CONFIG)
-        keep_pairs(keys, exists, here, FIRST, CONFIG)
-    for turn in tl.range(at.opaque(3, scratch), 4, disable_licm=True):
-        open_keys(at.again(scratch, turn), FIRST, CONFIG)
+        if BACK:
+            keep_pairs(keys, exists, here, FIRST, CONFIG)
+        else:
+            open_keys(keys, exists, here, FIRST, CONFIG)
+    if BACK:
+        for turn in tl.range(at.opaque(3, scratch), 4, disable_licm=True):
+            open_pairs(at.again(scratch, turn), FIRST, CONFIG)
 
 
 @triton.jit
@@ -149,7 +162,7 @@ def pass_first(
 def pass_second(
     memory, streams, place, exists, slots, out, scratch, READ: tl.constexpr, KIND: tl.constexpr, CONFIG: tl.constexpr
 ):
-    """Do the part of `pass_memory` that is a memory's second layer, after `keep_pairs` and `open_keys`."""
+    """Do the part of `pass_memory` that is a memory's second layer, after `open_keys`."""
     place = at.opaque(place, scratch)
     start, before, after = slots
     SECOND: tl.constexpr = KIND.second
@@ -188,9 +201,7 @@ def pass_memory(
     if CONFIG.mlp:
         for turn in tl.range(at.opaque(5, scratch), 6, disable_licm=True):
             here = at.again(scratch, 8 * memory + turn)
-            keep_pairs(at.matrix(here, at.KEYS, CONFIG), exists, here, KIND.second, CONFIG)
-        for turn in tl.range(at.opaque(6, scratch), 7, disable_licm=True):
-            open_keys(at.again(scratch, 8 * memory + turn), KIND.second, CONFIG)
+            open_keys(at.matrix(here, at.KEYS, CONFIG), exists, here, KIND.second, CONFIG)
         for turn in tl.range(at.opaque(7, scratch), 8, disable_licm=True):
             here = at.again(scratch, 8 * memory + turn)
             pass_second(memory, streams, place, exists, slots, out, here, READ, KIND, CONFIG)

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from hopescale.ops.self_modifying.triton import scratch as at
-from hopescale.ops.self_modifying.triton.layers import hold, keep_pairs, open_keys, read_layer
+from hopescale.ops.self_modifying.triton.layers import hold, keep_pairs, open_pairs, read_layer
 from hopescale.ops.self_modifying.triton.layers_back import (
     carry_back,
     entered_back,
@@ -93,7 +93,7 @@ def write_again(memory, number, streams, place, exists, slots, scratch, KIND: tl
             here = at.again(scratch, 16 * memory + turn)
             keep_pairs(at.matrix(here, at.KEYS, CONFIG), exists, here, SECOND, CONFIG)
         for turn in tl.range(at.opaque(95, scratch), 96, disable_licm=True):
-            open_keys(at.again(scratch, 16 * memory + turn), SECOND, CONFIG)
+            open_pairs(at.again(scratch, 16 * memory + turn), SECOND, CONFIG)
         for turn in tl.range(at.opaque(83, scratch), 84, disable_licm=True):
             here = at.again(scratch, 16 * memory + turn)
             keys, above = at.matrix(here, at.KEYS, CONFIG), at.matrix(here, at.SECOND, CONFIG)
