@@ -40,9 +40,9 @@ KERNELS = {
     "backward": "backward.self_modify_back_kernel",
 }
 BUDGETS = {
-    ("forward", "linear", 64): Budget(11_500, 290, 100, 1.3),
-    ("forward", "normalised mlp", 64): Budget(43_500, 940, 440, 4.5),
-    ("backward", "linear", 64): Budget(38_500, 1_250, 1_180, 5.2),
+    ("forward", "linear", 64): Budget(12_000, 300, 0, 1.3),
+    ("forward", "normalised mlp", 64): Budget(44_600, 960, 0, 4.6),
+    ("backward", "linear", 64): Budget(42_800, 1_400, 160, 5.9),
     ("backward", "normalised mlp", 64): Budget(125_000, 3_500, 2_650, 15.3),
     ("forward", "linear", 128): Budget(18_400, 660, 410, 4.2),
     ("forward", "normalised mlp", 128): Budget(60_500, 1_700, 790, 12.3),

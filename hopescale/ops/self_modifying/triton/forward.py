@@ -35,6 +35,13 @@ def carried_at(carried, carried_momenta, program, n, CONFIG: tl.constexpr):
 
 
 @triton.jit
+def place_row(program, bounds, heads, tokens):
+    """Return the place of what a row of a head ends with, of the row and the head of a program."""
+    _, head, place, _ = place_document(program, bounds, heads, tokens)
+    return place // tokens * heads + head
+
+
+@triton.jit
 def keep_slot(n, here, kept, kept_momenta, first, numbers, CONFIG: tl.constexpr):
     """Keep packed weights and momentum at the start of chunk `n`, where a group of chunks begins, but not the first."""
     if (n > 0) & (n % CONFIG.keeps == 0):
@@ -122,11 +129,10 @@ def self_modify_kernel(
     scratch += local * scratch_size
     _, head, place, length = place_document(begin + local, bounds, heads, tokens)
     row = place // tokens
-    source, after_row = packed(given, given_momenta, row * row_step + head, CONFIG), row * heads + head
+    source = packed(given, given_momenta, row * row_step + head, CONFIG)
     chunks, token = tl.cdiv(length, chunk_size), (row * heads + head) * tokens + place - row * tokens
     ends_row = place + length == (row + 1) * tokens
     keeps = (head * slots + place // (CONFIG.keeps * chunk_size) - 1).to(tl.int32)
-    after_row = after_row.to(tl.int32)
     logits = eta, alpha, mu
     start, _ = carried_at(carried, carried_momenta, local, 0, CONFIG)
     copy_slot(source, start, numbers, CONFIG)
@@ -136,11 +142,13 @@ def self_modify_kernel(
         if KEEP:
             keep_slot(n, here, kept, kept_momenta, keeps, numbers, CONFIG)
         if (n == chunks - 1) & ends_row:
-            copy_weights(here[0], boundaries + after_row.to(tl.int64) * CONFIG.size, numbers)
+            last_slot = place_row(begin + local, bounds, heads, tokens)
+            copy_weights(here[0], boundaries + last_slot * CONFIG.size, numbers)
             tl.debug_barrier()
         there = place_of_scratch(scratch, n)
         out, moved = (y, stats), (here, after)
         pass_chunk(n, (k, v, q), logits, out, moved, token, length, chunk_size, there, True, CONFIG)
     if ends_row:
         end, _ = carried_at(carried, carried_momenta, local, chunks, CONFIG)
-        copy_slot(end, packed(last, last_momenta, after_row.to(tl.int64), CONFIG), numbers, CONFIG)
+        last_slot = place_row(begin + local, bounds, heads, tokens)
+        copy_slot(end, packed(last, last_momenta, last_slot, CONFIG), numbers, CONFIG)
