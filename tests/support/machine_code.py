@@ -121,7 +121,7 @@ def _trips(ttgir: str, code: list[Instruction], lines: Mapping[int, tuple[str, s
     places = {found[1]: (found[2], found[3], found[4]) for found in PLACE.finditer(ttgir)}
     opened: list[int | None | str] = []
     for text in ttgir.splitlines():
-        found = LOOP.search(text)
+        loop = LOOP.search(text)
         if text.lstrip().startswith("}") and opened:
             trips, where = opened.pop(), re.search(r"loc\((#loc\d*)\)", text)
             if trips != "" and where:
@@ -130,9 +130,14 @@ def _trips(ttgir: str, code: list[Instruction], lines: Mapping[int, tuple[str, s
                     file, line, callee = places[callee]
                 by_line[file, line] = trips
         if text.rstrip().endswith("{"):
-            opened.append(_turns(*found.groups()) if found else "")
+            opened.append(_turns(*loop.groups()) if loop else "")
     place = {line.address: n for n, line in enumerate(code)}
-    return [by_line[lines[code[last].address]] for _, last in sorted(_spans(code, place, back=True))]
+    found = []
+    for first, last in sorted(_spans(code, place, back=True)):
+        # The branch back is of the loop's line, or was joined with what comes before it.
+        there = next(n for n in range(last, first, -1) if lines[code[n].address] in by_line)
+        found.append(by_line[lines[code[there].address]])
+    return found
 
 
 def _turns(*bounds: str) -> int | None:

@@ -43,7 +43,7 @@ BUDGETS = {
     ("forward", "linear", 64): Budget(12_000, 300, 0, 1.3),
     ("forward", "normalised mlp", 64): Budget(44_600, 960, 0, 4.6),
     ("backward", "linear", 64): Budget(42_800, 1_400, 160, 5.9),
-    ("backward", "normalised mlp", 64): Budget(125_000, 3_500, 2_650, 15.3),
+    ("backward", "normalised mlp", 64): Budget(140_500, 3_870, 1_750, 17.2),
     ("forward", "linear", 128): Budget(18_400, 660, 410, 4.2),
     ("forward", "normalised mlp", 128): Budget(60_500, 1_700, 790, 12.3),
     ("backward", "linear", 128): Budget(57_500, 2_450, 1_700, 11.9),
