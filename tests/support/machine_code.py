@@ -134,9 +134,15 @@ def _trips(ttgir: str, code: list[Instruction], lines: Mapping[int, tuple[str, s
     place = {line.address: n for n, line in enumerate(code)}
     found = []
     for first, last in sorted(_spans(code, place, back=True)):
-        # The branch back is of the loop's line, or was joined with what comes before it.
-        there = next(n for n in range(last, first, -1) if lines[code[n].address] in by_line)
-        found.append(by_line[lines[code[there].address]])
+        # The branch back is of the loop's line, or was joined with what comes before it; a body begins a line below.
+        for n in (last, *range(first, last)):
+            file, line = lines[code[n].address]
+            above = file, str(int(line or 0) - 1)
+            if (file, line) in by_line or (n < last and above in by_line):
+                found.append(by_line[(file, line) if (file, line) in by_line else above])
+                break
+        else:
+            raise ValueError(f"no loop of the kernel is on the lines of that at {code[first].address:#x}")
     return found
 
 
