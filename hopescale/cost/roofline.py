@@ -51,10 +51,10 @@ INSTRUCTIONS: dict[tuple[str, str, int], Instructions] = {
     ("tf32x3", "mlp", 64): Instructions(174_066, 633_711),
     ("tf32x3", "linear", 128): Instructions(126_750, 500_621),
     ("tf32x3", "mlp", 128): Instructions(332_974, 1_274_002),
-    ("bf16", "linear", 64): Instructions(11_161, 45_656, warps=4),
-    ("bf16", "mlp", 64): Instructions(42_311, 153_013, warps=4),
-    ("bf16", "linear", 128): Instructions(17_814, 68_781),
-    ("bf16", "mlp", 128): Instructions(58_627, 226_115),
+    ("bf16", "linear", 64): Instructions(11_672, 50_383, warps=4),
+    ("bf16", "mlp", 64): Instructions(43_298, 170_078, warps=4),
+    ("bf16", "linear", 128): Instructions(18_348, 74_857),
+    ("bf16", "mlp", 128): Instructions(60_720, 227_685),
 }
 """By the products of five memories, their kind and width.
 

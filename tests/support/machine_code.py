@@ -1,7 +1,8 @@
 """Machine code of Triton kernels for a GPU that is not there: what they need, and what a walk over chunks executes.
 
-The compiler, the assembler and the disassembler come with the package triton. A kernel's loops are found in the code
-as branches back, in the order of the loops of Triton's own representation, which knows how often each runs.
+The compiler, the assembler and the disassemblers come with the package triton. A kernel's loops are found in the code
+as branches back. The line that each was made from says which loop of Triton's own representation it is, which knows
+how often it runs. A loop from a number that the compiler does not know up to a constant turns once (`scratch.again`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from typing import Any, NamedTuple
 INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;")
 BRANCH = re.compile(r"(@!?U?P\w+\s+)?BRA(?:\.\w+)*\s+(?:!?U?P\w+,\s*)?(?:`\(\S+\)|0x([0-9a-f]+))")
 LOOP = re.compile(r"scf\.for %\S+ = (\S+) to (\S+) step (\S+)")
+LINE = re.compile(r'## File "(?:[^"]*/)?([^"/]+)", line (\d+)')
+PLACE = re.compile(r'^(#loc\d*) = loc\((?:"(?:[^"]*/)?([^"/]+)":(\d+):|(?:callsite|"\w+")\((#loc\d*))', re.MULTILINE)
 CONSTANT = re.compile(r"%c(\d+)_i32\w*$")
 BYTES = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 """Bytes of a thread's load or store by its modifiers; without one of these it is 4."""
@@ -40,7 +43,7 @@ class MachineCode(NamedTuple):
         stack: Bytes of local memory of a thread, for what found no register.
         shared: Bytes of shared memory of a program.
         code: Instructions in order.
-        trips: Trips of each loop, in order; None where they are known only at run time.
+        trips: Trips of each loop of the code, in order; None where they are known only at run time.
     """
 
     registers: int
@@ -76,22 +79,22 @@ class MachineCode(NamedTuple):
         Args:
             trips: Trips of the loops whose number is known only at run time, in order.
             walk: Number of the loop that turns once, counted from 0.
-
-        Raises:
-            ValueError: If the code has other loops than Triton's representation.
         """
         known, place = iter(trips), {line.address: n for n, line in enumerate(self.code)}
         spans = sorted(_spans(self.code, place, back=True))
-        if len(spans) != len(self.trips):
-            raise ValueError(f"the machine code has {len(spans)} loops, and the kernel {len(self.trips)}")
-        weights, fixed = [1.0] * len(self.code), []
+        weights, fixed, others = [1.0] * len(self.code), [], []
         for (first, last), trip in zip(spans, self.trips, strict=True):
-            fixed += [] if trip is None else [(first, last, trip)]
+            (others if trip in (None, 1) else fixed).append((first, last, trip))
             trip = next(known) if trip is None else trip
             for n in range(first, last + 1):
                 weights[n] *= trip
         for first, last in _spans(self.code, place, back=False):
+            other = BRANCH.match(self.code[last].text)
+            if last - first <= LONGEST_PREDICATED and other and not other[1] and other[2]:
+                first, last = last + 1, place[int(other[2], 16)] - 1  # the `if` stands behind what is done without it
             inside = [trip for begin, end, trip in fixed if begin <= first and last <= end]
+            if any(first <= begin and end <= last and 2 * (end - begin) > last - first for begin, end, _ in others):
+                continue  # it leaves out a loop, whose trips are counted
             if inside and last - first > LONGEST_PREDICATED:
                 for n in range(first, last + 1):
                     weights[n] /= inside[-1]
@@ -112,14 +115,56 @@ def _spans(code: list[Instruction], place: Mapping[int, int], *, back: bool) -> 
             yield n + 1, target - 1
 
 
-def _trips(ttgir: str) -> list[int | None]:
-    trips = []
-    for line in ttgir.splitlines():
-        if found := LOOP.search(line):
-            numbers = [CONSTANT.match(part) for part in found.groups()]
-            first, last, step = (int(number[1]) if number else None for number in numbers)
-            trips.append(None if None in (first, last, step) else -(-(last - first) // step))
-    return trips
+def _trips(ttgir: str, code: list[Instruction], lines: Mapping[int, tuple[str, str]]) -> list[int | None]:
+    """Return the trips of each loop of the code, from those of Triton's representation on the same line."""
+    by_line: dict[tuple[str, str], int | None] = {}
+    places = {found[1]: (found[2], found[3], found[4]) for found in PLACE.finditer(ttgir)}
+    opened: list[int | None | str] = []
+    for text in ttgir.splitlines():
+        loop = LOOP.search(text)
+        if text.lstrip().startswith("}") and opened:
+            trips, where = opened.pop(), re.search(r"loc\((#loc\d*)\)", text)
+            if trips != "" and where:
+                file, line, callee = places[where[1]]
+                while callee:
+                    file, line, callee = places[callee]
+                by_line[file, line] = trips
+        if text.rstrip().endswith("{"):
+            opened.append(_turns(*loop.groups()) if loop else "")
+    place = {line.address: n for n, line in enumerate(code)}
+    found = []
+    for first, last in sorted(_spans(code, place, back=True)):
+        # The branch back is of the loop's line, or was joined with what comes before it; a body begins a line below.
+        for n in (last, *range(first, last)):
+            file, line = lines[code[n].address]
+            above = file, str(int(line or 0) - 1)
+            if (file, line) in by_line or (n < last and above in by_line):
+                found.append(by_line[(file, line) if (file, line) in by_line else above])
+                break
+        else:
+            raise ValueError(f"no loop of the kernel is on the lines of that at {code[first].address:#x}")
+    return found
+
+
+def _turns(*bounds: str) -> int | None:
+    """Return the trips of a loop by its bounds and step."""
+    numbers = [CONSTANT.match(part) for part in bounds]
+    first, last, step = (int(number[1]) if number else None for number in numbers)
+    if None not in (first, last, step):
+        return -(-(last - first) // step)
+    return 1 if first is None and None not in (last, step) else None
+
+
+def _lines(text: str) -> dict[int, tuple[str, str]]:
+    """Map addresses of instructions to the file and the line that each was made from."""
+    where, lines, begins = ("", ""), {}, True
+    for line in text.splitlines():
+        if found := LINE.search(line):
+            if begins:  # the innermost of functions that are one in another comes first
+                where, begins = (found[1], found[2]), False
+        elif found := INSTRUCTION.match(line):
+            lines[int(found[1], 16)], begins = where, True
+    return lines
 
 
 def compile_kernel(
@@ -154,6 +199,7 @@ def compile_kernel(
         source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps, "num_stages": 1}
     )
     tool = disassembler()
+    reader = tool.with_name("nvdisasm")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -161,8 +207,11 @@ def compile_kernel(
             subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
             for flag in ("--dump-resource-usage", "-sass")
         )
+        lined = subprocess.run([reader, "-g", "-c", file.name], capture_output=True, text=True, check=True).stdout
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
-    return MachineCode(registers, stack, compiled.metadata.shared, list(_read(sass)), _trips(compiled.asm["ttgir"]))
+    code = list(_read(sass))
+    trips = _trips(compiled.asm["ttgir"], code, _lines(lined))
+    return MachineCode(registers, stack, compiled.metadata.shared, code, trips)
 
 
 def disassembler() -> Path:

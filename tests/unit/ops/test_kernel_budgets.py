@@ -40,13 +40,13 @@ KERNELS = {
     "backward": "backward.self_modify_back_kernel",
 }
 BUDGETS = {
-    ("forward", "linear", 64): Budget(11_500, 290, 100, 1.3),
-    ("forward", "normalised mlp", 64): Budget(43_500, 940, 440, 4.5),
-    ("backward", "linear", 64): Budget(38_500, 1_250, 1_180, 5.2),
-    ("backward", "normalised mlp", 64): Budget(125_000, 3_500, 2_650, 15.3),
-    ("forward", "linear", 128): Budget(18_400, 660, 410, 4.2),
-    ("forward", "normalised mlp", 128): Budget(60_500, 1_700, 790, 12.3),
-    ("backward", "linear", 128): Budget(57_500, 2_450, 1_700, 11.9),
+    ("forward", "linear", 64): Budget(12_000, 300, 0, 1.3),
+    ("forward", "normalised mlp", 64): Budget(44_600, 960, 0, 4.6),
+    ("backward", "linear", 64): Budget(42_800, 1_400, 160, 5.9),
+    ("backward", "normalised mlp", 64): Budget(140_500, 3_870, 1_750, 17.2),
+    ("forward", "linear", 128): Budget(18_900, 660, 0, 4.2, 96),
+    ("forward", "normalised mlp", 128): Budget(62_500, 1_710, 100, 12.4, 96),
+    ("backward", "linear", 128): Budget(63_000, 2_530, 490, 13.6),
     ("backward", "normalised mlp", 128): Budget(188_000, 6_400, 3_150, 35.0),
 }
 ALWAYS = ("forward", "linear", 64)

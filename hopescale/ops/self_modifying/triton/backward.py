@@ -6,9 +6,10 @@ import triton
 import triton.language as tl
 
 from hopescale.ops.self_modifying.triton import scratch as at
+from hopescale.ops.self_modifying.triton.gates_back import momentum_gate_back, retention_back
 from hopescale.ops.self_modifying.triton.layers_back import read_states_back
 from hopescale.ops.self_modifying.triton.matrices import add, load_rows, put, tile
-from hopescale.ops.self_modifying.triton.memories import gates_at
+from hopescale.ops.self_modifying.triton.memories import tokens_at
 from hopescale.ops.self_modifying.triton.memories_back import make_back, make_gate_back, retrieve_back
 from hopescale.ops.self_modifying.triton.pieces import (
     choose,
@@ -25,12 +26,12 @@ from hopescale.ops.self_modifying.triton.pieces_back import (
     clear_piece,
     first_layers_back,
     pass_memory_back,
-    tables_back,
+    read_gradient,
 )
 
 
 @triton.jit
-def pass_memories_back(inputs, exists, slots, backs, d_y, scratch, CONFIG: tl.constexpr):
+def pass_memories_back(streams, place, exists, slots, backs, d_y, scratch, CONFIG: tl.constexpr):
     """Move gradients back over a piece, through all memories. Arguments as in `pass_memory_back`."""
     VECTORS: tl.constexpr = CONFIG.vectors
     GATES: tl.constexpr = CONFIG.moved_gates
@@ -39,51 +40,92 @@ def pass_memories_back(inputs, exists, slots, backs, d_y, scratch, CONFIG: tl.co
     if CONFIG.gate_memories:
         for number in tl.range(0, CONFIG.gate_moves, disable_licm=True):
             memory = at.opaque(number, scratch)
-            pass_memory_back(memory, WIDE + memory, inputs, exists, slots, backs, d_y, scratch, GATES, CONFIG)
+            pass_memory_back(memory, WIDE + memory, streams, place, exists, slots, backs, d_y, scratch, GATES, CONFIG)
     for number in tl.range(0, WIDE, disable_licm=True):
         memory = at.opaque(number, scratch)
-        pass_memory_back(memory, memory, inputs, exists, slots, backs, d_y, scratch, VECTORS, CONFIG)
-    first_layers_back(inputs, exists, slots[1], backs[1], scratch, CONFIG)
-    if CONFIG.spec.read != "boundary":
-        gradient = at.matrix(scratch, at.D_INNER, CONFIG) if CONFIG.mlp else d_y
-        read_states_back(inputs[2], exists, gradient, layers_at(backs[1], 0, FIRST), scratch, FIRST, CONFIG)
-    if CONFIG.spec.read == "boundary":
-        gradient = load_rows(d_y, exists, CONFIG.dim)
-        d_q = retrieve_back(inputs[2], exists, gradient, slots[0][0], backs[0], 0, scratch, VECTORS, CONFIG)
-        add(at.whole(scratch, at.D_Q, CONFIG.dim, CONFIG), d_q)
+        pass_memory_back(memory, memory, streams, place, exists, slots, backs, d_y, scratch, VECTORS, CONFIG)
+    first_layers_back(streams, place, exists, slots[1], backs[1], scratch, CONFIG)
+    for turn in tl.range(at.opaque(34, scratch), 35, disable_licm=True):
+        here = at.again(scratch, turn)
+        k, v, q = tokens_at(streams, at.opaque(place, here), here, CONFIG)
+        if CONFIG.spec.read != "boundary":
+            back = layers_at(backs[1], at.opaque(0, here), FIRST)
+            read_states_back(q, exists, read_gradient(d_y, place, here, CONFIG), back, here, FIRST, CONFIG)
+        else:
+            gradient = load_rows(d_y + at.opaque(place, here) * CONFIG.dim, exists, CONFIG.dim)
+            d_q = retrieve_back(q, exists, gradient, slots[0][0], backs[0], 0, here, VECTORS, CONFIG)
+            add(at.whole(here, at.D_Q, CONFIG.dim, CONFIG), d_q)
 
 
 @triton.jit
-def streams_back(streams, exists, size, boundary, d_start, d_streams, d_logits, scratch, CONFIG: tl.constexpr):
+def stream_back(
+    x, d_x, place, exists, boundary, d_start, scratch, MEMORY: tl.constexpr, GRADIENT: tl.constexpr,
+    CONFIG: tl.constexpr,
+):  # fmt: skip
+    """Store the gradient of a piece's inputs of values or queries, from that of what was made of them."""
+    begin = at.opaque(place, scratch) * CONFIG.dim
+    d_inputs = make_back(x + begin, exists, boundary, d_start, scratch, MEMORY, GRADIENT, CONFIG)
+    tl.store(tile(d_x + begin, CONFIG.rows, CONFIG.dim), d_inputs, mask=exists[:, None])
+
+
+@triton.jit
+def gates_back(k, place, exists, boundary, d_start, d_logits, scratch, CONFIG: tl.constexpr):
+    """Store the gradients of a piece's logits of the gates, and add to that of its inputs of keys, `k`."""
+    for turn in tl.range(at.opaque(43, scratch), 44, disable_licm=True):
+        here = at.again(scratch, turn)
+        begin = at.opaque(place, here)
+        rate = tl.load(at.row(here, at.RATE, CONFIG))
+        d_rate = tl.load(at.row(here, at.D_RATE, CONFIG)) * (1 - rate / CONFIG.spec.eta_max)
+        keys, pointer = k + begin * CONFIG.dim, d_logits[0] + begin
+        make_gate_back(d_rate, keys, exists, boundary, d_start, pointer, here, CONFIG.memory_eta, CONFIG)
+    for turn in tl.range(at.opaque(44, scratch), 45, disable_licm=True):
+        here = at.again(scratch, turn)
+        begin = at.opaque(place, here)
+        keys = k + begin * CONFIG.dim
+        if CONFIG.retention:
+            d_alpha = tl.load(at.row(here, at.D_ALPHA, CONFIG)) * (1 - tl.load(at.row(here, at.ALPHA, CONFIG)))
+            pointer = d_logits[1] + begin
+            make_gate_back(d_alpha, keys, exists, boundary, d_start, pointer, here, CONFIG.memory_alpha, CONFIG)
+        if CONFIG.momentum:
+            push_retention, d_mu = tl.load(at.row(here, at.MU, CONFIG)), tl.load(at.row(here, at.D_MU, CONFIG))
+            d_mu -= tl.load(at.row(here, at.D_FRESH, CONFIG)) * push_retention
+            d_mu *= 1 - push_retention
+            make_gate_back(d_mu, keys, exists, boundary, d_start, d_logits[2] + begin, here, -1, CONFIG)
+
+
+@triton.jit
+def streams_back(streams, place, exists, size, boundary, d_start, d_streams, d_logits, scratch, CONFIG: tl.constexpr):
     """Store the gradients of a piece's streams, from those of all that was made of them.
 
     Args:
+        streams: Pointers to inputs of keys, values and queries of all tokens.
+        place: Place of the piece's first token.
         boundary: Pointer to packed weights at the chunk's start.
         d_start: Pointer to their gradient.
-        d_streams: Pointers to the gradients of the first token's inputs of keys, values and queries.
-        d_logits: Pointers to those of its logits of the gates.
+        d_streams: Pointers to the gradients of the inputs.
+        d_logits: Pointers to those of logits of the gates.
     """
-    k = streams[0]
-    d_alpha, d_mu = tables_back(size, scratch, CONFIG)
-    d_k = make_back(k, exists, boundary, d_start, scratch, CONFIG.memory_k, at.D_K, CONFIG)
-    put(at.whole(scratch, at.D_K, CONFIG.dim, CONFIG), d_k)
-    rate = tl.load(at.row(scratch, at.RATE, CONFIG))
-    d_rate = tl.load(at.row(scratch, at.D_RATE, CONFIG)) * (1 - rate / CONFIG.spec.eta_max)
-    make_gate_back(d_rate, k, exists, boundary, d_start, d_logits[0], scratch, CONFIG.memory_eta, CONFIG)
-    if CONFIG.retention:
-        retention = tl.load(at.row(scratch, at.ALPHA, CONFIG))
-        d_alpha *= 1 - retention
-        make_gate_back(d_alpha, k, exists, boundary, d_start, d_logits[1], scratch, CONFIG.memory_alpha, CONFIG)
+    k, v, q = streams
+    D: tl.constexpr = CONFIG.dim
     if CONFIG.momentum:
-        push_retention = tl.load(at.row(scratch, at.MU, CONFIG))
-        d_mu = (d_mu - tl.load(at.row(scratch, at.D_FRESH, CONFIG)) * push_retention) * (1 - push_retention)
-        make_gate_back(d_mu, k, exists, boundary, d_start, d_logits[2], scratch, -1, CONFIG)
-    d_k = tl.load(at.whole(scratch, at.D_K, CONFIG.dim, CONFIG))
-    tl.store(tile(d_streams[0], CONFIG.rows, CONFIG.dim), d_k, mask=exists[:, None])
-    d_v = make_back(streams[1], exists, boundary, d_start, scratch, CONFIG.memory_v, at.D_V, CONFIG)
-    tl.store(tile(d_streams[1], CONFIG.rows, CONFIG.dim), d_v, mask=exists[:, None])
-    d_q = make_back(streams[2], exists, boundary, d_start, scratch, CONFIG.memory_q, at.D_Q, CONFIG)
-    tl.store(tile(d_streams[2], CONFIG.rows, CONFIG.dim), d_q, mask=exists[:, None])
+        for turn in tl.range(at.opaque(40, scratch), 41, disable_licm=True):
+            momentum_gate_back(size, at.again(scratch, turn), CONFIG)
+    for turn in tl.range(at.opaque(41, scratch), 42, disable_licm=True):
+        retention_back(size, at.again(scratch, turn), CONFIG)
+    for turn in tl.range(at.opaque(42, scratch), 43, disable_licm=True):
+        here = at.again(scratch, turn)
+        keys = k + at.opaque(place, here) * D
+        d_k = make_back(keys, exists, boundary, d_start, here, CONFIG.memory_k, at.D_K, CONFIG)
+        put(at.whole(here, at.D_K, D, CONFIG), d_k)
+    gates_back(k, place, exists, boundary, d_start, d_logits, scratch, CONFIG)
+    for turn in tl.range(at.opaque(45, scratch), 46, disable_licm=True):
+        here = at.again(scratch, turn)
+        d_k = tl.load(at.whole(here, at.D_K, D, CONFIG))
+        tl.store(tile(d_streams[0] + at.opaque(place, here) * D, CONFIG.rows, D), d_k, mask=exists[:, None])
+        stream_back(v, d_streams[1], place, exists, boundary, d_start, here, CONFIG.memory_v, at.D_V, CONFIG)
+    for turn in tl.range(at.opaque(46, scratch), 47, disable_licm=True):
+        here = at.again(scratch, turn)
+        stream_back(q, d_streams[2], place, exists, boundary, d_start, here, CONFIG.memory_q, at.D_Q, CONFIG)
 
 
 @triton.jit
@@ -145,6 +187,7 @@ def self_modify_back_kernel(
     rows, chunks = tl.arange(0, CONFIG.rows), tl.cdiv(length, chunk_size)
     backs = (d_boundary + program * CONFIG.size, packed(d_state, d_momentum, program, CONFIG))
     replays = program * (tl.cdiv(tl.minimum(chunk_size, tokens), CONFIG.rows) - 1)
+    streams, logits = (k, v, q), (eta, alpha, mu)
     for step in tl.range(0, chunks, disable_licm=True):
         n = at.opaque(chunks - 1 - step, scratch)
         here = place_of_scratch(scratch, n)
@@ -160,18 +203,16 @@ def self_modify_back_kernel(
                 before = choose(p == 0, boundary, packed(replayed_states, replayed_momenta, replays + p - 1, CONFIG))
             first, size = place_piece(n, p, length, chunk_size, CONFIG)
             exists, first = rows < size, token + first
-            streams = k + first * CONFIG.dim, v + first * CONFIG.dim, q + first * CONFIG.dim
-            logits = gates_at(eta, alpha, mu, first, CONFIG)
-            inputs = open_piece(logits, streams, exists, size, boundary[0], here, True, CONFIG)
+            open_piece(logits, streams, first, exists, size, boundary[0], here, True, CONFIG)
             if CONFIG.cut and turn < passes - pieces:
                 after = packed(replayed_states, replayed_momenta, replays + p, CONFIG)
-                pass_memories(inputs, exists, (boundary, before, after), (d_y, d_y), here, False, CONFIG)
+                moved = boundary, before, after
+                pass_memories(streams, first, exists, moved, (d_y, d_y), here, False, CONFIG)
             else:
-                clear_piece(here, CONFIG)
-                out = d_y + first * CONFIG.dim
-                pass_memories_back(inputs, exists, (boundary, before), backs, out, here, CONFIG)
-                d_streams = dk + first * CONFIG.dim, dv + first * CONFIG.dim, dq + first * CONFIG.dim
-                d_logits = gates_at(d_eta, d_alpha, d_mu, first, CONFIG)
-                streams_back(streams, exists, size, boundary[0], backs[0], d_streams, d_logits, here, CONFIG)
+                for part in tl.range(at.opaque(4, here), 5, disable_licm=True):
+                    clear_piece(at.again(here, part), CONFIG)
+                pass_memories_back(streams, first, exists, (boundary, before), backs, d_y, here, CONFIG)
+                d_streams, d_logits = (dk, dv, dq), (d_eta, d_alpha, d_mu)
+                streams_back(streams, first, exists, size, boundary[0], backs[0], d_streams, d_logits, here, CONFIG)
             tl.debug_barrier()
         enter_boundary(backs[1][0], backs[0], numbers)

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from hopescale.ops.self_modifying.triton import scratch as at
 from hopescale.ops.self_modifying.triton.matrices import tile
-from hopescale.ops.self_modifying.triton.memories import gates_at, retrieve
+from hopescale.ops.self_modifying.triton.memories import retrieve, tokens_at
 from hopescale.ops.self_modifying.triton.pieces import (
     choose,
     copy_slot,
@@ -35,10 +35,17 @@ def carried_at(carried, carried_momenta, program, n, CONFIG: tl.constexpr):
 
 
 @triton.jit
+def place_row(program, bounds, heads, tokens):
+    """Return the place of what a row of a head ends with, of the row and the head of a program."""
+    _, head, place, _ = place_document(program, bounds, heads, tokens)
+    return place // tokens * heads + head
+
+
+@triton.jit
 def keep_slot(n, here, kept, kept_momenta, first, numbers, CONFIG: tl.constexpr):
     """Keep packed weights and momentum at the start of chunk `n`, where a group of chunks begins, but not the first."""
     if (n > 0) & (n % CONFIG.keeps == 0):
-        copy_slot(here, packed(kept, kept_momenta, first + n // CONFIG.keeps, CONFIG), numbers, CONFIG)
+        copy_slot(here, packed(kept, kept_momenta, first.to(tl.int64) + n // CONFIG.keeps, CONFIG), numbers, CONFIG)
 
 
 @triton.jit
@@ -66,18 +73,18 @@ def pass_chunk(
             before = choose(p == 0, boundary, after)
         first, size = place_piece(n, p, length, chunk_size, CONFIG)
         exists, first = rows < size, token + first
-        here = streams[0] + first * CONFIG.dim, streams[1] + first * CONFIG.dim, streams[2] + first * CONFIG.dim
-        gates = logits[0] + first, logits[1] + first, logits[2] + first
-        inputs = open_piece(gates, here, exists, size, boundary[0], scratch, False, CONFIG)
-        y, report = out[0] + first * CONFIG.dim, out[1] + 3 * first
+        open_piece(logits, streams, first, exists, size, boundary[0], scratch, False, CONFIG)
         if READ:
+            report = out[1] + 3 * first
             tl.store(report + 3 * rows, tl.load(at.row(scratch, at.RATE, CONFIG)), mask=exists)
             tl.store(report + 3 * rows + 1, tl.load(at.row(scratch, at.ALPHA, CONFIG)), mask=exists)
             if CONFIG.spec.read == "boundary":
                 VECTORS: tl.constexpr = CONFIG.vectors
-                found = retrieve(inputs[2], exists, boundary[0], 0, scratch, VECTORS, CONFIG)
+                _, _, q = tokens_at(streams, first, scratch, CONFIG)
+                found = retrieve(q, exists, boundary[0], 0, scratch, VECTORS, CONFIG)
+                y = out[0] + first * CONFIG.dim
                 tl.store(tile(y, CONFIG.rows, CONFIG.dim), found, mask=exists[:, None])
-        pass_memories(inputs, exists, (boundary, before, after), (y, report + 2), scratch, READ, CONFIG)
+        pass_memories(streams, first, exists, (boundary, before, after), out, scratch, READ, CONFIG)
         tl.debug_barrier()
 
 
@@ -122,11 +129,11 @@ def self_modify_kernel(
     scratch += local * scratch_size
     _, head, place, length = place_document(begin + local, bounds, heads, tokens)
     row = place // tokens
-    source, after_row = packed(given, given_momenta, row * row_step + head, CONFIG), row * heads + head
+    source = packed(given, given_momenta, row * row_step + head, CONFIG)
     chunks, token = tl.cdiv(length, chunk_size), (row * heads + head) * tokens + place - row * tokens
     ends_row = place + length == (row + 1) * tokens
-    keeps = head * slots + place // (CONFIG.keeps * chunk_size) - 1
-    logits = gates_at(eta, alpha, mu, 0, CONFIG)
+    keeps = (head * slots + place // (CONFIG.keeps * chunk_size) - 1).to(tl.int32)
+    logits = eta, alpha, mu
     start, _ = carried_at(carried, carried_momenta, local, 0, CONFIG)
     copy_slot(source, start, numbers, CONFIG)
     for number in tl.range(0, chunks, disable_licm=True):
@@ -135,11 +142,13 @@ def self_modify_kernel(
         if KEEP:
             keep_slot(n, here, kept, kept_momenta, keeps, numbers, CONFIG)
         if (n == chunks - 1) & ends_row:
-            copy_weights(here[0], boundaries + after_row * CONFIG.size, numbers)
+            last_slot = place_row(begin + local, bounds, heads, tokens)
+            copy_weights(here[0], boundaries + last_slot * CONFIG.size, numbers)
             tl.debug_barrier()
         there = place_of_scratch(scratch, n)
         out, moved = (y, stats), (here, after)
         pass_chunk(n, (k, v, q), logits, out, moved, token, length, chunk_size, there, True, CONFIG)
     if ends_row:
         end, _ = carried_at(carried, carried_momenta, local, chunks, CONFIG)
-        copy_slot(end, packed(last, last_momenta, after_row, CONFIG), numbers, CONFIG)
+        last_slot = place_row(begin + local, bounds, heads, tokens)
+        copy_slot(end, packed(last, last_momenta, last_slot, CONFIG), numbers, CONFIG)

@@ -17,11 +17,13 @@ from hopescale.ops.self_modifying.triton.matrices import (
     add_outer,
     ask,
     ask_back,
+    factor,
     load_rows,
     multiply,
     outer,
     pairs,
     put,
+    tile,
 )
 
 
@@ -32,33 +34,44 @@ def gradients_at(scratch, BEHIND: tl.constexpr, LAYER: tl.constexpr, CONFIG: tl.
 
 
 @triton.jit
-def read_back(q, keys, exists, layer, gradient, before, scratch, LAYER: tl.constexpr, CONFIG: tl.constexpr):
-    """Move the gradient of what `read_layer` read to keys, and keep that of writes; return that of queries `[C, K]`."""
+def read_back(
+    q, keys, exists, layer, gradient, d_q, scratch, ERASES: tl.constexpr, LAYER: tl.constexpr, CONFIG: tl.constexpr
+):
+    """Move the gradient of what `read_layer` read to keys, and to queries at `d_q`, and keep that of writes.
+
+    Done is what is read of writes, or of erases. What is read of the first state and momentum is `read_starts_back`.
+    """
     K: tl.constexpr = LAYER.inputs
     N: tl.constexpr = LAYER.outputs
+    BEHIND: tl.constexpr = 1 if ERASES else 0
+    TABLE: tl.constexpr = (at.KEPT if ERASES else at.WRITE) + CONFIG.reading
+    GRADIENT: tl.constexpr = (at.D_KEPT if ERASES else at.D_WRITE) + CONFIG.reading
     d_found = load_rows(gradient, exists, N)
-    similar = pairs(q, keys, exists, K, CONFIG)
-    weights = tl.load(at.table(scratch, at.WRITE + CONFIG.reading, CONFIG))
-    put(gradients_at(scratch, 0, LAYER, CONFIG), multiply(tl.trans(weights * similar), d_found, CONFIG))
-    d_weights = multiply(d_found, tl.trans(tl.load(at.of_layer(layer, 0, N, CONFIG))), CONFIG)
-    add(at.table(scratch, at.D_WRITE + CONFIG.reading, CONFIG), d_weights * similar)
-    d_similar = d_weights * weights
-    if CONFIG.spec.erase:
-        weights = tl.load(at.table(scratch, at.KEPT + CONFIG.reading, CONFIG))
-        put(gradients_at(scratch, 1, LAYER, CONFIG), -multiply(tl.trans(weights * similar), d_found, CONFIG))
-        d_weights = -multiply(d_found, tl.trans(tl.load(at.of_layer(layer, 1, N, CONFIG))), CONFIG)
-        add(at.table(scratch, at.D_KEPT + CONFIG.reading, CONFIG), d_weights * similar)
-        d_similar += d_weights * weights
+    if ERASES:
+        d_found = -d_found
+    d_found, similar = factor(d_found, CONFIG), pairs(q, keys, exists, K, CONFIG)
+    weights = factor(tl.load(at.table(scratch, TABLE, CONFIG)) * similar, CONFIG)
+    put(gradients_at(scratch, BEHIND, LAYER, CONFIG), multiply(tl.trans(weights), d_found, CONFIG))
+    d_weights = multiply(d_found, tl.trans(tl.load(at.of_layer(layer, BEHIND, N, CONFIG))), CONFIG)
+    add(at.table(scratch, GRADIENT, CONFIG), d_weights * similar)
+    d_similar = factor(d_weights * tl.load(at.table(scratch, TABLE, CONFIG)), CONFIG)
+    add(at.whole(scratch, LAYER.d_keys, K, CONFIG), multiply(tl.trans(d_similar), load_rows(q, exists, K), CONFIG))
+    add(tile(d_q, CONFIG.rows, K), multiply(d_similar, load_rows(keys, exists, K), CONFIG))
+
+
+@triton.jit
+def read_starts_back(q, exists, gradient, before, d_q, scratch, LAYER: tl.constexpr, CONFIG: tl.constexpr):
+    """Add to the gradients of queries, at `d_q`, and of tables what `read_layer` read of first state and momentum."""
+    K: tl.constexpr = LAYER.inputs
     queries = load_rows(q, exists, K)
-    add(at.whole(scratch, LAYER.d_keys, K, CONFIG), multiply(tl.trans(d_similar), queries, CONFIG))
     asked = ask_back(gradient, exists, before[0], LAYER, CONFIG)
     at.add_row(scratch, at.D_START + CONFIG.reading, tl.sum(asked * queries, 1), CONFIG)
-    d_q = at.column(scratch, at.START + CONFIG.reading, CONFIG) * asked
+    total = at.column(scratch, at.START + CONFIG.reading, CONFIG) * asked
     if CONFIG.momentum:
         asked = ask_back(gradient, exists, before[1], LAYER, CONFIG)
         at.add_row(scratch, at.D_PUSHED + CONFIG.reading, tl.sum(asked * queries, 1), CONFIG)
-        d_q += at.column(scratch, at.PUSHED + CONFIG.reading, CONFIG) * asked
-    return multiply(d_similar, load_rows(keys, exists, K), CONFIG, d_q)
+        total += at.column(scratch, at.PUSHED + CONFIG.reading, CONFIG) * asked
+    add(tile(d_q, CONFIG.rows, K), total)
 
 
 @triton.jit
@@ -73,18 +86,15 @@ def read_states_back(q, exists, gradient, back, scratch, LAYER: tl.constexpr, CO
 
 
 @triton.jit
-def move_back(keys, exists, layer, back, scratch, LAYER: tl.constexpr, CONFIG: tl.constexpr):
-    """Move gradients of a layer's state and momentum after the piece, `back`, to what is written without its rate.
+def move_states_back(keys, exists, layer, back, scratch, LAYER: tl.constexpr, CONFIG: tl.constexpr):
+    """Move the gradient of a layer's state after the piece, `back`, to what is written and held without its rate.
 
     Kept is what was solved for, the gradient of what was held before the inverse.
     """
     N: tl.constexpr = LAYER.outputs
-    C: tl.constexpr = CONFIG.rows
-    written = tl.load(at.of_layer(layer, 0, N, CONFIG))
     entering = ask(keys, exists, back[0], LAYER, CONFIG)
-    at.add_row(scratch, at.D_WROTE, tl.sum(entering * written, 1), CONFIG)
-    d_written = tl.load(gradients_at(scratch, 0, LAYER, CONFIG)) + at.column(scratch, at.WROTE, CONFIG) * entering
-    d_rate = tl.zeros((C,), tl.float32)
+    at.add_row(scratch, at.D_WROTE, tl.sum(entering * tl.load(at.of_layer(layer, 0, N, CONFIG)), 1), CONFIG)
+    add(gradients_at(scratch, 0, LAYER, CONFIG), at.column(scratch, at.WROTE, CONFIG) * entering)
     if CONFIG.spec.erase:
         held = tl.load(at.of_layer(layer, 1, N, CONFIG))
         at.add_row(scratch, at.D_ERASED, -tl.sum(entering * held, 1), CONFIG)
@@ -92,75 +102,110 @@ def move_back(keys, exists, layer, back, scratch, LAYER: tl.constexpr, CONFIG: t
         solved = multiply(tl.trans(tl.load(at.table(scratch, LAYER.similar + 1, CONFIG))), d_held, CONFIG)
         put(at.of_layer(layer, 2, N, CONFIG), solved)
         weights = tl.load(at.table(scratch, at.KEPT, CONFIG)) * tl.load(at.table(scratch, LAYER.similar, CONFIG))
-        d_rate += tl.sum(multiply(-tl.trans(weights), solved, CONFIG, d_held) * held, 1)
+        d_held = multiply(-tl.trans(weights), solved, CONFIG, d_held)
+        at.add_row(scratch, at.D_RATE, tl.sum(d_held * tl.load(at.of_layer(layer, 1, N, CONFIG)), 1), CONFIG)
+
+
+@triton.jit
+def move_back(keys, exists, layer, back, scratch, LAYER: tl.constexpr, CONFIG: tl.constexpr):
+    """Move the gradient of a layer's momentum after the piece too, and keep that of what is written without its rate.
+
+    After `move_states_back`.
+    """
+    N: tl.constexpr = LAYER.outputs
+    d_written = tl.load(gradients_at(scratch, 0, LAYER, CONFIG))
+    if CONFIG.spec.erase:
         weights = tl.load(at.table(scratch, LAYER.similar + 2, CONFIG))
-        d_written = multiply(tl.trans(weights), solved, CONFIG, d_written)
+        d_written = multiply(tl.trans(weights), tl.load(at.of_layer(layer, 2, N, CONFIG)), CONFIG, d_written)
+    written = tl.load(at.of_layer(layer, 0, N, CONFIG))
     if CONFIG.momentum:
         pushing = ask(keys, exists, back[1], LAYER, CONFIG)
         at.add_row(scratch, at.D_LINK, tl.sum(pushing * written, 1), CONFIG)
         d_written += at.column(scratch, at.LINK, CONFIG) * pushing
-    at.add_row(scratch, at.D_RATE, d_rate + tl.sum(d_written * written, 1), CONFIG)
+    at.add_row(scratch, at.D_RATE, tl.sum(d_written * written, 1), CONFIG)
     put(gradients_at(scratch, 0, LAYER, CONFIG), at.column(scratch, at.RATE, CONFIG) * d_written)
 
 
 @triton.jit
-def carry_back(keys, exists, layer, before, back, sums, scratch, LAYER: tl.constexpr, CONFIG: tl.constexpr):
-    """Turn the gradients of a layer's state and momentum after the piece into those before it. After `move_back`.
+def transposed(matrix, begin, LAYER: tl.constexpr, CONFIG: tl.constexpr):
+    """Load columns of a layer's matrix, from one on, as rows `[width, K]`."""
+    WIDTH: tl.constexpr = CONFIG.block if CONFIG.block < LAYER.outputs else LAYER.outputs
+    n, k = begin + tl.arange(0, WIDTH), tl.arange(0, LAYER.inputs)
+    return tl.load(matrix + k[None, :] * LAYER.row + n[:, None]).to(tl.float32)
 
-    Args:
-        sums: Sums over layers with the same keys: gradients of these as far as they enter states and momenta; what
-            first states and momenta answer to what was solved for; all `[C, K]`.
 
-    Returns:
-        These sums with what the layer adds.
-    """
+@triton.jit
+def columns_of(layer, BEHIND: tl.constexpr, begin, LAYER: tl.constexpr, CONFIG: tl.constexpr):
+    """Load columns of what `of_layer` points to, from one on: `[C, width]`."""
+    WIDTH: tl.constexpr = CONFIG.block if CONFIG.block < LAYER.outputs else LAYER.outputs
+    n = begin + tl.arange(0, WIDTH)
+    return tl.load(layer + BEHIND * CONFIG.matrix + tl.arange(0, CONFIG.rows)[:, None] * LAYER.outputs + n[None, :])
+
+
+@triton.jit
+def entered_back(layer, back, total, scratch, LAYER: tl.constexpr, CONFIG: tl.constexpr):
+    """Add to a sum `[C, K]` the gradients of keys, as far as these enter a layer's state and momentum."""
+    WIDTH: tl.constexpr = CONFIG.block if CONFIG.block < LAYER.outputs else LAYER.outputs
+    for begin in range(0, LAYER.outputs, WIDTH):
+        written = columns_of(layer, 0, begin, LAYER, CONFIG)
+        held = written
+        if CONFIG.spec.erase:
+            held = columns_of(layer, 1, begin, LAYER, CONFIG)
+        enters, pushes = entered(written, held, scratch, CONFIG)
+        total = multiply(enters, transposed(back[0], begin, LAYER, CONFIG), CONFIG, total)
+        if CONFIG.momentum:
+            total = multiply(pushes, transposed(back[1], begin, LAYER, CONFIG), CONFIG, total)
+    return total
+
+
+@triton.jit
+def solved_back(layer, before, sums, LAYER: tl.constexpr, CONFIG: tl.constexpr):
+    """Add to two sums `[C, K]` what a layer's first state and momentum answer to what was solved for."""
+    of_states, of_momenta = sums
+    WIDTH: tl.constexpr = CONFIG.block if CONFIG.block < LAYER.outputs else LAYER.outputs
+    for begin in range(0, LAYER.outputs, WIDTH):
+        solved = factor(columns_of(layer, 2, begin, LAYER, CONFIG), CONFIG)
+        of_states = multiply(solved, transposed(before[0], begin, LAYER, CONFIG), CONFIG, of_states)
+        if CONFIG.momentum:
+            of_momenta = multiply(solved, transposed(before[1], begin, LAYER, CONFIG), CONFIG, of_momenta)
+    return of_states, of_momenta
+
+
+@triton.jit
+def carry_back(keys, exists, layer, before, back, scratch, LAYER: tl.constexpr, CONFIG: tl.constexpr):
+    """Turn the gradients of a layer's state and momentum after the piece into those before it; nothing else follows."""
     K: tl.constexpr = LAYER.inputs
     N: tl.constexpr = LAYER.outputs
-    d_keys, of_states, of_momenta = sums
     last, d_last = scratch + at.LAST * CONFIG.rows, scratch + at.D_LAST * CONFIG.rows
     d_first, d_pushed, d_momentum_decay = 0.0, 0.0, 0.0
     BLOCK: tl.constexpr = CONFIG.block if CONFIG.block < K else K
     WIDTH: tl.constexpr = CONFIG.block if CONFIG.block < N else N
-    C: tl.constexpr = CONFIG.rows
-    rows = tl.arange(0, C)
     for begin_n in range(0, N, WIDTH):
         n = begin_n + tl.arange(0, WIDTH)
-        place = layer + rows[:, None] * N + n[None, :]
-        written, solved, held = tl.load(place), tl.zeros((C, WIDTH), tl.float32), tl.load(place)
-        if CONFIG.spec.erase:
-            held = tl.load(place + CONFIG.matrix)
-            solved = tl.load(place + 2 * CONFIG.matrix)
-        transposed = tl.arange(0, K)[None, :] * LAYER.row + n[:, None]
-        d_keys = multiply(entered(written, held, scratch, CONFIG), tl.load(back[0] + transposed), CONFIG, d_keys)
-        if CONFIG.momentum:
-            pushes = at.column(scratch, at.LINK, CONFIG) * written
-            d_keys = multiply(pushes, tl.load(back[1] + transposed), CONFIG, d_keys)
-        if CONFIG.spec.erase:
-            of_states = multiply(solved, tl.load(before[0] + transposed).to(tl.float32), CONFIG, of_states)
-            if CONFIG.momentum:
-                of_momenta = multiply(solved, tl.load(before[1] + transposed).to(tl.float32), CONFIG, of_momenta)
         for begin in range(0, K, BLOCK):
             k = begin + tl.arange(0, BLOCK)
             here = k[:, None] * LAYER.row + n[None, :]
-            d_state = tl.load(back[0] + here)
-            d_first += tl.sum(d_state * tl.load(before[0] + here))
-            d_before = tl.load(last) * d_state
-            if CONFIG.spec.erase:
-                d_before += outer(keys, exists, at.column(scratch, at.START, CONFIG) * solved, k, K, CONFIG)
             if CONFIG.momentum:
-                d_momentum, momentum = tl.load(back[1] + here), tl.load(before[1] + here)
-                d_pushed += tl.sum(d_state * momentum)
+                momentum, d_momentum = tl.load(before[1] + here), tl.load(back[1] + here)
                 d_momentum_decay += tl.sum(d_momentum * momentum)
+                d_state = tl.load(back[0] + here)
+                d_pushed += tl.sum(d_state * momentum)
                 d_momentum = tl.load(last + 2) * d_momentum + tl.load(last + 1) * d_state
                 if CONFIG.spec.erase:
-                    d_momentum += outer(keys, exists, at.column(scratch, at.PUSHED, CONFIG) * solved, k, K, CONFIG)
+                    solved = at.column(scratch, at.PUSHED, CONFIG) * columns_of(layer, 2, begin_n, LAYER, CONFIG)
+                    d_momentum += outer(keys, exists, solved, k, K, CONFIG)
                 put(back[1] + here, d_momentum)
-            put(back[0] + here, d_before)
+            d_state = tl.load(back[0] + here)
+            d_first += tl.sum(d_state * tl.load(before[0] + here))
+            d_state *= tl.load(last)
+            if CONFIG.spec.erase:
+                solved = at.column(scratch, at.START, CONFIG) * columns_of(layer, 2, begin_n, LAYER, CONFIG)
+                d_state += outer(keys, exists, solved, k, K, CONFIG)
+            put(back[0] + here, d_state)
     add(d_last, d_first)
     if CONFIG.momentum:
         add(d_last + 1, d_pushed)
         add(d_last + 2, d_momentum_decay)
-    return d_keys, of_states, of_momenta
 
 
 @triton.jit
@@ -173,28 +218,26 @@ def pair_back(layer, exists, sums, LAYER: tl.constexpr, CONFIG: tl.constexpr):
 
 
 @triton.jit
-def keys_back(keys, exists, sums, weights, scratch, LAYER: tl.constexpr, CONFIG: tl.constexpr):
-    """Move what layers with the same keys have gathered to these, and to the tables.
+def starts_back(keys, exists, sums, scratch, LAYER: tl.constexpr, CONFIG: tl.constexpr):
+    """Move what `solved_back` has summed, `sums`, to keys and to the weights of first states and momenta."""
+    own, total = load_rows(keys, exists, LAYER.inputs), at.column(scratch, at.START, CONFIG) * sums[0]
+    at.add_row(scratch, at.D_START, tl.sum(sums[0] * own, 1), CONFIG)
+    if CONFIG.momentum:
+        at.add_row(scratch, at.D_PUSHED, tl.sum(sums[1] * own, 1), CONFIG)
+        total += at.column(scratch, at.PUSHED, CONFIG) * sums[1]
+    add(at.whole(scratch, LAYER.d_keys, LAYER.inputs, CONFIG), total)
 
-    Args:
-        sums: Result of `carry_back`.
-        weights: Result of `pair_back`.
-    """
+
+@triton.jit
+def keys_back(keys, exists, weights, scratch, LAYER: tl.constexpr, CONFIG: tl.constexpr):
+    """Move what `pair_back` summed over layers with the same keys, `weights`, to these, and to the tables."""
     K: tl.constexpr = LAYER.inputs
-    d_keys, of_states, of_momenta = sums
-    if CONFIG.spec.erase:
-        own = load_rows(keys, exists, K)
-        at.add_row(scratch, at.D_START, tl.sum(of_states * own, 1), CONFIG)
-        d_keys += at.column(scratch, at.START, CONFIG) * of_states
-        if CONFIG.momentum:
-            at.add_row(scratch, at.D_PUSHED, tl.sum(of_momenta * own, 1), CONFIG)
-            d_keys += at.column(scratch, at.PUSHED, CONFIG) * of_momenta
-        similar = tl.load(at.table(scratch, LAYER.similar, CONFIG))
-        of_writes, of_erases = weights
-        add(at.table(scratch, at.D_WRITE, CONFIG), of_writes * similar)
-        add(at.table(scratch, at.D_KEPT, CONFIG), -of_erases * similar)
-        d_similar = of_writes * tl.load(at.table(scratch, at.WRITE, CONFIG))
-        d_similar -= of_erases * tl.load(at.table(scratch, at.KEPT, CONFIG))
-        d_keys = multiply(d_similar, own, CONFIG, d_keys)
-        d_keys = multiply(tl.trans(d_similar), own, CONFIG, d_keys)
+    of_writes, of_erases = weights
+    similar = tl.load(at.table(scratch, LAYER.similar, CONFIG))
+    add(at.table(scratch, at.D_WRITE, CONFIG), of_writes * similar)
+    add(at.table(scratch, at.D_KEPT, CONFIG), -of_erases * similar)
+    d_similar = of_writes * tl.load(at.table(scratch, at.WRITE, CONFIG))
+    d_similar = factor(d_similar - of_erases * tl.load(at.table(scratch, at.KEPT, CONFIG)), CONFIG)
+    own = factor(load_rows(keys, exists, K), CONFIG)
+    d_keys = multiply(tl.trans(d_similar), own, CONFIG, multiply(d_similar, own, CONFIG))
     add(at.whole(scratch, LAYER.d_keys, K, CONFIG), d_keys)

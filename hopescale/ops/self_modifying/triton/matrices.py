@@ -16,6 +16,12 @@ def tile(pointer, ROWS: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def entries(matrix, k, n, ROW: tl.constexpr, COLUMN: tl.constexpr):
+    """Point to rows `k` and columns `n` of a matrix, whose entry `(k, n)` lies at `k * ROW + n * COLUMN`."""
+    return matrix + k[:, None] * ROW + n[None, :] * COLUMN
+
+
+@triton.jit
 def put(pointers, values):
     """Store what other threads of the program have read before, or will read."""
     tl.debug_barrier()
@@ -33,6 +39,14 @@ def add(pointers, values):
 def load_rows(x, exists, WIDTH: tl.constexpr):
     """Load a piece's matrix of tokens, 0 where there is no token."""
     return tl.load(tile(x, exists.shape[0], WIDTH), mask=exists[:, None], other=0.0)
+
+
+@triton.jit
+def factor(x, CONFIG: tl.constexpr):
+    """Round a matrix to what products multiply, before it waits for one: as bfloat16 it takes half the registers."""
+    if CONFIG.precision == "bf16":
+        x = x.to(tl.bfloat16)
+    return x
 
 
 @triton.jit
@@ -76,10 +90,11 @@ def times(
     N: tl.constexpr,
     CONFIG: tl.constexpr,
     total=None,
+    weights=None,
 ):
     """Multiply tokens `x` `[C, K]` with a matrix `[K, N]`, whose entry `(k, n)` lies at `k * ROW + n * COLUMN`.
 
-    Sums go on from `total`.
+    Sums go on from `total`. Tokens count as much as their `weights` `[C, 1]` say.
     """
     BLOCK: tl.constexpr = CONFIG.block if CONFIG.block < K else K
     C: tl.constexpr = CONFIG.rows
@@ -89,15 +104,17 @@ def times(
     for first in range(0, K, BLOCK):
         k = first + tl.arange(0, BLOCK)
         left = tl.load(x + rows[:, None] * K + k[None, :], mask=exists[:, None], other=0.0)
-        right = tl.load(matrix + k[:, None] * ROW + n[None, :] * COLUMN)
+        if weights is not None:
+            left *= weights
+        right = tl.load(entries(matrix, k, n, ROW, COLUMN))
         total = multiply(left, right, CONFIG, total)
     return total
 
 
 @triton.jit
-def ask(x, exists, matrix, LAYER: tl.constexpr, CONFIG: tl.constexpr, total=None):
-    """Multiply tokens `x` `[C, K]` with the matrix of a layer: `[C, N]`. Sums go on from `total`."""
-    return times(x, exists, matrix, LAYER.row, 1, LAYER.inputs, LAYER.outputs, CONFIG, total)
+def ask(x, exists, matrix, LAYER: tl.constexpr, CONFIG: tl.constexpr, total=None, weights=None):
+    """Multiply tokens `x` `[C, K]` with the matrix of a layer: `[C, N]`. The last two as in `times`."""
+    return times(x, exists, matrix, LAYER.row, 1, LAYER.inputs, LAYER.outputs, CONFIG, total, weights)
 
 
 @triton.jit
@@ -137,8 +154,7 @@ def add_outer(matrix, x, exists, values, LAYER: tl.constexpr, CONFIG: tl.constex
     BLOCK: tl.constexpr = CONFIG.block if CONFIG.block < K else K
     for first in range(0, K, BLOCK):
         k = first + tl.arange(0, BLOCK)
-        here = k[:, None] * LAYER.row + tl.arange(0, LAYER.outputs)[None, :]
-        add(matrix + here, outer(x, exists, values, k, K, CONFIG))
+        add(entries(matrix, k, tl.arange(0, LAYER.outputs), LAYER.row, 1), outer(x, exists, values, k, K, CONFIG))
 
 
 @triton.jit

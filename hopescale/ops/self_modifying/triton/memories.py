@@ -37,15 +37,12 @@ def retrieve(x, exists, state, memory, scratch, KIND: tl.constexpr, CONFIG: tl.c
 
 @triton.jit
 def make(x, exists, state, scratch, MEMORY: tl.constexpr, SLOT: tl.constexpr, CONFIG: tl.constexpr):
-    """Return where keys, values or queries lie: the stream `x` itself, or a memory's answers to it of unit length."""
-    output = x
+    """Keep keys, values or queries that a memory makes of the stream `x`: its answers, of unit length."""
     if MEMORY >= 0:
         VECTORS: tl.constexpr = CONFIG.vectors
-        output = at.matrix(scratch, SLOT, CONFIG)
         answer = retrieve(x, exists, state, MEMORY, scratch, VECTORS, CONFIG)
         length = tl.rsqrt(tl.sum(answer * answer, 1) + NORM_EPS)
         put(at.whole(scratch, SLOT, CONFIG.dim, CONFIG), answer * length[:, None])
-    return output
 
 
 @triton.jit
@@ -59,8 +56,9 @@ def make_gate(stream, k, exists, state, scratch, MEMORY: tl.constexpr, CONFIG: t
 
 
 @triton.jit
-def gates_at(eta, alpha, mu, first, CONFIG: tl.constexpr):
+def gates_at(logits, first, CONFIG: tl.constexpr):
     """Point to a token's logits of the gates; to those of `eta` where a gate is not there."""
+    eta, alpha, mu = logits
     eta += first
     retention, push_retention = eta, eta
     if CONFIG.retention:
@@ -71,16 +69,36 @@ def gates_at(eta, alpha, mu, first, CONFIG: tl.constexpr):
 
 
 @triton.jit
+def streams_at(streams, first, CONFIG: tl.constexpr):
+    """Point to a token's inputs of keys, values and queries."""
+    begin = first * CONFIG.dim
+    return streams[0] + begin, streams[1] + begin, streams[2] + begin
+
+
+@triton.jit
+def tokens_at(streams, first, scratch, CONFIG: tl.constexpr):
+    """Point to keys, values and queries of the piece that begins with a token: inputs, or what memories made."""
+    k, v, q = streams_at(streams, first, CONFIG)
+    if CONFIG.memory_k >= 0:
+        k = at.matrix(scratch, at.K, CONFIG)
+    if CONFIG.memory_v >= 0:
+        v = at.matrix(scratch, at.V, CONFIG)
+    if CONFIG.memory_q >= 0:
+        q = at.matrix(scratch, at.Q, CONFIG)
+    return k, v, q
+
+
+@triton.jit
 def make_tokens(streams, exists, state, scratch, CONFIG: tl.constexpr):
-    """Point to keys, values and queries of a piece, made from what `streams` point to."""
-    k = make(streams[0], exists, state, scratch, CONFIG.memory_k, at.K, CONFIG)
-    v = make(streams[1], exists, state, scratch, CONFIG.memory_v, at.V, CONFIG)
-    return k, v, make(streams[2], exists, state, scratch, CONFIG.memory_q, at.Q, CONFIG)
+    """Keep keys, values and queries of a piece where memories make them."""
+    make(streams[0], exists, state, scratch, CONFIG.memory_k, at.K, CONFIG)
+    make(streams[1], exists, state, scratch, CONFIG.memory_v, at.V, CONFIG)
+    make(streams[2], exists, state, scratch, CONFIG.memory_q, at.Q, CONFIG)
 
 
 @triton.jit
 def make_gates(logits, k, exists, state, scratch, CONFIG: tl.constexpr):
-    """Keep `eta`, `alpha` and `mu`, such that tokens that do not exist change nothing; return `alpha` `[C]`."""
+    """Keep `eta`, `alpha` and `mu`, such that tokens that do not exist change nothing."""
     eta, alpha, mu = logits
     rate = CONFIG.spec.eta_max * make_gate(eta, k, exists, state, scratch, CONFIG.memory_eta, CONFIG)
     put(at.row(scratch, at.RATE, CONFIG), tl.where(exists, rate, 0.0))
@@ -91,7 +109,6 @@ def make_gates(logits, k, exists, state, scratch, CONFIG: tl.constexpr):
     if CONFIG.momentum:
         push_retention = make_gate(mu, k, exists, state, scratch, -1, CONFIG)
         put(at.row(scratch, at.MU, CONFIG), tl.where(exists, push_retention, 1.0))
-    return retention
 
 
 @triton.jit

@@ -6,10 +6,26 @@ import triton
 import triton.language as tl
 
 from hopescale.ops.self_modifying.triton import scratch as at
-from hopescale.ops.self_modifying.triton.layers import hold, move, open_keys, read_layer
-from hopescale.ops.self_modifying.triton.matrices import load_rows, put, sigmoid, tile
-from hopescale.ops.self_modifying.triton.memories import layer_at, make_gates, make_tokens, write
-from hopescale.ops.self_modifying.triton.tables import decay_weights, last_weights, reading_tables
+from hopescale.ops.self_modifying.triton.layers import (
+    entered,
+    hold,
+    keep_pairs,
+    move,
+    open_keys,
+    open_pairs,
+    read_layer,
+)
+from hopescale.ops.self_modifying.triton.matrices import factor, load_rows, put, sigmoid, tile
+from hopescale.ops.self_modifying.triton.memories import (
+    gates_at,
+    layer_at,
+    make_gates,
+    make_tokens,
+    streams_at,
+    tokens_at,
+    write,
+)
+from hopescale.ops.self_modifying.triton.tables import keep_tables
 
 
 @triton.jit
@@ -77,49 +93,36 @@ def count_pieces(n, tokens, chunk_size, CONFIG: tl.constexpr):
 
 
 @triton.jit
-def keep_tables(retention, size, scratch, CONFIG: tl.constexpr):
-    """Keep the tables of a piece, and what they say of its end."""
-    decay = decay_weights(scratch, CONFIG)
-    keep_of_state(decay[0], decay[1], decay[4], decay[5], 0, scratch, CONFIG)
-    if CONFIG.reading:
-        kept, start, write, push = reading_tables(decay, retention, scratch, CONFIG)
-        keep_of_state(kept, start, write, push, CONFIG.reading, scratch, CONFIG)
-    erase, first, wrote, pushed, link, momentum_decay = last_weights(decay, size, scratch, CONFIG)
-    tl.store(at.row(scratch, at.ERASED, CONFIG), erase)
-    tl.store(at.row(scratch, at.WROTE, CONFIG), wrote)
-    tl.store(at.row(scratch, at.LINK, CONFIG), link)
-    last = scratch + at.LAST * CONFIG.rows
-    tl.store(last, first)
-    tl.store(last + 1, pushed)
-    tl.store(last + 2, momentum_decay)
-    tl.debug_barrier()
-
-
-@triton.jit
-def keep_of_state(kept, start, write, push, BEHIND: tl.constexpr, scratch, CONFIG: tl.constexpr):
-    """Keep what the states are made of that tokens meet, some places behind those of the states before writes."""
-    tl.store(at.table(scratch, at.KEPT + BEHIND, CONFIG), kept)
-    tl.store(at.table(scratch, at.WRITE + BEHIND, CONFIG), write)
-    tl.store(at.row(scratch, at.START + BEHIND, CONFIG), start)
-    tl.store(at.row(scratch, at.PUSHED + BEHIND, CONFIG), push)
-
-
-@triton.jit
-def open_piece(logits, streams, exists, size, boundary, scratch, BACK: tl.constexpr, CONFIG: tl.constexpr):
-    """Make keys, values, queries, gates and tables of a piece; return where the first three lie.
+def open_piece(logits, streams, first, exists, size, boundary, scratch, BACK: tl.constexpr, CONFIG: tl.constexpr):
+    """Make keys, values, queries, gates and tables of a piece.
 
     Args:
-        logits: Pointers to the first token's logits of the gates.
-        streams: Pointers to its inputs of keys, values and queries.
+        logits: Pointers to logits of the gates of all tokens.
+        streams: Pointers to their inputs of keys, values and queries.
+        first: Place of the piece's first token.
         size: Number of tokens.
         boundary: Pointer to packed weights at the chunk's start.
         BACK: Whether what is made is for the way back.
     """
-    inputs = make_tokens(streams, exists, boundary, scratch, CONFIG)
-    keep_tables(make_gates(logits, streams[0], exists, boundary, scratch, CONFIG), size, scratch, CONFIG)
     FIRST: tl.constexpr = CONFIG.vectors.first
-    open_keys(inputs[0], exists, scratch, FIRST, BACK, CONFIG)
-    return inputs
+    for turn in tl.range(at.opaque(0, scratch), 1, disable_licm=True):
+        here = at.again(scratch, turn)
+        place = at.opaque(first, here)
+        inputs = streams_at(streams, place, CONFIG)
+        make_tokens(inputs, exists, boundary, here, CONFIG)
+        make_gates(gates_at(logits, place, CONFIG), inputs[0], exists, boundary, here, CONFIG)
+    for turn in tl.range(at.opaque(1, scratch), 2, disable_licm=True):
+        keep_tables(size, at.again(scratch, turn), CONFIG)
+    for turn in tl.range(at.opaque(2, scratch), 3, disable_licm=True):
+        here = at.again(scratch, turn)
+        keys, _, _ = tokens_at(streams, at.opaque(first, here), here, CONFIG)
+        if BACK:
+            keep_pairs(keys, exists, here, FIRST, CONFIG)
+        else:
+            open_keys(keys, exists, here, FIRST, CONFIG)
+    if BACK:
+        for turn in tl.range(at.opaque(3, scratch), 4, disable_licm=True):
+            open_pairs(at.again(scratch, turn), FIRST, CONFIG)
 
 
 @triton.jit
@@ -129,58 +132,91 @@ def layers_at(slot, memory, LAYER: tl.constexpr):
 
 
 @triton.jit
+def pass_first(
+    memory, streams, place, exists, slots, out, scratch, READ: tl.constexpr, KIND: tl.constexpr, CONFIG: tl.constexpr
+):
+    """Do the part of `pass_memory` that is a memory's first layer, and compute what its second one is written."""
+    place = at.opaque(place, scratch)
+    k, v, q = tokens_at(streams, place, scratch, CONFIG)
+    start, before, after = slots
+    FIRST: tl.constexpr = KIND.first
+    N: tl.constexpr = FIRST.outputs
+    number = at.opaque(memory, scratch)
+    first, moved = layers_at(before, number, FIRST), layers_at(after, number, FIRST)
+    written, error = write(k, v, exists, start[0], number, scratch, KIND, False, CONFIG)
+    if READ and not KIND.narrow:
+        report = out[1] + 3 * place + 2
+        tl.store(report + 3 * tl.arange(0, CONFIG.rows), error, mask=exists & (memory == 0))
+    held = hold(k, exists, factor(written, CONFIG), first, scratch, FIRST, CONFIG)
+    enters, written, held = entered(written, held, scratch, CONFIG), factor(written, CONFIG), factor(held, CONFIG)
+    if READ and not KIND.narrow and CONFIG.spec.read != "boundary" and memory == 0:
+        found = read_layer(q, k, exists, written, held, first, scratch, FIRST, CONFIG)
+        if CONFIG.mlp:
+            put(at.whole(scratch, at.INNER, N, CONFIG), found * sigmoid(found))
+        else:
+            tl.store(tile(out[0] + place * N, CONFIG.rows, N), found, mask=exists[:, None])
+    move(k, exists, enters, first, moved, scratch, FIRST, CONFIG)
+
+
+@triton.jit
+def pass_second(
+    memory, streams, place, exists, slots, out, scratch, READ: tl.constexpr, KIND: tl.constexpr, CONFIG: tl.constexpr
+):
+    """Do the part of `pass_memory` that is a memory's second layer, after `open_keys`."""
+    place = at.opaque(place, scratch)
+    start, before, after = slots
+    SECOND: tl.constexpr = KIND.second
+    N: tl.constexpr = SECOND.outputs
+    number, keys = at.opaque(memory, scratch), at.matrix(scratch, at.KEYS, CONFIG)
+    second, moved = layers_at(before, number, SECOND), layers_at(after, number, SECOND)
+    written = factor(tl.load(at.whole(scratch, at.SECOND, N, CONFIG)), CONFIG)
+    held = hold(keys, exists, written, second, scratch, SECOND, CONFIG)
+    tl.debug_barrier()  # so that `written` is loaded again
+    enters = entered(tl.load(at.whole(scratch, at.SECOND, N, CONFIG)), held, scratch, CONFIG)
+    held = factor(held, CONFIG)
+    if READ and not KIND.narrow and CONFIG.spec.read != "boundary" and memory == 0:
+        inner = at.matrix(scratch, at.INNER, CONFIG)
+        found = read_layer(inner, keys, exists, written, held, second, scratch, SECOND, CONFIG)
+        k, v, q = tokens_at(streams, place, scratch, CONFIG)
+        found += load_rows(q, exists, N)
+        tl.store(tile(out[0] + place * N, CONFIG.rows, N), found, mask=exists[:, None])
+    move(keys, exists, enters, second, moved, scratch, SECOND, CONFIG)
+
+
+@triton.jit
 def pass_memory(
-    memory, inputs, exists, slots, out, scratch, READ: tl.constexpr, KIND: tl.constexpr, CONFIG: tl.constexpr
+    memory, streams, place, exists, slots, out, scratch, READ: tl.constexpr, KIND: tl.constexpr, CONFIG: tl.constexpr
 ):
     """Move one memory over a piece; with `READ` read the first vector memory on the way.
 
     Args:
-        inputs: Result of `open_piece`.
+        streams: Pointers to inputs of keys, values and queries of all tokens.
+        place: Place of the piece's first token.
         slots: Pointers to packed weights and momentum at the chunk's start, before the piece and after it.
-        out: Pointers to the first token's output and to the norm of its error.
+        out: Pointers to outputs and statistics of all tokens.
     """
-    k, v, q = inputs
-    start, before, after = slots
-    y, surprise = out
-    FIRST: tl.constexpr = KIND.first
-    SECOND: tl.constexpr = KIND.second
-    N: tl.constexpr = SECOND.outputs
-    READS: tl.constexpr = READ and not KIND.narrow and CONFIG.spec.read != "boundary"
-    first, moved = layers_at(before, memory, FIRST), layers_at(after, memory, FIRST)
-    written, error = write(k, v, exists, start[0], memory, scratch, KIND, False, CONFIG)
-    if READ and not KIND.narrow:
-        tl.store(surprise + 3 * tl.arange(0, CONFIG.rows), error, mask=exists & (memory == 0))
-    held = hold(k, exists, written, first, scratch, FIRST, CONFIG)
-    if READS and memory == 0:
-        found = read_layer(q, k, exists, written, held, first, scratch, FIRST, CONFIG)
-        if CONFIG.mlp:
-            put(at.whole(scratch, at.INNER, FIRST.outputs, CONFIG), found * sigmoid(found))
-        else:
-            tl.store(tile(y, CONFIG.rows, N), found, mask=exists[:, None])
-    move(k, exists, written, held, first, moved, scratch, FIRST, CONFIG)
+    for turn in tl.range(at.opaque(4, scratch), 5, disable_licm=True):
+        here = at.again(scratch, 8 * memory + turn)
+        pass_first(memory, streams, place, exists, slots, out, here, READ, KIND, CONFIG)
     if CONFIG.mlp:
-        second, moved = layers_at(before, memory, SECOND), layers_at(after, memory, SECOND)
-        keys = at.matrix(scratch, at.KEYS, CONFIG)
-        open_keys(keys, exists, scratch, SECOND, False, CONFIG)
-        written = tl.load(at.whole(scratch, at.SECOND, N, CONFIG))
-        held = hold(keys, exists, written, second, scratch, SECOND, CONFIG)
-        if READS and memory == 0:
-            inner = at.matrix(scratch, at.INNER, CONFIG)
-            found = read_layer(inner, keys, exists, written, held, second, scratch, SECOND, CONFIG)
-            tl.store(tile(y, CONFIG.rows, N), load_rows(q, exists, N) + found, mask=exists[:, None])
-        move(keys, exists, written, held, second, moved, scratch, SECOND, CONFIG)
+        for turn in tl.range(at.opaque(5, scratch), 6, disable_licm=True):
+            here = at.again(scratch, 8 * memory + turn)
+            open_keys(at.matrix(here, at.KEYS, CONFIG), exists, here, KIND.second, CONFIG)
+        for turn in tl.range(at.opaque(7, scratch), 8, disable_licm=True):
+            here = at.again(scratch, 8 * memory + turn)
+            pass_second(memory, streams, place, exists, slots, out, here, READ, KIND, CONFIG)
 
 
 @triton.jit
-def pass_memories(inputs, exists, slots, out, scratch, READ: tl.constexpr, CONFIG: tl.constexpr):
+def pass_memories(streams, place, exists, slots, out, scratch, READ: tl.constexpr, CONFIG: tl.constexpr):
     """Move all memories over a piece. Arguments as in `pass_memory`."""
     VECTORS: tl.constexpr = CONFIG.vectors
     GATES: tl.constexpr = CONFIG.moved_gates
     if CONFIG.gate_memories:
         for memory in tl.range(0, CONFIG.gate_moves, disable_licm=True):
-            pass_memory(at.opaque(memory, scratch), inputs, exists, slots, out, scratch, READ, GATES, CONFIG)
+            pass_memory(at.opaque(memory, scratch), streams, place, exists, slots, out, scratch, READ, GATES, CONFIG)
     for memory in tl.range(0, CONFIG.vector_memories, disable_licm=True):
-        pass_memory(at.opaque(memory, scratch), inputs, exists, slots, out, scratch, READ, VECTORS, CONFIG)
+        pass_memory(at.opaque(memory, scratch), streams, place, exists, slots, out, scratch, READ, VECTORS, CONFIG)
 
 
 @triton.jit

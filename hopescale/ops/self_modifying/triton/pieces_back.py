@@ -1,4 +1,4 @@
-"""The way back through `pieces.py`: what a piece of a chunk did to one memory, and its tables."""
+"""The way back through `pieces.py`: what a piece of a chunk did to its memories."""
 
 from __future__ import annotations
 
@@ -6,21 +6,25 @@ import triton
 import triton.language as tl
 
 from hopescale.ops.self_modifying.triton import scratch as at
-from hopescale.ops.self_modifying.triton.layers import hold, open_keys, read_layer
+from hopescale.ops.self_modifying.triton.layers import hold, keep_pairs, open_pairs, read_layer
 from hopescale.ops.self_modifying.triton.layers_back import (
     carry_back,
+    entered_back,
     gradients_at,
     keys_back,
     move_back,
+    move_states_back,
     pair_back,
     read_back,
+    read_starts_back,
     read_states_back,
+    solved_back,
+    starts_back,
 )
-from hopescale.ops.self_modifying.triton.matrices import add, load_rows, put, sigmoid, slope
-from hopescale.ops.self_modifying.triton.memories import write
+from hopescale.ops.self_modifying.triton.matrices import add, factor, load_rows, put, sigmoid, slope
+from hopescale.ops.self_modifying.triton.memories import tokens_at, write
 from hopescale.ops.self_modifying.triton.memories_back import write_linear_back, write_mlp_back
 from hopescale.ops.self_modifying.triton.pieces import layers_at
-from hopescale.ops.self_modifying.triton.tables import gate_products, gates_back
 
 
 @triton.jit
@@ -53,182 +57,313 @@ def clear_layer(scratch, LAYER: tl.constexpr, CONFIG: tl.constexpr):
 
 
 @triton.jit
-def read_memory_back(inputs, exists, before, d_y, scratch, CONFIG: tl.constexpr):
-    """Move the gradient of outputs to keys, queries and writes of the memory that was read, the first one."""
-    k, v, q = inputs
-    D: tl.constexpr = CONFIG.dim
-    E: tl.constexpr = CONFIG.hidden
-    FIRST: tl.constexpr = CONFIG.vectors.first
-    SECOND: tl.constexpr = CONFIG.vectors.second
-    first, gradient, layer = layers_at(before, 0, FIRST), d_y, at.of_first(scratch, 0, CONFIG)
-    if CONFIG.mlp:
-        add(at.whole(scratch, at.D_Q, D, CONFIG), load_rows(d_y, exists, D))
-        inner, keys = at.matrix(scratch, at.INNER, CONFIG), at.matrix(scratch, at.KEYS, CONFIG)
-        written, held = tl.load(at.of_layer(layer, 0, E, CONFIG)), tl.load(at.of_layer(layer, 1, E, CONFIG))
-        pre = read_layer(q, k, exists, written, held, first, scratch, FIRST, CONFIG)
-        put(at.whole(scratch, at.D_INNER, E, CONFIG), pre)
-        put(at.whole(scratch, at.INNER, E, CONFIG), pre * sigmoid(pre))
-        second, above = layers_at(before, 0, SECOND), at.matrix(scratch, at.SECOND, CONFIG)
-        d_inner = read_back(inner, keys, exists, above, d_y, second, scratch, SECOND, CONFIG)
-        pre = tl.load(at.whole(scratch, at.D_INNER, E, CONFIG))
-        gate = sigmoid(pre)
-        put(at.whole(scratch, at.D_INNER, E, CONFIG), d_inner * slope(gate, pre * gate))
-        gradient = at.matrix(scratch, at.D_INNER, CONFIG)
-    d_q = read_back(q, k, exists, layer, gradient, first, scratch, FIRST, CONFIG)
-    add(at.whole(scratch, at.D_Q, D, CONFIG), d_q)
-
-
-@triton.jit
-def hold_again(keys, exists, written, layer, before, scratch, LAYER: tl.constexpr, CONFIG: tl.constexpr):
+def hold_again(keys, exists, layer, before, scratch, LAYER: tl.constexpr, CONFIG: tl.constexpr):
     """Keep what was held, and make room for gradients."""
     if CONFIG.spec.erase:
+        written = factor(tl.load(at.of_layer(layer, 0, LAYER.outputs, CONFIG)), CONFIG)
         held = hold(keys, exists, written, before, scratch, LAYER, CONFIG)
         put(at.of_layer(layer, 1, LAYER.outputs, CONFIG), held)
     clear_layer(scratch, LAYER, CONFIG)
 
 
 @triton.jit
-def write_again(memory, inputs, exists, slots, layer, scratch, KIND: tl.constexpr, CONFIG: tl.constexpr):
-    """Compute again what a memory wrote and held, and make room for the gradients; `layer` is its first one."""
-    k, v, q = inputs
+def write_again(memory, number, streams, place, exists, slots, scratch, KIND: tl.constexpr, CONFIG: tl.constexpr):
+    """Compute again what a memory wrote and held, and make room for the gradients. Arguments as in `pass_memory_back`.
+
+    A part of the way back is a loop of one turn, as `scratch.again` says.
+    """
     start, before = slots
     FIRST: tl.constexpr = KIND.first
     SECOND: tl.constexpr = KIND.second
     C: tl.constexpr = CONFIG.rows
     E: tl.constexpr = CONFIG.hidden
-    written, _ = write(k, v, exists, start[0], memory, scratch, KIND, True, CONFIG)
-    put(at.of_layer(layer, 0, FIRST.outputs, CONFIG), written)
-    hold_again(k, exists, written, layer, layers_at(before, memory, FIRST), scratch, FIRST, CONFIG)
+    for turn in tl.range(at.opaque(80, scratch), 81, disable_licm=True):
+        here = at.again(scratch, 16 * memory + turn)
+        k, v, q = tokens_at(streams, at.opaque(place, here), here, CONFIG)
+        own, layer = at.opaque(memory, here), at.of_first(here, at.opaque(number, here), CONFIG)
+        written, _ = write(k, v, exists, start[0], own, here, KIND, True, CONFIG)
+        put(at.of_layer(layer, 0, FIRST.outputs, CONFIG), written)
+    for turn in tl.range(at.opaque(81, scratch), 82, disable_licm=True):
+        here = at.again(scratch, 16 * memory + turn)
+        k, v, q = tokens_at(streams, at.opaque(place, here), here, CONFIG)
+        layer = at.of_first(here, at.opaque(number, here), CONFIG)
+        hold_again(k, exists, layer, layers_at(before, at.opaque(memory, here), FIRST), here, FIRST, CONFIG)
     if CONFIG.mlp:
-        keys, above = at.matrix(scratch, at.KEYS, CONFIG), at.matrix(scratch, at.SECOND, CONFIG)
-        open_keys(keys, exists, scratch, SECOND, True, CONFIG)
-        written = tl.load(at.of_layer(above, 0, SECOND.outputs, CONFIG))
-        hold_again(keys, exists, written, above, layers_at(before, memory, SECOND), scratch, SECOND, CONFIG)
-        put(at.whole(scratch, SECOND.d_keys, E, CONFIG), tl.zeros((C, E), tl.float32))
+        for turn in tl.range(at.opaque(82, scratch), 83, disable_licm=True):
+            here = at.again(scratch, 16 * memory + turn)
+            keep_pairs(at.matrix(here, at.KEYS, CONFIG), exists, here, SECOND, CONFIG)
+        for turn in tl.range(at.opaque(95, scratch), 96, disable_licm=True):
+            open_pairs(at.again(scratch, 16 * memory + turn), SECOND, CONFIG)
+        for turn in tl.range(at.opaque(83, scratch), 84, disable_licm=True):
+            here = at.again(scratch, 16 * memory + turn)
+            keys, above = at.matrix(here, at.KEYS, CONFIG), at.matrix(here, at.SECOND, CONFIG)
+            hold_again(keys, exists, above, layers_at(before, at.opaque(memory, here), SECOND), here, SECOND, CONFIG)
+            put(at.whole(here, SECOND.d_keys, E, CONFIG), tl.zeros((C, E), tl.float32))
+
+
+@triton.jit
+def read_second_back(streams, place, exists, before, d_y, scratch, CONFIG: tl.constexpr):
+    """Move the gradient of outputs through the second layer of the memory that was read, to what its first one read."""
+    C: tl.constexpr = CONFIG.rows
+    E: tl.constexpr = CONFIG.hidden
+    FIRST: tl.constexpr = CONFIG.vectors.first
+    SECOND: tl.constexpr = CONFIG.vectors.second
+    for turn in tl.range(at.opaque(21, scratch), 22, disable_licm=True):
+        here = at.again(scratch, turn)
+        k, v, q = tokens_at(streams, at.opaque(place, here), here, CONFIG)
+        layer = at.of_first(here, 0, CONFIG)
+        written = factor(tl.load(at.of_layer(layer, 0, E, CONFIG)), CONFIG)
+        held = factor(tl.load(at.of_layer(layer, 1, E, CONFIG)), CONFIG)
+        first = layers_at(before, at.opaque(0, here), FIRST)
+        pre = read_layer(q, k, exists, written, held, first, here, FIRST, CONFIG)
+        put(at.whole(here, at.D_INNER, E, CONFIG), pre)
+        put(at.whole(here, at.INNER, E, CONFIG), pre * sigmoid(pre))
+        put(at.whole(here, at.TEMPORARY, E, CONFIG), tl.zeros((C, E), tl.float32))
+    for turn in tl.range(at.opaque(22, scratch), 23, disable_licm=True):
+        read_second_weights_back(exists, place, d_y, at.again(scratch, turn), False, CONFIG)
+    if CONFIG.spec.erase:
+        for turn in tl.range(at.opaque(23, scratch), 24, disable_licm=True):
+            read_second_weights_back(exists, place, d_y, at.again(scratch, turn), True, CONFIG)
+    for turn in tl.range(at.opaque(24, scratch), 25, disable_licm=True):
+        here = at.again(scratch, turn)
+        inner, d_q = at.matrix(here, at.INNER, CONFIG), at.matrix(here, at.TEMPORARY, CONFIG)
+        gradient, second = d_y + at.opaque(place, here) * CONFIG.dim, layers_at(before, at.opaque(0, here), SECOND)
+        read_starts_back(inner, exists, gradient, second, d_q, here, SECOND, CONFIG)
+        pre, d_inner = tl.load(at.whole(here, at.D_INNER, E, CONFIG)), tl.load(at.whole(here, at.TEMPORARY, E, CONFIG))
+        gate = sigmoid(pre)
+        put(at.whole(here, at.D_INNER, E, CONFIG), d_inner * slope(gate, pre * gate))
+        add(at.whole(here, at.D_Q, CONFIG.dim, CONFIG), load_rows(gradient, exists, CONFIG.dim))
+
+
+@triton.jit
+def read_second_weights_back(exists, place, d_y, scratch, ERASES: tl.constexpr, CONFIG: tl.constexpr):
+    """Do `read_back` for the second layer of the memory that was read; queries' gradient is a temporary matrix."""
+    inner, keys = at.matrix(scratch, at.INNER, CONFIG), at.matrix(scratch, at.KEYS, CONFIG)
+    above, d_q = at.matrix(scratch, at.SECOND, CONFIG), at.matrix(scratch, at.TEMPORARY, CONFIG)
+    gradient = d_y + at.opaque(place, scratch) * CONFIG.dim
+    SECOND: tl.constexpr = CONFIG.vectors.second
+    read_back(inner, keys, exists, above, gradient, d_q, scratch, ERASES, SECOND, CONFIG)
+
+
+@triton.jit
+def read_first_weights_back(streams, exists, place, d_y, scratch, ERASES: tl.constexpr, CONFIG: tl.constexpr):
+    """Do `read_back` for the first layer of the memory that was read."""
+    k, v, q = tokens_at(streams, at.opaque(place, scratch), scratch, CONFIG)
+    gradient, d_q = read_gradient(d_y, place, scratch, CONFIG), at.matrix(scratch, at.D_Q, CONFIG)
+    FIRST: tl.constexpr = CONFIG.vectors.first
+    read_back(q, k, exists, at.of_first(scratch, 0, CONFIG), gradient, d_q, scratch, ERASES, FIRST, CONFIG)
+
+
+@triton.jit
+def read_memory_back(streams, place, exists, before, d_y, scratch, CONFIG: tl.constexpr):
+    """Move the gradient of outputs to keys, queries and writes of the memory that was read, the first one."""
+    FIRST: tl.constexpr = CONFIG.vectors.first
+    if CONFIG.mlp:
+        read_second_back(streams, place, exists, before, d_y, scratch, CONFIG)
+    for turn in tl.range(at.opaque(25, scratch), 26, disable_licm=True):
+        read_first_weights_back(streams, exists, place, d_y, at.again(scratch, turn), False, CONFIG)
+    if CONFIG.spec.erase:
+        for turn in tl.range(at.opaque(26, scratch), 27, disable_licm=True):
+            read_first_weights_back(streams, exists, place, d_y, at.again(scratch, turn), True, CONFIG)
+    for turn in tl.range(at.opaque(27, scratch), 28, disable_licm=True):
+        here = at.again(scratch, turn)
+        k, v, q = tokens_at(streams, at.opaque(place, here), here, CONFIG)
+        gradient, d_q = read_gradient(d_y, place, here, CONFIG), at.matrix(here, at.D_Q, CONFIG)
+        first = layers_at(before, at.opaque(0, here), FIRST)
+        read_starts_back(q, exists, gradient, first, d_q, here, FIRST, CONFIG)
+
+
+@triton.jit
+def read_gradient(d_y, place, scratch, CONFIG: tl.constexpr):
+    """Point to the gradient of what the first layer of the memory that is read has answered, in a piece."""
+    gradient = d_y + at.opaque(place, scratch) * CONFIG.dim
+    if CONFIG.mlp:
+        gradient = at.matrix(scratch, at.D_INNER, CONFIG)
+    return gradient
 
 
 @triton.jit
 def second_back(memory, exists, before, back, scratch, LAYER: tl.constexpr, CONFIG: tl.constexpr):
-    """Move gradients back over what a piece did to a second layer, whose keys no other layer has.
-
-    Returns:
-        Pointers to the gradients of its weights.
-    """
+    """Move gradients back over what a piece did to a second layer, whose keys no other layer has."""
     K: tl.constexpr = LAYER.inputs
     C: tl.constexpr = CONFIG.rows
-    keys, layer = at.matrix(scratch, at.KEYS, CONFIG), at.matrix(scratch, at.SECOND, CONFIG)
-    held, gradients = layers_at(before, memory, LAYER), layers_at(back, memory, LAYER)
-    move_back(keys, exists, layer, gradients, scratch, LAYER, CONFIG)
-    sums = tl.zeros((C, K), tl.float32), tl.zeros((C, K), tl.float32), tl.zeros((C, K), tl.float32)
-    sums = carry_back(keys, exists, layer, held, gradients, sums, scratch, LAYER, CONFIG)
-    weights = tl.zeros((C, C), tl.float32), tl.zeros((C, C), tl.float32)
+    for turn in tl.range(at.opaque(84, scratch), 85, disable_licm=True):
+        here = at.again(scratch, 16 * memory + turn)
+        keys, layer = at.matrix(here, at.KEYS, CONFIG), at.matrix(here, at.SECOND, CONFIG)
+        gradients = layers_at(back, at.opaque(memory, here), LAYER)
+        move_states_back(keys, exists, layer, gradients, here, LAYER, CONFIG)
+    for turn in tl.range(at.opaque(85, scratch), 86, disable_licm=True):
+        here = at.again(scratch, 16 * memory + turn)
+        keys, layer = at.matrix(here, at.KEYS, CONFIG), at.matrix(here, at.SECOND, CONFIG)
+        gradients = layers_at(back, at.opaque(memory, here), LAYER)
+        move_back(keys, exists, layer, gradients, here, LAYER, CONFIG)
+        d_keys = entered_back(layer, gradients, tl.zeros((C, K), tl.float32), here, LAYER, CONFIG)
+        add(at.whole(here, LAYER.d_keys, K, CONFIG), d_keys)
     if CONFIG.spec.erase:
-        weights = pair_back(layer, exists, weights, LAYER, CONFIG)
-    keys_back(keys, exists, sums, weights, scratch, LAYER, CONFIG)
-    return gradients
+        for turn in tl.range(at.opaque(86, scratch), 87, disable_licm=True):
+            here = at.again(scratch, 16 * memory + turn)
+            keys, layer = at.matrix(here, at.KEYS, CONFIG), at.matrix(here, at.SECOND, CONFIG)
+            held = layers_at(before, at.opaque(memory, here), LAYER)
+            sums = tl.zeros((C, K), tl.float32), tl.zeros((C, K), tl.float32)
+            sums = solved_back(layer, held, sums, LAYER, CONFIG)
+            starts_back(keys, exists, sums, here, LAYER, CONFIG)
+        for turn in tl.range(at.opaque(87, scratch), 88, disable_licm=True):
+            here = at.again(scratch, 16 * memory + turn)
+            keys, layer = at.matrix(here, at.KEYS, CONFIG), at.matrix(here, at.SECOND, CONFIG)
+            weights = tl.zeros((C, C), tl.float32), tl.zeros((C, C), tl.float32)
+            keys_back(keys, exists, pair_back(layer, exists, weights, LAYER, CONFIG), here, LAYER, CONFIG)
+    for turn in tl.range(at.opaque(88, scratch), 89, disable_licm=True):
+        here = at.again(scratch, 16 * memory + turn)
+        keys, layer = at.matrix(here, at.KEYS, CONFIG), at.matrix(here, at.SECOND, CONFIG)
+        own = at.opaque(memory, here)
+        held, gradients = layers_at(before, own, LAYER), layers_at(back, own, LAYER)
+        carry_back(keys, exists, layer, held, gradients, here, LAYER, CONFIG)
 
 
 @triton.jit
-def first_layers_back(inputs, exists, before, back, scratch, CONFIG: tl.constexpr):
-    """Turn gradients of all first layers, after `move_back`, into those before the piece, and move them to their keys.
+def first_keys_back(streams, place, exists, before, back, scratch, CONFIG: tl.constexpr):
+    """Move to the keys of all first layers, which are the same, what enters states and momenta and what was solved for.
 
-    These are the same for all, so that what enters them is summed in registers, and tables are met once.
+    It is summed in registers, and tables are met once.
     """
     VECTORS: tl.constexpr = CONFIG.vectors.first
     GATES: tl.constexpr = CONFIG.moved_gates.first
     WIDE: tl.constexpr = CONFIG.vector_memories
     C: tl.constexpr = CONFIG.rows
     D: tl.constexpr = CONFIG.dim
-    keys, a = inputs[0], tl.zeros((C, D), tl.float32)
-    b, c = a, a
+    for turn in tl.range(at.opaque(30, scratch), 31, disable_licm=True):
+        here = at.again(scratch, turn)
+        total = tl.zeros((C, D), tl.float32)
+        if CONFIG.gate_memories:
+            for number in tl.range(0, CONFIG.gate_moves, disable_licm=True):
+                memory = at.opaque(number, here)
+                layer, gradients = at.of_first(here, WIDE + memory, CONFIG), layers_at(back, memory, GATES)
+                total = entered_back(layer, gradients, total, here, GATES, CONFIG)
+        for number in tl.range(0, WIDE, disable_licm=True):
+            memory = at.opaque(number, here)
+            layer, gradients = at.of_first(here, memory, CONFIG), layers_at(back, memory, VECTORS)
+            total = entered_back(layer, gradients, total, here, VECTORS, CONFIG)
+        add(at.whole(here, VECTORS.d_keys, D, CONFIG), total)
+    if CONFIG.spec.erase:
+        for turn in tl.range(at.opaque(31, scratch), 32, disable_licm=True):
+            here = at.again(scratch, turn)
+            k, v, q = tokens_at(streams, at.opaque(place, here), here, CONFIG)
+            starts_back(k, exists, first_solved_back(before, here, CONFIG), here, VECTORS, CONFIG)
+        for turn in tl.range(at.opaque(33, scratch), 34, disable_licm=True):
+            here = at.again(scratch, turn)
+            k, v, q = tokens_at(streams, at.opaque(place, here), here, CONFIG)
+            keys_back(k, exists, first_pairs_back(exists, here, CONFIG), here, VECTORS, CONFIG)
+
+
+@triton.jit
+def first_solved_back(before, scratch, CONFIG: tl.constexpr):
+    """Sum `solved_back` over all first layers."""
+    VECTORS: tl.constexpr = CONFIG.vectors.first
+    GATES: tl.constexpr = CONFIG.moved_gates.first
+    WIDE: tl.constexpr = CONFIG.vector_memories
+    C: tl.constexpr = CONFIG.rows
+    D: tl.constexpr = CONFIG.dim
+    a, b = tl.zeros((C, D), tl.float32), tl.zeros((C, D), tl.float32)
     if CONFIG.gate_memories:
         for number in tl.range(0, CONFIG.gate_moves, disable_licm=True):
             memory = at.opaque(number, scratch)
-            layer = at.of_first(scratch, WIDE + memory, CONFIG)
-            slots = layers_at(before, memory, GATES), layers_at(back, memory, GATES)
-            a, b, c = carry_back(keys, exists, layer, slots[0], slots[1], (a, b, c), scratch, GATES, CONFIG)
+            layer, slots = at.of_first(scratch, WIDE + memory, CONFIG), layers_at(before, memory, GATES)
+            a, b = solved_back(layer, slots, (a, b), GATES, CONFIG)
     for number in tl.range(0, WIDE, disable_licm=True):
         memory = at.opaque(number, scratch)
-        layer = at.of_first(scratch, memory, CONFIG)
+        layer, slots = at.of_first(scratch, memory, CONFIG), layers_at(before, memory, VECTORS)
+        a, b = solved_back(layer, slots, (a, b), VECTORS, CONFIG)
+    return a, b
+
+
+@triton.jit
+def first_pairs_back(exists, scratch, CONFIG: tl.constexpr):
+    """Sum `pair_back` over all first layers."""
+    VECTORS: tl.constexpr = CONFIG.vectors.first
+    GATES: tl.constexpr = CONFIG.moved_gates.first
+    WIDE: tl.constexpr = CONFIG.vector_memories
+    C: tl.constexpr = CONFIG.rows
+    of_writes, of_erases = tl.zeros((C, C), tl.float32), tl.zeros((C, C), tl.float32)
+    if CONFIG.gate_memories:
+        for number in tl.range(0, CONFIG.gate_moves, disable_licm=True):
+            layer = at.of_first(scratch, WIDE + at.opaque(number, scratch), CONFIG)
+            of_writes, of_erases = pair_back(layer, exists, (of_writes, of_erases), GATES, CONFIG)
+    for number in tl.range(0, WIDE, disable_licm=True):
+        layer = at.of_first(scratch, at.opaque(number, scratch), CONFIG)
+        of_writes, of_erases = pair_back(layer, exists, (of_writes, of_erases), VECTORS, CONFIG)
+    return of_writes, of_erases
+
+
+@triton.jit
+def first_layers_back(streams, place, exists, before, back, scratch, CONFIG: tl.constexpr):
+    """Turn gradients of all first layers, after `move_back`, into those before the piece; move them to their keys."""
+    VECTORS: tl.constexpr = CONFIG.vectors.first
+    GATES: tl.constexpr = CONFIG.moved_gates.first
+    WIDE: tl.constexpr = CONFIG.vector_memories
+    first_keys_back(streams, place, exists, before, back, scratch, CONFIG)
+    if CONFIG.gate_memories:
+        for number in tl.range(0, CONFIG.gate_moves, disable_licm=True):
+            here = at.again(scratch, 50 + at.opaque(number, scratch))
+            memory = at.opaque(number, here)
+            k, v, q = tokens_at(streams, at.opaque(place, here), here, CONFIG)
+            layer = at.of_first(here, WIDE + memory, CONFIG)
+            slots = layers_at(before, memory, GATES), layers_at(back, memory, GATES)
+            carry_back(k, exists, layer, slots[0], slots[1], here, GATES, CONFIG)
+    for number in tl.range(0, WIDE, disable_licm=True):
+        here = at.again(scratch, 60 + at.opaque(number, scratch))
+        memory = at.opaque(number, here)
+        k, v, q = tokens_at(streams, at.opaque(place, here), here, CONFIG)
+        layer = at.of_first(here, memory, CONFIG)
         slots = layers_at(before, memory, VECTORS), layers_at(back, memory, VECTORS)
-        a, b, c = carry_back(keys, exists, layer, slots[0], slots[1], (a, b, c), scratch, VECTORS, CONFIG)
-    of_writes = tl.zeros((C, C), tl.float32)
-    of_erases = of_writes
-    if CONFIG.spec.erase:
-        if CONFIG.gate_memories:
-            for number in tl.range(0, CONFIG.gate_moves, disable_licm=True):
-                layer = at.of_first(scratch, WIDE + at.opaque(number, scratch), CONFIG)
-                of_writes, of_erases = pair_back(layer, exists, (of_writes, of_erases), GATES, CONFIG)
-        for number in tl.range(0, WIDE, disable_licm=True):
-            layer = at.of_first(scratch, at.opaque(number, scratch), CONFIG)
-            of_writes, of_erases = pair_back(layer, exists, (of_writes, of_erases), VECTORS, CONFIG)
-    keys_back(keys, exists, (a, b, c), (of_writes, of_erases), scratch, VECTORS, CONFIG)
+        carry_back(k, exists, layer, slots[0], slots[1], here, VECTORS, CONFIG)
 
 
 @triton.jit
 def pass_memory_back(
-    memory, number, inputs, exists, slots, backs, d_y, scratch, KIND: tl.constexpr, CONFIG: tl.constexpr
+    memory, number, streams, place, exists, slots, backs, d_y, scratch, KIND: tl.constexpr, CONFIG: tl.constexpr
 ):
     """Do the way back through `pass_memory`, but for gradients of the first layer's weights after the piece.
 
+    The memory that is read comes with gradients of what it wrote, by `read_memory_back`.
+
     Args:
         number: Number of the memory among all that are moved, vector memories first.
+        streams: Pointers to inputs of keys, values and queries of all tokens.
+        place: Place of the piece's first token.
         slots: Pointers to packed weights and momentum at the chunk's start and before the piece.
         backs: Pointers to packed gradients of those at the chunk's start, and of those after the piece, which become
             those before it.
-        d_y: Pointer to the gradient of the first token's output.
+        d_y: Pointer to the gradient of all outputs.
     """
-    k, v, q = inputs
     start, before = slots
     d_start, back = backs
     FIRST: tl.constexpr = KIND.first
     SECOND: tl.constexpr = KIND.second
     READS: tl.constexpr = not KIND.narrow and CONFIG.spec.read != "boundary"
-    layer = at.of_first(scratch, number, CONFIG)
-    write_again(memory, inputs, exists, slots, layer, scratch, KIND, CONFIG)
+    write_again(memory, number, streams, place, exists, slots, scratch, KIND, CONFIG)
     if READS and memory == 0:
-        read_memory_back(inputs, exists, before, d_y, scratch, CONFIG)
+        read_memory_back(streams, place, exists, before, d_y, scratch, CONFIG)
     if CONFIG.mlp:
-        moved = second_back(memory, exists, before, back, scratch, SECOND, CONFIG)
+        second_back(memory, exists, before, back, scratch, SECOND, CONFIG)
         if READS and memory == 0:
-            read_states_back(at.matrix(scratch, at.INNER, CONFIG), exists, d_y, moved, scratch, SECOND, CONFIG)
-    move_back(k, exists, layer, layers_at(back, memory, FIRST), scratch, FIRST, CONFIG)
-    if CONFIG.mlp:
-        write_mlp_back(k, v, exists, start[0], d_start, memory, scratch, KIND, CONFIG)
-    else:
-        write_linear_back(k, v, exists, start[0], d_start, memory, scratch, KIND, CONFIG)
-
-
-@triton.jit
-def tables_back(size, scratch, CONFIG: tl.constexpr):
-    """Return the gradients of the logs of `alpha` and `mu` `[C]` from those of tables and of the weights at the end."""
-    kept, write = tl.load(at.table(scratch, at.KEPT, CONFIG)), tl.load(at.table(scratch, at.WRITE, CONFIG))
-    start, push = tl.load(at.row(scratch, at.START, CONFIG)), tl.load(at.row(scratch, at.PUSHED, CONFIG))
-    chain, from_start = kept, start
-    if CONFIG.momentum:
-        chain, from_start = gate_products(at.MU, 0, scratch, CONFIG)
-    d_kept, d_write = tl.load(at.table(scratch, at.D_KEPT, CONFIG)), tl.load(at.table(scratch, at.D_WRITE, CONFIG))
-    d_start, d_push = tl.load(at.row(scratch, at.D_START, CONFIG)), tl.load(at.row(scratch, at.D_PUSHED, CONFIG))
-    d_chain, d_from_start = tl.zeros_like(d_write), tl.zeros_like(d_push)
-    direct = tl.zeros_like(d_start)
-    if CONFIG.reading:
-        retention = tl.load(at.row(scratch, at.ALPHA, CONFIG))
-        read_kept = tl.load(at.table(scratch, at.D_KEPT + CONFIG.reading, CONFIG))
-        read_write = tl.load(at.table(scratch, at.D_WRITE + CONFIG.reading, CONFIG))
-        read_start = tl.load(at.row(scratch, at.D_START + CONFIG.reading, CONFIG))
-        read_push = tl.load(at.row(scratch, at.D_PUSHED + CONFIG.reading, CONFIG))
-        if not CONFIG.momentum:
-            read_kept, read_start = read_kept + read_write, read_start + read_push
-        direct = tl.sum(read_kept * kept, 1) + read_start * start
-        if CONFIG.momentum:
-            direct += tl.sum(read_write * write, 1) + read_push * push
-            d_chain, d_from_start = read_write, read_push
-            d_write, d_push = d_write + retention[:, None] * read_write, d_push + retention * read_push
-        d_kept, d_start = d_kept + retention[:, None] * read_kept, d_start + retention * read_start
-        direct *= retention
-    if not CONFIG.momentum:  # writes and erases weigh the same
-        d_kept, d_start = d_kept + d_write, d_start + d_push
-    decay = kept, start, chain, from_start, write, push
-    d_decay = d_kept, d_start, d_chain, d_from_start, d_write, d_push
-    d_alpha, d_mu = gates_back(decay, d_decay, size, scratch, CONFIG)
-    return d_alpha + direct, d_mu
+            moved = layers_at(back, memory, SECOND)
+            gradient, inner = d_y + place * CONFIG.dim, at.matrix(scratch, at.INNER, CONFIG)
+            read_states_back(inner, exists, gradient, moved, scratch, SECOND, CONFIG)
+    for turn in tl.range(at.opaque(89, scratch), 90, disable_licm=True):
+        here = at.again(scratch, 16 * memory + turn)
+        k, v, q = tokens_at(streams, at.opaque(place, here), here, CONFIG)
+        layer = at.of_first(here, at.opaque(number, here), CONFIG)
+        move_states_back(k, exists, layer, layers_at(back, at.opaque(memory, here), FIRST), here, FIRST, CONFIG)
+    for turn in tl.range(at.opaque(90, scratch), 91, disable_licm=True):
+        here = at.again(scratch, 16 * memory + turn)
+        k, v, q = tokens_at(streams, at.opaque(place, here), here, CONFIG)
+        layer = at.of_first(here, at.opaque(number, here), CONFIG)
+        move_back(k, exists, layer, layers_at(back, at.opaque(memory, here), FIRST), here, FIRST, CONFIG)
+    for turn in tl.range(at.opaque(91, scratch), 92, disable_licm=True):
+        here = at.again(scratch, 16 * memory + turn)
+        k, v, q = tokens_at(streams, at.opaque(place, here), here, CONFIG)
+        own = at.opaque(memory, here)
+        if CONFIG.mlp:
+            write_mlp_back(k, v, exists, start[0], d_start, own, here, KIND, CONFIG)
+        else:
+            write_linear_back(k, v, exists, start[0], d_start, own, here, KIND, CONFIG)

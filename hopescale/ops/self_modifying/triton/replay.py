@@ -7,7 +7,6 @@ import triton.language as tl
 
 from hopescale.ops.self_modifying.triton import scratch as at
 from hopescale.ops.self_modifying.triton.forward import carried_at, pass_chunk
-from hopescale.ops.self_modifying.triton.memories import gates_at
 from hopescale.ops.self_modifying.triton.pieces import copy_slot, packed, place_document, place_of_scratch
 
 
@@ -52,7 +51,7 @@ def replay_kernel(
     token = (row * heads + head) * tokens + place - row * tokens
     keeps = head * kept_slots + place // (CONFIG.keeps * chunk_size) - 1
     slot = head * slots + place // chunk_size + number
-    logits = gates_at(eta, alpha, mu, 0, CONFIG)
+    logits = eta, alpha, mu
     first, end = group * CONFIG.keeps, tl.minimum((group + 1) * CONFIG.keeps, chunks)
     if first < end:
         start, _ = carried_at(carried, carried_momenta, local, first, CONFIG)

@@ -26,7 +26,9 @@ D_WROTE = tl.constexpr(17)
 D_ERASED = tl.constexpr(18)
 D_LINK = tl.constexpr(19)
 D_LAST = tl.constexpr(20)
-ROWS = tl.constexpr(21)
+D_ALPHA = tl.constexpr(21)
+D_MU = tl.constexpr(22)
+ROWS = tl.constexpr(23)
 SHIFT = tl.constexpr(32)
 """Numbers by which it all lies further behind in every second chunk."""
 
@@ -80,6 +82,16 @@ def opaque(number, scratch):
     and addresses that are made before a loop, or stepped along with it, would fill the registers.
     """
     return (scratch.to(tl.int64) >> 62).to(tl.int32) ^ number
+
+
+@triton.jit
+def again(scratch, turn):
+    """Return `scratch`, such that the compiler does not know that it is the same.
+
+    What is computed from it, address by address, is not kept from one part of a piece to the next. Parts stand in loops
+    of one turn, by the number that `opaque` returns, for the same reason.
+    """
+    return scratch + (scratch.to(tl.int64) >> 62) * (32 * opaque(turn, scratch))
 
 
 @triton.jit

@@ -75,82 +75,62 @@ def gate_gradient(of_reads, of_writes, of_all, gate, LAG: tl.constexpr, CONFIG: 
 
 
 @triton.jit
-def decay_weights(scratch, CONFIG: tl.constexpr):
-    """Compute what the state before each token's write is made of.
+def keep_tables(size, scratch, CONFIG: tl.constexpr):
+    """Keep the tables of a piece, and what they say of its end.
 
-    Returns:
-        `kept` and `start`, the products of `alpha`; `chain` and `from_start`, those of `mu` after each write; `write`
-        and `push`, the weights of writes and of the first momentum. Without momentum the last four repeat the first.
+    Kept of the state before each token's write, and of the one that is read: what is left of earlier states, of the
+    first one, of writes and of the first momentum. What is left of writes is the same where there is no momentum.
     """
     kept, start = gate_products(at.ALPHA, 1, scratch, CONFIG)
-    chain, from_start, write, push = kept, start, kept, start
-    if CONFIG.momentum:
-        chain, from_start = gate_products(at.MU, 0, scratch, CONFIG)
-        write = multiply_exactly(kept, chain, CONFIG)
-        push = tl.sum(kept * from_start[None, :], 1)
-    return kept, start, chain, from_start, write, push
-
-
-@triton.jit
-def reading_tables(decay, retention, scratch, CONFIG: tl.constexpr):
-    """Return `kept`, `start`, `write` and `push` of the states after writes; `retention` is `alpha` `[C]`."""
-    kept, start, chain, from_start, write, push = decay
-    rows = at.numbers(scratch, CONFIG)
-    kept = retention[:, None] * kept + tl.where(rows[:, None] == rows[None, :], 1.0, 0.0)
-    start = retention * start
-    write = retention[:, None] * write + chain if CONFIG.momentum else kept
-    push = retention * push + from_start if CONFIG.momentum else start
-    return kept, start, write, push
-
-
-@triton.jit
-def last_weights(decay, size, scratch, CONFIG: tl.constexpr):
-    """Weigh what enters the state and the momentum after the piece's last token.
-
-    Returns:
-        Weights in the state of erases `[C]`, the first state, writes `[C]` and the first momentum; in the momentum, of
-        writes `[C]` and the first momentum. Without momentum, those of writes are those of erases.
-    """
+    retention = tl.load(at.row(scratch, at.ALPHA, CONFIG))
     erase, first = products_to_end(at.ALPHA, size, scratch, CONFIG)
-    wrote, pushed, link, momentum_decay = erase, first, erase, first
+    tl.store(at.row(scratch, at.ERASED, CONFIG), erase)
+    tl.store(scratch + at.LAST * CONFIG.rows, first)
+    keep_erases(kept, start, retention, scratch, CONFIG)
     if CONFIG.momentum:
-        link, momentum_decay = products_to_end(at.MU, size, scratch, CONFIG)
-        wrote, pushed = tl.sum(erase[:, None] * decay[2], 0), tl.sum(erase * decay[3], 0)
-    return erase, first, wrote, pushed, link, momentum_decay
-
-
-@triton.jit
-def gates_back(decay, d_decay, size, scratch, CONFIG: tl.constexpr):
-    """Turn the gradients of a piece's tables, and of its end, into those of the logs of `alpha` and `mu`, each `[C]`.
-
-    Args:
-        decay: Result of `decay_weights`.
-        d_decay: Gradients of that, without what follows from the piece's end.
-    """
-    kept, start, chain, from_start, write, push = decay
-    d_kept, d_start, d_chain, d_from_start, d_write, d_push = d_decay
-    erase, first = products_to_end(at.ALPHA, size, scratch, CONFIG)
-    last = scratch + at.D_LAST * CONFIG.rows
-    d_first, d_pushed, d_momentum_decay = tl.load(last), tl.load(last + 1), tl.load(last + 2)
-    d_erase, d_wrote = tl.load(at.row(scratch, at.D_ERASED, CONFIG)), tl.load(at.row(scratch, at.D_WROTE, CONFIG))
-    d_mu = d_erase
-    if CONFIG.momentum:
-        d_erase += tl.sum(chain * d_wrote[None, :], 1) + d_pushed * from_start
-        d_chain += erase[:, None] * d_wrote[None, :] + multiply(tl.trans(kept), d_write, CONFIG)
-        d_from_start += d_pushed * erase + tl.sum(kept * d_push[:, None], 0)
-        d_kept += multiply(d_write, tl.trans(chain), CONFIG) + d_push[:, None] * from_start[None, :]
-        link, momentum_decay = products_to_end(at.MU, size, scratch, CONFIG)
-        links = link * tl.load(at.row(scratch, at.D_LINK, CONFIG))
-        spanning, gate = d_chain * chain, tl.load(at.row(scratch, at.MU, CONFIG))
-        of_all = tl.sum(links, 0) + d_momentum_decay * momentum_decay
-        of_reads = tl.sum(spanning, 1) + d_from_start * from_start
-        d_mu = gate_gradient(of_reads, tl.sum(spanning, 0) + links, of_all, gate, 0, CONFIG)
+        keep_writes(kept, retention, erase, size, scratch, CONFIG)
     else:
-        d_erase += d_wrote  # writes and erases weigh the same
-    spanning, gate, erases = d_kept * kept, tl.load(at.row(scratch, at.ALPHA, CONFIG)), erase * d_erase
-    of_all = tl.sum(erases, 0) + d_first * first
-    of_reads = tl.sum(spanning, 1) + d_start * start
-    return gate_gradient(of_reads, tl.sum(spanning, 0) + erases, of_all, gate, 1, CONFIG), d_mu
+        tl.store(at.row(scratch, at.WROTE, CONFIG), erase)
+    tl.debug_barrier()
+
+
+@triton.jit
+def keep_erases(kept, start, retention, scratch, CONFIG: tl.constexpr):
+    """Keep the products of `alpha`, `kept` and `start`; without momentum as weights of writes too."""
+    keep_left(at.KEPT, at.START, kept, start, scratch, CONFIG)
+    if not CONFIG.momentum:
+        keep_left(at.WRITE, at.PUSHED, kept, start, scratch, CONFIG)
+    if CONFIG.reading:
+        rows = at.numbers(scratch, CONFIG)
+        kept = retention[:, None] * kept + tl.where(rows[:, None] == rows[None, :], 1.0, 0.0)
+        keep_left(at.KEPT + CONFIG.reading, at.START + CONFIG.reading, kept, retention * start, scratch, CONFIG)
+        if not CONFIG.momentum:
+            keep_left(at.WRITE + CONFIG.reading, at.PUSHED + CONFIG.reading, kept, retention * start, scratch, CONFIG)
+
+
+@triton.jit
+def keep_writes(kept, retention, erase, size, scratch, CONFIG: tl.constexpr):
+    """Keep what is left of writes by way of momentum, and of the first momentum."""
+    chain, from_start = gate_products(at.MU, 0, scratch, CONFIG)
+    link, momentum_decay = products_to_end(at.MU, size, scratch, CONFIG)
+    last = scratch + at.LAST * CONFIG.rows
+    tl.store(at.row(scratch, at.LINK, CONFIG), link)
+    tl.store(at.row(scratch, at.WROTE, CONFIG), tl.sum(erase[:, None] * chain, 0))
+    tl.store(last + 1, tl.sum(erase * from_start, 0))
+    tl.store(last + 2, momentum_decay)
+    push = tl.sum(kept * from_start[None, :], 1)
+    write = multiply_exactly(kept, chain, CONFIG)
+    keep_left(at.WRITE, at.PUSHED, write, push, scratch, CONFIG)
+    if CONFIG.reading:
+        write, push = retention[:, None] * write + chain, retention * push + from_start
+        keep_left(at.WRITE + CONFIG.reading, at.PUSHED + CONFIG.reading, write, push, scratch, CONFIG)
+
+
+@triton.jit
+def keep_left(TABLE: tl.constexpr, ROW: tl.constexpr, table, row, scratch, CONFIG: tl.constexpr):
+    """Keep a table and a row of numbers."""
+    tl.store(at.table(scratch, TABLE, CONFIG), table)
+    tl.store(at.row(scratch, ROW, CONFIG), row)
 
 
 @triton.jit
@@ -163,20 +143,25 @@ def keep_inverse(lower, INDEX: tl.constexpr, scratch, CONFIG: tl.constexpr):
     inverse, which stays bounded where the powers of `lower` do not. A step of Newton's, with an exact residual, takes
     away what `bf16` products have rounded on the way.
     """
-    rows, columns = at.numbers(scratch, CONFIG), tl.arange(0, CONFIG.rows)
+    rows = at.numbers(scratch, CONFIG)
+    columns = tl.arange(0, CONFIG.rows)
     apart, place = rows[:, None] ^ columns[None, :], at.table(scratch, INDEX, CONFIG)
     lower = -lower
-    put(place, lower)
     inverse = tl.where(apart == 0, 1.0, 0.0) + tl.where(apart == 1, lower, 0.0)
     if CONFIG.precision == "bf16":
-        lower = lower.to(tl.bfloat16)
+        exact = lower
+        lower = exact.to(tl.bfloat16)
+        put(place, exact - lower.to(tl.float32))
     for level in range(1, CONFIG.doublings):
         # Blocks of `half` rows are inverted, and their products stay apart: what joins two of them is taken.
         half, rows = 1 << level, at.numbers(scratch + level, CONFIG)
         joined = multiply(inverse, multiply(lower, inverse, CONFIG), CONFIG)
         inverse += tl.where(((rows ^ half)[:, None] ^ columns[None, :]) < half, joined, 0.0)
     if CONFIG.precision == "bf16":
-        residual = tl.where(apart == 0, 1.0, 0.0) - inverse
-        residual = multiply_exactly(tl.load(place), inverse, CONFIG, residual)
+        residual = tl.where(rows[:, None] > columns[None, :], -inverse, 0.0)  # the diagonal is 1
+        high = inverse.to(tl.bfloat16)
+        residual = tl.dot(lower, (inverse - high.to(tl.float32)).to(tl.bfloat16), residual)
+        residual = tl.dot(lower, high, residual)
+        residual = tl.dot(tl.load(place).to(tl.bfloat16), high, residual)
         inverse = multiply(inverse, residual, CONFIG, inverse)
     put(place, tl.load(at.row(scratch, at.RATE, CONFIG))[:, None] * inverse)
