@@ -14,21 +14,20 @@ from hopescale.ops.gated_mlps import GatedMlp
 from hopescale.ops.hope_block import BlockOfVector, BlockWeights
 from hopescale.ops.limits import BLOCK
 from hopescale.ops.self_modifying import Memories, can_mix
-from hopescale.ops.vectors import can_map
+from hopescale.ops.vectors import can_map, is_plain
 
 
 class LeanBlock:
     """The way of a single vector through a block whose options one operation knows.
 
-    Parameters are looked up for each vector, because any of them may be replaced; what follows from their addresses is
-    kept.
+    Parameters are looked up for each vector, because any of them may be replaced, and modules once; what follows from
+    the addresses of parameters is kept.
     """
 
     def __init__(self) -> None:
         self.places: list[tuple[dict[str, Any], str] | None] | None = None
         self.hooks: list[dict] = []
-        self.addresses: list[int] = []
-        self.operation: BlockOfVector | None = None
+        self.known: tuple[list[int], BlockOfVector | None] = ([], None)
 
     def run(
         self, block: nn.Module, x: Tensor, state: LayerState | GroupedState | None
@@ -44,14 +43,16 @@ class LeanBlock:
             return None
         weights = [None if place is None else place[0][place[1]] for place in self.places]
         addresses = [0 if weight is None else weight.data_ptr() for weight in weights]
-        if addresses != self.addresses:
-            self.addresses, self.operation = addresses, _operation(block.mixer, weights)
-        if self.operation is None:
+        known, operation = self.known
+        if addresses != known:
+            operation = _operation(block.mixer, weights)
+            self.known = addresses, operation
+        if operation is None:
             return None
         position, (*memories, _, tail, ahead) = state
         if ahead is not None:
             return None
-        y, memories, tail = self.operation.run(x, Memories(*memories), tail, position)
+        y, memories, tail = operation.run(x, Memories(*memories), tail, position)
         return y, LayerState(position + 1, MixerState(*memories, None, tail))
 
 
@@ -83,7 +84,7 @@ def _places(block: nn.Module, x: Tensor) -> list[tuple[dict[str, Any], str] | No
 
 def _operation(mixer: SelfModifying, weights: list[Tensor | None]) -> BlockOfVector | None:
     """Return the operation with these weights; None if it cannot take them."""
-    if not all(weight is None or (weight.is_contiguous() and weight.dtype == torch.float32) for weight in weights):
+    if not all(weight is None or is_plain(weight) for weight in weights):
         return None
     count = len(BlockWeights._fields)
     unit = [name != "v" or mixer.config.targets != "value" for name in STREAMS]

@@ -12,7 +12,7 @@ from torch import Tensor
 from hopescale.ops.cpp.build import library
 from hopescale.ops.cpp.call import parallel_for, pointer, pointers
 from hopescale.ops.limits import BLOCK
-from hopescale.ops.vectors import FEW_VECTORS, can_map, can_map_fast, pack
+from hopescale.ops.vectors import FEW_VECTORS, can_map, can_map_fast, is_plain, pack
 
 TILE_VECTORS = 128
 """Vectors that a thread runs through all MLPs at a time."""
@@ -29,16 +29,18 @@ class GatedMlp(NamedTuple):
 
 def can_run_mlps(x: Tensor, mlps: Sequence[GatedMlp]) -> bool:
     """Tell whether `gated_mlps` takes these vectors and weights, and is the faster code for them."""
-    if x.numel() <= FEW_VECTORS * x.shape[-1] and torch.get_num_threads() > 1:
-        return False
+    threads = torch.get_num_threads()
+    if threads > 1 and x.numel() < threads * TILE_VECTORS * x.shape[-1]:
+        return False  # one thread would have it all
     if not can_map(x) or not all(can_map_fast(x, len(mlp.gate)) and len(mlp.gate) % BLOCK == 0 for mlp in mlps):
         return False
-    return all(weight.is_contiguous() and weight.dtype == torch.float32 for mlp in mlps for weight in mlp)
+    return all(is_plain(weight) for mlp in mlps for weight in mlp)
 
 
 def gated_mlps(x: Tensor, added: Tensor | None, mlps: Sequence[GatedMlp], eps: float) -> Tensor:
     """Return `y` after `y = x + added` and, for each MLP, `y = y + mlp(rms_norm(y))`; vectors are `[..., N]`."""
-    x, added, result = x.contiguous(), None if added is None else added.contiguous(), torch.empty_like(x)
+    x, added = x.contiguous(), None if added is None else added.contiguous()
+    result = torch.empty_like(x)
     width, native = x.shape[-1], library()
     count = x.numel() // width
     weights = [weight for mlp in mlps for weight in mlp]

@@ -98,7 +98,8 @@ class BlockOfVector:
     def run(self, x: Tensor, state: Memories, tail: Tensor | None, position: int) -> BlockOutput:
         """Map one vector of the residual stream after `position` tokens; `tail` is `[1, W - 1, H * 3 * D]`."""
         states = States.of(state, self.banks, 1, position, 1)
-        x, y, after = x.contiguous(), torch.empty_like(x), None
+        x, after = x.contiguous(), None
+        y = torch.empty_like(x)
         if tail is not None:
             tail = tail.contiguous()
             after = torch.empty_like(tail)

@@ -17,7 +17,7 @@ FEW_VECTORS = 4
 or the library behind torch."""
 
 MANY_VECTORS = 128
-"""Vectors, at least, for which laying a weight out anew is worth its while."""
+"""Vectors, at least, for which a weight is laid out anew: chosen, not measured."""
 
 WIDEST = 1024
 """Width up to which C++ maps many vectors. At 192 that was measured to be faster than torch; no other was timed."""
@@ -33,6 +33,11 @@ def can_map(x: Tensor) -> bool:
     return build.problem() is None
 
 
+def is_plain(weight: Tensor) -> bool:
+    """Tell whether the C++ can read a weight where it lies: float32 on a CPU, row by row, with memory of its own."""
+    return weight.is_cpu and weight.dtype == torch.float32 and weight.is_contiguous() and weight.data_ptr() != 0
+
+
 def can_map_fast(x: Tensor, num_rows: int) -> bool:
     """Tell whether products of vectors `x` with weights of `num_rows` rows are faster on one thread than torch's."""
     count = x.numel() // x.shape[-1]
@@ -46,7 +51,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     if torch.is_grad_enabled() or torch.get_num_threads() > 1 or not can_map(x):
         return F.linear(x, weight)
     rows, columns = weight.shape
-    if not weight.is_contiguous() or weight.dtype != torch.float32 or not can_map_fast(x, rows):
+    if x.shape[-1] != columns or not is_plain(weight) or not can_map_fast(x, rows):
         return F.linear(x, weight)
     x, y, count = x.contiguous(), x.new_empty(*x.shape[:-1], rows), x.numel() // columns
     many = count > FEW_VECTORS
@@ -65,8 +70,8 @@ def pack(weight: Tensor) -> Tensor:
 
 def cpp_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Compute `ops.norm.rms_norm` of vectors `[..., N]` that `can_map` takes, on one thread."""
-    x, y = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
-    weight, width = weight.contiguous(), x.shape[-1]
+    x, width = x.contiguous(), x.shape[-1]
+    y = torch.empty_like(x)
     how = width, x.numel() // width, ctypes.c_float(eps)
     build.library().hopescale_rms_norm(*how, pointer(weight), pointer(x), pointer(y))
     return y

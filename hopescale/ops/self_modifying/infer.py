@@ -77,7 +77,7 @@ class States(NamedTuple):
 
 def _like(weights: Weights, batch: int) -> Weights:
     if len(weights.w_in) == batch:
-        return Weights(*[None if x is None else torch.empty_like(x) for x in weights])
+        return Weights(*[None if x is None else x.new_empty(x.shape) for x in weights])
     return Weights(*[None if x is None else x.new_empty(batch, *x.shape[1:]) for x in weights])
 
 

@@ -71,7 +71,7 @@ def test_single_vectors_equal_a_whole_pass(kind: str):
     for name, tensor in state.named().items():
         if lean.mixer.spec.is_sequential or "/boundary/" not in name:
             assert_close(after[name], tensor)
-    assert (lean.lean.operation is None) == kind.startswith(OWN)
+    assert (lean.lean.known[1] is None) == kind.startswith(OWN)
 
 
 @pytest.mark.parametrize("kind", ["independent levels", "odd levels", "torch", "two sequences", "grouped"])
@@ -91,7 +91,7 @@ def test_other_blocks_run_by_themselves(kind: str, block: Block, monkeypatch: py
     if kind == "grouped":
         state = GroupedState((state,), (1,))
     block(x[3:4], state)
-    assert block.lean.operation is None
+    assert block.lean.known[1] is None
 
 
 @torch.no_grad()
@@ -111,9 +111,9 @@ def test_what_a_caller_asks_of_the_block_is_done_by_the_block(block: Block, monk
         block(x[3:4], state)
     with torch.enable_grad():
         assert block(x[3:4], state)[0].requires_grad
-    assert block.lean.operation is None
+    assert block.lean.known[1] is None
     block(x[3:4], state)
-    assert block.lean.operation is not None
+    assert block.lean.known[1] is not None
 
 
 @pytest.mark.parametrize("how", ["in place", "data", "parameter"])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hopescale.config.schema import CmsConfig, LevelConfig, ModelConfig, SelfModifyingConfig
+from hopescale.config.schema import AttentionConfig, CmsConfig, LevelConfig, ModelConfig, SelfModifyingConfig
 from hopescale.models import Model
 from hopescale.models.init import initialize
 from hopescale.models.self_modifying import SelfModifying
@@ -169,3 +169,20 @@ def test_generation_equals_the_forward_pass_of_training(mixer: dict[str, object]
             row, state = model(tokens[:, t : t + 1], state)
             rows.append(row)
     assert_close(torch.cat(rows, dim=1)[..., :32], expected[..., :32])  # the rest is padding
+
+
+@pytest.mark.parametrize("kind", ["self_modifying", "attention"])
+@pytest.mark.parametrize(("batch", "tokens"), [(2, 64), (2, 2), (3, 50)])
+def test_rows_of_a_batch_keep_to_themselves(kind: str, batch: int, tokens: int):
+    """All of a model, levels included, gives what it gives with gradients."""
+    mixer = SelfModifyingConfig(chunk_size=CHUNK) if kind == "self_modifying" else AttentionConfig()
+    levels = {"fast": LevelConfig(d_ff=48), "slow": LevelConfig(d_ff=32, update_every_steps=2)}
+    config = ModelConfig(
+        vocab_size=64, d_model=32, num_layers=2, num_heads=2, mixers={"hope": mixer}, cms=CmsConfig(levels=levels)
+    )
+    model = Model(config, seed=0)
+    text = torch.randint(64, (batch, tokens), generator=torch.Generator().manual_seed(1))
+    expected, _ = model(text)
+    with torch.no_grad():
+        actual, _ = model(text)
+    assert_close(actual[..., :64], expected[..., :64])

@@ -110,6 +110,27 @@ def test_gated_mlps(count: int, has_added: bool):
     assert torch.equal(x, before)
 
 
+@pytest.mark.parametrize(("tokens", "batch"), [(64, 2), (2, 2), (48, 5), (1, 4)])
+@torch.no_grad()
+def test_vectors_lie_in_any_order(tokens: int, batch: int):
+    """The stream `[T, B, N]` begins as the transpose of the embedding's output."""
+    mlps, x, added = make_mlps(32), *(make(batch, tokens, 32, seed=seed).transpose(0, 1) for seed in (0, 1))
+    assert can_run_mlps(x, mlps) == (tokens * batch <= 4 or tokens * batch >= 128)
+    assert_close(gated_mlps(x, added, mlps, 1e-5), naive_mlps(x, added, mlps, 1e-5))
+    assert_close(gated_mlps(x, added.contiguous(), mlps, 1e-5), naive_mlps(x, added, mlps, 1e-5))
+    weight = make(32, seed=2)
+    assert_close(rms_norm(x, weight, 1e-5), rms_norm(x.double(), weight.double(), 1e-5))
+    assert_close(linear(x, mlps[0].gate), x.double() @ mlps[0].gate.double().T)
+
+
+@torch.no_grad()
+def test_a_weight_of_another_type_or_width_is_for_torch():
+    x = make(1, 32)
+    assert_close(rms_norm(x, make(32).double(), 1e-5), rms_norm(x.double(), make(32).double(), 1e-5))
+    with pytest.raises(RuntimeError, match="shapes|size"):
+        linear(x, make(48, 16))
+
+
 @torch.no_grad()
 def test_threads_share_vectors_and_change_no_bit(monkeypatch: pytest.MonkeyPatch):
     mlps, x = make_mlps(32), make(300, 32)
