@@ -176,7 +176,7 @@ class Holdings:
             kind = Kind(rule, parameter.level, parameter.itemsize(self.config.train.precision), parameter.phase)
             entries[kind] += parameter.size
             shape = self._updated_shape(parameter, layout)
-            parts = math.prod(shape) // parameter.size
+            parts = layout.tp if self.is_gathered(parameter, layout) else 1
             state[kind] += state_entries(rule, shape, self.config.optim) / parts
             outside[kind] += parameter.size if parameter.block is None else 0
             grams[kind] += self.gram(parameter, layout.tp)
