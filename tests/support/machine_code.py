@@ -142,7 +142,12 @@ def _trips(ttgir: str, code: list[Instruction], lines: Mapping[int, tuple[str, s
                 found.append(by_line[(file, line) if (file, line) in by_line else above])
                 break
         else:
-            raise ValueError(f"no loop of the kernel is on the lines of that at {code[first].address:#x}")
+            # All of the body comes from other functions: the loops of their files, if these turn alike.
+            files = {lines[line.address][0] for line in code[first : last + 1]}
+            alike = {trips for (file, _), trips in by_line.items() if file in files}
+            if len(alike) != 1:
+                raise ValueError(f"no loop of the kernel is on the lines of that at {code[first].address:#x}")
+            found += alike
     return found
 
 
