@@ -58,8 +58,7 @@ def _threads_for(model: Model, tokens: Tensor) -> Iterator[None]:
     """Compute on no more threads of the CPU than have work: they wait for one another at each operation."""
     threads = fitting = torch.get_num_threads()
     if threads > 1 and not tokens.is_cuda:
-        num_params = sum(parameter.numel() for parameter in model.parameters())
-        fitting = threads_with_work(num_params, tokens.numel(), threads)
+        fitting = threads_with_work(model.num_params, tokens.numel(), threads)
     if fitting == threads:
         yield
         return

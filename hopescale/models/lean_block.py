@@ -33,7 +33,7 @@ class LeanBlock:
         self, block: nn.Module, x: Tensor, state: LayerState | GroupedState | None
     ) -> tuple[Tensor, LayerState] | None:
         """Map one vector of the residual stream `[1, 1, N]`; None if the block has to do that itself."""
-        if torch.is_grad_enabled() or x.numel() != x.shape[-1] or torch.get_num_threads() > 1:
+        if torch.is_grad_enabled() or x.numel() != x.shape[-1]:
             return None
         if not isinstance(state, LayerState) or not can_map(x):
             return None
@@ -52,7 +52,8 @@ class LeanBlock:
         position, (*memories, _, tail, ahead) = state
         if ahead is not None:
             return None
-        y, memories, tail = operation.run(x, Memories(*memories), tail, position)
+        memories, place = block.mixer.begun(Memories(*memories), position, tokens=1, batch=1)
+        y, memories, tail = operation.run(x, memories, tail, place)
         return y, LayerState(position + 1, MixerState(*memories, None, tail))
 
 
@@ -65,9 +66,8 @@ def _places(block: nn.Module, x: Tensor) -> list[tuple[dict[str, Any], str] | No
     mixer, cms = block.mixer, block.cms
     if type(mixer) is not SelfModifying or not cms.sequential or mixer.in_proj.tp_group.size() > 1:
         return []
-    config = mixer.config
     odd = any(level.gate.weight.shape[0] % BLOCK for level in cms.levels.values())
-    if odd or config.gate or config.reset_every is not None or mixer.far_spec is not None:
+    if odd or mixer.far_spec is not None:
         return []
     if not can_mix(x.new_empty(1, mixer.head_dim), mixer.spec, mixer.computed["backend"]):
         return []

@@ -46,6 +46,7 @@ class Model(nn.Module):
     Attributes:
         is_first: Whether this slice begins the model.
         is_last: Whether this slice ends the model.
+        num_params: Number of parameters that this process holds.
 
     Raises:
         ValueError: If `blocks` are not consecutive blocks of the model.
@@ -86,6 +87,7 @@ class Model(nn.Module):
                 self.head = ColumnLinear(config.d_model, padded, std=config.init_std, **shared)
         if seed is not None:
             initialize(self, seed, mesh)
+        self.num_params = sum(parameter.numel() for parameter in self.parameters())
 
     def initial_state(self, batch: int) -> ModelState:
         """Return the state before the first token, for `batch` sequences."""

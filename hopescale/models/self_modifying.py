@@ -259,7 +259,7 @@ class SelfModifying(nn.Module):
         mixed = self.in_proj(x).unflatten(-1, (self.heads, -1, self.head_dim))  # [T, B, H, P, D]
         plain = documents is None and probe is None and far is None
         if plain and can_mix(mixed, self.spec, self.computed["backend"]):
-            begun = self._begun(memories, position, len(mixed), batch)
+            begun = self.begun(memories, position, len(mixed), batch)
             if begun is not None:
                 y, state = self._mix(mixed, self._initial_tail(batch) if state is None else tail, *begun)
                 return y, LayerState(position + len(y), state)
@@ -287,7 +287,7 @@ class SelfModifying(nn.Module):
         y = self.norm(y.permute(2, 0, 1, 3)).to(dtype)
         return y if gate is None else y * F.silu(gate)
 
-    def _begun(self, memories: Memories | None, position: int, tokens: int, batch: int) -> tuple[Memories, int] | None:
+    def begun(self, memories: Memories | None, position: int, tokens: int, batch: int) -> tuple[Memories, int] | None:
         """Return the memories before tokens of one piece, and its tokens before them; None for tokens of several."""
         every = self.config.reset_every
         place = position if every is None else position % every

@@ -75,10 +75,14 @@ class ModelState(NamedTuple):
 
     @classmethod
     def of_groups(cls, states: Sequence[ModelState], sizes: Sequence[int]) -> ModelState:
-        """Put states of groups of sequences together; `sizes` are the numbers of sequences."""
+        """Put states of groups of sequences together, of so many sequences each. One group stays as it is."""
+        if len(states) == 1:
+            return states[0]
         layers = zip(*(state.layers for state in states), strict=True)
         return cls(tuple(GroupedState(groups, tuple(sizes)) for groups in layers))
 
     def apart(self) -> list[ModelState]:
         """Return the state of each group."""
+        if not isinstance(self.layers[0], GroupedState):
+            return [self]
         return [ModelState(groups) for groups in zip(*(layer.groups for layer in self.layers), strict=True)]

@@ -12,7 +12,7 @@ from torch import Tensor
 from hopescale.ops.cpp.build import library
 from hopescale.ops.cpp.call import parallel_for, pointer, pointers
 from hopescale.ops.limits import BLOCK
-from hopescale.ops.vectors import FEW_VECTORS, can_map, can_map_fast, is_plain, pack
+from hopescale.ops.vectors import are_few, can_map, can_map_fast, is_plain, pack
 
 TILE_VECTORS = 128
 """Vectors that a thread runs through all MLPs at a time."""
@@ -30,7 +30,7 @@ class GatedMlp(NamedTuple):
 def can_run_mlps(x: Tensor, mlps: Sequence[GatedMlp]) -> bool:
     """Tell whether `gated_mlps` takes these vectors and weights, and is the faster code for them."""
     threads = torch.get_num_threads()
-    if threads > 1 and x.numel() < threads * TILE_VECTORS * x.shape[-1]:
+    if threads > 1 and not are_few(x) and x.numel() < threads * TILE_VECTORS * x.shape[-1]:
         return False  # one thread would have it all
     if not can_map(x) or not all(can_map_fast(x, len(mlp.gate)) and len(mlp.gate) % BLOCK == 0 for mlp in mlps):
         return False
@@ -44,10 +44,10 @@ def gated_mlps(x: Tensor, added: Tensor | None, mlps: Sequence[GatedMlp], eps: f
     width, native = x.shape[-1], library()
     count = x.numel() // width
     weights = [weight for mlp in mlps for weight in mlp]
-    if many := count > FEW_VECTORS:
+    if many := not are_few(x):
         weights = [weight if weight.dim() == 1 else pack(weight) for weight in weights]
     hidden = (ctypes.c_int32 * len(mlps))(*[mlp.gate.shape[0] for mlp in mlps])
-    how = width, ctypes.c_float(eps), many, len(mlps), hidden, pointers(weights)
+    how = width, ctypes.c_float(eps), many, len(mlps), hidden, pointers(weights), torch.get_num_threads()
     tensors = [pointer(one) for one in (x, added, result)]
 
     def run(begin: int, end: int) -> None:

@@ -24,7 +24,7 @@ class BlockWeights(NamedTuple):
 
     Attributes:
         norm: Weight of the norm before the mixer `[N]`.
-        in_proj: Projection of heads `[H * 3 * D, N]`.
+        in_proj: Projection of heads `[H * 3 * D, N]`, or `[H * 4 * D, N]` with an output gate.
         out_proj: Projection of answers `[N, H * D]`.
         filters: Filters of the convolution `[H * 3 * D, W]`.
         head_norm: Weights of the norms of answers `[H, D]`.
@@ -57,7 +57,7 @@ class _CBlock(ctypes.Structure):
     """`Block` of hope_block.cpp."""
 
     _fields_ = [
-        *((name, ctypes.c_int32) for name in ("width", "heads", "dim", "taps", "unit", "mlps")),
+        *((name, ctypes.c_int32) for name in ("width", "heads", "dim", "taps", "unit", "gated", "mlps")),
         ("eps", ctypes.c_float),
         ("specs", CMemorySpec * 2),
         ("periods", ctypes.c_int32 * 2),
@@ -90,20 +90,24 @@ class BlockOfVector:
         taps = 0 if weights.filters is None else weights.filters.shape[1]
         self.hidden = (ctypes.c_int32 * (len(mlps) // 4))(*(len(gate) for gate in mlps[1::4]))
         flags = sum(one << number for number, one in enumerate(unit))
-        sizes = (len(weights.norm), heads, dim, taps, flags, len(self.hidden))
+        gated = len(weights.in_proj) > heads * len(unit) * dim
+        sizes = (len(weights.norm), heads, dim, taps, flags, gated, len(self.hidden))
         rest = (self.banks.specs, self.banks.periods, ctypes.addressof(self.hidden))
         self.block = _CBlock(*sizes, eps, *rest)
         self.addresses = (ctypes.c_void_p * len(tensors))(*(None if x is None else x.data_ptr() for x in tensors))
 
     def run(self, x: Tensor, state: Memories, tail: Tensor | None, position: int) -> BlockOutput:
-        """Map one vector of the residual stream after `position` tokens; `tail` is `[1, W - 1, H * 3 * D]`."""
+        """Map one vector of the residual stream after `position` tokens; `tail` is `[1, W - 1, H * 3 * D]`.
+
+        Large weights are read by as many threads as torch has.
+        """
         states = States.of(state, self.banks, 1, position, 1)
         x, after = x.contiguous(), None
         y = torch.empty_like(x)
         if tail is not None:
             tail = tail.contiguous()
             after = torch.empty_like(tail)
-        where = ctypes.byref(self.block), self.addresses, ctypes.c_int64(position), states.before, states.last
+        how = ctypes.byref(self.block), self.addresses, torch.get_num_threads(), ctypes.c_int64(position)
         tensors = [pointer(one) for one in (tail, after, x, y)]
-        require(library().hopescale_hope_block(*where, *tensors), self.banks.specs[0])
+        require(library().hopescale_hope_block(*how, states.before, states.last, *tensors), self.banks.specs[0])
         return BlockOutput(y, states.after, after)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hopescale.ops.vectors import can_map, cpp_rms_norm, is_plain
+from hopescale.ops.vectors import are_few, can_map, cpp_rms_norm, is_plain
 
 
 def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
@@ -24,6 +24,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def _rms_norm_without_gradients(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Do the same with fewer tensors, which take longer to make than to compute where a single vector is scaled."""
     fits = weight.shape == x.shape[-1:] and is_plain(weight)
-    if fits and torch.get_num_threads() == 1 and can_map(x):
+    if fits and (torch.get_num_threads() == 1 or are_few(x)) and can_map(x):
         return cpp_rms_norm(x, weight, eps)
     return (x * x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()).mul_(weight)

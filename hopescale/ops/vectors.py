@@ -38,25 +38,34 @@ def is_plain(weight: Tensor) -> bool:
     return weight.is_cpu and weight.dtype == torch.float32 and weight.is_contiguous() and weight.data_ptr() != 0
 
 
+def are_few(x: Tensor) -> bool:
+    """Tell whether each row of a weight is multiplied by all of the vectors as it is read."""
+    return x.numel() <= FEW_VECTORS * x.shape[-1]
+
+
 def can_map_fast(x: Tensor, num_rows: int) -> bool:
-    """Tell whether products of vectors `x` with weights of `num_rows` rows are faster on one thread than torch's."""
-    count = x.numel() // x.shape[-1]
-    if count <= FEW_VECTORS:
+    """Tell whether products of vectors `x` with weights of `num_rows` rows are faster than torch's.
+
+    For one vector torch has one thread in any case, and for several it takes many times as long for each.
+    """
+    if are_few(x):
         return True
+    count = x.numel() // x.shape[-1]
     return count >= MANY_VECTORS and x.shape[-1] <= WIDEST and not num_rows % BLOCK
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """Map vectors `[..., N]` by a weight `[M, N]`, like `torch.nn.functional.linear`."""
-    if torch.is_grad_enabled() or torch.get_num_threads() > 1 or not can_map(x):
+    threads = torch.get_num_threads()
+    if torch.is_grad_enabled() or (threads > 1 and not are_few(x)) or not can_map(x):
         return F.linear(x, weight)
     rows, columns = weight.shape
     if x.shape[-1] != columns or not is_plain(weight) or not can_map_fast(x, rows):
         return F.linear(x, weight)
     x, y, count = x.contiguous(), x.new_empty(*x.shape[:-1], rows), x.numel() // columns
-    many = count > FEW_VECTORS
+    many = not are_few(x)
     weight = pack(weight) if many else weight
-    build.library().hopescale_linear(rows, columns, many, count, pointer(weight), pointer(x), pointer(y))
+    build.library().hopescale_linear(rows, columns, many, count, threads, pointer(weight), pointer(x), pointer(y))
     return y
 
 

@@ -34,5 +34,6 @@ int hopescale_mix(const hopescale::Layout* layout, const hopescale::Mixer* mixer
                   float* memory, float* y);
 void hopescale_rms_norm(int width, int count, float eps, const float* weight, float* x, float* result);
 void hopescale_gated_mlps(int width, float eps, int packed, int count, const int32_t* hidden,
-                          const float* const* weights, int begin, int end, float* x, float* added, float* result);
+                          const float* const* weights, int threads, int begin, int end, float* x, float* added,
+                          float* result);
 }

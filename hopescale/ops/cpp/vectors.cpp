@@ -3,7 +3,7 @@
 #include <numeric>
 #include <vector>
 
-#include "linear.h"
+#include "threads.h"
 
 using namespace hopescale;
 
@@ -20,6 +20,8 @@ struct GatedMlp {
     GatedMlp(const float* const* weights, int width, int hidden, bool packed)
         : norm(weights[0]), gate{weights[1], hidden, width, packed}, up{weights[2], hidden, width, packed},
           down{weights[3], width, hidden, packed} {}
+
+    void add_to(int threads, Matrix normed, Matrix gated, Matrix raised, Matrix y) const;
 };
 
 // Numbers that begin where a line of the cache does.
@@ -55,6 +57,22 @@ void gate_by(Matrix x, Matrix result) {
         }
 }
 
+// y += down(silu(gate normed) * up normed); `gated` and `raised` hold what lies between.
+void GatedMlp::add_to(int threads, Matrix normed, Matrix gated, Matrix raised, Matrix y) const {
+    if (gate.is_packed) {
+        apply(gate, normed, gated);
+        apply(up, normed, raised);
+        gate_by(raised, gated);
+    } else {
+        in_threads(threads, 2 * bytes_of(gate), gate.rows, BLOCK, [&](int begin, int end) {
+            apply_rows(gate, normed, gated, begin, end);
+            apply_rows(up, normed, raised, begin, end);
+            gate_by(raised.columns(begin, end - begin), gated.columns(begin, end - begin));
+        });
+    }
+    apply(threads, down, gated, y, ADD);
+}
+
 }  // namespace
 
 extern "C" {
@@ -63,9 +81,10 @@ void hopescale_pack(int rows, int columns, const float* weight, float* packed) {
     pack({weight, rows, columns, false}, packed);
 }
 
-// Maps vectors x [count, columns] to `result` [count, rows].
-void hopescale_linear(int rows, int columns, int packed, int count, const float* weight, float* x, float* result) {
-    apply({weight, rows, columns, bool(packed)}, {x, count, columns, columns}, {result, count, rows, rows});
+// Maps vectors x [count, columns] to `result` [count, rows], in at most `threads` threads.
+void hopescale_linear(int rows, int columns, int packed, int count, int threads, const float* weight, float* x,
+                      float* result) {
+    apply(threads, {weight, rows, columns, bool(packed)}, {x, count, columns, columns}, {result, count, rows, rows});
 }
 
 // Norms vectors x [count, width].
@@ -75,8 +94,10 @@ void hopescale_rms_norm(int width, int count, float eps, const float* weight, fl
 
 // Runs vectors `begin` to `end` of a stream through MLPs: `result` = x + added, then for each
 // `result += mlp(norm(result))`. `added` may be null. All are [vectors, width]. `weights` are four of each MLP.
+// Weights that are not packed are distributed over at most `threads` threads.
 void hopescale_gated_mlps(int width, float eps, int packed, int count, const int32_t* hidden,
-                          const float* const* weights, int begin, int end, float* x, float* added, float* result) {
+                          const float* const* weights, int threads, int begin, int end, float* x, float* added,
+                          float* result) {
     const int tokens = std::min(TILE_TOKENS, end - begin);
     const int widest = std::accumulate(hidden, hidden + count, 0, [](int x, int y) { return std::max(x, y); });
     const Numbers scratch(int64_t(tokens) * (width + 2 * widest));
@@ -92,12 +113,9 @@ void hopescale_gated_mlps(int width, float eps, int packed, int count, const int
         for (int n = 0; n < count; ++n) {
             Scope scope(arena);
             const GatedMlp mlp(weights + 4 * n, width, hidden[n], packed);
-            const Matrix gated = arena.take(rows, hidden[n]), up = arena.take(rows, hidden[n]);
+            const Matrix gated = arena.take(rows, hidden[n]), raised = arena.take(rows, hidden[n]);
             rms_norm(y, mlp.norm, eps, normed);
-            apply(mlp.gate, normed, gated);
-            apply(mlp.up, normed, up);
-            gate_by(up, gated);
-            apply(mlp.down, gated, y, ADD);
+            mlp.add_to(threads, normed, gated, raised, y);
         }
     }
 }

@@ -17,7 +17,7 @@ from hopescale.parallel.mesh import Mesh
 from tests.support.naive_mixer import SWITCHES
 
 WIDTH, CHUNK, TOKENS = 48, 4, 11
-OWN = ("gate", "hidden width", "far memory", "resets")
+OWN = ("hidden width", "far memory")
 """Beginnings of switches that the operation does not know."""
 LEVELS = {"fast": LevelConfig(d_ff=32), "slow": LevelConfig(d_ff=80, update_every_steps=2)}
 
@@ -95,7 +95,7 @@ def test_other_blocks_run_by_themselves(kind: str, block: Block, monkeypatch: py
 
 
 @torch.no_grad()
-def test_what_a_caller_asks_of_the_block_is_done_by_the_block(block: Block, monkeypatch: pytest.MonkeyPatch):
+def test_what_a_caller_asks_of_the_block_is_done_by_the_block(block: Block):
     x, seen, probe = make_stream(), [], {}
     _, state = block(x[:3])
     block(x[3:4], state, probe=probe)
@@ -106,13 +106,21 @@ def test_what_a_caller_asks_of_the_block_is_done_by_the_block(block: Block, monk
     block(x[3:4], state)
     handle.remove()
     assert seen
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "get_num_threads", lambda: 2)
-        block(x[3:4], state)
     with torch.enable_grad():
         assert block(x[3:4], state)[0].requires_grad
     assert block.lean.known[1] is None
     block(x[3:4], state)
+    assert block.lean.known[1] is not None
+
+
+@torch.no_grad()
+def test_threads_read_large_weights_and_change_no_bit(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(LEVELS, "slow", LevelConfig(d_ff=40_000, update_every_steps=2))  # 7.7 MB each weight
+    block, x = make_block({"gate": True}), make_stream()
+    one, state = one_by_one(block, x)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    y, after = one_by_one(block, x)
+    assert torch.equal(y, one) and all(torch.equal(after[name], tensor) for name, tensor in state.items())
     assert block.lean.known[1] is not None
 
 

@@ -84,6 +84,7 @@ def test_torch_has_the_rest(case: str, monkeypatch: pytest.MonkeyPatch):
     if case == "strided weight":
         weight = make(32, 48).T
     if case == "threads":
+        x = make(128, 32)
         monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     with torch.set_grad_enabled(case == "gradients"), pytest.raises(pytest.fail.Exception, match="torch computes"):
         linear(x, weight)
@@ -136,8 +137,25 @@ def test_threads_share_vectors_and_change_no_bit(monkeypatch: pytest.MonkeyPatch
     mlps, x = make_mlps(32), make(300, 32)
     expected = gated_mlps(x, x, mlps, 1e-5)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    assert can_run_mlps(x, mlps) and not can_run_mlps(x[:1], mlps)
+    assert can_run_mlps(x, mlps) and not can_run_mlps(x[:200], mlps)
     assert torch.equal(gated_mlps(x, x, mlps, 1e-5), expected)
+
+
+@pytest.mark.usefixtures("torch_refuses")
+@pytest.mark.parametrize(("count", "rows"), [(1, 60_000), (4, 50_007)])
+@torch.no_grad()
+def test_threads_share_the_rows_of_large_weights_and_change_no_bit(
+    count: int, rows: int, monkeypatch: pytest.MonkeyPatch
+):
+    """A thread has 2 MiB of a weight; the last one has what is left over."""
+    x, weight = make(count, 32), make(rows, 32, seed=1)
+    mlps, norm = [GatedMlp(make(32), weight[:48_000], -weight[:48_000], make(32, 48_000))], make(32, seed=2)
+    run = (lambda: linear(x, weight)), (lambda: gated_mlps(x, x, mlps, 1e-5)), (lambda: rms_norm(x, norm, 1e-5))
+    expected = [each() for each in run]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    assert can_run_mlps(x, mlps)
+    for each, result in zip(run, expected, strict=True):
+        assert torch.equal(each(), result)
 
 
 @torch.no_grad()

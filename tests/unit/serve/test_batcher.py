@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from hopescale.ops.cpp import build
 from hopescale.serve.batcher import Batcher, Failed, Request
 from tests.support.loaded import make_loaded
 
@@ -23,6 +24,14 @@ def test_requests_at_unlike_places_share_every_pass(settings: dict):
     found, passes = answers(prompts)
     assert found == [tokens for (tokens,), _ in alone] and len({*map(tuple, found)}) > 1
     assert passes == 8 and all(each == 8 for _, each in alone)
+
+
+@pytest.mark.skipif(build.problem() is not None, reason="no C++ compiler could build the library")
+def test_each_block_is_one_call_for_a_request_alone():
+    model = make_loaded(num_heads=1).model
+    with Batcher(model) as running:
+        assert len(list(running.submit(Request([5, 6, 7], None, 3)).tokens())) == 3
+    assert all(block.lean.known[1] is not None for block in model.blocks.values())
 
 
 def test_a_prompt_that_nobody_waits_for_is_not_read():
