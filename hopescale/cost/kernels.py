@@ -58,7 +58,7 @@ def kernel_activations(model: ModelConfig, mixer: SelfModifyingConfig, micro: Mi
     documents, chunk = micro.batch * num_pieces(mixer, micro.seq_len), mixer.chunk_size
     tokens = min(mixer.reset_every or micro.seq_len, micro.seq_len)
     programs, longest = documents * heads, min(chunk, tokens)
-    rows, cut = _rows(longest), longest > _rows(longest)
+    rows, cut = _rows(chunk), chunk > _rows(chunk)
     width, layers = scratch_shape(model, mixer)
     state = packed_size(model, mixer) * rates
     first = heads * _starts(mixer, micro) * state * FP32
@@ -66,10 +66,10 @@ def kernel_activations(model: ModelConfig, mixer: SelfModifyingConfig, micro: Mi
     replayed = heads * (micro.tokens // chunk + documents) * state * micro.kept_itemsize
     side = -(-tokens // (KERNEL_KEEPS * chunk))
     at_once = min(programs, max(1, KERNEL_PROGRAMS // side)) * side
-    replay = at_once * _forward_program(model, mixer, longest)
+    replay = at_once * _forward_program(model, mixer)
     matrices = BACKWARD_MATRICES + LAYER_MATRICES * layers
     back = min(programs, KERNEL_PROGRAMS) * scratch_size(rows, width, matrices) * FP32
-    back += cut * programs * (-(-longest // rows) - 1) * state * micro.kept_itemsize
+    back += cut * programs * max(1, -(-longest // rows) - 1) * state * micro.kept_itemsize
     back += 3 * micro.tokens * heads * dim * FP32 + programs * state * (1 + 1 / rates) * FP32
     gate = mixer.gate * micro.tokens * heads * dim * micro.itemsize
     return Activations(first, kept, gate + replayed + max(replay, back))
@@ -78,20 +78,19 @@ def kernel_activations(model: ModelConfig, mixer: SelfModifyingConfig, micro: Mi
 def forward_workspace(model: ModelConfig, mixer: SelfModifyingConfig, micro: MicroBatch) -> float:
     """Count the memory of the programs that run memories forward."""
     programs = micro.batch * num_pieces(mixer, micro.seq_len) * model.num_heads / micro.tp
-    longest = min(mixer.chunk_size, mixer.reset_every or micro.seq_len, micro.seq_len)
-    return min(programs, KERNEL_PROGRAMS) * _forward_program(model, mixer, longest)
+    return min(programs, KERNEL_PROGRAMS) * _forward_program(model, mixer)
 
 
-def _forward_program(model: ModelConfig, mixer: SelfModifyingConfig, longest: int) -> float:
-    """Count the memory of a program that goes forward over chunks of at most so many tokens: states, and scratch."""
-    rows = _rows(longest)
+def _forward_program(model: ModelConfig, mixer: SelfModifyingConfig) -> float:
+    """Count the memory of a program that goes forward over chunks: states, and scratch."""
+    rows = _rows(mixer.chunk_size)
     state, (width, _) = packed_size(model, mixer) * (1 + mixer.momentum), scratch_shape(model, mixer)
-    return ((1 + (longest > rows)) * state + scratch_size(rows, width, FORWARD_MATRICES)) * FP32
+    return ((1 + (mixer.chunk_size > rows)) * state + scratch_size(rows, width, FORWARD_MATRICES)) * FP32
 
 
-def _rows(longest: int) -> int:
-    """Return the tokens of a piece of a chunk that has at most so many."""
-    return max(16, min(KERNEL_PIECE, 1 << (longest - 1).bit_length()))
+def _rows(chunk: int) -> int:
+    """Return the tokens of a piece of a chunk of so many."""
+    return max(16, min(KERNEL_PIECE, 1 << (chunk - 1).bit_length()))
 
 
 def _starts(mixer: SelfModifyingConfig, micro: MicroBatch) -> int:

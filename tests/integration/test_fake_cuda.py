@@ -48,6 +48,7 @@ LAYOUTS = {
 }
 
 
+MEMORIES = ("self_modify_kernel", "self_modify_back_kernel", "replay_kernel", "move_start_kernel")
 SEGMENTS = ("train.segments=2", "train.seq_len=64", "train.global_batch_tokens=128")
 MIXERS = {
     "hope": (),
@@ -55,6 +56,12 @@ MIXERS = {
     "attention": ("model.mixers.hope.kind=attention",),
     "segments": SEGMENTS,
     "attention in segments": ("model.mixers.hope.kind=attention", *SEGMENTS),
+    "rests of long chunks": (
+        "model.mixers.hope.chunk_size=128",
+        "train.segments=2",
+        "train.seq_len=512",
+        "train.global_batch_tokens=1024",
+    ),
 }
 
 
@@ -102,6 +109,14 @@ def within_documents(library: Path) -> dict[str, dict[str, Any]]:
 def test_the_host_waits_for_no_documents_either(mixer: str, within_documents: dict[str, Any]):
     found = within_documents[mixer]
     assert (found["host_reads"], found["noticed"]) == ({}, 1) and found["launches"]
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_kernels_of_memories_are_compiled_before_the_first_step(mixer: str, within_documents: dict[str, Any]):
+    """The last chunks of documents, of any length, and pieces that go on run by kernels that whole sequences need."""
+    found = within_documents[mixer]
+    assert [name for name, _ in found["compiled_late"] if name in MEMORIES] == []
+    assert ("attention" in mixer) != any(each["kernel"] in MEMORIES for each in found["launches"])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from triton.runtime.jit import JITFunction
+from triton.runtime.jit import JITFunction, KernelParam
 
 from hopescale.config.layout import smallest_layout
 from hopescale.config.load import load_recipe
@@ -52,10 +52,31 @@ def _note_launches() -> None:
                 "kernel": kernel.fn.__name__,
                 "devices": sorted({str(tensor.device) for tensor in tensors}),
                 "contiguous": all(tensor.is_contiguous() for tensor in tensors),
+                "compiled": _compiled(kernel, arguments, options),
             }
         )
 
     JITFunction.run = run
+
+
+def _compiled(kernel: JITFunction, arguments: tuple[Any, ...], options: dict[str, Any]) -> str:
+    """Return what Triton compiles a kernel for: constants, types, and where a number is 1 or a multiple of 16."""
+    names = [parameter.name for parameter in kernel.params]
+    given = dict(zip(names, arguments, strict=False)) | options
+    found = [_of_argument(parameter, given.pop(parameter.name)) for parameter in kernel.params]
+    return repr(found + sorted(given.items()))
+
+
+def _of_argument(parameter: KernelParam, value: Any) -> Any:
+    if parameter.is_constexpr or value is None:
+        return value
+    if isinstance(value, tuple):
+        return [_of_argument(parameter, each) for each in value]
+    if isinstance(value, torch.Tensor):
+        return str(value.dtype), value.storage_offset() * value.element_size() % 16 == 0
+    if isinstance(value, float) or parameter.do_not_specialize:
+        return type(value).__name__
+    return value if value == 1 else value % 16 == 0
 
 
 def _note_exchanges() -> None:
@@ -102,8 +123,12 @@ def _batch(data: Data, indices: range) -> Batch:
 
 
 def _know_documents() -> None:
-    """Let the host know documents of pieces of sequences."""
-    pieces = Batch.pieces
+    """Let the host know documents, whole and of pieces of sequences."""
+    pieces, numpy = Batch.pieces, torch.Tensor.numpy
+
+    def real_numpy(self: torch.Tensor) -> Any:
+        with unset_fake_temporarily():
+            return numpy(self)
 
     def real_pieces(self: Batch, count: int, *, within_documents: bool) -> list[Batch]:
         with unset_fake_temporarily():
@@ -112,7 +137,7 @@ def _know_documents() -> None:
                 return found
             return [each._replace(document_ids=each.document_ids.clone(), begun=each.begun.clone()) for each in found]
 
-    Batch.pieces = real_pieces
+    Batch.pieces, torch.Tensor.numpy = real_pieces, real_numpy
 
 
 def _rank(config: RunConfig, rank: int) -> dict[str, Any]:
@@ -129,6 +154,7 @@ def _rank(config: RunConfig, rank: int) -> dict[str, Any]:
         engine = Engine(passes, state.optimizer, state.levels, DEVICE)
         count = make_plan(config, layout).grad_accumulation
         batches = [_batch(state.data, range(number * size, (number + 1) * size)) for number in range(count)]
+        warm = {(each["kernel"], each["compiled"]) for each in launches}
         launches.clear(), exchanges.clear(), fake.HOST_READS.clear()
         engine.update(STEP, engine.gradients(STEP, batches, probe=True), measure=True, limits=StepLimits())
         trained, reads = len(launches), dict(fake.HOST_READS)
@@ -145,6 +171,7 @@ def _rank(config: RunConfig, rank: int) -> dict[str, Any]:
         "elsewhere": sorted(name for name, tensor in kept.items() if tensor.device != DEVICE),
         "host_reads": reads,
         "noticed": noticed,
+        "compiled_late": sorted({(each["kernel"], each["compiled"]) for each in launches} - warm),
         "launches": launches[:trained],
         "exchanges": list(exchanges),
     }

@@ -103,9 +103,9 @@ class KernelConfig:
 
     @classmethod
     def of(cls, streams: Streams, spec: MemorySpec, products: Products) -> KernelConfig:
-        """Plan a call; streams are `[B, H, T, D]`."""
-        dim, tokens = streams.k.shape[-1], min(spec.chunk_size, streams.k.shape[2])
-        rows = max(16, min(KERNEL_PIECE, 1 << (tokens - 1).bit_length()))
+        """Plan a call; streams are `[B, H, T, D]`. No length counts: each kernel would be compiled for several."""
+        dim = streams.k.shape[-1]
+        rows = max(16, min(KERNEL_PIECE, 1 << (spec.chunk_size - 1).bit_length()))
         kinds = spec.vector_memories, spec.gate_memories
         vectors, gates = ({name: number for number, name in enumerate(names)} for names in kinds)
         return cls(
@@ -114,7 +114,7 @@ class KernelConfig:
             hidden=spec.hidden or dim,
             rows=rows,
             doublings=rows.bit_length() - 1,
-            cut=tokens > rows,
+            cut=spec.chunk_size > rows,
             block=min(dim, ROWS),
             vector_memories=len(vectors),
             gate_memories=len(gates),

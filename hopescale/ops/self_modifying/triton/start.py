@@ -38,7 +38,7 @@ def _move_layer(
             tl.store(momentum + there, tl.zeros_like(value), mask=k < LAYER.inputs)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["documents"])
 def move_start_kernel(
     first, second, packed, momentum, documents, heads, CONFIG: tl.constexpr, SIZE: tl.constexpr, BACK: tl.constexpr
 ):
