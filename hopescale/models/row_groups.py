@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from hopescale.models.state import LayerState
+from hopescale.models.statistics import statistics_of
 from hopescale.ops.device import to_device
 from hopescale.ops.documents import Documents
 
@@ -32,19 +33,10 @@ def run_groups(
         index, stats = to_device(torch.tensor(rows), x.device), None if probe is None else {}
         tensors = tree_map(lambda part, index=index: None if part is None else part[index], state.tensors)
         results.append(run(x[:, index], state._replace(tensors=tensors), documents.rows(rows), stats))
-        probes.append((len(rows) * len(x), stats))
+        probes.append(stats)
     if probe is not None:
-        probe |= joined_probes(probes)
+        probe |= statistics_of(torch.cat([one["tokens"] for one in probes]), [one["state_norm"] for one in probes])
     order = to_device(torch.tensor([row for rows in groups for row in rows]).argsort(), x.device)
     answers, states = zip(*results, strict=True)
     after = tree_map(lambda *parts: None if parts[0] is None else torch.cat(parts)[order], *states)
     return torch.cat(answers, dim=1)[:, order], after
-
-
-def joined_probes(probes: list[tuple[int, dict[str, Tensor]]]) -> dict[str, Tensor]:
-    """Join statistics of memories, each of so many tokens."""
-    total = sum(tokens for tokens, _ in probes)
-    means = [name for name, value in probes[0][1].items() if value.dim() == 0]
-    joined = {name: sum(tokens * one[name] for tokens, one in probes) / total for name in means}
-    joined["state_norm"] = torch.stack([one["state_norm"] for _, one in probes]).max()
-    return joined | {"tokens": torch.cat([one["tokens"] for _, one in probes])}

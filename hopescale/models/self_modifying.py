@@ -17,6 +17,7 @@ from hopescale.models.ahead import Ahead
 from hopescale.models.memory import MemoryBank
 from hopescale.models.norm import RMSNorm
 from hopescale.models.state import LayerState
+from hopescale.models.statistics import statistics_of
 from hopescale.ops.backends import Backend, KernelPrecision, Recompute, choose_products, select_streams
 from hopescale.ops.device import device_type, dtype_name
 from hopescale.ops.documents import Documents
@@ -274,8 +275,7 @@ class SelfModifying(nn.Module):
             y = y + answers
         y = self._out(y, gate, x.dtype)
         if probe is not None:
-            probe |= dict(zip(("eta_mean", "alpha_mean", "surprise"), stats.mean((0, 1, 2)), strict=True))
-            probe |= {"state_norm": _largest_norm(memories), "tokens": stats.flatten(0, 2)}
+            probe |= statistics_of(stats, [_largest_norm(memories)])
         return y, LayerState(position + len(y), MixerState(*memories, far, tail, ahead))
 
     def _out(self, y: Tensor, gate: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -16,9 +16,10 @@ from hopescale.config.titans import titans_attention
 from hopescale.models.attention import Attention, AttentionCache
 from hopescale.models.norm import RMSNorm
 from hopescale.models.persistent import Prefixed
-from hopescale.models.row_groups import joined_probes, run_groups
+from hopescale.models.row_groups import run_groups
 from hopescale.models.self_modifying import MixerState, SelfModifying
 from hopescale.models.state import LayerState
+from hopescale.models.statistics import by_token, statistics_of
 from hopescale.models.titans_context import Context, ContextState, run_documents, run_segments
 from hopescale.ops.backends import Backend, KernelPrecision, Recompute
 from hopescale.ops.documents import Documents
@@ -123,20 +124,25 @@ class Titans(nn.Module):
     ) -> tuple[Tensor, ContextState]:
         """Let attention read each segment with the memory's retrievals for it, and write attention's answers."""
         ahead = AttentionCache(*self.attention.project(persistent[:, None], 0)[1:])
-        size, probes = self.config.chunk_size, []
+        size, norms = self.config.chunk_size, []
 
-        def run(part: Tensor, tensors: ContextState, position: int) -> tuple[Tensor, ContextState]:
-            probes.append((part.shape[0] * part.shape[1], None if probe is None else {}))
-            return self._segment(part, ahead, tensors, position, probes[-1][1])
+        def run(part: Tensor, tensors: ContextState, position: int) -> tuple[Tensor, Tensor | None, ContextState]:
+            stats: dict[str, Tensor] | None = None if probe is None else {}
+            y, tensors = self._segment(part, ahead, tensors, position, stats)
+            if stats is None:
+                return y, None, tensors
+            norms.append(stats["state_norm"])
+            return y, by_token(stats, part.shape[1], self.memory.heads), tensors
 
         if documents is None:
-            y, tensors = run_segments(run, x, state.tensors, state.position, size)
+            y, values, tensors = run_segments(run, x, state.tensors, state.position, size)
         else:
             documents.first_of(x.shape[1], x.shape[0], state.position)
             before = state.tensors if state.position else None
-            y, tensors = run_documents(run, x, lambda batch: self.initial_state(batch).tensors, documents, size, before)
+            how = documents, size, before
+            y, values, tensors = run_documents(run, x, lambda batch: self.initial_state(batch).tensors, *how)
         if probe is not None:
-            probe |= joined_probes(probes)
+            probe |= statistics_of(values, norms)
         return y, tensors
 
     def _segment(
@@ -216,6 +222,9 @@ class Titans(nn.Module):
             wide = Prefixed.of(persistent, x, documents)
         now = self._inside(state, state.tensors.memory)
         answers, after = self.memory.answer(wide.tokens, now, wide.documents, probe)
+        if probe is not None:
+            values = by_token(probe, x.shape[1], self.memory.heads)
+            probe |= statistics_of(wide.without(values, self._before(state)), [probe["state_norm"]])
         return wide, (answers, after.tensors)
 
     def tokens_in_sight(self, position: int) -> int:

@@ -61,23 +61,27 @@ class ContextState(NamedTuple):
         return tree_map(lambda x: None if x is None else x[rows], self)
 
 
-RunSegment = Callable[[Tensor, ContextState, int], tuple[Tensor, ContextState]]
-"""Runs a segment, or a part of one, of tokens `[T, B, N]` that follow that many others in each sequence."""
+RunSegment = Callable[[Tensor, ContextState, int], tuple[Tensor, Tensor | None, ContextState]]
+"""Runs a segment, or a part of one, of tokens `[T, B, N]` that follow that many others in each sequence.
+
+Returns answers, what is known of each token `[T, B, ...]`, or None, and the next state.
+"""
 
 
 def run_segments(
     run: RunSegment, x: Tensor, state: ContextState, position: int, size: int
-) -> tuple[Tensor, ContextState]:
-    """Run sequences segment after segment; these begin at multiples of `size`."""
+) -> tuple[Tensor, Tensor | None, ContextState]:
+    """Run sequences segment after segment; these begin at multiples of `size`. Returns what `run` does, of all."""
     tokens = len(x)
     first = min(tokens, size - position % size)
     rest = tokens - first
-    answers = []
+    answers, known = [], []
     for part in x.split([first, *[size] * (rest // size), *[rest % size] * (rest % size > 0)]):
-        y, state = run(part, state, position)
+        y, values, state = run(part, state, position)
         answers.append(y)
+        known.append(values)
         position += len(part)
-    return torch.cat(answers), state
+    return torch.cat(answers), None if known[0] is None else torch.cat(known), state
 
 
 def run_documents(
@@ -87,7 +91,7 @@ def run_documents(
     documents: Documents,
     size: int,
     before: ContextState | None,
-) -> tuple[Tensor, ContextState]:
+) -> tuple[Tensor, Tensor | None, ContextState]:
     """Run the documents of packed sequences side by side, segment after segment; one that has none left drops out.
 
     What fills up a document's last segment comes after all that the document reads. The last document of a sequence is
@@ -102,6 +106,9 @@ def run_documents(
         documents: Documents in the sequences.
         size: Tokens of a segment.
         before: State that the piece before has handed on; None for sequences that begin.
+
+    Returns:
+        What `run` does, of these tokens alone.
     """
     is_piece, (_, batch, width) = documents.begun is not None, x.shape
     if is_piece:
@@ -114,7 +121,7 @@ def run_documents(
     order = sorted(range(len(counts)), key=lambda n: -counts[n])
     table = torch.cat([x.transpose(0, 1).flatten(0, 1), x.new_zeros(1, width)])
     ended: dict[int, ContextState] = {}
-    answers: list[Tensor] = []
+    answers: list[tuple[Tensor, Tensor | None]] = []
     places: list[Tensor] = []
 
     def begun(numbers: list[int]) -> ContextState:
@@ -129,8 +136,8 @@ def run_documents(
         index = starts[:, None] + torch.arange(begin, begin + tokens)
         index = torch.where(index < stops[:, None], index, len(table) - 1)
         part = table.index_select(0, to_device(index.flatten(), x.device)).unflatten(0, index.shape).transpose(0, 1)
-        y, state = run(part, state, begin)
-        answers.append(y.transpose(0, 1).flatten(0, 1))
+        *parts, state = run(part, state, begin)
+        answers.append(tuple(None if one is None else one.transpose(0, 1).flatten(0, 1) for one in parts))
         places.append(index.flatten())
         return state
 
@@ -151,6 +158,13 @@ def run_documents(
     found = torch.empty(len(table), dtype=torch.int64)
     found[torch.cat(places)] = torch.arange(sum(map(len, places)))
     found = to_device(found[wanted], x.device)
-    y = torch.cat(answers).index_select(0, found).unflatten(0, documents.first.shape)
+
+    def wanted_of(parts: tuple[Tensor | None, ...]) -> Tensor | None:
+        if parts[0] is None:
+            return None
+        return torch.cat(parts).index_select(0, found).unflatten(0, documents.first.shape).transpose(0, 1)
+
+    y, values = map(wanted_of, zip(*answers, strict=True))
     state = tree_map(lambda *parts: None if parts[0] is None else torch.cat(parts), *after)
-    return y.transpose(0, 1), state._replace(ahead=x[len(x) - size + 1 :].transpose(0, 1).clone() if is_piece else None)
+    state = state._replace(ahead=x[len(x) - size + 1 :].transpose(0, 1).clone() if is_piece else None)
+    return y, values, state
