@@ -61,8 +61,8 @@ METRICS: dict[str, Metric] = {
     "memory/<layer>/alpha_mean": Metric("1", "Mean retention per token of a layer's memories over the last batch."),
     "memory/<layer>/state_norm": Metric(
         "1",
-        "Largest norm of a matrix of a head's memories after a sequence of the last batch, or a piece of one; it doubles "
-        "from record to record before memories explode.",
+        "Largest norm of a matrix of a head's memories after a sequence of the last batch, or a piece of one; it "
+        "doubles from record to record before memories explode.",
     ),
     "memory/<layer>/surprise": Metric(
         "1", "Mean norm of the main memory's inner error (read minus target) over a micro batch."

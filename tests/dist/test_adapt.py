@@ -70,6 +70,12 @@ def check_pass(rank: int, folder: Path, tp: int) -> None:
         assert figures(ranks) == pytest.approx(figures(alone), rel=1e-5), name
         with pytest.raises(Stopped):
             make_pass(name, mesh).run(stopped, 10, on_read=stop)
+        if rank == 0:
+            check_other_number(name, alone, kept(whole), stopped, folder / f"fewer-{number}", Mesh.alone())
+            with pytest.raises(Stopped):
+                make_pass(name, Mesh.alone()).run(folder / f"more-{number}", 10, on_read=stop)
+        mesh.control.gather(None)
+        check_other_number(name, alone, kept(whole), folder / f"more-{number}", folder / f"more-{number}", mesh)
         again = make_pass(name, mesh)
         again.go_on(stopped)
         assert 10 <= again.position <= STOPPED_AFTER
@@ -84,13 +90,31 @@ def check_pass(rank: int, folder: Path, tp: int) -> None:
             assert read_levels(split, alone.loaded).keys() == alone.reader.weights.keys()
 
 
+def check_other_number(
+    name: str, alone: StreamPass, whole: dict[str, torch.Tensor], stopped: Path, out: Path, mesh: Mesh
+) -> None:
+    """Go on, in the midst of the stream, on another number of ranks than the pass began on."""
+    again = make_pass(name, mesh)
+    again.go_on(stopped)
+    assert 10 <= again.position <= STOPPED_AFTER
+    again.run(out, 10)
+    assert figures(again) == pytest.approx(figures(alone), rel=1e-5), name
+    if mesh.control.is_first:
+        assert_near(name, kept(out), whole)
+
+
+def assert_near(name: str, found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for key, tensor in expected.items():
+        torch.testing.assert_close(found[key], tensor, rtol=1e-4, atol=1e-5, msg=lambda m, k=key: f"{name}, {k}: {m}")
+
+
 def check_files(name: str, alone: StreamPass, *files: dict[str, torch.Tensor]) -> None:
     whole, split, again = files
-    assert whole.keys() == split.keys() == again.keys()
-    assert any("state/" in key for key in whole)
-    for key, tensor in whole.items():
-        torch.testing.assert_close(split[key], tensor, rtol=1e-4, atol=1e-5, msg=lambda m, k=key: f"{name}, {k}: {m}")
-        assert torch.equal(again[key], split[key]), f"{name}: {key} is another one after a stop"
+    assert_near(name, split, whole)
+    assert again.keys() == whole.keys() and any("state/" in key for key in whole)
+    for key, tensor in split.items():
+        assert torch.equal(again[key], tensor), f"{name}: {key} is another one after a stop"
 
 
 @pytest.mark.parametrize("tp", NAMES)
