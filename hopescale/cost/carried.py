@@ -54,9 +54,24 @@ def carried_bytes(config: RunConfig, mixer: MixerConfig, position: int, tp: int 
     if prefixed:
         seen = position + mixer.persistent_tokens * (mixer.composition == "mal")
         total += carried_bytes(config, titans_attention(mixer), seen)
-    # Chunks that count persistent tokens do not end where ranks' pieces do.
-    unfinished = model.within_documents or (prefixed and config.parallel.cp > 1)
-    return total + (_unfinished(config, mixer, tp) if unfinished else 0)
+    return total + (_unfinished(config, mixer, tp) if _ends_in_chunks(config, mixer) else 0)
+
+
+def _ends_in_chunks(config: RunConfig, mixer: SelfModifyingConfig) -> bool:
+    """Tell whether pieces end within chunks: those of documents, and those that count persistent tokens, on ranks."""
+    prefixed = isinstance(mixer, TitansConfig) and mixer.composition != "mac"
+    return config.model.within_documents or (prefixed and config.parallel.cp > 1)
+
+
+def chunks_rerun(config: RunConfig, layout: Layout, mixer: MixerConfig) -> float:
+    """Return what pieces run again of the chunks in which the pieces before them end, as a part of all tokens.
+
+    On average a chunk is cut in its middle; every document is taken to go on.
+    """
+    pieces = layout.cp * config.train.segments
+    if not isinstance(mixer, SelfModifyingConfig) or pieces == 1 or not _ends_in_chunks(config, mixer):
+        return 0.0
+    return (pieces - 1) * projection_chunk_size(mixer) / 2 / config.train.seq_len
 
 
 def _unfinished(config: RunConfig, mixer: SelfModifyingConfig, tp: int) -> int:

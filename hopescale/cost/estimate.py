@@ -22,8 +22,15 @@ from hopescale.config.model_shape import (
     projection_chunk_size,
 )
 from hopescale.config.plan import make_plan
-from hopescale.config.schema import AttentionConfig, MixerConfig, ModelConfig, RunConfig, SelfModifyingConfig
-from hopescale.cost.carried import handed_on
+from hopescale.config.schema import (
+    AttentionConfig,
+    MixerConfig,
+    ModelConfig,
+    RunConfig,
+    SelfModifyingConfig,
+    TitansConfig,
+)
+from hopescale.cost.carried import chunks_rerun, handed_on
 from hopescale.cost.comm import stream_bytes
 from hopescale.cost.flops import block_flops, flops_per_token
 from hopescale.cost.hardware import Device
@@ -191,12 +198,15 @@ class Estimator:
         tokens = config.train.seq_len / layout.cp * config.train.micro_batch_size
         how = effective_recompute(config, mixer)
         parts = flops(mixer, how)
-        seconds = self._total(parts["maps"] + parts["levels"], config) / layout.tp * tokens / self.rate
+        maps = parts["maps"]
+        if isinstance(mixer, TitansConfig) and mixer.composition == "mac":  # the whole mixer runs again
+            maps = maps.times(1 + chunks_rerun(config, layout, mixer))
+        seconds = self._total(maps + parts["levels"], config) / layout.tp * tokens / self.rate
         if self.device.name != "cpu":
             seconds += between_products_seconds(config, layout, mixer, self.device)
         for part in memory_parts(mixer):
             total = self._total(flops(part, how)["mixing"], config) * tokens / layout.tp
-            seconds += self._mixing_s(config, layout, part, total)
+            seconds += self._mixing_s(config, layout, part, total) * (1 + chunks_rerun(config, layout, part))
         return seconds
 
     def beside_transformer(self, config: RunConfig, layout: Layout) -> float | None:

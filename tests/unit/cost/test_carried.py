@@ -6,7 +6,7 @@ import pytest
 
 from hopescale.config.layout import Layout
 from hopescale.config.load import load_recipe
-from hopescale.cost.carried import carried_bytes, kept_between_pieces, made_again
+from hopescale.cost.carried import carried_bytes, chunks_rerun, kept_between_pieces, made_again
 from hopescale.cost.parameter import FP32
 from hopescale.models.block import MIXERS as MODULES
 from hopescale.models.handover import BOUNDARY, state_after
@@ -34,6 +34,29 @@ def test_the_bytes_of_a_state(overrides: list[str], position: int, within: bool)
     state = state_after(module, config.train.micro_batch_size, position, within_documents=within)
     found = sum(tensor.nbytes for name, tensor in state.named().items() if BOUNDARY not in name)
     assert carried_bytes(config, mixer, position) == found
+
+
+DOCUMENTS = "model.within_documents=true"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "chunks"),
+    [
+        (["train.segments=2", "parallel.cp=2", DOCUMENTS], 3),
+        (["train.segments=4", DOCUMENTS, "model.mixers.hope.projection_chunk_size=32"], 3 * 2),
+        (["train.segments=4"], 0),
+        (["train.segments=4", *OTHERS["mag"]], 0),
+        (["parallel.cp=2", *OTHERS["mag"]], 1),
+        (["train.segments=4", DOCUMENTS, *MIXERS["attention"]], 0),
+    ],
+)
+def test_half_a_chunk_of_each_piece_is_run_again(overrides: list[str], chunks: int):
+    """Where documents go on, and on ranks where chunks count persistent tokens."""
+    size = [] if MIXERS["attention"][0] in overrides else ["model.mixers.hope.chunk_size=16"]
+    config = load_recipe("debug", [*overrides, *size]).config
+    (mixer,) = config.model.mixers.values()
+    found = chunks_rerun(config, Layout(cp=config.parallel.cp), mixer)
+    assert found * config.train.seq_len == chunks * 16 / 2
 
 
 def test_keys_and_values_are_kept_beside_what_kernels_pack():

@@ -99,6 +99,20 @@ def test_pieces_between_resets_run_side_by_side():
     assert shorter.seconds["compute"] < loop.seconds["compute"]
 
 
+def test_chunks_that_pieces_of_documents_run_again_take_time():
+    def more(*settings: str) -> float:
+        settings = ("train.seq_len=8192", "train.micro_batch_size=1", *settings)
+        plain, cut = (
+            estimate("hope_170m", Layout(), *settings, f"model.within_documents={it}") for it in (False, True)
+        )
+        return cut.seconds["compute"] - plain.seconds["compute"]
+
+    four, long = "train.segments=4", "model.mixers.hope.chunk_size=128"
+    assert more() == 0 < more(four)
+    assert more(four, long) == pytest.approx(2 * more(four))
+    assert more("train.segments=2") < more(four) < more("train.segments=8")
+
+
 def test_the_pace_of_memories():
     recipe = ["train.seq_len=8192", "train.micro_batch_size=2"]
     recipe += ["model.mixers.hope={reset_every: 512, far: {chunk_size: 2048}}"]
