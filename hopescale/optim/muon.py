@@ -76,8 +76,8 @@ def iterated_together(
 ) -> list[Tensor]:
     """Return what a function of matrices `[K, r, c]`, wide ones or square, makes of those of stacks `[..., R, C]`.
 
-    It is called once for each shape. Transposes of tall matrices are wide; what becomes of them is transposed again,
-    and laid out anew where the type changes: foreach launches one kernel for lists of tensors that are laid out alike.
+    It is called once for each shape. Transposes of tall matrices are wide; what becomes of them is transposed again and
+    laid out anew, because foreach launches one kernel for lists of tensors that are laid out alike.
 
     Args:
         stacks: Matrices, not changed.
@@ -98,7 +98,7 @@ def iterated_together(
         joined = iterate(joined.to(iteration_dtype(first, dtype)))
         for members, half, is_tall in zip(halves, (joined[:num_wide], joined[num_wide:]), (False, True), strict=True):
             counts = [stacks[place].shape[:-2].numel() for place in members]
-            parts = like_before(half, is_tall, first.dtype).split(counts) if members else ()
+            parts = like_before(half, is_tall, first.dtype).contiguous().split(counts) if members else ()
             result |= {place: part.view(stacks[place].shape) for place, part in zip(members, parts, strict=True)}
     return [result[place] for place in range(len(stacks))]
 
