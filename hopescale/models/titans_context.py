@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -155,16 +155,21 @@ def run_documents(
         ended[n] = ended[n] if is_piece else state
         ended[n] = ended[n]._replace(attention=fresh(1).attention, context=fresh(1).context)
     after = [ended[n] for n in documents.last]
-    found = torch.empty(len(table), dtype=torch.int64)
-    found[torch.cat(places)] = torch.arange(sum(map(len, places)))
-    found = to_device(found[wanted], x.device)
-
-    def wanted_of(parts: tuple[Tensor | None, ...]) -> Tensor | None:
-        if parts[0] is None:
-            return None
-        return torch.cat(parts).index_select(0, found).unflatten(0, documents.first.shape).transpose(0, 1)
-
-    y, values = map(wanted_of, zip(*answers, strict=True))
+    y, values = _in_order(answers, torch.cat(places), len(table), wanted, documents)
     state = tree_map(lambda *parts: None if parts[0] is None else torch.cat(parts), *after)
     state = state._replace(ahead=x[len(x) - size + 1 :].transpose(0, 1).clone() if is_piece else None)
     return y, values, state
+
+
+def _in_order(
+    results: list[tuple[Tensor | None, ...]], places: Tensor, count: int, wanted: Tensor, documents: Documents
+) -> Iterator[Tensor | None]:
+    """Yield what steps have returned, of tokens at these places in a row of `count`, for those `wanted`."""
+    found = torch.empty(count, dtype=torch.int64)
+    found[places] = torch.arange(len(places))
+    found = to_device(found[wanted], documents.first.device)
+    for parts in zip(*results, strict=True):
+        if parts[0] is None:
+            yield None
+        else:
+            yield torch.cat(parts).index_select(0, found).unflatten(0, documents.first.shape).transpose(0, 1)
