@@ -10,10 +10,10 @@ from hopescale.cost.parameter import FP32
 from hopescale.ops.backends import select
 from hopescale.ops.limits import BLOCK, KERNEL_KEEPS, KERNEL_PIECE, KERNEL_PROGRAMS
 
-FORWARD_MATRICES, BACKWARD_MATRICES, LAYER_MATRICES = 9, 24, 3
+FORWARD_MATRICES, BACKWARD_MATRICES, LAYER_MATRICES = 9, 25, 3
 """Matrices of a piece's tokens in the scratch memory of a program, forward (and replayed) and backward, where each
 first layer that is moved by itself has some of its own."""
-TABLES, ROWS, SHIFT = 14, 23, 32
+TABLES, ROWS, SHIFT = 15, 28, 32
 """Tables and rows of numbers of a piece beside them, and numbers that every second chunk lies further behind."""
 
 

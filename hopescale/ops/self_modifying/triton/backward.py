@@ -6,10 +6,16 @@ import triton
 import triton.language as tl
 
 from hopescale.ops.self_modifying.triton import scratch as at
-from hopescale.ops.self_modifying.triton.gates_back import momentum_gate_back, retention_back
+from hopescale.ops.self_modifying.triton.gates_back import (
+    add_up_ends,
+    chain_back,
+    kept_back,
+    momentum_gate_back,
+    retention_back,
+)
 from hopescale.ops.self_modifying.triton.layers_back import read_states_back
-from hopescale.ops.self_modifying.triton.matrices import add, load_rows, put, tile
-from hopescale.ops.self_modifying.triton.memories import tokens_at
+from hopescale.ops.self_modifying.triton.matrices import load_rows, put, tile
+from hopescale.ops.self_modifying.triton.memories import ask_first, tokens_at
 from hopescale.ops.self_modifying.triton.memories_back import make_back, make_gate_back, retrieve_back
 from hopescale.ops.self_modifying.triton.pieces import (
     choose,
@@ -53,8 +59,10 @@ def pass_memories_back(streams, place, exists, slots, backs, d_y, scratch, CONFI
             read_states_back(q, exists, read_gradient(d_y, place, here, CONFIG), back, here, FIRST, CONFIG)
         else:
             gradient = load_rows(d_y + at.opaque(place, here) * CONFIG.dim, exists, CONFIG.dim)
-            d_q = retrieve_back(q, exists, gradient, slots[0][0], backs[0], 0, here, VECTORS, CONFIG)
-            add(at.whole(here, at.D_Q, CONFIG.dim, CONFIG), d_q)
+            put(at.whole(here, at.PUSH, CONFIG.dim, CONFIG), gradient)
+            if CONFIG.mlp:
+                ask_first(q, exists, slots[0][0], 0, here, VECTORS, True, CONFIG)
+            retrieve_back(q, exists, slots[0][0], backs[0], 0, here, at.D_Q, VECTORS, CONFIG)
 
 
 @triton.jit
@@ -64,7 +72,8 @@ def stream_back(
 ):  # fmt: skip
     """Store the gradient of a piece's inputs of values or queries, from that of what was made of them."""
     begin = at.opaque(place, scratch) * CONFIG.dim
-    d_inputs = make_back(x + begin, exists, boundary, d_start, scratch, MEMORY, GRADIENT, CONFIG)
+    make_back(x + begin, exists, boundary, d_start, scratch, MEMORY, GRADIENT, CONFIG)
+    d_inputs = tl.load(at.whole(scratch, GRADIENT, CONFIG.dim, CONFIG))
     tl.store(tile(d_x + begin, CONFIG.rows, CONFIG.dim), d_inputs, mask=exists[:, None])
 
 
@@ -94,7 +103,7 @@ def gates_back(k, place, exists, boundary, d_start, d_logits, scratch, CONFIG: t
 
 
 @triton.jit
-def streams_back(streams, place, exists, size, boundary, d_start, d_streams, d_logits, scratch, CONFIG: tl.constexpr):
+def streams_back(streams, place, exists, boundary, d_start, d_streams, d_logits, scratch, CONFIG: tl.constexpr):
     """Store the gradients of a piece's streams, from those of all that was made of them.
 
     Args:
@@ -107,16 +116,22 @@ def streams_back(streams, place, exists, size, boundary, d_start, d_streams, d_l
     """
     k, v, q = streams
     D: tl.constexpr = CONFIG.dim
+    boundary = at.again(boundary, 1)
+    for turn in tl.range(at.opaque(49, scratch), 50, disable_licm=True):
+        add_up_ends(at.again(scratch, turn), CONFIG)
     if CONFIG.momentum:
         for turn in tl.range(at.opaque(40, scratch), 41, disable_licm=True):
-            momentum_gate_back(size, at.again(scratch, turn), CONFIG)
-    for turn in tl.range(at.opaque(41, scratch), 42, disable_licm=True):
-        retention_back(size, at.again(scratch, turn), CONFIG)
+            chain_back(at.again(scratch, turn), CONFIG)
+        for turn in tl.range(at.opaque(41, scratch), 42, disable_licm=True):
+            momentum_gate_back(at.again(scratch, turn), CONFIG)
+    for turn in tl.range(at.opaque(47, scratch), 48, disable_licm=True):
+        kept_back(at.again(scratch, turn), CONFIG)
+    for turn in tl.range(at.opaque(48, scratch), 49, disable_licm=True):
+        retention_back(at.again(scratch, turn), CONFIG)
     for turn in tl.range(at.opaque(42, scratch), 43, disable_licm=True):
         here = at.again(scratch, turn)
         keys = k + at.opaque(place, here) * D
-        d_k = make_back(keys, exists, boundary, d_start, here, CONFIG.memory_k, at.D_K, CONFIG)
-        put(at.whole(here, at.D_K, D, CONFIG), d_k)
+        make_back(keys, exists, boundary, d_start, here, CONFIG.memory_k, at.D_K, CONFIG)
     gates_back(k, place, exists, boundary, d_start, d_logits, scratch, CONFIG)
     for turn in tl.range(at.opaque(45, scratch), 46, disable_licm=True):
         here = at.again(scratch, turn)
@@ -134,7 +149,8 @@ def enter_boundary(d_states, d_boundary, numbers):
     for begin in range(0, numbers, 1024):
         index = begin + tl.arange(0, 1024)
         inside = index < numbers
-        total = tl.load(d_states + index, mask=inside) + tl.load(d_boundary + index, mask=inside)
+        total = tl.load(d_states + index, mask=inside, other=0.0)
+        total += tl.load(d_boundary + index, mask=inside, other=0.0)
         tl.debug_barrier()
         tl.store(d_states + index, total, mask=inside)
         tl.store(d_boundary + index, tl.zeros((1024,), tl.float32), mask=inside)
@@ -179,18 +195,18 @@ def self_modify_back_kernel(
     `states` and `momenta` are those that all chunks begin with. Where a chunk has several pieces, all but the last move
     the memories once more from there, so that there are weights before each of them.
     """
-    program = begin + tl.program_id(0).to(tl.int64)
-    scratch += tl.program_id(0).to(tl.int64) * scratch_size
-    number, head, place, length = place_document(program, bounds, heads, tokens)
-    row = place // tokens
-    token, slot = (row * heads + head) * tokens + place - row * tokens, head * slots + place // chunk_size + number
-    rows, chunks = tl.arange(0, CONFIG.rows), tl.cdiv(length, chunk_size)
-    backs = (d_boundary + program * CONFIG.size, packed(d_state, d_momentum, program, CONFIG))
-    replays = program * (tl.cdiv(tl.minimum(chunk_size, tokens), CONFIG.rows) - 1)
-    streams, logits = (k, v, q), (eta, alpha, mu)
-    for step in tl.range(0, chunks, disable_licm=True):
-        n = at.opaque(chunks - 1 - step, scratch)
-        here = place_of_scratch(scratch, n)
+    _, _, _, length = place_document(begin + tl.program_id(0).to(tl.int64), bounds, heads, tokens)
+    for step in tl.range(0, tl.cdiv(length, chunk_size), disable_licm=True):
+        # Where a program is in its document is found anew for each chunk: it would fill registers all the way.
+        own = at.opaque(tl.program_id(0), scratch).to(tl.int64)
+        program = begin + own
+        number, head, place, length = place_document(program, bounds, heads, tokens)
+        row, n = place // tokens, at.opaque(tl.cdiv(length, chunk_size) - 1 - step, scratch)
+        token, slot = (row * heads + head) * tokens + place - row * tokens, head * slots + place // chunk_size + number
+        backs = (d_boundary + program * CONFIG.size, packed(d_state, d_momentum, program, CONFIG))
+        replays = program * (tl.cdiv(tl.minimum(chunk_size, tokens), CONFIG.rows) - 1)
+        streams, logits = (k, v, q), (eta, alpha, mu)
+        here = place_of_scratch(scratch + own * scratch_size, n)
         boundary = packed(states, momenta, slot + n, CONFIG)
         pieces, passes = 1, 1
         if CONFIG.cut:
@@ -202,7 +218,7 @@ def self_modify_back_kernel(
                 p = tl.where(turn < passes - pieces, turn, passes - 1 - turn)
                 before = choose(p == 0, boundary, packed(replayed_states, replayed_momenta, replays + p - 1, CONFIG))
             first, size = place_piece(n, p, length, chunk_size, CONFIG)
-            exists, first = rows < size, token + first
+            exists, first = tl.arange(0, CONFIG.rows) < size, token + first
             open_piece(logits, streams, first, exists, size, boundary[0], here, True, CONFIG)
             if CONFIG.cut and turn < passes - pieces:
                 after = packed(replayed_states, replayed_momenta, replays + p, CONFIG)
@@ -213,6 +229,6 @@ def self_modify_back_kernel(
                     clear_piece(at.again(here, part), CONFIG)
                 pass_memories_back(streams, first, exists, (boundary, before), backs, d_y, here, CONFIG)
                 d_streams, d_logits = (dk, dv, dq), (d_eta, d_alpha, d_mu)
-                streams_back(streams, first, exists, size, boundary[0], backs[0], d_streams, d_logits, here, CONFIG)
+                streams_back(streams, first, exists, boundary[0], backs[0], d_streams, d_logits, here, CONFIG)
             tl.debug_barrier()
         enter_boundary(backs[1][0], backs[0], numbers)

@@ -35,17 +35,22 @@ def carried_at(carried, carried_momenta, program, n, CONFIG: tl.constexpr):
 
 
 @triton.jit
-def place_row(program, bounds, heads, tokens):
-    """Return the place of what a row of a head ends with, of the row and the head of a program."""
-    _, head, place, _ = place_document(program, bounds, heads, tokens)
-    return place // tokens * heads + head
+def place_end(program, bounds, heads, tokens):
+    """Return where what a program ends with is stored, and whether its document is the last one of a row."""
+    _, head, place, length = place_document(program, bounds, heads, tokens)
+    row = place // tokens
+    return row * heads + head, place + length == (row + 1) * tokens
 
 
 @triton.jit
-def keep_slot(n, here, kept, kept_momenta, first, numbers, CONFIG: tl.constexpr):
+def keep_slot(
+    n, program, here, kept, kept_momenta, bounds, heads, tokens, chunk_size, slots, numbers, CONFIG: tl.constexpr
+):  # fmt: skip
     """Keep packed weights and momentum at the start of chunk `n`, where a group of chunks begins, but not the first."""
     if (n > 0) & (n % CONFIG.keeps == 0):
-        copy_slot(here, packed(kept, kept_momenta, first.to(tl.int64) + n // CONFIG.keeps, CONFIG), numbers, CONFIG)
+        _, head, place, _ = place_document(program, bounds, heads, tokens)
+        slot = head * slots + place // (CONFIG.keeps * chunk_size) - 1 + n // CONFIG.keeps
+        copy_slot(here, packed(kept, kept_momenta, slot, CONFIG), numbers, CONFIG)
 
 
 @triton.jit
@@ -131,24 +136,25 @@ def self_modify_kernel(
     row = place // tokens
     source = packed(given, given_momenta, row * row_step + head, CONFIG)
     chunks, token = tl.cdiv(length, chunk_size), (row * heads + head) * tokens + place - row * tokens
-    ends_row = place + length == (row + 1) * tokens
-    keeps = (head * slots + place // (CONFIG.keeps * chunk_size) - 1).to(tl.int32)
     logits = eta, alpha, mu
     start, _ = carried_at(carried, carried_momenta, local, 0, CONFIG)
     copy_slot(source, start, numbers, CONFIG)
     for number in tl.range(0, chunks, disable_licm=True):
         n = at.opaque(number, scratch)
         here, after = carried_at(carried, carried_momenta, local, n, CONFIG)
+        # Where a program is in its document is found anew: it would fill registers all the way.
+        program = begin + at.opaque(tl.program_id(0), scratch).to(tl.int64)
         if KEEP:
-            keep_slot(n, here, kept, kept_momenta, keeps, numbers, CONFIG)
-        if (n == chunks - 1) & ends_row:
-            last_slot = place_row(begin + local, bounds, heads, tokens)
-            copy_weights(here[0], boundaries + last_slot * CONFIG.size, numbers)
-            tl.debug_barrier()
+            keep_slot(n, program, here, kept, kept_momenta, bounds, heads, tokens, chunk_size, slots, numbers, CONFIG)
+        if n == chunks - 1:
+            last_slot, ends_row = place_end(program, bounds, heads, tokens)
+            if ends_row:
+                copy_weights(here[0], boundaries + last_slot * CONFIG.size, numbers)
+                tl.debug_barrier()
         there = place_of_scratch(scratch, n)
         out, moved = (y, stats), (here, after)
         pass_chunk(n, (k, v, q), logits, out, moved, token, length, chunk_size, there, True, CONFIG)
+    last_slot, ends_row = place_end(begin + tl.program_id(0).to(tl.int64), bounds, heads, tokens)
     if ends_row:
         end, _ = carried_at(carried, carried_momenta, local, chunks, CONFIG)
-        last_slot = place_row(begin + local, bounds, heads, tokens)
         copy_slot(end, packed(last, last_momenta, last_slot, CONFIG), numbers, CONFIG)

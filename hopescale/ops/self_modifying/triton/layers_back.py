@@ -34,12 +34,19 @@ def gradients_at(scratch, BEHIND: tl.constexpr, LAYER: tl.constexpr, CONFIG: tl.
 
 
 @triton.jit
+def keep_asked(q, keys, exists, scratch, LAYER: tl.constexpr, CONFIG: tl.constexpr):
+    """Keep the products of queries and keys."""
+    put(at.table(scratch, at.ASKED, CONFIG), pairs(q, keys, exists, LAYER.inputs, CONFIG))
+
+
+@triton.jit
 def read_back(
     q, keys, exists, layer, gradient, d_q, scratch, ERASES: tl.constexpr, LAYER: tl.constexpr, CONFIG: tl.constexpr
 ):
     """Move the gradient of what `read_layer` read to keys, and to queries at `d_q`, and keep that of writes.
 
-    Done is what is read of writes, or of erases. What is read of the first state and momentum is `read_starts_back`.
+    Done is what is read of writes, or of erases, after `keep_asked`. What is read of the first state and momentum is
+    `read_starts_back`.
     """
     K: tl.constexpr = LAYER.inputs
     N: tl.constexpr = LAYER.outputs
@@ -49,11 +56,11 @@ def read_back(
     d_found = load_rows(gradient, exists, N)
     if ERASES:
         d_found = -d_found
-    d_found, similar = factor(d_found, CONFIG), pairs(q, keys, exists, K, CONFIG)
-    weights = factor(tl.load(at.table(scratch, TABLE, CONFIG)) * similar, CONFIG)
-    put(gradients_at(scratch, BEHIND, LAYER, CONFIG), multiply(tl.trans(weights), d_found, CONFIG))
+    d_found = factor(d_found, CONFIG)
+    weights = tl.load(at.table(scratch, TABLE, CONFIG)) * tl.load(at.table(scratch, at.ASKED, CONFIG))
+    put(gradients_at(scratch, BEHIND, LAYER, CONFIG), multiply(tl.trans(factor(weights, CONFIG)), d_found, CONFIG))
     d_weights = multiply(d_found, tl.trans(tl.load(at.of_layer(layer, BEHIND, N, CONFIG))), CONFIG)
-    add(at.table(scratch, GRADIENT, CONFIG), d_weights * similar)
+    add(at.table(scratch, GRADIENT, CONFIG), d_weights * tl.load(at.table(scratch, at.ASKED, CONFIG)))
     d_similar = factor(d_weights * tl.load(at.table(scratch, TABLE, CONFIG)), CONFIG)
     add(at.whole(scratch, LAYER.d_keys, K, CONFIG), multiply(tl.trans(d_similar), load_rows(q, exists, K), CONFIG))
     add(tile(d_q, CONFIG.rows, K), multiply(d_similar, load_rows(keys, exists, K), CONFIG))
@@ -176,10 +183,9 @@ def carry_back(keys, exists, layer, before, back, scratch, LAYER: tl.constexpr, 
     """Turn the gradients of a layer's state and momentum after the piece into those before it; nothing else follows."""
     K: tl.constexpr = LAYER.inputs
     N: tl.constexpr = LAYER.outputs
-    last, d_last = scratch + at.LAST * CONFIG.rows, scratch + at.D_LAST * CONFIG.rows
-    d_first, d_pushed, d_momentum_decay = 0.0, 0.0, 0.0
     BLOCK: tl.constexpr = CONFIG.block if CONFIG.block < K else K
     WIDTH: tl.constexpr = CONFIG.block if CONFIG.block < N else N
+    last, d_ends = scratch + at.LAST * CONFIG.rows, at.matrix(scratch, at.D_ENDS, CONFIG) + tl.arange(0, BLOCK)
     for begin_n in range(0, N, WIDTH):
         n = begin_n + tl.arange(0, WIDTH)
         for begin in range(0, K, BLOCK):
@@ -187,25 +193,21 @@ def carry_back(keys, exists, layer, before, back, scratch, LAYER: tl.constexpr, 
             here = k[:, None] * LAYER.row + n[None, :]
             if CONFIG.momentum:
                 momentum, d_momentum = tl.load(before[1] + here), tl.load(back[1] + here)
-                d_momentum_decay += tl.sum(d_momentum * momentum)
+                add(d_ends + 2 * CONFIG.block, tl.sum(d_momentum * momentum, 1))
                 d_state = tl.load(back[0] + here)
-                d_pushed += tl.sum(d_state * momentum)
+                add(d_ends + CONFIG.block, tl.sum(d_state * momentum, 1))
                 d_momentum = tl.load(last + 2) * d_momentum + tl.load(last + 1) * d_state
                 if CONFIG.spec.erase:
                     solved = at.column(scratch, at.PUSHED, CONFIG) * columns_of(layer, 2, begin_n, LAYER, CONFIG)
-                    d_momentum += outer(keys, exists, solved, k, K, CONFIG)
+                    d_momentum = outer(keys, exists, solved, k, K, CONFIG, d_momentum)
                 put(back[1] + here, d_momentum)
             d_state = tl.load(back[0] + here)
-            d_first += tl.sum(d_state * tl.load(before[0] + here))
+            add(d_ends, tl.sum(d_state * tl.load(before[0] + here), 1))
             d_state *= tl.load(last)
             if CONFIG.spec.erase:
                 solved = at.column(scratch, at.START, CONFIG) * columns_of(layer, 2, begin_n, LAYER, CONFIG)
-                d_state += outer(keys, exists, solved, k, K, CONFIG)
+                d_state = outer(keys, exists, solved, k, K, CONFIG, d_state)
             put(back[0] + here, d_state)
-    add(d_last, d_first)
-    if CONFIG.momentum:
-        add(d_last + 1, d_pushed)
-        add(d_last + 2, d_momentum_decay)
 
 
 @triton.jit

@@ -154,7 +154,8 @@ def add_outer(matrix, x, exists, values, LAYER: tl.constexpr, CONFIG: tl.constex
     BLOCK: tl.constexpr = CONFIG.block if CONFIG.block < K else K
     for first in range(0, K, BLOCK):
         k = first + tl.arange(0, BLOCK)
-        add(entries(matrix, k, tl.arange(0, LAYER.outputs), LAYER.row, 1), outer(x, exists, values, k, K, CONFIG))
+        here = entries(matrix, k, tl.arange(0, LAYER.outputs), LAYER.row, 1)
+        put(here, outer(x, exists, values, k, K, CONFIG, tl.load(here)))
 
 
 @triton.jit

@@ -22,17 +22,35 @@ def layer_at(state, memory, LAYER: tl.constexpr):
 
 
 @triton.jit
-def retrieve(x, exists, state, memory, scratch, KIND: tl.constexpr, CONFIG: tl.constexpr):
-    """Ask a memory with tokens `x` `[C, D]`; a gate memory answers in the first of its columns."""
+def ask_first(x, exists, state, memory, scratch, KIND: tl.constexpr, BACK: tl.constexpr, CONFIG: tl.constexpr):
+    """Keep the hidden numbers with which an MLP memory answers tokens `x` `[C, D]`; `BACK` with what SiLU took."""
+    pre = ask(x, exists, layer_at(state, memory, KIND.first), KIND.first, CONFIG)
+    if BACK:
+        put(at.whole(scratch, at.OF_KEY, CONFIG.hidden, CONFIG), pre)
+    put(at.whole(scratch, at.HIDDEN, CONFIG.hidden, CONFIG), pre * sigmoid(pre))
+
+
+@triton.jit
+def answer(x, exists, state, memory, scratch, KIND: tl.constexpr, CONFIG: tl.constexpr):
+    """Answer tokens `x` `[C, D]`, after `ask_first`; a gate memory answers in the first of its columns."""
     FIRST: tl.constexpr = KIND.first
     SECOND: tl.constexpr = KIND.second
-    answer = ask(x, exists, layer_at(state, memory, FIRST), FIRST, CONFIG)
     if CONFIG.mlp:
-        put(at.whole(scratch, at.HIDDEN, CONFIG.hidden, CONFIG), answer * sigmoid(answer))
-        answer = ask(at.matrix(scratch, at.HIDDEN, CONFIG), exists, layer_at(state, memory, SECOND), SECOND, CONFIG)
+        hidden = at.matrix(scratch, at.HIDDEN, CONFIG)
+        answers = ask(hidden, exists, layer_at(state, memory, SECOND), SECOND, CONFIG)
         if not KIND.narrow:
-            answer += load_rows(x, exists, CONFIG.dim)
-    return answer
+            answers += load_rows(x, exists, CONFIG.dim)
+    else:
+        answers = ask(x, exists, layer_at(state, memory, FIRST), FIRST, CONFIG)
+    return answers
+
+
+@triton.jit
+def retrieve(x, exists, state, memory, scratch, KIND: tl.constexpr, CONFIG: tl.constexpr):
+    """Ask a memory with tokens `x` `[C, D]`: `ask_first` and `answer`."""
+    if CONFIG.mlp:
+        ask_first(x, exists, state, memory, scratch, KIND, False, CONFIG)
+    return answer(x, exists, state, memory, scratch, KIND, CONFIG)
 
 
 @triton.jit
@@ -40,9 +58,9 @@ def make(x, exists, state, scratch, MEMORY: tl.constexpr, SLOT: tl.constexpr, CO
     """Keep keys, values or queries that a memory makes of the stream `x`: its answers, of unit length."""
     if MEMORY >= 0:
         VECTORS: tl.constexpr = CONFIG.vectors
-        answer = retrieve(x, exists, state, MEMORY, scratch, VECTORS, CONFIG)
-        length = tl.rsqrt(tl.sum(answer * answer, 1) + NORM_EPS)
-        put(at.whole(scratch, SLOT, CONFIG.dim, CONFIG), answer * length[:, None])
+        answers = retrieve(x, exists, state, MEMORY, scratch, VECTORS, CONFIG)
+        length = tl.rsqrt(tl.sum(answers * answers, 1) + NORM_EPS)
+        put(at.whole(scratch, SLOT, CONFIG.dim, CONFIG), answers * length[:, None])
 
 
 @triton.jit

@@ -25,7 +25,7 @@ from hopescale.ops.self_modifying.triton.memories import (
     tokens_at,
     write,
 )
-from hopescale.ops.self_modifying.triton.tables import keep_tables
+from hopescale.ops.self_modifying.triton.tables import keep_tables, keep_writes
 
 
 @triton.jit
@@ -60,7 +60,8 @@ def copy_weights(source, target, numbers):
     """Copy packed weights, maybe to another type."""
     for begin in range(0, numbers, 2048):
         index = begin + tl.arange(0, 2048)
-        tl.store(target + index, tl.load(source + index, mask=index < numbers), mask=index < numbers)
+        inside = index < numbers
+        tl.store(target + index, tl.load(source + index, mask=inside, other=0.0), mask=inside)
 
 
 @triton.jit
@@ -113,6 +114,8 @@ def open_piece(logits, streams, first, exists, size, boundary, scratch, BACK: tl
         make_gates(gates_at(logits, place, CONFIG), inputs[0], exists, boundary, here, CONFIG)
     for turn in tl.range(at.opaque(1, scratch), 2, disable_licm=True):
         keep_tables(size, at.again(scratch, turn), CONFIG)
+        if CONFIG.momentum:
+            keep_writes(size, at.again(scratch, turn), CONFIG)
     for turn in tl.range(at.opaque(2, scratch), 3, disable_licm=True):
         here = at.again(scratch, turn)
         keys, _, _ = tokens_at(streams, at.opaque(first, here), here, CONFIG)

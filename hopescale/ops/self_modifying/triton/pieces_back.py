@@ -11,6 +11,7 @@ from hopescale.ops.self_modifying.triton.layers_back import (
     carry_back,
     entered_back,
     gradients_at,
+    keep_asked,
     keys_back,
     move_back,
     move_states_back,
@@ -33,12 +34,12 @@ def clear_piece(scratch, CONFIG: tl.constexpr):
     ROWS: tl.constexpr = CONFIG.rows
     D: tl.constexpr = CONFIG.dim
     tl.debug_barrier()
-    for index in tl.static_range(at.D_RATE, at.D_LAST + 1):
+    for index in tl.static_range(at.D_RATE, at.D_LAST):
         tl.store(at.row(scratch, index, CONFIG), tl.zeros((ROWS,), tl.float32))
     LAST: tl.constexpr = at.D_WRITE + CONFIG.reading
     for index in tl.static_range(at.D_KEPT, LAST + 1):
         tl.store(at.table(scratch, index, CONFIG), tl.zeros((ROWS, ROWS), tl.float32))
-    for index in tl.static_range(at.D_K, at.D_Q + 1):
+    for index in tl.static_range(at.D_K, at.D_ENDS + 1):
         tl.store(at.whole(scratch, index, D, CONFIG), tl.zeros((ROWS, D), tl.float32))
     tl.debug_barrier()
 
@@ -119,6 +120,10 @@ def read_second_back(streams, place, exists, before, d_y, scratch, CONFIG: tl.co
         put(at.whole(here, at.D_INNER, E, CONFIG), pre)
         put(at.whole(here, at.INNER, E, CONFIG), pre * sigmoid(pre))
         put(at.whole(here, at.TEMPORARY, E, CONFIG), tl.zeros((C, E), tl.float32))
+    for turn in tl.range(at.opaque(28, scratch), 29, disable_licm=True):
+        here = at.again(scratch, turn)
+        inner, keys = at.matrix(here, at.INNER, CONFIG), at.matrix(here, at.KEYS, CONFIG)
+        keep_asked(inner, keys, exists, here, SECOND, CONFIG)
     for turn in tl.range(at.opaque(22, scratch), 23, disable_licm=True):
         read_second_weights_back(exists, place, d_y, at.again(scratch, turn), False, CONFIG)
     if CONFIG.spec.erase:
@@ -160,6 +165,10 @@ def read_memory_back(streams, place, exists, before, d_y, scratch, CONFIG: tl.co
     FIRST: tl.constexpr = CONFIG.vectors.first
     if CONFIG.mlp:
         read_second_back(streams, place, exists, before, d_y, scratch, CONFIG)
+    for turn in tl.range(at.opaque(29, scratch), 30, disable_licm=True):
+        here = at.again(scratch, turn)
+        k, v, q = tokens_at(streams, at.opaque(place, here), here, CONFIG)
+        keep_asked(q, k, exists, here, FIRST, CONFIG)
     for turn in tl.range(at.opaque(25, scratch), 26, disable_licm=True):
         read_first_weights_back(streams, exists, place, d_y, at.again(scratch, turn), False, CONFIG)
     if CONFIG.spec.erase:
@@ -218,6 +227,20 @@ def second_back(memory, exists, before, back, scratch, LAYER: tl.constexpr, CONF
         own = at.opaque(memory, here)
         held, gradients = layers_at(before, own, LAYER), layers_at(back, own, LAYER)
         carry_back(keys, exists, layer, held, gradients, here, LAYER, CONFIG)
+
+
+@triton.jit
+def carry_firsts_back(
+    first, count, streams, place, exists, before, back, scratch, LAYER: tl.constexpr, CONFIG: tl.constexpr
+):  # fmt: skip
+    """Do `carry_back` for the first layers of `count` memories, the first of which is `first` among all."""
+    for number in tl.range(0, count, disable_licm=True):
+        here = at.again(scratch, 50 + at.opaque(number, scratch))
+        memory = at.opaque(number, here)
+        k, v, q = tokens_at(streams, at.opaque(place, here), here, CONFIG)
+        layer = at.of_first(here, first + memory, CONFIG)
+        held, gradients = layers_at(before, memory, LAYER), layers_at(back, memory, LAYER)
+        carry_back(k, exists, layer, held, gradients, here, LAYER, CONFIG)
 
 
 @triton.jit
@@ -302,20 +325,8 @@ def first_layers_back(streams, place, exists, before, back, scratch, CONFIG: tl.
     WIDE: tl.constexpr = CONFIG.vector_memories
     first_keys_back(streams, place, exists, before, back, scratch, CONFIG)
     if CONFIG.gate_memories:
-        for number in tl.range(0, CONFIG.gate_moves, disable_licm=True):
-            here = at.again(scratch, 50 + at.opaque(number, scratch))
-            memory = at.opaque(number, here)
-            k, v, q = tokens_at(streams, at.opaque(place, here), here, CONFIG)
-            layer = at.of_first(here, WIDE + memory, CONFIG)
-            slots = layers_at(before, memory, GATES), layers_at(back, memory, GATES)
-            carry_back(k, exists, layer, slots[0], slots[1], here, GATES, CONFIG)
-    for number in tl.range(0, WIDE, disable_licm=True):
-        here = at.again(scratch, 60 + at.opaque(number, scratch))
-        memory = at.opaque(number, here)
-        k, v, q = tokens_at(streams, at.opaque(place, here), here, CONFIG)
-        layer = at.of_first(here, memory, CONFIG)
-        slots = layers_at(before, memory, VECTORS), layers_at(back, memory, VECTORS)
-        carry_back(k, exists, layer, slots[0], slots[1], here, VECTORS, CONFIG)
+        carry_firsts_back(WIDE, CONFIG.gate_moves, streams, place, exists, before, back, scratch, GATES, CONFIG)
+    carry_firsts_back(0, WIDE, streams, place, exists, before, back, scratch, VECTORS, CONFIG)
 
 
 @triton.jit
@@ -359,11 +370,10 @@ def pass_memory_back(
         k, v, q = tokens_at(streams, at.opaque(place, here), here, CONFIG)
         layer = at.of_first(here, at.opaque(number, here), CONFIG)
         move_back(k, exists, layer, layers_at(back, at.opaque(memory, here), FIRST), here, FIRST, CONFIG)
-    for turn in tl.range(at.opaque(91, scratch), 92, disable_licm=True):
-        here = at.again(scratch, 16 * memory + turn)
-        k, v, q = tokens_at(streams, at.opaque(place, here), here, CONFIG)
-        own = at.opaque(memory, here)
-        if CONFIG.mlp:
-            write_mlp_back(k, v, exists, start[0], d_start, own, here, KIND, CONFIG)
-        else:
-            write_linear_back(k, v, exists, start[0], d_start, own, here, KIND, CONFIG)
+    if CONFIG.mlp:
+        write_mlp_back(streams, place, exists, start[0], d_start, memory, scratch, KIND, CONFIG)
+    else:
+        for turn in tl.range(at.opaque(91, scratch), 92, disable_licm=True):
+            here = at.again(scratch, 16 * memory + turn)
+            k, v, q = tokens_at(streams, at.opaque(place, here), here, CONFIG)
+            write_linear_back(k, v, exists, start[0], d_start, at.opaque(memory, here), here, KIND, CONFIG)

@@ -28,7 +28,11 @@ D_LINK = tl.constexpr(19)
 D_LAST = tl.constexpr(20)
 D_ALPHA = tl.constexpr(21)
 D_MU = tl.constexpr(22)
-ROWS = tl.constexpr(23)
+OVER = tl.constexpr(23)
+COARSE = tl.constexpr(23)
+FINE = tl.constexpr(25)
+"""Of `ALPHA` and `MU`, so many rows behind: the sums of logs, in two parts."""
+ROWS = tl.constexpr(28)
 SHIFT = tl.constexpr(32)
 """Numbers by which it all lies further behind in every second chunk."""
 
@@ -42,7 +46,11 @@ the first of them, each times the weight of the write."""
 SECOND_SIMILAR = tl.constexpr(7)
 D_KEPT = tl.constexpr(10)
 D_WRITE = tl.constexpr(11)
-TABLES = tl.constexpr(14)
+ASKED = tl.constexpr(14)
+"""Products of queries and keys of the layer that was read, on the way back."""
+D_PRODUCTS = ASKED
+"""The gradient of products of a gate, later."""
+TABLES = tl.constexpr(15)
 
 K = tl.constexpr(0)
 V = tl.constexpr(1)
@@ -67,8 +75,10 @@ TEMPORARY = tl.constexpr(20)
 D_K = tl.constexpr(21)
 D_V = tl.constexpr(22)
 D_Q = tl.constexpr(23)
-FIRST = tl.constexpr(24)
-BACKWARD_MATRICES = tl.constexpr(24)
+D_ENDS = tl.constexpr(24)
+"""The gradients of the numbers at `LAST`, of each in parts, which `D_LAST` is the sums of."""
+FIRST = tl.constexpr(25)
+BACKWARD_MATRICES = tl.constexpr(25)
 """Without those of first layers. A layer has three in a row, from `SECOND` on or, by the number of its memory, from
 `FIRST` on: what was written, what was held, both times the learning rate, and what was solved for on the way back."""
 LAYER_MATRICES = tl.constexpr(3)
@@ -86,7 +96,7 @@ def opaque(number, scratch):
 
 @triton.jit
 def again(scratch, turn):
-    """Return `scratch`, such that the compiler does not know that it is the same.
+    """Return `scratch`, or another address, such that the compiler does not know that it is the same.
 
     What is computed from it, address by address, is not kept from one part of a piece to the next. Parts stand in loops
     of one turn, by the number that `opaque` returns, for the same reason.

@@ -28,8 +28,16 @@ def summed_logs(gate):
 
 
 @triton.jit
+def keep_logs(GATE: tl.constexpr, scratch, CONFIG: tl.constexpr):
+    """Keep what `summed_logs` returns of a gate, in two rows."""
+    coarse, fine = summed_logs(tl.load(at.row(scratch, GATE, CONFIG)))
+    put(at.row(scratch, GATE + at.COARSE, CONFIG), coarse)
+    put(at.row(scratch, GATE + at.FINE, CONFIG), fine)
+
+
+@triton.jit
 def gate_products(GATE: tl.constexpr, LAG: tl.constexpr, scratch, CONFIG: tl.constexpr):
-    """Multiply a gate between tokens.
+    """Multiply a gate between tokens, after `keep_logs`.
 
     Args:
         GATE: Place of the gate in scratch memory.
@@ -40,35 +48,37 @@ def gate_products(GATE: tl.constexpr, LAG: tl.constexpr, scratch, CONFIG: tl.con
         first token to `t - LAG`, `[t]`.
     """
     rows = at.numbers(scratch, CONFIG)
-    last = rows - LAG
-    coarse, fine = summed_logs(tl.load(at.row(scratch, GATE, CONFIG)))
-    to_coarse, to_fine = coarse, fine
-    if LAG > 0:
-        to_coarse, to_fine = summed_logs(tl.load(scratch + GATE * CONFIG.rows + last, mask=last >= 0, other=1.0))
-    log = (to_coarse[:, None] - coarse[None, :]) + (to_fine[:, None] - fine[None, :])
+    last, C = rows - LAG, CONFIG.rows
+    coarse, fine = scratch + (GATE + at.COARSE) * C, scratch + (GATE + at.FINE) * C
+    to_coarse = tl.load(coarse + last, mask=last >= 0, other=0.0)
+    to_fine = tl.load(fine + last, mask=last >= 0, other=0.0)
+    log = (to_coarse[:, None] - tl.load(coarse + rows)[None, :]) + (to_fine[:, None] - tl.load(fine + rows)[None, :])
     return tl.where(last[:, None] >= rows[None, :], tl.exp2(log), 0.0), tl.exp2(to_coarse + to_fine)
 
 
 @triton.jit
 def products_to_end(GATE: tl.constexpr, size, scratch, CONFIG: tl.constexpr):
-    """Multiply a gate from after each token to the piece's last one, `[C]`, and over all tokens."""
-    coarse, fine = summed_logs(tl.load(at.row(scratch, GATE, CONFIG)))
-    all_coarse, all_fine = tl.min(coarse, 0), tl.max(fine, 0)  # the sums at the end: they never rise, and never fall
-    products = tl.exp2((all_coarse - coarse) + (all_fine - fine))
-    return tl.where(at.numbers(scratch, CONFIG) < size, products, 0.0), tl.exp2(all_coarse + all_fine)
+    """Multiply a gate from after each token to the piece's last one, `[C]`, and over all tokens, after `keep_logs`."""
+    C: tl.constexpr = CONFIG.rows
+    coarse, fine = scratch + (GATE + at.COARSE) * C, scratch + (GATE + at.FINE) * C
+    all_coarse, all_fine = tl.load(coarse + C - 1), tl.load(fine + C - 1)
+    rows = at.numbers(scratch, CONFIG)
+    products = tl.exp2((all_coarse - tl.load(coarse + rows)) + (all_fine - tl.load(fine + rows)))
+    return tl.where(rows < size, products, 0.0), tl.exp2(all_coarse + all_fine)
 
 
 @triton.jit
-def gate_gradient(of_reads, of_writes, of_all, gate, LAG: tl.constexpr, CONFIG: tl.constexpr):
+def gate_gradient(of_reads, of_writes, to_end, of_all, gate, LAG: tl.constexpr, CONFIG: tl.constexpr):
     """Turn gradients of products of a gate, each multiplied with its product, into that of the gate's log `[C]`.
 
     Args:
         of_reads: Sums over all products that end `LAG` tokens before a token.
         of_writes: Sums over those that begin after a token.
-        of_all: Sum over those that end with the piece.
+        to_end: Product from after a token to the piece's end.
+        of_all: Product over all tokens.
         gate: The gate.
     """
-    log = tl.cumsum(of_reads - of_writes, 0, reverse=True) + of_all
+    log = tl.cumsum(of_reads - of_writes, 0, reverse=True) + (tl.cumsum(to_end, 0) - to_end) + of_all
     if LAG > 0:
         log -= of_reads
     return tl.where(gate >= SMALLEST_GATE, log, 0.0)
@@ -76,20 +86,19 @@ def gate_gradient(of_reads, of_writes, of_all, gate, LAG: tl.constexpr, CONFIG: 
 
 @triton.jit
 def keep_tables(size, scratch, CONFIG: tl.constexpr):
-    """Keep the tables of a piece, and what they say of its end.
+    """Keep the tables of a piece, and what they say of its end; with momentum, writes are left to `keep_writes`.
 
     Kept of the state before each token's write, and of the one that is read: what is left of earlier states, of the
     first one, of writes and of the first momentum. What is left of writes is the same where there is no momentum.
     """
+    keep_logs(at.ALPHA, scratch, CONFIG)
     kept, start = gate_products(at.ALPHA, 1, scratch, CONFIG)
     retention = tl.load(at.row(scratch, at.ALPHA, CONFIG))
     erase, first = products_to_end(at.ALPHA, size, scratch, CONFIG)
     tl.store(at.row(scratch, at.ERASED, CONFIG), erase)
     tl.store(scratch + at.LAST * CONFIG.rows, first)
     keep_erases(kept, start, retention, scratch, CONFIG)
-    if CONFIG.momentum:
-        keep_writes(kept, retention, erase, size, scratch, CONFIG)
-    else:
+    if not CONFIG.momentum:
         tl.store(at.row(scratch, at.WROTE, CONFIG), erase)
     tl.debug_barrier()
 
@@ -109,21 +118,26 @@ def keep_erases(kept, start, retention, scratch, CONFIG: tl.constexpr):
 
 
 @triton.jit
-def keep_writes(kept, retention, erase, size, scratch, CONFIG: tl.constexpr):
-    """Keep what is left of writes by way of momentum, and of the first momentum."""
+def keep_writes(size, scratch, CONFIG: tl.constexpr):
+    """Keep what is left of writes by way of momentum, and of the first momentum, after `keep_tables`."""
+    keep_logs(at.MU, scratch, CONFIG)
+    rows, erase = tl.arange(0, CONFIG.rows), tl.load(at.row(scratch, at.ERASED, CONFIG))
     chain, from_start = gate_products(at.MU, 0, scratch, CONFIG)
     link, momentum_decay = products_to_end(at.MU, size, scratch, CONFIG)
     last = scratch + at.LAST * CONFIG.rows
     tl.store(at.row(scratch, at.LINK, CONFIG), link)
     tl.store(at.row(scratch, at.WROTE, CONFIG), tl.sum(erase[:, None] * chain, 0))
-    tl.store(last + 1, tl.sum(erase * from_start, 0))
+    tl.store(last + 1 + 0 * rows, tl.cumsum(erase * from_start, 0), mask=rows == CONFIG.rows - 1)
     tl.store(last + 2, momentum_decay)
+    kept = tl.load(at.table(scratch, at.KEPT, CONFIG))
     push = tl.sum(kept * from_start[None, :], 1)
     write = multiply_exactly(kept, chain, CONFIG)
     keep_left(at.WRITE, at.PUSHED, write, push, scratch, CONFIG)
     if CONFIG.reading:
+        retention = tl.load(at.row(scratch, at.ALPHA, CONFIG))
         write, push = retention[:, None] * write + chain, retention * push + from_start
         keep_left(at.WRITE + CONFIG.reading, at.PUSHED + CONFIG.reading, write, push, scratch, CONFIG)
+    tl.debug_barrier()
 
 
 @triton.jit
