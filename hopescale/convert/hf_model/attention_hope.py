@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .memory_hope import Columns, Norm, State
+from .columns_hope import Columns, Norm, State
 
 
 class HopeAttention(nn.Module):
