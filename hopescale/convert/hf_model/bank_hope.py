@@ -38,7 +38,7 @@ class Bank:
     """Memories that are written with the same keys and gates; those that answer with vectors stand before gates.
 
     Linear memories are one matrix `w` `[B, H, R, D]` per head, with the rows of all. Of MLPs, `w2` `[B, H, M * E, D]`
-    is alike; `w1` `[B, H, M, D, E]` and `w1_gates` `[B, H, M, 1, E]` have a matrix per memory.
+    is alike; `w1` `[B, H, M, D, E]` has a matrix per memory, and `w1_gates` `[B, H, M, E]` a row.
 
     Args:
         config: Config of the mixer.
@@ -68,7 +68,7 @@ class Bank:
         packed = {"w2": torch.cat([one["w2"] for one in weights], dim=1)}
         packed["w1"] = torch.stack(second[: self.vectors], dim=1)
         if self.gates:
-            packed["w1_gates"] = torch.stack(second[self.vectors :], dim=1)
+            packed["w1_gates"] = torch.cat(second[self.vectors :], dim=1)
         return packed
 
     def part(self, packed: State, name: str) -> State:
@@ -79,7 +79,10 @@ class Bank:
             start, size = (number * self.dim, self.dim) if gate < 0 else (self.vectors * self.dim + gate, 1)
             return {"w": packed["w"][:, :, start : start + size]}
         first = packed["w2"][:, :, number * self.hidden : (number + 1) * self.hidden]
-        return {"w2": first, "w1": packed["w1"][:, :, number] if gate < 0 else packed["w1_gates"][:, :, gate]}
+        return {
+            "w2": first,
+            "w1": packed["w1"][:, :, number] if gate < 0 else packed["w1_gates"][:, :, gate : gate + 1],
+        }
 
     def writes(self, packed: State, k: Tensor, v: Tensor, scale: Tensor | None) -> dict[str, tuple[Tensor, Tensor]]:
         """Return key and value of each token's write into each matrix, with the memories' gradients at fixed weights.
@@ -99,13 +102,13 @@ class Bank:
         inner = (asked @ packed["w2"].mT).unflatten(-1, (-1, self.hidden)).transpose(2, 3)  # [B, H, M, C, E]
         slope = torch.sigmoid(inner)
         hidden = inner * slope
-        vectors = asked.unsqueeze(2) + hidden[:, :, : self.vectors] @ packed["w1"].mT
-        gates = hidden[:, :, self.vectors :] @ packed["w1_gates"].mT if self.gates else None
+        seconds = [packed["w1"], packed["w1_gates"].unsqueeze(3)] if self.gates else [packed["w1"]]
+        vectors = asked.unsqueeze(2) + hidden[:, :, : self.vectors] @ seconds[0].mT
+        gates = hidden[:, :, self.vectors :] @ seconds[1].mT if self.gates else None
         if self.gates and self.residual_gates:
             gates = gates + asked.unsqueeze(2)
         errors = self._errors(vectors, gates, v, scale)
         hidden, slope = hidden[..., :size, :], slope[..., :size, :]
-        seconds = [packed[name] for name in ("w1", "w1_gates") if name in packed]
         back = torch.cat([error @ second for error, second in zip(errors, seconds, strict=True)], dim=2)
         first = -back * (slope + hidden * (1 - slope))
         length = torch.sqrt(hidden.square().sum(-1, keepdim=True) + KEY_EPS)

@@ -76,8 +76,10 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise `[..., *shape]`; returns the type of `x`."""
-        weight = self.weight if self.multiplier == 1 else self.weight * self.multiplier
-        return (F.rms_norm(x.float(), x.shape[-1:], None, self.eps) * weight).to(x.dtype)
+        weight, wide = self.weight if self.multiplier == 1 else self.weight * self.multiplier, x.float()
+        if weight.dim() == 1 and weight.dtype == wide.dtype:
+            return F.rms_norm(wide, weight.shape, weight, self.eps).to(x.dtype)
+        return (F.rms_norm(wide, x.shape[-1:], None, self.eps) * weight).to(x.dtype)
 
 
 def mix_groups(run: Mix, x: Tensor, state: State, columns: Columns, width: int | None = None) -> tuple[Tensor, State]:

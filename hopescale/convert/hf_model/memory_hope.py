@@ -108,7 +108,8 @@ class HopeSelfModifying(nn.Module):
                 stop = min(x.shape[1], read + size - (position.counts[0] + read) % size)
                 self._begin(state, position + read)
                 if x.shape[1] == 1 and self.dim > 1 and not torch.is_grad_enabled():
-                    y = read_and_write(self.config, self.bank, self.gates, streams[:, 0], state, self._far)
+                    by_head = streams.view(len(x), self.heads, 3, self.dim)
+                    y = read_and_write(self.config, self.bank, self.gates, by_head, state, self._far)
                 else:
                     y = self._chunk(streams[:, read:stop].permute(3, 0, 2, 1, 4), state).transpose(1, 2)
                 outputs.append(y)
@@ -173,12 +174,16 @@ class HopeSelfModifying(nn.Module):
         known = {name: state[f"boundary/{name}"] for name in bank.sizes}
         layers = {}
         for name, (key, value) in bank.writes(known, k, v, scale).items():
-            shared = tables if name in ("w", "w2") else several
-            layer = Layer(shared, key, value, state[name], state.get(f"momentum/{name}"))
+            shared, momentum = tables if name in ("w", "w2") else several, state.get(f"momentum/{name}")
+            moved = [state[name], momentum]
+            if name == "w1_gates":  # a row is a matrix that answers with a number
+                moved = [None if one is None else one.unsqueeze(3) for one in moved]
+            layer = Layer(shared, key, value, *moved)
             layers[name] = layer.erasing() if erase else layer
-            state[name], momentum = layers[name].after()
+            after, momentum = layers[name].after()
+            state[name] = after.view(state[name].shape)
             if momentum is not None:
-                state[f"momentum/{name}"] = momentum
+                state[f"momentum/{name}"] = momentum.view(state[name].shape)
         if config.read == "boundary":
             output = self.memories["mem"].retrieve(self.weights(known, "", "mem"), q)
         else:

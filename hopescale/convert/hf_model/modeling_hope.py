@@ -80,11 +80,12 @@ class HopeContinuumMemory(nn.Module):
             self.norm, self.mix = Norm(model.d_model, eps=model.norm_eps), nn.Parameter(torch.ones(len(levels)))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the residual stream with the additions of the levels."""
+        """Return the residual stream `[B, T, N]` with the additions of the levels."""
         if self.chained:
+            flat = x.flatten(0, 1)
             for level in self.levels.values():
-                x = x + level(x)
-            return x
+                flat = flat + level(flat)
+            return flat.view(x.shape)
         shared, weights = self.norm(x), self.mix.to(x.dtype)
         return x + sum(weight * level(shared) for weight, level in zip(weights, self.levels.values(), strict=True))
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.linalg import vecdot, vector_norm
 
 from .bank_hope import KEY_EPS, Bank
 from .columns_hope import State, to_unit
@@ -27,6 +28,11 @@ class Rates(NamedTuple):
     alpha: Tensor | None
     mu: Tensor | None
 
+    def of_several(self) -> Rates:
+        """Return the same with a dimension for memories behind the heads."""
+        alpha, mu = (None if rate is None else rate.unsqueeze(2) for rate in (self.alpha, self.mu))
+        return Rates(self.eta.unsqueeze(2), self.push, alpha, mu)
+
 
 def read_and_write(
     config: SimpleNamespace, bank: Bank, gates: nn.ModuleDict, streams: Tensor, state: State, far: Far
@@ -41,123 +47,137 @@ def read_and_write(
         state: State of the mixer, with boundary weights as they are for the token.
         far: Step of the far memory.
     """
-    kvq = to_unit(streams)
-    row, asked, numbers = kvq.flatten(0, 1), _asked(bank), None
+    kvq, answers, numbers, outside = to_unit(streams), None, None, None
+    row, first = kvq.flatten(0, 1), state["boundary/w" if bank.linear else "boundary/w2"].flatten(0, 1).mT
+    asked = [number for number, name in enumerate("kvq") if name in bank.names]  # streams that a memory answers
+    # Any of three streams are evenly spaced. A stream's answer is on the diagonal of streams and memories.
+    own = slice(asked[0], asked[-1] + 1, max(1, (asked[-1] - asked[0]) // max(1, len(asked) - 1))) if asked else None
     if len(bank.names) > 1:
-        answers, numbers = (_ask_linear if bank.linear else _ask_mlp)(bank, state, row[:, : max(asked, default=0) + 1])
-    rates = _rates(config, bank, gates, kvq[:, :, 0], numbers)
-    outside = None
+        found = row.bmm(first).view(*kvq.shape[:3], -1)
+        answers, numbers = _linear_answers(bank, found, own) if bank.linear else _mlp_answers(bank, found, state, own)
+    rates = _rates(config, bank, gates, kvq, numbers)
     if config.far is not None:
         unit = {name: kvq[:, :, number : number + 1].clone() for number, name in enumerate("kvq")}
         outside = far(state, streams.permute(2, 0, 1, 3).unsqueeze(3), unit)
-    if asked:  # at most three streams: any two or more of them are evenly spaced
-        step = asked[1] - asked[0] if len(asked) > 1 else 1
-        own = slice(asked[0], asked[-1] + 1, step)
-        part, found = kvq[:, :, own], answers[:, :, 1:, own].diagonal(0, 2, 3).mT
-        part = part.copy_(found) if bank.linear else part.add_(found)
+    if own is not None:
+        part = kvq if len(asked) == 3 else kvq[:, :, own]
+        part = part.copy_(answers) if bank.linear else part.add_(answers)
         part.mul_(part.square().sum(-1, keepdim=True).add_(1e-6).rsqrt_())
     if config.targets == "value":
         kvq[:, :, 1] = streams[:, :, 1]
-    output = (_move_linear if bank.linear else _move_mlp)(config, bank, state, kvq, rates)
+    output = (_move_linear if bank.linear else _move_mlp)(config, bank, state, (kvq, row), first, rates)
     output = output.view(len(streams), 1, *streams.shape[1::2])
     return output if outside is None else output + outside.transpose(1, 2)
 
 
-def _asked(bank: Bank) -> list[int]:
-    """Return which of the streams keys, values and queries a memory answers."""
-    return [number for number, name in enumerate("kvq") if name in bank.names]
+def _linear_answers(bank: Bank, found: Tensor, own: slice | None) -> tuple[Tensor | None, Tensor]:
+    """Return what memories of streams answer to theirs `[B, H, n, D]`, and gates' memories to the first `[B, H, M]`.
 
-
-def _ask_linear(bank: Bank, state: State, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return answers to rows `[B * H, n, D]`: `[B, H, M, n, D]`, and numbers `[B, H, M]` in answer to the first."""
-    weights = state["boundary/w"]
-    found = rows.bmm(weights.flatten(0, 1).mT).view(*weights.shape[:2], rows.shape[1], -1)  # [B, H, n, R]
+    Args:
+        bank: Memories.
+        found: What their first matrices make of the streams `[B, H, 3, .]`.
+        own: Streams that a memory answers; None if there are none.
+    """
     cut = bank.vectors * bank.dim
-    return found[..., :cut].unflatten(-1, (-1, bank.dim)).transpose(2, 3), found[:, :, 0, cut:]
+    numbers = found[:, :, 0, cut:]
+    if own is None:
+        return None, numbers
+    return found[:, :, own, bank.dim : cut].unflatten(-1, (-1, bank.dim)).diagonal(0, 2, 3).mT, numbers
 
 
-def _ask_mlp(bank: Bank, state: State, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-    first, second = state["boundary/w2"], state["boundary/w1"]
-    batch, count = first.shape[:2], rows.shape[1]
-    hidden = F.silu(rows.bmm(first.flatten(0, 1).mT)).view(*batch, count, -1, bank.hidden)
-    numbers = None
+def _mlp_answers(bank: Bank, found: Tensor, state: State, own: slice | None) -> tuple[Tensor | None, Tensor | None]:
+    """Return the same for MLPs, without what they add to."""
+    hidden, numbers = F.silu(found).view(*found.shape[:3], -1, bank.hidden), None
     if bank.gates:
-        numbers = (hidden[:, :, 0, bank.vectors :] * state["boundary/w1_gates"][:, :, :, 0]).sum(-1)
-    if bank.vectors == 1:
-        return hidden, numbers
-    vectors = hidden[:, :, :, : bank.vectors].transpose(2, 3).reshape(-1, count, bank.hidden)
-    return vectors.bmm(second.flatten(0, 2).mT).view(*batch, bank.vectors, count, bank.dim), numbers
+        numbers = vecdot(hidden[:, :, 0, bank.vectors :], state["boundary/w1_gates"])
+    if own is None:
+        return None, numbers
+    hidden = hidden[:, :, own, 1 : bank.vectors].diagonal(0, 2, 3).mT.unsqueeze(3)  # [B, H, n, 1, E]
+    return vecdot(state["boundary/w1"][:, :, 1:], hidden), numbers
 
 
-def _rates(config: SimpleNamespace, bank: Bank, gates: nn.ModuleDict, k: Tensor, numbers: Tensor | None) -> Rates:
-    found = {}
+def _rates(config: SimpleNamespace, bank: Bank, gates: nn.ModuleDict, unit: Tensor, numbers: Tensor | None) -> Rates:
+    shape, found = (*unit.shape[:2], 1, 1), {}
     if bank.gates:
         bias = torch.stack([gates[name].bias for name in bank.gates], dim=-1)
-        opened = (numbers + bias).sigmoid_()
-        found = dict(zip(bank.gates, opened[:, :, None, None].unbind(-1), strict=True))
+        opened = (numbers + bias).sigmoid_().view(*shape, -1).unbind(-1)
+        found = dict(zip(bank.gates, opened, strict=True))
     for name in ("eta", "alpha", "mu"):
         if name in gates and name not in found:
             gate = gates[name]
-            found[name] = (k * gate.weight).sum(-1).add_(gate.bias).sigmoid_()[..., None, None]
+            found[name] = vecdot(unit[:, :, 0], gate.weight).add_(gate.bias).sigmoid_().view(shape)
     eta, mu = found["eta"], found.get("mu")
     eta = eta if config.eta_max == 1 else config.eta_max * eta
     averaged = mu is not None and config.momentum_write == "averaged"
     return Rates(eta, torch.addcmul(eta, eta, mu, value=-1) if averaged else eta, found.get("alpha"), mu)
 
 
-def _move_linear(config: SimpleNamespace, bank: Bank, state: State, kvq: Tensor, rates: Rates) -> Tensor:
-    """Write linear memories; return what queries read `[B * H, 1, D]`."""
-    boundary, before = state["boundary/w"].flatten(0, 1), state["w"].flatten(0, 1)
-    row, batch = kvq.flatten(0, 1), kvq.shape[:2]
-    k, v, q = kvq[:, :, :1], kvq[:, :, 1:2], row[:, 2:]
+def _move_linear(
+    config: SimpleNamespace, bank: Bank, state: State, streams: tuple[Tensor, Tensor], first: Tensor, rates: Rates
+) -> Tensor:
+    """Write linear memories; return what queries read `[B * H, 1, D]`.
+
+    Args:
+        config: Config of the mixer.
+        bank: Memories.
+        state: State of the mixer.
+        streams: Keys, values and queries `[B, H, 3, D]`, and the same `[B * H, 3, D]`.
+        first: Boundary weights of the first matrix, transposed `[B * H, D, .]`.
+        rates: Gates.
+    """
+    (kvq, row), dot = streams, config.objective == "dot"
+    k, v = row[:, :1], row[:, 1:2]
     if config.targets == "self":
-        asked = v if config.objective == "dot" else k - v
-        error = asked.flatten(0, 1).bmm(boundary.mT).view(*batch, 1, -1)  # [B, H, 1, R]
-        error = error.neg_() if config.objective == "dot" else error
+        error = (v if dot else k - v).bmm(first)
+        error = error.neg_() if dot else error
     else:
-        error = -v if config.objective == "dot" else row[:, :1].bmm(boundary.mT).view(v.shape) - v
-    if config.error_cap is not None and config.objective != "dot":
+        error = -v if dot else k.bmm(first) - v
+    error = error.view(*kvq.shape[:2], -1, 1)  # [B, H, R, 1]
+    if config.error_cap is not None and not dot:
         cut = bank.vectors * bank.dim
-        _cap(config, error[..., :cut].unflatten(-1, (-1, bank.dim)))
-        _cap(config, error[..., cut:].unsqueeze(-1))
-    known = row[:, ::2].bmm(before.mT)  # of keys and queries
-    held = known[:, 0].view(*batch, -1, 1) if config.inner_rule == "dgd" else None
-    _write(state, "w", rates, k, (error * rates.push).mT, held)
+        _cap(config, error[:, :, :cut, 0].unflatten(-1, (-1, bank.dim)))
+        _cap(config, error[:, :, cut:])
+    known = row.bmm(state["w"].flatten(0, 1).mT)
+    held = known[:, 0].view(error.shape) if config.inner_rule == "dgd" else None
+    _write(state, "w", rates, kvq[:, :, :1], error * rates.push, held)
     if config.read == "prefix":
-        return known[:, 1:, : bank.dim]
-    weights = boundary if config.read == "boundary" else state["w"].flatten(0, 1)
-    return q.bmm(weights[:, : bank.dim].mT)
+        return known[:, 2:, : bank.dim]
+    weights = first if config.read == "boundary" else state["w"].flatten(0, 1).mT
+    return row[:, 2:].bmm(weights[..., : bank.dim])
 
 
-def _move_mlp(config: SimpleNamespace, bank: Bank, state: State, kvq: Tensor, rates: Rates) -> Tensor:
-    """Write MLP memories; return what queries read `[B * H, 1, D]`."""
-    batch, width, row = kvq.shape[:2], bank.hidden, kvq.flatten(0, 1)
-    inner = row[:, : 3 if config.read == "boundary" else 2].bmm(state["boundary/w2"].flatten(0, 1).mT)
-    hidden = F.silu(inner)
-    writes = _mlp_writes(config, bank, state, kvq, (inner, hidden), rates.push)
-    before, second, erase = state["w2"].flatten(0, 1), state["w1"], config.inner_rule == "dgd"
-    known = row[:, ::2].bmm(before.mT)  # of keys and queries
-    held = known[:, 0].view(*batch, -1, 1) if erase else None
-    _write(state, "w2", rates, kvq[:, :, :1], writes["w2"], held)
-    several = Rates(*(None if rate is None else rate.unsqueeze(2) for rate in rates))
-    key, value = writes["w1"]
-    held = key.reshape(-1, 1, width).bmm(second.flatten(0, 2).mT).view(value.shape) if erase else None
-    _write(state, "w1", several, key, value, held)
-    if bank.gates:
-        key, value = writes["w1_gates"]
-        held = (state["w1_gates"] * key).sum(-1, keepdim=True) if erase else None
-        _write(state, "w1_gates", several, key, value, held)
+def _move_mlp(
+    config: SimpleNamespace, bank: Bank, state: State, streams: tuple[Tensor, Tensor], first: Tensor, rates: Rates
+) -> Tensor:
+    """Do the same with MLP memories."""
+    (kvq, row), width = streams, bank.hidden
+    inner, k, v = row.bmm(first), kvq[:, :, :1], kvq[:, :, 1:2]
+    hidden, shape = F.silu(inner), (*kvq.shape[:3], -1, width)
+    writes = _mlp_writes(config, bank, state, (k, v), (inner.view(shape), hidden.view(shape)), rates.push)
+    second, erase = state["w1"], config.inner_rule == "dgd"
+    known = row.bmm(state["w2"].flatten(0, 1).mT)
+    held = known[:, 0].view(writes["w2"].shape) if erase else None
+    _write(state, "w2", rates, k, writes["w2"], held)
+    for name in ("w1_gates", "w1") if bank.gates else ("w1",):
+        key, value = writes[name]
+        held = vecdot(state[name], key).unsqueeze(-1) if erase else None
+        _write(state, name, rates if name == "w1_gates" else rates.of_several(), key, value, held)
     if config.read == "boundary":
         hidden, second = hidden[:, 2:, :width], state["boundary/w1"]
     elif config.read == "prefix":
-        hidden = F.silu(known[:, 1:, :width])
+        hidden = F.silu(known[:, 2:, :width])
     else:
         hidden, second = F.silu(row[:, 2:].bmm(state["w2"][:, :, :width].flatten(0, 1).mT)), state["w1"]
     return torch.baddbmm(row[:, 2:], hidden, second[:, :, 0].flatten(0, 1).mT)
 
 
 def _mlp_writes(
-    config: SimpleNamespace, bank: Bank, state: State, kvq: Tensor, layer: tuple[Tensor, Tensor], push: Tensor
+    config: SimpleNamespace,
+    bank: Bank,
+    state: State,
+    pair: tuple[Tensor, Tensor],
+    layer: tuple[Tensor, Tensor],
+    push: Tensor,
 ) -> dict[str, Any]:
     """Return value of the write into `w2`, key and value of those into the other matrices, as `_write` takes them.
 
@@ -165,54 +185,58 @@ def _mlp_writes(
         config: Config of the mixer.
         bank: Memories.
         state: State with boundary weights.
-        kvq: Keys, values and queries `[B, H, 3, D]`.
-        layer: What the hidden layer gives for keys and values, before and after its SiLU: `[B * H, n, M * E]`.
+        pair: Keys and values `[B, H, 1, D]`.
+        layer: What hidden layers give for keys and values, before and after their SiLU: `[B, H, 3, M, E]`.
         push: Rate of writes.
     """
-    cut, width, batch = bank.vectors, bank.hidden, kvq.shape[:2]
-    second = state["boundary/w1"].flatten(0, 2)
-    gates = state["boundary/w1_gates"].squeeze(3) if bank.gates else None
-    inner, own = (one[:, 0].view(*batch, -1, width) for one in layer)  # [B, H, M, E]
-    error, numbers = _mlp_errors(config, kvq, own, layer[1], second, gates)
-    back = error.view(-1, 1, bank.dim).bmm(second).view(*batch, cut, width)
+    cut, second = bank.vectors, state["boundary/w1"]
+    gates = state.get("boundary/w1_gates")
+    own, target = layer[1].unbind(2)[:2]  # [B, H, M, E]
+    error, numbers = _mlp_errors(config, pair, own, target, second, gates)
+    back = error.view(-1, 1, bank.dim).bmm(second.flatten(0, 2)).view(*own.shape[:2], cut, -1)
     back = back if gates is None else torch.cat([back, numbers * gates], dim=2)
-    first = torch.ops.aten.silu_backward(back, inner)
-    length = written = torch.linalg.vector_norm(own, dim=-1, keepdim=True).square_().add_(KEY_EPS).sqrt_()
+    first = torch.ops.aten.silu_backward(back, layer[0][:, :, 0])
+    length = written = vector_norm(own, dim=-1, keepdim=True).square_().add_(KEY_EPS).sqrt_()
     if bank.normalize:  # divided by squares of what errors are amplified by, above 1
-        size = torch.linalg.vector_norm(error, dim=-1, keepdim=True)
+        size = vector_norm(error, dim=-1, keepdim=True)
         size = size if gates is None else torch.cat([size, numbers.abs()], dim=2)
-        gain = torch.linalg.vector_norm(first, dim=-1, keepdim=True).div_(size.clamp_min_(1e-15))
+        gain = vector_norm(first, dim=-1, keepdim=True).div_(size.clamp_min_(1e-15))
         first.div_(gain.clamp_min_(1.0).square_())
         written = torch.minimum(length, length.reciprocal())
-    key, written = (own / length).unsqueeze(3), (written * push).unsqueeze(3)
-    writes = {"w2": first.mul_(push).view(*batch, -1, 1)}
-    writes["w1"] = key[:, :, :cut], error.unsqueeze(-1) * written[:, :, :cut]
-    if gates is not None:
-        writes["w1_gates"] = key[:, :, cut:], numbers.unsqueeze(-1) * written[:, :, cut:]
+    key, written = own / length, written * push
+    writes = {"w2": first.mul_(push).view(*own.shape[:2], -1, 1)}
+    if gates is None:
+        return writes | {"w1": (key.unsqueeze(3), (error * written).unsqueeze(-1))}
+    writes["w1"] = key[:, :, :cut].unsqueeze(3), (error * written[:, :, :cut]).unsqueeze(-1)
+    writes["w1_gates"] = key[:, :, cut:], numbers * written[:, :, cut:]
     return writes
 
 
 def _mlp_errors(
-    config: SimpleNamespace, kvq: Tensor, own: Tensor, hidden: Tensor, second: Tensor, gates: Tensor | None
+    config: SimpleNamespace,
+    pair: tuple[Tensor, Tensor],
+    own: Tensor,
+    target: Tensor,
+    second: Tensor,
+    gates: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Return gradients with respect to answers: of vectors `[B, H, M, D]`, and of numbers `[B, H, M, 1]`.
 
     Answers are linear in what the hidden layer gives, so that the difference of two answers takes one product.
     """
-    k, v, dot, own_target = kvq[:, :, :1], kvq[:, :, 1:2], config.objective == "dot", config.targets == "self"
-    if dot and not own_target:
+    (k, v), dot, to_own = pair, config.objective == "dot", config.targets == "self"
+    if dot and not to_own:
         return -v, None
-    if own_target:
-        target = hidden[:, 1].view(own.shape)
-        change, base = (target, v) if dot else (own - target, k - v)
+    if dot:
+        change, base = target, v
     else:
-        change, base = own, k - v
-    cut = len(second) // base[:, :, 0, 0].numel()
-    vectors = change[:, :, :cut].reshape(-1, 1, own.shape[-1]).bmm(second.mT)
-    vectors = vectors.view(*own.shape[:2], cut, -1).add_(base)
-    numbers = None if gates is None else (change[:, :, cut:] * gates).sum(-1, keepdim=True)
-    found = [vectors] if numbers is None else [vectors, numbers]
-    for error in found:
+        change, base = own - target if to_own else own, k - v
+    cut, numbers = second.shape[2], None
+    if gates is not None:
+        numbers = vecdot(change[:, :, cut:], gates).unsqueeze(-1)
+        change = change[:, :, :cut]
+    vectors = vecdot(second, change.unsqueeze(3)).add_(base)
+    for error in (vectors,) if numbers is None else (vectors, numbers):
         if dot:
             error.neg_()
         elif config.error_cap is not None:
@@ -233,7 +257,7 @@ def _write(state: State, name: str, rates: Rates, key: Tensor, value: Tensor, he
         state: State of the mixer.
         name: Name of the matrix.
         rates: Gates of the token.
-        key: `[., 1, D]`.
+        key: Row `[., 1, D]`.
         value: What is taken off, times its rate, `[., Do, 1]`.
         held: What the key held `[., Do, 1]`; None if a write does not erase it.
     """
