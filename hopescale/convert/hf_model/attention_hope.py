@@ -68,7 +68,9 @@ class HopeAttention(nn.Module):
         q, k, v = q.flatten(1, 2), k[:, :, 0], v[:, :, 0]
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        return self._rotated(q, positions), self._rotated(k, positions), v
+        angles = positions.clamp_min(0)[:, None, :, None].float() * self._frequencies(x.device)
+        turn = angles.cos().to(q.dtype), angles.sin().to(q.dtype)  # [B, 1, T, D / 2]
+        return _rotated(q, *turn), _rotated(k, *turn), v
 
     def read(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """Let queries read keys and values where `mask` is true, or up to their own number: `[B, T, H * D]`."""
@@ -81,12 +83,6 @@ class HopeAttention(nn.Module):
         if self.window is None:
             return real.shape[1]
         return int((real.flip(1).cumsum(1) < self.window).any(0).sum()) + 1
-
-    def _rotated(self, x: Tensor, positions: Tensor) -> Tensor:
-        angles = positions.clamp_min(0)[:, None, :, None].float() * self._frequencies(x.device)
-        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)  # [B, 1, T, D / 2]
-        first, second = x.chunk(2, dim=-1)
-        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
     def _frequencies(self, device: torch.device) -> Tensor:
         plain = self.config.rope_theta ** (-torch.arange(0, self.dim, 2, device=device).float() / self.dim)
@@ -113,3 +109,8 @@ class HopeAttention(nn.Module):
             seen = seen & (count[:, -tokens:, None] - count[:, None, :] < self.window)
         # Padding sees itself: a softmax over nothing is not a number.
         return (seen | (own == other))[:, None]
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

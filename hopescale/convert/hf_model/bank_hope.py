@@ -58,6 +58,9 @@ class Bank:
         self.sizes = {"w": self.dim} if self.linear else {"w2": self.hidden, "w1": 1}
         if gates and not self.linear:
             self.sizes["w1_gates"] = 0
+        # Streams, of keys, values and queries, that a memory answers: any of three are evenly spaced.
+        asked = [number for number, name in enumerate("kvq") if name in memories]
+        self.asked = slice(asked[0], asked[-1] + 1, 2 if asked == [0, 2] else 1) if asked else None
 
     def pack(self, memories: dict[str, Memory]) -> State:
         """Return the parameters of memories side by side, in float32, without the dimension of rows."""

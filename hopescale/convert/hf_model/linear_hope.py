@@ -125,6 +125,10 @@ class HopeLinearAttention(nn.Module):
 
         `S_t = alpha_t (I - eta_t k_t k_t^T) S_{t-1} + eta_t k_t v_t^T`; where writes do not erase, `I` stands alone.
         """
+        if log_alpha.shape[-1] == 1:
+            kept = log_alpha.exp()[..., None] * memory
+            memory = torch.addcmul(kept, k.mT, eta[..., None] * (v - k @ kept if self.config.erase else v))
+            return q @ memory, memory
         size = log_alpha.shape[-1]
         steps = log_alpha[..., None].expand(*log_alpha.shape, size).tril(-1)
         between, start = steps.cumsum(-2).exp().tril(), log_alpha.cumsum(-1).exp()[..., None]

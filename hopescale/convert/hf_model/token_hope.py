@@ -48,19 +48,16 @@ def read_and_write(
         far: Step of the far memory.
     """
     kvq, answers, numbers, outside = to_unit(streams), None, None, None
-    row, first = kvq.flatten(0, 1), state["boundary/w" if bank.linear else "boundary/w2"].flatten(0, 1).mT
-    asked = [number for number, name in enumerate("kvq") if name in bank.names]  # streams that a memory answers
-    # Any of three streams are evenly spaced. A stream's answer is on the diagonal of streams and memories.
-    own = slice(asked[0], asked[-1] + 1, max(1, (asked[-1] - asked[0]) // max(1, len(asked) - 1))) if asked else None
+    row, first = kvq.view(-1, *kvq.shape[2:]), state["boundary/w" if bank.linear else "boundary/w2"].flatten(0, 1).mT
     if len(bank.names) > 1:
         found = row.bmm(first).view(*kvq.shape[:3], -1)
-        answers, numbers = _linear_answers(bank, found, own) if bank.linear else _mlp_answers(bank, found, state, own)
+        answers, numbers = _linear_answers(bank, found) if bank.linear else _mlp_answers(bank, found, state)
     rates = _rates(config, bank, gates, kvq, numbers)
     if config.far is not None:
         unit = {name: kvq[:, :, number : number + 1].clone() for number, name in enumerate("kvq")}
         outside = far(state, streams.permute(2, 0, 1, 3).unsqueeze(3), unit)
-    if own is not None:
-        part = kvq if len(asked) == 3 else kvq[:, :, own]
+    if bank.asked is not None:
+        part = kvq[:, :, bank.asked]
         part = part.copy_(answers) if bank.linear else part.add_(answers)
         part.mul_(part.square().sum(-1, keepdim=True).add_(1e-6).rsqrt_())
     if config.targets == "value":
@@ -70,29 +67,28 @@ def read_and_write(
     return output if outside is None else output + outside.transpose(1, 2)
 
 
-def _linear_answers(bank: Bank, found: Tensor, own: slice | None) -> tuple[Tensor | None, Tensor]:
+def _linear_answers(bank: Bank, found: Tensor) -> tuple[Tensor | None, Tensor]:
     """Return what memories of streams answer to theirs `[B, H, n, D]`, and gates' memories to the first `[B, H, M]`.
 
     Args:
         bank: Memories.
         found: What their first matrices make of the streams `[B, H, 3, .]`.
-        own: Streams that a memory answers; None if there are none.
     """
     cut = bank.vectors * bank.dim
     numbers = found[:, :, 0, cut:]
-    if own is None:
+    if bank.asked is None:
         return None, numbers
-    return found[:, :, own, bank.dim : cut].unflatten(-1, (-1, bank.dim)).diagonal(0, 2, 3).mT, numbers
+    return found[:, :, bank.asked, bank.dim : cut].unflatten(-1, (-1, bank.dim)).diagonal(0, 2, 3).mT, numbers
 
 
-def _mlp_answers(bank: Bank, found: Tensor, state: State, own: slice | None) -> tuple[Tensor | None, Tensor | None]:
+def _mlp_answers(bank: Bank, found: Tensor, state: State) -> tuple[Tensor | None, Tensor | None]:
     """Return the same for MLPs, without what they add to."""
     hidden, numbers = F.silu(found).view(*found.shape[:3], -1, bank.hidden), None
     if bank.gates:
         numbers = vecdot(hidden[:, :, 0, bank.vectors :], state["boundary/w1_gates"])
-    if own is None:
+    if bank.asked is None:
         return None, numbers
-    hidden = hidden[:, :, own, 1 : bank.vectors].diagonal(0, 2, 3).mT.unsqueeze(3)  # [B, H, n, 1, E]
+    hidden = hidden[:, :, bank.asked, 1 : bank.vectors].diagonal(0, 2, 3).mT.unsqueeze(3)  # [B, H, n, 1, E]
     return vecdot(state["boundary/w1"][:, :, 1:], hidden), numbers
 
 
