@@ -57,11 +57,13 @@ class Columns(NamedTuple):
         position: Tokens of each row before this call.
         groups: Rows that run through a recurrence together, on the host, and the columns of this call that are their
             tokens.
+        padded: Whether any column, of this call or before, is padding.
     """
 
     real: Tensor
     position: Position
     groups: list[tuple[Tensor, slice]]
+    padded: bool = True
 
 
 Mix = Callable[[Tensor, State, Position], tuple[Tensor, State]]

@@ -266,7 +266,9 @@ class HopeForCausalLM(PreTrainedModel, GenerationMixin):
         host = torch.cat([past.sum(-1, keepdim=True), now, given], dim=1).cpu()
         before, on_host, given = host[:, 0], host[:, 1 : 1 + tokens].bool(), host[:, 1 + tokens :]
         _check_positions(given, before, on_host)
-        return Columns(torch.cat([past, now], dim=1), Position(before.tolist()), list(self._groups(on_host, before)))
+        counts, groups = before.tolist(), list(self._groups(on_host, before))
+        padded = not on_host.all() or any(count < past.shape[1] for count in counts)
+        return Columns(torch.cat([past, now], dim=1), Position(counts), groups, padded)
 
     def _groups(self, now: Tensor, before: Tensor) -> Iterator[tuple[Tensor, slice]]:
         """Group rows with tokens in the same columns and, of more than one token, at the same place of a chunk."""

@@ -81,7 +81,7 @@ class HopeTitans(nn.Module):
         remembered, memory = self._remember(x, memory, columns)
         first = self._first(x)
         _, *ahead = self.attention.project(first, torch.arange(first.shape[1], device=x.device)[None])
-        seen, cache = self.attention.answer(x, cache, columns.real, ahead)
+        seen, cache = self.attention.answer(x, cache, columns.real, columns.padded, ahead)
         return self._gated(seen, remembered), _joined(memory, cache)
 
     def _as_layer(self, x: Tensor, state: State, columns: Columns) -> tuple[Tensor, State]:
@@ -95,7 +95,7 @@ class HopeTitans(nn.Module):
             cache = {"k": k.expand(rows, -1, -1, -1), "v": v.expand(rows, -1, -1, -1)}
         remembered, memory = self._remember(x, memory, columns)
         real = F.pad(columns.real, (count, 0), value=True)
-        y, cache = self.attention.answer(self.inner_proj(remembered), cache, real)
+        y, cache = self.attention.answer(self.inner_proj(remembered), cache, real, columns.padded)
         return y, _joined(memory, cache)
 
     def _as_context(self, x: Tensor, state: State, columns: Columns) -> tuple[Tensor, State]:
