@@ -66,7 +66,7 @@ class Layer(NamedTuple):
         values: Values that each token writes, `[B, H, C, Do]`.
         state: `S` before the chunk, `[B, H, Do, D]`.
         momentum: `Z` before the chunk; None without momentum.
-        held: What each token's key held, `[B, H, C, Do]`; None if a write does not erase it.
+        held: Answers to each token's key before its write, `[B, H, C, Do]`; None if writes do not erase these.
     """
 
     tables: Tables

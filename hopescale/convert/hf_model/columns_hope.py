@@ -13,20 +13,20 @@ from torch import Tensor, nn
 State = dict[str, Tensor]
 
 
-class Position:
+class RowPosition:
     """Tokens of each row before a place in a text, known on the host: no layer waits for its device to learn them."""
 
     def __init__(self, counts: Sequence[int]):
         self.counts = counts
-        self._begins: dict[int, Tensor | bool] = {}
+        self._begins: dict[tuple[int, torch.device], Tensor | bool] = {}
         self._tensors: dict[torch.device, Tensor] = {}
 
-    def __add__(self, tokens: int) -> Position:
-        return Position([count + tokens for count in self.counts]) if tokens else self
+    def __add__(self, tokens: int) -> RowPosition:
+        return RowPosition([count + tokens for count in self.counts]) if tokens else self
 
-    def of(self, rows: Tensor) -> Position:
+    def of(self, rows: Tensor) -> RowPosition:
         """Return the position of some of the rows."""
-        return Position([self.counts[row] for row in rows.tolist()])
+        return RowPosition([self.counts[row] for row in rows.tolist()])
 
     def tensor(self, device: torch.device) -> Tensor:
         """Return it as a tensor `[B]`."""
@@ -34,19 +34,20 @@ class Position:
             self._tensors[device] = torch.tensor(self.counts, dtype=torch.long, device=device)
         return self._tensors[device]
 
-    def begins(self, period: int) -> Tensor | bool:
+    def begins(self, period: int, device: torch.device) -> Tensor | bool:
         """Say whether a piece of so many tokens begins here: in all rows, in none, or in which of them `[B]`."""
-        if period not in self._begins:
+        if (period, device) not in self._begins:
             rows = [count % period == 0 for count in self.counts]
-            self._begins[period] = torch.tensor(rows) if any(rows) and not all(rows) else any(rows)
-        return self._begins[period]
+            some = any(rows) and not all(rows)
+            self._begins[period, device] = torch.tensor(rows, device=device) if some else any(rows)
+        return self._begins[period, device]
 
 
 def choose(begins: Tensor | bool, new: Tensor, old: Tensor) -> Tensor:
     """Take over `new` in the rows where something begins."""
     if isinstance(begins, bool):
         return new if begins else old
-    return torch.where(begins.to(new.device).view(-1, *[1] * (new.dim() - 1)), new, old)
+    return torch.where(begins.view(-1, *[1] * (new.dim() - 1)), new, old)
 
 
 class Columns(NamedTuple):
@@ -61,12 +62,12 @@ class Columns(NamedTuple):
     """
 
     real: Tensor
-    position: Position
+    position: RowPosition
     groups: list[tuple[Tensor, slice]]
     padded: bool = True
 
 
-Mix = Callable[[Tensor, State, Position], tuple[Tensor, State]]
+Mix = Callable[[Tensor, State, RowPosition], tuple[Tensor, State]]
 
 
 class Norm(nn.Module):

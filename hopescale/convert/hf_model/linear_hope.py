@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .columns_hope import Columns, Norm, Position, State, as_written, mix_groups, to_unit
+from .columns_hope import Columns, Norm, RowPosition, State, as_written, mix_groups, to_unit
 
 ROPE_THETA = 10_000.0
 
@@ -65,7 +65,7 @@ class HopeLinearAttention(nn.Module):
         """Mix `[B, T, N]`; padding neither moves a memory nor counts as a token."""
         return mix_groups(self._run, x, state or self.initial_state(x.shape[0]), columns)
 
-    def _run(self, x: Tensor, state: State, position: Position) -> tuple[Tensor, State]:
+    def _run(self, x: Tensor, state: State, position: RowPosition) -> tuple[Tensor, State]:
         """Mix tokens without padding."""
         state = dict(state)
         streams, z, *numbers = self.in_proj(x).unflatten(-1, (self.groups, -1)).split(self.widths, dim=-1)
@@ -92,7 +92,7 @@ class HopeLinearAttention(nn.Module):
         padded = torch.cat([tail.to(x.dtype), x], dim=1)
         return F.silu(F.conv1d(padded.mT, weight[:, None], bias, groups=len(weight))).mT, padded[:, x.shape[1] :]
 
-    def _by_head(self, x: Tensor, position: Position) -> Tensor:
+    def _by_head(self, x: Tensor, position: RowPosition) -> Tensor:
         """Turn queries or keys of groups `[B, T, G, D]` into those of heads `[B, H, T, D]`."""
         x = to_unit(x) if self.config.key_norm == "l2" else x
         x = x.transpose(1, 2)

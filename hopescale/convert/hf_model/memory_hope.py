@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .bank_hope import Bank, Memory
 from .chunk_hope import Layer, make_tables
-from .columns_hope import Columns, Norm, Position, State, as_written, choose, mix_groups, to_unit
+from .columns_hope import Columns, Norm, RowPosition, State, as_written, choose, mix_groups, to_unit
 from .token_hope import read_and_write
 
 
@@ -91,11 +91,11 @@ class HopeSelfModifying(nn.Module):
         bank, kind = (self.bank, kind) if name != "far" else (self.far, f"{kind}far/")
         return bank.part({matrix: state[f"{kind}{matrix}"] for matrix in bank.sizes}, name)
 
-    def _run(self, x: Tensor, state: State, position: Position) -> tuple[Tensor, State]:
+    def _run(self, x: Tensor, state: State, position: RowPosition) -> tuple[Tensor, State]:
         y, state = self.answer(x, state, position)
         return self.out_proj(y), state
 
-    def answer(self, x: Tensor, state: State, position: Position) -> tuple[Tensor, State]:
+    def answer(self, x: Tensor, state: State, position: RowPosition) -> tuple[Tensor, State]:
         """Mix tokens without padding, and without the map out: `[B, T, H * D]`.
 
         Of more than one token, all rows stand at the same place of a chunk.
@@ -106,7 +106,7 @@ class HopeSelfModifying(nn.Module):
         with as_written(x):
             while read < x.shape[1]:
                 stop = min(x.shape[1], read + size - (position.counts[0] + read) % size)
-                self._begin(state, position + read)
+                self._begin(state, position + read, x.device)
                 if x.shape[1] == 1 and self.dim > 1 and not torch.is_grad_enabled():
                     by_head = streams.view(len(x), self.heads, 3, self.dim)
                     y = read_and_write(self.config, self.bank, self.gates, by_head, state, self._far)
@@ -133,16 +133,17 @@ class HopeSelfModifying(nn.Module):
                 mixed = F.silu(F.conv1d(padded.mT, weight[:, None], groups=weight.shape[0])).mT
         return mixed.float().unflatten(-1, (self.heads, 3, self.dim)), gate
 
-    def _begin(self, state: State, position: Position) -> None:
+    def _begin(self, state: State, position: RowPosition, device: torch.device) -> None:
         """Start memories anew where they are to (`reset_every`), and take over weights where a chunk begins."""
-        if self.config.reset_every is not None and (begins := position.begins(self.config.reset_every)) is not False:
+        config = self.config
+        if config.reset_every is not None and (begins := position.begins(config.reset_every, device)) is not False:
             for name, initial in self.initial_state(len(position.counts)).items():
                 if name != "tail" and "far/" not in name:
                     state[name] = choose(begins, initial, state[name])
-        if self.far is not None and (begins := position.begins(self.config.far.chunk_size)) is not False:
+        if self.far is not None and (begins := position.begins(config.far.chunk_size, device)) is not False:
             for name in self.far.sizes:
                 state[f"boundary/far/{name}"] = choose(begins, state[f"far/{name}"], state[f"boundary/far/{name}"])
-        own, others = position.begins(self.period), position.begins(self.projections)
+        own, others = (position.begins(period, device) for period in (self.period, self.projections))
         if own is False:
             return
         for name, size in self.bank.sizes.items():

@@ -15,7 +15,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .attention_hope import HopeAttention
-from .columns_hope import Columns, Norm, Position, State
+from .columns_hope import Columns, Norm, RowPosition, State
 from .configuration_hope import HopeConfig
 from .linear_hope import HopeLinearAttention
 from .memory_hope import HopeSelfModifying
@@ -268,7 +268,7 @@ class HopeForCausalLM(PreTrainedModel, GenerationMixin):
         _check_positions(given, before, on_host)
         counts, groups = before.tolist(), list(self._groups(on_host, before))
         padded = not on_host.all() or any(count < past.shape[1] for count in counts)
-        return Columns(torch.cat([past, now], dim=1), Position(counts), groups, padded)
+        return Columns(torch.cat([past, now], dim=1), RowPosition(counts), groups, padded)
 
     def _groups(self, now: Tensor, before: Tensor) -> Iterator[tuple[Tensor, slice]]:
         """Group rows with tokens in the same columns and, of more than one token, at the same place of a chunk."""

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention_hope import HopeAttention
-from .columns_hope import Columns, Norm, Position, State, choose, mix_groups, to_unit
+from .columns_hope import Columns, Norm, RowPosition, State, choose, mix_groups, to_unit
 from .memory_hope import HopeSelfModifying
 
 MEMORY = "memory/"  # what names in a state begin with that are the memory's
@@ -72,7 +72,7 @@ class HopeTitans(nn.Module):
     def _begin(self, x: Tensor) -> tuple[Tensor, State]:
         """Let the memory read the persistent tokens: its answers `[1, P, H * D]`, and its state for each row of `x`."""
         first = self._first(x)
-        y, state = self.memory.answer(first, self.memory.initial_state(1), Position([0]))
+        y, state = self.memory.answer(first, self.memory.initial_state(1), RowPosition([0]))
         return y, {name: tensor.expand(len(x), *tensor.shape[1:]) for name, tensor in state.items()}
 
     def _as_gate(self, x: Tensor, state: State, columns: Columns) -> tuple[Tensor, State]:
@@ -106,7 +106,7 @@ class HopeTitans(nn.Module):
             state = _joined(self.memory.initial_state(len(x)), cache)
         return mix_groups(self._segments, x, state, columns, self.heads * self.dim)
 
-    def _segments(self, x: Tensor, state: State, position: Position) -> tuple[Tensor, State]:
+    def _segments(self, x: Tensor, state: State, position: RowPosition) -> tuple[Tensor, State]:
         """Run segments of `chunk_size` tokens; of more than one token, all rows stand at the same place of one."""
         outputs, read, size = [], 0, self.config.chunk_size
         while read < x.shape[1]:
@@ -116,12 +116,12 @@ class HopeTitans(nn.Module):
             read = stop
         return torch.cat(outputs, dim=1), state
 
-    def _segment(self, x: Tensor, state: State, position: Position) -> tuple[Tensor, State]:
+    def _segment(self, x: Tensor, state: State, position: RowPosition) -> tuple[Tensor, State]:
         """Run a segment, or a part of one; a token sees what was retrieved for it and for those before it."""
         memory, cache = _parted(state)
         size, count = self.config.chunk_size, len(self.persistent)
         places = position.tensor(x.device)[:, None] % size + torch.arange(x.shape[1], device=x.device)  # [B, T]
-        context = self._retrieved(x, memory, position.begins(size))
+        context = self._retrieved(x, memory, position.begins(size, x.device))
         (_, *context), (q, *own) = (
             self.attention.project(tokens, places + count + before) for tokens, before in ((context, 0), (x, size))
         )

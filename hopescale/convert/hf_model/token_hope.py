@@ -72,7 +72,7 @@ def _linear_answers(bank: Bank, found: Tensor) -> tuple[Tensor | None, Tensor]:
 
     Args:
         bank: Memories.
-        found: What their first matrices make of the streams `[B, H, 3, .]`.
+        found: Products of their first matrices and the streams `[B, H, 3, .]`.
     """
     cut = bank.vectors * bank.dim
     numbers = found[:, :, 0, cut:]
@@ -182,7 +182,7 @@ def _mlp_writes(
         bank: Memories.
         state: State with boundary weights.
         pair: Keys and values `[B, H, 1, D]`.
-        layer: What hidden layers give for keys and values, before and after their SiLU: `[B, H, 3, M, E]`.
+        layer: Hidden layers of the streams before and after their SiLU: `[B, H, 3, M, E]`.
         push: Rate of writes.
     """
     cut, second = bank.vectors, state["boundary/w1"]
@@ -254,8 +254,8 @@ def _write(state: State, name: str, rates: Rates, key: Tensor, value: Tensor, he
         name: Name of the matrix.
         rates: Gates of the token.
         key: Row `[., 1, D]`.
-        value: What is taken off, times its rate, `[., Do, 1]`.
-        held: What the key held `[., Do, 1]`; None if a write does not erase it.
+        value: Column that is taken off along the key, times its rate, `[., Do, 1]`.
+        held: Answer to the key before the write, `[., Do, 1]`; None if writes do not erase it.
     """
     after, momentum = state[name], state.get(f"momentum/{name}")
     if momentum is None:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .columns_hope import Columns, Position, State, as_written, mix_groups
+from .columns_hope import Columns, RowPosition, State, as_written, mix_groups
 
 ROPE_THETA = 10_000.0
 EPS = 1e-6
@@ -69,7 +69,7 @@ class HopeTtt(nn.Module):
         """Mix `[B, T, N]`; padding neither teaches a memory nor counts as a token."""
         return mix_groups(self._run, x, state or self.initial_state(x.shape[0]), columns)
 
-    def _run(self, x: Tensor, state: State, position: Position) -> tuple[Tensor, State]:
+    def _run(self, x: Tensor, state: State, position: RowPosition) -> tuple[Tensor, State]:
         """Mix tokens without padding; of more than one token, all rows stand at the same place of a mini-batch."""
         state, size = dict(state), self.config.chunk_size
         mixed = self.in_proj(x).unflatten(-1, (self.heads, -1))  # [B, T, H, .]

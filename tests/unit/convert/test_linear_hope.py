@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hopescale.config.schema.linear_attention import LinearAttentionConfig
-from hopescale.convert.hf_model.columns_hope import Columns, Position
+from hopescale.convert.hf_model.columns_hope import Columns, RowPosition
 from hopescale.convert.hf_model.linear_hope import HopeLinearAttention
 from hopescale.models.linear_attention import LinearAttention
 from tests.support.linear_attention import MODEL, SYSTEMS, make_mixer
@@ -34,13 +34,13 @@ def x() -> Tensor:
 
 def columns_of(rows: int, tokens: int, past: int = 0) -> Columns:
     real = torch.ones(rows, past + tokens, dtype=torch.bool)
-    return Columns(real, Position([past] * rows), [(torch.arange(rows), slice(0, tokens))])
+    return Columns(real, RowPosition([past] * rows), [(torch.arange(rows), slice(0, tokens))])
 
 
 def padded_columns(*, left: bool) -> Columns:
     spans = [slice(pad, TOKENS) if left else slice(0, TOKENS - pad) for pad in PADS]
     groups = [(torch.tensor([row]), span) for row, span in enumerate(spans)]
-    return Columns(torch.ones(len(PADS), TOKENS, dtype=torch.bool), Position([0] * len(PADS)), groups)
+    return Columns(torch.ones(len(PADS), TOKENS, dtype=torch.bool), RowPosition([0] * len(PADS)), groups)
 
 
 def close(found: Tensor, wanted: Tensor) -> None:

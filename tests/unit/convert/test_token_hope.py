@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hopescale.config.schema import FarMemoryConfig, SelfModifyingConfig
-from hopescale.convert.hf_model.columns_hope import Columns, Position, State
+from hopescale.convert.hf_model.columns_hope import Columns, RowPosition, State
 from hopescale.convert.hf_model.memory_hope import HopeSelfModifying
 from tests.unit.convert.test_modeling_hope import make_pair
 
@@ -67,7 +67,7 @@ def make_mixer(memory: str, name: str) -> HopeSelfModifying:
 def columns_of(position: list[int], tokens: int) -> Columns:
     rows = len(position)
     groups = [(torch.arange(rows), slice(0, tokens))]
-    return Columns(torch.ones(rows, tokens, dtype=torch.bool), Position(position), groups)
+    return Columns(torch.ones(rows, tokens, dtype=torch.bool), RowPosition(position), groups)
 
 
 def close(found: Tensor, wanted: Tensor) -> None:
