@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .memory_hope import Columns, Norm, State
+from .columns_hope import Columns, Norm, State
 
 
 class HopeAttention(nn.Module):
@@ -33,26 +33,37 @@ class HopeAttention(nn.Module):
 
     def forward(self, x: Tensor, state: State, columns: Columns) -> tuple[Tensor, State]:
         """Mix `[B, T, N]`; the state is the keys and values of the columns, padding included."""
-        y, state = self.answer(x, state, columns.real)
+        y, state = self.answer(x, state, columns.real, columns.padded)
         return self.out_proj(y), state
 
     def answer(
-        self, x: Tensor, state: State, real: Tensor, ahead: tuple[Tensor, Tensor] | None = None
+        self, x: Tensor, state: State, real: Tensor, padded: bool, ahead: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, State]:
         """Mix tokens as `forward` does, without the output projection: `[B, T, H * D]`.
 
-        Keys and values `ahead` `[1, G, P, D]` are in sight of all tokens; the tokens' positions begin behind them.
+        Args:
+            x: Tokens `[B, T, N]`.
+            state: Keys and values of earlier columns; empty before the first.
+            real: `[B, past + T]`, tokens among all columns.
+            padded: Whether any column is padding.
+            ahead: Keys and values `[1, G, P, D]` in sight of all tokens; the tokens' positions begin behind them.
         """
         tokens, before = x.shape[1], 0 if ahead is None else ahead[0].shape[2]
-        q, k, v = self.project(x, real.cumsum(-1)[:, -tokens:] - 1 + before)
+        total = real.shape[1]
+        places = real.cumsum(-1) - 1 if padded else torch.arange(total, device=x.device)[None]
+        q, k, v = self.project(x, places[:, -tokens:] + before)
         if state:
             k, v = torch.cat([state["k"], k], dim=2), torch.cat([state["v"], v], dim=2)
-        mask = self._mask(tokens, real[:, -k.shape[2] :])
-        kept = self._kept(real)
+        kept = self._kept(real, padded)
         state = {"k": k[:, :, -kept:], "v": v[:, :, -kept:]}
+        if tokens == 1 and not padded:
+            k, v, mask = state["k"], state["v"], None
+        else:
+            mask = self._mask(tokens, real[:, -k.shape[2] :], padded)
         if ahead is not None:
-            mask = torch.ones(tokens, tokens, dtype=torch.bool, device=x.device).tril() if mask is None else mask
-            mask = F.pad(mask, (before, 0), value=True)
+            if mask is None and tokens > 1:
+                mask = torch.ones(tokens, tokens, dtype=torch.bool, device=x.device).tril()
+            mask = None if mask is None else F.pad(mask, (before, 0), value=True)
             k, v = (
                 torch.cat([one.expand(len(x), -1, -1, -1), own], dim=2) for one, own in zip(ahead, (k, v), strict=True)
             )
@@ -68,25 +79,24 @@ class HopeAttention(nn.Module):
         q, k, v = q.flatten(1, 2), k[:, :, 0], v[:, :, 0]
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        return self._rotated(q, positions), self._rotated(k, positions), v
+        angles = positions.clamp_min(0)[:, None, :, None].float() * self._frequencies(x.device)
+        turn = angles.cos().to(q.dtype), angles.sin().to(q.dtype)  # [B, 1, T, D / 2]
+        return _rotated(q, *turn), _rotated(k, *turn), v
 
     def read(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """Let queries read keys and values where `mask` is true, or up to their own number: `[B, T, H * D]`."""
-        how = {"is_causal": mask is None, "enable_gqa": self.shared_by > 1, "scale": self.scale}
+        """Let queries read keys and values where `mask` is true, or up to their own number: `[B, T, H * D]`.
+
+        Without a mask a single query reads all.
+        """
+        how = {"is_causal": mask is None and q.shape[2] > 1, "enable_gqa": self.shared_by > 1, "scale": self.scale}
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **how)
         return y.transpose(1, 2).flatten(2)
 
-    def _kept(self, real: Tensor) -> int:
+    def _kept(self, real: Tensor, padded: bool) -> int:
         """Count the last columns that hold each row's window of tokens; all columns if there is no window."""
-        if self.window is None:
-            return real.shape[1]
+        if self.window is None or not padded:
+            return min(real.shape[1], self.window or real.shape[1])
         return int((real.flip(1).cumsum(1) < self.window).any(0).sum()) + 1
-
-    def _rotated(self, x: Tensor, positions: Tensor) -> Tensor:
-        angles = positions.clamp_min(0)[:, None, :, None].float() * self._frequencies(x.device)
-        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)  # [B, 1, T, D / 2]
-        first, second = x.chunk(2, dim=-1)
-        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
     def _frequencies(self, device: torch.device) -> Tensor:
         plain = self.config.rope_theta ** (-torch.arange(0, self.dim, 2, device=device).float() / self.dim)
@@ -100,10 +110,10 @@ class HopeAttention(nn.Module):
         kept = ((turns - low) / (high - low)).clamp(0, 1)
         return plain * (kept + (1 - kept) / scaling.factor)
 
-    def _mask(self, tokens: int, real: Tensor) -> Tensor | None:
+    def _mask(self, tokens: int, real: Tensor, padded: bool) -> Tensor | None:
         """True where a column may look, `[B, 1, T, past + T]`; None for plain causal attention."""
         total = real.shape[1]
-        if tokens == total and bool(real.all()) and (self.window is None or tokens <= self.window):
+        if tokens == total and not padded and (self.window is None or tokens <= self.window):
             return None
         own = torch.arange(total - tokens, total, device=real.device)[:, None]
         other = torch.arange(total, device=real.device)
@@ -113,3 +123,8 @@ class HopeAttention(nn.Module):
             seen = seen & (count[:, -tokens:, None] - count[:, None, :] < self.window)
         # Padding sees itself: a softmax over nothing is not a number.
         return (seen | (own == other))[:, None]
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .memory_hope import Columns, Norm, State, as_written, mix_groups, to_unit
+from .columns_hope import Columns, Norm, RowPosition, State, as_written, mix_groups, to_unit
 
 ROPE_THETA = 10_000.0
 
@@ -65,7 +65,7 @@ class HopeLinearAttention(nn.Module):
         """Mix `[B, T, N]`; padding neither moves a memory nor counts as a token."""
         return mix_groups(self._run, x, state or self.initial_state(x.shape[0]), columns)
 
-    def _run(self, x: Tensor, state: State, position: Tensor) -> tuple[Tensor, State]:
+    def _run(self, x: Tensor, state: State, position: RowPosition) -> tuple[Tensor, State]:
         """Mix tokens without padding."""
         state = dict(state)
         streams, z, *numbers = self.in_proj(x).unflatten(-1, (self.groups, -1)).split(self.widths, dim=-1)
@@ -92,12 +92,12 @@ class HopeLinearAttention(nn.Module):
         padded = torch.cat([tail.to(x.dtype), x], dim=1)
         return F.silu(F.conv1d(padded.mT, weight[:, None], bias, groups=len(weight))).mT, padded[:, x.shape[1] :]
 
-    def _by_head(self, x: Tensor, position: Tensor) -> Tensor:
+    def _by_head(self, x: Tensor, position: RowPosition) -> Tensor:
         """Turn queries or keys of groups `[B, T, G, D]` into those of heads `[B, H, T, D]`."""
         x = to_unit(x) if self.config.key_norm == "l2" else x
         x = x.transpose(1, 2)
         if self.config.rotary:
-            places = position[:, None] + torch.arange(x.shape[2], device=x.device)
+            places = position.tensor(x.device)[:, None] + torch.arange(x.shape[2], device=x.device)
             frequencies = ROPE_THETA ** (-torch.arange(0, self.keys, 2, device=x.device).float() / self.keys)
             angles = places[:, None, :, None].float() * frequencies
             first, second = x.chunk(2, dim=-1)
@@ -125,6 +125,10 @@ class HopeLinearAttention(nn.Module):
 
         `S_t = alpha_t (I - eta_t k_t k_t^T) S_{t-1} + eta_t k_t v_t^T`; where writes do not erase, `I` stands alone.
         """
+        if log_alpha.shape[-1] == 1:
+            kept = log_alpha.exp()[..., None] * memory
+            memory = torch.addcmul(kept, k.mT, eta[..., None] * (v - k @ kept if self.config.erase else v))
+            return q @ memory, memory
         size = log_alpha.shape[-1]
         steps = log_alpha[..., None].expand(*log_alpha.shape, size).tril(-1)
         between, start = steps.cumsum(-2).exp().tril(), log_alpha.cumsum(-1).exp()[..., None]

@@ -15,9 +15,10 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .attention_hope import HopeAttention
+from .columns_hope import Columns, Norm, RowPosition, State
 from .configuration_hope import HopeConfig
 from .linear_hope import HopeLinearAttention
-from .memory_hope import Columns, HopeSelfModifying, Norm, State
+from .memory_hope import HopeSelfModifying
 from .titans_hope import HopeTitans
 from .ttt_hope import HopeTtt
 
@@ -79,11 +80,12 @@ class HopeContinuumMemory(nn.Module):
             self.norm, self.mix = Norm(model.d_model, eps=model.norm_eps), nn.Parameter(torch.ones(len(levels)))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the residual stream with the additions of the levels."""
+        """Return the residual stream `[B, T, N]` with the additions of the levels."""
         if self.chained:
+            flat = x.flatten(0, 1)
             for level in self.levels.values():
-                x = x + level(x)
-            return x
+                flat = flat + level(flat)
+            return flat.view(x.shape)
         shared, weights = self.norm(x), self.mix.to(x.dtype)
         return x + sum(weight * level(shared) for weight, level in zip(weights, self.levels.values(), strict=True))
 
@@ -221,9 +223,8 @@ class HopeForCausalLM(PreTrainedModel, GenerationMixin):
         """
         self._refuse(kwargs, labels, output_attentions)
         x = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
-        columns = self._columns(x, attention_mask, past_key_values)
+        columns = self._columns(x, attention_mask, past_key_values, position_ids)
         states = past_key_values.layers if past_key_values is not None else [{}] * len(self.blocks)
-        _check_positions(position_ids, columns)
         keeps = output_hidden_states if output_hidden_states is not None else self.config.output_hidden_states
         layers, hidden, recompute = [], [], self.gradient_checkpointing and self.training
         for block, state in zip(self.blocks.values(), states, strict=True):
@@ -256,20 +257,26 @@ class HopeForCausalLM(PreTrainedModel, GenerationMixin):
         if output_attentions:
             raise ValueError("output_attentions: this model has no attention weights to return")
 
-    def _columns(self, x: Tensor, mask: Tensor | None, cache: HopeCache | None) -> Columns:
+    def _columns(self, x: Tensor, mask: Tensor | None, cache: HopeCache | None, positions: Tensor | None) -> Columns:
+        """Say which columns are tokens; of a whole call only this waits for the device."""
         batch, tokens = x.shape[:2]
-        now = x.new_ones(batch, tokens).bool() if mask is None else mask[:, -tokens:].bool()
+        now = x.new_ones(batch, tokens, dtype=torch.bool) if mask is None else mask[:, -tokens:].bool()
         past = now[:, :0] if cache is None else cache.real
-        position = past.sum(-1)
-        return Columns(torch.cat([past, now], dim=1), position, list(self._groups(now, position)))
+        given = now[:, :0] if positions is None else positions[:, -tokens:].expand(batch, -1)
+        host = torch.cat([past.sum(-1, keepdim=True), now, given], dim=1).cpu()
+        before, on_host, given = host[:, 0], host[:, 1 : 1 + tokens].bool(), host[:, 1 + tokens :]
+        _check_positions(given, before, on_host)
+        counts, groups = before.tolist(), list(self._groups(on_host, before))
+        padded = not on_host.all() or any(count < past.shape[1] for count in counts)
+        return Columns(torch.cat([past, now], dim=1), RowPosition(counts), groups, padded)
 
-    def _groups(self, now: Tensor, position: Tensor) -> Iterator[tuple[Tensor, slice]]:
+    def _groups(self, now: Tensor, before: Tensor) -> Iterator[tuple[Tensor, slice]]:
         """Group rows with tokens in the same columns and, of more than one token, at the same place of a chunk."""
         if now.shape[1] == 1 and now.all():
-            yield torch.arange(len(now), device=now.device), slice(0, 1)
+            yield torch.arange(len(now)), slice(0, 1)
             return
         count, first = now.sum(-1), now.int().argmax(-1)
-        place = position % self.period * (count > 1)
+        place = before % self.period * (count > 1)
         keys, member = torch.stack([first, count, place], dim=1).unique(dim=0, return_inverse=True)
         for number, (start, length, _) in enumerate(keys.tolist()):
             rows = (member == number).nonzero()[:, 0]
@@ -284,13 +291,12 @@ def _rows(tokens: int) -> int:
     return -(-tokens // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
-def _check_positions(position_ids: Tensor | None, columns: Columns) -> None:
+def _check_positions(given: Tensor, before: Tensor, now: Tensor) -> None:
     """Refuse positions other than those that count the tokens, as those of texts packed into a row."""
-    if position_ids is None:
+    if (columns := given.shape[1]) == 0:
         return
-    tokens = position_ids.shape[-1]
-    counted, now = columns.real.cumsum(-1)[:, -tokens:] - 1, columns.real[:, -tokens:]
-    if bool(((position_ids != counted) & now).any()):
+    counted = (before[:, None] + now.cumsum(-1) - 1)[:, -columns:]
+    if bool(((given != counted) & now[:, -columns:]).any()):
         message = "position_ids are not those that attention_mask gives: texts packed into a row are one text"
         raise ValueError(f"{message}; give each a row of its own")
 

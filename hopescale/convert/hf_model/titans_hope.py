@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention_hope import HopeAttention
-from .memory_hope import Columns, HopeSelfModifying, Norm, State, mix_groups, to_unit
+from .columns_hope import Columns, Norm, RowPosition, State, choose, mix_groups, to_unit
+from .memory_hope import HopeSelfModifying
 
 MEMORY = "memory/"  # what names in a state begin with that are the memory's
 
@@ -71,9 +72,7 @@ class HopeTitans(nn.Module):
     def _begin(self, x: Tensor) -> tuple[Tensor, State]:
         """Let the memory read the persistent tokens: its answers `[1, P, H * D]`, and its state for each row of `x`."""
         first = self._first(x)
-        y, state = self.memory.answer(
-            first, self.memory.initial_state(1), torch.zeros(1, dtype=torch.long, device=x.device)
-        )
+        y, state = self.memory.answer(first, self.memory.initial_state(1), RowPosition([0]))
         return y, {name: tensor.expand(len(x), *tensor.shape[1:]) for name, tensor in state.items()}
 
     def _as_gate(self, x: Tensor, state: State, columns: Columns) -> tuple[Tensor, State]:
@@ -82,7 +81,7 @@ class HopeTitans(nn.Module):
         remembered, memory = self._remember(x, memory, columns)
         first = self._first(x)
         _, *ahead = self.attention.project(first, torch.arange(first.shape[1], device=x.device)[None])
-        seen, cache = self.attention.answer(x, cache, columns.real, ahead)
+        seen, cache = self.attention.answer(x, cache, columns.real, columns.padded, ahead)
         return self._gated(seen, remembered), _joined(memory, cache)
 
     def _as_layer(self, x: Tensor, state: State, columns: Columns) -> tuple[Tensor, State]:
@@ -96,7 +95,7 @@ class HopeTitans(nn.Module):
             cache = {"k": k.expand(rows, -1, -1, -1), "v": v.expand(rows, -1, -1, -1)}
         remembered, memory = self._remember(x, memory, columns)
         real = F.pad(columns.real, (count, 0), value=True)
-        y, cache = self.attention.answer(self.inner_proj(remembered), cache, real)
+        y, cache = self.attention.answer(self.inner_proj(remembered), cache, real, columns.padded)
         return y, _joined(memory, cache)
 
     def _as_context(self, x: Tensor, state: State, columns: Columns) -> tuple[Tensor, State]:
@@ -107,22 +106,22 @@ class HopeTitans(nn.Module):
             state = _joined(self.memory.initial_state(len(x)), cache)
         return mix_groups(self._segments, x, state, columns, self.heads * self.dim)
 
-    def _segments(self, x: Tensor, state: State, position: Tensor) -> tuple[Tensor, State]:
+    def _segments(self, x: Tensor, state: State, position: RowPosition) -> tuple[Tensor, State]:
         """Run segments of `chunk_size` tokens; of more than one token, all rows stand at the same place of one."""
         outputs, read, size = [], 0, self.config.chunk_size
         while read < x.shape[1]:
-            stop = min(x.shape[1], read + size - int(position[0] + read) % size)
+            stop = min(x.shape[1], read + size - (position.counts[0] + read) % size)
             y, state = self._segment(x[:, read:stop], state, position + read)
             outputs.append(y)
             read = stop
         return torch.cat(outputs, dim=1), state
 
-    def _segment(self, x: Tensor, state: State, position: Tensor) -> tuple[Tensor, State]:
+    def _segment(self, x: Tensor, state: State, position: RowPosition) -> tuple[Tensor, State]:
         """Run a segment, or a part of one; a token sees what was retrieved for it and for those before it."""
         memory, cache = _parted(state)
-        size, count, place = self.config.chunk_size, len(self.persistent), position % self.config.chunk_size
-        places = place[:, None] + torch.arange(x.shape[1], device=x.device)  # [B, T]
-        context = self._retrieved(x, memory, place == 0)
+        size, count = self.config.chunk_size, len(self.persistent)
+        places = position.tensor(x.device)[:, None] % size + torch.arange(x.shape[1], device=x.device)  # [B, T]
+        context = self._retrieved(x, memory, position.begins(size, x.device))
         (_, *context), (q, *own) = (
             self.attention.project(tokens, places + count + before) for tokens, before in ((context, 0), (x, size))
         )
@@ -140,10 +139,10 @@ class HopeTitans(nn.Module):
         remembered, memory = self.memory.answer(self.inner_proj(seen), memory, position)
         return self._gated(seen, remembered), _joined(memory, cache)
 
-    def _retrieved(self, x: Tensor, memory: State, begins: Tensor) -> Tensor:
+    def _retrieved(self, x: Tensor, memory: State, begins: Tensor | bool) -> Tensor:
         """Ask the memory as it was before the segment for all tokens `[B, T, N]`."""
         running, boundary = (self.memory.weights(memory, kind, "mem") for kind in ("", "boundary/"))
-        known = {name: torch.where(begins[:, None, None, None], running[name], boundary[name]) for name in running}
+        known = {name: choose(begins, running[name], boundary[name]) for name in running}
         q = self.context.query_proj(x).unflatten(-1, (self.heads, self.dim)).transpose(1, 2).float()
         with torch.autocast(x.device.type, enabled=False):
             answers = self.memory.memories["mem"].retrieve(known, to_unit(q))

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .memory_hope import Columns, State, as_written, mix_groups
+from .columns_hope import Columns, RowPosition, State, as_written, mix_groups
 
 ROPE_THETA = 10_000.0
 EPS = 1e-6
@@ -69,7 +69,7 @@ class HopeTtt(nn.Module):
         """Mix `[B, T, N]`; padding neither teaches a memory nor counts as a token."""
         return mix_groups(self._run, x, state or self.initial_state(x.shape[0]), columns)
 
-    def _run(self, x: Tensor, state: State, position: Tensor) -> tuple[Tensor, State]:
+    def _run(self, x: Tensor, state: State, position: RowPosition) -> tuple[Tensor, State]:
         """Mix tokens without padding; of more than one token, all rows stand at the same place of a mini-batch."""
         state, size = dict(state), self.config.chunk_size
         mixed = self.in_proj(x).unflatten(-1, (self.heads, -1))  # [B, T, H, .]
@@ -79,14 +79,14 @@ class HopeTtt(nn.Module):
             convolved, state["tail"] = self._convolve(shared.flatten(2), state["tail"])
             slices = [*convolved.unflatten(-1, (self.heads, 2, self.dim)).unbind(3), *slices]
         q, k, v = (one.transpose(1, 2).float() for one in slices[:3])
-        places = (position[:, None] + torch.arange(x.shape[1], device=x.device)) % size  # [B, T]
+        places = (position.tensor(x.device)[:, None] + torch.arange(x.shape[1], device=x.device)) % size  # [B, T]
         q, k = self._rotated(q, places), self._rotated(k, places)
         rate = torch.sigmoid(rate[..., 0].transpose(1, 2).float() + self.gates["rate"][:, None])
         steps = 1 / torch.arange(1, size + 1, device=x.device) + self.gates["place"]
         scale = steps.clamp_min(0) * self.config.rate / self.dim
         outputs, read = [], 0
         while read < x.shape[1]:
-            part = slice(read, min(x.shape[1], read + size - int(places[0, read])))
+            part = slice(read, min(x.shape[1], read + size - (position.counts[0] + read) % size))
             tokens = (one[:, :, part] for one in (q, k, v, rate))
             with as_written(x):
                 y, state = self._mini_batch(*tokens, places[:, part], scale, state)

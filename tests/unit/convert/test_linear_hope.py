@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from hopescale.config.schema.linear_attention import LinearAttentionConfig
+from hopescale.convert.hf_model.columns_hope import Columns, RowPosition
 from hopescale.convert.hf_model.linear_hope import HopeLinearAttention
-from hopescale.convert.hf_model.memory_hope import Columns
 from hopescale.models.linear_attention import LinearAttention
 from tests.support.linear_attention import MODEL, SYSTEMS, make_mixer
 
@@ -34,13 +34,13 @@ def x() -> Tensor:
 
 def columns_of(rows: int, tokens: int, past: int = 0) -> Columns:
     real = torch.ones(rows, past + tokens, dtype=torch.bool)
-    return Columns(real, torch.full((rows,), past), [(torch.arange(rows), slice(0, tokens))])
+    return Columns(real, RowPosition([past] * rows), [(torch.arange(rows), slice(0, tokens))])
 
 
 def padded_columns(*, left: bool) -> Columns:
     spans = [slice(pad, TOKENS) if left else slice(0, TOKENS - pad) for pad in PADS]
     groups = [(torch.tensor([row]), span) for row, span in enumerate(spans)]
-    return Columns(torch.ones(len(PADS), TOKENS, dtype=torch.bool), torch.zeros(len(PADS), dtype=torch.long), groups)
+    return Columns(torch.ones(len(PADS), TOKENS, dtype=torch.bool), RowPosition([0] * len(PADS)), groups)
 
 
 def close(found: Tensor, wanted: Tensor) -> None:

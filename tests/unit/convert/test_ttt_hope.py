@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hopescale.convert.hf_model.memory_hope import Columns
+from hopescale.convert.hf_model.columns_hope import Columns, RowPosition
 from hopescale.convert.hf_model.ttt_hope import HopeTtt
 from hopescale.models.ttt import Ttt
 from tests.support.ttt import MODEL, SYSTEMS, make_mixer
@@ -32,7 +32,7 @@ def x() -> Tensor:
 
 def columns_of(position: list[int], groups: list[tuple[list[int], slice]]) -> Columns:
     rows = [(torch.tensor(members), span) for members, span in groups]
-    return Columns(torch.ones(len(position), 1, dtype=torch.bool), torch.tensor(position), rows)
+    return Columns(torch.ones(len(position), 1, dtype=torch.bool), RowPosition(position), rows)
 
 
 def close(found: Tensor, wanted: Tensor) -> None:
