@@ -15,6 +15,7 @@ from hopescale.cost.holdings import Holdings
 from hopescale.cost.pace import memory_pace
 from hopescale.cost.params import count_params
 from hopescale.cost.roofline import between_products_bytes, equal_transformer, memory_seconds, waves
+from tools.plan_tables import beside
 
 
 def estimate(recipe: str, layout: Layout, *overrides: str, device: str = "H100") -> Estimate:
@@ -81,6 +82,17 @@ def test_a_block_beside_that_of_the_equal_transformer():
     assert estimator.beside_transformer(config, Layout()) == pytest.approx(0.38, abs=0.02)  # README: 0.39 on an H100
     transformer = load_recipe("transformer_170m").config
     assert Estimator(Holdings(transformer), DEVICES["H200"]).beside_transformer(transformer, Layout()) is None
+
+
+def test_a_block_beside_a_transformers_by_memories_recomputation_and_length():
+    def ratio(memory: str, recompute: str, seq_len: int) -> float:
+        config = beside(memory, recompute, seq_len)
+        return Estimator(Holdings(config), DEVICES["H200"]).beside_transformer(config, Layout())
+
+    # The goals were 0.45 and 0.7 at 4,096 tokens, and above 1 with linear memories from 16,384 on.
+    least = {("mlp", "none"): 0.43, ("mlp", "block"): 0.45, ("linear", "none"): 0.79, ("linear", "block"): 0.8}
+    assert {case: 0 <= ratio(*case, 4096) - bound < 0.05 for case, bound in least.items()} == dict.fromkeys(least, True)
+    assert all(ratio("linear", how, seq_len) > 1 for how in ("none", "block") for seq_len in (16_384, 32_768))
 
 
 def test_calls_of_a_chunk_loop_bound_it_from_below():
