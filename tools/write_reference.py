@@ -1,21 +1,22 @@
-"""Write the reference pages from the code: every command with its options, and every key of a recipe."""
+"""Write the reference pages from the code, every command and every key of a recipe, and the tables of plans."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import typer
+from plan_tables import TABLES, with_tables
 
 from hopescale.cli.app import app
 from hopescale.common import errors
 from hopescale.config.fields import FieldDoc, field_docs
 
-PAGES = Path(__file__).parents[1] / "docs" / "reference"
+DOCS = Path(__file__).parents[1] / "docs"
 ORIGIN = "`python tools/write_reference.py` writes this page from the code; a test compares the two."
 
 
@@ -24,12 +25,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; fail if a page is out of date")
     arguments = parser.parse_args()
-    pages = {"commands.md": "\n".join(commands()), "keys.md": "\n".join(keys())}
-    stale = [name for name, text in pages.items() if _read(PAGES / name) != f"{text}\n"]
+    pages = {"reference/commands.md": _joined(commands()), "reference/keys.md": _joined(keys())}
+    pages |= {name: with_tables(name, (DOCS / name).read_text(encoding="utf-8")) for name in TABLES}
+    stale = [name for name, text in pages.items() if _read(DOCS / name) != text]
     if arguments.check:
         sys.exit(f"out of date: {', '.join(stale)}; run python tools/write_reference.py" if stale else 0)
     for name, text in pages.items():
-        (PAGES / name).write_text(f"{text}\n", encoding="utf-8")
+        (DOCS / name).write_text(text, encoding="utf-8")
+
+
+def _joined(lines: Iterable[str]) -> str:
+    return "\n".join(lines) + "\n"
 
 
 def _read(path: Path) -> str | None:

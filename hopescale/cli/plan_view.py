@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -102,8 +103,10 @@ def _pace(name: str, pace: Mapping[str, Any]) -> str:
     pieces, chunks = pace["pieces"], pace["chunks"]
     of = f"heads of {pieces:,} pieces" if pieces > 1 else "heads"
     row = f"{chunks:,} chunk{'s' * (chunks != 1)} in a row"
-    states = format_bytes(pace["state_bytes"])
-    return f"  memories of {name}: {pace['programs']:,} {of} side by side, {row}, states of {states} a block"
+    states, filled = format_bytes(pace["state_bytes"]), ""
+    if pace["waves"]:
+        filled = f" in {pace['waves']:,} wave{'s' * (pace['waves'] != 1)} of {pace['at_once']:,}"
+    return f"  memories of {name}: {pace['programs']:,} {of} side by side{filled}, {row}, states of {states} a block"
 
 
 def _change(change: Mapping[str, Any]) -> str:
@@ -144,7 +147,12 @@ def _time(found: Mapping[str, Any]) -> Group:
     lines = [line]
     if (ratio := found["beside_transformer"]) is not None:
         lines.append(f"  a block takes {1 / ratio:.3g} times as long as that of a Transformer of as many parameters")
-    return Group(table, *lines, "  assumed: " + "; ".join(found["assumptions"]))
+    return Group(table, *lines, *_assumed(found["assumptions"]))
+
+
+def _assumed(assumptions: Sequence[str]) -> list[str]:
+    items = (textwrap.wrap(line, WIDTH - 4) for line in assumptions)
+    return ["  assumed:", *("  - " + "\n    ".join(item) for item in items)]
 
 
 def draw_memory(found: Mapping[str, Any], path: Path) -> None:
@@ -210,7 +218,7 @@ def choices(found: Sequence[Mapping[str, Any]], estimator: Estimator, ranks: int
         speed = [f"{estimate['tps']:,.0f}", f"{estimate['mfu']:.1%}", _long(estimate["wall_s"])]
         table.add_row("", *degrees, *how, format_bytes(choice["peak"]), *speed)
     best = " ".join(_setting(key, value) for key, value in found[0]["settings"].items())
-    return _text([table, f"  settings of the first: {best}", "  assumed: " + "; ".join(estimator.assumptions())])
+    return _text([table, f"  settings of the first: {best}", Group(*_assumed(estimator.assumptions()))])
 
 
 def size(found: Mapping[str, Any], recipe: str) -> str:

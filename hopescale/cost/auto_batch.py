@@ -9,8 +9,9 @@ from hopescale.common.units import format_bytes
 from hopescale.config.layout import Layout
 from hopescale.config.schema import RunConfig
 from hopescale.cost.device_memory import MOST_BLOCKS
-from hopescale.cost.hardware import trained_on
+from hopescale.cost.hardware import CPU_CORE, DEVICES, trained_on
 from hopescale.cost.holdings import Holdings
+from hopescale.cost.pace import memory_pace
 from hopescale.cost.search import USABLE, fullest
 
 
@@ -41,7 +42,8 @@ def choose_micro_batch(config: RunConfig, layout: Layout, device: str, memory: f
     """Choose the largest micro batch that divides a replica's part of the batch and fits.
 
     Ranks that wait for one another, stages or those that share sequences, work on several micro batches of a step at
-    the same time: sizes that leave them as many are looked at, or one sequence if the part has no more.
+    the same time: sizes that leave them as many are looked at, or one sequence if the part has no more. Those that
+    share sequences work on one if a GPU runs the heads of all of them at once, since half would take as long.
 
     Args:
         config: Config that has passed its checks on the layout; its own micro batch does not matter.
@@ -57,8 +59,8 @@ def choose_micro_batch(config: RunConfig, layout: Layout, device: str, memory: f
         raise ConfigError(
             [Problem("train.micro_batch_size", "auto cannot be planned for so many blocks", hint="set a number")]
         )
-    share, at_once = _share(config, layout), layout.pp if layout.pp > 1 else min(2, layout.cp)
-    at_once, least = min(at_once, share), 0.0
+    share, least = _share(config, layout), 0.0
+    at_once = min(_at_once(config, layout, device), share)
     for size in (size for size in range(share // at_once, 0, -1) if _divides(size, config, layout)):
         least = planned_bytes(with_micro_batch(config, size), layout, device)
         if least <= room:
@@ -69,6 +71,15 @@ def choose_micro_batch(config: RunConfig, layout: Layout, device: str, memory: f
     )
     hint = "see `hopescale plan` for a change that fits: train.recompute, train.seq_len, more ranks"
     raise ConfigError([Problem("train.micro_batch_size", message, hint=hint)])
+
+
+def _at_once(config: RunConfig, layout: Layout, device: str) -> int:
+    """Return how many micro batches a step should have; of a GPU that is not known, as on an H100."""
+    if layout.pp > 1 or layout.cp == 1:
+        return layout.pp
+    whole = with_micro_batch(trained_on(config, device), _share(config, layout))
+    paces = memory_pace(whole, layout, CPU_CORE if device == "cpu" else DEVICES.get(device, DEVICES["H100"]))
+    return 1 if any(pace["waves"] == 1 for pace in paces.values()) else 2
 
 
 def _share(config: RunConfig, layout: Layout) -> int:

@@ -96,12 +96,12 @@ def _levels(
 def _logits(model: ModelConfig, micro: MicroBatch) -> float:
     """Count logits: log-softmax, its gradient, and their own in float32; or both of their type, and pieces in float32.
 
-    Tensor-parallel ranks overwrite one of the three.
+    On a CPU tensor-parallel ranks overwrite one of the three.
     """
-    count = micro.tokens * padded_vocab_size(model)
-    if micro.on_gpu and micro.tp == 1:
+    count = micro.tokens * padded_vocab_size(model) / micro.tp
+    if micro.on_gpu:
         return 2 * count * micro.itemsize + 2 * min(count, LOGITS_AT_A_TIME) * FP32
-    return (3 if micro.tp == 1 else 2) * count / micro.tp * FP32
+    return (3 if micro.tp == 1 else 2) * count * FP32
 
 
 def head_bytes(model: ModelConfig, micro: MicroBatch) -> float:

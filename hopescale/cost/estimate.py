@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import chain
 
-from hopescale.config.execution import effective_recompute, is_fused, run_again
+from hopescale.config.execution import effective_recompute, is_fused, kernel_products, run_again
 from hopescale.config.layout import Layout
 from hopescale.config.model_shape import (
+    attention_mixers,
     block_pattern,
     has_chunk_loop,
     memory_parts,
@@ -38,6 +39,7 @@ from hopescale.cost.holdings import Holdings, Kind
 from hopescale.cost.operation import OpCost, product
 from hopescale.cost.parameter import FP32
 from hopescale.cost.roofline import (
+    COUNTED_ON,
     READY,
     between_products_seconds,
     equal_transformer,
@@ -54,6 +56,12 @@ FUSED_RATE = {"mlp": 1.34, "linear": 1.44, "static": 1.21}
 """The same where one operation runs all chunks, on a CPU: above 1, as it leaves out products that are known."""
 CALLS_PER_CHUNK = {"mlp": 1000, "linear": 450, "static": 400}
 """Operations of a chunk's forward and backward that compute something, chunks computed again; as counted."""
+CALLS_NOT_COUNTED = {
+    "linear_attention": "linear attention's chunks",
+    "ttt": "TTT's mini-batches",
+    "mac": "MAC's segments",
+}
+"""What runs piece by piece on a GPU, and is planned as if it ran at once; by kind, or by composition."""
 UPDATE_PASSES = 6
 """Reads and writes of 4 bytes that an update makes of each entry, apart from its state's."""
 Flops = Callable[[MixerConfig, str], dict[str, OpCost]]
@@ -151,8 +159,8 @@ class Estimator:
             steps=train.steps,
         )
 
-    def assumptions(self) -> list[str]:
-        """List the assumptions of the estimate."""
+    def assumptions(self, *, compared: bool = False) -> list[str]:
+        """List the assumptions of the estimate; `compared` if blocks are compared with those of a Transformer."""
         config, device = self.holdings.config, self.device
         on_cpu = device.name == "cpu"
         lines = [f"large products reach {self.rate / device.peak_flops:.0%} of the peak"]
@@ -166,13 +174,21 @@ class Estimator:
                 lines.append(f"a head of a {what} is one program, and {at_once} run at a time, which issue")
                 lines[-1] += f" {READY:g} instructions a cycle and scheduler, of those counted in the machine code,"
                 lines[-1] += " and wait for no bandwidth"
+                if kernel_products(config.train) == "tf32":
+                    lines.append("products of tf32 count as those of tf32x3, which take more instructions")
+                if device.name not in COUNTED_ON:
+                    lines.append("counts are those of the machine code for sm_90; another GPU's may differ")
             elif kind is not None:
                 lines.append(f"products of memories reach {MIXING_RATE[kind]:.0%} of that, as on a CPU")
                 if self._calls_s(mixer):
                     calls, least = CALLS_PER_CHUNK[kind], 1e6 * device.call_s
                     lines.append(f"a chunk is {calls:,} calls, one after the other, of {least:.0f} us at least")
+            if not on_cpu and (pieces := CALLS_NOT_COUNTED.get(getattr(mixer, "composition", mixer.kind))):
+                lines.append(f"calls of {pieces}, one after the other, are not counted")
         lines = list(dict.fromkeys(lines))
         if not on_cpu:
+            if whose := "the Transformer" if compared else "attention" if attention_mixers(config.model) else "":
+                lines.append(f"{whose}'s rotary positions are torch's, which are not fused")
             lines.append("norms, gates and streams around products move the bytes counted, at 90% of the bandwidth")
             node = f"{device.link / 1e9:.0f} GB/s within a node of {device.per_node}"
             beyond = f"{device.network / 1e9:.0f} beyond by an adapter of its own"
@@ -210,18 +226,21 @@ class Estimator:
         return seconds
 
     def beside_transformer(self, config: RunConfig, layout: Layout) -> float | None:
-        """Return a block's speed in parts of that of the equal Transformer's, at this micro batch; None for one.
-
-        Blocks that differ count by their number.
-        """
-        counts = mixer_counts(config.model)
-        if all(isinstance(mixer, AttentionConfig) for mixer, _ in counts):
+        """Return a block's speed in parts of that of the equal Transformer's, at this micro batch; None for one."""
+        if all(isinstance(mixer, AttentionConfig) for mixer, _ in mixer_counts(config.model)):
             return None
-        own = sum(self._block_s(config, layout, mixer) * blocks for mixer, blocks in counts)
+        return self.transformer_block_s(config, layout) / self.mean_block_s(config, layout)
+
+    def mean_block_s(self, config: RunConfig, layout: Layout) -> float:
+        """Return the seconds of a micro batch's forward and backward through a block, on average where they differ."""
+        counts = mixer_counts(config.model)
+        return sum(self._block_s(config, layout, mixer) * blocks for mixer, blocks in counts) / config.model.num_layers
+
+    def transformer_block_s(self, config: RunConfig, layout: Layout) -> float:
+        """Return the same seconds of a block of the equal Transformer, under the same assumptions."""
         other = replace(config, model=equal_transformer(config.model))
         (mixer,) = other.model.mixers.values()
-        flops = partial(self._flops_of_block, other.model)
-        return self._block_s(other, layout, mixer, flops) * config.model.num_layers / own
+        return self._block_s(other, layout, mixer, partial(self._flops_of_block, other.model))
 
     @staticmethod
     def _total(cost: OpCost, config: RunConfig) -> float:

@@ -26,6 +26,7 @@ def make_report(estimator: Estimator, layout: Layout) -> dict[str, Any]:
     room = USABLE * device.memory
     fits = max(stage.peak for stage in stages) <= room
     changes = None if fits else changes_that_fit(estimator, config, layout)
+    ratio = estimator.beside_transformer(config, layout)
     return {
         "name": config.name,
         "device": {"name": device.name, "memory": device.memory, "usable": room, "peak_flops": device.peak_flops},
@@ -44,13 +45,13 @@ def make_report(estimator: Estimator, layout: Layout) -> dict[str, Any]:
                 {"peak": stage.peak, "moment": stage.moment, "in_flight": stage.in_flight, **stage.bytes}
                 for stage in stages
             ],
-            "pace": memory_pace(config, layout),
+            "pace": memory_pace(config, layout, device),
             "by_recompute": _by_recompute(estimator, config, layout),
         },
         "bytes_per_step": [SentBytes(holdings, layout, stage).per_step() for stage in range(layout.pp)],
         "estimate": estimator.step(config, layout).numbers(),
-        "beside_transformer": estimator.beside_transformer(config, layout),
-        "assumptions": estimator.assumptions(),
+        "beside_transformer": ratio,
+        "assumptions": estimator.assumptions(compared=ratio is not None),
     }
 
 

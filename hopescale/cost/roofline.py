@@ -33,6 +33,8 @@ READY = 0.45
 issues half as many, whether its multiprocessor has work for others or not."""
 KERNEL_CHUNK = 64
 """Tokens of the chunks that were counted."""
+COUNTED_ON = ("H100", "H200")
+"""Devices that run the machine code in which instructions were counted, that for sm_90."""
 
 
 class Instructions(NamedTuple):
@@ -64,7 +66,7 @@ MEMORIES = 5
 """Memories in these counts."""
 PASSES = 70
 """Reads and writes of the residual stream's size between the maps of a mixer that is no self-modifying one, forward and
-backward: those of attention's rotary positions, as counted."""
+backward: those of attention's rotary positions in torch's operations, as counted. One kernel would take about 14."""
 MEMORY_BANDWIDTH = 0.9
 """Part of the memory's bandwidth that elementwise operations reach."""
 

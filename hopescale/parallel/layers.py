@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import torch
 import torch.distributed as dist
@@ -24,7 +24,7 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from torch import Tensor, nn
 
 from hopescale.config.transfer import Size
-from hopescale.ops.cross_entropy import cross_entropy_in_pieces
+from hopescale.ops.cross_entropy import VocabularyShare, cross_entropy_in_pieces
 from hopescale.ops.vectors import linear
 from hopescale.parallel.mesh import Mesh
 
@@ -200,11 +200,12 @@ def cross_entropy_sum(logits: Tensor, targets: Tensor, mesh: Mesh) -> Tensor:
 
     `logits` are this rank's share `[..., V / tp]`, `targets` `[...]` int64 indices into the whole vocabulary.
     """
-    if mesh.tp_group.size() == 1 and logits.device.type != "cpu" and torch.is_grad_enabled():
+    if logits.device.type != "cpu" and torch.is_grad_enabled():
         if not logits.is_contiguous() and logits.dim() == 3:  # a model's are a view of tokens first
             logits, targets = logits.transpose(0, 1), targets.transpose(0, 1)
         flat = logits.reshape(-1, logits.shape[-1])
-        return cross_entropy_in_pieces(flat, targets.reshape(-1), ignored=IGNORED_TARGET)
+        share = vocabulary_share(flat.shape[-1], mesh)
+        return cross_entropy_in_pieces(flat, targets.reshape(-1), ignored=IGNORED_TARGET, share=share)
     flat, targets = logits.float().reshape(-1, logits.shape[-1]), targets.reshape(-1)
     if mesh.tp_group.size() == 1:
         return F.cross_entropy(flat, targets, ignore_index=IGNORED_TARGET, reduction="sum")
@@ -212,3 +213,12 @@ def cross_entropy_sum(logits: Tensor, targets: Tensor, mesh: Mesh) -> Tensor:
     # Megatron's kernel overwrites float32 logits.
     losses = vocab_parallel_cross_entropy(flat.clone(), targets.masked_fill(~counted, 0))
     return (losses * counted).sum()
+
+
+def vocabulary_share(entries: int, mesh: Mesh) -> VocabularyShare | None:
+    """Return this rank's part of a vocabulary, of which it has so many entries; None if it has all."""
+    group = mesh.tp_group
+    if group.size() == 1:
+        return None
+    maximum, total = (partial(dist.all_reduce, op=op, group=group) for op in (dist.ReduceOp.MAX, dist.ReduceOp.SUM))
+    return VocabularyShare(group.rank() * entries, maximum, total)

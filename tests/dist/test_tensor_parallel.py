@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from hopescale.config.layout import Layout
 from hopescale.infer.adaptation import read_adaptation
 from hopescale.infer.in_context import InContextReader
 from hopescale.models import Model
+from hopescale.ops import cross_entropy
+from hopescale.parallel.layers import IGNORED_TARGET, vocabulary_share
 from hopescale.parallel.mesh import Mesh
 from hopescale.parallel.regions import share_with_ranks
 from tests.support.models import BASE
@@ -26,6 +29,7 @@ def check_split_model(rank: int, tp: int) -> None:
         check_split(name, mesh, batch)
     check_split("hope", mesh, batch, ("block", "memory"))
     check_gradient_that_is_not_contiguous(rank, mesh)
+    check_cross_entropy_in_pieces(mesh)
     for name in ("attention", "independent levels"):
         check_levels_in_context(name, mesh, batch)
 
@@ -50,6 +54,23 @@ def check_gradient_that_is_not_contiguous(rank: int, mesh: Mesh) -> None:
     share_with_ranks(x, mesh).backward(gradient * (rank + 1))
     ranks = mesh.tp_group.size()
     torch.testing.assert_close(x.grad, gradient * (ranks * (ranks + 1) / 2))
+
+
+def check_cross_entropy_in_pieces(mesh: Mesh) -> None:
+    """Ranks with some columns of logits each, as on a GPU, have the loss and the gradient of all columns."""
+    tp, rank, generator = mesh.tp_group.size(), mesh.tp_group.rank(), torch.Generator().manual_seed(0)
+    whole, targets = 3 * torch.randn(17, 32, generator=generator), torch.randint(21, (17,), generator=generator)
+    whole[:, 21:], targets[::5] = float("-inf"), IGNORED_TARGET  # the padding of the vocabulary: of a rank of 4 all
+    whole.requires_grad_()
+    expected = F.cross_entropy(whole, targets, ignore_index=IGNORED_TARGET, reduction="sum")
+    (expected / 7).backward()
+    for logits_at_a_time in (1, 40, 1 << 20):
+        cross_entropy.LOGITS_AT_A_TIME = logits_at_a_time
+        mine = whole.detach().chunk(tp, -1)[rank].clone().requires_grad_()
+        share = vocabulary_share(mine.shape[-1], mesh)
+        found = cross_entropy.cross_entropy_in_pieces(mine, targets, ignored=IGNORED_TARGET, share=share)
+        (found / 7).backward()
+        torch.testing.assert_close((found, mine.grad), (expected, whole.grad.chunk(tp, -1)[rank]))
 
 
 @pytest.mark.parametrize("tp", [2, 4])

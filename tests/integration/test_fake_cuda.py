@@ -176,7 +176,8 @@ WIDE = (
     *("train.micro_batch_size=4", "train.global_batch_tokens=2Ki", "train.validation.every=null"),
 )
 HELD = {
-    "bf16, many logits": ("train.precision=bf16", "model.vocab_size=32000"),
+    "bf16, many logits": ("train.precision=bf16", "model.vocab_size=64000"),
+    "bf16, many logits on two ranks": ("train.precision=bf16", "model.vocab_size=128000", "parallel.tp=2"),
     "pieces": ("train.precision=bf16", "train.segments=2"),
     "four pieces, two blocks": ("train.precision=bf16", "train.segments=4", "model.num_layers=2"),
     "m3, few tokens": (
@@ -194,7 +195,7 @@ HELD = {
     ),
     "linear, blocks again": ("model.mixers.hope.memory=linear", "train.recompute=block", "model.num_heads=4"),
 }
-ALWAYS = ("bf16, many logits", "m3 of gathered matrices")
+ALWAYS = ("bf16, many logits", "bf16, many logits on two ranks", "m3 of gathered matrices")
 
 
 @pytest.mark.parametrize(

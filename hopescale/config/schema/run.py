@@ -179,8 +179,8 @@ class TrainConfig:
     kernel_precision: KernelPrecision = "auto"
     """Operands of the matrix products in the Triton kernels, whose sums and states are float32 always. `tf32x3`: three
     TF32 products for each, as exact as float32. `tf32`: one, good to three digits. `bf16`: one, with operands rounded
-    as `precision: bf16` rounds activations, and a third of the instructions or less. `auto`: `bf16` with `precision:
-    bf16`, else `tf32x3`."""
+    as `precision: bf16` rounds activations, and by count a fifth of the instructions of `tf32x3` or less, in heads of
+    64 a seventh. `auto`: `bf16` with `precision: bf16`, else `tf32x3`."""
     replica_check_every: Count | None = 100
     """Steps between two comparisons of the weights over data-parallel ranks, which must be bit-equal; null is never.
     With `parallel.zero` of 3 there is nothing to compare, with `parallel.shard_weights` the shares of all nodes."""

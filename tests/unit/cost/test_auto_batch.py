@@ -9,6 +9,7 @@ from hopescale.config.layout import Layout
 from hopescale.config.load import load_recipe
 from hopescale.config.schema import RunConfig
 from hopescale.cost.auto_batch import choose_micro_batch, keeps, planned_bytes, with_micro_batch
+from hopescale.cost.hardware import DEVICES
 from hopescale.cost.search import USABLE
 
 # 24 sequences a step.
@@ -50,7 +51,17 @@ def test_stages_have_a_micro_batch_each_in_groups_where_they_interleave(config: 
     assert choose_micro_batch(config, Layout(pp=3), "H100", 1e15).size == 8
     assert choose_micro_batch(config, Layout(dp=8, pp=4), "H100", 1e15).size == 1, "three sequences for four stages"
     assert choose_micro_batch(config, Layout(pp=2, virtual_stages=2), "H100", 1e15).size == 12
-    assert choose_micro_batch(config, Layout(cp=2), "H100", 1e15).size == 12, "two are on their way at a time"
+
+
+def test_two_share_ranks_of_sequences_unless_a_gpu_runs_the_heads_of_all_at_once(config: RunConfig):
+    assert choose_micro_batch(config, Layout(cp=2), "cpu", 1e15).size == 12, "two are on their way at a time"
+    long = load_recipe("hope_1.3b_128k", ["train.micro_batch_size=auto"]).config
+    memory = DEVICES["H100"].memory
+    for device in ("H100", "cuda"):
+        chosen = choose_micro_batch(long, Layout(cp=8), device, memory)
+        assert (chosen.size, chosen.at_once) == (4, 1), "64 heads take as long as 32"
+    more = load_recipe("hope_1.3b_128k", ["train.micro_batch_size=auto", "train.global_batch_tokens=2Mi"]).config
+    assert choose_micro_batch(more, Layout(cp=8), "H100", memory).at_once == 2, "256 heads are two waves"
 
 
 def test_a_run_keeps_its_own_where_it_divides_and_fits(config: RunConfig):

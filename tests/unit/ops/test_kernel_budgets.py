@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import pytest
 import torch
 
+from hopescale.cost.roofline import INSTRUCTIONS
 from hopescale.ops.self_modifying import MemorySpec, Streams
 from tests.support.machine_code import MachineCode, compile_kernel, disassembler
 
@@ -102,3 +103,13 @@ def test_kernels_stay_within_their_budgets(
     cost = sum(counts.values()), counts["BAR"], code.stack, moved, code.shared / 1024
     assert all(mine <= most for mine, most in zip(cost, budget, strict=True)), (cost, budget)
     assert counts["HGMMA"] > 0 and counts["HMMA"] == 0  # all products run on the tensor cores of a warp group
+
+
+@pytest.mark.parametrize(("memory", "dim"), [(memory, dim) for name, memory, dim in BUDGETS if name == "forward"])
+def test_the_plan_counts_what_kernels_execute(memory: str, dim: int):
+    counted = INSTRUCTIONS["bf16", memory.removeprefix("normalised "), dim]
+    replay = 3 / 4 * counted.forward  # of three chunks of four
+    executed = {"forward": counted.forward, "backward": counted.backward - replay}
+    for name, instructions in executed.items():
+        budget = BUDGETS[name, memory, dim].instructions
+        assert 0.95 * budget < instructions <= budget, (name, instructions, budget)
