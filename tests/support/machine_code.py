@@ -208,15 +208,23 @@ def compile_kernel(
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage, sass = (
-            subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
-            for flag in ("--dump-resource-usage", "-sass")
-        )
+        sass = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
         lined = subprocess.run([reader, "-g", "-c", file.name], capture_output=True, text=True, check=True).stdout
-    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    registers, stack = resources(compiled)
     code = list(_read(sass))
     trips = _trips(compiled.asm["ttgir"], code, _lines(lined))
     return MachineCode(registers, stack, compiled.metadata.shared, code, trips)
+
+
+def resources(compiled: Any) -> tuple[int, int]:
+    """Return how many registers a thread of a compiled kernel has, and how many bytes of local memory."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [disassembler(), "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+    return int(registers), int(stack)
 
 
 def disassembler() -> Path:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,8 @@ def _note_exchanges() -> None:
 
 def exchange_nothing() -> None:
     """Make all groups those of torch's backend that exchanges nothing; ranks decide alone."""
+    from deepspeed.runtime.zero import partitioned_param_coordinator  # looks for a GPU as it is imported
+
     make = dist.new_group
 
     def new_group(ranks: list[int] | None = None, **options: Any) -> dist.ProcessGroup:
@@ -110,6 +113,7 @@ def exchange_nothing() -> None:
         return make(ranks, backend="fake", **options)
 
     dist.new_group = new_group
+    partitioned_param_coordinator.assert_ints_same_as_other_ranks = lambda _: None
     Control.gather = lambda self, value: [value]
     Control.broadcast_from_rank0 = Control.all_ranks_or_raise = lambda self, function: function()
 
@@ -140,6 +144,23 @@ def _know_documents() -> None:
     Batch.pieces, torch.Tensor.numpy = real_pieces, real_numpy
 
 
+def _held_by(thing: Any, seen: set[int]) -> Iterator[torch.Tensor]:
+    """Find the tensors of several numbers that an object of ours or of DeepSpeed's holds, through others and lists."""
+    if id(thing) in seen:
+        return
+    seen.add(id(thing))
+    if isinstance(thing, torch.Tensor):
+        if thing.numel() > 1:
+            yield thing
+        return
+    if isinstance(thing, dict):
+        thing = [*thing.keys(), *thing.values()]
+    elif type(thing).__module__.startswith(("hopescale.", "deepspeed.")):
+        thing = list(getattr(thing, "__dict__", {}).values())
+    for each in thing if isinstance(thing, list | tuple | set) else []:
+        yield from _held_by(each, seen)
+
+
 def _rank(config: RunConfig, rank: int) -> dict[str, Any]:
     """Build one rank, take a step and evaluate."""
     layout = smallest_layout(config)
@@ -164,11 +185,11 @@ def _rank(config: RunConfig, rank: int) -> dict[str, Any]:
         fake.HOST_READS.clear()
         float(next(iter(state.parameters.values())).sum())
         noticed = sum(fake.HOST_READS.values())
-        kept = state.optimizer.weights() | state.optimizer.sums() | state.optimizer.state_dict()
+        kept = list(_held_by(state.optimizer, set()))
     process.stop()
     return {
         "weights": sorted({(str(p.device), str(p.dtype)) for p in state.parameters.values()}),
-        "elsewhere": sorted(name for name, tensor in kept.items() if tensor.device != DEVICE),
+        "held": sorted({tensor.device.type for tensor in kept} - {"meta"}),
         "host_reads": reads,
         "noticed": noticed,
         "compiled_late": sorted({(each["kernel"], each["compiled"]) for each in launches} - warm),

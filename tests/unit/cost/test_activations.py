@@ -9,6 +9,7 @@ from hopescale.config.layout import Layout
 from hopescale.config.load import load_recipe
 from hopescale.config.model_shape import mixer_of_block, padded_vocab_size
 from hopescale.cost.device_memory import block_activations, head_bytes
+from hopescale.cost.hardware import trained_on
 from hopescale.cost.micro_batch import MicroBatch
 from hopescale.models import Model
 from hopescale.parallel.layers import cross_entropy_sum
@@ -65,3 +66,12 @@ def planned_bytes(overrides: list[str], recompute: str) -> float:
 def test_what_is_kept(overrides: list[str], recompute: str, precision: str):
     overrides = [*overrides, f"train.precision={precision}"]
     assert planned_bytes(overrides, recompute) == pytest.approx(kept_bytes(overrides, recompute), rel=0.05)
+
+
+def test_states_of_a_large_layer_take_little():
+    """Of 8 sequences of 4,096 tokens at `d_model` 2048, with MLP memories in heads of 64, on a GPU."""
+    overrides = ["model.num_heads=32", "train.seq_len=4096", "train.micro_batch_size=8"]
+    config = trained_on(load_recipe("hope_1.3b", overrides).config, "H100")
+    micro = MicroBatch.of(config.train, Layout())
+    states = block_activations(config.model, mixer_of_block(config.model, 0), micro, "chunks").states
+    assert 0 < states <= 1.5e9

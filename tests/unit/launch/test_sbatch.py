@@ -118,6 +118,13 @@ def test_a_run_that_diverged_is_not_started_again(job: BatchJob, play, slurm: Fa
     assert (job.run_dir / "outcome").read_text().startswith("gave up: diverged")
 
 
+def test_ranks_that_nccl_ends_are_a_failure_like_any_other(job: BatchJob, play, slurm: FakeSlurm):
+    assert play(134)[0] == 134  # SIGABRT
+    assert requeued(slurm) == 1
+    said = "exit code 134, an abort: where a rank is lost or hangs, NCCL ends those that wait for it"
+    assert (job.run_dir / "failures").read_text().startswith(f"none {said}, job 7, ")
+
+
 def test_failures_are_counted_since_the_newest_checkpoint(play, slurm: FakeSlurm):
     play(1)
     play(137, start=1)

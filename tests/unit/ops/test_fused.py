@@ -22,24 +22,3 @@ def test_kernels_equal_torch_in_the_interpreter():
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "passed" in done.stdout
-
-
-@pytest.mark.parametrize("name", ["_forward", "_backward"])
-def test_streams_of_heads_compile_for_a_gpu(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The interpreter takes what the compiler refuses, and these kernels take tuples."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from hopescale.ops.fused import streams
-
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    kernel, gates = getattr(streams, name), ("*fp32",) * 3
-    constants = {"GATES": 3, "STATIC": 4, "SLICES": 3, "WIDTH": 2, "TAIL": False, "CUT": False, "SIZE": 16, "D": 16}
-    constants |= {"tail": None, "first": None} | ({"ALL": 4} if name == "_backward" else {})
-    sizes = ("tokens", "batch", "heads", "token_stride", "batch_stride", "head_stride", "slice_stride", "unit")
-    kinds = dict.fromkeys(kernel.arg_names, "*fp32") | dict.fromkeys(sizes, "i32") | {"eps": "fp32"}
-    kinds |= {part: gates for part in ("gate_weights", "gate_biases", "d_logits") if part in kinds}
-    kinds |= ({"row_size": "i32"} if name == "_backward" else {}) | dict.fromkeys(constants, "constexpr")
-    source = ASTSource(kernel, signature=kinds, constexprs=constants)
-    assert triton.compile(source, target=GPUTarget("cuda", 80, 32)).asm["cubin"]

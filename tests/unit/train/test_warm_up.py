@@ -1,4 +1,4 @@
-"""Kernels are compiled before a run's first step, once for each kind of mixer."""
+"""Kernels are compiled before a run's optimizer and first step, once for each kind of mixer."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from hopescale.config.layout import Layout
+from hopescale.config.load import load_recipe
 from hopescale.config.schema import AttentionConfig, SelfModifyingConfig
 from hopescale.models import Model
 from hopescale.models.self_modifying import SelfModifying
+from hopescale.parallel.mesh import Mesh
+from hopescale.train import setup
 from hopescale.train.warm_up import compile_kernels
 from tests.support.models import BASE
 
@@ -41,3 +45,16 @@ def test_each_mixer_with_kernels_runs_once_forward_and_backward(monkeypatch: pyt
     assert all(p.grad is None for model in slices for p in model.parameters())
     compile_kernels(slices, [], 12)
     assert len(ran) == 6 and torch.is_grad_enabled()
+
+
+def test_kernels_are_compiled_before_the_optimizer_takes_memory(monkeypatch: pytest.MonkeyPatch):
+    calls: list[object] = []
+    make = setup.OuterOptimizer
+    monkeypatch.setattr(setup, "mixers_with_kernels", lambda *_: ["hope"])
+    monkeypatch.setattr(setup, "compile_kernels", lambda slices, *given: calls.append((len(slices), *given)))
+    monkeypatch.setattr(
+        setup, "OuterOptimizer", lambda *given, **more: calls.append("optimizer") or make(*given, **more)
+    )
+    config = load_recipe("debug").config
+    setup.build_state(config, Layout(), Mesh.alone(), torch.device("cpu"))
+    assert calls == [(1, ["hope"], config.train.seq_len), "optimizer"]
