@@ -53,10 +53,10 @@ INSTRUCTIONS: dict[tuple[str, str, int], Instructions] = {
     ("tf32x3", "mlp", 64): Instructions(174_066, 633_711),
     ("tf32x3", "linear", 128): Instructions(126_750, 500_621),
     ("tf32x3", "mlp", 128): Instructions(332_974, 1_274_002),
-    ("bf16", "linear", 64): Instructions(11_672, 50_383, warps=4),
-    ("bf16", "mlp", 64): Instructions(43_298, 170_078, warps=4),
-    ("bf16", "linear", 128): Instructions(18_348, 74_857),
-    ("bf16", "mlp", 128): Instructions(60_720, 235_013),
+    ("bf16", "linear", 64): Instructions(11_426, 51_076, warps=4),
+    ("bf16", "mlp", 64): Instructions(43_145, 166_234, warps=4),
+    ("bf16", "linear", 128): Instructions(18_296, 74_676),
+    ("bf16", "mlp", 128): Instructions(60_733, 213_001),
 }
 """By the products of five memories, their kind and width.
 

@@ -132,23 +132,46 @@ def _trips(ttgir: str, code: list[Instruction], lines: Mapping[int, tuple[str, s
         if text.rstrip().endswith("{"):
             opened.append(_turns(*loop.groups()) if loop else "")
     place = {line.address: n for n, line in enumerate(code)}
-    found = []
-    for first, last in sorted(_spans(code, place, back=True)):
+    spans = sorted(_spans(code, place, back=True))
+    found: list[tuple[str, str]] = []
+    for first, last in spans:
         # The branch back is of the loop's line, or was joined with what comes before it; a body begins a line below.
         for n in (last, *range(first, last)):
             file, line = lines[code[n].address]
             above = file, str(int(line or 0) - 1)
             if (file, line) in by_line or (n < last and above in by_line):
-                found.append(by_line[(file, line) if (file, line) in by_line else above])
+                found.append((file, line) if (file, line) in by_line else above)
                 break
         else:
-            # All of the body comes from other functions: the loops of their files, if these turn alike.
             files = {lines[line.address][0] for line in code[first : last + 1]}
-            alike = {trips for (file, _), trips in by_line.items() if file in files}
-            if len(alike) != 1:
-                raise ValueError(f"no loop of the kernel is on the lines of that at {code[first].address:#x}")
-            found += alike
-    return found
+            nests = any(first < begin and end < last for begin, end in spans)
+            found.append(_other(by_line, found, files, nests, code[first].address))
+    return [by_line[where] for where in found]
+
+
+def _other(
+    by_line: Mapping[tuple[str, str], int | None],
+    found: Sequence[tuple[str, str]],
+    files: set[str],
+    nests: bool,
+    address: int,
+) -> tuple[str, str]:
+    """Return which loop it is whose body comes from other functions alone, from those `found` before it, in order.
+
+    A loop around another one is in the file of what called it, the next after the last loop found there that turns more
+    than once. One that has none in it is any loop of the files of its body, if these turn alike.
+    """
+    if nests:
+        file, line = next(((file, line) for file, line in reversed(found) if file not in files), ("", "0"))
+        below = [
+            where for where, trips in by_line.items() if where[0] == file and int(where[1]) > int(line) and trips != 1
+        ]
+        if below:
+            return min(below, key=lambda where: int(where[1]))
+    alike = [where for where in by_line if where[0] in files]
+    if len({by_line[where] for where in alike}) != 1:
+        raise ValueError(f"no loop of the kernel is on the lines of that at {address:#x}")
+    return alike[0]
 
 
 def _turns(*bounds: str) -> int | None:

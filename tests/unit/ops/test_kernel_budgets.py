@@ -41,14 +41,14 @@ KERNELS = {
     "backward": "backward.self_modify_back_kernel",
 }
 BUDGETS = {
-    ("forward", "linear", 64): Budget(12_000, 300, 0, 1.3),
-    ("forward", "normalised mlp", 64): Budget(44_600, 960, 0, 4.6),
-    ("backward", "linear", 64): Budget(42_800, 1_400, 160, 5.9),
-    ("backward", "normalised mlp", 64): Budget(140_500, 3_870, 1_750, 17.2),
-    ("forward", "linear", 128): Budget(18_900, 660, 0, 4.2, 96),
-    ("forward", "normalised mlp", 128): Budget(62_500, 1_710, 100, 12.4, 96),
-    ("backward", "linear", 128): Budget(63_000, 2_530, 490, 13.6),
-    ("backward", "normalised mlp", 128): Budget(195_000, 6_650, 2_050, 39.8),
+    ("forward", "linear", 64): Budget(11_700, 260, 0, 1.4),
+    ("forward", "normalised mlp", 64): Budget(44_000, 920, 0, 4.6),
+    ("backward", "linear", 64): Budget(43_500, 1_300, 128, 6.3),
+    ("backward", "normalised mlp", 64): Budget(137_000, 3_900, 128, 18.0),
+    ("forward", "linear", 128): Budget(18_800, 620, 8, 4.2, 96),
+    ("forward", "normalised mlp", 128): Budget(62_000, 1_680, 80, 12.4, 96),
+    ("backward", "linear", 128): Budget(62_500, 2_420, 220, 14.2),
+    ("backward", "normalised mlp", 128): Budget(172_000, 6_150, 900, 39.0),
 }
 ALWAYS = (("forward", "linear", 64), ("forward", "normalised mlp", 64))
 
