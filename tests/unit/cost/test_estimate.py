@@ -67,9 +67,9 @@ def test_a_head_is_a_program_and_programs_go_in_waves():
     half = memory_seconds(config, Layout(tp=2), mixer, "mlp", device)
     assert half == pytest.approx(cycles / 1.755e9)
     again = memory_seconds(config, Layout(), mixer, "mlp", device, again=True)
-    assert again == pytest.approx(cycles / 1.755e9 * (1 + 43_298 / (43_298 + 170_078)))
+    assert again == pytest.approx(cycles / 1.755e9 * (1 + 43_145 / (43_145 + 166_234)))
     wide = load_recipe("hope_1.3b", [*model, "train.micro_batch_size=8", "train.kernel_precision=tf32x3"]).config
-    ratio = 2 * (174_066 + 633_711) / (43_298 + 170_078)  # two waves of 8 warps
+    ratio = 2 * (174_066 + 633_711) / (43_145 + 166_234)  # two waves of 8 warps
     assert memory_seconds(wide, Layout(), mixer, "mlp", device) == pytest.approx(ratio * cycles / 1.755e9)
 
 
