@@ -195,8 +195,8 @@ def self_modify_back_kernel(
     `states` and `momenta` are those that all chunks begin with. Where a chunk has several pieces, all but the last move
     the memories once more from there, so that there are weights before each of them.
     """
-    _, _, _, length = place_document(begin + tl.program_id(0).to(tl.int64), bounds, heads, tokens)
-    for step in tl.range(0, tl.cdiv(length, chunk_size), disable_licm=True):
+    _, _, _, whole = place_document(begin + tl.program_id(0).to(tl.int64), bounds, heads, tokens)
+    for step in tl.range(0, tl.cdiv(whole, chunk_size), disable_licm=True):
         # Where a program is in its document is found anew for each chunk: it would fill registers all the way.
         own = at.opaque(tl.program_id(0), scratch).to(tl.int64)
         program = begin + own

@@ -48,10 +48,8 @@ def retrieve_back(
     if CONFIG.mlp:
         for turn in tl.range(at.opaque(110, scratch), 111, disable_licm=True):
             here = at.again(scratch, turn)
-            hidden, gradient = (
-                at.matrix(here, at.HIDDEN, CONFIG),
-                tl.load(at.whole(here, at.PUSH, SECOND.outputs, CONFIG)),
-            )
+            hidden = at.matrix(here, at.HIDDEN, CONFIG)
+            gradient = tl.load(at.whole(here, at.PUSH, SECOND.outputs, CONFIG))
             add_outer(layer_at(d_state, memory, SECOND), hidden, exists, gradient, SECOND, CONFIG)
         for turn in tl.range(at.opaque(111, scratch), 112, disable_licm=True):
             here = at.again(scratch, turn)

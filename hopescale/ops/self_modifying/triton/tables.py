@@ -74,8 +74,8 @@ def gate_gradient(of_reads, of_writes, to_end, of_all, gate, LAG: tl.constexpr, 
     Args:
         of_reads: Sums over all products that end `LAG` tokens before a token.
         of_writes: Sums over those that begin after a token.
-        to_end: Product from after a token to the piece's end.
-        of_all: Product over all tokens.
+        to_end: That of the product from after a token to the piece's end.
+        of_all: That of the product over all tokens.
         gate: The gate.
     """
     log = tl.cumsum(of_reads - of_writes, 0, reverse=True) + (tl.cumsum(to_end, 0) - to_end) + of_all
