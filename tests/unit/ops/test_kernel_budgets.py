@@ -48,7 +48,7 @@ BUDGETS = {
     ("forward", "linear", 128): Budget(18_800, 620, 8, 4.2, 96),
     ("forward", "normalised mlp", 128): Budget(62_000, 1_680, 80, 12.4, 96),
     ("backward", "linear", 128): Budget(62_500, 2_420, 220, 14.2),
-    ("backward", "normalised mlp", 128): Budget(172_000, 6_150, 900, 39.0),
+    ("backward", "normalised mlp", 128): Budget(172_000, 6_150, 340, 39.0),
 }
 ALWAYS = (("forward", "linear", 64), ("forward", "normalised mlp", 64))
 
