@@ -262,7 +262,7 @@ class HopeForCausalLM(PreTrainedModel, GenerationMixin):
         batch, tokens = x.shape[:2]
         now = x.new_ones(batch, tokens, dtype=torch.bool) if mask is None else mask[:, -tokens:].bool()
         past = now[:, :0] if cache is None else cache.real
-        given = now[:, :0] if positions is None else positions[:, -tokens:].expand(batch, -1)
+        given = now[:, :0] if positions is None else positions[..., -tokens:].expand(batch, -1)
         host = torch.cat([past.sum(-1, keepdim=True), now, given], dim=1).cpu()
         before, on_host, given = host[:, 0], host[:, 1 : 1 + tokens].bool(), host[:, 1 + tokens :]
         _check_positions(given, before, on_host)

@@ -127,7 +127,7 @@ class HopeTitans(nn.Module):
         )
         index = places[:, None, :, None].expand(own[0].shape)
         now = zip(("context_k", "context_v", "k", "v"), (*context, *own), strict=True)
-        cache = {name: cache[name].to(x.dtype).scatter(2, index, tensor) for name, tensor in now}
+        cache = {name: cache[name].to(tensor.dtype).scatter(2, index, tensor) for name, tensor in now}
         first = self._first(x)
         _, *ahead = self.attention.project(first, torch.arange(count, device=x.device)[None])
         k, v = (

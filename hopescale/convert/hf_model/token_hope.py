@@ -101,7 +101,7 @@ def _rates(config: SimpleNamespace, bank: Bank, gates: nn.ModuleDict, unit: Tens
     for name in ("eta", "alpha", "mu"):
         if name in gates and name not in found:
             gate = gates[name]
-            found[name] = vecdot(unit[:, :, 0], gate.weight).add_(gate.bias).sigmoid_().view(shape)
+            found[name] = vecdot(unit[:, :, 0], gate.weight.float()).add_(gate.bias).sigmoid_().view(shape)
     eta, mu = found["eta"], found.get("mu")
     eta = eta if config.eta_max == 1 else config.eta_max * eta
     averaged = mu is not None and config.momentum_write == "averaged"

@@ -156,3 +156,17 @@ def test_a_state_can_be_continued_more_than_once():
     assert first.logits.equal(again.logits)
     rest = model(tokens[:, 9:], past_key_values=first.past_key_values)
     close(rest.logits, model(tokens).logits[:, 9:])
+
+
+@pytest.mark.parametrize("name", ["hope", "MAC", "all kinds"])
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_an_export_that_was_cast_generates(name: str, kind: torch.dtype):
+    model = make_pair(name)[1].to(kind)
+    prompt = torch.arange(1, 8)[None]
+    assert model.generate(prompt, max_new_tokens=3, do_sample=False).shape == (1, 10)
+
+
+def test_an_export_of_mac_goes_on_under_autocast():
+    model = make_pair("MAC")[1]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model.generate(torch.arange(1, 8)[None], max_new_tokens=3, do_sample=False).shape == (1, 10)
