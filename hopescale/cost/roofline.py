@@ -29,8 +29,8 @@ from hopescale.cost.params import count_params
 WARPS, SCHEDULERS = 8, 4
 """Warps that the registers of a multiprocessor hold, at 255 of a thread, and from how many it can issue in a cycle."""
 READY = 0.45
-"""Instructions that a scheduler issues a cycle, with two warps each and a barrier every 30 to 50; a guess, 0.3 to 0.6. A warp
-issues half as many, whether its multiprocessor has work for others or not."""
+"""Instructions that a scheduler issues a cycle, with two warps each and a barrier every 30 to 50; a guess, 0.3 to 0.6.
+A warp issues half as many, whether its multiprocessor has work for others or not."""
 KERNEL_CHUNK = 64
 """Tokens of the chunks that were counted."""
 COUNTED_ON = ("H100", "H200")

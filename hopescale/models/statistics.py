@@ -26,5 +26,5 @@ def statistics_of(values: Tensor, norms: Sequence[Tensor]) -> dict[str, Tensor]:
 
 
 def by_token(probe: dict[str, Tensor], batch: int, heads: int) -> Tensor:
-    """Return the values of a probe that a call over `[T, B]` tokens has filled, as `[T, B, H, 3]`, without gradients."""
+    """Return the values of a probe that a call over `[T, B]` tokens has filled: `[T, B, H, 3]`, without gradients."""
     return probe["tokens"].detach().unflatten(0, (batch, heads, -1)).permute(2, 0, 1, 3)
