@@ -29,7 +29,6 @@ from hopescale.ops.self_modifying import (
 )
 from hopescale.ops.self_modifying.packed import pack
 from hopescale.parallel.mesh import Mesh
-from tests.support.hazards import watched_barriers
 from tests.support.interpreter import teach_tensor_cores
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
@@ -170,24 +169,6 @@ def test_chunks_of_several_pieces_equal_the_loop(memory: str, monkeypatch: pytes
     monkeypatch.setattr(kernel_config, "KERNEL_PIECE", 16)
     read = "inclusive" if memory == "mlp" else "boundary"
     check({"memory": memory, "chunk_size": 40, "read": read, "adaptive": ("k", "eta")}, 45)
-
-
-@pytest.mark.skipif(not INTERPRETED, reason="the interpreter knows what a program loads and stores")
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"memory": "linear", "adaptive": ("k", "eta", "alpha"), "error_cap": 1.0},
-        {"read": "inclusive", "adaptive": ("v", "eta"), "normalize_writes": True},
-        {"read": "boundary", "adaptive": ("k",), "momentum": False, "inner_rule": "gd"},
-    ],
-    ids=["linear", "mlp", "boundary"],
-)
-def test_a_barrier_parts_what_threads_write_from_what_others_read(changes: dict):
-    config = replace(SelfModifyingConfig(chunk_size=8), **changes)
-    mixer = make_mixer(config, 1, 16)
-    with watched_barriers("self_modifying/triton") as pairs:
-        results(fused, mixer, make_inputs(mixer, 19, 1))
-    assert not pairs
 
 
 def test_heads_and_sequences_are_apart():

@@ -19,7 +19,8 @@ pytestmark = pytest.mark.skipif(
 @pytest.mark.parametrize("tests", ["variant", "static", "not variant and not static"])
 def test_kernels_equal_the_loop_in_the_interpreter(tests: str):
     """In a process of its own, as Triton looks for `TRITON_INTERPRET` when it is imported."""
-    command = [sys.executable, "-m", "pytest", "tests/gpu/test_self_modifying_triton.py", "-x", "-k", tests]
+    files = ["tests/gpu/test_self_modifying_triton.py", "tests/gpu/test_barriers.py"]
+    command = [sys.executable, "-m", "pytest", *files, "-x", "-k", tests]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=880)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -60,8 +60,8 @@ def retrieve_back(
             put(at.whole(here, at.TEMPORARY, CONFIG.hidden, CONFIG), d_hidden * slope(gate, pre * gate))
     for turn in tl.range(at.opaque(112, scratch), 113, disable_licm=True):
         here = at.again(scratch, turn)
-        d_pre, own = tl.load(at.whole(here, D_PRE, FIRST.outputs, CONFIG)), memory
-        add_outer(layer_at(d_state, own, FIRST), x, exists, d_pre, FIRST, CONFIG)
+        d_pre = tl.load(at.whole(here, D_PRE, FIRST.outputs, CONFIG))
+        add_outer(layer_at(d_state, memory, FIRST), x, exists, d_pre, FIRST, CONFIG)
     for turn in tl.range(at.opaque(113, scratch), 114, disable_licm=True):
         here = at.again(scratch, turn)
         first = layer_at(state, memory, FIRST)
@@ -231,11 +231,10 @@ def pushes_back(exists, second, scratch, KIND: tl.constexpr, CONFIG: tl.constexp
 
 
 @triton.jit
-def add_outers(
-    matrix, x, a, y, b, exists, LAYER: tl.constexpr, N: tl.constexpr, BOTH: tl.constexpr, CONFIG: tl.constexpr
-):
+def add_outers(matrix, x, a, y, b, exists, LAYER: tl.constexpr, BOTH: tl.constexpr, CONFIG: tl.constexpr):
     """Add `x^T a`, and `y^T b` if there are both, to the matrix of a layer; all are matrices of tokens in memory."""
     K: tl.constexpr = LAYER.inputs
+    N: tl.constexpr = LAYER.outputs
     BLOCK: tl.constexpr = CONFIG.block if CONFIG.block < K else K
     for first in range(0, K, BLOCK):
         k = first + tl.arange(0, BLOCK)
@@ -294,7 +293,7 @@ def write_mlp_back(
         written, push = at.matrix(here, at.TEMPORARY, CONFIG), at.matrix(here, at.PUSH, CONFIG)
         hidden, d_error = at.matrix(here, at.HIDDEN, CONFIG), at.matrix(here, at.D_SECOND, CONFIG)
         d_second = layer_at(d_state, at.opaque(memory, here), SECOND)
-        add_outers(d_second, written, push, hidden, d_error, exists, SECOND, SECOND.outputs, ASKED, CONFIG)
+        add_outers(d_second, written, push, hidden, d_error, exists, SECOND, ASKED, CONFIG)
     if ASKED:
         for turn in tl.range(at.opaque(104, scratch), 105, disable_licm=True):
             here = at.again(scratch, 16 * memory + turn)
@@ -307,7 +306,7 @@ def write_mlp_back(
         of_keys, of_values = at.matrix(here, at.HIDDEN, CONFIG), at.matrix(here, at.TEMPORARY, CONFIG)
         d_first = layer_at(d_state, at.opaque(memory, here), FIRST)
         OWN: tl.constexpr = CONFIG.spec.own_target
-        add_outers(d_first, k, of_keys, v, of_values, exists, FIRST, FIRST.outputs, OWN, CONFIG)
+        add_outers(d_first, k, of_keys, v, of_values, exists, FIRST, OWN, CONFIG)
     for turn in tl.range(at.opaque(107, scratch), 108, disable_licm=True):
         here = at.again(scratch, 16 * memory + turn)
         first = layer_at(state, at.opaque(memory, here), FIRST)
